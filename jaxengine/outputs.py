@@ -1,0 +1,88 @@
+"""What a caller gets: RequestOutput and its CompletionOutputs, named as in vLLM, with an HTML form for notebooks."""
+import dataclasses
+import html
+import math
+from typing import Any
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Logprob:
+    """One entry of `logprobs`: the log-probability, the token's rank (1 is the likeliest) and its text."""
+
+    logprob: float
+    rank: int
+    decoded_token: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class VersionSpan:
+    """Tokens [start, stop) of a completion were produced by `version` of the weights."""
+
+    version: int
+    start: int
+    stop: int
+
+
+@dataclasses.dataclass(frozen=True)
+class CompletionOutput:
+    """One sample. `token_logprobs[i]` is the float32 log-probability of `token_ids[i]` under the distribution it was drawn from."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    token_logprobs: np.ndarray
+    finish_reason: str | None  # "stop", "length", "abort", "error"
+    stop_reason: int | str | None  # the stop token id or stop string
+    weight_versions: list[VersionSpan]
+    logprobs: list[dict[int, Logprob]] | None = None
+    raw_logprobs: np.ndarray | None = None  # of the model's own distribution at temperature 1
+    entropies: np.ndarray | None = None  # of the processed distribution, in nats
+
+    @property
+    def cumulative_logprob(self) -> float:
+        return float(np.sum(self.token_logprobs, dtype=np.float64))
+
+    def _repr_html_(self) -> str:
+        pieces = self.token_texts or [self.text]
+        marks = self.token_logprobs if self.token_texts else [0.0]
+        tokens = "".join(_colored(piece, logprob) for piece, logprob in zip(pieces, marks, strict=False))
+        return f"<div><code style='white-space:pre-wrap'>{tokens}</code> <small>{html.escape(str(self.finish_reason))}</small></div>"
+
+    token_texts: list[str] | None = dataclasses.field(default=None, repr=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class RequestOutput:
+    """A prompt and its samples. `digest` names the contract (versions, device, dtype, model) under which the bits hold."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # raw: of the model's own distribution
+    num_cached_tokens: int = 0
+    digest: str = ""
+
+    def _repr_html_(self) -> str:
+        prompt = self.prompt if self.prompt is not None else f"{len(self.prompt_token_ids)} tokens"
+        head = f"<div style='font-family:monospace'><b>{html.escape(prompt)}</b> <small>request {html.escape(self.request_id)}</small></div>"
+        legend = "<small>color: probability of each token when drawn, red is unlikely</small>"
+        return head + "".join(sample._repr_html_() for sample in self.outputs) + legend
+
+
+class RequestOutputs(list[RequestOutput]):
+    """A plain list of RequestOutput that a notebook shows as HTML."""
+
+    def _repr_html_(self) -> str:
+        shown = "<hr>".join(output._repr_html_() for output in self[:20])
+        return shown + (f"<p>… and {len(self) - 20} more</p>" if len(self) > 20 else "")
+
+
+def _colored(text: str, logprob: Any) -> str:
+    probability = math.exp(min(float(logprob), 0.0)) if math.isfinite(float(logprob)) else 0.0
+    hue = 120 * probability  # red to green
+    title = f"logprob {float(logprob):.3f}, probability {probability:.3f}"
+    return f"<span style='background:hsl({hue:.0f},80%,85%)' title='{title}'>{html.escape(text)}</span>"

@@ -1,0 +1,168 @@
+"""What a caller asks for: prompts and SamplingParams. Plain Python, validated before anything is allocated."""
+import dataclasses
+import math
+import numbers
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jaxengine.keywords import strict_keywords
+
+MAX_N = 16_384  # samples of one request
+MAX_STOP_STRINGS = 64
+MAX_STOP_CHARACTERS = 1_024
+MAX_STOP_TOKEN_IDS = 16  # room for them beside the model's own in the fixed array of a slot
+MAX_LOGIT_BIAS = 512
+GREEDY_BELOW = 1e-5  # a smaller temperature means greedy, as in vLLM
+
+
+@strict_keywords
+@dataclasses.dataclass(frozen=True)
+class SamplingParams:
+    """How to draw completions; names and meanings are vLLM's wherever vLLM has them.
+
+    `max_tokens=None` means up to the context. `key` (a typed JAX key) or `seed` makes the request's draws its own: with n=1 the
+    key takes the place of `fold_in(fold_in(call key, prompt index), sample index)`; with n>1 sample i uses `fold_in(key, i)`.
+    `logprobs=k` returns the k likeliest tokens at each position, `prompt_logprobs=k` the same for the prompt; the logprob of each
+    sampled token is always returned. Raises ValueError naming the field, the value and what is allowed.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = None
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    stop: str | Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    seed: int | None = None
+    key: Any = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    raw_logprobs: bool = False
+    entropy: bool = False
+    detokenize: bool = True
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731 - frozen, so normalised once here
+        for name, low, high in (("n", 1, MAX_N), ("min_tokens", 0, None)):
+            put(name, _integer(name, getattr(self, name), low, high))
+        for name, low in (("max_tokens", 1), ("logprobs", 0), ("prompt_logprobs", 0), ("seed", None)):
+            if getattr(self, name) is not None:
+                put(name, _integer(name, getattr(self, name), low, None))
+        put("top_k", max(_integer("top_k", self.top_k, -1, None), 0))
+        put("temperature", _real("temperature", self.temperature, 0.0, None))
+        put("top_p", _real("top_p", self.top_p, 0.0, 1.0, open_low=True))
+        put("min_p", _real("min_p", self.min_p, 0.0, 1.0))
+        put("repetition_penalty", _real("repetition_penalty", self.repetition_penalty, 0.0, None, open_low=True))
+        put("presence_penalty", _real("presence_penalty", self.presence_penalty, -2.0, 2.0))
+        put("frequency_penalty", _real("frequency_penalty", self.frequency_penalty, -2.0, 2.0))
+        put("stop", _stop_strings(self.stop))
+        put("stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKEN_IDS))
+        put("logit_bias", _logit_bias(self.logit_bias))
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens must be at most max_tokens={self.max_tokens}, got {self.min_tokens}")
+        if self.seed is not None and self.key is not None:
+            raise ValueError("give seed or key, not both: each of them alone decides the draws of the request")
+        if self.stop and not self.detokenize:
+            raise ValueError("stop strings need the text: leave detokenize=True or use stop_token_ids")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature < GREEDY_BELOW
+
+    def replace(self, **changes: Any) -> "SamplingParams":
+        return dataclasses.replace(self, **changes)
+
+
+def token_ids_of(ids: Any, vocab_size: int, where: str) -> list[int]:
+    """`ids` as a list of Python ints in [0, vocab_size). Integers of any kind, numpy's and JAX's included, are accepted.
+
+    Raises ValueError with the index and the value: a JAX gather would clamp a wrong id and answer garbage.
+    """
+    array_ids = ids.tolist() if hasattr(ids, "tolist") and getattr(getattr(ids, "dtype", None), "kind", "") in "iu" else ids
+    if not isinstance(array_ids, Sequence) or isinstance(array_ids, (str, bytes)):
+        raise ValueError(f"{where} must be a list of token ids, got {type(ids).__name__}")
+    if len(array_ids) == 0:
+        raise ValueError(f"{where} is empty: at least one token is needed to predict the next one")
+    tokens = []
+    for position, value in enumerate(array_ids):
+        token = _as_integer(value)
+        if token is None:
+            raise ValueError(f"{where} has {value!r} ({type(value).__name__}) at index {position}: token ids are integers")
+        if not 0 <= token < vocab_size:
+            raise ValueError(f"{where} has token id {token} at index {position}: the vocabulary is 0 … {vocab_size - 1}")
+        tokens.append(token)
+    return tokens
+
+
+def _as_integer(value: Any) -> int | None:
+    """value as an int, or None where it is no integer (bool is none: True is a flag, not a token)."""
+    if isinstance(value, bool) or getattr(getattr(value, "dtype", None), "kind", "i") not in "iu":
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def _integer(name: str, value: Any, low: int | None, high: int | None) -> int:
+    number = _as_integer(value)
+    if number is None:
+        raise ValueError(f"{name} must be an integer, got {value!r}")
+    if (low is not None and number < low) or (high is not None and number > high):
+        raise ValueError(f"{name} must be {_range(low, high)}, got {number}")
+    return number
+
+
+def _real(name: str, value: Any, low: float, high: float | None, open_low: bool = False) -> float:
+    # `not isinstance(Real)` and not `try: float()`: a string or an array of one element is a mistake, not a number.
+    number = value.item() if getattr(value, "shape", None) == () and hasattr(value, "item") else value
+    if isinstance(number, bool) or not isinstance(number, numbers.Real) or not math.isfinite(number):
+        raise ValueError(f"{name} must be a finite number, got {value!r}")
+    number = float(number)
+    if number < low or (open_low and number == low) or (high is not None and number > high):
+        raise ValueError(f"{name} must be {_range(low, high, open_low)}, got {number}")
+    return number
+
+
+def _range(low: float | None, high: float | None, open_low: bool = False) -> str:
+    at_least = f"greater than {low}" if open_low else f"at least {low}"
+    return at_least if high is None else f"at most {high}" if low is None else f"{at_least} and at most {high}"
+
+
+def _stop_strings(stop: Any) -> tuple[str, ...]:
+    strings = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    if len(strings) > MAX_STOP_STRINGS:
+        raise ValueError(f"stop takes at most {MAX_STOP_STRINGS} strings, got {len(strings)}")
+    for index, text in enumerate(strings):
+        if not isinstance(text, str) or not text or len(text) > MAX_STOP_CHARACTERS:
+            raise ValueError(f"stop[{index}] must be a string of 1 to {MAX_STOP_CHARACTERS} characters, got {text!r:.80}")
+    return strings
+
+
+def _token_ids(name: str, ids: Any, limit: int) -> tuple[int, ...]:
+    values = tuple(ids or ())
+    if len(values) > limit:
+        raise ValueError(f"{name} takes at most {limit} ids, got {len(values)}")
+    return tuple(_integer(f"{name}[{index}]", value, 0, None) for index, value in enumerate(values))
+
+
+def _logit_bias(bias: Any) -> tuple[tuple[int, float], ...] | None:
+    if not bias:
+        return None
+    items = bias.items() if isinstance(bias, Mapping) else tuple(bias)
+    if len(items) > MAX_LOGIT_BIAS:
+        raise ValueError(f"logit_bias takes at most {MAX_LOGIT_BIAS} tokens, got {len(items)}")
+    # JSON turns integer keys into strings, so "42" is accepted here and nowhere else.
+    pairs = [(_integer("logit_bias key", int(k) if isinstance(k, str) and k.isdigit() else k, 0, None),
+              _real("logit_bias value", v, -1e4, 1e4)) for k, v in items]
+    return tuple(sorted(pairs))
