@@ -1,0 +1,104 @@
+"""Finds the folder of a model and reads its configuration. Names become paths only inside this package; no code of a folder is ever run."""
+import os
+import re
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+from checkpoints.json_files import read_object
+
+# What is fetched from the hub: no pickle, no code, and not the second copy of the weights that some repositories carry.
+HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
+NOT_HUB_FILES = ("*/*.safetensors", "consolidated*.safetensors")
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w][\w.-]*", re.ASCII)
+
+
+def resolve(model: str | os.PathLike[str]) -> Path:
+    """The folder of `model`: a local folder, else a model that ships by its name, else a hub id "org/name", which is downloaded.
+
+    Raises FileNotFoundError that says what was tried, ValueError for what is neither text nor a path.
+    """
+    if not isinstance(model, (str, os.PathLike)) or not os.fspath(model):  # "" would be the working directory
+        raise ValueError(f"model must be a folder, a name or a hub id, got {model!r:.80}")
+    folder = os.path.expanduser(os.fspath(model))
+    if os.path.isdir(folder):  # absolute, since tensors are read later and a notebook may change its directory
+        return Path(folder).absolute()
+    if not isinstance(model, str):
+        raise FileNotFoundError(f"{folder} is not a folder")
+    found = shipped(model) if _PLAIN_NAME.fullmatch(model) else None
+    return found if found is not None else _download(model)
+
+
+def shipped(name: str) -> Path | None:
+    """The folder of the model that ships under `name`, None when there is none. Raises ValueError for a name that could be a path."""
+    if not _PLAIN_NAME.fullmatch(name):
+        raise ValueError(f"{name!r:.80} is not the name of a shipped model: letters, digits, '_', '.' and '-' only")
+    folder = _package() / name
+    return folder if os.path.isfile(folder / "config.json") else None  # os.path: a name too long for the system is none, no OSError
+
+
+def shipped_names() -> list[str]:
+    """The names that `shipped` finds."""
+    return sorted(entry.parent.name for entry in _package().glob("*/config.json"))
+
+
+def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The parsed config.json of a model folder.
+
+    Raises FileNotFoundError or ValueError naming the file; ValueError when config.json or tokenizer_config.json asks for code.
+    """
+    config = read_object(Path(folder) / "config.json")
+    _refuse_remote_code(Path(folder) / "config.json", config)
+    tokenizer_config = Path(folder) / "tokenizer_config.json"
+    if tokenizer_config.exists():
+        _refuse_remote_code(tokenizer_config, read_object(tokenizer_config))
+    return config
+
+
+def read_generation_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The parsed generation_config.json of a model folder, {} when there is none. Raises ValueError naming an invalid file."""
+    path = Path(folder) / "generation_config.json"
+    return read_object(path) if path.exists() else {}
+
+
+def _package() -> Path:
+    return Path(str(resources.files("checkpoints")))
+
+
+def _download(model: str) -> Path:
+    if not _HUB_ID.fullmatch(model):
+        raise FileNotFoundError(_tried(model, 'not asked, since its ids read "organisation/name"'))
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(model, allow_patterns=list(HUB_FILES), ignore_patterns=list(NOT_HUB_FILES))
+        )
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        reason = "no such repository, or a private one: log in with `hf auth login`"
+        raise FileNotFoundError(_tried(model, f"{reason} ({_first_line(error)})")) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError) as error:
+        raise FileNotFoundError(_tried(model, f"not reached, and not complete in its cache ({_first_line(error)})")) from error
+
+
+def _tried(model: str, hub: str) -> str:
+    ships = ", ".join(shipped_names()) or "none"
+    return f"model {model!r:.200} was not found. Tried: a local folder (there is none) · the models that ship ({ships}) · the hub ({hub})"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _refuse_remote_code(path: Path, config: dict[str, Any]) -> None:
+    pending: list[Any] = [config]
+    while pending:  # parts of a model have configurations of their own inside
+        value = pending.pop()
+        if isinstance(value, dict) and "auto_map" in value:
+            raise ValueError(
+                f"{path} has an auto_map, which names code in the model's folder: remote code is never run, there is no trust_remote_code "
+                "here. If the architecture is a supported one, remove the auto_map from a copy of the folder"
+            )
+        pending += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()

@@ -1,0 +1,145 @@
+"""From a plan to arrays: the host's mirror of slots and block tables, in numpy, and the inputs of each step."""
+import dataclasses
+from collections.abc import Sequence as Seq
+
+import jax
+import numpy as np
+
+from jaxengine.config import QUERY_BLOCK, EngineConfig
+from jaxengine.request import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
+from jaxengine.scheduler import Chunk, Plan
+from jaxengine.sequence import Sequence
+from jaxengine.step_inputs import Blocks, Copies, Rows, SlotParams
+
+MAX_STOPS = MAX_STOP_TOKEN_IDS + 16  # the request's own and the model's
+HISTORY_ROWS = 8  # sequences that one upload puts into their slots
+ROW_UNIT = 32  # row arrays are whole numbers of the widest decode tile
+
+
+class BatchBuilder:
+    """Host arrays of one engine. The last slot behind max_num_seqs belongs to the probe (probe.py)."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        self.num_slots = config.max_num_seqs + 1
+        self.tables = np.zeros((self.num_slots, config.pages_per_seq), np.int32)
+        self.host_slots = _empty_slots(self.num_slots)
+        self._device_slots: SlotParams | None = None
+        self.decode_rows = _round_up(config.max_num_seqs, ROW_UNIT)
+        self.prefill_blocks = _round_up(config.prefill_blocks, 8)
+        self.prefill_rows = self.prefill_blocks * QUERY_BLOCK + config.max_num_seqs
+
+    # -- slots -----------------------------------------------------------------------------------------------------------------
+
+    def admit(self, sequence: Sequence) -> None:
+        """Write a sequence's sampling parameters into its slot."""
+        request, params, slots, i = sequence.request, sequence.request.params, self.host_slots, sequence.slot
+        values = dict(
+            temperature=0.0 if params.greedy else params.temperature, top_p=params.top_p, min_p=params.min_p, top_k=params.top_k,
+            repetition_penalty=params.repetition_penalty, presence_penalty=params.presence_penalty,
+            frequency_penalty=params.frequency_penalty, prompt_length=sequence.prompt_length,
+            first_stop=sequence.prompt_length + params.min_tokens if params.min_tokens else 0, limit=request.limit,
+            key=request.key, key_folds=request.key_folds(sequence.index),
+            num_logprobs=max(params.logprobs if params.logprobs is not None else -1,
+                             params.prompt_logprobs if params.prompt_logprobs is not None else -1) + 1,
+            details=params.raw_logprobs or params.entropy)
+        for name, value in values.items():
+            getattr(slots, name)[i] = value
+        slots.stop_ids[i] = _padded(sorted(request.stop_token_ids), MAX_STOPS, -1)
+        bias = params.logit_bias or ()
+        slots.bias_ids[i] = _padded([token for token, _ in bias], MAX_LOGIT_BIAS, -1)
+        slots.bias_values[i] = _padded([value for _, value in bias], MAX_LOGIT_BIAS, 0.0)
+        self._device_slots = None
+
+    def device_slots(self) -> SlotParams:
+        """The slots' parameters on the device; uploaded when one changed."""
+        if self._device_slots is None:
+            self._device_slots = jax.device_put(jax.tree.map(np.copy, self.host_slots))
+        return self._device_slots
+
+    def histories(self, sequences: Seq[Sequence]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(slots, tokens) uploads that put whole sequences into their slots."""
+        uploads = []
+        for first in range(0, len(sequences), HISTORY_ROWS):
+            slots = np.full(HISTORY_ROWS, self.num_slots, np.int32)
+            tokens = np.zeros((HISTORY_ROWS, self.config.max_model_len), np.int32)
+            for row, sequence in enumerate(sequences[first : first + HISTORY_ROWS]):
+                slots[row] = sequence.slot
+                tokens[row, : len(sequence.token_ids)] = sequence.token_ids
+            uploads.append((slots, tokens))
+        return uploads
+
+    def sync_tables(self, sequences: Seq[Sequence]) -> np.ndarray:
+        """Block tables, the given sequences' rows brought up to date."""
+        for sequence in sequences:
+            self.tables[sequence.slot, : len(sequence.pages)] = sequence.pages
+        return self.tables.copy()  # the device may still be reading the last step's
+
+    # -- steps -----------------------------------------------------------------------------------------------------------------
+
+    def decode(self, sequences: Seq[Sequence], positions: Seq[int]) -> Rows:
+        """Rows of a decode step: each sequence's last token, at the given position."""
+        return rows_of(self.decode_rows, range(len(sequences)), [s.slot for s in sequences], positions, [False] * len(sequences))
+
+    def prefill(self, plan: Plan, tokens_per_block: int) -> tuple[Blocks, Rows, Copies]:
+        """Inputs of a prefill step, with blocks of `tokens_per_block` tokens."""
+        slots, starts, counts = [], [], []
+        indices, row_slots, positions, scored = [], [], [], []
+        for chunk in plan.chunks:
+            first_row = len(slots) * tokens_per_block
+            for start in range(chunk.start, chunk.stop, tokens_per_block):
+                slots.append(chunk.sequence.slot)
+                starts.append(start)
+                counts.append(min(tokens_per_block, chunk.stop - start))
+            for sequence, position, is_scored in wanted_rows(chunk):
+                indices.append(first_row + position - chunk.start)
+                row_slots.append(sequence.slot)
+                positions.append(position)
+                scored.append(is_scored)
+        capacity = self.prefill_blocks * (QUERY_BLOCK // tokens_per_block)
+        blocks = Blocks(_padded(slots, capacity, 0), _padded(starts, capacity, 0), _padded(counts, capacity, 0), np.int32(len(slots)))
+        rows = rows_of(self.prefill_rows, indices, row_slots, positions, scored)
+        limit = self.config.max_num_seqs
+        copies = Copies(_padded([a for a, _ in plan.copies], limit, 0), _padded([b for _, b in plan.copies], limit, 0),
+                        np.int32(len(plan.copies)))
+        return blocks, rows, copies
+
+
+def wanted_rows(chunk: Chunk) -> list[tuple[Sequence, int, bool]]:
+    """(sequence, position, scored) of a chunk's rows, in the order in which the step answers them."""
+    rows = []
+    if chunk.sequence.scores_prompt:
+        rows += [(chunk.sequence, position, True) for position in range(chunk.start, min(chunk.stop, chunk.sequence.prompt_length - 1))]
+    if chunk.is_last:
+        rows += [(sequence, chunk.stop - 1, False) for sequence in (chunk.sequence, *chunk.forks)]
+    return rows
+
+
+def rows_of(size: int, indices: Seq[int], slots: Seq[int], positions: Seq[int], scored: Seq[bool]) -> Rows:
+    """Rows padded to `size`."""
+    return Rows(_padded(indices, size, 0), _padded(slots, size, 0), _padded(positions, size, 0), _padded(scored, size, False),
+                np.int32(len(slots)))
+
+
+def _padded(values: Seq, size: int, fill: int | float | bool) -> np.ndarray:
+    out = np.full(size, fill, np.array(fill).dtype.type if isinstance(fill, bool) else np.float32 if isinstance(fill, float) else np.int32)
+    out[: len(values)] = values
+    return out
+
+
+def _round_up(value: int, unit: int) -> int:
+    return -(-value // unit) * unit
+
+
+def _empty_slots(n: int) -> SlotParams:
+    """Parameters under which nothing is changed, cut or asked for."""
+    zeros = lambda dtype, *shape: np.zeros((n, *shape), dtype)
+    ones = lambda: np.ones(n, np.float32)
+    missing = lambda width: np.full((n, width), -1, np.int32)
+    fields = dict(
+        temperature=ones(), top_p=ones(), min_p=zeros(np.float32), repetition_penalty=ones(), presence_penalty=zeros(np.float32),
+        frequency_penalty=zeros(np.float32), top_k=zeros(np.int32), prompt_length=zeros(np.int32), first_stop=zeros(np.int32),
+        stop_ids=missing(MAX_STOPS), bias_ids=missing(MAX_LOGIT_BIAS), bias_values=zeros(np.float32, MAX_LOGIT_BIAS),
+        limit=zeros(np.int32), key=zeros(np.uint32, 2), key_folds=missing(2), num_logprobs=zeros(np.int32), details=zeros(bool))
+    assert set(fields) == {field.name for field in dataclasses.fields(SlotParams)}
+    return SlotParams(**fields)

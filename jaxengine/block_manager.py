@@ -1,0 +1,151 @@
+"""Pages of the KV cache: who holds them, which ones can be shared, which one goes next. Plain Python.
+
+A page is free, held (reference count above 0) or cached: held by nobody, but its tokens are known and a request with the same prefix may
+take it again. Full pages are found by a hash chained over token ids, weights version and cache salt; a hit compares the tokens
+and the parent page as well, so a collision cannot serve another prompt's pages.
+"""
+import dataclasses
+import hashlib
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+
+
+class OutOfPages(Exception):
+    """No page is free or evictable."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PageKey:
+    """Identity of a full page's content. `uid` is new for every registration, so that a child names this very parent."""
+
+    uid: int
+    digest: bytes
+    parent: int
+    tokens: bytes
+
+
+def chain_digest(parent: bytes, tokens: bytes) -> bytes:
+    """Hash of a page's tokens on top of its parent's hash."""
+    return hashlib.blake2b(tokens, key=parent, digest_size=16).digest()
+
+
+def root_digest(version: int, salt: str) -> bytes:
+    """Where a chain starts: pages of another weights version or salt can never be reached."""
+    return hashlib.blake2b(f"{version}:{salt}".encode(), digest_size=16).digest()
+
+
+class BlockManager:
+    """Reference counts, free pages and the prefix cache. Page 0 is scratch and never handed out."""
+
+    def __init__(self, num_pages: int, page_size: int, enable_prefix_caching: bool = True) -> None:
+        self.num_pages, self.page_size, self.caching = num_pages, page_size, enable_prefix_caching
+        self._free = list(range(num_pages - 1, 0, -1))
+        self._holders = [0] * num_pages
+        self._cached: OrderedDict[int, None] = OrderedDict()  # held by nobody, oldest first
+        self._keys: dict[int, PageKey] = {}  # page -> its content, for full registered pages
+        self._by_digest: dict[bytes, int] = {}
+        self._next_uid = 1
+
+    @property
+    def num_available(self) -> int:
+        """Pages that allocate can hand out."""
+        return len(self._free) + len(self._cached)
+
+    def allocate(self, count: int) -> list[int]:
+        """`count` pages with one holder each; raises OutOfPages and takes none where fewer are available."""
+        if count > self.num_available:
+            raise OutOfPages(f"{count} pages needed, {self.num_available} available")
+        return [self._take_one() for _ in range(count)]
+
+    def _take_one(self) -> int:
+        if not self._free:
+            self._free.append(self._evict())
+        page = self._free.pop()
+        self._holders[page] = 1
+        return page
+
+    def _evict(self) -> int:
+        page, _ = self._cached.popitem(last=False)
+        self._forget(page)
+        return page
+
+    def _forget(self, page: int) -> None:
+        key = self._keys.pop(page, None)
+        if key is not None and self._by_digest.get(key.digest) == page:
+            del self._by_digest[key.digest]
+
+    def share(self, pages: Iterable[int]) -> None:
+        """One more holder for each page; a cached page is held again."""
+        for page in pages:
+            self._cached.pop(page, None)
+            self._holders[page] += 1
+
+    def release(self, pages: Sequence[int]) -> None:
+        """One holder fewer for each page. Children go before parents, so that a chain is evicted from its end."""
+        for page in reversed(pages):
+            assert self._holders[page] > 0, f"page {page} released more often than held"
+            self._holders[page] -= 1
+            if self._holders[page] == 0:
+                if page in self._keys:
+                    self._cached[page] = None
+                else:
+                    self._free.append(page)
+
+    def discard(self, pages: Sequence[int]) -> None:
+        """Take pages out of the prefix cache: nobody new will read them."""
+        for page in pages:
+            self._forget(page)
+            if page in self._cached:
+                del self._cached[page]
+                self._free.append(page)
+
+    def clear_cache(self) -> None:
+        """Forget every cached prefix."""
+        self.discard(list(self._keys))
+
+    def match(self, tokens: Sequence[int], version: int, salt: str) -> list[int]:
+        """The longest run of cached pages that hold the front of `tokens`, at most all but the last token. Takes no holder."""
+        if not self.caching:
+            return []
+        pages, parent, digest = [], 0, root_digest(version, salt)
+        for start in range(0, len(tokens) - self.page_size, self.page_size):
+            content = _content(tokens[start : start + self.page_size])
+            digest = chain_digest(digest, content)
+            page = self._by_digest.get(digest)
+            key = self._keys.get(page) if page is not None else None
+            if page is None or key is None or key.tokens != content or key.parent != parent:
+                break
+            pages.append(page)
+            parent = key.uid
+        return pages
+
+    def register(self, page: int, parent: int | None, tokens: Sequence[int], version: int, salt: str) -> None:
+        """Make a full page findable. `parent` is the page before it; where that one is not registered, neither is this."""
+        parent_key = self._keys.get(parent) if parent is not None else None
+        if not self.caching or page in self._keys or (parent is not None and parent_key is None):
+            return
+        content = _content(tokens)
+        digest = chain_digest(parent_key.digest if parent_key else root_digest(version, salt), content)
+        if digest in self._by_digest:  # the same content is cached on another page, which stays the one to be found
+            return
+        self._keys[page] = PageKey(self._next_uid, digest, parent_key.uid if parent_key else 0, content)
+        self._by_digest[digest] = page
+        self._next_uid += 1
+
+    def check_integrity(self, tables: Iterable[Sequence[int]]) -> None:
+        """Assert the invariants: counts equal holders, no page in two places, free + cached + held = total."""
+        held = [0] * self.num_pages
+        for table in tables:
+            for page in table:
+                held[page] += 1
+        assert held == self._holders, "reference counts differ from the block tables"
+        free, cached = set(self._free), set(self._cached)
+        in_use = {page for page, count in enumerate(held) if count}
+        assert len(free) == len(self._free) and not free & cached and not (free | cached) & in_use, "a page is in two places"
+        assert len(free) + len(cached) + len(in_use) == self.num_pages - 1 and 0 not in free | cached | in_use, "a page is lost"
+        assert cached <= set(self._keys) and not free & set(self._keys), "cached pages are those whose content is known"
+
+
+def _content(tokens: Sequence[int]) -> bytes:
+    return array("i", tokens).tobytes()

@@ -1,0 +1,126 @@
+"""Configuration: small, frozen, resolved once. ModelConfig says what is computed, EngineConfig with what room."""
+import dataclasses
+from typing import Literal
+
+from jaxengine.keywords import strict_keywords
+
+QUERY_BLOCK = 16  # tokens of one sequence that prefill keeps together; page sizes and chunk starts are multiples of it
+PROBE_TOKENS = 128  # tokens on which a step's tile is proven before it serves (programs.py)
+KV_TILE = 64  # keys that attention takes in one step of its online softmax: fixed, whatever the page size
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding. `kind` is Hugging Face's rope_type; the other numbers are its parameters."""
+
+    theta: float = 10_000.0
+    kind: Literal["default", "linear", "llama3", "yarn"] = "default"
+    factor: float = 1.0
+    original_max_position_embeddings: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float = 1.0
+    truncate: bool = True
+
+
+@strict_keywords
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A decoder's architecture, in Hugging Face's words. `reduction_leaves` fixes the order of sums (see sharding/leaves.py)."""
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float = 1e-6
+    rope: RopeConfig = RopeConfig()
+    tie_word_embeddings: bool = False
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    out_bias: bool = False
+    eos_token_ids: tuple[int, ...] = ()
+    bos_token_id: int | None = None
+    reduction_leaves: int = 1
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(f"num_attention_heads={self.num_attention_heads} must be a multiple of "
+                             f"num_key_value_heads={self.num_key_value_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even for rotary embeddings, got {self.head_dim}")
+        for name, size in (("num_key_value_heads", self.num_key_value_heads), ("intermediate_size", self.intermediate_size)):
+            if size % self.reduction_leaves:
+                raise ValueError(f"reduction_leaves={self.reduction_leaves} does not divide {name}={size}")
+        if self.reduction_leaves & (self.reduction_leaves - 1):
+            raise ValueError(f"reduction_leaves must be a power of two, got {self.reduction_leaves}")
+
+    @property
+    def group_size(self) -> int:
+        """Query heads that share one key-value head."""
+        return self.num_attention_heads // self.num_key_value_heads
+
+    @property
+    def vocab_block(self) -> int:
+        """Rows of the output head that are widened to float32 at a time."""
+        per_leaf = -(-self.vocab_size // self.reduction_leaves)
+        return min(1024, -(-per_leaf // 128) * 128)
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """vocab_size rounded up so that every leaf holds whole blocks; the rows behind vocab_size are zeros and never drawn."""
+        unit = self.reduction_leaves * self.vocab_block
+        return -(-self.vocab_size // unit) * unit
+
+
+@strict_keywords
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+    """Room and habits of an engine. Nothing in here changes a bit of any output."""
+
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 512
+    max_model_len: int = 2048
+    page_size: int = 32
+    num_pages: int = 1024
+    enable_prefix_caching: bool = True
+    decode_steps: int = 1  # decode steps that one dispatch runs
+    overlap: bool = False  # schedule the next step before the last one's tokens are known
+    max_logprobs: int = 20
+    max_waiting: int = 100_000
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_model_len", "decode_steps", "max_waiting"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.page_size % QUERY_BLOCK or KV_TILE % self.page_size:
+            allowed = [size for size in range(QUERY_BLOCK, KV_TILE + 1, QUERY_BLOCK) if KV_TILE % size == 0]
+            raise ValueError(f"page_size must be one of {allowed}, got {self.page_size}")
+        if self.max_num_batched_tokens < QUERY_BLOCK:
+            raise ValueError(f"max_num_batched_tokens must be at least {QUERY_BLOCK}, got {self.max_num_batched_tokens}")
+        if self.num_pages < 2:
+            raise ValueError(f"num_pages must be at least 2 (page 0 is scratch), got {self.num_pages}")
+        if self.max_logprobs < 1:
+            raise ValueError(f"max_logprobs must be at least 1, got {self.max_logprobs}")
+
+    @property
+    def pages_per_seq(self) -> int:
+        """Width of a block table: whole KV tiles that hold max_model_len tokens."""
+        return -(-self.max_model_len // KV_TILE) * (KV_TILE // self.page_size)
+
+    @property
+    def probe_pages(self) -> int:
+        """Pages behind num_pages that belong to the probe."""
+        return -(-min(PROBE_TOKENS, self.max_model_len) // self.page_size)
+
+    @property
+    def prefill_blocks(self) -> int:
+        """Query blocks that one prefill step can carry."""
+        return self.max_num_batched_tokens // QUERY_BLOCK

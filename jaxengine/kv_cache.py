@@ -1,0 +1,71 @@
+"""The paged KV cache as a pytree on the device, and the token history that steps read their inputs from."""
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from jaxengine.config import EngineConfig, ModelConfig
+from jaxengine.step_inputs import Blocks
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Everything that steps change. Page 0 belongs to nobody: rows that stand for no token write there."""
+
+    keys: tuple[Array, ...]  # a layer: [P, K, h, p], transposed so that a score is a plain dot with the keys of a tile in a row
+    values: tuple[Array, ...]  # a layer: [P, K, p, h]
+    history: Int[Array, "slots max_len"]  # token ids of the sequence in each slot
+
+
+def storage_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """16-bit floats are kept as uint16 (pallas_kernels/reference.py, load_pages, says why)."""
+    return jnp.dtype(jnp.uint16) if jnp.dtype(dtype).itemsize == 2 else jnp.dtype(dtype)
+
+
+def abstract(model: ModelConfig, engine: EngineConfig) -> Cache:
+    """Shapes and dtypes of the cache, nothing allocated."""
+    dtype, heads, h = storage_dtype(jnp.dtype(model.dtype)), model.num_key_value_heads, model.head_dim
+    pages = engine.num_pages + engine.probe_pages
+    keys = jax.ShapeDtypeStruct((pages, heads, h, engine.page_size), dtype)
+    values = jax.ShapeDtypeStruct((pages, heads, engine.page_size, h), dtype)
+    history = jax.ShapeDtypeStruct((engine.max_num_seqs + 1, engine.max_model_len), jnp.dtype(jnp.int32))
+    layers = model.num_hidden_layers
+    return Cache((keys,) * layers, (values,) * layers, history)
+
+
+def allocate(model: ModelConfig, engine: EngineConfig) -> Cache:
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), abstract(model, engine))
+
+
+def write(keys: Array, values: Array, k: Array, v: Array, tables: Int[Array, "B n"], blocks: Blocks) -> tuple[Array, Array]:
+    """Put k and v `[B, r, K, h]` of each block into the page that its table names. Copies bits, so it needs no pinning.
+
+    A block lies in one page: block starts are multiples of r and page sizes too. The rows behind a block's count are written as
+    they are: nothing attends to them before their own token overwrites them.
+    """
+    page_size = values.shape[2]
+    raw = lambda x: x if x.dtype == keys.dtype else jax.lax.bitcast_convert_type(x, keys.dtype)
+    k, v = raw(k.transpose(0, 2, 3, 1)), raw(v.transpose(0, 2, 1, 3))  # [B, K, h, r], [B, K, r, h]
+    pages = jnp.take_along_axis(tables, (blocks.starts // page_size)[:, None], axis=1)[:, 0]
+    pages, offsets = jnp.where(blocks.counts > 0, pages, 0), blocks.starts % page_size
+
+    def step(i, pool):
+        one = lambda x: jax.lax.dynamic_slice_in_dim(x, i, 1)
+        page, offset, zero = pages[i], offsets[i], jnp.int32(0)
+        return (jax.lax.dynamic_update_slice(pool[0], one(k), (page, zero, zero, offset)),
+                jax.lax.dynamic_update_slice(pool[1], one(v), (page, zero, offset, zero)))
+
+    return jax.lax.fori_loop(0, blocks.num_blocks, step, (keys, values))
+
+
+def copy_pages(cache: Cache, sources: Int[Array, " C"], targets: Int[Array, " C"], count: Int[Array, ""]) -> Cache:
+    """Copy whole pages, the first `count` of the pairs, in every layer: how samples part from the prompt they shared."""
+
+    def copy(pool):
+        step = lambda i, pool: jax.lax.dynamic_update_slice_in_dim(
+            pool, jax.lax.dynamic_slice_in_dim(pool, sources[i], 1), targets[i], axis=0)
+        return jax.lax.fori_loop(0, count, step, pool)
+
+    return dataclasses.replace(cache, keys=tuple(map(copy, cache.keys)), values=tuple(map(copy, cache.values)))

@@ -1,0 +1,1 @@
+"""Decoders: one shared forward pass, one short file a family."""

@@ -1,0 +1,150 @@
+"""Hugging Face's config.json and tensor names, in both directions. What the families share; each family file adds its differences."""
+import math
+from typing import Any
+
+import numpy as np
+
+from checkpoints.key_table import Entry
+from jaxengine.config import ModelConfig, RopeConfig
+from jaxengine.keywords import nearest
+
+IGNORED_KEYS = ("*.rotary_emb.inv_freq",)  # buffers that old files carry
+ROPE_KINDS = ("default", "linear", "llama3", "yarn")
+
+
+def model_config(hf: dict[str, Any], **differences: Any) -> ModelConfig:
+    """ModelConfig from a parsed config.json. Raises ValueError for what this decoder does not compute."""
+    for key, expected in (("hidden_act", "silu"), ("mlp_bias", False), ("use_sliding_window", False)):
+        if hf.get(key, expected) != expected:
+            raise ValueError(f"config.json has {key}={hf[key]!r}: this decoder computes {key}={expected!r} only")
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+    missing = [name for name in sizes if name not in hf]
+    if missing:
+        raise ValueError(f"config.json lacks {', '.join(missing)}")
+    heads = hf["num_attention_heads"]
+    return ModelConfig(
+        architecture=hf["architectures"][0], **{name: hf[name] for name in sizes},
+        num_key_value_heads=hf.get("num_key_value_heads") or heads, head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
+        rms_norm_eps=hf.get("rms_norm_eps", 1e-6), rope=rope_config(hf), tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
+        eos_token_ids=_ids(hf.get("eos_token_id")), bos_token_id=hf.get("bos_token_id"),
+        dtype=_dtype(hf.get("dtype") or hf.get("torch_dtype") or "float32"), **differences)
+
+
+def _ids(value: int | list[int] | None) -> tuple[int, ...]:
+    return () if value is None else (value,) if isinstance(value, int) else tuple(value)
+
+
+def _dtype(name: str) -> str:
+    if name not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype must be float32, bfloat16 or float16, got {name!r}")
+    return name
+
+
+def rope_config(hf: dict[str, Any]) -> RopeConfig:
+    """RopeConfig from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
+    scaling = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    if kind not in ROPE_KINDS:
+        raise ValueError(f"rope type {kind!r} is not supported{nearest(kind, ROPE_KINDS)} Supported: {', '.join(ROPE_KINDS)}")
+    if scaling.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0)) != 1.0:
+        raise ValueError("partial_rotary_factor other than 1 is not supported")
+    theta = float(scaling.get("rope_theta") or hf.get("rope_theta") or 10_000.0)
+    original = scaling.get("original_max_position_embeddings") or hf.get("max_position_embeddings", 0)
+    factor = float(scaling.get("factor") or hf.get("max_position_embeddings", original) / max(original, 1))
+    return RopeConfig(
+        theta, kind, factor if kind != "default" else 1.0, original,
+        low_freq_factor=float(scaling.get("low_freq_factor") or 1.0), high_freq_factor=float(scaling.get("high_freq_factor") or 4.0),
+        beta_fast=float(scaling.get("beta_fast") or 32.0), beta_slow=float(scaling.get("beta_slow") or 1.0),
+        attention_factor=_yarn_attention_factor(scaling, factor) if kind == "yarn" else 1.0, truncate=bool(scaling.get("truncate", True)))
+
+
+def _yarn_attention_factor(scaling: dict[str, Any], factor: float) -> float:
+    """How much yarn scales the rotations. Peng et al. 2023, arXiv:2309.00071, equation 22."""
+    if scaling.get("attention_factor") is not None:
+        return float(scaling["attention_factor"])
+    scale = lambda m: 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0
+    mscale, all_dim = scaling.get("mscale"), scaling.get("mscale_all_dim")
+    return scale(mscale) / scale(all_dim) if mscale and all_dim else scale(1.0)
+
+
+def config_json(config: ModelConfig, model_type: str) -> dict[str, Any]:
+    """config.json of a model with this configuration, as transformers reads it."""
+    rope = config.rope
+    parameters: dict[str, Any] = {"rope_theta": rope.theta, "rope_type": rope.kind}
+    if rope.kind != "default":
+        parameters["factor"] = rope.factor
+    if rope.kind in ("llama3", "yarn"):
+        parameters["original_max_position_embeddings"] = rope.original_max_position_embeddings
+    if rope.kind == "llama3":
+        parameters |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
+    if rope.kind == "yarn":
+        parameters |= {name: getattr(rope, name) for name in ("beta_fast", "beta_slow", "attention_factor", "truncate")}
+    same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+            "head_dim", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "bos_token_id", "dtype")
+    eos = config.eos_token_ids
+    return {"architectures": [config.architecture], "model_type": model_type, "hidden_act": "silu", "rope_parameters": parameters,
+            "eos_token_id": (eos[0] if len(eos) == 1 else list(eos)) if eos else None, **{name: getattr(config, name) for name in same}}
+
+
+def key_table(config: ModelConfig) -> list[Entry]:
+    """Where each of our leaves comes from. Our matrices pack Hugging Face's by leaf: `[leaf, N, K]`."""
+    width, h = config.hidden_size, config.head_dim
+    query, key_value = config.num_attention_heads * h, config.num_key_value_heads * h
+    attention, mlp = "self_attn", config.intermediate_size
+    entries = [_vocabulary(config, "embed", "model.embed_tokens.weight")]
+    for i in range(config.num_hidden_layers):
+        ours, theirs = f"layers.{i}", f"model.layers.{i}"
+        names = [f"{theirs}.{attention}.{p}_proj" for p in "qkv"]
+        entries += [
+            _vector(f"{ours}.input_norm", f"{theirs}.input_layernorm.weight", width),
+            _outputs(config, f"{ours}.attention.qkv", [f"{n}.weight" for n in names], [(query, width), (key_value, width), (key_value, width)]),
+            _inputs(config, f"{ours}.attention.out", f"{theirs}.{attention}.o_proj.weight", (width, query)),
+            _vector(f"{ours}.post_norm", f"{theirs}.post_attention_layernorm.weight", width),
+            _outputs(config, f"{ours}.mlp.gate_up", [f"{theirs}.mlp.{p}_proj.weight" for p in ("gate", "up")], [(mlp, width)] * 2),
+            _inputs(config, f"{ours}.mlp.down", f"{theirs}.mlp.down_proj.weight", (width, mlp)),
+        ]
+        if config.qkv_bias:
+            entries.append(_outputs(config, f"{ours}.attention.qkv_bias", [f"{n}.bias" for n in names], [(query,), (key_value,), (key_value,)]))
+        if config.out_bias:
+            entries.append(_vector(f"{ours}.attention.out_bias", f"{theirs}.{attention}.o_proj.bias", width))
+        if config.qk_norm:
+            entries += [_vector(f"{ours}.attention.{p}_norm", f"{theirs}.{attention}.{p}_norm.weight", h) for p in "qk"]
+    entries.append(_vector("norm", "model.norm.weight", width))
+    return entries if config.tie_word_embeddings else [*entries, _vocabulary(config, "head", "lm_head.weight")]
+
+
+def ignored_keys(config: ModelConfig) -> tuple[str, ...]:
+    """Keys that a file may carry without being read: a tied model's head is its embedding."""
+    return (*IGNORED_KEYS, "lm_head.weight") if config.tie_word_embeddings else IGNORED_KEYS
+
+
+def _vector(target: str, source: str, size: int) -> Entry:
+    return Entry(target, (source,), ((size,),))
+
+
+def _vocabulary(config: ModelConfig, target: str, source: str) -> Entry:
+    """[V, D] padded with zero rows, then cut into leaves."""
+    size, padded, width = config.vocab_size, config.padded_vocab_size, config.hidden_size
+
+    def pack(sources):
+        out = np.zeros((padded, width), sources[0].dtype)
+        out[:size] = sources[0]
+        return out.reshape(config.reduction_leaves, -1, width)
+
+    return Entry(target, (source,), ((size, width),), pack, lambda leaf: (leaf.reshape(-1, width)[:size],))
+
+
+def _outputs(config: ModelConfig, target: str, sources: list[str], shapes: list[tuple[int, ...]]) -> Entry:
+    """Matrices [N, K] (or biases [N]) cut along N into leaves, and joined leaf by leaf."""
+    leaves = config.reduction_leaves
+    cut = lambda x: x.reshape(leaves, x.shape[0] // leaves, *x.shape[1:])
+    edges = np.cumsum([shape[0] // leaves for shape in shapes])[:-1]
+    unpack = lambda leaf: [part.reshape(-1, *part.shape[2:]) for part in np.split(leaf, edges, axis=1)]
+    return Entry(target, tuple(sources), tuple(shapes), lambda parts: np.concatenate([cut(x) for x in parts], axis=1), unpack)
+
+
+def _inputs(config: ModelConfig, target: str, source: str, shape: tuple[int, int]) -> Entry:
+    """[N, K] cut along K into leaves."""
+    leaves, (n, k) = config.reduction_leaves, shape
+    pack = lambda sources: np.ascontiguousarray(sources[0].reshape(n, leaves, k // leaves).swapaxes(0, 1))
+    return Entry(target, (source,), (shape,), pack, lambda leaf: (leaf.swapaxes(0, 1).reshape(n, k),))

@@ -1,0 +1,110 @@
+"""A decoder's parameters: frozen dataclasses of arrays, each declared once.
+
+Every matrix carries the leaf axis first (sharding/leaves.py) and its outputs before its inputs: `[leaf, N, K]`.
+"""
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from jaxengine.config import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """The declaration of one array: shape, logical axes (for sharding) and initialiser."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    init: Literal["normal", "ones", "zeros"] = "normal"
+
+
+def _pytree(cls):
+    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
+
+
+@_pytree
+class Attention:
+    qkv: Array  # [leaf, (H + 2K)h / leaf, D]: queries, keys, values of the leaf's heads
+    qkv_bias: Array | None  # [leaf, (H + 2K)h / leaf]
+    q_norm: Array | None  # [h]
+    k_norm: Array | None  # [h]
+    out: Array  # [leaf, D, Hh / leaf]
+    out_bias: Array | None  # [D]
+
+
+@_pytree
+class Mlp:
+    gate_up: Array  # [leaf, 2F / leaf, D]: gates, then ups
+    down: Array  # [leaf, D, F / leaf]
+
+
+@_pytree
+class Layer:
+    input_norm: Array  # [D]
+    attention: Attention
+    post_norm: Array  # [D]
+    mlp: Mlp
+
+
+@_pytree
+class Decoder:
+    embed: Array  # [leaf, V / leaf, D], V padded to whole blocks
+    layers: tuple[Layer, ...]
+    norm: Array  # [D]
+    head: Array | None  # [leaf, V / leaf, D]; None where the embedding is the head
+
+
+def declare(config: ModelConfig) -> Decoder:
+    """The tree of Parameter declarations, in the shape of the parameters themselves."""
+    leaves, width, h = config.reduction_leaves, config.hidden_size, config.head_dim
+    query, key_value = config.num_attention_heads * h, config.num_key_value_heads * h
+    norm = Parameter((width,), (None,), "ones")
+    head_norm = Parameter((h,), (None,), "ones") if config.qk_norm else None
+    table = Parameter((leaves, config.padded_vocab_size // leaves, width), ("leaf", "vocab", None))
+
+    def outputs(size: int) -> Parameter:
+        return Parameter((leaves, size // leaves, width), ("leaf", "out", None))
+
+    def inputs(size: int) -> Parameter:
+        return Parameter((leaves, width, size // leaves), ("leaf", None, "in"))
+
+    def layer() -> Layer:
+        packed = query + 2 * key_value
+        bias = Parameter((leaves, packed // leaves), ("leaf", "out"), "zeros") if config.qkv_bias else None
+        out_bias = Parameter((width,), (None,), "zeros") if config.out_bias else None
+        attention = Attention(outputs(packed), bias, head_norm, head_norm, inputs(query), out_bias)
+        return Layer(norm, attention, norm, Mlp(outputs(2 * config.intermediate_size), inputs(config.intermediate_size)))
+
+    layers = tuple(layer() for _ in range(config.num_hidden_layers))
+    return Decoder(table, layers, norm, None if config.tie_word_embeddings else table)
+
+
+def map_declared(function: Callable[[str, Parameter], Any], config: ModelConfig) -> Decoder:
+    """The declared tree with `function(path, parameter)` at each leaf; a path reads "layers.3.attention.qkv"."""
+    named = lambda path, parameter: function(jax.tree_util.keystr(path, simple=True, separator="."), parameter)
+    return jax.tree_util.tree_map_with_path(named, declare(config), is_leaf=lambda x: isinstance(x, Parameter))
+
+
+def abstract(config: ModelConfig) -> Decoder:
+    """Shapes and dtypes, nothing allocated."""
+    return map_declared(lambda _, p: jax.ShapeDtypeStruct(p.shape, jnp.dtype(config.dtype)), config)
+
+
+def initialise(config: ModelConfig, key: Array, scale: float = 0.02) -> Decoder:
+    """Random parameters: normal with deviation `scale`, ones for norms, zeros for biases and for padded vocabulary rows."""
+    paths = {}
+    map_declared(lambda path, _: paths.setdefault(path, len(paths)), config)
+
+    def array(path: str, parameter: Parameter) -> Array:
+        if parameter.init != "normal":
+            return (jnp.ones if parameter.init == "ones" else jnp.zeros)(parameter.shape, config.dtype)
+        values = scale * jax.random.normal(jax.random.fold_in(key, paths[path]), parameter.shape)
+        if parameter.axes[1] == "vocab":
+            values = jnp.where((jnp.arange(values.shape[0] * values.shape[1]) < config.vocab_size).reshape(*values.shape[:2], 1), values, 0)
+        return values.astype(config.dtype)
+
+    return map_declared(array, config)

@@ -1,0 +1,15 @@
+"""Qwen2 and Qwen2.5: biases on queries, keys and values."""
+from typing import Any
+
+from jaxengine.config import ModelConfig
+from jaxengine.models.hugging_face import model_config
+
+MODEL_TYPE = "qwen2"
+
+
+def configure(hf: dict[str, Any]) -> ModelConfig:
+    return model_config(hf, qkv_bias=True)
+
+
+def differences(config: ModelConfig) -> dict[str, Any]:
+    return {}

@@ -1,0 +1,16 @@
+"""Qwen3: norms on queries and keys, biases only where the configuration asks for them."""
+from typing import Any
+
+from jaxengine.config import ModelConfig
+from jaxengine.models.hugging_face import model_config
+
+MODEL_TYPE = "qwen3"
+
+
+def configure(hf: dict[str, Any]) -> ModelConfig:
+    biased = bool(hf.get("attention_bias", False))
+    return model_config(hf, qk_norm=True, qkv_bias=biased, out_bias=biased)
+
+
+def differences(config: ModelConfig) -> dict[str, Any]:
+    return {"attention_bias": config.qkv_bias}

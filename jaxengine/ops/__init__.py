@@ -1,0 +1,1 @@
+"""One home for every operation that rounds."""

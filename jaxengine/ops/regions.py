@@ -1,0 +1,88 @@
+"""Pinned regions: pieces of the forward pass whose bits do not depend on what stands around them.
+
+XLA picks a dot's algorithm by its shape and fuses element-wise code by its surroundings, so one Python function traced at two token
+counts, or with and without gradients, gives different bits. A region runs on tiles of a fixed number of rows, in a loop whose body is
+the same HLO wherever it stands: a loop's body is compiled apart from the code around it, and a trip count that is known only at run
+time keeps XLA from unrolling the loop into that code. The same count lets a half-empty step skip its empty tiles.
+Under differentiation a region saves its inputs and recomputes, so the values seen inside `value_and_grad` are the same loop's.
+"""
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+Tree = Any
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def over_tiles(body: Callable[[Tree, Tree], Tree], tile: int, weights: Tree, rows: Tree, count: Int[Array, ""]) -> Tree:
+    """`body(weights, rows of one tile)` over the first `count` of the rows `[R, ...]`; R is a multiple of `tile`.
+
+    Rows behind the last tile that holds one of the first `count` rows are zeros. `count` must be known at run time only
+    (an argument of the step, or computed from one). Differentiable in weights and rows.
+    """
+    size = jax.tree.leaves(rows)[0].shape[0]
+    assert size % tile == 0, f"{size} rows are no whole number of tiles of {tile}"
+    shapes = jax.eval_shape(body, weights, jax.tree.map(lambda x: x[:tile], rows))
+    out = jax.tree.map(lambda s: jnp.zeros((size, *s.shape[1:]), s.dtype), shapes)
+
+    def step(i, out):
+        part = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i * tile, tile), rows)
+        return jax.tree.map(lambda o, y: jax.lax.dynamic_update_slice_in_dim(o, y, i * tile, 0), out, body(weights, part))
+
+    return jax.lax.fori_loop(0, -(-count // tile), step, out)
+
+
+def _forward(body, tile, weights, rows, count):
+    return over_tiles(body, tile, weights, rows, count), (weights, rows, count)
+
+
+def _backward(body, tile, saved, cotangent):
+    # The barrier keeps XLA from merging the recomputation with the forward loop, which would fuse across the region.
+    weights, rows, count = jax.lax.optimization_barrier(saved)
+    weight_leaves, weight_tree = jax.tree.flatten(weights)
+    row_leaves, row_tree = jax.tree.flatten(rows)
+    float_weights, float_rows = [_is_float(x) for x in weight_leaves], [_is_float(x) for x in row_leaves]
+
+    def apply(some_weights, some_rows, part):
+        return body(weight_tree.unflatten(_merge(float_weights, some_weights, weight_leaves)),
+                    row_tree.unflatten(_merge(float_rows, some_rows, part)))
+
+    def step(total, tiles):
+        part, part_cotangent = tiles
+        _, pullback = jax.vjp(lambda w, r: apply(w, r, part), _pick(float_weights, weight_leaves), _pick(float_rows, part))
+        of_weights, of_rows = pullback(part_cotangent)
+        return jax.tree.map(lambda t, g: t + g.astype(jnp.float32), total, of_weights), of_rows
+
+    split = lambda x: x.reshape(-1, tile, *x.shape[1:])
+    zeros = [jnp.zeros(x.shape, jnp.float32) for x in _pick(float_weights, weight_leaves)]
+    total, of_rows = jax.lax.scan(step, zeros, (jax.tree.map(split, row_leaves), jax.tree.map(split, cotangent)))
+    total = [t.astype(x.dtype) for t, x in zip(total, _pick(float_weights, weight_leaves), strict=True)]
+    of_rows = [g.reshape(-1, *g.shape[2:]) for g in of_rows]
+    return (weight_tree.unflatten(_merge(float_weights, total, map(_no_gradient, weight_leaves))),
+            row_tree.unflatten(_merge(float_rows, of_rows, map(_no_gradient, row_leaves))), _no_gradient(count))
+
+
+over_tiles.defvjp(_forward, _backward)
+
+
+def _is_float(x: Array) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def _no_gradient(x: Array) -> Any:
+    """The cotangent that JAX wants for an integer input."""
+    return np.zeros(x.shape, jax.dtypes.float0)
+
+
+def _pick(chosen: list[bool], leaves: list) -> list:
+    return [x for x, take in zip(leaves, chosen, strict=True) if take]
+
+
+def _merge(chosen: list[bool], picked: Any, others: Any) -> list:
+    picked = iter(picked)
+    return [next(picked) if take else other for take, other in zip(chosen, others, strict=True)]

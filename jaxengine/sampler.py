@@ -1,0 +1,142 @@
+"""Drawing and scoring, twins in one file: here the meaning of "logprob" is written.
+
+The logprob of a token is the float32 log-softmax of the distribution it was drawn from: logit bias, penalties and temperature applied,
+cut to top-k, then top-p, then min-p, and renormalised over what is kept. At temperature 0 it is that of the model's own distribution,
+and the token is the likeliest after bias and penalties.
+
+The draw is a function of (processed distribution, key): the vocabulary is cut into blocks of DRAW_BLOCK ids; a first uniform picks a block
+by inverse CDF over the blocks' masses, a second an id by inverse CDF within the block. Two uniforms instead of V Gumbels: drawing
+150,000 Gumbels a token costs more than a decode step on a CPU. And two instead of one: each then has its own 24 bits, so the rounding of
+one CDF over the whole vocabulary does not swallow its tail.
+"""
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from jaxengine.step_inputs import SlotParams
+
+DRAW_BLOCK = 128
+
+
+def fold_keys(key: UInt32[Array, "t 2"], folds: Int[Array, "t 2"], positions: Int[Array, " t"]) -> Array:
+    """The key of each row's token: fold_in(fold_in(fold_in(key, prompt_index), sample_index), position); a fold of -1 is left out."""
+
+    def one(data, fold, position):
+        key = jax.random.wrap_key_data(data, impl="threefry2x32")
+        for index in fold:
+            folded = jax.random.fold_in(key, index)
+            key = jax.lax.select(index >= 0, folded, key)
+        return jax.random.fold_in(key, position)
+
+    return jax.vmap(one)(key, folds, positions)
+
+
+def process(logits: Float[Array, "t V"], row: SlotParams, history: Int[Array, "slots max_len"], slots: Int[Array, " t"],
+            positions: Int[Array, " t"]) -> tuple[Float[Array, "t V"], Float[Array, "t V"]]:
+    """(logits after bias and penalties, logits of the processed distribution) for tokens at `positions`; what is cut off is -inf.
+
+    `row` holds the parameters of each row's slot. Work that no row of the tile asks for is skipped; a row that does not ask for it
+    has the same bits either way.
+    """
+    batch, vocab = logits.shape
+    each = jnp.arange(batch)[:, None]
+
+    def biased(logits):
+        drop = lambda ids: jnp.where(ids >= 0, ids, vocab)  # behind the end: dropped by the scatter
+        logits = logits.at[each, drop(row.bias_ids)].add(row.bias_values, mode="drop")
+        early = (positions < row.first_stop)[:, None]
+        return logits.at[each, drop(jnp.where(early, row.stop_ids, -1))].set(-jnp.inf, mode="drop")
+
+    def penalised(logits):
+        tokens, where = history[slots], jnp.arange(history.shape[1])
+        count = lambda use: jnp.zeros((batch, vocab), jnp.int32).at[each, tokens].add(use.astype(jnp.int32), mode="drop")
+        generated = count((where >= row.prompt_length[:, None]) & (where < positions[:, None]))
+        seen = generated + count(where < jnp.minimum(row.prompt_length, positions)[:, None]) > 0
+        penalty = row.repetition_penalty[:, None]
+        logits = jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+        return logits - row.frequency_penalty[:, None] * generated - row.presence_penalty[:, None] * (generated > 0)
+
+    wants_bias = (row.bias_ids >= 0).any() | (positions < row.first_stop).any()
+    logits = jax.lax.cond(wants_bias, biased, lambda x: x, logits)
+    wants_penalty = ((row.repetition_penalty != 1) | (row.presence_penalty != 0) | (row.frequency_penalty != 0)).any()
+    logits = jax.lax.cond(wants_penalty, penalised, lambda x: x, logits)
+    scaled = logits / jnp.where(row.temperature > 0, row.temperature, 1.0)[:, None]
+    cuts = (row.top_k > 0) | (row.top_p < 1) | (row.min_p > 0)
+    return logits, jax.lax.cond((cuts & (row.temperature > 0)).any(), lambda x: truncate(x, row.top_k, row.top_p, row.min_p),
+                                lambda x: x, scaled)
+
+
+def truncate(logits: Float[Array, "t V"], top_k: Int[Array, " t"], top_p: Float[Array, " t"],
+             min_p: Float[Array, " t"]) -> Float[Array, "t V"]:
+    """logits with everything outside top-k, then top-p, then min-p at -inf. Ties in the sorted order are broken by token id.
+
+    No sort: the threshold is found by bisection over the bits of float32, whose order is that of integers.
+    """
+    vocab = logits.shape[-1]
+    order = _order(logits)
+    k = jnp.where((top_k > 0) & (top_k < vocab), top_k, vocab)[:, None]
+    edge = _largest(lambda t: (order >= t).sum(-1, keepdims=True) >= k, order.shape[0])
+    missing = k - (order > edge).sum(-1, keepdims=True)
+    keep = _above(order, edge, missing)
+
+    probs = jax.nn.softmax(jnp.where(keep, logits, -jnp.inf), axis=-1)
+    p = top_p[:, None]
+    edge = _largest(lambda t: jnp.where(order >= t, probs, 0).sum(-1, keepdims=True) >= p, order.shape[0])
+    inside = jnp.where(order > edge, probs, 0).sum(-1, keepdims=True)
+    each = jnp.max(jnp.where(order == edge, probs, 0), -1, keepdims=True)  # ids that share the edge have one probability
+    missing = jnp.ceil((p - inside) / jnp.maximum(each, jnp.finfo(jnp.float32).tiny))
+    keep &= jnp.where(p < 1, _above(order, edge, jnp.clip(missing, 1, vocab).astype(jnp.int32)), True)
+
+    keep &= probs >= min_p[:, None] * probs.max(-1, keepdims=True)
+    return jnp.where(keep, logits, -jnp.inf)
+
+
+def _order(x: Float[Array, "t V"]) -> UInt32[Array, "t V"]:
+    """float32 as unsigned integers in the same order; -0 and +0 are one number."""
+    bits = jax.lax.bitcast_convert_type(x + 0.0, jnp.uint32)
+    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+
+
+def _largest(enough, rows: int) -> UInt32[Array, "t 1"]:
+    """The largest threshold for which `enough(threshold)` holds, bit by bit; enough is true at 0 and falls once."""
+
+    def step(i, found):
+        candidate = found | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
+        return jnp.where(enough(candidate), candidate, found)
+
+    return jax.lax.fori_loop(0, 32, step, jnp.zeros((rows, 1), jnp.uint32))
+
+
+def _above(order: UInt32[Array, "t V"], edge: UInt32[Array, "t 1"], missing: Int[Array, "t 1"]) -> Bool[Array, "t V"]:
+    """What lies above the edge, and the `missing` lowest ids of those that lie on it."""
+    on_edge = order == edge
+    return (order > edge) | (on_edge & (jnp.cumsum(on_edge, axis=-1) <= missing))
+
+
+def draw(logprobs: Float[Array, "t V"], keys: Array) -> Int[Array, " t"]:
+    """One token a row from the distribution exp(logprobs), by inverse CDF over blocks and then within one."""
+    batch, vocab = logprobs.shape
+    uniform = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
+    blocks = jnp.exp(logprobs).reshape(batch, vocab // DRAW_BLOCK, DRAW_BLOCK)
+    block = _inverse_cdf(blocks.sum(-1), uniform[:, 0])
+    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    return block * DRAW_BLOCK + _inverse_cdf(inside, uniform[:, 1])
+
+
+def _inverse_cdf(weights: Float[Array, "t n"], u: Float[Array, " t"]) -> Int[Array, " t"]:
+    """The first index whose cumulative weight exceeds u · total, among those of positive weight."""
+    cumulative = jnp.cumsum(weights, axis=-1)
+    positive = weights > 0
+    hit = positive & (cumulative > u[:, None] * cumulative[:, -1:])
+    last = weights.shape[-1] - 1 - jnp.argmax(positive[:, ::-1], axis=-1)  # where rounding lets no sum exceed u · total
+    return jnp.where(hit.any(-1), jnp.argmax(hit, axis=-1), last).astype(jnp.int32)
+
+
+def token_logprobs(logprobs: Float[Array, "t V"], tokens: Int[Array, " t"]) -> Float[Array, " t"]:
+    """The twin of draw: the logprob of given tokens under the same distribution."""
+    return jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
+
+
+def entropy(logprobs: Float[Array, "t V"]) -> Float[Array, " t"]:
+    """-Σ p log p in nats."""
+    return -jnp.where(logprobs > -jnp.inf, jnp.exp(logprobs) * logprobs, 0).sum(-1)

@@ -1,0 +1,85 @@
+"""A request in flight and its samples, as the scheduler sees them. Plain Python."""
+import dataclasses
+import enum
+from collections.abc import Sequence as Seq
+from typing import Any
+
+from jaxengine.outputs import Logprob
+from jaxengine.request import SamplingParams
+
+
+class Status(enum.Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclasses.dataclass(eq=False)
+class Request:
+    """A prompt, how to sample it, and the key data and indices that its draws depend on."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    key: tuple[int, int]
+    prompt_index: int  # -1 where the request carries its own key
+    stop_token_ids: frozenset[int]
+    limit: int  # prompt and completion end here
+    prompt: str | None = None
+    cache_salt: str = ""
+    samples: list["Sequence"] = dataclasses.field(default_factory=list)
+    prefilling: "Sequence | None" = None  # the sample that computes the prompt; the others wait to share its pages
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    num_cached_tokens: int | None = None
+
+    def key_folds(self, sample_index: int) -> tuple[int, int]:
+        """What is folded into the key for one sample; -1 means nothing."""
+        own, alone = self.prompt_index < 0, self.params.n == 1
+        return self.prompt_index, -1 if own and alone else sample_index
+
+
+@dataclasses.dataclass(eq=False)
+class Sequence:
+    """One sample: its tokens, its pages and how far it has come."""
+
+    request: Request
+    index: int
+    token_ids: list[int]
+    arrival: int
+    status: Status = Status.WAITING
+    slot: int = -1
+    pages: list[int] = dataclasses.field(default_factory=list)
+    num_computed: int = 0  # tokens whose keys and values are written, or will be by a step that is under way
+    num_pending: int = 0  # tokens drawn by steps whose results are not here yet
+    num_registered: int = 0  # pages offered to the prefix cache
+    version: int = 0  # of the weights that wrote its pages
+    token_logprobs: list[float] = dataclasses.field(default_factory=list)
+    raw_logprobs: list[float] = dataclasses.field(default_factory=list)
+    entropies: list[float] = dataclasses.field(default_factory=list)
+    logprobs: list[dict[int, Logprob]] = dataclasses.field(default_factory=list)
+    token_versions: list[int] = dataclasses.field(default_factory=list)
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    detokenizer: Any = None
+
+    @property
+    def prompt_length(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the sequence, those under way included."""
+        return len(self.token_ids) + self.num_pending
+
+    @property
+    def generated(self) -> Seq[int]:
+        return self.token_ids[self.prompt_length :]
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether its prefill owes the prompt's logprobs: the first sample's does, once."""
+        return self.request.params.prompt_logprobs is not None and self.index == 0 and not self.generated
+
+    @property
+    def is_decoding(self) -> bool:
+        return self.num_computed >= self.length - 1 and self.num_computed >= self.prompt_length

@@ -1,0 +1,123 @@
+"""The jitted steps, pure functions of (params, cache, inputs). The only jax.jit of the engine is in here; the cache is donated."""
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from jaxengine import kv_cache, sampler
+from jaxengine.config import ModelConfig
+from jaxengine.kv_cache import Cache
+from jaxengine.models import decoder
+from jaxengine.models.decoder import Tile
+from jaxengine.models.params import Decoder
+from jaxengine.ops.regions import over_tiles
+from jaxengine.step_inputs import Blocks, Copies, RowOutputs, Rows, SlotParams
+
+
+@functools.partial(jax.jit, static_argnames=("config", "tile", "max_logprobs"), donate_argnames="cache")
+def prefill_step(params: Decoder, cache: Cache, tables: Array, slots: SlotParams, blocks: Blocks, rows: Rows, copies: Copies,
+                 *, config: ModelConfig, tile: Tile, max_logprobs: int) -> tuple[Cache, RowOutputs]:
+    """Run prompt chunks and draw (or score) the token after each of `rows`. Drawn tokens are appended to the history."""
+    cache, hidden = decoder.forward(config, params, cache, tables, blocks, tile)
+    cache = kv_cache.copy_pages(cache, copies.sources, copies.targets, copies.num_copies)
+    x = hidden.reshape(-1, hidden.shape[-1])[rows.indices]
+    out = next_tokens(config, params, cache, slots, x, rows, tile.rows, max_logprobs)
+    return append(cache, rows, out), out
+
+
+@functools.partial(jax.jit, static_argnames=("config", "tile", "max_logprobs", "num_steps"), donate_argnames="cache")
+def decode_step(params: Decoder, cache: Cache, tables: Array, slots: SlotParams, rows: Rows,
+                *, config: ModelConfig, tile: Tile, max_logprobs: int, num_steps: int) -> tuple[Cache, RowOutputs]:
+    """`num_steps` tokens for each of `rows`, outputs `[num_steps, R]`. A row that reaches its limit is idle from there on."""
+    lane = jnp.arange(rows.slots.shape[0])
+
+    def one(cache: Cache, rows: Rows) -> tuple[Cache, RowOutputs]:
+        # Position `limit` is the end of the sequence: the token before it is the last, and needs no successor.
+        live = (lane < rows.num_rows) & (rows.positions + 1 < slots.limit[rows.slots])
+        blocks = Blocks(rows.slots, jnp.where(live, rows.positions, 0), live.astype(jnp.int32), rows.num_rows)
+        cache, hidden = decoder.forward(config, params, cache, tables, blocks, tile)
+        out = next_tokens(config, params, cache, slots, hidden[:, 0], rows, tile.rows, max_logprobs)
+        return append(cache, rows, out, live), out
+
+    def step(cache: Cache, i: Array) -> tuple[Cache, RowOutputs]:
+        return one(cache, dataclasses.replace(rows, positions=rows.positions + i))
+
+    if num_steps == 1:
+        cache, out = one(cache, rows)
+        return cache, jax.tree.map(lambda x: x[None], out)
+    return jax.lax.scan(step, cache, jnp.arange(num_steps))
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def write_history(cache: Cache, slots: Int[Array, " A"], tokens: Int[Array, "A max_len"]) -> Cache:
+    """Put whole sequences into their slots; a slot behind the last one is padding."""
+    return dataclasses.replace(cache, history=cache.history.at[slots].set(tokens, mode="drop"))
+
+
+@jax.jit
+def read_pages(cache: Cache, pages: Int[Array, " A"]) -> Cache:
+    """The given pages of every layer."""
+    take = lambda pool: jnp.stack([jax.lax.dynamic_index_in_dim(pool, page, keepdims=False) for page in pages])
+    return dataclasses.replace(cache, keys=tuple(map(take, cache.keys)), values=tuple(map(take, cache.values)))
+
+
+def append(cache: Cache, rows: Rows, out: RowOutputs, live: Array | None = None) -> Cache:
+    """Write drawn tokens behind the positions they follow."""
+    drawn = ~rows.scored & (jnp.arange(rows.slots.shape[0]) < rows.num_rows)
+    drawn = drawn if live is None else drawn & live
+    slots = jnp.where(drawn, rows.slots, cache.history.shape[0])
+    return dataclasses.replace(cache, history=cache.history.at[slots, rows.positions + 1].set(out.tokens, mode="drop"))
+
+
+def next_tokens(config: ModelConfig, params: Decoder, cache: Cache, slots: SlotParams, x: Array, rows: Rows, tile: int,
+                max_logprobs: int) -> RowOutputs:
+    """Head and sampler over the rows, as one pinned region."""
+    padding = -x.shape[0] % tile
+    pad = lambda a: jnp.pad(a, ((0, padding), *((0, 0),) * (a.ndim - 1)))
+    body = functools.partial(next_token, config, max_logprobs)
+    weights = (params.norm, params.embed if params.head is None else params.head, slots, cache.history)
+    inputs = jax.tree.map(pad, (x, rows.slots, rows.positions, rows.scored))
+    out = over_tiles(body, tile, weights, inputs, rows.num_rows)
+    return jax.tree.map(lambda a: a[: x.shape[0]], out)
+
+
+def next_token(config: ModelConfig, max_logprobs: int, weights: tuple, inputs: tuple) -> RowOutputs:
+    """One tile of rows: logits, processed distribution, token, logprob and what else was asked for."""
+    norm, head, slots, history = weights
+    x, slot, position, scored = inputs
+    row: SlotParams = jax.tree.map(lambda a: a[slot], slots)
+    logits = decoder.logits(config, norm, head, x)
+    finite = (jnp.isfinite(logits) | (jnp.arange(logits.shape[1]) >= config.vocab_size)).all(-1)
+    penalised, processed = sampler.process(logits, row, history, slot, position + 1)
+    greedy = (row.temperature == 0) | scored
+    logprobs = jax.nn.log_softmax(jnp.where(greedy[:, None], logits, processed), axis=-1)
+    drawn = sampler.draw(logprobs, sampler.fold_keys(row.key, row.key_folds, position + 1))
+    tokens = jnp.where(row.temperature == 0, jnp.argmax(penalised, axis=-1).astype(jnp.int32), drawn)
+    given = history[slot, jnp.minimum(position + 1, history.shape[1] - 1)]
+    tokens = jnp.where(scored, given, tokens)
+    chosen = sampler.token_logprobs(logprobs, tokens)
+    raw, entropies = _details(logits, logprobs, tokens, row)
+    ranks, top_ids, top_logprobs = _likeliest(logprobs, chosen, row, max_logprobs)
+    return RowOutputs(tokens, chosen, raw, entropies, ranks, top_ids, top_logprobs, finite)
+
+
+def _details(logits: Array, logprobs: Array, tokens: Array, row: SlotParams) -> tuple[Array, Array]:
+    """(raw logprobs, entropies), zeros where no row asked."""
+    asked = lambda: (sampler.token_logprobs(jax.nn.log_softmax(logits, axis=-1), tokens), sampler.entropy(logprobs))
+    nothing = jnp.zeros(tokens.shape, jnp.float32)
+    return jax.lax.cond(row.details.any(), asked, lambda: (nothing, nothing))
+
+
+def _likeliest(logprobs: Array, chosen: Array, row: SlotParams, n: int) -> tuple[Array, Array, Array]:
+    """(rank of the chosen token, likeliest ids, their logprobs), zeros where no row asked. Ties go to the lower id."""
+    n = min(n, logprobs.shape[1])
+
+    def asked():
+        values, ids = jax.lax.top_k(logprobs, n)
+        return (logprobs > chosen[:, None]).sum(-1).astype(jnp.int32) + 1, ids, values
+
+    batch = chosen.shape[0]
+    return jax.lax.cond((row.num_logprobs > 0).any(), asked,
+                        lambda: (jnp.zeros(batch, jnp.int32), jnp.zeros((batch, n), jnp.int32), jnp.zeros((batch, n), jnp.float32)))

@@ -1,0 +1,69 @@
+"""XLA twins: what every kernel computes, in plain jax.numpy, and what a CPU runs."""
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+MASKED = -1e30  # finite, so that a fully masked tile gives exp(MASKED - m) == 0 and never NaN
+
+
+def load_pages(pages: Array, page_ids: Int[Array, "B n"], dtype: jnp.dtype) -> Array:
+    """Pages by id, `[P, ...] -> [B, n, ...]`, in `dtype`.
+
+    The pool stores 16-bit floats as uint16: XLA on CPU widens 16-bit floats to float32 and would move that conversion
+    in front of the gather, over the whole pool. Integers stay where they are; the bits are read as floats after the gather.
+    """
+    tile = pages[page_ids]
+    return tile if tile.dtype == dtype else jax.lax.bitcast_convert_type(tile, dtype)
+
+
+def paged_attention(
+    q: Float[Array, "B r H h"],
+    k_pages: Array,
+    v_pages: Array,
+    tables: Int[Array, "B n"],
+    positions: Int[Array, " B"],
+    *,
+    scale: float,
+    kv_tile: int,
+    dtype: jnp.dtype,
+) -> Float[Array, "B r H h"]:
+    """Causal attention of r queries a sequence, the first at `positions[b]`, over pages named by a block table.
+
+    k_pages [P, K, h, p] holds keys transposed, v_pages [P, K, p, h] values; tables must cover whole tiles of kv_tile keys.
+    Scores, softmax and sums are float32. Keys are taken kv_tile at a time from the start of the context, so a query's bits do not
+    depend on the page size, on the other queries, or on how long the other contexts are: a tile behind its own context changes
+    nothing (the running maximum, sum and accumulator are multiplied by 1 and have 0 added).
+    Online softmax: Milakov and Gimelshein 2018, arXiv:1805.02867.
+    """
+    batch, r, num_heads, h = q.shape
+    num_kv_heads, page_size = v_pages.shape[1], v_pages.shape[2]
+    group, pages_per_tile = num_heads // num_kv_heads, kv_tile // page_size
+    # [B, K, r * group, h]: the queries that share a key-value head are rows of one dot
+    queries = q.reshape(batch, r, num_kv_heads, group, h).transpose(0, 2, 1, 3, 4).reshape(batch, num_kv_heads, r * group, h)
+    queries = queries.astype(jnp.float32) * scale
+    rows = max(r * group, 2)  # a dot with one row takes another path in XLA: other bits, and slow
+    queries = jnp.pad(queries, ((0, 0), (0, 0), (0, rows - r * group), (0, 0)))
+    query_positions = jnp.pad(jnp.repeat(jnp.arange(r), group), (0, rows - r * group)) + positions[:, None]  # [B, rows]
+    dot = lambda spec, a, b: jnp.einsum(spec, a, b, precision="highest", preferred_element_type=jnp.float32)
+
+    def step(i, carry):
+        high, total, out = carry
+        ids = jax.lax.dynamic_slice_in_dim(tables, i * pages_per_tile, pages_per_tile, axis=1)
+        keys = load_pages(k_pages, ids, dtype).transpose(0, 2, 3, 1, 4).reshape(batch, num_kv_heads, h, kv_tile)
+        values = load_pages(v_pages, ids, dtype).transpose(0, 2, 1, 3, 4).reshape(batch, num_kv_heads, kv_tile, h)
+        key_positions = i * kv_tile + jnp.arange(kv_tile)
+        visible = key_positions <= query_positions[:, None, :, None]
+        # Behind the context a page may hold anything, NaN too, and 0 * NaN is NaN.
+        written = (key_positions <= positions[:, None] + r - 1)[:, None, :, None]
+        values = jnp.where(written, values.astype(jnp.float32), 0.0)
+        scores = jnp.where(visible, dot("bkmh,bkhs->bkms", queries, keys.astype(jnp.float32)), MASKED)
+        new_high = jnp.maximum(high, scores.max(-1))
+        shrink, weights = jnp.exp(high - new_high), jnp.exp(scores - new_high[..., None])
+        return new_high, total * shrink + weights.sum(-1), out * shrink[..., None] + dot("bkms,bksh->bkmh", weights, values)
+
+    num_tiles = (positions.max() + r - 1) // kv_tile + 1
+    start = jnp.full((batch, num_kv_heads, rows), MASKED, jnp.float32)
+    empty = jnp.zeros((batch, num_kv_heads, rows, h), jnp.float32)
+    _, total, out = jax.lax.fori_loop(0, num_tiles, step, (start, jnp.zeros_like(start), empty))
+    out = (out / total[..., None])[:, :, : r * group].reshape(batch, num_kv_heads, r, group, h)
+    return out.transpose(0, 2, 1, 3, 4).reshape(batch, r, num_heads, h)

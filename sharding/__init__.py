@@ -1,0 +1,1 @@
+"""Where arrays live and in which order they are summed."""

@@ -1,0 +1,161 @@
+"""Where a model is found, what is fetched, and what its configuration may say."""
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import huggingface_hub
+import pytest
+from huggingface_hub.utils import filter_repo_objects
+
+import checkpoints
+from checkpoints.model_folder import read_config, read_generation_config, resolve, shipped, shipped_names
+
+
+@pytest.fixture
+def asked(monkeypatch, tmp_path) -> list[tuple[str, dict]]:
+    """Calls to the hub, which answers each with one folder."""
+    calls = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **options: calls.append((name, options)) or str(tmp_path))
+    return calls
+
+
+def run_python(program: str, cwd: Path, **environment: str) -> str:
+    """What the program prints, run in `cwd` with its packages taken from there or from PYTHONPATH."""
+    command, environment = [sys.executable, "-c", program], os.environ | environment
+    result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def test_a_local_folder_comes_first(tmp_path, monkeypatch, asked):
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert resolve("org/name") == resolve(tmp_path / "org" / "name") == tmp_path / "org" / "name"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert resolve("~/org") == tmp_path / "org"
+    assert asked == []
+
+
+def test_a_local_folder_stays_the_same_when_the_working_directory_changes(tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert resolve("mine").is_absolute()
+
+
+def test_a_hub_id_is_downloaded_without_pickles_and_code(tmp_path, asked):
+    assert resolve("org/name-1.5") == tmp_path
+    (name, options), = asked
+    assert name == "org/name-1.5"
+    wanted = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.json", "tokenizer.model",
+              "merges.txt", "chat_template.jinja", "additional_chat_templates/tools.jinja", "generation_config.json"]
+    unwanted = ["pytorch_model.bin", "modeling_x.py", "original/consolidated.00.pth", "consolidated.safetensors", "training_args.bin",
+                "onnx/model.onnx", "model.gguf", "float32/model.safetensors", "README.md"]
+    assert list(filter_repo_objects(wanted + unwanted, **options)) == wanted
+
+
+@pytest.mark.parametrize(
+    "model", ["no-such-model", "../calc", "a/b/c", "/no/such/folder", "./mine", "org/..", "org\\name", "org/na me", "\0", "x" * 5000]
+)
+def test_what_is_no_hub_id_is_not_asked_for(model, asked):
+    with pytest.raises(FileNotFoundError, match='was not found. Tried: a local folder .* models that ship .* hub .*"organisation/name"'):
+        resolve(model)
+    assert asked == []
+
+
+@pytest.mark.parametrize("model", ["", None, 7])
+def test_what_is_no_name_at_all_is_refused(model):
+    with pytest.raises(ValueError, match="model must be a folder, a name or a hub id, got"):
+        resolve(model)
+
+
+def test_a_path_is_never_taken_for_a_name(tmp_path, asked):
+    with pytest.raises(FileNotFoundError, match="is not a folder"):
+        resolve(Path("org/name"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileNotFoundError, match="file is not a folder"):
+        resolve(tmp_path / "file")
+    assert asked == []
+
+
+def test_an_unreachable_hub_is_reported_with_what_was_tried(tmp_path):
+    program = "from checkpoints.model_folder import resolve\ntry: resolve('org/name')\nexcept FileNotFoundError as error: print(error)"
+    text = run_python(program, Path(checkpoints.__file__).parents[1], HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
+    assert text.startswith("model 'org/name' was not found. Tried: a local folder (there is none)")
+    assert "the hub (not reached, and not complete in its cache (Cannot find" in text
+
+
+def test_a_missing_repository_is_reported_with_what_was_tried(monkeypatch):
+    def refuse(name, **_):
+        response: Any = SimpleNamespace(headers={}, request=None)
+        raise huggingface_hub.errors.RepositoryNotFoundError(f"404 for {name}", response=response)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(FileNotFoundError, match=r"Tried: .* the hub \(no such repository, or a private one: log in .*404 for org/name"):
+        resolve("org/name")
+
+
+def test_an_id_that_the_hub_finds_invalid_is_reported_with_what_was_tried():
+    with pytest.raises(FileNotFoundError, match="the hub .no such repository"):
+        resolve("org/two--dashes")
+
+
+def test_shipped_names_cannot_leave_the_package():
+    for name in ("../checkpoints", "a/b", "a\\b", "..", ".", "", "/etc", "calc\n"):
+        with pytest.raises(ValueError, match="is not the name of a shipped model"):
+            shipped(name)
+    assert shipped("no-such-model") is None
+
+
+def test_each_shipped_name_resolves_to_its_folder():
+    for name in shipped_names():
+        assert resolve(name) == shipped(name) and read_config(resolve(name))
+
+
+def test_an_installed_copy_finds_what_ships_in_it_and_needs_no_accelerator_library(tmp_path):
+    package = tmp_path / "checkpoints"
+    shutil.copytree(Path(checkpoints.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    (package / "toy").mkdir()
+    (package / "toy" / "config.json").write_text("{}")
+    (tmp_path / "elsewhere").mkdir()
+    program = (
+        "import sys\n"
+        "from checkpoints import key_table, model_folder\n"
+        "print(model_folder.resolve('toy'), 'toy' in model_folder.shipped_names(), {'jax', 'torch', 'jaxengine'} & set(sys.modules))"
+    )
+    text = run_python(program, tmp_path / "elsewhere", PYTHONPATH=str(tmp_path))
+    assert text == f"{package / 'toy'} True set()"
+
+
+def test_configurations_are_read_as_they_stand(tmp_path):
+    (tmp_path / "config.json").write_text('{"architectures": ["Qwen3ForCausalLM"], "rope_theta": 1e6}')
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
+    assert read_config(tmp_path) == {"architectures": ["Qwen3ForCausalLM"], "rope_theta": 1e6}
+    assert read_generation_config(tmp_path) == {}
+    (tmp_path / "generation_config.json").write_text('{"top_k": 20}')
+    assert read_generation_config(str(tmp_path)) == {"top_k": 20}
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"a": 1, "a": 2}', "[" * 100_000, "\ufeff{}", "{'a': 1}"])
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "generation_config.json"])
+def test_invalid_json_is_an_error_with_the_files_name(tmp_path, name, text):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=f"{tmp_path / name} (is not valid JSON|must hold a JSON object)"):
+        read_config(tmp_path)
+        read_generation_config(tmp_path)
+
+
+def test_a_missing_config_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="config.json is missing"):
+        read_config(tmp_path)
+
+
+def test_a_huge_json_file_is_refused_before_it_is_read(tmp_path):
+    with (tmp_path / "config.json").open("wb") as file:
+        file.truncate(2**40)  # sparse
+    with pytest.raises(ValueError, match=f"config.json has {2**40} bytes: at most"):
+        read_config(tmp_path)
