@@ -1,7 +1,6 @@
 """Finds the folder of a model and reads its configuration. Names become paths only inside this package; no code of a folder is ever run."""
 import os
 import re
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +65,8 @@ def read_generation_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _package() -> Path:
-    return Path(str(resources.files("checkpoints")))
+    # Not importlib.resources: with an editable install, a folder "checkpoints" of the user's own would be taken for this package.
+    return Path(__file__).parent
 
 
 def _download(model: str) -> Path:

@@ -10,6 +10,7 @@ text alone and complete characters alone: the U+FFFD that ends a text cut within
 import codecs
 import functools
 import json
+import re
 from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
@@ -39,8 +40,12 @@ class Pieces:
             self._known[key] = self._decoded(token_id, first)
         return self._known[key]
 
+    def __contains__(self, token_id: int) -> bool:
+        return self._backend.id_to_token(token_id) is not None
+
     def join(self, token_ids: Iterable[int]) -> bytes:
-        return b"".join(self.piece(token_id, first=index == 0) for index, token_id in enumerate(token_ids))
+        known = [token_id for token_id in token_ids if token_id in self]
+        return b"".join(self.piece(token_id, first=index == 0) for index, token_id in enumerate(known))
 
     def _decoded(self, token_id: int, first: bool) -> bytes:
         token = self._backend.id_to_token(token_id)
@@ -48,8 +53,8 @@ class Pieces:
             return b""
         if self._byte_level:
             return _byte_level_bytes(token)
-        if self._byte_fallback and token[:3] == "<0x" and len(token) == 6 and (byte := int(token[3:5], 16)) >= 0x80:
-            return bytes([byte])
+        if self._byte_fallback and (byte := re.fullmatch("<0x([89A-F][0-9A-F])>", token)):
+            return bytes.fromhex(byte[1])
         before = () if first else self._anchor
         start = len(self._backend.decode(list(before), skip_special_tokens=False))
         return self._backend.decode([*before, token_id], skip_special_tokens=False)[start:].encode()
@@ -177,7 +182,7 @@ class Detokenizer:
         if token_id in self._skipped:
             return ""
         piece = self._pieces.piece(token_id, self._first)
-        self._first = False
+        self._first = self._first and token_id not in self._pieces
         return self._characters.decode(piece)
 
     def _append(self, text: str) -> str:

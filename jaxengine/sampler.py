@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from jaxengine.ops.softmax import log_softmax
 from jaxengine.step_inputs import SlotParams
+from pallas_kernels.pinned_math import exp, row_cumsum, row_sum
 
 DRAW_BLOCK = 128
 
@@ -79,10 +81,10 @@ def truncate(logits: Float[Array, "t V"], top_k: Int[Array, " t"], top_p: Float[
     missing = k - (order > edge).sum(-1, keepdims=True)
     keep = _above(order, edge, missing)
 
-    probs = jax.nn.softmax(jnp.where(keep, logits, -jnp.inf), axis=-1)
+    probs = exp(log_softmax(jnp.where(keep, logits, -jnp.inf)))
     p = top_p[:, None]
-    edge = _largest(lambda t: jnp.where(order >= t, probs, 0).sum(-1, keepdims=True) >= p, order.shape[0])
-    inside = jnp.where(order > edge, probs, 0).sum(-1, keepdims=True)
+    edge = _largest(lambda t: row_sum(jnp.where(order >= t, probs, 0))[:, None] >= p, order.shape[0])
+    inside = row_sum(jnp.where(order > edge, probs, 0))[:, None]
     each = jnp.max(jnp.where(order == edge, probs, 0), -1, keepdims=True)  # ids that share the edge have one probability
     missing = jnp.ceil((p - inside) / jnp.maximum(each, jnp.finfo(jnp.float32).tiny))
     keep &= jnp.where(p < 1, _above(order, edge, jnp.clip(missing, 1, vocab).astype(jnp.int32)), True)
@@ -117,15 +119,15 @@ def draw(logprobs: Float[Array, "t V"], keys: Array) -> Int[Array, " t"]:
     """One token a row from the distribution exp(logprobs), by inverse CDF over blocks and then within one."""
     batch, vocab = logprobs.shape
     uniform = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
-    blocks = jnp.exp(logprobs).reshape(batch, vocab // DRAW_BLOCK, DRAW_BLOCK)
-    block = _inverse_cdf(blocks.sum(-1), uniform[:, 0])
+    blocks = exp(logprobs).reshape(batch, vocab // DRAW_BLOCK, DRAW_BLOCK)
+    block = _inverse_cdf(row_sum(blocks), uniform[:, 0])
     inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
     return block * DRAW_BLOCK + _inverse_cdf(inside, uniform[:, 1])
 
 
 def _inverse_cdf(weights: Float[Array, "t n"], u: Float[Array, " t"]) -> Int[Array, " t"]:
     """The first index whose cumulative weight exceeds u · total, among those of positive weight."""
-    cumulative = jnp.cumsum(weights, axis=-1)
+    cumulative = row_cumsum(weights)
     positive = weights > 0
     hit = positive & (cumulative > u[:, None] * cumulative[:, -1:])
     last = weights.shape[-1] - 1 - jnp.argmax(positive[:, ::-1], axis=-1)  # where rounding lets no sum exceed u · total
@@ -139,4 +141,4 @@ def token_logprobs(logprobs: Float[Array, "t V"], tokens: Int[Array, " t"]) -> F
 
 def entropy(logprobs: Float[Array, "t V"]) -> Float[Array, " t"]:
     """-Σ p log p in nats."""
-    return -jnp.where(logprobs > -jnp.inf, jnp.exp(logprobs) * logprobs, 0).sum(-1)
+    return -row_sum(jnp.where(logprobs > -jnp.inf, exp(logprobs) * logprobs, 0))

@@ -13,6 +13,7 @@ from jaxengine.models import decoder
 from jaxengine.models.decoder import Tile
 from jaxengine.models.params import Decoder
 from jaxengine.ops.regions import over_tiles
+from jaxengine.ops.softmax import log_softmax
 from jaxengine.step_inputs import Blocks, Copies, RowOutputs, Rows, SlotParams
 
 
@@ -92,7 +93,7 @@ def next_token(config: ModelConfig, max_logprobs: int, weights: tuple, inputs: t
     finite = (jnp.isfinite(logits) | (jnp.arange(logits.shape[1]) >= config.vocab_size)).all(-1)
     penalised, processed = sampler.process(logits, row, history, slot, position + 1)
     greedy = (row.temperature == 0) | scored
-    logprobs = jax.nn.log_softmax(jnp.where(greedy[:, None], logits, processed), axis=-1)
+    logprobs = log_softmax(jnp.where(greedy[:, None], logits, processed))
     drawn = sampler.draw(logprobs, sampler.fold_keys(row.key, row.key_folds, position + 1))
     tokens = jnp.where(row.temperature == 0, jnp.argmax(penalised, axis=-1).astype(jnp.int32), drawn)
     given = history[slot, jnp.minimum(position + 1, history.shape[1] - 1)]
@@ -105,7 +106,7 @@ def next_token(config: ModelConfig, max_logprobs: int, weights: tuple, inputs: t
 
 def _details(logits: Array, logprobs: Array, tokens: Array, row: SlotParams) -> tuple[Array, Array]:
     """(raw logprobs, entropies), zeros where no row asked."""
-    asked = lambda: (sampler.token_logprobs(jax.nn.log_softmax(logits, axis=-1), tokens), sampler.entropy(logprobs))
+    asked = lambda: (sampler.token_logprobs(log_softmax(logits), tokens), sampler.entropy(logprobs))
     nothing = jnp.zeros(tokens.shape, jnp.float32)
     return jax.lax.cond(row.details.any(), asked, lambda: (nothing, nothing))
 

@@ -3,7 +3,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-MASKED = -1e30  # finite, so that a fully masked tile gives exp(MASKED - m) == 0 and never NaN
+from pallas_kernels.pinned_math import LOG2_E, exp2, row_sum
+
+MASKED = -1e30  # finite, so that a fully masked tile gives 2^(MASKED - m) == 0 and never NaN
 
 
 def load_pages(pages: Array, page_ids: Int[Array, "B n"], dtype: jnp.dtype) -> Array:
@@ -33,14 +35,15 @@ def paged_attention(
     Scores, softmax and sums are float32. Keys are taken kv_tile at a time from the start of the context, so a query's bits do not
     depend on the page size, on the other queries, or on how long the other contexts are: a tile behind its own context changes
     nothing (the running maximum, sum and accumulator are multiplied by 1 and have 0 added).
-    Online softmax: Milakov and Gimelshein 2018, arXiv:1805.02867.
+    The softmax is taken to base 2 and its running maximum rounded up to a whole number: rescaling multiplies by a power of two, which is
+    exact, so that a compiler may fuse it into the addition behind it or not. Online softmax: Milakov and Gimelshein 2018, arXiv:1805.02867.
     """
     batch, r, num_heads, h = q.shape
     num_kv_heads, page_size = v_pages.shape[1], v_pages.shape[2]
     group, pages_per_tile = num_heads // num_kv_heads, kv_tile // page_size
     # [B, K, r * group, h]: the queries that share a key-value head are rows of one dot
     queries = q.reshape(batch, r, num_kv_heads, group, h).transpose(0, 2, 1, 3, 4).reshape(batch, num_kv_heads, r * group, h)
-    queries = queries.astype(jnp.float32) * scale
+    queries = queries.astype(jnp.float32) * (scale * LOG2_E)
     rows = max(r * group, 2)  # a dot with one row takes another path in XLA: other bits, and slow
     queries = jnp.pad(queries, ((0, 0), (0, 0), (0, rows - r * group), (0, 0)))
     query_positions = jnp.pad(jnp.repeat(jnp.arange(r), group), (0, rows - r * group)) + positions[:, None]  # [B, rows]
@@ -57,9 +60,9 @@ def paged_attention(
         written = (key_positions <= positions[:, None] + r - 1)[:, None, :, None]
         values = jnp.where(written, values.astype(jnp.float32), 0.0)
         scores = jnp.where(visible, dot("bkmh,bkhs->bkms", queries, keys.astype(jnp.float32)), MASKED)
-        new_high = jnp.maximum(high, scores.max(-1))
-        shrink, weights = jnp.exp(high - new_high), jnp.exp(scores - new_high[..., None])
-        return new_high, total * shrink + weights.sum(-1), out * shrink[..., None] + dot("bkms,bksh->bkmh", weights, values)
+        new_high = jnp.maximum(high, jnp.ceil(scores.max(-1)))
+        shrink, weights = exp2(high - new_high), exp2(scores - new_high[..., None])
+        return new_high, total * shrink + row_sum(weights), out * shrink[..., None] + dot("bkms,bksh->bkmh", weights, values)
 
     num_tiles = (positions.max() + r - 1) // kv_tile + 1
     start = jnp.full((batch, num_kv_heads, rows), MASKED, jnp.float32)

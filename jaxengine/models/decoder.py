@@ -19,9 +19,12 @@ from jaxengine.ops.norm import rms_norm
 from jaxengine.ops.regions import over_tiles
 from jaxengine.ops.rope import cos_sin, rotate
 from jaxengine.step_inputs import Blocks
+from pallas_kernels.pinned_math import silu
 from pallas_kernels.reference import paged_attention
 
-ATTENTION_TILE = 8  # query blocks that attention takes together: more do not stay in a CPU's cache
+# Query blocks that attention takes together, in every step: more do not stay in a CPU's cache, and with fewer XLA compiles
+# the exponentials of so small an array to other bits.
+ATTENTION_TILE = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +54,7 @@ def forward(config: ModelConfig, params: Decoder, cache: Cache, tables: Int[Arra
     for layer, old_keys, old_values in zip(params.layers, cache.keys, cache.values, strict=True):
         q, k, v = over_tiles(functools.partial(project, config), tile.blocks, layer, (x, blocks.starts), count)
         new_keys, new_values = kv_cache.write(old_keys, old_values, k, v, own_tables, blocks)
-        attended = over_tiles(functools.partial(attend, config), min(tile.blocks, ATTENTION_TILE), (new_keys, new_values),
+        attended = over_tiles(functools.partial(attend, config), ATTENTION_TILE, (new_keys, new_values),
                               (q, own_tables, blocks.starts), count)
         x = over_tiles(functools.partial(mix, config), tile.blocks, layer, (x, attended), count)
         keys.append(new_keys)
@@ -122,7 +125,7 @@ def mix(config: ModelConfig, layer: Layer, rows: tuple[Array, Array]) -> Float[A
     if layer.attention.out_bias is not None:
         x = x + layer.attention.out_bias.astype(jnp.float32)
     gate, up = jnp.split(split_outputs(rms_norm(x, layer.post_norm, config.rms_norm_eps), layer.mlp.gate_up), 2, axis=-1)
-    return (x + sum_inputs(jax.nn.silu(gate) * up, layer.mlp.down)).reshape(shape)
+    return (x + sum_inputs(silu(gate) * up, layer.mlp.down)).reshape(shape)
 
 
 def logits(config: ModelConfig, norm: Array, head: Float[Array, "leaf V D"], x: Float[Array, "t D"]) -> Float[Array, "t V"]:

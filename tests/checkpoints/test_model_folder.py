@@ -11,7 +11,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub.utils import filter_repo_objects
 
-import checkpoints
+from checkpoints import model_folder
 from checkpoints.model_folder import read_config, read_generation_config, resolve, shipped, shipped_names
 
 
@@ -83,7 +83,7 @@ def test_a_path_is_never_taken_for_a_name(tmp_path, asked):
 
 def test_an_unreachable_hub_is_reported_with_what_was_tried(tmp_path):
     program = "from checkpoints.model_folder import resolve\ntry: resolve('org/name')\nexcept FileNotFoundError as error: print(error)"
-    text = run_python(program, Path(checkpoints.__file__).parents[1], HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
+    text = run_python(program, Path(model_folder.__file__).parents[1], HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
     assert text.startswith("model 'org/name' was not found. Tried: a local folder (there is none)")
     assert "the hub (not reached, and not complete in its cache (Cannot find" in text
 
@@ -117,7 +117,7 @@ def test_each_shipped_name_resolves_to_its_folder():
 
 def test_an_installed_copy_finds_what_ships_in_it_and_needs_no_accelerator_library(tmp_path):
     package = tmp_path / "checkpoints"
-    shutil.copytree(Path(checkpoints.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(Path(model_folder.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
     (package / "toy").mkdir()
     (package / "toy" / "config.json").write_text("{}")
     (tmp_path / "elsewhere").mkdir()
@@ -126,7 +126,8 @@ def test_an_installed_copy_finds_what_ships_in_it_and_needs_no_accelerator_libra
         "from checkpoints import key_table, model_folder\n"
         "print(model_folder.resolve('toy'), 'toy' in model_folder.shipped_names(), {'jax', 'torch', 'jaxengine'} & set(sys.modules))"
     )
-    text = run_python(program, tmp_path / "elsewhere", PYTHONPATH=str(tmp_path))
+    search_path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    text = run_python(program, tmp_path / "elsewhere", PYTHONPATH=search_path)
     assert text == f"{package / 'toy'} True set()"
 
 

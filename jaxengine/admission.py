@@ -1,0 +1,115 @@
+"""From what a caller gives to a Request: everything is checked here, before anything is allocated."""
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxengine.batch import MAX_STOPS
+from jaxengine.config import EngineConfig, ModelConfig
+from jaxengine.keywords import check_keywords
+from jaxengine.request import SamplingParams, token_ids_of
+from jaxengine.sequence import Request
+from jaxengine.tokenizer import Tokenizer
+
+PROMPT_KEYS = ("prompt", "prompt_token_ids", "allow_special_tokens", "cache_salt")
+
+
+def key_data(key: Any) -> tuple[int, int]:
+    """The two words of a typed threefry key; raises for anything else."""
+    if not (isinstance(key, jax.Array) and jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)):
+        raise TypeError(f"key must be a typed key such as jax.random.key(0), got {type(key).__name__}"
+                        f"{f' of {key.dtype}{list(key.shape)}' if hasattr(key, 'dtype') else ''}")
+    if key.shape != () or jax.random.key_impl(key) not in ("fry", "threefry2x32"):
+        raise ValueError(f"key must be one threefry key, got {jax.random.key_impl(key)} of shape {key.shape}")
+    high, low = np.asarray(jax.random.key_data(key)).tolist()
+    return high, low
+
+
+def prompts_of(prompts: Any) -> list[Any]:
+    """A batch of prompts: one string, one list of ids or one dict is a batch of one, as in vLLM."""
+    if isinstance(prompts, (str, Mapping)):
+        return [prompts]
+    if isinstance(prompts, (bytes, type(None))) or not hasattr(prompts, "__iter__"):
+        raise ValueError(f"prompts must be strings, lists of token ids or dicts, got {type(prompts).__name__}")
+    batch = list(prompts)
+    is_token = lambda x: not isinstance(x, (str, Mapping)) and getattr(x, "ndim", 0) == 0 and not hasattr(x, "__iter__")
+    return [batch] if batch and all(map(is_token, batch)) else batch
+
+
+def params_of(params: Any, count: int) -> list[SamplingParams]:
+    """One SamplingParams a prompt: one for all, or one each."""
+    if params is None:
+        params = SamplingParams()
+    if isinstance(params, SamplingParams):
+        return [params] * count
+    if isinstance(params, (str, bytes, Mapping)) or not isinstance(params, Sequence):
+        raise TypeError(f"sampling_params must be a SamplingParams or a list of them, got {type(params).__name__}")
+    for index, item in enumerate(params):
+        if not isinstance(item, SamplingParams):
+            raise TypeError(f"sampling_params[{index}] must be a SamplingParams, got {type(item).__name__}")
+    if len(params) != count:
+        raise ValueError(f"{len(params)} sampling_params for {count} prompts: give one for all, or one each")
+    return list(params)
+
+
+def make_request(request_id: str, prompt: Any, index: int, params: SamplingParams, key: tuple[int, int], model: ModelConfig,
+                 engine: EngineConfig, tokenizer: Tokenizer | None) -> Request:
+    """A checked Request; errors name the prompt's index."""
+    text, ids, salt = _tokens(prompt, index, model, tokenizer)
+    _check_params(params, index, model, engine)
+    stops = set(params.stop_token_ids) | (set() if params.ignore_eos else set(model.eos_token_ids))
+    if len(stops) > MAX_STOPS:
+        raise ValueError(f"prompts[{index}] has {len(stops)} stop token ids, end tokens included: at most {MAX_STOPS} are possible")
+    if params.stop and tokenizer is None:
+        raise ValueError(f"prompts[{index}] has stop strings, but the model has no tokenizer: use stop_token_ids")
+    own = params.key if params.key is not None else jax.random.key(params.seed) if params.seed is not None else None
+    return Request(request_id, ids, params, key if own is None else key_data(own), index if own is None else -1, frozenset(stops),
+                   _limit(len(ids), index, params, engine), text, salt)
+
+
+def _tokens(prompt: Any, index: int, model: ModelConfig, tokenizer: Tokenizer | None) -> tuple[str | None, list[int], str]:
+    """(text, token ids, cache salt) of one prompt."""
+    where, salt, special = f"prompts[{index}]", "", False
+    if isinstance(prompt, Mapping):
+        check_keywords(where, prompt, PROMPT_KEYS)
+        salt, special = str(prompt.get("cache_salt", "")), bool(prompt.get("allow_special_tokens", False))
+        if prompt.get("prompt_token_ids") is not None:
+            return prompt.get("prompt"), token_ids_of(prompt["prompt_token_ids"], model.vocab_size, f"{where}['prompt_token_ids']"), salt
+        if not isinstance(prompt.get("prompt"), str):
+            raise ValueError(f"{where} needs 'prompt' or 'prompt_token_ids', got the keys {sorted(prompt)}")
+        prompt = prompt["prompt"]
+    if not isinstance(prompt, str):
+        return None, token_ids_of(prompt, model.vocab_size, where), salt
+    if not prompt:
+        raise ValueError(f"{where} is empty: at least one token is needed to predict the next one")
+    if tokenizer is None:
+        raise ValueError(f"{where} is text, but the model has no tokenizer: give {{'prompt_token_ids': [...]}}")
+    text = str(prompt)  # a numpy.str_ is a str too, and stays one in outputs otherwise
+    return text, token_ids_of(tokenizer.encode(text, allow_special_tokens=special), model.vocab_size, where), salt
+
+
+def _check_params(params: SamplingParams, index: int, model: ModelConfig, engine: EngineConfig) -> None:
+    for name in ("logprobs", "prompt_logprobs"):
+        value = getattr(params, name)
+        if value is not None and value > engine.max_logprobs:
+            raise ValueError(f"{name}={value} of prompts[{index}] is more than max_logprobs={engine.max_logprobs} of this engine")
+    for token, _ in params.logit_bias or ():
+        if token >= model.vocab_size:
+            raise ValueError(f"logit_bias of prompts[{index}] names token {token}: the vocabulary is 0 … {model.vocab_size - 1}")
+
+
+def _limit(prompt_length: int, index: int, params: SamplingParams, engine: EngineConfig) -> int:
+    """Where the sequence ends; raises where the prompt leaves no room, or where it could never fit the pool."""
+    if prompt_length >= engine.max_model_len:
+        raise ValueError(f"prompts[{index}] has {prompt_length} tokens, the context is max_model_len={engine.max_model_len}: "
+                         "no room for one token more")
+    limit = engine.max_model_len if params.max_tokens is None else min(prompt_length + params.max_tokens, engine.max_model_len)
+    room = (engine.num_pages - 1) * engine.page_size
+    if params.max_tokens is None and prompt_length < room:
+        return min(limit, room)
+    if limit > room:
+        pages = lambda tokens: -(-tokens // engine.page_size)
+        raise ValueError(f"prompts[{index}] needs {pages(limit)} pages of {engine.page_size} tokens, the pool has {engine.num_pages - 1}: "
+                         "raise num_pages, or lower max_tokens")
+    return limit

@@ -1,0 +1,31 @@
+"""The contract digest: what has to be equal for bits to be equal."""
+import dataclasses
+import hashlib
+import json
+
+import jax
+import jaxlib
+import numpy as np
+
+from jaxengine.config import KV_TILE, QUERY_BLOCK, ModelConfig
+from jaxengine.models.params import Decoder
+from jaxengine.programs import BASE
+from jaxengine.sampler import DRAW_BLOCK
+
+
+def weights_digest(params: Decoder) -> str:
+    """Hash of every parameter's bits, in the order of the tree."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(params):
+        array = np.asarray(leaf)
+        digest.update(f"{array.dtype}{array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return digest.hexdigest()
+
+
+def contract_digest(model: ModelConfig, params: Decoder, version: int) -> str:
+    """Equal digest and equal (key, prompt, sampling parameters) means equal bits."""
+    parts = {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "device": jax.devices()[0].device_kind, "version": version,
+             "model": dataclasses.asdict(model), "weights": weights_digest(params), "tile": dataclasses.asdict(BASE),
+             "query_block": QUERY_BLOCK, "kv_tile": KV_TILE, "draw_block": DRAW_BLOCK}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]

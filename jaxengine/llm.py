@@ -1,0 +1,211 @@
+"""LLM: a model, its tokenizer and an engine behind the names that vLLM's users know."""
+import dataclasses
+import itertools
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+
+from checkpoints.model_folder import resolve
+from jaxengine import memory
+from jaxengine.admission import key_data, make_request, params_of, prompts_of
+from jaxengine.config import EngineConfig, ModelConfig
+from jaxengine.detokenizer import Detokenizer
+from jaxengine.digest import contract_digest
+from jaxengine.engine import Engine
+from jaxengine.keywords import check_keywords
+from jaxengine.models import loading
+from jaxengine.models.params import Decoder
+from jaxengine.outputs import RequestOutput, RequestOutputs
+from jaxengine.progress import Progress
+from jaxengine.render import render
+from jaxengine.request import SamplingParams
+from jaxengine.sequence import Request, Sequence as Sample, Status
+from jaxengine.tokenizer import Tokenizer
+
+CPU_TOKENS, DEVICE_TOKENS = 512, 8192  # default budget of a step
+ENGINE_KEYWORDS = tuple(field.name for field in dataclasses.fields(EngineConfig))
+OWN_KEYWORDS = ("model", "dtype", "tokenizer", "seed", "reduction_leaves", "tensor_parallel_size", "data_parallel_size", "mesh", "progress")
+
+
+class LLM:
+    """An engine for one model.
+
+    `model` is the name of the model that ships ("calc"), a folder in Hugging Face format or a hub id. `dtype` is "auto" (the file's),
+    "float32", "bfloat16" or "float16". `num_pages` is sized from memory unless given. `seed` is the key of calls that bring none.
+    Further keywords are EngineConfig's: they change room and speed, never a bit.
+
+        llm = LLM("calc")
+        outputs = llm.generate(["12+30=", "7*8="], SamplingParams(n=8, max_tokens=16), key=jax.random.key(0))
+    """
+
+    def __init__(self, model: str | os.PathLike[str], *, dtype: str = "auto", tokenizer: str | os.PathLike[str] | None = None,
+                 seed: int = 0, reduction_leaves: int = 1, tensor_parallel_size: int = 1, data_parallel_size: int = 1,
+                 mesh: Any = None, progress: bool = True, **engine: Any) -> None:
+        check_keywords("LLM", engine, (*OWN_KEYWORDS, *ENGINE_KEYWORDS))
+        if tensor_parallel_size != 1 or data_parallel_size != 1 or mesh is not None:
+            raise NotImplementedError("this version runs on one device: leave tensor_parallel_size and data_parallel_size at 1, mesh at None")
+        folder = resolve(model)
+        self.progress = Progress(progress)
+        config = loading.read_model_config(folder, dtype=dtype, reduction_leaves=reduction_leaves)
+        config_of_engine = resolve_engine_config(config, engine)
+        self._start(config, config_of_engine, loading.load(folder, config, self.progress.counter("loading weights", "tensors")),
+                    _load_tokenizer(tokenizer, folder), seed)
+
+    @classmethod
+    def from_params(cls, config: ModelConfig, params: Decoder, *, tokenizer: Tokenizer | None = None, seed: int = 0,
+                    progress: bool = False, **engine: Any) -> "LLM":
+        """An LLM over parameters that are already in memory; they are used as they are, not copied."""
+        check_keywords("LLM.from_params", engine, ("config", "params", "tokenizer", "seed", "progress", *ENGINE_KEYWORDS))
+        self = cls.__new__(cls)
+        self.progress = Progress(progress)
+        self._start(config, resolve_engine_config(config, engine), params, tokenizer, seed)
+        return self
+
+    def _start(self, config: ModelConfig, engine: EngineConfig, params: Decoder, tokenizer: Tokenizer | None, seed: int) -> None:
+        self.config, self.tokenizer = config, tokenizer
+        self.engine = Engine(config, engine, params, make_detokenizer=self._detokenizer, report=self.progress.line)
+        self._key = jax.random.key(seed)
+        self._calls, self._ids = itertools.count(), itertools.count()
+        self._lock = threading.Lock()  # one step at a time; other threads' requests ride along in it
+        self._digests: dict[int, str] = {}
+
+    @property
+    def params(self) -> Decoder:
+        """The parameters that run, as a pytree."""
+        return self.engine.params
+
+    @property
+    def engine_config(self) -> EngineConfig:
+        return self.engine.config
+
+    def memory_plan(self) -> memory.MemoryPlan:
+        """What weights, cache and workspace take on the device."""
+        return memory.memory_plan(self.config, self.engine_config)
+
+    # -- generation ------------------------------------------------------------------------------------------------------------
+
+    def generate(self, prompts: Any, sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, *, key: Any = None,
+                 use_tqdm: bool | None = None, request_ids: Sequence[str] | None = None) -> RequestOutputs:
+        """Complete prompts: strings, lists of token ids or dicts with `prompt` or `prompt_token_ids`; outputs in their order.
+
+        The draws depend on (key, index of the prompt, index of the sample, position) alone. Without a key each call takes the next one
+        of the LLM's seed. An interrupt aborts the call's requests and leaves the engine usable.
+        """
+        requests = self._requests(prompts_of(prompts), sampling_params, key, request_ids)
+        show = self.progress.enabled if use_tqdm is None else use_tqdm
+        with Progress(show).bar(len(requests), "generating", "prompt") as bar:
+            for _ in self._run(requests):
+                bar.update(sum(_ended(r) for r in requests) - bar.n)
+        return RequestOutputs(self._output(request) for request in requests)
+
+    def stream(self, prompt: Any, sampling_params: SamplingParams | None = None, *, key: Any = None) -> Iterator[RequestOutput]:
+        """The output of one prompt again and again as it grows; the last one is finished. Closing the iterator aborts the request."""
+        (request,) = self._requests(prompts_of(prompt), sampling_params, key, None, streaming=True)
+        for _ in self._run([request]):
+            yield self._output(request)
+
+    def chat(self, messages: Any, sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, *, key: Any = None,
+             use_tqdm: bool | None = None, chat_template: str | None = None, add_generation_prompt: bool = True,
+             tools: list[dict[str, Any]] | None = None, chat_template_kwargs: dict[str, Any] | None = None) -> RequestOutputs:
+        """Complete a conversation (a list of messages) or several, with the model's chat template in a sandbox."""
+        if self.tokenizer is None:
+            raise ValueError("the model has no tokenizer, so there is no chat: give token ids to generate")
+        conversations = [messages] if messages and isinstance(messages[0], dict) else list(messages)
+        ids = [self.tokenizer.encode_chat(conversation, chat_template=chat_template, add_generation_prompt=add_generation_prompt,
+                                          tools=tools, template_kwargs=chat_template_kwargs) for conversation in conversations]
+        return self.generate([{"prompt_token_ids": tokens} for tokens in ids], sampling_params, key=key, use_tqdm=use_tqdm)
+
+    def abort(self, request_id: str) -> None:
+        """End a request from another thread; its tokens so far are returned with finish reason "abort". Idempotent."""
+        with self._lock:
+            self.engine.abort(request_id)
+
+    # -- inside ----------------------------------------------------------------------------------------------------------------
+
+    def _requests(self, prompts: list[Any], params: Any, key: Any, request_ids: Sequence[str] | None,
+                  streaming: bool = False) -> list[Request]:
+        if request_ids is not None and len(request_ids) != len(prompts):
+            raise ValueError(f"{len(request_ids)} request_ids for {len(prompts)} prompts: give one each")
+        each = params_of(params, len(prompts))
+        if not prompts:
+            return []
+        data = key_data(jax.random.fold_in(self._key, next(self._calls)) if key is None else key)
+        ids = request_ids if request_ids is not None else [str(next(self._ids)) for _ in prompts]
+        requests = [make_request(request_id, prompt, index, item, data, self.config, self.engine_config, self.tokenizer)
+                    for index, (request_id, prompt, item) in enumerate(zip(ids, prompts, each, strict=True))]
+        self._add(requests, streaming)
+        return requests
+
+    def _add(self, requests: list[Request], streaming: bool) -> None:
+        """All of a call's requests, or none of them."""
+        with self._lock:
+            for done, request in enumerate(requests):
+                try:
+                    self.engine.add(request)
+                except ValueError:
+                    for earlier in requests[:done]:
+                        self.engine.abort(earlier.request_id)
+                    raise
+            if streaming and self.tokenizer is not None:
+                for sample in requests[0].samples:
+                    sample.detokenizer = sample.detokenizer or self._detokenizer(sample)
+
+    def _run(self, requests: list[Request]) -> Iterator[None]:
+        """Step until the requests have ended. Several threads may: whoever holds the lock steps for all."""
+        try:
+            while not all(_ended(request) for request in requests):
+                with self._lock:
+                    if not all(_ended(request) for request in requests):
+                        self.engine.step()
+                yield
+        finally:
+            with self._lock:
+                for request in requests:
+                    if not _ended(request):
+                        self.engine.abort(request.request_id)
+
+    def _detokenizer(self, sample: Sample) -> Detokenizer:
+        assert self.tokenizer is not None
+        params = sample.request.params
+        return Detokenizer(self.tokenizer, stop=params.stop, include_stop_str_in_output=params.include_stop_str_in_output,
+                           skip_special_tokens=params.skip_special_tokens, min_tokens=params.min_tokens)
+
+    def _output(self, request: Request) -> RequestOutput:
+        return render(request, self.tokenizer, self.digest())
+
+    def digest(self) -> str:
+        """The contract digest of the weights that run (digest.py)."""
+        version = self.engine.scheduler.version
+        if version not in self._digests:
+            self._digests[version] = contract_digest(self.config, self.params, version)
+        return self._digests[version]
+
+    def __reduce__(self) -> Any:
+        raise TypeError("an LLM holds device memory and cannot be pickled or copied: build it anew from its model in each process")
+
+
+def resolve_engine_config(model: ModelConfig, given: dict[str, Any]) -> EngineConfig:
+    """EngineConfig from keywords; None means the default. The pool is sized from memory unless num_pages is given."""
+    given = {name: value for name, value in given.items() if value is not None}
+    on_cpu = jax.devices()[0].platform == "cpu"
+    length = given.setdefault("max_model_len", model.max_position_embeddings)
+    if length > model.max_position_embeddings:
+        raise ValueError(f"max_model_len={length} is more than the model's max_position_embeddings={model.max_position_embeddings}")
+    given.setdefault("max_num_batched_tokens", CPU_TOKENS if on_cpu else DEVICE_TOKENS)
+    config = EngineConfig(**given)
+    return config if "num_pages" in given else memory.sized_pool(model, config)
+
+
+def _load_tokenizer(given: Any, folder: Any) -> Tokenizer | None:
+    """The tokenizer asked for, else the model folder's; None where the folder has none (token ids work without)."""
+    if given is not None:
+        return Tokenizer.load(resolve(given))
+    has_one = any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json"))
+    return Tokenizer.load(folder) if has_one else None
+
+
+def _ended(request: Request) -> bool:
+    return all(sample.status is Status.FINISHED for sample in request.samples)

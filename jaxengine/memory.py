@@ -1,0 +1,79 @@
+"""What weights, cache and workspace take, and how large a pool fits."""
+import dataclasses
+import math
+import os
+
+import jax
+
+from jaxengine import kv_cache
+from jaxengine.config import EngineConfig, ModelConfig
+from jaxengine.models import params as model_params
+
+CPU_SHARE = 0.25  # of the host's free memory, for the pool: other programs live there too
+DEVICE_SHARE = 0.9  # of an accelerator's memory, for everything
+ROW_BYTES = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes on the device."""
+
+    weights: int
+    cache: int
+    workspace: int  # activations and logits of the widest step: an estimate
+    num_pages: int
+    page_bytes: int
+    available: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.workspace
+
+    def __str__(self) -> str:
+        gigabytes = lambda size: f"{size / 1e9:.2f} GB"
+        return (f"weights {gigabytes(self.weights)}, cache {gigabytes(self.cache)} ({self.num_pages} pages of {self.page_bytes / 1e6:.2f} MB), "
+                f"workspace about {gigabytes(self.workspace)}, together {gigabytes(self.total)} of {gigabytes(self.available)}")
+
+
+def memory_plan(model: ModelConfig, engine: EngineConfig) -> MemoryPlan:
+    """The plan of an engine as configured."""
+    size = lambda tree: sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    return MemoryPlan(size(model_params.abstract(model)), size(kv_cache.abstract(model, engine)), _workspace(model, engine),
+                      engine.num_pages, _page_bytes(model, engine), _available())
+
+
+def sized_pool(model: ModelConfig, engine: EngineConfig) -> EngineConfig:
+    """`engine` with the number of pages that memory allows, and no more than all slots can fill.
+
+    Raises MemoryError naming weights, cache and workspace where not even one whole context fits.
+    """
+    plan = memory_plan(model, dataclasses.replace(engine, num_pages=2))
+    on_cpu = jax.devices()[0].platform == "cpu"
+    budget = int(plan.available * CPU_SHARE) if on_cpu else int(plan.available * DEVICE_SHARE) - plan.weights - plan.workspace
+    useful = engine.max_num_seqs * -(-engine.max_model_len // engine.page_size) + 1
+    num_pages = min(useful, budget // plan.page_bytes - engine.probe_pages)
+    needed = -(-engine.max_model_len // engine.page_size) + 1
+    if num_pages < needed:
+        raise MemoryError(f"one context of max_model_len={engine.max_model_len} tokens needs {needed} pages, {max(num_pages, 0)} fit: {plan}; "
+                          "lower max_model_len or max_num_batched_tokens, or give num_pages")
+    return dataclasses.replace(engine, num_pages=num_pages)
+
+
+def _page_bytes(model: ModelConfig, engine: EngineConfig) -> int:
+    itemsize = jax.numpy.dtype(model.dtype).itemsize
+    return 2 * model.num_hidden_layers * model.num_key_value_heads * engine.page_size * model.head_dim * itemsize
+
+
+def _workspace(model: ModelConfig, engine: EngineConfig) -> int:
+    """Rows of the residual stream, projections and attention of a whole step, and the logits of one tile."""
+    rows = max(engine.max_num_batched_tokens, engine.max_num_seqs)
+    heads = (2 * model.num_attention_heads + 2 * model.num_key_value_heads) * model.head_dim
+    return ROW_BYTES * (rows * (2 * model.hidden_size + heads) + 4 * 128 * model.padded_vocab_size)
+
+
+def _available() -> int:
+    """Bytes of the first device, or of the host's free memory."""
+    stats = jax.devices()[0].memory_stats() if jax.devices()[0].platform != "cpu" else None
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")

@@ -1,0 +1,62 @@
+"""From finished (or growing) sequences to the outputs that callers see."""
+import itertools
+
+import numpy as np
+
+from jaxengine.outputs import CompletionOutput, Logprob, RequestOutput, VersionSpan
+from jaxengine.sequence import Request, Sequence, Status
+from jaxengine.tokenizer import Tokenizer
+
+
+def render(request: Request, tokenizer: Tokenizer | None, digest: str) -> RequestOutput:
+    """A RequestOutput of the request as it stands."""
+    prompt_logprobs = request.prompt_logprobs
+    if prompt_logprobs is None and request.params.prompt_logprobs is not None:
+        prompt_logprobs = [None] * len(request.prompt_token_ids)
+    return RequestOutput(
+        request.request_id, request.prompt, list(request.prompt_token_ids), [_completion(sample, tokenizer) for sample in request.samples],
+        all(sample.status is Status.FINISHED for sample in request.samples),
+        None if prompt_logprobs is None else [entry and _with_texts(entry, tokenizer) for entry in prompt_logprobs],
+        request.num_cached_tokens or 0, digest)
+
+
+def _completion(sample: Sequence, tokenizer: Tokenizer | None) -> CompletionOutput:
+    params, token_ids = sample.request.params, list(sample.generated)
+    optional = lambda wanted, values: np.asarray(values, np.float32) if wanted else None
+    return CompletionOutput(
+        sample.index, _text(sample, tokenizer), token_ids, np.asarray(sample.token_logprobs, np.float32), sample.finish_reason,
+        sample.stop_reason, _spans(sample.token_versions),
+        [_with_texts(entry, tokenizer) for entry in sample.logprobs] if params.logprobs is not None else None,
+        optional(params.raw_logprobs, sample.raw_logprobs), optional(params.entropy, sample.entropies),
+        [tokenizer.token_text(token) for token in token_ids] if tokenizer is not None else None)
+
+
+def _text(sample: Sequence, tokenizer: Tokenizer | None) -> str:
+    """The completion's text; a stop token that ended it is not part of it."""
+    params = sample.request.params
+    if tokenizer is None or not params.detokenize:
+        return ""
+    if sample.detokenizer is not None:
+        if sample.status is Status.FINISHED:
+            sample.detokenizer.finish()
+        return sample.detokenizer.text
+    token_ids = sample.generated
+    ended = sample.finish_reason == "stop" and token_ids and token_ids[-1] in sample.request.stop_token_ids
+    if ended and not params.include_stop_str_in_output:
+        token_ids = token_ids[:-1]
+    return tokenizer.decode(token_ids, skip_special_tokens=params.skip_special_tokens)
+
+
+def _with_texts(entry: dict[int, Logprob], tokenizer: Tokenizer | None) -> dict[int, Logprob]:
+    if tokenizer is None:
+        return entry
+    return {token: Logprob(value.logprob, value.rank, tokenizer.token_text(token)) for token, value in entry.items()}
+
+
+def _spans(versions: list[int]) -> list[VersionSpan]:
+    spans, start = [], 0
+    for version, run in itertools.groupby(versions):
+        stop = start + sum(1 for _ in run)
+        spans.append(VersionSpan(version, start, stop))
+        start = stop
+    return spans

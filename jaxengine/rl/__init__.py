@@ -1,0 +1,1 @@
+"""Reinforcement learning on the engine's own forward pass."""

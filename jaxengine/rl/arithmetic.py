@@ -1,0 +1,96 @@
+"""Arithmetic written out as text: problems with one right answer, for training a small model and for rewarding it."""
+import dataclasses
+import hashlib
+import random
+import re
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+Split = Literal["train", "held-out"]
+SPLITS: tuple[Split, ...] = ("train", "held-out")
+HELD_OUT_PERCENT = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A prompt that ends in "=", and the answer as text: "12+30=" and "42", "3-10=" and "-7"."""
+
+    prompt: str
+    answer: str
+
+    @property
+    def kind(self) -> str:
+        """One of KINDS, read off the prompt."""
+        operators = re.findall(r"[-+*]", self.prompt)
+        return {"+": "sum", "-": "difference", "*": "product"}[operators[0]] if len(operators) == 1 else "mixed"
+
+
+def problems(seed: int, count: int, split: Split = "train") -> list[Problem]:
+    """`count` problems drawn from a split, with repetition. The splits are disjoint whatever the seeds; raises ValueError for another."""
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+    drawn = stream(seed, split)
+    return [next(drawn) for _ in range(count)]
+
+
+def stream(seed: int, split: Split = "train") -> Iterator[Problem]:
+    """The problems of `problems`, without end."""
+    rng = random.Random(f"{seed} {split}")  # text is hashed with SHA-512: the same draws in every process
+    while True:
+        problem = KINDS[rng.choice(_SHARES)](rng)
+        if is_held_out(problem.prompt) == (split == "held-out"):
+            yield problem
+
+
+def is_held_out(prompt: str) -> bool:
+    """The split that a prompt belongs to, by its SHA-256. The tables of one digit ("7*8=") are for learning by heart, never held out."""
+    digest = hashlib.sha256(prompt.encode()).digest()
+    return len(prompt) > len("7*8=") and int.from_bytes(digest[:4]) % 100 < HELD_OUT_PERCENT
+
+
+def is_right(problem: Problem, completion_text: str) -> bool:
+    """Whether the completion's first line is the answer, spaces around it aside."""
+    return completion_text.partition("\n")[0].strip() == problem.answer
+
+
+def _number(rng: random.Random, digits: list[int]) -> int:
+    """A number of as many digits as one of `digits`, 0 among those of one digit."""
+    size = rng.choice(digits)
+    return rng.randrange(10 ** (size - 1) if size > 1 else 0, 10**size)
+
+
+def _sum(rng: random.Random) -> Problem:
+    a, b = _number(rng, [1, 1, 2, 2, 2, 3]), _number(rng, [1, 1, 2, 2, 2, 3])
+    return Problem(f"{a}+{b}=", str(a + b))
+
+
+def _difference(rng: random.Random) -> Problem:
+    a, b = _number(rng, [1, 1, 2, 2, 2, 3]), _number(rng, [1, 1, 2, 2, 2, 3])
+    return Problem(f"{a}-{b}=", str(a - b))
+
+
+def _product(rng: random.Random) -> Problem:
+    a, b = _number(rng, [1, 2]), _number(rng, [1, 1, 1, 2])
+    return Problem(f"{a}*{b}=", str(a * b))
+
+
+_MIXED: tuple[tuple[str, Callable[[int, int, int], int]], ...] = (
+    ("{}+{}*{}=", lambda a, b, c: a + b * c),
+    ("{}-{}*{}=", lambda a, b, c: a - b * c),
+    ("({}+{})*{}=", lambda a, b, c: (a + b) * c),
+    ("({}-{})*{}=", lambda a, b, c: (a - b) * c),
+    ("{}*({}+{})=", lambda a, b, c: a * (b + c)),
+    ("{}+{}-{}=", lambda a, b, c: a + b - c),
+    ("{}-{}+{}=", lambda a, b, c: a - b + c),
+    ("{}-({}+{})=", lambda a, b, c: a - (b + c)),
+)
+
+
+def _mixed(rng: random.Random) -> Problem:
+    text, value = rng.choice(_MIXED)
+    a, b, c = (rng.randrange(10) for _ in range(3))
+    return Problem(text.format(a, b, c), str(value(a, b, c)))
+
+
+KINDS: dict[str, Callable[[random.Random], Problem]] = {"sum": _sum, "difference": _difference, "product": _product, "mixed": _mixed}
+_SHARES = ["sum", "sum", "sum", "difference", "difference", "difference", "product", "product", "mixed", "mixed"]
