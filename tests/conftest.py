@@ -1,0 +1,46 @@
+"""Shared by all tests: small random models, and bits."""
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import jax
+import pytest
+
+from jaxengine import LLM
+from jaxengine.config import ModelConfig, RopeConfig
+from jaxengine.models.params import Decoder, initialise
+
+SIZES = dict(vocab_size=1000, hidden_size=96, intermediate_size=160, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4,
+             head_dim=32, max_position_embeddings=4096)
+FAMILIES = {
+    "Qwen3": dict(architecture="Qwen3ForCausalLM", qk_norm=True, tie_word_embeddings=True),
+    "Qwen2": dict(architecture="Qwen2ForCausalLM", qkv_bias=True),
+    "Llama": dict(architecture="LlamaForCausalLM", rope=RopeConfig(5e5, "llama3", 8.0, 256)),
+}
+
+
+def random_model(family: str = "Qwen3", **changes) -> tuple[ModelConfig, Decoder]:
+    """A random model of a family, wide enough in its weights that logits differ clearly."""
+    config = ModelConfig(**SIZES | FAMILIES[family] | changes)
+    params = initialise(config, jax.random.key(0), scale=0.1)
+    if config.qkv_bias:  # zeros would not show a bias that is left out
+        keys = iter(jax.random.split(jax.random.key(1), 1000))
+        params = jax.tree_util.tree_map_with_path(
+            lambda path, x: jax.random.normal(next(keys), x.shape).astype(x.dtype) if "bias" in jax.tree_util.keystr(path) else x, params)
+    return config, params
+
+
+def make_llm(config: ModelConfig, params: Decoder, **engine) -> LLM:
+    return LLM.from_params(config, params, **dict(max_model_len=512, max_num_seqs=32, num_pages=400) | engine)
+
+
+def bits(outputs) -> list[tuple]:
+    """What must not move: tokens, the bits of their logprobs, and how each sample ended."""
+    return [(s.token_ids, s.token_logprobs.tobytes(), s.finish_reason, s.stop_reason) for o in outputs for s in o.outputs]
+
+
+@pytest.fixture(scope="session")
+def tiny() -> LLM:
+    """One small engine that tests share; they leave it as they found it."""
+    return make_llm(*random_model(num_hidden_layers=2))

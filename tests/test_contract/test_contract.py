@@ -1,0 +1,220 @@
+"""The contract, C1 to C7: every axis may change, no bit does. Bits are compared as bytes, never with a tolerance.
+
+Each model runs a mixed batch of 24 requests once, in one engine; every test runs the same requests in another way and compares.
+"""
+import dataclasses
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from conftest import FAMILIES, bits, make_llm, random_model
+
+from jaxengine import LLM, SamplingParams
+from jaxengine.models.decoder import Tile
+
+KEY = 7
+LENGTHS = (1, 2, 5, 15, 16, 17, 31, 32, 33, 47, 48, 63, 64, 65, 80, 95, 96, 97, 110, 127, 128, 129, 160, 200)
+DEFAULT = [("Qwen3", "bfloat16", 1), ("Qwen3", "float32", 4), ("Qwen2", "bfloat16", 4), ("Llama", "float32", 1), ("calc", "bfloat16", 1)]
+FULL = [(f, d, n) for f in (*FAMILIES, "calc") for d in ("bfloat16", "float32") for n in (1, 4)]
+CASES = [pytest.param(case, id="-".join(map(str, case)), marks=() if case in DEFAULT else pytest.mark.slow) for case in FULL]
+
+
+class Case:
+    """A model, its requests and the answers of the plain mixed batch."""
+
+    def __init__(self, family: str, dtype: str, leaves: int) -> None:
+        if family == "calc":
+            loaded = LLM("calc", dtype=dtype, reduction_leaves=leaves, progress=False, max_model_len=256, max_num_seqs=1)
+            self.config, self.params = loaded.config, loaded.params
+        else:
+            self.config, self.params = random_model(family, dtype=dtype, reduction_leaves=leaves)
+        rng = np.random.default_rng(0)
+        self.prompts = [rng.integers(0, self.config.vocab_size, n).tolist() for n in LENGTHS]
+        self.sampling = [self._sampling(i) for i in range(len(LENGTHS))]
+        self.expected = bits(self.engine().generate(self.prompts, self.sampling, key=jax.random.key(KEY)))
+
+    def engine(self, **changes) -> LLM:
+        return make_llm(self.config, self.params, **changes)
+
+    def _sampling(self, i: int) -> SamplingParams:
+        """A mix: greedy, sampled, cut, penalised, biased, of differing lengths."""
+        return SamplingParams(
+            max_tokens=6 + i % 5 * 5, temperature=(1.0, 0.0, 0.7, 1.3)[i % 4], top_p=(1.0, 0.9)[i % 2], top_k=(0, 20, 0)[i % 3],
+            min_p=0.02 if i % 5 == 0 else 0.0, repetition_penalty=1.2 if i % 6 == 1 else 1.0, frequency_penalty=0.5 if i % 7 == 2 else 0.0,
+            logit_bias={3: 2.0} if i % 8 == 3 else None, min_tokens=4 if i % 3 == 1 else 0)
+
+    def keyed(self) -> list[SamplingParams]:
+        """The same requests, each with its own key: they can run in any order, or alone."""
+        return [p.replace(key=sample_key(KEY, i, 0)) for i, p in enumerate(self.sampling)]
+
+
+def sample_key(seed: int, prompt: int, sample: int):
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), prompt), sample)
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request) -> Case:
+    return Case(*request.param)
+
+
+def same(case: Case, llm: LLM) -> LLM:
+    """Runs the case's batch in another engine, compares, and leaves the engine for a look."""
+    assert bits(llm.generate(case.prompts, case.sampling, key=jax.random.key(KEY))) == case.expected
+    llm.engine.scheduler.check_integrity()
+    return llm
+
+
+def test_answers_are_no_constants(case):
+    assert len({tokens[0] for tokens, *_ in case.expected}) > 3
+    assert {len(tokens) for tokens, *_ in case.expected} >= {6, 11, 16, 21, 26} or case.config.eos_token_ids
+
+
+def test_c1_again(case):
+    same(case, case.engine())
+
+
+def test_c2_alone(case):
+    llm = case.engine(enable_prefix_caching=False)
+    for i, (prompt, params) in enumerate(zip(case.prompts, case.keyed(), strict=True)):
+        assert bits(llm.generate([prompt], params)) == [case.expected[i]], f"request {i} alone"
+
+
+def test_c2_shuffled(case):
+    order, keyed = np.random.default_rng(1).permutation(len(case.prompts)), case.keyed()
+    found = bits(case.engine().generate([case.prompts[i] for i in order], [keyed[i] for i in order]))
+    assert [found[list(order).index(i)] for i in range(len(order))] == case.expected
+
+
+@pytest.mark.parametrize("chunk", [16, 64])
+def test_c3_chunks(case, chunk):
+    llm = case.engine(enable_prefix_caching=False)
+    # The step keeps its size and gets a smaller share: the same programs, other chunks.
+    llm.engine.scheduler.config = dataclasses.replace(llm.engine_config, max_num_batched_tokens=chunk)
+    same(case, llm)
+
+
+def test_c4_cache_hits_of_prompt_pages(case):
+    llm = same(case, case.engine())
+    again = llm.generate(case.prompts, case.sampling, key=jax.random.key(KEY))
+    assert bits(again) == case.expected
+    assert [o.num_cached_tokens for o in again] == [(n - 1) // 32 * 32 for n in LENGTHS]
+
+
+def test_c4_partial_hits(case):
+    """Prompts that share a front with what is cached, and part from it in the middle of a page."""
+    llm, cold = case.engine(), case.engine(enable_prefix_caching=False)
+    llm.generate(case.prompts, case.sampling, key=jax.random.key(KEY))
+    prompts = [p[:70] + [5, 6, 7] for p in case.prompts[-8:]]
+    warm = llm.generate(prompts, SamplingParams(max_tokens=8), key=jax.random.key(1))
+    assert all(o.num_cached_tokens == 64 for o in warm)
+    assert bits(warm) == bits(cold.generate(prompts, SamplingParams(max_tokens=8), key=jax.random.key(1)))
+
+
+def test_c4_hits_of_generated_pages(case):
+    """A second turn: prompt and completion of the first, whose pages decoding wrote."""
+    llm, cold = case.engine(), case.engine(enable_prefix_caching=False)
+    params = SamplingParams(max_tokens=70, ignore_eos=True)
+    first = llm.generate(case.prompts[:6], params, key=jax.random.key(2))
+    turns = [o.prompt_token_ids + o.outputs[0].token_ids + [9, 8] for o in first]
+    warm = llm.generate(turns, SamplingParams(max_tokens=6), key=jax.random.key(3))
+    assert all(o.num_cached_tokens >= 64 for o in warm)
+    assert bits(warm) == bits(cold.generate(turns, SamplingParams(max_tokens=6), key=jax.random.key(3)))
+
+
+def test_c5_preempted(case):
+    """A pool so small that requests lose their pages and are recomputed."""
+    llm = case.engine(enable_prefix_caching=False)
+    held = llm.engine.scheduler.blocks.allocate(llm.engine_config.num_pages - 1 - 12)
+    assert bits(llm.generate(case.prompts, [p.replace(max_tokens=40, ignore_eos=True) for p in case.sampling], key=jax.random.key(4))) == bits(
+        case.engine().generate(case.prompts, [p.replace(max_tokens=40, ignore_eos=True) for p in case.sampling], key=jax.random.key(4)))
+    assert llm.engine.scheduler.num_preemptions > 0
+    llm.engine.scheduler.blocks.release(held)
+    llm.engine.scheduler.check_integrity()
+
+
+def test_c6_slots(case):
+    llm = case.engine()
+    scheduler = llm.engine.scheduler
+    scheduler._free_slots = scheduler._free_slots[:5]  # the others are taken, as by other requests
+    assert bits(llm.generate(case.prompts, case.sampling, key=jax.random.key(KEY))) == case.expected
+
+
+def test_c7_overlapped(case):
+    same(case, case.engine(overlap=True))
+
+
+def test_group_equals_singles(case):
+    llm = case.engine()
+    params, prompt = SamplingParams(n=8, max_tokens=10), case.prompts[-2]
+    group = bits(llm.generate([prompt], params, key=jax.random.key(5)))
+    singles = [bits(llm.generate([prompt], params.replace(n=1, key=sample_key(5, 0, i))))[0] for i in range(8)]
+    assert group == singles and len({tuple(tokens) for tokens, *_ in group}) > 1
+
+
+# -- axes that change the shapes of the programs, and so compile: one model each by default ------------------------------------------
+
+CHANGES = [dict(page_size=16, num_pages=17), dict(max_num_seqs=3), dict(max_num_batched_tokens=48), dict(max_model_len=300),
+           dict(decode_steps=4), dict(decode_steps=3, overlap=True, num_pages=17), dict(page_size=64, max_num_seqs=40, num_pages=300)]
+SHAPES = [pytest.param(c, id="-".join(map(str, c)), marks=() if c == DEFAULT[0] else pytest.mark.slow) for c in FULL]
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def shaped(request) -> Case:
+    return Case(*request.param)
+
+
+def test_c5_c6_small_pages(shaped):
+    assert same(shaped, shaped.engine(**CHANGES[0])).engine.scheduler.num_preemptions > 0
+
+
+@pytest.mark.parametrize("changes", CHANGES[1:], ids=str)
+def test_c5_c6_c7_sizes(changes):
+    case = Case(*DEFAULT[0])
+    same(case, case.engine(**changes))
+
+
+SCRIPT = """
+import hashlib, sys
+sys.path[:0] = {paths!r}
+from test_contract import Case
+print(hashlib.sha256(repr(Case(*{case!r}).expected).encode()).hexdigest())
+"""
+
+
+def test_c1_new_process():
+    import hashlib
+    import pathlib
+
+    case = ("Qwen3", "bfloat16", 1)
+    here = pathlib.Path(__file__).parent
+    script = SCRIPT.format(paths=[str(here), str(here.parent)], case=case)
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=600).stdout.split()[-1]
+    assert out == hashlib.sha256(repr(Case(*case).expected).encode()).hexdigest()
+
+
+# -- the checks can fail -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_tile_of_other_bits_is_refused(monkeypatch):
+    """A decode step on single rows takes another path through XLA: the probe sees it and the base tile serves."""
+    single = Tile(1, 1)
+    monkeypatch.setattr("jaxengine.programs.DECODE_TILES", (single, Tile(1, 8)))
+    config, params = random_model("Qwen3", dtype="float32")
+    llm = make_llm(config, params)
+    outputs = bits(llm.generate([[1, 2, 3]], SamplingParams(max_tokens=8, temperature=0)))
+    assert llm.engine.programs.refused == [("decode", single)]
+    monkeypatch.undo()
+    assert outputs == bits(make_llm(config, params).generate([[1, 2, 3]], SamplingParams(max_tokens=8, temperature=0)))
+
+
+def test_without_the_proof_bits_move(monkeypatch):
+    """The control: with single-row steps trusted unproven, a request alone no longer has the bits that it has in a batch."""
+    monkeypatch.setattr("jaxengine.programs.DECODE_TILES", (Tile(1, 1), Tile(1, 8)))
+    monkeypatch.setattr("jaxengine.programs.Programs._prove", lambda self, kind, tile, params, cache: (cache, True))
+    config, params = random_model("Qwen3", dtype="float32")
+    llm = make_llm(config, params)
+    prompts = [list(range(1, 20)), list(range(5, 40))]
+    greedy = SamplingParams(max_tokens=12, temperature=0)
+    assert bits(llm.generate(prompts[:1], greedy)) != bits(llm.generate(prompts, greedy))[:1]

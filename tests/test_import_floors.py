@@ -1,0 +1,87 @@
+"""Imports point down only, the host half knows no jax, and importing the package touches no device."""
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+# From the ground up; a module may import its own floor and those below.
+FLOORS = [
+    ["pallas_kernels", "sharding", "checkpoints"],
+    ["jaxengine.keywords", "jaxengine.config", "jaxengine.request", "jaxengine.outputs", "jaxengine.step_inputs"],
+    ["jaxengine.ops", "jaxengine.sampler", "jaxengine.kv_cache", "jaxengine.tokenizer", "jaxengine.detokenizer", "jaxengine.chat_template",
+     "jaxengine.progress"],
+    ["jaxengine.models"],
+    ["jaxengine.sequence", "jaxengine.block_manager", "jaxengine.scheduler", "jaxengine.batch", "jaxengine.steps", "jaxengine.programs",
+     "jaxengine.memory", "jaxengine.digest", "jaxengine.rl.scoring", "jaxengine.rl.arithmetic", "jaxengine.rl.train_calc", "jaxengine.render",
+     "jaxengine.admission"],
+    ["jaxengine.engine"],
+    ["jaxengine.llm", "jaxengine.functional"],
+    ["jaxengine.demo", "jaxengine.bench", "jaxengine.cli"],
+]
+HOST_HALF = ["keywords", "request", "sequence", "block_manager", "scheduler"]
+FILES = [p for folder in ("jaxengine", "pallas_kernels", "sharding", "checkpoints") for p in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def module_of(path: pathlib.Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def floor_of(module: str) -> int | None:
+    found = [(len(name), level) for level, names in enumerate(FLOORS) for name in names if module == name or module.startswith(name + ".")]
+    return max(found)[1] if found else None
+
+
+def imports_of(path: pathlib.Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            found |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_imports_point_down(path):
+    module = module_of(path)
+    own = floor_of(module)
+    if module in ("jaxengine", "jaxengine.rl"):
+        return  # the face names everything, lazily
+    assert own is not None, f"{module} stands on no floor: put it on one in this test"
+    for name in imports_of(path):
+        other = floor_of(name)
+        assert other is None or other <= own, f"{module} (floor {own}) imports {name} (floor {other})"
+
+
+@pytest.mark.parametrize("name", HOST_HALF)
+def test_the_host_half_knows_no_jax(name):
+    imports = imports_of(ROOT / "jaxengine" / f"{name}.py")
+    assert not any(module.split(".")[0] in ("jax", "jaxlib", "numpy") for module in imports)
+
+
+def test_jit_stands_in_one_place():
+    inside = [module_of(p) for p in FILES if "jax.jit" in p.read_text() and not module_of(p).startswith("jaxengine.rl")]
+    assert inside == ["jaxengine.steps"]
+
+
+def test_import_touches_no_device():
+    code = "import jaxengine; jaxengine.SamplingParams(); import jax; assert not jax._src.xla_bridge._backends"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_a_file_of_the_users_that_hides_ours_is_named(tmp_path):
+    (tmp_path / "sharding.py").write_text("mine = 1\n")
+    code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}]\nimport jaxengine"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.returncode == 1 and "sharding.py, which hides the package of the same name" in found.stderr
+
+
+def test_a_folder_of_the_users_does_no_harm(tmp_path):
+    """Training runs leave a folder `checkpoints` in the working directory; it is no package."""
+    (tmp_path / "checkpoints").mkdir()
+    code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]\nimport jaxengine, checkpoints.key_table"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
