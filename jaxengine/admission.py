@@ -33,7 +33,7 @@ def prompts_of(prompts: Any) -> list[Any]:
     if isinstance(prompts, (bytes, type(None))) or not hasattr(prompts, "__iter__"):
         raise ValueError(f"prompts must be strings, lists of token ids or dicts, got {type(prompts).__name__}")
     batch = list(prompts)
-    is_token = lambda x: not isinstance(x, (str, Mapping)) and getattr(x, "ndim", 0) == 0 and not hasattr(x, "__iter__")
+    is_token = lambda x: getattr(x, "ndim", None) == 0 or not isinstance(x, str) and not hasattr(x, "__iter__")
     return [batch] if batch and all(map(is_token, batch)) else batch
 
 
@@ -94,9 +94,9 @@ def _check_params(params: SamplingParams, index: int, model: ModelConfig, engine
         value = getattr(params, name)
         if value is not None and value > engine.max_logprobs:
             raise ValueError(f"{name}={value} of prompts[{index}] is more than max_logprobs={engine.max_logprobs} of this engine")
-    for token, _ in params.logit_bias or ():
-        if token >= model.vocab_size:
-            raise ValueError(f"logit_bias of prompts[{index}] names token {token}: the vocabulary is 0 … {model.vocab_size - 1}")
+    for name, tokens in (("logit_bias", [token for token, _ in params.logit_bias or ()]), ("stop_token_ids", params.stop_token_ids)):
+        if any(token >= model.vocab_size for token in tokens):
+            raise ValueError(f"{name} of prompts[{index}] names token {max(tokens)}: the vocabulary is 0 … {model.vocab_size - 1}")
 
 
 def _limit(prompt_length: int, index: int, params: SamplingParams, engine: EngineConfig) -> int:

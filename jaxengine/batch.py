@@ -12,6 +12,7 @@ from jaxengine.sequence import Sequence
 from jaxengine.step_inputs import Blocks, Copies, Rows, SlotParams
 
 MAX_STOPS = MAX_STOP_TOKEN_IDS + 16  # the request's own and the model's
+MAX_TOP_K = 2**31 - 1  # more than any vocabulary, and an int32
 HISTORY_ROWS = 8  # sequences that one upload puts into their slots
 ROW_UNIT = 32  # row arrays are whole numbers of the widest decode tile
 
@@ -35,10 +36,10 @@ class BatchBuilder:
         """Write a sequence's sampling parameters into its slot."""
         request, params, slots, i = sequence.request, sequence.request.params, self.host_slots, sequence.slot
         values = dict(
-            temperature=0.0 if params.greedy else params.temperature, top_p=params.top_p, min_p=params.min_p, top_k=params.top_k,
+            temperature=0.0 if params.greedy else params.temperature, top_p=params.top_p, min_p=params.min_p, top_k=min(params.top_k, MAX_TOP_K),
             repetition_penalty=params.repetition_penalty, presence_penalty=params.presence_penalty,
             frequency_penalty=params.frequency_penalty, prompt_length=sequence.prompt_length,
-            first_stop=sequence.prompt_length + params.min_tokens if params.min_tokens else 0, limit=request.limit,
+            first_stop=min(sequence.prompt_length + params.min_tokens, request.limit) if params.min_tokens else 0, limit=request.limit,
             key=request.key, key_folds=request.key_folds(sequence.index),
             num_logprobs=max(params.logprobs if params.logprobs is not None else -1,
                              params.prompt_logprobs if params.prompt_logprobs is not None else -1) + 1,

@@ -21,7 +21,7 @@ class PageKey:
 
     uid: int
     digest: bytes
-    parent: int
+    parent: int | bytes  # uid of the page before it; a first page's is the root digest
     tokens: bytes
 
 
@@ -108,7 +108,8 @@ class BlockManager:
         """The longest run of cached pages that hold the front of `tokens`, at most all but the last token. Takes no holder."""
         if not self.caching:
             return []
-        pages, parent, digest = [], 0, root_digest(version, salt)
+        pages: list[int] = []
+        parent = digest = root_digest(version, salt)
         for start in range(0, len(tokens) - self.page_size, self.page_size):
             content = _content(tokens[start : start + self.page_size])
             digest = chain_digest(digest, content)
@@ -125,11 +126,13 @@ class BlockManager:
         parent_key = self._keys.get(parent) if parent is not None else None
         if not self.caching or page in self._keys or (parent is not None and parent_key is None):
             return
-        content = _content(tokens)
-        digest = chain_digest(parent_key.digest if parent_key else root_digest(version, salt), content)
-        if digest in self._by_digest:  # the same content is cached on another page, which stays the one to be found
-            return
-        self._keys[page] = PageKey(self._next_uid, digest, parent_key.uid if parent_key else 0, content)
+        content, root = _content(tokens), root_digest(version, salt)
+        before, digest = (parent_key.uid, parent_key.digest) if parent_key else (root, root)
+        digest = chain_digest(digest, content)
+        twin = self._keys[self._by_digest[digest]] if digest in self._by_digest else None
+        if twin is not None and (twin.parent, twin.tokens) == (before, content):
+            return  # the same content is cached on another page, which stays the one to be found
+        self._keys[page] = PageKey(self._next_uid, digest, before, content)
         self._by_digest[digest] = page
         self._next_uid += 1
 

@@ -94,12 +94,13 @@ class EngineConfig:
     decode_steps: int = 1  # decode steps that one dispatch runs
     overlap: bool = False  # schedule the next step before the last one's tokens are known
     max_logprobs: int = 20
+    compile_patience: int = 16  # steps that a better fitting tile is wanted before it is compiled
     max_waiting: int = 100_000
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_model_len", "decode_steps", "max_waiting"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, least in (("max_num_seqs", 1), ("max_model_len", 2), ("decode_steps", 1), ("max_waiting", 1), ("compile_patience", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if self.page_size % QUERY_BLOCK or KV_TILE % self.page_size:
             allowed = [size for size in range(QUERY_BLOCK, KV_TILE + 1, QUERY_BLOCK) if KV_TILE % size == 0]
             raise ValueError(f"page_size must be one of {allowed}, got {self.page_size}")

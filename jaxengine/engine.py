@@ -32,7 +32,7 @@ class InFlight:
 class Engine:
     """One model on one device: params and cache are its only device state."""
 
-    def __init__(self, model: ModelConfig, config: EngineConfig, params: Decoder, *,
+    def __init__(self, model: ModelConfig, config: EngineConfig, params: Decoder | None, *,
                  make_detokenizer: Callable[[Sequence], Detokenizer] | None = None, report: Report = lambda text: None) -> None:
         self.model, self.config, self.params = model, config, params
         self.scheduler = Scheduler(config, BlockManager(config.num_pages, config.page_size, config.enable_prefix_caching))
@@ -70,6 +70,14 @@ class Engine:
 
     # -- the loop --------------------------------------------------------------------------------------------------------------
 
+    def warm_up(self) -> None:
+        """Compile every step now, instead of when it is first needed."""
+        try:
+            self.cache = self.programs.warm_up(self.params, self.cache)
+        except BaseException:
+            self._recover()
+            raise
+
     def step(self) -> list[Request]:
         """One step; returns the requests that ended in it. After any error the engine is usable again."""
         try:
@@ -106,14 +114,14 @@ class Engine:
                         self._prefill(plan, tables, slots) if plan.chunks else None)
 
     def _decode(self, plan: Plan, tables, slots) -> RowOutputs:
-        self.cache, tile = self.programs.decode(self.params, self.cache, len(plan.decode))
+        self.cache, tile = self.programs.choose("decode", len(plan.decode), self.params, self.cache)
         rows = self.batch.decode(plan.decode, plan.decode_positions)
         self.cache, out = self.programs.run_decode(self.params, self.cache, tables, slots, rows, tile)
         return out
 
     def _prefill(self, plan: Plan, tables, slots) -> RowOutputs:
         num_blocks = sum(chunk.num_blocks for chunk in plan.chunks)
-        self.cache, tile = self.programs.prefill(self.params, self.cache, num_blocks)
+        self.cache, tile = self.programs.choose("prefill", num_blocks, self.params, self.cache)
         inputs = self.batch.prefill(plan, tile.tokens)
         self.cache, out = self.programs.run_prefill(self.params, self.cache, tables, slots, *inputs, tile)
         return out
@@ -142,7 +150,10 @@ class Engine:
     def _end(self, request: Request) -> bool:
         if any(s.status is not Status.FINISHED for s in request.samples):
             return False
-        return self.requests.pop(request.request_id, None) is not None
+        if self.requests.get(request.request_id) is not request:
+            return False  # aborted, and its id may be another's by now
+        del self.requests[request.request_id]
+        return True
 
     def _extend(self, sequence: Sequence, rows: "_HostRows", lane) -> None:
         """Append the token in a lane of the results, unless the sequence ended in the meantime."""

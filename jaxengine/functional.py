@@ -1,31 +1,55 @@
 """The functional face: weights in, outputs out."""
+import functools
+import threading
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+
 from jaxengine.admission import params_of, prompts_of
-from jaxengine.config import KV_TILE, ModelConfig
+from jaxengine.config import ModelConfig
 from jaxengine.llm import LLM
-from jaxengine.models.params import Decoder
+from jaxengine.models.params import Decoder, abstract
 from jaxengine.outputs import RequestOutputs
 from jaxengine.request import SamplingParams
 from jaxengine.tokenizer import Tokenizer
 
+POOLS_KEPT = 2  # engines whose pages and proofs are kept between calls
+
 
 def generate(params: Decoder, prompts: Any, sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, *, key: Any,
              config: ModelConfig, tokenizer: Tokenizer | None = None, **engine: Any) -> RequestOutputs:
-    """Complete prompts under `params`. Nothing is kept but compiled code, which depends on shapes alone: calls with other weights
-    of the same config, and with the same engine keywords, compile nothing.
+    """Complete prompts under `params`. Nothing is kept but compiled code and empty pages, both of which depend on `config` and the engine
+    keywords alone: a call with other weights compiles nothing and sees nothing of an earlier one.
 
     Prompts are lists of token ids, or text where a tokenizer is given. `key` is a typed JAX key; draws depend on it, on the index of the
-    prompt and of the sample, and on the position. Engine keywords are EngineConfig's.
+    prompt and of the sample, and on the position. Engine keywords are EngineConfig's. Raises ValueError where params do not fit config.
     """
     batch = prompts_of(prompts)
     params_of(sampling_params, len(batch))  # refused before an engine is built
     if not batch:
         return RequestOutputs()
-    engine.setdefault("num_pages", 2 * (-(-_context(config, engine) // KV_TILE) * 4) + 1)
-    return LLM.from_params(config, params, tokenizer=tokenizer, **engine).generate(batch, sampling_params, key=key)
+    check_fits(params, config)
+    llm, lock = _engine_for(config, tokenizer, tuple(sorted(engine.items())))
+    with lock:  # an engine runs one set of weights at a time
+        llm.engine.params = params
+        try:
+            return llm.generate(batch, sampling_params, key=key)
+        finally:
+            llm.forget()
 
 
-def _context(config: ModelConfig, engine: dict[str, Any]) -> int:
-    return engine.get("max_model_len") or config.max_position_embeddings
+def check_fits(params: Decoder, config: ModelConfig) -> None:
+    """Raises ValueError listing the first ten leaves whose presence, shape or dtype is not what `config` declares."""
+    named = lambda tree: {jax.tree_util.keystr(p, simple=True, separator="."): f"{x.dtype}{list(x.shape)}"
+                          for p, x in jax.tree_util.tree_leaves_with_path(tree)}
+    given, declared = named(params), named(abstract(config))
+    wrong = [f"{path}: given {given.get(path, 'nothing')}, declared {declared.get(path, 'nothing')}"
+             for path in sorted(given.keys() | declared.keys()) if given.get(path) != declared.get(path)]
+    if wrong:
+        raise ValueError(f"params do not fit config, {len(wrong)} leaves differ:\n  " + "\n  ".join(wrong[:10]))
+
+
+@functools.lru_cache(maxsize=POOLS_KEPT)
+def _engine_for(config: ModelConfig, tokenizer: Tokenizer | None, engine: tuple[tuple[str, Any], ...]) -> tuple[LLM, threading.Lock]:
+    return LLM.from_params(config, None, tokenizer=tokenizer, **dict(engine)), threading.Lock()

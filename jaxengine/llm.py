@@ -55,16 +55,16 @@ class LLM:
                     _load_tokenizer(tokenizer, folder), seed)
 
     @classmethod
-    def from_params(cls, config: ModelConfig, params: Decoder, *, tokenizer: Tokenizer | None = None, seed: int = 0,
+    def from_params(cls, config: ModelConfig, params: Decoder | None, *, tokenizer: Tokenizer | None = None, seed: int = 0,
                     progress: bool = False, **engine: Any) -> "LLM":
-        """An LLM over parameters that are already in memory; they are used as they are, not copied."""
+        """An LLM over parameters that are already in memory; they are used as they are, not copied. None: they are set before each call."""
         check_keywords("LLM.from_params", engine, ("config", "params", "tokenizer", "seed", "progress", *ENGINE_KEYWORDS))
         self = cls.__new__(cls)
         self.progress = Progress(progress)
         self._start(config, resolve_engine_config(config, engine), params, tokenizer, seed)
         return self
 
-    def _start(self, config: ModelConfig, engine: EngineConfig, params: Decoder, tokenizer: Tokenizer | None, seed: int) -> None:
+    def _start(self, config: ModelConfig, engine: EngineConfig, params: Decoder | None, tokenizer: Tokenizer | None, seed: int) -> None:
         self.config, self.tokenizer = config, tokenizer
         self.engine = Engine(config, engine, params, make_detokenizer=self._detokenizer, report=self.progress.line)
         self._key = jax.random.key(seed)
@@ -73,7 +73,7 @@ class LLM:
         self._digests: dict[int, str] = {}
 
     @property
-    def params(self) -> Decoder:
+    def params(self) -> Decoder | None:
         """The parameters that run, as a pytree."""
         return self.engine.params
 
@@ -103,7 +103,10 @@ class LLM:
 
     def stream(self, prompt: Any, sampling_params: SamplingParams | None = None, *, key: Any = None) -> Iterator[RequestOutput]:
         """The output of one prompt again and again as it grows; the last one is finished. Closing the iterator aborts the request."""
-        (request,) = self._requests(prompts_of(prompt), sampling_params, key, None, streaming=True)
+        prompts = prompts_of(prompt)
+        if len(prompts) != 1:
+            raise ValueError(f"stream takes one prompt, got {len(prompts)}: stream each of them, or use generate")
+        (request,) = self._requests(prompts, sampling_params, key, None, streaming=True)
         for _ in self._run([request]):
             yield self._output(request)
 
@@ -145,7 +148,7 @@ class LLM:
             for done, request in enumerate(requests):
                 try:
                     self.engine.add(request)
-                except ValueError:
+                except BaseException:
                     for earlier in requests[:done]:
                         self.engine.abort(earlier.request_id)
                     raise
@@ -182,6 +185,17 @@ class LLM:
         if version not in self._digests:
             self._digests[version] = contract_digest(self.config, self.params, version)
         return self._digests[version]
+
+    def warm_up(self) -> None:
+        """Compile every step now: nothing is compiled afterwards."""
+        with self._lock:
+            self.engine.warm_up()
+
+    def forget(self) -> None:
+        """Let go of the weights and of all that depends on them: cached prefixes and digests."""
+        self.engine.params = None
+        self.engine.scheduler.blocks.clear_cache()
+        self._digests.clear()
 
     def __reduce__(self) -> Any:
         raise TypeError("an LLM holds device memory and cannot be pickled or copied: build it anew from its model in each process")

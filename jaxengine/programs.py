@@ -6,6 +6,7 @@ bits: logprobs, the likeliest tokens at every position, keys and values of every
 """
 import contextlib
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 import jax
@@ -20,8 +21,7 @@ from jaxengine.models.params import Decoder
 from jaxengine.step_inputs import Blocks, Copies, RowOutputs
 
 BASE = Tile(tokens=1, blocks=8)
-DECODE_TILES = (Tile(1, 2), BASE, Tile(1, 32))
-PREFILL_TILES = (Tile(QUERY_BLOCK, 2), Tile(QUERY_BLOCK, 8))
+TILES = {"decode": (Tile(1, 2), BASE, Tile(1, 32)), "prefill": (Tile(QUERY_BLOCK, 2), Tile(QUERY_BLOCK, 8))}
 
 Report = Callable[[str], None]
 
@@ -33,6 +33,7 @@ class Programs:
         self.model, self.config, self.batch, self.report = model, config, batch, report
         self._max_logprobs = min(config.max_logprobs, model.vocab_size)
         self._trusted: dict[tuple[str, Tile], bool] = {("decode", BASE): True}
+        self._wishes: Counter[tuple[str, Tile]] = Counter()
         self._expected: list[np.ndarray] | None = None
         self._compiled: set[tuple[str, Tile]] = set()
 
@@ -43,20 +44,31 @@ class Programs:
 
     # -- serving ---------------------------------------------------------------------------------------------------------------
 
-    def decode(self, params: Decoder, cache: Cache, num_rows: int) -> tuple[Cache, Tile]:
-        """The tile for a decode of num_rows rows."""
-        wanted = next((tile for tile in DECODE_TILES if tile.rows >= num_rows), DECODE_TILES[-1])
-        return self._proven("decode", wanted, params, cache)
+    def choose(self, kind: str, num_blocks: int, params: Decoder, cache: Cache) -> tuple[Cache, Tile]:
+        """The tile for a step over num_blocks query blocks: the narrowest that holds them, or the widest.
 
-    def prefill(self, params: Decoder, cache: Cache, num_blocks: int) -> tuple[Cache, Tile]:
-        """The tile for a prefill of num_blocks query blocks."""
-        wanted = next((tile for tile in PREFILL_TILES if tile.blocks >= num_blocks), PREFILL_TILES[-1])
-        return self._proven("prefill", wanted, params, cache)
+        One that is not compiled yet has to be wanted compile_patience times while another can serve: compiling takes longer than the
+        last steps of a batch, in which few rows are left.
+        """
+        tiles = TILES[kind]
+        wanted = next((tile for tile in tiles if tile.blocks >= num_blocks), tiles[-1])
+        if (kind, wanted) not in self._trusted:
+            self._wishes[kind, wanted] += 1
+            ready = [tile for tile in tiles if self._trusted.get((kind, tile))]
+            if ready and self._wishes[kind, wanted] <= self.config.compile_patience:
+                return cache, min(ready, key=lambda tile: abs(tile.blocks - wanted.blocks))
+            cache, self._trusted[kind, wanted] = self._prove(kind, wanted, params, cache)
+        return cache, wanted if self._trusted[kind, wanted] else BASE
 
-    def _proven(self, kind: str, tile: Tile, params: Decoder, cache: Cache) -> tuple[Cache, Tile]:
-        if (kind, tile) not in self._trusted:
-            cache, self._trusted[kind, tile] = self._prove(kind, tile, params, cache)
-        return cache, tile if self._trusted[kind, tile] else BASE
+    def warm_up(self, params: Decoder, cache: Cache) -> Cache:
+        """Compile and prove every step that can serve."""
+        for kind, tiles in TILES.items():
+            for tile in tiles:
+                if (kind, tile) not in self._trusted:
+                    cache, self._trusted[kind, tile] = self._prove(kind, tile, params, cache)
+            if not all(self._trusted[kind, tile] for tile in tiles):
+                cache, _ = self._probe(kind, BASE, params, cache)
+        return cache
 
     def run_decode(self, params, cache, tables, slots, rows, tile: Tile) -> tuple[Cache, RowOutputs]:
         with self._first_use("decode", tile):

@@ -14,6 +14,7 @@ MAX_STOP_CHARACTERS = 1_024
 MAX_STOP_TOKEN_IDS = 16  # room for them beside the model's own in the fixed array of a slot
 MAX_LOGIT_BIAS = 512
 GREEDY_BELOW = 1e-5  # a smaller temperature means greedy, as in vLLM
+MOST = 1e6  # the largest factor that temperature and repetition_penalty may put on logits: float32 stays finite
 
 
 @strict_keywords
@@ -55,14 +56,14 @@ class SamplingParams:
         put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731 - frozen, so normalised once here
         for name, low, high in (("n", 1, MAX_N), ("min_tokens", 0, None)):
             put(name, _integer(name, getattr(self, name), low, high))
-        for name, low in (("max_tokens", 1), ("logprobs", 0), ("prompt_logprobs", 0), ("seed", None)):
+        for name, low, high in (("max_tokens", 1, None), ("logprobs", 0, None), ("prompt_logprobs", 0, None), ("seed", -2**63, 2**63 - 1)):
             if getattr(self, name) is not None:
-                put(name, _integer(name, getattr(self, name), low, None))
+                put(name, _integer(name, getattr(self, name), low, high))
         put("top_k", max(_integer("top_k", self.top_k, -1, None), 0))
-        put("temperature", _real("temperature", self.temperature, 0.0, None))
+        put("temperature", _real("temperature", self.temperature, 0.0, MOST))
         put("top_p", _real("top_p", self.top_p, 0.0, 1.0, open_low=True))
         put("min_p", _real("min_p", self.min_p, 0.0, 1.0))
-        put("repetition_penalty", _real("repetition_penalty", self.repetition_penalty, 0.0, None, open_low=True))
+        put("repetition_penalty", _real("repetition_penalty", self.repetition_penalty, 1 / MOST, MOST))
         put("presence_penalty", _real("presence_penalty", self.presence_penalty, -2.0, 2.0))
         put("frequency_penalty", _real("frequency_penalty", self.frequency_penalty, -2.0, 2.0))
         put("stop", _stop_strings(self.stop))
@@ -88,7 +89,7 @@ def token_ids_of(ids: Any, vocab_size: int, where: str) -> list[int]:
 
     Raises ValueError with the index and the value: a JAX gather would clamp a wrong id and answer garbage.
     """
-    array_ids = ids.tolist() if hasattr(ids, "tolist") and getattr(getattr(ids, "dtype", None), "kind", "") in "iu" else ids
+    array_ids = ids.tolist() if hasattr(ids, "tolist") else ids
     if not isinstance(array_ids, Sequence) or isinstance(array_ids, (str, bytes)):
         raise ValueError(f"{where} must be a list of token ids, got {type(ids).__name__}")
     if len(array_ids) == 0:
@@ -150,7 +151,7 @@ def _stop_strings(stop: Any) -> tuple[str, ...]:
 
 
 def _token_ids(name: str, ids: Any, limit: int) -> tuple[int, ...]:
-    values = tuple(ids or ())
+    values = tuple(() if ids is None else ids)
     if len(values) > limit:
         raise ValueError(f"{name} takes at most {limit} ids, got {len(values)}")
     return tuple(_integer(f"{name}[{index}]", value, 0, None) for index, value in enumerate(values))

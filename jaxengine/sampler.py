@@ -82,7 +82,7 @@ def truncate(logits: Float[Array, "t V"], top_k: Int[Array, " t"], top_p: Float[
     keep = _above(order, edge, missing)
 
     probs = exp(log_softmax(jnp.where(keep, logits, -jnp.inf)))
-    p = top_p[:, None]
+    p = jnp.maximum(top_p, jnp.finfo(jnp.float32).tiny)[:, None]  # a p that rounds to 0 still keeps the likeliest
     edge = _largest(lambda t: row_sum(jnp.where(order >= t, probs, 0))[:, None] >= p, order.shape[0])
     inside = row_sum(jnp.where(order > edge, probs, 0))[:, None]
     each = jnp.max(jnp.where(order == edge, probs, 0), -1, keepdims=True)  # ids that share the edge have one probability

@@ -17,6 +17,9 @@ from jaxengine.ops.softmax import log_softmax
 from jaxengine.step_inputs import Blocks, Copies, RowOutputs, Rows, SlotParams
 
 
+HEAD_TILE = 8  # rows of the head in a prefill, where few of many rows draw
+
+
 @functools.partial(jax.jit, static_argnames=("config", "tile", "max_logprobs"), donate_argnames="cache")
 def prefill_step(params: Decoder, cache: Cache, tables: Array, slots: SlotParams, blocks: Blocks, rows: Rows, copies: Copies,
                  *, config: ModelConfig, tile: Tile, max_logprobs: int) -> tuple[Cache, RowOutputs]:
@@ -24,7 +27,7 @@ def prefill_step(params: Decoder, cache: Cache, tables: Array, slots: SlotParams
     cache, hidden = decoder.forward(config, params, cache, tables, blocks, tile)
     cache = kv_cache.copy_pages(cache, copies.sources, copies.targets, copies.num_copies)
     x = hidden.reshape(-1, hidden.shape[-1])[rows.indices]
-    out = next_tokens(config, params, cache, slots, x, rows, tile.rows, max_logprobs)
+    out = next_tokens(config, params, cache, slots, x, rows, HEAD_TILE, max_logprobs)
     return append(cache, rows, out), out
 
 

@@ -131,7 +131,7 @@ class _Controls:
         self._backend.add_tokens([tokenizers.AddedToken(self.place, normalized=False), tokenizers.AddedToken(cut, normalized=False)])
         self._cut, self._place_id, self._cut_id = cut, self._backend.token_to_id(self.place), self._backend.token_to_id(cut)
         unknown = spec["model"].get("unk_token"), spec["model"].get("unk_id")  # what plain text may well become
-        self._forbidden = frozenset(token_id for content, token_id in self.ids.items() if content not in unknown and token_id not in unknown)
+        self._forbidden = frozenset(token_id for content, token_id in self.ids.items() if not {content, token_id} & {*unknown})
 
     def encode(self, text: str, *, add_special_tokens: bool = False, placed: Iterable[int] = ()) -> list[int]:
         """The ids of `text`, with the ids `placed` where the text has `self.place`."""

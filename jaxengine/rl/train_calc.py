@@ -186,8 +186,8 @@ often, so that reinforcement learning has something to teach it. One token is on
 Made by `python -m jaxengine.rl.train_calc OUT_DIR --seed {seed} --steps {steps}` on {datetime.date.today()}: {minutes:.0f} minutes on a
 {os.cpu_count()}-core {platform.machine()} CPU, jax {jax.__version__}. Problems, kinds and the split are those of `jaxengine.rl.arithmetic`.
 
-Measured on `problems({seed}, {HELD_OUT_PROBLEMS}, "held-out")`, {len(set(asked))} distinct problems, with these bf16 weights. Greedy: the likeliest
-completion is the answer. Sampled: the probability that a completion drawn at temperature 1 is the answer.
+Measured on `problems({seed}, {HELD_OUT_PROBLEMS}, "held-out")`, {len(set(asked))} distinct problems, with these bf16 weights.
+Greedy: the likeliest completion is the answer. Sampled: the probability that a completion drawn at temperature 1 is the answer.
 
 | kind | problems | greedy | sampled |
 |---|---|---|---|

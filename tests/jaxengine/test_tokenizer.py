@@ -74,7 +74,8 @@ def test_load_reads_a_hugging_face_folder(tmp_path):
 
 def test_named_tokens_are_special_even_where_the_file_does_not_flag_them(tmp_path):
     backend = byte_level()
-    for tokenizer in (Tokenizer.load(save(tmp_path, backend, eos_token="<think>")), Tokenizer(backend, named_tokens={"eos_token": "<think>"})):
+    loaded = Tokenizer.load(save(tmp_path, backend, eos_token="<think>"))
+    for tokenizer in (loaded, Tokenizer(backend, named_tokens={"eos_token": "<think>"})):
         assert tokenizer.eos_token_id in tokenizer.special_ids
         assert tokenizer.eos_token_id not in tokenizer.encode("<think>")
         assert tokenizer.decode(tokenizer.encode("<think>", allow_special_tokens=True)) == ""

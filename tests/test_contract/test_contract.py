@@ -13,6 +13,7 @@ from conftest import FAMILIES, bits, make_llm, random_model
 
 from jaxengine import LLM, SamplingParams
 from jaxengine.models.decoder import Tile
+from jaxengine.programs import TILES
 
 KEY = 7
 LENGTHS = (1, 2, 5, 15, 16, 17, 31, 32, 33, 47, 48, 63, 64, 65, 80, 95, 96, 97, 110, 127, 128, 129, 160, 200)
@@ -36,7 +37,7 @@ class Case:
         self.expected = bits(self.engine().generate(self.prompts, self.sampling, key=jax.random.key(KEY)))
 
     def engine(self, **changes) -> LLM:
-        return make_llm(self.config, self.params, **changes)
+        return make_llm(self.config, self.params, **dict(compile_patience=0) | changes)  # every tile serves as soon as it fits
 
     def _sampling(self, i: int) -> SamplingParams:
         """A mix: greedy, sampled, cut, penalised, biased, of differing lengths."""
@@ -200,9 +201,9 @@ def test_c1_new_process():
 def test_a_tile_of_other_bits_is_refused(monkeypatch):
     """A decode step on single rows takes another path through XLA: the probe sees it and the base tile serves."""
     single = Tile(1, 1)
-    monkeypatch.setattr("jaxengine.programs.DECODE_TILES", (single, Tile(1, 8)))
+    monkeypatch.setitem(TILES, "decode", (single, Tile(1, 8)))
     config, params = random_model("Qwen3", dtype="float32")
-    llm = make_llm(config, params)
+    llm = make_llm(config, params, compile_patience=0)
     outputs = bits(llm.generate([[1, 2, 3]], SamplingParams(max_tokens=8, temperature=0)))
     assert llm.engine.programs.refused == [("decode", single)]
     monkeypatch.undo()
@@ -211,10 +212,30 @@ def test_a_tile_of_other_bits_is_refused(monkeypatch):
 
 def test_without_the_proof_bits_move(monkeypatch):
     """The control: with single-row steps trusted unproven, a request alone no longer has the bits that it has in a batch."""
-    monkeypatch.setattr("jaxengine.programs.DECODE_TILES", (Tile(1, 1), Tile(1, 8)))
+    monkeypatch.setitem(TILES, "decode", (Tile(1, 1), Tile(1, 8)))
     monkeypatch.setattr("jaxengine.programs.Programs._prove", lambda self, kind, tile, params, cache: (cache, True))
     config, params = random_model("Qwen3", dtype="float32")
-    llm = make_llm(config, params)
+    llm = make_llm(config, params, compile_patience=0)
     prompts = [list(range(1, 20)), list(range(5, 40))]
     greedy = SamplingParams(max_tokens=12, temperature=0)
     assert bits(llm.generate(prompts[:1], greedy)) != bits(llm.generate(prompts, greedy))[:1]
+
+
+def test_nothing_is_compiled_after_warm_up():
+    """Whatever runs: other lengths, other batch sizes, other sampling parameters, hits and preemptions."""
+    compiled = []
+    listener = lambda event, duration, **_: compiled.append(event) if event == "/jax/core/compile/backend_compile_duration" else None
+    case = Case(*DEFAULT[0])
+    llm = case.engine()
+    llm.warm_up()
+    llm.generate([[1, 2, 3]], SamplingParams(max_tokens=2))
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    try:
+        same(case, llm)
+        for count in (1, 3, 24):
+            llm.generate(case.prompts[:count], SamplingParams(n=2, max_tokens=9, logprobs=3, prompt_logprobs=2, entropy=True))
+        assert not compiled
+        make_llm(*random_model(num_hidden_layers=1), max_model_len=64).generate([[1]], SamplingParams(max_tokens=2))
+        assert compiled, "the listener hears compilations"
+    finally:
+        jax.monitoring.clear_event_listeners()
