@@ -24,11 +24,12 @@ def resolve(model: str | os.PathLike[str]) -> Path:
     if not isinstance(model, (str, os.PathLike)) or not os.fspath(model):  # "" would be the working directory
         raise ValueError(f"model must be a folder, a name or a hub id, got {model!r:.80}")
     folder = os.path.expanduser(os.fspath(model))
-    if os.path.isdir(folder):  # absolute, since tensors are read later and a notebook may change its directory
-        return Path(folder).absolute()
+    found = shipped(model) if isinstance(model, str) and _PLAIN_NAME.fullmatch(model) else None
+    # A folder that only happens to be called like a shipped model is not one.
+    if os.path.isdir(folder) and (found is None or os.path.isfile(os.path.join(folder, "config.json"))):
+        return Path(folder).absolute()  # absolute, since tensors are read later and a notebook may change its directory
     if not isinstance(model, str):
         raise FileNotFoundError(f"{folder} is not a folder")
-    found = shipped(model) if _PLAIN_NAME.fullmatch(model) else None
     return found if found is not None else _download(model)
 
 

@@ -33,7 +33,7 @@ MAX_CHARACTERS, GROWTH, WORK = 1_000_000, 4, 64
 MAX_STEPS = 1_000_000
 MAX_SECONDS = 5.0
 MAX_INTEGER_BITS = 4_096
-MAX_PADDING = 100  # of a format's width, an indentation, a separator
+MAX_PADDING = 99  # of a format's width, an indentation, a separator
 
 _FILTERS = """abs attr capitalize count d default dictsort e escape first float groupby int items last length list lower map max min
 reject rejectattr reverse safe select selectattr sort string title truncate unique upper wordcount""".split()
@@ -46,7 +46,7 @@ _METHODS: dict[type, frozenset[str]] = {
     tuple: frozenset(["count", "index"]),
     int: frozenset(), float: frozenset(), bytes: frozenset(), type: frozenset(),
 }
-_WIDE = re.compile(r"[%)][#0\- +]*(?:\*|\d{3,}|\d*\.(?:\*|\d{3,}))")  # a %-format of three digits and more, or one given as argument
+_WIDE = r"[#0\- +]*(?:\*|\d{3,}|\d*\.(?:\*|\d{3,}))"  # the width of a %-format: three digits and more, or given as an argument
 
 
 def render(source: str, variables: Mapping[str, Any], given: int) -> str:
@@ -196,7 +196,8 @@ class _Environment(ImmutableSandboxedEnvironment):
         elif operator == "**" and isinstance(left, int) and isinstance(right, int):
             _check_bits(left.bit_length() * right)
         elif operator == "%" and isinstance(left, str):
-            self._check(float("inf") if _WIDE.search(left) else left.count("%") * (10 * self._size(right) + 1_500))
+            wide = re.search(("[%)]" if "%(" in left else "%") + _WIDE, left)
+            self._check(float("inf") if wide else left.count("%") * (10 * self._size(right) + 1_500))
         result = super().call_binop(context, operator, left, right)
         if isinstance(result, int):
             _check_bits(result.bit_length())

@@ -5,6 +5,7 @@ from typing import Literal
 from jaxengine.keywords import strict_keywords
 
 QUERY_BLOCK = 16  # tokens of one sequence that prefill keeps together; page sizes and chunk starts are multiples of it
+VOCAB_BLOCK = 128  # token ids that a draw takes together (sampler.py)
 PROBE_TOKENS = 128  # tokens on which a step's tile is proven before it serves (programs.py)
 KV_TILE = 64  # keys that attention takes in one step of its online softmax: fixed, whatever the page size
 
@@ -68,15 +69,9 @@ class ModelConfig:
         return self.num_attention_heads // self.num_key_value_heads
 
     @property
-    def vocab_block(self) -> int:
-        """Rows of the output head that are widened to float32 at a time."""
-        per_leaf = -(-self.vocab_size // self.reduction_leaves)
-        return min(1024, -(-per_leaf // 128) * 128)
-
-    @property
     def padded_vocab_size(self) -> int:
         """vocab_size rounded up so that every leaf holds whole blocks; the rows behind vocab_size are zeros and never drawn."""
-        unit = self.reduction_leaves * self.vocab_block
+        unit = self.reduction_leaves * VOCAB_BLOCK
         return -(-self.vocab_size // unit) * unit
 
 

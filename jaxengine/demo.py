@@ -130,7 +130,8 @@ def _show(asked: Sequence[Problem], drawn: Sequence[CompletionOutput], samples: 
         own = drawn[i * samples : (i + 1) * samples]
         right = sum(is_right(problem, sample.text) for sample in own)
         total += right
-        say(f"{problem.prompt + problem.answer:<{wide}}  {right:>3} of {samples} right   " + "  ".join(colored(sample, color) for sample in own))
+        shown = "  ".join(colored(sample, color) for sample in own)
+        say(f"{problem.prompt + problem.answer:<{wide}}  {right:>3} of {samples} right   {shown}")
     say(f"\nright answers: {total} of {len(drawn)} ({total / len(drawn):.0%})")
 
 

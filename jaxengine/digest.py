@@ -7,10 +7,9 @@ import jax
 import jaxlib
 import numpy as np
 
-from jaxengine.config import KV_TILE, QUERY_BLOCK, ModelConfig
+from jaxengine.config import KV_TILE, QUERY_BLOCK, VOCAB_BLOCK, ModelConfig
 from jaxengine.models.params import Decoder
 from jaxengine.programs import BASE
-from jaxengine.sampler import DRAW_BLOCK
 
 
 def weights_digest(params: Decoder) -> str:
@@ -27,5 +26,5 @@ def contract_digest(model: ModelConfig, params: Decoder, version: int) -> str:
     """Equal digest and equal (key, prompt, sampling parameters) means equal bits."""
     parts = {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "device": jax.devices()[0].device_kind, "version": version,
              "model": dataclasses.asdict(model), "weights": weights_digest(params), "tile": dataclasses.asdict(BASE),
-             "query_block": QUERY_BLOCK, "kv_tile": KV_TILE, "draw_block": DRAW_BLOCK}
+             "query_block": QUERY_BLOCK, "kv_tile": KV_TILE, "vocab_block": VOCAB_BLOCK}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]

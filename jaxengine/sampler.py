@@ -4,7 +4,7 @@ The logprob of a token is the float32 log-softmax of the distribution it was dra
 cut to top-k, then top-p, then min-p, and renormalised over what is kept. At temperature 0 it is that of the model's own distribution,
 and the token is the likeliest after bias and penalties.
 
-The draw is a function of (processed distribution, key): the vocabulary is cut into blocks of DRAW_BLOCK ids; a first uniform picks a block
+The draw is a function of (processed distribution, key): the vocabulary is cut into blocks of VOCAB_BLOCK ids; a first uniform picks a block
 by inverse CDF over the blocks' masses, a second an id by inverse CDF within the block. Two uniforms instead of V Gumbels: drawing
 150,000 Gumbels a token costs more than a decode step on a CPU. And two instead of one: each then has its own 24 bits, so the rounding of
 one CDF over the whole vocabulary does not swallow its tail.
@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from jaxengine.config import VOCAB_BLOCK
 from jaxengine.ops.softmax import log_softmax
 from jaxengine.step_inputs import SlotParams
 from pallas_kernels.pinned_math import exp, row_cumsum, row_sum
 
-DRAW_BLOCK = 128
 
 
 def fold_keys(key: UInt32[Array, "t 2"], folds: Int[Array, "t 2"], positions: Int[Array, " t"]) -> Array:
@@ -119,10 +119,10 @@ def draw(logprobs: Float[Array, "t V"], keys: Array) -> Int[Array, " t"]:
     """One token a row from the distribution exp(logprobs), by inverse CDF over blocks and then within one."""
     batch, vocab = logprobs.shape
     uniform = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
-    blocks = exp(logprobs).reshape(batch, vocab // DRAW_BLOCK, DRAW_BLOCK)
+    blocks = exp(logprobs).reshape(batch, vocab // VOCAB_BLOCK, VOCAB_BLOCK)
     block = _inverse_cdf(row_sum(blocks), uniform[:, 0])
     inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
-    return block * DRAW_BLOCK + _inverse_cdf(inside, uniform[:, 1])
+    return block * VOCAB_BLOCK + _inverse_cdf(inside, uniform[:, 1])
 
 
 def _inverse_cdf(weights: Float[Array, "t n"], u: Float[Array, " t"]) -> Int[Array, " t"]:

@@ -129,17 +129,26 @@ def mix(config: ModelConfig, layer: Layer, rows: tuple[Array, Array]) -> Float[A
 
 
 def logits(config: ModelConfig, norm: Array, head: Float[Array, "leaf V D"], x: Float[Array, "t D"]) -> Float[Array, "t V"]:
-    """The output head in float32: the hidden state is not rounded, and the weights are widened block by block, never kept widened.
+    """The output head in float32, whatever the weights' dtype. Rows behind the vocabulary are -inf.
 
-    Rows behind the vocabulary are -inf.
+    The hidden state is not rounded. For bfloat16 weights it is cut into three bfloat16 parts whose sum is the float32 number; their
+    products with the weights are exact and are added in float32. So the head is read once, as it is stored, and never kept widened.
     """
-    leaves, rows, _ = head.shape
-    block, t = config.vocab_block, x.shape[0]
     y = rms_norm(x, norm, config.rms_norm_eps)
+    if head.dtype == jnp.bfloat16:
+        high, middle, low = jnp.split(split_outputs(jnp.concatenate(_bfloat16_parts(y)), head), 3, axis=1)
+        out = high + (middle + low)
+    else:
+        out = split_outputs(y, head.astype(jnp.float32))
+    out = out.swapaxes(0, 1).reshape(x.shape[0], -1)
+    return jnp.where(jnp.arange(out.shape[1]) < config.vocab_size, out, -jnp.inf)
 
-    def step(i, out):
-        part = slice_widened(head, i * block, block, 1, i)
-        return jax.lax.dynamic_update_slice_in_dim(out, split_outputs(y, part).swapaxes(0, 1), i * block, axis=2)
 
-    out = jax.lax.fori_loop(0, rows // block, step, jnp.zeros((t, leaves, rows), jnp.float32)).reshape(t, leaves * rows)
-    return jnp.where(jnp.arange(leaves * rows) < config.vocab_size, out, -jnp.inf)
+def _bfloat16_parts(x: Float[Array, "t D"]) -> list[Array]:
+    """Three bfloat16 arrays whose exact sum is x: each takes the next eight bits. Kept as float32 in between, so that nothing is folded."""
+    parts = []
+    for _ in range(3):
+        part = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+        parts.append(part.astype(jnp.bfloat16))
+        x = x - part
+    return parts

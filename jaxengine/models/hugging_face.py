@@ -17,6 +17,9 @@ def model_config(hf: dict[str, Any], **differences: Any) -> ModelConfig:
     for key, expected in (("hidden_act", "silu"), ("mlp_bias", False), ("use_sliding_window", False)):
         if hf.get(key, expected) != expected:
             raise ValueError(f"config.json has {key}={hf[key]!r}: this decoder computes {key}={expected!r} only")
+    other_layers = sorted(set(hf.get("layer_types") or ()) - {"full_attention"})
+    if other_layers:
+        raise ValueError(f"config.json has layer_types with {', '.join(other_layers)}: this decoder computes full_attention only")
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
     missing = [name for name in sizes if name not in hf]
     if missing:
@@ -42,20 +45,32 @@ def _dtype(name: str) -> str:
 
 def rope_config(hf: dict[str, Any]) -> RopeConfig:
     """RopeConfig from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
-    scaling = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    scaling = _rope_parameters(hf)
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind not in ROPE_KINDS:
-        raise ValueError(f"rope type {kind!r} is not supported{nearest(kind, ROPE_KINDS)} Supported: {', '.join(ROPE_KINDS)}")
+        raise ValueError(f"rope type {kind!r} is not supported (supported: {', '.join(ROPE_KINDS)}){nearest(kind, ROPE_KINDS)}")
     if scaling.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0)) != 1.0:
         raise ValueError("partial_rotary_factor other than 1 is not supported")
     theta = float(scaling.get("rope_theta") or hf.get("rope_theta") or 10_000.0)
-    original = scaling.get("original_max_position_embeddings") or hf.get("max_position_embeddings", 0)
-    factor = float(scaling.get("factor") or hf.get("max_position_embeddings", original) / max(original, 1))
+    length = hf.get("max_position_embeddings", 0)
+    # In this order, as in transformers: some configurations name the number beside the rope's parameters.
+    original = hf.get("original_max_position_embeddings") or scaling.get("original_max_position_embeddings") or length
+    factor = float(scaling.get("factor") or length / max(original, 1))
     return RopeConfig(
-        theta, kind, factor if kind != "default" else 1.0, original,
+        theta, kind, factor if kind != "default" else 1.0, original if kind in ("llama3", "yarn") else 0,
         low_freq_factor=float(scaling.get("low_freq_factor") or 1.0), high_freq_factor=float(scaling.get("high_freq_factor") or 4.0),
         beta_fast=float(scaling.get("beta_fast") or 32.0), beta_slow=float(scaling.get("beta_slow") or 1.0),
         attention_factor=_yarn_attention_factor(scaling, factor) if kind == "yarn" else 1.0, truncate=bool(scaling.get("truncate", True)))
+
+
+def _rope_parameters(hf: dict[str, Any]) -> dict[str, Any]:
+    new, old = hf.get("rope_parameters") or {}, hf.get("rope_scaling") or {}
+    if new and old and new != old:
+        raise ValueError(f"config.json has rope_parameters={new} and rope_scaling={old}: keep one of them")
+    found = new or old
+    if any(isinstance(value, dict) for value in found.values()):
+        raise ValueError(f"config.json gives each kind of layer a rope of its own ({', '.join(found)}): this decoder has one for all layers")
+    return found
 
 
 def _yarn_attention_factor(scaling: dict[str, Any], factor: float) -> float:

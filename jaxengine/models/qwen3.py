@@ -9,6 +9,7 @@ MODEL_TYPE = "qwen3"
 
 def configure(hf: dict[str, Any]) -> ModelConfig:
     biased = bool(hf.get("attention_bias", False))
+    hf = {"head_dim": 128} | hf  # transformers' default, whatever the hidden size
     return model_config(hf, qk_norm=True, qkv_bias=biased, out_bias=biased)
 
 

@@ -12,8 +12,8 @@ FAMILIES: dict[str, ModuleType] = {"Qwen3ForCausalLM": qwen3, "Qwen2ForCausalLM"
 def family(architecture: str) -> ModuleType:
     """The family file of an architecture; raises ValueError listing what is supported."""
     if architecture not in FAMILIES:
-        raise ValueError(f"architecture {architecture!r} is not supported{nearest(architecture, FAMILIES)} "
-                         f"Supported: {', '.join(sorted(FAMILIES))}")
+        raise ValueError(f"architecture {architecture!r} is not supported (supported: {', '.join(sorted(FAMILIES))})"
+                         f"{nearest(architecture, FAMILIES)}")
     return FAMILIES[architecture]
 
 

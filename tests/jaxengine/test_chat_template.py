@@ -209,6 +209,7 @@ def test_helpers_of_transformers():
     ("{{ messages | selectattr('role', 'equalto', 'user') | map(attribute='content') | list }}", "['hi']"),
     ("{{ messages[0].items() | list }}{{ messages[0]['role'].upper() }}", "[('role', 'user'), ('content', 'hi')]USER"),
     ("{{ dict(a=1) | tojson }}{{ (1, 2) + (3,) }}{{ [1] * 2 }}{{ 2 ** 10 }}{{ -7 // 2 }}", '{"a": 1}(1, 2, 3)[1, 1]1024-4'),
+    ("{{ 'On (day) 2024: %s, %(n)s' | replace('%(n)s', '%5.1f') | format('x', 2) }}", "On (day) 2024: x,   2.0"),
     ("{% set ns = namespace(a='x') %}{% set ns.a = ns.a ~ 1 %}{{ ns.a }}{{ 'x'.rjust(3) }}{{ 'abc'[::-1] }}", "x1  xcba"),
 ])
 def test_ordinary_templates_run_as_in_jinja(source, expected):

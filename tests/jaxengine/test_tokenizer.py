@@ -18,7 +18,8 @@ SPECIAL = ["<|begin|>", "<|im_start|>", "<|im_end|>"]
 
 def byte_level() -> tokenizers.Tokenizer:
     vocab = {character: index for index, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    merges = [("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o"), ("Ġ", "hello"), ("<", "|"), ("ð", "Ł"), ("âĤ", "¬"), ("â", "Ĥ")]
+    merges = [("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o"), ("Ġ", "hello"), ("<", "|"), ("<", "ï"), ("ð", "Ł"),
+              ("âĤ", "¬"), ("â", "Ĥ")]
     vocab |= {left + right: len(vocab) + index for index, (left, right) in enumerate(merges)}
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=sorted(merges, key=lambda pair: len(pair[0] + pair[1]))))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

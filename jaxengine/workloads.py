@@ -1,0 +1,79 @@
+"""What is measured: the decode and group workloads, the same for every system (benchmarks/README.md)."""
+import dataclasses
+import math
+import random
+from typing import Protocol
+
+Prompts = list[list[int]]
+
+
+class System(Protocol):
+    """What can be measured: `seconds` completes prompts with exactly so many tokens each, at temperature 1."""
+
+    name: str
+    vocab_size: int
+    workloads: tuple[str, ...]
+
+    def warm_up(self) -> None: ...
+    def seconds(self, prompts: Prompts, lengths: list[int]) -> float: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Decode:
+    """`batch` prompts of random tokens, exactly `new_tokens` each (by default 32, and 16 from a batch of 64).
+
+    Tokens per second are batch × (new_tokens − 1) over the time beyond that of a call with one new token.
+    """
+
+    batch: int
+    prompt_tokens: int = 128
+    new_tokens: int = 0
+    kind = "decode"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "new_tokens", self.new_tokens or (16 if self.batch >= 64 else 32))
+        if self.batch < 1 or self.new_tokens < 2:
+            raise ValueError(f"batch must be at least 1 and new_tokens at least 2, got {self.batch} and {self.new_tokens}")
+
+    def __str__(self) -> str:
+        return f"decode B={self.batch}"
+
+    def rate(self, system: System, repeat: int) -> float:
+        times = []
+        for new_tokens in (1, self.new_tokens):
+            rng = random.Random(f"{self} {new_tokens} {repeat}")
+            times.append(system.seconds(random_prompts(rng, self.batch, self.prompt_tokens, system.vocab_size), [new_tokens] * self.batch))
+        spent = times[1] - times[0]
+        return self.batch * (self.new_tokens - 1) / spent if spent > 0 else math.nan  # a machine too noisy for so little work
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Prompts with several samples each, exactly uniform(shortest, longest) new tokens a sample, with the logprobs of the sampled tokens.
+
+    Tokens per second are all generated tokens over the whole time.
+    """
+
+    prompts: int = 8
+    samples: int = 8
+    prompt_tokens: int = 256
+    shortest: int = 16
+    longest: int = 96
+    kind = "group"
+
+    def __str__(self) -> str:
+        return f"group {self.prompts}x{self.samples}"
+
+    def rate(self, system: System, repeat: int) -> float:
+        rng = random.Random(f"{self} {repeat}")
+        drawn = random_prompts(rng, self.prompts, self.prompt_tokens, system.vocab_size)
+        prompts = [prompt for prompt in drawn for _ in range(self.samples)]
+        lengths = [rng.randint(self.shortest, self.longest) for _ in prompts]
+        return sum(lengths) / system.seconds(prompts, lengths)
+
+
+Workload = Decode | Group
+
+
+def random_prompts(rng: random.Random, count: int, length: int, vocab_size: int) -> Prompts:
+    return [[rng.randrange(vocab_size) for _ in range(length)] for _ in range(count)]

@@ -1,0 +1,37 @@
+"""Shared by the tests of this folder: this project's own forward pass over whole sequences, and how far two logits are apart."""
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxengine.config import KV_TILE, QUERY_BLOCK, ModelConfig
+from jaxengine.models import decoder
+from jaxengine.models.params import Decoder
+from jaxengine.rl import scoring
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _logits(config: ModelConfig, params: Decoder, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+    x = scoring.hidden_states(config, params, tokens)
+    head = params.embed if params.head is None else params.head
+    rows = decoder.logits(config, params.norm, head, x.reshape(-1, config.hidden_size))
+    return rows.reshape(*tokens.shape, -1)[..., : config.vocab_size]
+
+
+def model_logits(config: ModelConfig, params: Decoder, tokens: np.ndarray) -> np.ndarray:
+    """float32 [B, T, V] of all positions of tokens [B, T]; they are padded to what hidden_states takes."""
+    batch, length = tokens.shape
+    rows = -(-length // KV_TILE) * KV_TILE
+    whole = scoring.TILE * QUERY_BLOCK // math.gcd(scoring.TILE * QUERY_BLOCK, rows)
+    padded = np.zeros((-(-batch // whole) * whole, rows), np.int32)
+    padded[:batch, :length] = tokens
+    return np.asarray(_logits(config, params, jnp.asarray(padded)))[:batch, :length]
+
+
+def largest_difference(found: np.ndarray, expected: np.ndarray) -> float:
+    """The largest difference of a position's logits, relative to the largest logit of that position: the worst position counts."""
+    assert found.shape == expected.shape and np.isfinite(found).all()
+    return float((np.abs(found - expected).max(-1) / np.abs(expected).max(-1)).max())
