@@ -1,7 +1,7 @@
 """What every peer's script shares: it says hello, then answers each task on standard input with a line on standard output.
 
 hello   {"workloads": ["decode"], "versions": {"transformers": "5.23.0"}}
-task    {"prompts": [[token id, …], …], "lengths": [new tokens of each prompt, …]}
+task    {"prompts": [[token id, …], …], "lengths": [new tokens of each prompt, …], "logprobs": whether those of the sampled tokens are wanted}
 answer  {"seconds": wall time of the whole call}
 """
 import json
@@ -12,13 +12,13 @@ from collections.abc import Callable
 Prompts = list[list[int]]
 
 
-def serve(workloads: list[str], versions: dict[str, str], seconds: Callable[[Prompts, list[int]], float], answers: Callable[[dict], None]
-          ) -> None:
+def serve(workloads: list[str], versions: dict[str, str], seconds: Callable[..., float],
+          answers: Callable[[dict], None]) -> None:
     """Answer tasks until standard input ends."""
     answers({"workloads": workloads, "versions": versions})
     for line in sys.stdin:
         task = json.loads(line)
-        answers({"seconds": seconds(task["prompts"], task["lengths"])})
+        answers({"seconds": seconds(**task)})
 
 
 def own_stdout() -> Callable[[dict], None]:

@@ -4,6 +4,7 @@ FOLDER holds a model, or config.json alone: then the weights are random, normal 
 the decode workload by itself and prints a line of JSON a batch; without, it answers tasks (lines.py).
 """
 import argparse
+import functools
 import pathlib
 import random
 import time
@@ -23,8 +24,9 @@ def open_model(folder: str, dtype: torch.dtype) -> torch.nn.Module:
 
 
 @torch.inference_mode()
-def seconds(model: torch.nn.Module, prompts: lines.Prompts, lengths: list[int]) -> float:
+def seconds(model: torch.nn.Module, prompts: lines.Prompts, lengths: list[int], logprobs: bool = False) -> float:
     """Wall time of one call of generate."""
+    assert not logprobs
     (new,) = set(lengths)  # one length for all rows: it has no other
     start = time.perf_counter()
     ids = torch.tensor(prompts, device=model.device)
@@ -56,7 +58,7 @@ def main() -> None:
     model = open_model(arguments.folder, getattr(torch, arguments.dtype))
     versions = {"transformers": transformers.__version__, "torch": torch.__version__, "threads": str(torch.get_num_threads())}
     if not arguments.batch:
-        lines.serve(["decode"], versions, lambda prompts, lengths: seconds(model, prompts, lengths), write)
+        lines.serve(["decode"], versions, functools.partial(seconds, model), write)
     for batch in arguments.batch or ():
         write({"workload": f"decode B={batch}", "tokens_per_second": round(decode_rate(model, batch), 1), "versions": versions})
 

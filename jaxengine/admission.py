@@ -26,6 +26,11 @@ def key_data(key: Any) -> tuple[int, int]:
     return high, low
 
 
+def seed_data(seed: int) -> tuple[int, int]:
+    """The words of jax.random.key(seed), with all 64 bits of the seed: JAX drops the upper half in its 32-bit mode."""
+    return seed >> 32, seed & 0xFFFFFFFF
+
+
 def prompts_of(prompts: Any) -> list[Any]:
     """A batch of prompts: one string, one list of ids or one dict is a batch of one, as in vLLM."""
     if isinstance(prompts, (str, Mapping)):
@@ -63,8 +68,8 @@ def make_request(request_id: str, prompt: Any, index: int, params: SamplingParam
         raise ValueError(f"prompts[{index}] has {len(stops)} stop token ids, end tokens included: at most {MAX_STOPS} are possible")
     if params.stop and tokenizer is None:
         raise ValueError(f"prompts[{index}] has stop strings, but the model has no tokenizer: use stop_token_ids")
-    own = params.key if params.key is not None else jax.random.key(params.seed) if params.seed is not None else None
-    return Request(request_id, ids, params, key if own is None else key_data(own), index if own is None else -1, frozenset(stops),
+    own = key_data(params.key) if params.key is not None else seed_data(params.seed) if params.seed is not None else None
+    return Request(request_id, ids, params, own or key, -1 if own else index, frozenset(stops),
                    _limit(len(ids), index, params, engine), text, salt)
 
 

@@ -13,7 +13,6 @@ import json
 import math
 import os
 import platform
-import random
 import statistics
 import subprocess
 import time
@@ -23,13 +22,14 @@ from typing import Any
 
 import jax
 
+from checkpoints.model_folder import resolve
 from jaxengine import __version__
-from jaxengine.config import EngineConfig, ModelConfig, RopeConfig
+from jaxengine.config import ModelConfig, RopeConfig
 from jaxengine.llm import LLM
 from jaxengine.models import hugging_face, loading, registry
 from jaxengine.models.params import initialise
 from jaxengine.request import SamplingParams
-from jaxengine.workloads import Decode, Group, Prompts, System, Workload, random_prompts
+from jaxengine.workloads import PEERS, Decode, Group, Prompts, System, Workload
 
 __all__ = ["Decode", "Group", "Ours", "Peer", "compilations", "machine", "measure", "open_model", "record", "table"]
 QWEN3_06B = ModelConfig(
@@ -38,7 +38,6 @@ QWEN3_06B = ModelConfig(
     tie_word_embeddings=True, qk_norm=True, dtype="bfloat16")
 SHAPES = {"qwen3-0.6b-shape": QWEN3_06B}  # random weights, made in place
 ENGINE = dict(max_model_len=2048, max_num_seqs=64, num_pages=1025)  # room for either workload at 64 sequences
-PEERS = {"transformers": "transformers_decode.py"}  # scripts in benchmarks/
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
@@ -53,14 +52,11 @@ class Ours:
         self.llm, self.vocab_size = llm, llm.config.vocab_size
 
     def warm_up(self) -> None:
-        """Calls of every width and of short and long prompts, so that each of the engine's steps is compiled."""
-        config = self.llm.engine_config
-        for power in range((config.max_num_seqs - 1).bit_length() + 1):
-            count = min(2**power, config.max_num_seqs)
-            length = min(16 * 2**power, config.max_num_batched_tokens, config.max_model_len // 2)
-            self.seconds(random_prompts(random.Random(power), count, length, self.vocab_size), [2] * count)
+        """Compile every step, however rarely the workloads come to it."""
+        self.llm.warm_up()
 
-    def seconds(self, prompts: Prompts, lengths: list[int]) -> float:
+    def seconds(self, prompts: Prompts, lengths: list[int], logprobs: bool) -> float:
+        """The wall time of one call; logprobs of the sampled tokens come whether asked for or not."""
         params = [SamplingParams(max_tokens=n, min_tokens=n, ignore_eos=True, detokenize=False) for n in lengths]
         start = time.perf_counter()
         outputs = self.llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
@@ -92,10 +88,11 @@ class Peer:
     def warm_up(self) -> None:
         """Nothing beyond the first run of each workload."""
 
-    def seconds(self, prompts: Prompts, lengths: list[int]) -> float:
+    def seconds(self, prompts: Prompts, lengths: list[int], logprobs: bool) -> float:
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"prompts": prompts, "lengths": lengths}) + "\n")
-        self._process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it has ended, which its missing answer will say
+            self._process.stdin.write(json.dumps({"prompts": prompts, "lengths": lengths, "logprobs": logprobs}) + "\n")
+            self._process.stdin.flush()
         return self._answer()["seconds"]
 
     def _answer(self) -> dict[str, Any]:
@@ -113,13 +110,17 @@ class Peer:
 
 def open_model(model: str, *, dtype: str = "auto", progress: bool = False, **engine: Any) -> LLM:
     """An LLM with room for the workloads; `model` as LLM takes it, or a name in SHAPES for random weights of that shape."""
-    engine = ENGINE | engine
     if model not in SHAPES:
-        return LLM(model, dtype=dtype, progress=progress, **engine)
+        config = loading.read_model_config(resolve(model), dtype=dtype)
+        return LLM(model, dtype=dtype, progress=progress, **_room(config) | engine)
     if dtype not in ("auto", *loading.DTYPES):
         raise ValueError(f"dtype must be 'auto' or one of {', '.join(loading.DTYPES)}, got {dtype!r}")
     config = SHAPES[model] if dtype == "auto" else dataclasses.replace(SHAPES[model], dtype=dtype)
-    return LLM.from_params(config, initialise(config, jax.random.key(0)), progress=progress, **engine)
+    return LLM.from_params(config, initialise(config, jax.random.key(0)), progress=progress, **_room(config) | engine)
+
+
+def _room(config: ModelConfig) -> dict[str, Any]:
+    return ENGINE | {"max_model_len": min(ENGINE["max_model_len"], config.max_position_embeddings)}
 
 
 def write_config(folder: Path, config: ModelConfig) -> None:
@@ -188,9 +189,9 @@ def measure(systems: Sequence[System], workloads: Sequence[Workload], repeats: i
 def machine() -> dict[str, Any]:
     """Where the figures come from. `load` is what the machine had to do in the last minute."""
     device = jax.devices()[0]
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")}
     return {"cpu": _cpu_name(), "cpus": os.cpu_count(), "load": os.getloadavg()[0], "device": device.device_kind,
-            "platform": device.platform, "python": platform.python_version(), "jax": jax.__version__, "jaxlib": importlib.metadata.version("jaxlib"),
-            "jaxengine": __version__}
+            "platform": device.platform, "python": platform.python_version(), "jaxengine": __version__, **versions}
 
 
 def _cpu_name() -> str:
@@ -215,9 +216,8 @@ def table(results: Sequence[Result]) -> str:
     return "\n".join(lines)
 
 
-def record(llm: LLM, model: str, results: Sequence[Result], versions: dict[str, Any]) -> dict[str, Any]:
-    """Everything that a reader of the figures has to know, ready for JSON."""
-    engine: EngineConfig = llm.engine_config
+def record(llm: LLM, model: str, where: dict[str, Any], results: Sequence[Result], peers: dict[str, Any]) -> dict[str, Any]:
+    """Everything that a reader of the figures has to know, ready for JSON. `where` is `machine()`, `peers` the versions of each."""
     number = lambda rate: rate if math.isfinite(rate) else None
-    return {"machine": machine(), "model": model, "dtype": llm.config.dtype, "engine": dataclasses.asdict(engine), "peers": versions,
+    return {"machine": where, "model": model, "dtype": llm.config.dtype, "engine": dataclasses.asdict(llm.engine_config), "peers": peers,
             "results": [dataclasses.asdict(r) | {"rates": [*map(number, r.rates)], "median": number(r.median)} for r in results]}

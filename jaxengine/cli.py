@@ -6,20 +6,25 @@ line on standard error and code 2, an interrupt with code 130. jax is imported o
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from jaxengine.config import EngineConfig
 from jaxengine.options import add_fields, count, given_fields, sampling_params, token_ids
 from jaxengine.request import SamplingParams
+from jaxengine.workloads import PEERS
 
 USER_ERRORS = (ValueError, TypeError, OSError, MemoryError, NotImplementedError)
+LLM_DEFAULTS = {"max_model_len": "default: the model's own", "num_pages": "default: what memory allows",
+                "max_num_batched_tokens": "default: 512 on a CPU, 8192 elsewhere"}
+BENCH_DEFAULTS = LLM_DEFAULTS | {name: "default: room for the workloads" for name in ("max_model_len", "max_num_seqs", "num_pages")}
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -86,7 +91,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     form.add_argument("--json", action="store_true", help="a JSON object a sample, one a line; null stands for an infinite logprob")
     form.add_argument("--stream", action="store_true", help="text as it grows, a prompt after the other; the same bits")
     add_fields(parser.add_argument_group("sampling", "the fields of SamplingParams"), SamplingParams)
-    _add_engine(parser)
+    _add_engine(parser, LLM_DEFAULTS)
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
@@ -94,17 +99,17 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=count, nargs="+", default=[1, 8, 32, 64], help="batch sizes of the decode workload")
     parser.add_argument("--workloads", nargs="+", choices=["decode", "group"], default=["decode", "group"], help="what to measure")
     parser.add_argument("--repeats", type=count, default=3, help="runs that count; the median is reported")
-    parser.add_argument("--peer", choices=["transformers"], help="another engine to measure in turns with this one")
+    parser.add_argument("--peer", choices=sorted(PEERS), help="another engine to measure in turns with this one")
     parser.add_argument("--peer-python", metavar="PATH", default=sys.executable, help="the interpreter that has the peer installed")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write machine, versions and every figure there")
-    _add_engine(parser, dtype="bfloat16")
+    _add_engine(parser, BENCH_DEFAULTS, dtype="bfloat16")
 
 
-def _add_engine(parser: argparse.ArgumentParser, dtype: str = "auto") -> None:
+def _add_engine(parser: argparse.ArgumentParser, defaults: Mapping[str, str], dtype: str = "auto") -> None:
     group = parser.add_argument_group("engine", "room and habits: the fields of EngineConfig; none of them but dtype changes a bit")
     group.add_argument("--dtype", choices=DTYPES, default=dtype, help="auto: the file's")
     group.add_argument("--progress", action=argparse.BooleanOptionalAction, default=True, help="show long work on standard error")
-    add_fields(group, EngineConfig)
+    add_fields(group, EngineConfig, defaults)
 
 
 # -- commands ------------------------------------------------------------------------------------------------------------------
@@ -130,15 +135,16 @@ def _generate(arguments: argparse.Namespace) -> int:
 
     llm = LLM(arguments.model, dtype=arguments.dtype, progress=arguments.progress, **given_fields(arguments, EngineConfig))
     prompts, key = _prompts(llm, arguments), jax.random.key(arguments.call_seed)
+    show = functools.partial(_completion, as_text=llm.tokenizer is not None and params.detokenize)
     if arguments.stream:
-        for index, prompt in enumerate(prompts):
-            _print_growing(llm, prompt, params, jax.random.fold_in(jax.random.fold_in(key, index), 0))
+        own = _own_keys(params, key, len(prompts))
+        reasons = [_print_growing(llm, *each, show) for each in zip(prompts, own, strict=True)]
     else:
         outputs = llm.generate(prompts, params, key=key)
-        lines = (json.dumps(record) for record in records(outputs)) if arguments.json else _text_lines(outputs)
-        for line in lines:
+        for line in (json.dumps(record) for record in records(outputs)) if arguments.json else _text_lines(outputs, show):
             print(line)
-    return 0
+        reasons = [sample.finish_reason for output in outputs for sample in output.outputs]
+    return 1 if "error" in reasons else 0
 
 
 def _prompts(llm: Any, arguments: argparse.Namespace) -> list[Any]:
@@ -152,28 +158,39 @@ def _prompts(llm: Any, arguments: argparse.Namespace) -> list[Any]:
     return [{"prompt": prompt, "prompt_token_ids": tokens} for prompt, tokens in zip(arguments.prompts, ids, strict=True)]
 
 
-def _print_growing(llm: Any, prompt: Any, params: SamplingParams, key: Any) -> None:
-    """One prompt's completion as it grows, drawn with the key that it has in a call of all prompts."""
-    own = params if params.key is not None or params.seed is not None else params.replace(key=key)
-    shown = 0
-    for output in llm.stream(prompt, own):
-        text = _completion(output.outputs[0])
+def _own_keys(params: SamplingParams, key: Any, count: int) -> list[SamplingParams]:
+    """For calls of one prompt each: the key that each prompt has in a call of all."""
+    from jaxengine.demo import sample_key
+
+    has_own = params.key is not None or params.seed is not None
+    return [params if has_own else params.replace(key=sample_key(key, index, 0)) for index in range(count)]
+
+
+def _print_growing(llm: Any, prompt: Any, params: SamplingParams, show: Callable[[Any], str]) -> str:
+    """Print one prompt's completion as it grows; returns how it ended."""
+    shown, reason = 0, ""
+    for output in llm.stream(prompt, params):
+        text, reason = show(output.outputs[0]), output.outputs[0].finish_reason
         print(text[shown:], end="", flush=True)
         shown = len(text)
     print()
+    return reason
 
 
-def _completion(sample: Any) -> str:
-    """The text, or the token ids of a model without a tokenizer."""
-    return sample.text if sample.token_texts is not None else " ".join(map(str, sample.token_ids))
+def _completion(sample: Any, as_text: bool) -> str:
+    """The text, fit for a terminal where it goes to one; or the token ids."""
+    from jaxengine.demo import printable
+
+    if not as_text:
+        return " ".join(map(str, sample.token_ids))
+    return printable(sample.text, keep="\n\t") if sys.stdout.isatty() else sample.text
 
 
-def _text_lines(outputs: Any) -> Iterable[str]:
+def _text_lines(outputs: Any, show: Callable[[Any], str]) -> Iterable[str]:
     for output in outputs:
         yield f"== {output.prompt if output.prompt is not None else output.prompt_token_ids}"
         for sample in output.outputs:
-            ending = f"{sample.finish_reason}, {len(sample.token_ids)} tokens, logprob {sample.cumulative_logprob:.4f}"
-            yield f"{_completion(sample)}  [{ending}]"
+            yield f"{show(sample)}  [{sample.finish_reason}, {len(sample.token_ids)} tokens, logprob {sample.cumulative_logprob:.4f}]"
 
 
 def records(outputs: Any) -> Iterable[dict[str, Any]]:
@@ -201,10 +218,13 @@ def _plain(value: Any) -> Any:
 def _bench(arguments: argparse.Namespace) -> int:
     from jaxengine import bench
 
+    if arguments.json:
+        arguments.json.touch()  # a place that cannot be written is told now, not after the measuring
     engine = {"max_num_seqs": max(bench.ENGINE["max_num_seqs"], *arguments.batch)} | given_fields(arguments, EngineConfig)
     say = (lambda text: print(text, file=sys.stderr, flush=True)) if arguments.progress else (lambda text: None)
     llm = bench.open_model(arguments.model, dtype=arguments.dtype, progress=arguments.progress, **engine)
-    print(", ".join(f"{name} {value}" for name, value in bench.machine().items()))
+    where = bench.machine()
+    print(", ".join(f"{name} {value}" for name, value in where.items()))
     print(f"{arguments.model}, {llm.config.dtype}, {llm.engine_config}", flush=True)
     decode = [bench.Decode(batch) for batch in arguments.batch] if "decode" in arguments.workloads else []
     workloads = decode + ([bench.Group()] if "group" in arguments.workloads else [])
@@ -216,7 +236,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     print(bench.table(results))
     if arguments.json:
         versions = {peer.name: peer.versions for peer in peers}
-        arguments.json.write_text(json.dumps(bench.record(llm, arguments.model, results, versions), indent=2) + "\n")
+        arguments.json.write_text(json.dumps(bench.record(llm, arguments.model, where, results, versions), indent=2) + "\n")
     return 0
 
 

@@ -162,6 +162,6 @@ def _paint(text: str, shade: int) -> str:
     return f"\x1b[38;5;{shade}m{text}\x1b[0m"
 
 
-def printable(text: str) -> str:
-    """`text` with control characters spelled out: what a model writes must not steer the terminal."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+def printable(text: str, keep: str = "") -> str:
+    """`text` with control characters spelled out, but for those to `keep`: what a model writes must not steer the terminal."""
+    return "".join(c if c.isprintable() or c in keep else repr(c)[1:-1] for c in text)

@@ -205,12 +205,15 @@ class Engine:
     # -- recovery --------------------------------------------------------------------------------------------------------------
 
     def _recover(self) -> None:
-        """After an error or an interrupt in a step: what was under way is forgotten and recomputed, donated buffers are rebuilt."""
+        """After an error or an interrupt, anywhere in a step: every unfinished sequence starts anew, donated buffers are rebuilt."""
         self._in_flight = None
-        for sequence in list(reversed(self.scheduler.running)):
-            sequence.num_pending = 0
-            self.scheduler.preempt(sequence)
-        self.scheduler.blocks.clear_cache()
+        unfinished = [s for request in self.requests.values() for s in request.samples if s.status is not Status.FINISHED]
+        self.requests = {s.request.request_id: s.request for s in unfinished}
+        self.scheduler.restart(unfinished)
+        for sequence in unfinished:
+            if sequence.detokenizer is not None and self._make_detokenizer is not None:
+                sequence.detokenizer = self._make_detokenizer(sequence)
+                sequence.detokenizer.push(sequence.generated)
         if any(x.is_deleted() for x in jax.tree.leaves(self.cache)):
             self.cache = kv_cache.allocate(self.model, self.config)
 

@@ -136,11 +136,15 @@ class LLM:
         if not prompts:
             return []
         data = key_data(jax.random.fold_in(self._key, next(self._calls)) if key is None else key)
-        ids = request_ids if request_ids is not None else [str(next(self._ids)) for _ in prompts]
+        ids = request_ids if request_ids is not None else [self._new_id() for _ in prompts]
         requests = [make_request(request_id, prompt, index, item, data, self.config, self.engine_config, self.tokenizer)
                     for index, (request_id, prompt, item) in enumerate(zip(ids, prompts, each, strict=True))]
         self._add(requests, streaming)
         return requests
+
+    def _new_id(self) -> str:
+        """The next number that no caller took as an id of its own."""
+        return next(name for name in map(str, self._ids) if name not in self.engine.requests)
 
     def _add(self, requests: list[Request], streaming: bool) -> None:
         """All of a call's requests, or none of them."""

@@ -1,21 +1,24 @@
 """Command-line options made from the fields of a dataclass, and the readers of their values. A new field appears by itself."""
 import argparse
-import collections.abc
 import dataclasses
 import types
 import typing
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxengine.request import SamplingParams
 
 
-def add_fields(group: Any, cls: type) -> None:
-    """An option for every field of a dataclass; `given_fields` reads them back. Fields that are not given stay out of the namespace."""
+def add_fields(group: Any, cls: type, defaults: Mapping[str, str] = types.MappingProxyType({})) -> None:
+    """An option for every field of a dataclass; `given_fields` reads them back. Fields that are not given stay out of the namespace.
+
+    `defaults` says in words what a field becomes that is not given, where that is not its own default.
+    """
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
-        known = f"default {field.default!r}" if field.default not in (None, ()) else "not set by default"
+        own = f"default {field.default!r}" if field.default not in (None, ()) else "not set by default"
         group.add_argument(f"--{field.name.replace('_', '-')}", dest=f"{cls.__name__}.{field.name}", default=argparse.SUPPRESS,
-                           **_form(field.name, hints[field.name], known))
+                           **_form(field.name, hints[field.name], defaults.get(field.name, own)))
 
 
 def _form(name: str, hint: Any, known: str) -> dict[str, Any]:
@@ -28,9 +31,9 @@ def _form(name: str, hint: Any, known: str) -> dict[str, Any]:
         return dict(action=argparse.BooleanOptionalAction, help=known)
     if origin in (int, float, str):
         return dict(type=origin, metavar=origin.__name__.upper(), help=known)
-    if origin is collections.abc.Mapping:
+    if origin is Mapping:
         return dict(action="append", type=_id_value, metavar="ID=VALUE", help="repeat for more")
-    if origin is collections.abc.Sequence:
+    if origin is Sequence:
         item = typing.get_args(kinds[-1])[0]
         return dict(action="append", type=item, metavar=item.__name__.upper(), help="repeat for more")
     raise TypeError(f"the command line has no form for the field {name}: {hint}")

@@ -56,7 +56,7 @@ class SamplingParams:
         put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731 - frozen, so normalised once here
         for name, low, high in (("n", 1, MAX_N), ("min_tokens", 0, None)):
             put(name, _integer(name, getattr(self, name), low, high))
-        for name, low, high in (("max_tokens", 1, None), ("logprobs", 0, None), ("prompt_logprobs", 0, None), ("seed", -2**63, 2**63 - 1)):
+        for name, low, high in (("max_tokens", 1, None), ("logprobs", 0, None), ("prompt_logprobs", 0, None), ("seed", 0, 2**64 - 1)):
             if getattr(self, name) is not None:
                 put(name, _integer(name, getattr(self, name), low, high))
         put("top_k", max(_integer("top_k", self.top_k, -1, None), 0))

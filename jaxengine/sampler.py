@@ -95,8 +95,9 @@ def truncate(logits: Float[Array, "t V"], top_k: Int[Array, " t"], top_p: Float[
 
 def _order(x: Float[Array, "t V"]) -> UInt32[Array, "t V"]:
     """float32 as unsigned integers in the same order; -0 and +0 are one number."""
-    bits = jax.lax.bitcast_convert_type(x + 0.0, jnp.uint32)
-    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+    bits, sign = jax.lax.bitcast_convert_type(x, jnp.uint32), jnp.uint32(1 << 31)
+    bits = jnp.where(bits == sign, 0, bits)  # adding 0.0 would do, but the compiler takes that out
+    return jnp.where(bits >= sign, ~bits, bits | sign)
 
 
 def _largest(enough, rows: int) -> UInt32[Array, "t 1"]:

@@ -4,6 +4,7 @@ The same requests in the same order give the same plans, and no plan changes a b
 """
 import dataclasses
 from collections import deque
+from collections.abc import Iterable
 
 from jaxengine.block_manager import BlockManager
 from jaxengine.config import QUERY_BLOCK, EngineConfig
@@ -93,6 +94,14 @@ class Scheduler:
         sequence.status = Status.WAITING
         self.waiting.appendleft(sequence)
         self.num_preemptions += 1
+
+    def restart(self, sequences: Iterable[Sequence]) -> None:
+        """Nothing is on the device and these sequences wait, whatever state an interrupt left behind."""
+        self.blocks = BlockManager(self.blocks.num_pages, self.blocks.page_size, self.blocks.caching)
+        self.running, self._free_slots = [], list(range(self.config.max_num_seqs - 1, -1, -1))
+        self.waiting = deque(sorted(sequences, key=lambda s: s.arrival))
+        for sequence in self.waiting:
+            sequence.restart()
 
     # -- plans -----------------------------------------------------------------------------------------------------------------
 

@@ -62,6 +62,16 @@ class Sequence:
     stop_reason: int | str | None = None
     detokenizer: Any = None
 
+    def restart(self) -> None:
+        """Back to the queue with nothing computed. The last token goes too: an interrupt may have left it half written down, and it
+        is drawn again with the same bits."""
+        self.status, self.slot, self.pages, self.request.prefilling = Status.WAITING, -1, [], None
+        self.num_computed = self.num_pending = self.num_registered = 0
+        kept = max(len(self.generated) - 1, 0)
+        del self.token_ids[self.prompt_length + kept :]
+        for values in (self.token_logprobs, self.raw_logprobs, self.entropies, self.logprobs, self.token_versions):
+            del values[kept:]
+
     @property
     def prompt_length(self) -> int:
         return len(self.request.prompt_token_ids)

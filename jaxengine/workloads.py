@@ -4,18 +4,22 @@ import math
 import random
 from typing import Protocol
 
+PEERS = {"transformers": "transformers_decode.py", "vllm": "vllm_workloads.py"}  # other systems, and their scripts in benchmarks/
 Prompts = list[list[int]]
 
 
 class System(Protocol):
-    """What can be measured: `seconds` completes prompts with exactly so many tokens each, at temperature 1."""
+    """What can be measured: `seconds` completes prompts with exactly so many tokens each, at temperature 1, and tells the wall time.
+
+    `workloads` are the kinds that it is able to do.
+    """
 
     name: str
     vocab_size: int
     workloads: tuple[str, ...]
 
     def warm_up(self) -> None: ...
-    def seconds(self, prompts: Prompts, lengths: list[int]) -> float: ...
+    def seconds(self, prompts: Prompts, lengths: list[int], logprobs: bool) -> float: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,10 +43,12 @@ class Decode:
         return f"decode B={self.batch}"
 
     def rate(self, system: System, repeat: int) -> float:
+        """Tokens per second of a run whose prompts no other run has."""
         times = []
         for new_tokens in (1, self.new_tokens):
             rng = random.Random(f"{self} {new_tokens} {repeat}")
-            times.append(system.seconds(random_prompts(rng, self.batch, self.prompt_tokens, system.vocab_size), [new_tokens] * self.batch))
+            prompts = random_prompts(rng, self.batch, self.prompt_tokens, system.vocab_size)
+            times.append(system.seconds(prompts, [new_tokens] * self.batch, logprobs=False))
         spent = times[1] - times[0]
         return self.batch * (self.new_tokens - 1) / spent if spent > 0 else math.nan  # a machine too noisy for so little work
 
@@ -65,11 +71,12 @@ class Group:
         return f"group {self.prompts}x{self.samples}"
 
     def rate(self, system: System, repeat: int) -> float:
+        """Tokens per second of a run whose prompts no other run has."""
         rng = random.Random(f"{self} {repeat}")
         drawn = random_prompts(rng, self.prompts, self.prompt_tokens, system.vocab_size)
         prompts = [prompt for prompt in drawn for _ in range(self.samples)]
         lengths = [rng.randint(self.shortest, self.longest) for _ in prompts]
-        return sum(lengths) / system.seconds(prompts, lengths)
+        return sum(lengths) / system.seconds(prompts, lengths, logprobs=True)
 
 
 Workload = Decode | Group

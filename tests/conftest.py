@@ -42,5 +42,5 @@ def bits(outputs) -> list[tuple]:
 
 @pytest.fixture(scope="session")
 def tiny() -> LLM:
-    """One small engine that tests share; they leave it as they found it."""
-    return make_llm(*random_model(num_hidden_layers=2))
+    """One small engine that tests share; they leave it as they found it. Its head is not the embedding: a row of that can be poisoned."""
+    return make_llm(*random_model(num_hidden_layers=2, tie_word_embeddings=False))

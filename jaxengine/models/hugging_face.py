@@ -69,7 +69,7 @@ def _rope_parameters(hf: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"config.json has rope_parameters={new} and rope_scaling={old}: keep one of them")
     found = new or old
     if any(isinstance(value, dict) for value in found.values()):
-        raise ValueError(f"config.json gives each kind of layer a rope of its own ({', '.join(found)}): this decoder has one for all layers")
+        raise ValueError(f"config.json gives each kind of layer a rope of its own ({', '.join(found)}): this decoder has one for all")
     return found
 
 
@@ -112,14 +112,15 @@ def key_table(config: ModelConfig) -> list[Entry]:
         names = [f"{theirs}.{attention}.{p}_proj" for p in "qkv"]
         entries += [
             _vector(f"{ours}.input_norm", f"{theirs}.input_layernorm.weight", width),
-            _outputs(config, f"{ours}.attention.qkv", [f"{n}.weight" for n in names], [(query, width), (key_value, width), (key_value, width)]),
+            _outputs(config, f"{ours}.attention.qkv", [f"{n}.weight" for n in names], [(n, width) for n in (query, key_value, key_value)]),
             _inputs(config, f"{ours}.attention.out", f"{theirs}.{attention}.o_proj.weight", (width, query)),
             _vector(f"{ours}.post_norm", f"{theirs}.post_attention_layernorm.weight", width),
             _outputs(config, f"{ours}.mlp.gate_up", [f"{theirs}.mlp.{p}_proj.weight" for p in ("gate", "up")], [(mlp, width)] * 2),
             _inputs(config, f"{ours}.mlp.down", f"{theirs}.mlp.down_proj.weight", (width, mlp)),
         ]
         if config.qkv_bias:
-            entries.append(_outputs(config, f"{ours}.attention.qkv_bias", [f"{n}.bias" for n in names], [(query,), (key_value,), (key_value,)]))
+            biases = [f"{n}.bias" for n in names]
+            entries.append(_outputs(config, f"{ours}.attention.qkv_bias", biases, [(query,), (key_value,), (key_value,)]))
         if config.out_bias:
             entries.append(_vector(f"{ours}.attention.out_bias", f"{theirs}.{attention}.o_proj.bias", width))
         if config.qk_norm:

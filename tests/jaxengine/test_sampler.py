@@ -9,7 +9,7 @@ import pytest
 
 from jaxengine import sampler
 from jaxengine.batch import BatchBuilder
-from jaxengine.config import EngineConfig
+from jaxengine.config import VOCAB_BLOCK, EngineConfig
 from jaxengine.ops.softmax import log_softmax
 from jaxengine.request import SamplingParams
 from jaxengine.sequence import Request, Sequence
@@ -95,17 +95,17 @@ def test_disabled_settings_leave_logits_as_they_are(top_k):
 
 def processed(logits: np.ndarray, rows: list[tuple[SamplingParams, list[int], list[int]]], stops: frozenset[int] = frozenset()):
     """sampler.process over rows of (params, prompt, generated), through the slots that the engine fills."""
-    batch, history = BatchBuilder(ENGINE), np.zeros((ENGINE.max_num_seqs + 1, ENGINE.max_model_len), np.int32)
-    slots, positions = np.arange(len(rows), dtype=np.int32), np.zeros(len(rows), np.int32)
+    batch, history = BatchBuilder(ENGINE), np.full((ENGINE.max_num_seqs + 1, ENGINE.max_model_len), 7, np.int32)  # 7: an earlier request's
+    count, size = len(rows), ENGINE.max_num_seqs
+    rows, logits = [*rows, *[(SamplingParams(), [1], [])] * (size - count)], np.resize(logits, (size, V))
+    slots, positions = np.arange(size, dtype=np.int32), np.zeros(size, np.int32)
     for slot, (params, prompt, generated) in enumerate(rows):
         request = Request(str(slot), prompt, params, (0, 0), slot, stops | set(params.stop_token_ids), ENGINE.max_model_len)
         batch.admit(Sequence(request, 0, prompt + generated, slot, slot=slot))
-        history[slot, : positions[slot]] = 0
         positions[slot] = len(prompt) + len(generated)
         history[slot, : positions[slot]] = prompt + generated
-        history[slot, positions[slot] :] = 7  # what an earlier request left behind
     row = jax.tree.map(lambda x: x[slots], batch.host_slots)
-    return tuple(np.asarray(x) for x in process(logits, row, history, slots, positions))
+    return tuple(np.asarray(x)[:count] for x in process(logits, row, history, slots, positions))
 
 
 def penalised(logits: np.ndarray, params: SamplingParams, prompt: list[int], generated: list[int]) -> np.ndarray:
@@ -240,11 +240,11 @@ def test_the_draw_is_the_documented_function():
     logprobs = np.stack([some_distribution(seed) for seed in range(count)])
     tokens = np.asarray(draw(logprobs, keys_of(count)))
     first = lambda weights, u: int(np.searchsorted(np.cumsum(weights), u * weights.sum(), side="right"))
-    for row, key, token in zip(np.exp(logprobs.astype(np.float64)), keys_of(count), tokens, strict=True):
-        u, v = np.asarray(jax.random.uniform(key, (2,)))
-        blocks = row.reshape(-1, sampler.DRAW_BLOCK)
+    uniforms = np.asarray(jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys_of(count)))
+    for row, (u, v), token in zip(np.exp(logprobs.astype(np.float64)), uniforms, tokens, strict=True):
+        blocks = row.reshape(-1, VOCAB_BLOCK)
         block = first(blocks.sum(1), u)
-        assert token == block * sampler.DRAW_BLOCK + first(blocks[block], v)
+        assert token == block * VOCAB_BLOCK + first(blocks[block], v)
 
 
 def test_the_same_key_draws_the_same_token_in_any_row_of_any_batch():
@@ -261,9 +261,10 @@ def test_rounding_at_the_edge_never_picks_what_has_no_mass():
     weights = np.zeros((4, V), np.float32)
     weights[:, 5], weights[0, 9], weights[1, 380] = 0.1, 1e-30, 0.2
     weights[2] = 1 / 3
-    u = np.full(4, np.nextafter(np.float32(1), np.float32(0)))
-    assert np.asarray(sampler._inverse_cdf(weights, u)).tolist() in ([5, 380, V - 1, 5], [9, 380, V - 1, 5])
-    assert np.asarray(sampler._inverse_cdf(weights, np.zeros(4, np.float32))).tolist() == [5, 5, 0, 5]
+    for u in (0.0, 0.5, np.nextafter(np.float32(1), np.float32(0)), 1.0):  # 1 stands for a product that was rounded up
+        found = np.asarray(sampler._inverse_cdf(weights, np.full(4, u, np.float32)))
+        assert (weights[np.arange(4), found] > 0).all(), f"u = {u}"
+    assert found.tolist() == [9, 380, V - 1, 5], "the last one of positive weight"
 
 
 def test_a_certain_token_is_always_drawn():

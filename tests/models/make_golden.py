@@ -63,8 +63,8 @@ CASES: dict[str, tuple[dict[str, Any], tuple[int, int], torch.dtype]] = {
 }
 
 
-def build(family: str, settings: dict[str, Any], seed: int, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    """A random model whose weights are exact in `dtype` and held in float32. Norms and biases are random too: ones and zeros hide mistakes."""
+def build(family: str, settings: dict[str, Any], seed: int, dtype: torch.dtype = torch.float32) -> Any:
+    """A random model whose weights are exact in `dtype`, held in float32. Norms and biases are random too: ones and zeros hide mistakes."""
     config_class, model_class = FAMILIES[family]
     model = model_class(config_class(**settings)).eval()
     generator = torch.Generator().manual_seed(seed)
@@ -79,13 +79,13 @@ def build(family: str, settings: dict[str, Any], seed: int, dtype: torch.dtype =
     return model
 
 
-def logits(model: torch.nn.Module, tokens: np.ndarray) -> np.ndarray:
+def logits(model: Any, tokens: np.ndarray) -> np.ndarray:
     """float32 [B, T, V] of all positions."""
     with torch.no_grad():
         return model(torch.from_numpy(tokens.astype(np.int64))).logits.float().numpy()
 
 
-def generated(model: torch.nn.Module, tokens: np.ndarray) -> np.ndarray:
+def generated(model: Any, tokens: np.ndarray) -> np.ndarray:
     """[B, N] tokens that greedy decoding appends. Raises ValueError where one of them was a near tie."""
     ids = torch.from_numpy(tokens.astype(np.int64))
     out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NUM_GENERATED, do_sample=False).numpy()
@@ -114,7 +114,8 @@ def make(name: str) -> None:
     model.to(dtype).save_pretrained(folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
     np.savez_compressed(folder / "expected.npz", tokens=tokens.astype(np.int32), logits=expected, generated=continuation.astype(np.int32))
-    print(f"{name}: seed {seed}, {sum(f.stat().st_size for f in folder.iterdir()) / 1000:.0f} kB, largest logit {np.abs(expected).max():.1f}")
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    print(f"{name}: seed {seed}, {size / 1000:.0f} kB, largest logit {np.abs(expected).max():.1f}")
 
 
 if __name__ == "__main__":

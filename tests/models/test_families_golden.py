@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 from model_logits import largest_difference, model_logits
 
+from checkpoints.safetensors_files import open_folder
 from jaxengine import LLM, SamplingParams
 from jaxengine.models import loading
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = sorted(folder.name for folder in GOLDEN.iterdir())
 TOLERANCE = 1e-4
+QUICK = {("qwen3-bias-group-3", 2), ("qwen3-linear-group-7", 1), ("qwen3-yarn-group-4", 1), ("qwen2-tied-group-7", 2), ("qwen2-untied", 1),
+         ("qwen2-yarn-attention-factor", 1), ("llama-llama3-tied", 1), ("llama-llama3-untied-group-3", 2), ("llama-yarn-mscale", 2)}
 ENGINE_LOGPROBS = 20  # of the likeliest tokens at each prompt position
 
 
@@ -62,13 +65,23 @@ def test_logits_of_every_position(name, record_property):
         assert difference < TOLERANCE
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_loaded_is_saved_again_by_bits(name, tmp_path):
+    for leaves in leaves_of(name):
+        config = loading.read_model_config(GOLDEN / name, reduction_leaves=leaves)
+        loading.save(tmp_path / f"{leaves}", config, loading.load(GOLDEN / name, config))
+        assert loading.read_model_config(tmp_path / f"{leaves}", reduction_leaves=leaves) == config
+        with open_folder(GOLDEN / name) as theirs, open_folder(tmp_path / f"{leaves}") as ours:
+            assert sorted(ours.names) == sorted(theirs.names)
+            for tensor in theirs.names:
+                assert ours.dtype(tensor) == theirs.dtype(tensor) and ours.read(tensor).tobytes() == theirs.read(tensor).tobytes()
+
+
 def engine_cases():
-    """Two leaves where the heads allow them, else one; the slow suite runs one leaf everywhere."""
+    """All, with one leaf and two; those outside QUICK are slow, since an engine compiles for seconds."""
     for name in CASES:
-        most = max(n for n in leaves_of(name) if n <= 2)
-        yield pytest.param(name, most, id=f"{name}-leaves-{most}")
-        if most > 1:
-            yield pytest.param(name, 1, id=f"{name}-leaves-1", marks=pytest.mark.slow)
+        for leaves in (n for n in leaves_of(name) if n <= 2):
+            yield pytest.param(name, leaves, id=f"{name}-leaves-{leaves}", marks=[] if (name, leaves) in QUICK else pytest.mark.slow)
 
 
 @pytest.mark.parametrize("name, leaves", engine_cases())

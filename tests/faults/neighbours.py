@@ -1,0 +1,56 @@
+"""Requests that run beside a fault, a step at a time: whatever happens to others, their bits must not move."""
+import itertools
+from collections.abc import Callable
+
+import jax
+from conftest import bits
+
+from jaxengine import LLM, SamplingParams
+from jaxengine.sequence import Request, Status
+
+PROMPTS = [[3], list(range(40)), list(range(100, 170)), [9] * 20]
+PARAMS = [SamplingParams(max_tokens=12), SamplingParams(max_tokens=14, n=2, top_p=0.9), SamplingParams(max_tokens=9, temperature=0),
+          SamplingParams(max_tokens=6, repetition_penalty=1.2, top_k=50)]
+
+
+def start(llm: LLM, prompts=PROMPTS, params=PARAMS, ids: list[str] | None = None) -> list[Request]:
+    """Queue requests without running them."""
+    return llm._requests(prompts, params, jax.random.key(7), ids)
+
+
+def ended(request: Request) -> bool:
+    return all(sample.status is Status.FINISHED for sample in request.samples)
+
+
+def step(llm: LLM, held: list[int] | None = None) -> None:
+    """A step, and the invariants behind it. `held` are pages that a test keeps for itself."""
+    llm.engine.step()
+    if held is None:
+        llm.engine.scheduler.check_integrity()
+    else:
+        llm.engine.scheduler.blocks.check_integrity([held, *(s.pages for s in llm.engine.scheduler.running)])
+
+
+def run(llm: LLM, requests: list[Request], fault: Callable[[], object] | None = None, at: int = 3, held: list[int] | None = None) -> list[tuple]:
+    """Step until the requests have ended, with `fault()` before step `at`. What they answered."""
+    for i in itertools.count():
+        assert i < 1_000, "no end"
+        if fault is not None and i == at:
+            fault()
+        if all(map(ended, requests)):
+            assert fault is None or i >= at, "the requests ended before the fault"
+            return answers(llm, requests)
+        step(llm, held)
+    raise AssertionError
+
+
+def answers(llm: LLM, requests: list[Request]) -> list[tuple]:
+    return bits([llm._output(request) for request in requests])
+
+
+def assert_idle(llm: LLM) -> None:
+    """Nothing is left of any request."""
+    scheduler = llm.engine.scheduler
+    assert not llm.engine.requests and not scheduler.running and not scheduler.waiting
+    assert scheduler.blocks.num_available == llm.engine_config.num_pages - 1, "pages are still held"
+    scheduler.check_integrity()
