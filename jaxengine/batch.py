@@ -41,8 +41,7 @@ class BatchBuilder:
             frequency_penalty=params.frequency_penalty, prompt_length=sequence.prompt_length,
             first_stop=min(sequence.prompt_length + params.min_tokens, request.limit) if params.min_tokens else 0, limit=request.limit,
             key=request.key, key_folds=request.key_folds(sequence.index),
-            num_logprobs=max(params.logprobs if params.logprobs is not None else -1,
-                             params.prompt_logprobs if params.prompt_logprobs is not None else -1) + 1,
+            num_logprobs=max(-1 if asked is None else asked for asked in (params.logprobs, params.prompt_logprobs)) + 1,
             details=params.raw_logprobs or params.entropy)
         for name, value in values.items():
             getattr(slots, name)[i] = value

@@ -1,6 +1,7 @@
 """The engine: schedule, run, collect. Here the host half and the device half meet."""
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -192,15 +193,16 @@ class Engine:
 
     def _score_prompt(self, sequence: Sequence, rows: "_HostRows", lane: int, position: int) -> None:
         request = sequence.request
-        if sequence.status is Status.FINISHED:
+        count = request.params.prompt_logprobs
+        if sequence.status is Status.FINISHED or count is None:
             return
         if not rows.finite[lane]:
             self.scheduler.blocks.discard(sequence.pages)
             self.scheduler.finish(sequence, "error", "the model's logits were not finite")
             return
-        if request.prompt_logprobs is None:
-            request.prompt_logprobs = [None] * sequence.prompt_length
-        request.prompt_logprobs[position] = rows.likeliest(lane, request.params.prompt_logprobs)
+        entries = request.prompt_logprobs or [None] * sequence.prompt_length
+        entries[position] = rows.likeliest(lane, count)
+        request.prompt_logprobs = entries
 
     # -- recovery --------------------------------------------------------------------------------------------------------------
 
@@ -225,7 +227,7 @@ class _HostRows:
         self._out = out
         self.tokens, self.logprobs, self.finite = np.asarray(out.tokens), np.asarray(out.logprobs), np.asarray(out.finite)
 
-    def __getattr__(self, name: str) -> np.ndarray:
+    def __getattr__(self, name: str) -> Any:
         array = np.asarray(getattr(self._out, name))
         setattr(self, name, array)
         return array

@@ -1,16 +1,17 @@
 """The paged KV cache as a pytree on the device, and the token history that steps read their inputs from."""
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from jaxengine.config import EngineConfig, ModelConfig
+from jaxengine.pytree import pytree
 from jaxengine.step_inputs import Blocks
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class Cache:
     """Everything that steps change. Page 0 belongs to nobody: rows that stand for no token write there."""
 
@@ -24,13 +25,13 @@ def storage_dtype(dtype: jnp.dtype) -> jnp.dtype:
     return jnp.dtype(jnp.uint16) if jnp.dtype(dtype).itemsize == 2 else jnp.dtype(dtype)
 
 
-def abstract(model: ModelConfig, engine: EngineConfig) -> Cache:
+def abstract(model: ModelConfig, engine: EngineConfig) -> Any:
     """Shapes and dtypes of the cache, nothing allocated."""
     dtype, heads, h = storage_dtype(jnp.dtype(model.dtype)), model.num_key_value_heads, model.head_dim
     pages = engine.num_pages + engine.probe_pages
-    keys = jax.ShapeDtypeStruct((pages, heads, h, engine.page_size), dtype)
-    values = jax.ShapeDtypeStruct((pages, heads, engine.page_size, h), dtype)
-    history = jax.ShapeDtypeStruct((engine.max_num_seqs + 1, engine.max_model_len), jnp.dtype(jnp.int32))
+    keys: Any = jax.ShapeDtypeStruct((pages, heads, h, engine.page_size), dtype)
+    values: Any = jax.ShapeDtypeStruct((pages, heads, engine.page_size, h), dtype)
+    history: Any = jax.ShapeDtypeStruct((engine.max_num_seqs + 1, engine.max_model_len), jnp.dtype(jnp.int32))
     layers = model.num_hidden_layers
     return Cache((keys,) * layers, (values,) * layers, history)
 

@@ -22,7 +22,8 @@ from jaxengine.outputs import RequestOutput, RequestOutputs
 from jaxengine.progress import Progress
 from jaxengine.render import render
 from jaxengine.request import SamplingParams
-from jaxengine.sequence import Request, Sequence as Sample, Status
+from jaxengine.sequence import Request, Status
+from jaxengine.sequence import Sequence as Sample
 from jaxengine.tokenizer import Tokenizer
 
 CPU_TOKENS, DEVICE_TOKENS = 512, 8192  # default budget of a step
@@ -187,6 +188,7 @@ class LLM:
         """The contract digest of the weights that run (digest.py)."""
         version = self.engine.scheduler.version
         if version not in self._digests:
+            assert self.params is not None
             self._digests[version] = contract_digest(self.config, self.params, version)
         return self._digests[version]
 

@@ -31,8 +31,8 @@ class MemoryPlan:
 
     def __str__(self) -> str:
         gigabytes = lambda size: f"{size / 1e9:.2f} GB"
-        return (f"weights {gigabytes(self.weights)}, cache {gigabytes(self.cache)} ({self.num_pages} pages of {self.page_bytes / 1e6:.2f} MB), "
-                f"workspace about {gigabytes(self.workspace)}, together {gigabytes(self.total)} of {gigabytes(self.available)}")
+        return (f"weights {gigabytes(self.weights)}, cache {gigabytes(self.cache)} ({self.num_pages} pages of "
+                f"{self.page_bytes / 1e6:.2f} MB), workspace about {gigabytes(self.workspace)}, together {gigabytes(self.total)} of {gigabytes(self.available)}")
 
 
 def memory_plan(model: ModelConfig, engine: EngineConfig) -> MemoryPlan:

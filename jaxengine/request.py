@@ -53,7 +53,7 @@ class SamplingParams:
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
-        put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731 - frozen, so normalised once here
+        put = lambda name, value: object.__setattr__(self, name, value)
         for name, low, high in (("n", 1, MAX_N), ("min_tokens", 0, None)):
             put(name, _integer(name, getattr(self, name), low, high))
         for name, low, high in (("max_tokens", 1, None), ("logprobs", 0, None), ("prompt_logprobs", 0, None), ("seed", 0, 2**64 - 1)):

@@ -19,7 +19,6 @@ from jaxengine.step_inputs import SlotParams
 from pallas_kernels.pinned_math import exp, row_cumsum, row_sum
 
 
-
 def fold_keys(key: UInt32[Array, "t 2"], folds: Int[Array, "t 2"], positions: Int[Array, " t"]) -> Array:
     """The key of each row's token: fold_in(fold_in(fold_in(key, prompt_index), sample_index), position); a fold of -1 is left out."""
 

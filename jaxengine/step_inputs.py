@@ -1,15 +1,14 @@
 """What the host hands to a step, as pytrees of small arrays. `B` query blocks, `R` rows that want a token or its logprob."""
-import dataclasses
+from typing import Any
 
-import jax
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Bool, Float, Int, UInt32
+
+from jaxengine.pytree import pytree
+
+Array = Any  # numpy on the host, jax.Array inside a step
 
 
-def _pytree(cls):
-    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
-
-
-@_pytree
+@pytree
 class Blocks:
     """Query blocks: `counts[b]` tokens of the sequence in `slots[b]`, the first at position `starts[b]`. Padding has count 0."""
 
@@ -19,7 +18,7 @@ class Blocks:
     num_blocks: Int[Array, ""]
 
 
-@_pytree
+@pytree
 class Rows:
     """Positions whose next token is drawn, or scored where `scored`: row `indices[i]` of the flattened blocks, for `slots[i]`.
 
@@ -29,11 +28,11 @@ class Rows:
     indices: Int[Array, " R"]
     slots: Int[Array, " R"]
     positions: Int[Array, " R"]
-    scored: Array  # bool [R]: the next token is the history's own, nothing is drawn
+    scored: Bool[Array, " R"]  # the next token is the history's own, nothing is drawn
     num_rows: Int[Array, ""]
 
 
-@_pytree
+@pytree
 class Copies:
     """Pages to copy after a prefill."""
 
@@ -42,7 +41,7 @@ class Copies:
     num_copies: Int[Array, ""]
 
 
-@_pytree
+@pytree
 class SlotParams:
     """Sampling parameters of the sequence in each slot; changes when a slot does, not from step to step."""
 
@@ -62,10 +61,10 @@ class SlotParams:
     key: UInt32[Array, "slots 2"]
     key_folds: Int[Array, "slots 2"]  # prompt and sample index to fold in; -1 means no fold
     num_logprobs: Int[Array, " slots"]  # likeliest tokens asked for; 0 means none
-    details: Array  # bool [slots]: entropy or raw logprob asked for
+    details: Bool[Array, " slots"]  # entropy or raw logprob asked for
 
 
-@_pytree
+@pytree
 class RowOutputs:
     """What a step says of each row."""
 
@@ -76,4 +75,4 @@ class RowOutputs:
     ranks: Int[Array, " R"]  # 1 is the likeliest; 0 where not asked for
     top_ids: Int[Array, "R n"]
     top_logprobs: Float[Array, "R n"]
-    finite: Array  # bool [R]: all logits were finite
+    finite: Bool[Array, " R"]  # all logits were finite

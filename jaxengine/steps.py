@@ -16,7 +16,6 @@ from jaxengine.ops.regions import over_tiles
 from jaxengine.ops.softmax import log_softmax
 from jaxengine.step_inputs import Blocks, Copies, RowOutputs, Rows, SlotParams
 
-
 HEAD_TILE = 8  # rows of the head in a prefill, where few of many rows draw
 
 

@@ -1,11 +1,12 @@
 """Elementary functions and sums whose bits do not depend on the size of the array around them.
 
-Elementary functions are spelled out in multiplications, additions and bit operations: XLA compiles the exponential of a small array with scalar code and that of a large one with vector code, which round differently: a few
-results in a thousand differ in the last bit. The same polynomial, written out, is compiled to the same roundings either way.
+Elementary functions are spelled out in multiplications, additions and bit operations: XLA compiles the exponential of a small array with
+scalar code and that of a large one with vector code, which round differently; a few results in a thousand differ in the last bit. The same
+polynomial, written out, is compiled to the same roundings either way.
 
-Sums along the last axis are dots with ones: XLA's own reduce changes its order with the shape (on CPU the sum of a row differs between 2, 8
-and 128 rows), a dot whose right side is `[N, K]`, as every weight is, does not; with `[K, N]` it does too. Rows are summed in blocks of
-SUM_BLOCK, then the block sums are, which also keeps the rounding small.
+Sums along the last axis are dots with ones: XLA's own reduce changes its order with the shape (on CPU the sum of a row differs between
+2, 8 and 128 rows), a dot whose right side is `[N, K]`, as every weight is, does not; with `[K, N]` it does too. Rows are summed in blocks
+of SUM_BLOCK, then the block sums are, which also keeps the rounding small.
 """
 import jax
 import jax.numpy as jnp

@@ -10,7 +10,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 # From the ground up; a module may import its own floor and those below.
 FLOORS = [
     ["pallas_kernels", "sharding", "checkpoints"],
-    ["jaxengine.keywords", "jaxengine.config", "jaxengine.request", "jaxengine.outputs", "jaxengine.step_inputs"],
+    ["jaxengine.keywords", "jaxengine.pytree", "jaxengine.config", "jaxengine.request", "jaxengine.outputs", "jaxengine.step_inputs"],
     ["jaxengine.ops", "jaxengine.sampler", "jaxengine.kv_cache", "jaxengine.tokenizer", "jaxengine.detokenizer", "jaxengine.chat_template",
      "jaxengine.progress"],
     ["jaxengine.models"],
@@ -19,7 +19,7 @@ FLOORS = [
      "jaxengine.admission"],
     ["jaxengine.engine"],
     ["jaxengine.llm", "jaxengine.functional"],
-    ["jaxengine.demo", "jaxengine.bench", "jaxengine.cli"],
+    ["jaxengine.demo", "jaxengine.workloads", "jaxengine.bench", "jaxengine.options", "jaxengine.cli"],
 ]
 HOST_HALF = ["keywords", "request", "sequence", "block_manager", "scheduler"]
 FILES = [p for folder in ("jaxengine", "pallas_kernels", "sharding", "checkpoints") for p in sorted((ROOT / folder).rglob("*.py"))]

@@ -97,7 +97,7 @@ def project(config: ModelConfig, layer: Layer, rows: tuple[Array, Array]) -> tup
         packed = packed + attention.qkv_bias.astype(jnp.float32)[:, None]
     queries, keys = (heads * h // config.reduction_leaves for heads in (config.num_attention_heads, config.num_key_value_heads))
     q, k, v = (_join_heads(part, h) for part in jnp.split(packed, [queries, queries + keys], axis=-1))
-    if attention.q_norm is not None:
+    if attention.q_norm is not None and attention.k_norm is not None:
         q, k = rms_norm(q, attention.q_norm, config.rms_norm_eps), rms_norm(k, attention.k_norm, config.rms_norm_eps)
     cos, sin = cos_sin((starts[:, None] + jnp.arange(r)).reshape(-1), config.rope, h)
     back = lambda y, dtype: y.reshape(batch, r, -1, h).astype(dtype)

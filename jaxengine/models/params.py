@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxengine.config import ModelConfig
+from jaxengine.pytree import pytree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,11 +23,7 @@ class Parameter:
     init: Literal["normal", "ones", "zeros"] = "normal"
 
 
-def _pytree(cls):
-    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
-
-
-@_pytree
+@pytree
 class Attention:
     qkv: Array  # [leaf, (H + 2K)h / leaf, D]: queries, keys, values of the leaf's heads
     qkv_bias: Array | None  # [leaf, (H + 2K)h / leaf]
@@ -36,13 +33,13 @@ class Attention:
     out_bias: Array | None  # [D]
 
 
-@_pytree
+@pytree
 class Mlp:
     gate_up: Array  # [leaf, 2F / leaf, D]: gates, then ups
     down: Array  # [leaf, D, F / leaf]
 
 
-@_pytree
+@pytree
 class Layer:
     input_norm: Array  # [D]
     attention: Attention
@@ -50,7 +47,7 @@ class Layer:
     mlp: Mlp
 
 
-@_pytree
+@pytree
 class Decoder:
     embed: Array  # [leaf, V / leaf, D], V padded to whole blocks
     layers: tuple[Layer, ...]
@@ -58,24 +55,24 @@ class Decoder:
     head: Array | None  # [leaf, V / leaf, D]; None where the embedding is the head
 
 
-def declare(config: ModelConfig) -> Decoder:
+def declare(config: ModelConfig) -> Any:
     """The tree of Parameter declarations, in the shape of the parameters themselves."""
     leaves, width, h = config.reduction_leaves, config.hidden_size, config.head_dim
     query, key_value = config.num_attention_heads * h, config.num_key_value_heads * h
-    norm = Parameter((width,), (None,), "ones")
-    head_norm = Parameter((h,), (None,), "ones") if config.qk_norm else None
-    table = Parameter((leaves, config.padded_vocab_size // leaves, width), ("leaf", "vocab", None))
+    norm: Any = Parameter((width,), (None,), "ones")
+    head_norm: Any = Parameter((h,), (None,), "ones") if config.qk_norm else None
+    table: Any = Parameter((leaves, config.padded_vocab_size // leaves, width), ("leaf", "vocab", None))
 
-    def outputs(size: int) -> Parameter:
+    def outputs(size: int) -> Any:
         return Parameter((leaves, size // leaves, width), ("leaf", "out", None))
 
-    def inputs(size: int) -> Parameter:
+    def inputs(size: int) -> Any:
         return Parameter((leaves, width, size // leaves), ("leaf", None, "in"))
 
-    def layer() -> Layer:
+    def layer() -> Any:
         packed = query + 2 * key_value
-        bias = Parameter((leaves, packed // leaves), ("leaf", "out"), "zeros") if config.qkv_bias else None
-        out_bias = Parameter((width,), (None,), "zeros") if config.out_bias else None
+        bias: Any = Parameter((leaves, packed // leaves), ("leaf", "out"), "zeros") if config.qkv_bias else None
+        out_bias: Any = Parameter((width,), (None,), "zeros") if config.out_bias else None
         attention = Attention(outputs(packed), bias, head_norm, head_norm, inputs(query), out_bias)
         return Layer(norm, attention, norm, Mlp(outputs(2 * config.intermediate_size), inputs(config.intermediate_size)))
 
@@ -83,7 +80,7 @@ def declare(config: ModelConfig) -> Decoder:
     return Decoder(table, layers, norm, None if config.tie_word_embeddings else table)
 
 
-def map_declared(function: Callable[[str, Parameter], Any], config: ModelConfig) -> Decoder:
+def map_declared(function: Callable[[str, Parameter], Any], config: ModelConfig) -> Any:
     """The declared tree with `function(path, parameter)` at each leaf; a path reads "layers.3.attention.qkv"."""
     named = lambda path, parameter: function(jax.tree_util.keystr(path, simple=True, separator="."), parameter)
     return jax.tree_util.tree_map_with_path(named, declare(config), is_leaf=lambda x: isinstance(x, Parameter))

@@ -18,13 +18,17 @@ from jaxtyping import Array, Int
 Tree = Any
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def over_tiles(body: Callable[[Tree, Tree], Tree], tile: int, weights: Tree, rows: Tree, count: Int[Array, ""]) -> Tree:
     """`body(weights, rows of one tile)` over the first `count` of the rows `[R, ...]`; R is a multiple of `tile`.
 
     Rows behind the last tile that holds one of the first `count` rows are zeros. `count` must be known at run time only
     (an argument of the step, or computed from one). Differentiable in weights and rows.
     """
+    return _over_tiles(body, tile, weights, rows, count)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _over_tiles(body, tile, weights, rows, count):
     size = jax.tree.leaves(rows)[0].shape[0]
     assert size % tile == 0, f"{size} rows are no whole number of tiles of {tile}"
     shapes = jax.eval_shape(body, weights, jax.tree.map(lambda x: x[:tile], rows))
@@ -38,7 +42,7 @@ def over_tiles(body: Callable[[Tree, Tree], Tree], tile: int, weights: Tree, row
 
 
 def _forward(body, tile, weights, rows, count):
-    return over_tiles(body, tile, weights, rows, count), (weights, rows, count)
+    return _over_tiles(body, tile, weights, rows, count), (weights, rows, count)
 
 
 def _backward(body, tile, saved, cotangent):
@@ -67,7 +71,7 @@ def _backward(body, tile, saved, cotangent):
             row_tree.unflatten(_merge(float_rows, of_rows, map(_no_gradient, row_leaves))), _no_gradient(count))
 
 
-over_tiles.defvjp(_forward, _backward)
+_over_tiles.defvjp(_forward, _backward)
 
 
 def _is_float(x: Array) -> bool:

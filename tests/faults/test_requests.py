@@ -74,7 +74,9 @@ REFUSED = {
     "a bias NaN": (want(logit_bias={1: NAN}), "logit_bias value must be a finite number, got nan"),
     "max_tokens zero": (want(max_tokens=0), "max_tokens must be at least 1, got 0"),
     "min_tokens above max_tokens": (want(max_tokens=3, min_tokens=4), "min_tokens must be at most max_tokens=3, got 4"),
-    "a seed beyond 64 bits": (want(seed=2**63), "seed must be at least -9223372036854775808 and at most 9223372036854775807"),
+    "a seed beyond 64 bits": (want(seed=2**64), "seed must be at least 0 and at most 18446744073709551615, got 18446744073709551616"),
+    "a negative seed": (want(seed=-1), "seed must be at least 0"),
+    "seed and key": (want(seed=1, key=jax.random.key(1)), "give seed or key, not both"),
     # 5: far too much
     "n = 10⁹": (want(n=10**9), "n must be at least 1 and at most 16384, got 1000000000"),
     "logprobs = 10⁹": (want(logprobs=10**9), r"logprobs=1000000000 of prompts\[0\] is more than max_logprobs=20"),
@@ -209,12 +211,18 @@ def test_min_tokens_beyond_the_context_never_stops(tiny):
     assert len(output.outputs[0].token_ids) == 12 and output.outputs[0].finish_reason == "length"
 
 
+def test_all_bits_of_a_seed_count(tiny):
+    seeded = {seed: first_bits(tiny, seed=seed)[0] for seed in (0, 5, 2**31, 2**32, 2**32 + 5, 2**64 - 1)}
+    assert len({tuple(tokens) for tokens, *_ in seeded.values()}) == len(seeded)
+    assert first_bits(tiny, key=jax.random.key(5)) == [seeded[5]]
+
+
 # -- 5: a full queue --------------------------------------------------------------------------------------------------------------
 
 def test_a_full_queue_refuses_the_whole_call(tiny):
     llm = make_llm(tiny.config, tiny.params, max_waiting=6)
     waiting = start(llm, [[1], [2]], SamplingParams(n=2))
-    with pytest.raises(ValueError, match="the queue holds 4 of at most 6 samples: no room for 3 more; wait, or raise max_waiting"):
+    with pytest.raises(ValueError, match="the queue holds 5 of at most 6 samples: no room for 3 more; wait, or raise max_waiting"):
         llm.generate([[3], [4]], [SamplingParams(n=1), SamplingParams(n=3)])
     assert list(llm.engine.requests.values()) == waiting and len(llm.engine.scheduler.waiting) == 4
     with pytest.raises(ValueError, match="no room for 16384 more"):

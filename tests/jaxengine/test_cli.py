@@ -1,6 +1,5 @@
 """The command line: what it parses, what it prints, and how it ends. Models are tiny; peers are stand-ins that speak the peers' lines."""
 import dataclasses
-import io
 import json
 import pathlib
 import subprocess

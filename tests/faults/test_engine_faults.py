@@ -1,0 +1,380 @@
+"""Faults 8, 9, 11, 13 and 15 in the engine: aborts, interrupts, no pages, NaN, colliding hashes. Others' bits do not move."""
+import dataclasses
+import signal
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from conftest import bits, make_llm
+from neighbours import answers, assert_idle, ended, run, start, step
+
+import jaxengine
+from jaxengine import LLM, SamplingParams, block_manager
+from jaxengine.sequence import Request, Status
+
+PROMPT = list(range(200, 300))  # more than three pages, and more than a chunk of the small budget below
+VICTIM = SamplingParams(max_tokens=30, seed=5)
+OVERLAP = pytest.mark.parametrize("llm", [False, True], ids=["plain", "overlapped"], indirect=True)
+
+
+@pytest.fixture(scope="module")
+def expected(tiny) -> list[tuple]:
+    """The neighbours alone, in the plain engine."""
+    return run(tiny, start(tiny))
+
+
+def engine(params, overlap: bool, expected: list[tuple], like: LLM) -> LLM:
+    """An engine of the shapes that are compiled already."""
+    llm = make_llm(like.config, params, overlap=overlap, compile_patience=1_000_000)
+    assert run(llm, start(llm)) == expected
+    return llm
+
+
+@pytest.fixture
+def llm(request, tiny, expected) -> LLM:
+    return engine(tiny.params, request.param, expected, tiny)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny) -> list[tuple]:
+    """What the victim answers when it is left in peace."""
+    return run(tiny, start(tiny, [PROMPT], VICTIM.replace(n=2)))
+
+
+def victim(llm: LLM, name: str = "victim", n: int = 2) -> Request:
+    (request,) = start(llm, [PROMPT], VICTIM.replace(n=n), [name])
+    return request
+
+
+def step_until(llm: LLM, condition, held: list[int] | None = None) -> None:
+    for _ in range(200):
+        if condition():
+            return
+        step(llm, held)
+    raise AssertionError("it never came to that")
+
+
+def assert_aborted(llm: LLM, request: Request, whole: list[tuple]) -> list[int]:
+    """Ended by abort, with the front of its whole answer; the lengths."""
+    for (tokens, logprobs, reason, stop_reason), (all_tokens, all_logprobs, *_) in zip(answers(llm, [request]), whole, strict=True):
+        assert (reason, stop_reason) == ("abort", None)
+        assert tokens == all_tokens[: len(tokens)] and logprobs == all_logprobs[: len(logprobs)] and len(logprobs) == 4 * len(tokens)
+    assert llm._output(request).finished
+    return [len(sample.generated) for sample in request.samples]
+
+
+# -- 9: abort ---------------------------------------------------------------------------------------------------------------------
+
+@OVERLAP
+def test_abort_of_an_unknown_id_is_nothing(llm, expected):
+    assert run(llm, start(llm), lambda: llm.abort("nobody")) == expected
+
+
+@OVERLAP
+@pytest.mark.parametrize("times", [1, 2])
+def test_abort_returns_the_tokens_so_far(llm, times, expected, whole):
+    beside, request = start(llm), victim(llm)
+    step_until(llm, lambda: len(request.samples[1].generated) >= 3)
+    for _ in range(times):
+        llm.abort("victim")
+        assert ended(request) and not any(s in llm.engine.scheduler.running for s in request.samples), "its pages are free at once"
+        llm.engine.scheduler.check_integrity()
+    assert min(assert_aborted(llm, request, whole)) >= 3
+    assert run(llm, beside) == expected
+    assert_aborted(llm, request, whole)
+    assert_idle(llm)
+
+
+@OVERLAP
+def test_abort_before_it_was_scheduled(llm, expected, whole):
+    beside, request = start(llm), victim(llm)
+    llm.abort("victim")
+    assert assert_aborted(llm, request, whole) == [0, 0]
+    assert run(llm, beside) == expected
+    assert_idle(llm)
+
+
+@OVERLAP
+def test_abort_in_the_middle_of_a_prompt(llm, expected, whole, monkeypatch):
+    monkeypatch.setattr(llm.engine.scheduler, "config", dataclasses.replace(llm.engine_config, max_num_batched_tokens=32))
+    llm.engine.scheduler.blocks.clear_cache()
+    beside, request = start(llm), victim(llm)
+    step_until(llm, lambda: 0 < request.samples[0].num_computed < len(PROMPT))
+    llm.abort("victim")
+    assert assert_aborted(llm, request, whole) == [0, 0]
+    assert run(llm, beside) == expected
+    assert_idle(llm)
+
+
+@OVERLAP
+def test_abort_while_preempted(llm, expected, whole):
+    beside, request = start(llm), victim(llm)
+    step_until(llm, lambda: len(request.samples[1].generated) >= 3)
+    held = llm.engine.scheduler.blocks.allocate(llm.engine.scheduler.blocks.num_available)
+    step_until(llm, lambda: request.samples[1].status is Status.WAITING, held)
+    assert len(request.samples[1].generated) >= 3
+    llm.abort("victim")
+    assert min(assert_aborted(llm, request, whole)) >= 3
+    llm.engine.scheduler.blocks.release(held)
+    assert run(llm, beside) == expected
+    assert_idle(llm)
+
+
+@OVERLAP
+def test_abort_after_the_end(llm, expected, whole):
+    beside, request = start(llm), victim(llm)
+    assert run(llm, [request]) == whole
+    llm.abort("victim")
+    assert answers(llm, [request]) == whole and request.samples[0].finish_reason == "length"
+    assert run(llm, beside) == expected
+
+
+@OVERLAP
+def test_abort_of_everybody_at_any_step(llm, expected):
+    """The batch again and again, each time cut off a step later; then whole."""
+    for at in range(0, 12, 2):
+        requests = start(llm)
+        run(llm, requests, lambda requests=requests: [llm.abort(r.request_id) for r in requests], at)
+        for (tokens, logprobs, *_), (all_tokens, all_logprobs, *_) in zip(answers(llm, requests), expected, strict=True):
+            assert tokens == all_tokens[: len(tokens)] and logprobs == all_logprobs[: len(logprobs)]
+        assert_idle(llm)
+    assert run(llm, start(llm)) == expected
+
+
+# -- 8: the caller goes away ------------------------------------------------------------------------------------------------------
+
+@OVERLAP
+def test_closing_a_stream_frees_its_pages(llm, expected, whole):
+    beside = start(llm)
+    stream = llm.stream(PROMPT, VICTIM.replace(n=2))
+    seen = [next(stream) for _ in range(5)]
+    assert [len(output.outputs[0].token_ids) for output in seen] == sorted(len(output.outputs[0].token_ids) for output in seen)
+    assert bits(seen[-1:])[0][0] == whole[0][0][: len(seen[-1].outputs[0].token_ids)]
+    name = seen[0].request_id
+    assert name in llm.engine.requests
+    stream.close()
+    assert name not in llm.engine.requests and not any(s.request.request_id == name for s in llm.engine.scheduler.running)
+    llm.engine.scheduler.check_integrity()
+    assert run(llm, beside) == expected
+    assert_idle(llm)
+
+
+@OVERLAP
+def test_a_stream_that_was_never_started_asks_for_nothing(llm):
+    llm.stream(PROMPT, VICTIM).close()
+    assert_idle(llm)
+
+
+@OVERLAP
+@pytest.mark.parametrize("name", ["run_decode", "run_prefill"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_ctrl_c_in_a_step(llm, name, when, expected, whole, monkeypatch):
+    """The call ends with KeyboardInterrupt and none of it is left; the step's donated buffers are built anew and others go on."""
+    original, calls = getattr(llm.engine.programs, name), []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 1 and when == "before":
+            signal.raise_signal(signal.SIGINT)
+        out = original(*args)
+        if len(calls) == 1:
+            signal.raise_signal(signal.SIGINT)
+        return out
+
+    beside = start(llm)
+    step(llm), step(llm)
+    monkeypatch.setattr(llm.engine.programs, name, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate([PROMPT, [1, 2]], VICTIM)
+    assert set(llm.engine.requests) == {request.request_id for request in beside}
+    llm.engine.scheduler.check_integrity()
+    assert run(llm, beside) == expected
+    assert run(llm, [victim(llm)]) == whole
+    assert_idle(llm)
+
+
+def interrupt_at(line: int, counter: list[int]):
+    """A trace function that raises KeyboardInterrupt at the given line, counted over all that the engine's host half executes."""
+    files = {str(Path(jaxengine.__file__).parent / name) for name in ("engine.py", "scheduler.py", "block_manager.py", "batch.py", "sequence.py")}
+
+    def trace(frame, event, arg):
+        if frame.f_code.co_filename not in files:
+            return None
+        counter[0] += event == "line"
+        if counter[0] == line:
+            counter[0] += 1
+            raise KeyboardInterrupt
+        return trace
+
+    return trace
+
+
+@OVERLAP
+@pytest.mark.parametrize("at", [0, 1, 5], ids=["prefill", "forks decode", "some end"])
+def test_ctrl_c_at_any_line_of_a_step(llm, at, expected):
+    """Wherever it hits, no page is lost, no token is half written down, and the same bits come out."""
+
+    def interrupted_step(line: int) -> int:
+        counter, before = [0], sys.gettrace()
+        sys.settrace(interrupt_at(line, counter))
+        try:
+            llm.engine.step()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(before)
+        llm.engine.scheduler.check_integrity()
+        return counter[0]
+
+    num_lines = []
+    llm.engine.scheduler.blocks.clear_cache()
+    assert run(llm, start(llm), lambda: num_lines.append(interrupted_step(-1)), at) == expected
+    assert num_lines[0] > 100
+    for line in range(1, num_lines[0], num_lines[0] // 15):
+        llm.engine.scheduler.blocks.clear_cache()
+        assert run(llm, start(llm), lambda line=line: interrupted_step(line), at) == expected, f"interrupted at line {line}"
+        assert_idle(llm)
+
+
+# -- 11: no pages -----------------------------------------------------------------------------------------------------------------
+
+@OVERLAP
+@pytest.mark.parametrize("spare", [5, 8, 11])
+def test_without_pages_the_newest_is_preempted_and_recomputed(llm, spare, expected, whole):
+    """All but a few pages are taken; five is what the largest request needs, so it runs alone at the end."""
+    blocks, before = llm.engine.scheduler.blocks, llm.engine.scheduler.num_preemptions
+    held = blocks.allocate(blocks.num_available - spare)
+    requests = [victim(llm), *start(llm)]
+    found = run(llm, requests, held=held)
+    assert llm.engine.scheduler.num_preemptions > before or spare == 11
+    blocks.release(held)
+    assert found == whole + expected
+    assert_idle(llm)
+
+
+@OVERLAP
+def test_progress_without_pages_is_bounded(llm, expected):
+    """Each step that does not end the batch brings a token or a chunk: with room for one request at a time they take turns once."""
+    blocks = llm.engine.scheduler.blocks
+    blocks.clear_cache()
+    held = blocks.allocate(blocks.num_available - 4)
+    requests, num_steps = start(llm), 0
+    while not all(map(ended, requests)):
+        step(llm, held)
+        num_steps += 1
+    total = sum(len(s.generated) for r in requests for s in r.samples)
+    assert num_steps <= 2 * total
+    blocks.release(held)
+    assert answers(llm, requests) == expected
+
+
+def test_a_request_larger_than_the_pool_is_refused(tiny):
+    llm = make_llm(tiny.config, tiny.params, num_pages=5)
+    (waiting,) = start(llm, [[1, 2, 3]], SamplingParams(max_tokens=5))
+    for prompt, max_tokens, needed in (([7] * 100, 60, 5), ([7] * 300, 1, 10), ([7] * 128, None, 16)):
+        with pytest.raises(ValueError, match=rf"prompts\[1\] needs {needed} pages of 32 tokens, the pool has 4: raise num_pages"):
+            llm.generate([[1, 2], prompt], SamplingParams(max_tokens=max_tokens))
+    assert list(llm.engine.requests.values()) == [waiting]
+    (fits,) = start(llm, [[7] * 100], SamplingParams(max_tokens=28))
+    (open_ended,) = start(llm, [[7] * 100], SamplingParams())
+    assert fits.limit == open_ended.limit == 128
+
+
+# -- 13: logits that are no numbers -----------------------------------------------------------------------------------------------
+
+BAD = 777  # the token whose embedding is not finite: whoever reads it gets NaN logits, and nobody else
+CAUSE = "the model's logits were not finite"
+
+
+@pytest.fixture(params=[(False, np.nan), (True, np.nan), (False, np.inf)], ids=["plain", "overlapped", "infinite"])
+def poisoned(request, tiny, expected) -> LLM:
+    overlap, value = request.param
+    params = dataclasses.replace(tiny.params, embed=tiny.params.embed.at[0, BAD].set(value))
+    return engine(params, overlap, expected, tiny)
+
+
+def pages_of(request: Request) -> set[int]:
+    return {page for sample in request.samples for page in sample.pages}
+
+
+@pytest.mark.parametrize("where", [0, 20, 69])
+def test_a_request_with_nan_logits_ends_in_error(poisoned, where, expected):
+    prompt = list(range(300, 370))
+    prompt[where] = BAD
+    requests = [*start(poisoned, [prompt], SamplingParams(n=3, max_tokens=9)), *start(poisoned)]
+    found = run(poisoned, requests)
+    assert found[:3] == [([], b"", "error", CAUSE)] * 3, "nothing is drawn"
+    assert found[3:] == expected
+    assert_idle(poisoned)
+
+
+def test_a_drawn_token_may_lead_to_nan(poisoned, expected):
+    """The model may well answer with that token, whose own logits come from the head; there is no second one behind it."""
+    (request,), beside = start(poisoned, [[1, 2, 3]], SamplingParams(max_tokens=9, temperature=0, logit_bias={BAD: 1e4})), start(poisoned)
+    assert run(poisoned, beside) == expected
+    ((tokens, logprobs, reason, cause),) = answers(poisoned, [request])
+    assert (tokens, len(logprobs), reason, cause) == ([BAD], 4, "error", CAUSE)
+    assert_idle(poisoned)
+
+
+def test_pages_with_nan_may_be_used_again(poisoned, expected):
+    """The pages of a failed request go to the next one, which reads nothing of what was in them."""
+    poisoned.engine.scheduler.blocks.clear_cache()
+    (request,) = start(poisoned, [[BAD] * 300], SamplingParams(max_tokens=9))
+    plan = poisoned.engine.scheduler.schedule
+    seen: list[set[int]] = []
+    poisoned.engine.scheduler.schedule = lambda: (plan(), seen.append(pages_of(request)))[0]
+    run(poisoned, [request])
+    bad = set().union(*seen)
+    del poisoned.engine.scheduler.schedule
+    assert all(np.isnan(np.asarray(poisoned.engine.cache.keys[0][page])).any() for page in bad) and len(bad) == 10
+    requests, used = start(poisoned), set()
+    run(poisoned, requests, lambda: used.update(*map(pages_of, requests)))
+    assert len(used & bad) >= 5
+    assert answers(poisoned, requests) == expected
+
+
+def test_pages_of_a_failed_request_leave_the_prefix_cache(poisoned, expected):
+    front = list(range(400, 464))
+    (clean,) = poisoned.generate([[*front, 1]], SamplingParams(max_tokens=2), key=jax.random.key(0))
+    match = lambda tokens: poisoned.engine.scheduler.blocks.match([*tokens, 1], 0, "")
+    assert len(match(front)) == 2
+    for _ in range(2):
+        (output,) = poisoned.generate([[*front, BAD, *front]], SamplingParams(max_tokens=2))
+        assert output.outputs[0].finish_reason == "error"
+        assert match(front) == match([*front, BAD, *front]) == []
+    again = poisoned.generate([[*front, 1]], SamplingParams(max_tokens=2), key=jax.random.key(0))
+    assert bits(again) == bits([clean])
+    assert run(poisoned, start(poisoned)) == expected
+    assert_idle(poisoned)
+
+
+def test_prompt_logprobs_of_a_poisoned_prompt_are_an_error(poisoned, expected):
+    prompt = list(range(300, 340)) + [BAD, 5]
+    beside = start(poisoned)
+    (output,) = poisoned.generate([prompt], SamplingParams(prompt_logprobs=1, max_tokens=3))
+    assert (output.outputs[0].finish_reason, output.outputs[0].token_ids) == ("error", [])
+    assert run(poisoned, beside) == expected
+
+
+# -- 15: colliding prefix hashes --------------------------------------------------------------------------------------------------
+
+@OVERLAP
+def test_a_prefix_hash_collision_serves_nobody_elses_pages(llm, expected, monkeypatch):
+    """Every page has the same hash. Equal tokens are still found, other ones are not."""
+    params, key = SamplingParams(max_tokens=6), jax.random.key(1)
+    prompts = [[i] * 40 for i in range(1, 5)]
+    alone = [bits(llm.generate([prompt], params, key=key)) for prompt in prompts]
+    llm.engine.scheduler.blocks.clear_cache()
+    monkeypatch.setattr(block_manager, "chain_digest", lambda parent, tokens: b"all the same")
+    for prompt, right in zip(prompts, alone, strict=True):
+        for cached in (0, 32):
+            (output,) = llm.generate([prompt], params, key=key)
+            assert (output.num_cached_tokens, bits([output])) == (cached, right)
+    for salt, cached in (("a", 0), ("a", 32), ("b", 0)):
+        (output,) = llm.generate({"prompt_token_ids": prompts[0], "cache_salt": salt}, params, key=key)
+        assert (output.num_cached_tokens, bits([output])) == (cached, alone[0])
+    assert run(llm, start(llm)) == expected
+    llm.engine.scheduler.blocks.clear_cache()
