@@ -1,7 +1,7 @@
 """What every peer's script shares: it says hello, then answers each task on standard input with a line on standard output.
 
 hello   {"workloads": ["decode"], "versions": {"transformers": "5.23.0"}}
-task    {"prompts": [[token id, …], …], "lengths": [new tokens of each prompt, …], "logprobs": whether those of the sampled tokens are wanted}
+task    {"prompts": [[token id, …], …], "lengths": [new tokens of each prompt, …], "logprobs": of the sampled tokens, or not}
 answer  {"seconds": wall time of the whole call}
 """
 import json

@@ -3,6 +3,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxengine.batch import MAX_STOPS
@@ -17,7 +18,7 @@ PROMPT_KEYS = ("prompt", "prompt_token_ids", "allow_special_tokens", "cache_salt
 
 def key_data(key: Any) -> tuple[int, int]:
     """The two words of a typed threefry key; raises for anything else."""
-    if not (isinstance(key, jax.Array) and jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)):
+    if not (isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
         raise TypeError(f"key must be a typed key such as jax.random.key(0), got {type(key).__name__}"
                         f"{f' of {key.dtype}{list(key.shape)}' if hasattr(key, 'dtype') else ''}")
     if key.shape != () or jax.random.key_impl(key) not in ("fry", "threefry2x32"):
@@ -99,7 +100,7 @@ def _check_params(params: SamplingParams, index: int, model: ModelConfig, engine
         value = getattr(params, name)
         if value is not None and value > engine.max_logprobs:
             raise ValueError(f"{name}={value} of prompts[{index}] is more than max_logprobs={engine.max_logprobs} of this engine")
-    for name, tokens in (("logit_bias", [token for token, _ in params.logit_bias or ()]), ("stop_token_ids", params.stop_token_ids)):
+    for name, tokens in (("logit_bias", [token for token, _ in params.biases]), ("stop_token_ids", params.stop_token_ids)):
         if any(token >= model.vocab_size for token in tokens):
             raise ValueError(f"{name} of prompts[{index}] names token {max(tokens)}: the vocabulary is 0 … {model.vocab_size - 1}")
 

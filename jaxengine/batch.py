@@ -1,6 +1,7 @@
 """From a plan to arrays: the host's mirror of slots and block tables, in numpy, and the inputs of each step."""
 import dataclasses
 from collections.abc import Sequence as Seq
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,7 +26,7 @@ class BatchBuilder:
         self.num_slots = config.max_num_seqs + 1
         self.tables = np.zeros((self.num_slots, config.pages_per_seq), np.int32)
         self.host_slots = _empty_slots(self.num_slots)
-        self._device_slots: SlotParams | None = None
+        self._device_slots: Any = None
         self.decode_rows = _round_up(config.max_num_seqs, ROW_UNIT)
         self.prefill_blocks = _round_up(config.prefill_blocks, 8)
         self.prefill_rows = self.prefill_blocks * QUERY_BLOCK + config.max_num_seqs
@@ -36,7 +37,8 @@ class BatchBuilder:
         """Write a sequence's sampling parameters into its slot."""
         request, params, slots, i = sequence.request, sequence.request.params, self.host_slots, sequence.slot
         values = dict(
-            temperature=0.0 if params.greedy else params.temperature, top_p=params.top_p, min_p=params.min_p, top_k=min(params.top_k, MAX_TOP_K),
+            temperature=0.0 if params.greedy else params.temperature, top_p=params.top_p, min_p=params.min_p,
+            top_k=min(params.top_k, MAX_TOP_K),
             repetition_penalty=params.repetition_penalty, presence_penalty=params.presence_penalty,
             frequency_penalty=params.frequency_penalty, prompt_length=sequence.prompt_length,
             first_stop=min(sequence.prompt_length + params.min_tokens, request.limit) if params.min_tokens else 0, limit=request.limit,
@@ -46,7 +48,7 @@ class BatchBuilder:
         for name, value in values.items():
             getattr(slots, name)[i] = value
         slots.stop_ids[i] = _padded(sorted(request.stop_token_ids), MAX_STOPS, -1)
-        bias = params.logit_bias or ()
+        bias = params.biases
         slots.bias_ids[i] = _padded([token for token, _ in bias], MAX_LOGIT_BIAS, -1)
         slots.bias_values[i] = _padded([value for _, value in bias], MAX_LOGIT_BIAS, 0.0)
         self._device_slots = None

@@ -1,10 +1,10 @@
 """The contract digest: what has to be equal for bits to be equal."""
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
 
 import jax
-import jaxlib
 import numpy as np
 
 from jaxengine.config import KV_TILE, QUERY_BLOCK, VOCAB_BLOCK, ModelConfig
@@ -18,13 +18,14 @@ def weights_digest(params: Decoder) -> str:
     for leaf in jax.tree.leaves(params):
         array = np.asarray(leaf)
         digest.update(f"{array.dtype}{array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 
 def contract_digest(model: ModelConfig, params: Decoder, version: int) -> str:
     """Equal digest and equal (key, prompt, sampling parameters) means equal bits."""
-    parts = {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "device": jax.devices()[0].device_kind, "version": version,
+    parts = {"jax": jax.__version__, "jaxlib": importlib.metadata.version("jaxlib"),
+             "device": jax.devices()[0].device_kind, "version": version,
              "model": dataclasses.asdict(model), "weights": weights_digest(params), "tile": dataclasses.asdict(BASE),
              "query_block": QUERY_BLOCK, "kv_tile": KV_TILE, "vocab_block": VOCAB_BLOCK}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]

@@ -11,7 +11,6 @@ from jaxengine.batch import BatchBuilder, wanted_rows
 from jaxengine.block_manager import BlockManager
 from jaxengine.config import EngineConfig, ModelConfig
 from jaxengine.detokenizer import Detokenizer
-from jaxengine.models.params import Decoder
 from jaxengine.outputs import Logprob
 from jaxengine.programs import Programs, Report
 from jaxengine.scheduler import MustSettle, Plan, Scheduler
@@ -33,7 +32,7 @@ class InFlight:
 class Engine:
     """One model on one device: params and cache are its only device state."""
 
-    def __init__(self, model: ModelConfig, config: EngineConfig, params: Decoder | None, *,
+    def __init__(self, model: ModelConfig, config: EngineConfig, params: Any, *,
                  make_detokenizer: Callable[[Sequence], Detokenizer] | None = None, report: Report = lambda text: None) -> None:
         self.model, self.config, self.params = model, config, params
         self.scheduler = Scheduler(config, BlockManager(config.num_pages, config.page_size, config.enable_prefix_caching))
@@ -167,7 +166,7 @@ class Engine:
             return
         token, params = int(rows.tokens[lane]), sequence.request.params
         sequence.token_ids.append(token)
-        sequence.token_logprobs.append(rows.logprobs[lane])
+        sequence.token_logprobs.append(float(rows.logprobs[lane]))
         sequence.token_versions.append(sequence.version)
         if params.raw_logprobs:
             sequence.raw_logprobs.append(rows.raw_logprobs[lane])
@@ -200,7 +199,7 @@ class Engine:
             self.scheduler.blocks.discard(sequence.pages)
             self.scheduler.finish(sequence, "error", "the model's logits were not finite")
             return
-        entries = request.prompt_logprobs or [None] * sequence.prompt_length
+        entries: Any = request.prompt_logprobs or [None] * sequence.prompt_length
         entries[position] = rows.likeliest(lane, count)
         request.prompt_logprobs = entries
 

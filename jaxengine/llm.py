@@ -47,7 +47,7 @@ class LLM:
                  mesh: Any = None, progress: bool = True, **engine: Any) -> None:
         check_keywords("LLM", engine, (*OWN_KEYWORDS, *ENGINE_KEYWORDS))
         if tensor_parallel_size != 1 or data_parallel_size != 1 or mesh is not None:
-            raise NotImplementedError("this version runs on one device: leave tensor_parallel_size and data_parallel_size at 1, mesh at None")
+            raise NotImplementedError("this version runs on one device: leave tensor_parallel_size and data_parallel_size at 1")
         folder = resolve(model)
         self.progress = Progress(progress)
         config = loading.read_model_config(folder, dtype=dtype, reduction_leaves=reduction_leaves)

@@ -32,7 +32,8 @@ class MemoryPlan:
     def __str__(self) -> str:
         gigabytes = lambda size: f"{size / 1e9:.2f} GB"
         return (f"weights {gigabytes(self.weights)}, cache {gigabytes(self.cache)} ({self.num_pages} pages of "
-                f"{self.page_bytes / 1e6:.2f} MB), workspace about {gigabytes(self.workspace)}, together {gigabytes(self.total)} of {gigabytes(self.available)}")
+                f"{self.page_bytes / 1e6:.2f} MB), workspace about {gigabytes(self.workspace)}, "
+                f"together {gigabytes(self.total)} of {gigabytes(self.available)}")
 
 
 def memory_plan(model: ModelConfig, engine: EngineConfig) -> MemoryPlan:
@@ -54,8 +55,8 @@ def sized_pool(model: ModelConfig, engine: EngineConfig) -> EngineConfig:
     num_pages = min(useful, budget // plan.page_bytes - engine.probe_pages)
     needed = -(-engine.max_model_len // engine.page_size) + 1
     if num_pages < needed:
-        raise MemoryError(f"one context of max_model_len={engine.max_model_len} tokens needs {needed} pages, {max(num_pages, 0)} fit: {plan}; "
-                          "lower max_model_len or max_num_batched_tokens, or give num_pages")
+        raise MemoryError(f"one context of max_model_len={engine.max_model_len} tokens needs {needed} pages, "
+                          f"{max(num_pages, 0)} fit: {plan}; lower max_model_len or max_num_batched_tokens, or give num_pages")
     return dataclasses.replace(engine, num_pages=num_pages)
 
 

@@ -68,7 +68,8 @@ class RequestOutput:
 
     def _repr_html_(self) -> str:
         prompt = self.prompt if self.prompt is not None else f"{len(self.prompt_token_ids)} tokens"
-        head = f"<div style='font-family:monospace'><b>{html.escape(prompt)}</b> <small>request {html.escape(self.request_id)}</small></div>"
+        name = f"<small>request {html.escape(self.request_id)}</small>"
+        head = f"<div style='font-family:monospace'><b>{html.escape(prompt)}</b> {name}</div>"
         legend = "<small>color: probability of each token when drawn, red is unlikely</small>"
         return head + "".join(sample._repr_html_() for sample in self.outputs) + legend
 

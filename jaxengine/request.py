@@ -4,7 +4,7 @@ import math
 import numbers
 import operator
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from jaxengine.keywords import strict_keywords
 
@@ -79,6 +79,11 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         return self.temperature < GREEDY_BELOW
+
+    @property
+    def biases(self) -> tuple[tuple[int, float], ...]:
+        """logit_bias as (token id, value) pairs in order of the ids."""
+        return cast(Any, self.logit_bias) or ()
 
     def replace(self, **changes: Any) -> "SamplingParams":
         return dataclasses.replace(self, **changes)

@@ -10,12 +10,14 @@ ROOT = pathlib.Path(__file__).parent.parent
 # From the ground up; a module may import its own floor and those below.
 FLOORS = [
     ["pallas_kernels", "sharding", "checkpoints"],
-    ["jaxengine.keywords", "jaxengine.pytree", "jaxengine.config", "jaxengine.request", "jaxengine.outputs", "jaxengine.step_inputs"],
+    ["jaxengine.keywords", "jaxengine.pytree", "jaxengine.config", "jaxengine.request", "jaxengine.outputs",
+     "jaxengine.step_inputs"],
     ["jaxengine.ops", "jaxengine.sampler", "jaxengine.kv_cache", "jaxengine.tokenizer", "jaxengine.detokenizer", "jaxengine.chat_template",
      "jaxengine.progress"],
     ["jaxengine.models"],
     ["jaxengine.sequence", "jaxengine.block_manager", "jaxengine.scheduler", "jaxengine.batch", "jaxengine.steps", "jaxengine.programs",
-     "jaxengine.memory", "jaxengine.digest", "jaxengine.rl.scoring", "jaxengine.rl.arithmetic", "jaxengine.rl.train_calc", "jaxengine.render",
+     "jaxengine.memory", "jaxengine.digest", "jaxengine.rl.scoring", "jaxengine.rl.arithmetic", "jaxengine.rl.train_calc",
+     "jaxengine.render",
      "jaxengine.admission"],
     ["jaxengine.engine"],
     ["jaxengine.llm", "jaxengine.functional"],

@@ -8,7 +8,7 @@ from conftest import bits
 from jaxengine import LLM, SamplingParams
 from jaxengine.sequence import Request, Status
 
-PROMPTS = [[3], list(range(40)), list(range(100, 170)), [9] * 20]
+PROMPTS = [[3], list(range(56)), list(range(100, 190)), [9] * 20]  # the second and third come to want a page more
 PARAMS = [SamplingParams(max_tokens=12), SamplingParams(max_tokens=14, n=2, top_p=0.9), SamplingParams(max_tokens=9, temperature=0),
           SamplingParams(max_tokens=6, repetition_penalty=1.2, top_k=50)]
 

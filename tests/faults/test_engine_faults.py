@@ -14,7 +14,7 @@ import jaxengine
 from jaxengine import LLM, SamplingParams, block_manager
 from jaxengine.sequence import Request, Status
 
-PROMPT = list(range(200, 300))  # more than three pages, and more than a chunk of the small budget below
+PROMPT = list(range(200, 320))  # a page more is wanted after eight tokens; more than a chunk of the small budget below
 VICTIM = SamplingParams(max_tokens=30, seed=5)
 OVERLAP = pytest.mark.parametrize("llm", [False, True], ids=["plain", "overlapped"], indirect=True)
 
@@ -112,12 +112,14 @@ def test_abort_in_the_middle_of_a_prompt(llm, expected, whole, monkeypatch):
 def test_abort_while_preempted(llm, expected, whole):
     beside, request = start(llm), victim(llm)
     step_until(llm, lambda: len(request.samples[1].generated) >= 3)
-    held = llm.engine.scheduler.blocks.allocate(llm.engine.scheduler.blocks.num_available)
-    step_until(llm, lambda: request.samples[1].status is Status.WAITING, held)
-    assert len(request.samples[1].generated) >= 3
+    blocks, held = llm.engine.scheduler.blocks, []
+    while request.samples[1].status is Status.RUNNING:
+        held += blocks.allocate(blocks.num_available)
+        step(llm, held)
+    assert request.samples[1].status is Status.WAITING
     llm.abort("victim")
     assert min(assert_aborted(llm, request, whole)) >= 3
-    llm.engine.scheduler.blocks.release(held)
+    blocks.release(held)
     assert run(llm, beside) == expected
     assert_idle(llm)
 

@@ -27,7 +27,7 @@ def test_one_span_a_token_with_its_text():
     assert [html.unescape(s) for s in spans(completion(texts, [-0.1] * 6)._repr_html_())] == texts
 
 
-@pytest.mark.parametrize("text", ["<script>alert(1)</script>", "</span>", "'\"><img src=x onerror=alert(1)>", "</code></div>"])
+@pytest.mark.parametrize("text", ["<script>alert(1)</script>", "</span>q", "'\"><img src=x onerror=alert(1)>", "</code></div>q"])
 def test_text_is_escaped_wherever_it_stands(text):
     sample = completion([text], [-1.0])
     page = RequestOutputs([request(sample, prompt=text, request_id=text)])._repr_html_()

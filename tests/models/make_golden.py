@@ -28,6 +28,7 @@ LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": ORIGINAL}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": ORIGINAL}
+WIDE = 1e-3  # an rms_norm_eps that the logits show
 SHORT, LONG = (2, 30), (1, 68)  # [B, T]
 
 
@@ -41,21 +42,22 @@ def sizes(hidden: int, intermediate: int, layers: int, heads: int, key_value_hea
 # name: (settings, [B, T], dtype of the file). A name begins with its family.
 CASES: dict[str, tuple[dict[str, Any], tuple[int, int], torch.dtype]] = {
     "qwen3-tied": (sizes(48, 48, 2, 2, 2, 32, 211, tie_word_embeddings=True, rope_parameters=PLAIN), SHORT, torch.float32),
-    "qwen3-untied-group-2": (sizes(48, 56, 3, 4, 2, 20, 227, rope_parameters=PLAIN), SHORT, torch.bfloat16),
+    "qwen3-untied-group-2": (sizes(48, 56, 3, 4, 2, 20, 227, rms_norm_eps=WIDE, rope_parameters=PLAIN), SHORT, torch.bfloat16),
     "qwen3-bias-group-3": (sizes(48, 64, 2, 6, 2, 20, 229, tie_word_embeddings=True, attention_bias=True, rope_parameters=PLAIN),
                            SHORT, torch.bfloat16),
     "qwen3-yarn-group-4": (sizes(48, 64, 2, 4, 1, 32, 205, tie_word_embeddings=True, rope_parameters=YARN), LONG, torch.bfloat16),
     "qwen3-linear-group-7": (sizes(56, 48, 2, 7, 1, 20, 201, rope_parameters=LINEAR), LONG, torch.bfloat16),
     "qwen2-tied-group-7": (sizes(56, 48, 2, 14, 2, 20, 223, tie_word_embeddings=True, rope_parameters=PLAIN), SHORT, torch.bfloat16),
-    "qwen2-untied": (sizes(64, 48, 2, 4, 4, 20, 211, rms_norm_eps=1e-5, rope_parameters=PLAIN), SHORT, torch.bfloat16),
+    "qwen2-untied": (sizes(64, 48, 2, 4, 4, 20, 211, rms_norm_eps=WIDE, rope_parameters=PLAIN), SHORT, torch.bfloat16),
     "qwen2-group-2": (sizes(48, 48, 2, 8, 4, 20, 219, rope_parameters=PLAIN), SHORT, torch.bfloat16),
     "qwen2-yarn-attention-factor": (
         sizes(48, 64, 2, 3, 1, 40, 233, tie_word_embeddings=True, rope_parameters=YARN | {"attention_factor": 0.8}), LONG, torch.bfloat16),
     "llama-llama3-tied": (sizes(48, 64, 2, 4, 2, 40, 219, tie_word_embeddings=True, rms_norm_eps=1e-5, rope_parameters=LLAMA3), LONG,
                           torch.bfloat16),
     "llama-llama3-untied-group-3": (sizes(48, 48, 2, 12, 4, 20, 203, rms_norm_eps=1e-5, rope_parameters=LLAMA3), LONG, torch.bfloat16),
-    "llama-bias-group-4": (sizes(48, 48, 2, 8, 2, 20, 239, attention_bias=True, rope_parameters=PLAIN | {"rope_theta": 1e4}), SHORT,
-                           torch.bfloat16),
+    "llama-bias-group-4": (
+        sizes(48, 48, 2, 8, 2, 20, 239, attention_bias=True, rms_norm_eps=WIDE, rope_parameters=PLAIN | {"rope_theta": 1e4}), SHORT,
+        torch.bfloat16),
     "llama-linear-tied-group-7": (sizes(56, 48, 2, 7, 1, 24, 207, tie_word_embeddings=True, rope_parameters=LINEAR), LONG, torch.bfloat16),
     "llama-yarn-mscale": (
         sizes(48, 64, 2, 2, 2, 20, 211, rope_parameters=YARN | {

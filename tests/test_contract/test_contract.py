@@ -128,8 +128,9 @@ def test_c5_preempted(case):
     """A pool so small that requests lose their pages and are recomputed."""
     llm = case.engine(enable_prefix_caching=False)
     held = llm.engine.scheduler.blocks.allocate(llm.engine_config.num_pages - 1 - 12)
-    assert bits(llm.generate(case.prompts, [p.replace(max_tokens=40, ignore_eos=True) for p in case.sampling], key=jax.random.key(4))) == bits(
-        case.engine().generate(case.prompts, [p.replace(max_tokens=40, ignore_eos=True) for p in case.sampling], key=jax.random.key(4)))
+    long = [p.replace(max_tokens=40, ignore_eos=True) for p in case.sampling]
+    run = lambda llm: bits(llm.generate(case.prompts, long, key=jax.random.key(4)))
+    assert run(llm) == run(case.engine())
     assert llm.engine.scheduler.num_preemptions > 0
     llm.engine.scheduler.blocks.release(held)
     llm.engine.scheduler.check_integrity()
