@@ -70,6 +70,7 @@ class LLM:
         self.engine = Engine(config, engine, params, make_detokenizer=self._detokenizer, report=self.progress.line)
         self._key = jax.random.key(seed)
         self._calls, self._ids = itertools.count(), itertools.count()
+        self._process = os.getpid()
         self._lock = threading.Lock()  # one step at a time; other threads' requests ride along in it
         self._digests: dict[int, str] = {}
 
@@ -108,7 +109,12 @@ class LLM:
         if len(prompts) != 1:
             raise ValueError(f"stream takes one prompt, got {len(prompts)}: stream each of them, or use generate")
         (request,) = self._requests(prompts, sampling_params, key, None, streaming=True)
+        output = None
         for _ in self._run([request]):
+            with self._lock:  # no other thread's step may add a token to what is being read
+                output = self._output(request)
+            yield output
+        if output is None or not output.finished:  # another call's step brought the end
             yield self._output(request)
 
     def chat(self, messages: Any, sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, *, key: Any = None,
@@ -131,6 +137,9 @@ class LLM:
 
     def _requests(self, prompts: list[Any], params: Any, key: Any, request_ids: Sequence[str] | None,
                   streaming: bool = False) -> list[Request]:
+        if os.getpid() != self._process:
+            raise RuntimeError(f"this LLM belongs to process {self._process}, of which this one is a fork: its device does not live on here. "
+                               "Build an LLM in each process, and start processes with multiprocessing's 'spawn'")
         if request_ids is not None and len(request_ids) != len(prompts):
             raise ValueError(f"{len(request_ids)} request_ids for {len(prompts)} prompts: give one each")
         each = params_of(params, len(prompts))

@@ -1,0 +1,239 @@
+"""Fault 25: threads, two engines, fork, pickle, a running event loop, a clock that jumps. The bits are those of a plain call."""
+import asyncio
+import copy
+import itertools
+import os
+import pickle
+import sys
+import threading
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import pytest
+from conftest import bits, make_llm
+from neighbours import PARAMS, PROMPTS, answers, assert_idle, run, start
+
+from jaxengine import LLM, SamplingParams
+
+SEEDED = [params.replace(seed=i) for i, params in enumerate(PARAMS)]
+
+
+@pytest.fixture(scope="module")
+def expected(tiny) -> list[tuple]:
+    return run(tiny, start(tiny))
+
+
+@pytest.fixture(scope="module")
+def seeded(tiny) -> list[tuple]:
+    """What the prompts answer under keys of their own, whatever call they come with."""
+    return bits(tiny.generate(PROMPTS, SEEDED))
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "overlapped"])
+def llm(request, tiny, expected) -> LLM:
+    llm = make_llm(tiny.config, tiny.params, overlap=request.param, compile_patience=1_000_000)
+    assert run(llm, start(llm)) == expected
+    return llm
+
+
+# -- threads ----------------------------------------------------------------------------------------------------------------------
+
+def together(*calls) -> list:
+    """The calls' results; all start at once, each in a thread of its own."""
+    barrier = threading.Barrier(len(calls))
+
+    def held_back(call):
+        barrier.wait()
+        return call()
+
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return [future.result() for future in [pool.submit(held_back, call) for call in calls]]
+
+
+def test_threads_that_generate_at_once_get_their_own_bits(llm, seeded):
+    found = together(*[lambda: bits(llm.generate(PROMPTS, SEEDED))] * 5)
+    assert found == [seeded] * 5
+    assert_idle(llm)
+
+
+def test_requests_of_several_threads_share_steps(llm, seeded):
+    """Whoever steps steps for all: a call that came first finishes the others' requests too."""
+    inside, first = threading.Event(), threading.Event()
+    step, sizes = llm.engine.step, []
+
+    def watched():
+        first.set()
+        inside.wait()
+        sizes.append(len(llm.engine.requests))
+        return step()
+
+    llm.engine.step = watched
+    with ThreadPoolExecutor(2) as pool:
+        one = pool.submit(llm.generate, PROMPTS, SEEDED)
+        first.wait()
+        two = pool.submit(llm.generate, PROMPTS, SEEDED)
+        inside.set()
+        assert bits(one.result()) == bits(two.result()) == seeded
+    assert max(sizes) <= 2 * len(PROMPTS)
+    assert_idle(llm)
+
+
+def test_streams_and_calls_mix(llm, seeded):
+    streams = [llm.stream(prompt, params) for prompt, params in zip(PROMPTS, SEEDED, strict=True)]
+    last = {}
+    for i, outputs in enumerate(itertools.zip_longest(*streams)):
+        last |= {k: output for k, output in enumerate(outputs) if output is not None}
+        if i == 4:
+            assert bits(llm.generate(PROMPTS, SEEDED)) == seeded
+    assert bits([last[k] for k in range(len(PROMPTS))]) == seeded and all(output.finished for output in last.values())
+    assert_idle(llm)
+
+
+def test_a_stream_is_read_while_nobody_steps(llm, monkeypatch):
+    """A token and its logprob are two writes: a stream that was read between them would show one without the other."""
+    render = llm._output
+    monkeypatch.setattr(llm, "_output", lambda request: (render(request), stepping.append(not llm._lock.locked()))[0])
+    stepping: list[bool] = []
+    for output in llm.stream([1, 2], SamplingParams(max_tokens=5)):
+        assert output.finished or not any(stepping)
+    assert len(stepping) >= 5
+
+
+def test_a_thread_may_abort_what_another_one_waits_for(llm, seeded):
+    begun = threading.Event()
+
+    def consume():
+        outputs = []
+        for output in llm.stream(PROMPTS[1], SEEDED[1].replace(max_tokens=400)):
+            outputs.append(output)
+            if len(outputs) == 3:
+                name.append(output.request_id)
+                begun.set()
+        return outputs[-1]
+
+    def abort():
+        begun.wait()
+        llm.abort(name[0])
+
+    name: list[str] = []
+    output, _, beside = together(consume, abort, lambda: bits(llm.generate(PROMPTS, SEEDED)))
+    assert [sample.finish_reason for sample in output.outputs] == ["abort"] * 2
+    for sample, (tokens, *_) in zip(output.outputs, seeded[1:3], strict=True):
+        assert min(len(sample.token_ids), len(tokens)) >= 2 and all(a == b for a, b in zip(sample.token_ids, tokens, strict=False))
+    assert beside == seeded
+    assert_idle(llm)
+
+
+def test_an_error_in_one_threads_step_leaves_the_others_bits(llm, seeded, monkeypatch):
+    """The thread whose step fails gets the error; what the others wait for is computed again."""
+    run_decode, calls = llm.engine.programs.run_decode, itertools.count()
+
+    def failing(*args):
+        out = run_decode(*args)
+        if next(calls) == 4:
+            raise RuntimeError("a device error, planted")
+        return out
+
+    monkeypatch.setattr(llm.engine.programs, "run_decode", failing)
+
+    def call():
+        try:
+            return bits(llm.generate(PROMPTS, SEEDED))
+        except RuntimeError as error:
+            return str(error)
+
+    found = together(call, call, call)
+    assert found.count("a device error, planted") == 1 and found.count(seeded) == 2
+    assert_idle(llm)
+
+
+# -- engines and processes --------------------------------------------------------------------------------------------------------
+
+def test_two_engines_in_a_process_know_nothing_of_each_other(tiny, expected):
+    """Other weights, the same ids and prompts, steps in turn: each answers as it does alone."""
+    halved = jax.tree.map(lambda x: x * 0.5, tiny.params)
+    make = lambda: make_llm(tiny.config, halved, compile_patience=1_000_000)
+    alone = make()
+    other_expected = run(alone, start(alone))
+    assert other_expected != expected
+    other, ids = make(), [str(i) for i in range(len(PROMPTS))]
+    here, there = start(tiny, ids=ids), start(other, ids=ids)
+    for i in range(8):
+        tiny.engine.step()
+        other.engine.step()
+        if i == 4:
+            start(other, [[5] * 300], SamplingParams(max_tokens=200), ["long"])
+            other.engine.step()
+            other.abort("long")
+    assert run(tiny, here) == expected
+    assert run(other, there) == other_expected
+    assert tiny.digest() != other.digest()
+    assert_idle(tiny)
+
+
+@pytest.mark.parametrize("use", [pickle.dumps, copy.copy, copy.deepcopy], ids=["pickle", "copy", "deepcopy"])
+def test_an_llm_cannot_be_pickled_or_copied(use, tiny, expected):
+    with pytest.raises(TypeError, match="an LLM holds device memory and cannot be pickled or copied: build it anew from its model"):
+        use(tiny)
+    assert run(tiny, start(tiny)) == expected
+
+
+def test_outputs_and_parameters_can_be_pickled(tiny, seeded):
+    """What workers send each other."""
+    outputs = tiny.generate(PROMPTS, pickle.loads(pickle.dumps(SEEDED)))  # noqa: S301 - our own bytes
+    assert bits(pickle.loads(pickle.dumps(outputs))) == bits(outputs) == seeded  # noqa: S301
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_fork_is_refused_and_the_parent_goes_on(tiny, expected):
+    requests = start(tiny)
+    reader, writer = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # JAX and Python warn of the fork itself
+        child = os.fork()
+        if not child:
+            try:
+                tiny.generate([[1, 2]])
+                answer = "it generated"
+            except RuntimeError as error:
+                answer = str(error)
+            finally:
+                os.write(writer, answer.encode())
+                os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        assert f"this LLM belongs to process {os.getpid()}, of which this one is a fork" in pipe.read()
+    os.waitpid(child, 0)
+    assert run(tiny, requests) == expected
+
+
+# -- event loops and clocks -------------------------------------------------------------------------------------------------------
+
+def test_generate_works_inside_a_running_event_loop(llm, seeded):
+    """As in a notebook; and in threads that a loop waits for."""
+
+    async def notebook():
+        direct = bits(llm.generate(PROMPTS, SEEDED))
+        calls = [asyncio.to_thread(llm.generate, PROMPTS, SEEDED) for _ in range(2)]
+        return [direct, *map(bits, await asyncio.gather(*calls))]
+
+    assert asyncio.run(notebook()) == [seeded] * 3
+    assert_idle(llm)
+
+
+def test_a_clock_that_jumps_changes_nothing(llm, expected, monkeypatch):
+    """The wall clock goes back a year and forth a century at every look; nothing in the engine looks."""
+    looks, jumps = [], itertools.cycle([0.0, 4e9, -3e7, 1.7e9])
+
+    def jumping():
+        looks.append(sys._getframe(1).f_globals.get("__name__", ""))
+        return next(jumps)
+
+    monkeypatch.setattr(time, "time", jumping)
+    requests = start(llm)
+    assert run(llm, requests) == expected
+    assert bits(llm.generate(PROMPTS, PARAMS, key=jax.random.key(7))) == expected
+    assert not [name for name in looks if name.split(".")[0] == "jaxengine"]
+    assert answers(llm, requests) == expected
