@@ -18,7 +18,7 @@ def check_keywords(owner: str, given: Iterable[str], known: Iterable[str]) -> No
     known = list(known)
     for name in given:
         if name not in known:
-            raise TypeError(f"{owner} has no keyword {name!r}{nearest(name, known)} It takes: {', '.join(known)}")
+            raise TypeError(f"{owner} has no keyword {name!r}{nearest(name, known) or '.'} It takes: {', '.join(known)}")
 
 
 def strict_keywords(cls: type[T]) -> type[T]:

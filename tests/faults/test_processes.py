@@ -58,35 +58,16 @@ def test_threads_that_generate_at_once_get_their_own_bits(llm, seeded):
     assert_idle(llm)
 
 
-def test_requests_of_several_threads_share_steps(llm, seeded):
-    """Whoever steps steps for all: a call that came first finishes the others' requests too."""
-    inside, first = threading.Event(), threading.Event()
-    step, sizes = llm.engine.step, []
-
-    def watched():
-        first.set()
-        inside.wait()
-        sizes.append(len(llm.engine.requests))
-        return step()
-
-    llm.engine.step = watched
-    with ThreadPoolExecutor(2) as pool:
-        one = pool.submit(llm.generate, PROMPTS, SEEDED)
-        first.wait()
-        two = pool.submit(llm.generate, PROMPTS, SEEDED)
-        inside.set()
-        assert bits(one.result()) == bits(two.result()) == seeded
-    assert max(sizes) <= 2 * len(PROMPTS)
-    assert_idle(llm)
-
-
-def test_streams_and_calls_mix(llm, seeded):
+def test_streams_and_calls_share_their_steps(llm, seeded):
+    """Whoever steps steps for all, so a call may bring the end of a stream: that one still yields its last, finished output."""
     streams = [llm.stream(prompt, params) for prompt, params in zip(PROMPTS, SEEDED, strict=True)]
     last = {}
     for i, outputs in enumerate(itertools.zip_longest(*streams)):
         last |= {k: output for k, output in enumerate(outputs) if output is not None}
-        if i == 4:
+        if i == 1:
+            assert len(llm.engine.requests) == len(PROMPTS)
             assert bits(llm.generate(PROMPTS, SEEDED)) == seeded
+            assert not llm.engine.requests, "the call's steps were the streams' too"
     assert bits([last[k] for k in range(len(PROMPTS))]) == seeded and all(output.finished for output in last.values())
     assert_idle(llm)
 
@@ -94,11 +75,11 @@ def test_streams_and_calls_mix(llm, seeded):
 def test_a_stream_is_read_while_nobody_steps(llm, monkeypatch):
     """A token and its logprob are two writes: a stream that was read between them would show one without the other."""
     render = llm._output
-    monkeypatch.setattr(llm, "_output", lambda request: (render(request), stepping.append(not llm._lock.locked()))[0])
-    stepping: list[bool] = []
+    locked: list[bool] = []
+    monkeypatch.setattr(llm, "_output", lambda request: (locked.append(llm._lock.locked()), render(request))[1])
     for output in llm.stream([1, 2], SamplingParams(max_tokens=5)):
-        assert output.finished or not any(stepping)
-    assert len(stepping) >= 5
+        assert output.finished or all(locked)
+    assert len(locked) >= 5
 
 
 def test_a_thread_may_abort_what_another_one_waits_for(llm, seeded):
