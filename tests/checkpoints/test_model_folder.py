@@ -60,7 +60,9 @@ def test_a_hub_id_is_downloaded_without_pickles_and_code(tmp_path, asked):
 @pytest.mark.parametrize(
     "model", ["no-such-model", "../calc", "a/b/c", "/no/such/folder", "./mine", "org/..", "org\\name", "org/na me", "\0", "x" * 5000]
 )
-def test_what_is_no_hub_id_is_not_asked_for(model, asked):
+def test_what_is_no_hub_id_is_not_asked_for(model, asked, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")  # so that nobody's ../calc is found
     with pytest.raises(FileNotFoundError, match='was not found. Tried: a local folder .* models that ship .* hub .*"organisation/name"'):
         resolve(model)
     assert asked == []
