@@ -138,8 +138,8 @@ class LLM:
     def _requests(self, prompts: list[Any], params: Any, key: Any, request_ids: Sequence[str] | None,
                   streaming: bool = False) -> list[Request]:
         if os.getpid() != self._process:
-            raise RuntimeError(f"this LLM belongs to process {self._process}, of which this one is a fork: its device does not live on here. "
-                               "Build an LLM in each process, and start processes with multiprocessing's 'spawn'")
+            raise RuntimeError(f"this LLM belongs to process {self._process}, of which this one is a fork: its device does not live on "
+                               "here. Build an LLM in each process, and start processes with multiprocessing's 'spawn'")
         if request_ids is not None and len(request_ids) != len(prompts):
             raise ValueError(f"{len(request_ids)} request_ids for {len(prompts)} prompts: give one each")
         each = params_of(params, len(prompts))

@@ -101,6 +101,7 @@ def next_token(config: ModelConfig, max_logprobs: int, weights: tuple, inputs: t
     given = history[slot, jnp.minimum(position + 1, history.shape[1] - 1)]
     tokens = jnp.where(scored, given, tokens)
     chosen = sampler.token_logprobs(logprobs, tokens)
+    finite &= ~jnp.isnan(chosen)  # logits may be finite, and overflow when a temperature divides them
     raw, entropies = _details(logits, logprobs, tokens, row)
     ranks, top_ids, top_logprobs = _likeliest(logprobs, chosen, row, max_logprobs)
     return RowOutputs(tokens, chosen, raw, entropies, ranks, top_ids, top_logprobs, finite)

@@ -31,7 +31,8 @@ def step(llm: LLM, held: list[int] | None = None) -> None:
         llm.engine.scheduler.blocks.check_integrity([held, *(s.pages for s in llm.engine.scheduler.running)])
 
 
-def run(llm: LLM, requests: list[Request], fault: Callable[[], object] | None = None, at: int = 3, held: list[int] | None = None) -> list[tuple]:
+def run(llm: LLM, requests: list[Request], fault: Callable[[], object] | None = None, at: int = 3,
+        held: list[int] | None = None) -> list[tuple]:
     """Step until the requests have ended, with `fault()` before step `at`. What they answered."""
     for i in itertools.count():
         assert i < 1_000, "no end"

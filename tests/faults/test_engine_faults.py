@@ -199,7 +199,8 @@ def test_ctrl_c_in_a_step(llm, name, when, expected, whole, monkeypatch):
 
 def interrupt_at(line: int, counter: list[int]):
     """A trace function that raises KeyboardInterrupt at the given line, counted over all that the engine's host half executes."""
-    files = {str(Path(jaxengine.__file__).parent / name) for name in ("engine.py", "scheduler.py", "block_manager.py", "batch.py", "sequence.py")}
+    names = ("engine.py", "scheduler.py", "block_manager.py", "batch.py", "sequence.py")
+    files = {str(Path(jaxengine.__file__).parent / name) for name in names}
 
     def trace(frame, event, arg):
         if frame.f_code.co_filename not in files:
@@ -213,10 +214,28 @@ def interrupt_at(line: int, counter: list[int]):
     return trace
 
 
+class Read:
+    """A detokenizer that only remembers what it was given."""
+
+    def __init__(self) -> None:
+        self.token_ids: list[int] = []
+
+    def push(self, token_ids) -> None:
+        self.token_ids += token_ids
+
+
 @OVERLAP
 @pytest.mark.parametrize("at", [0, 1, 5], ids=["prefill", "forks decode", "some end"])
 def test_ctrl_c_at_any_line_of_a_step(llm, at, expected):
-    """Wherever it hits, no page is lost, no token is half written down, and the same bits come out."""
+    """Wherever it hits, no page is lost, no token is half written down, none is read twice, and the same bits come out."""
+    llm.engine._make_detokenizer = lambda sample: Read()
+
+    def start_read() -> list[Request]:
+        llm.engine.scheduler.blocks.clear_cache()
+        requests = start(llm)
+        for sample in (sample for request in requests for sample in request.samples):
+            sample.detokenizer = Read()
+        return requests
 
     def interrupted_step(line: int) -> int:
         counter, before = [0], sys.gettrace()
@@ -231,12 +250,12 @@ def test_ctrl_c_at_any_line_of_a_step(llm, at, expected):
         return counter[0]
 
     num_lines = []
-    llm.engine.scheduler.blocks.clear_cache()
-    assert run(llm, start(llm), lambda: num_lines.append(interrupted_step(-1)), at) == expected
+    assert run(llm, start_read(), lambda: num_lines.append(interrupted_step(-1)), at) == expected
     assert num_lines[0] > 100
     for line in range(1, num_lines[0], num_lines[0] // 15):
-        llm.engine.scheduler.blocks.clear_cache()
-        assert run(llm, start(llm), lambda line=line: interrupted_step(line), at) == expected, f"interrupted at line {line}"
+        requests = start_read()
+        assert run(llm, requests, lambda line=line: interrupted_step(line), at) == expected, f"interrupted at line {line}"
+        assert all(s.detokenizer.token_ids == s.generated for r in requests for s in r.samples), f"interrupted at line {line}"
         assert_idle(llm)
 
 
@@ -348,6 +367,18 @@ def test_pages_of_a_failed_request_leave_the_prefix_cache(poisoned, expected):
     assert bits(again) == bits([clean])
     assert run(poisoned, start(poisoned)) == expected
     assert_idle(poisoned)
+
+
+@pytest.mark.parametrize("overlap", [False, True], ids=["plain", "overlapped"])
+def test_logits_that_overflow_under_a_temperature_are_an_error(overlap, tiny):
+    """They are finite as the model gives them; divided by a small temperature they are not, and the softmax of infinities is NaN."""
+    huge = dataclasses.replace(tiny.params, head=tiny.params.head * 1e35)
+    llm = make_llm(tiny.config, huge, overlap=overlap, compile_patience=1_000_000)
+    alone = run(llm, start(llm))
+    assert {reason for *_, reason, _ in alone} == {"length"}
+    requests = [*start(llm, [[1, 2, 3]], SamplingParams(temperature=2e-5, max_tokens=5)), *start(llm)]
+    assert run(llm, requests) == [([], b"", "error", CAUSE), *alone]
+    assert_idle(llm)
 
 
 def test_prompt_logprobs_of_a_poisoned_prompt_are_an_error(poisoned, expected):

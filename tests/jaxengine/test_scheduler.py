@@ -41,7 +41,8 @@ class Loop:
     """The engine's loop around a fake device; `overlap` reads a step's results after the next one was run."""
 
     def __init__(self, overlap: bool = False, **config) -> None:
-        self.config = EngineConfig(**dict(max_num_seqs=8, max_num_batched_tokens=64, max_model_len=256, page_size=PAGE, num_pages=64) | config)
+        sizes = dict(max_num_seqs=8, max_num_batched_tokens=64, max_model_len=256, page_size=PAGE, num_pages=64)
+        self.config = EngineConfig(**sizes | config)
         self.blocks = BlockManager(self.config.num_pages, self.config.page_size, self.config.enable_prefix_caching)
         self.scheduler = Scheduler(self.config, self.blocks)
         self.overlap, self.num_settled, self.num_steps = overlap, 0, 0
@@ -363,7 +364,7 @@ def test_recomputation_is_bounded(overlap):
     loop.run()
     assert_answered(*requests)
     assert loop.scheduler.num_preemptions > 0
-    assert computed < 3 * sum(len(r.samples[0].token_ids) for r in requests)
+    assert computed < 2 * sum(len(r.samples[0].token_ids) for r in requests)
 
 
 # -- ends -------------------------------------------------------------------------------------------------------------------------
@@ -435,7 +436,8 @@ def test_the_same_requests_give_the_same_plans():
             loop.add([i % 3 + 1] * (10 + 7 * i), n=1 + i % 3)
         for _ in range(300):
             plan = loop.step()
-            yield [(s.arrival, s.pages, s.slot) for s in plan.decode], [(c.sequence.arrival, c.start, c.stop) for c in plan.chunks], plan.copies
+            chunks = [(chunk.sequence.arrival, chunk.start, chunk.stop) for chunk in plan.chunks]
+            yield [(s.arrival, list(s.pages), s.slot) for s in plan.decode], chunks, plan.copies
 
     assert list(plans()) == list(plans())
 
