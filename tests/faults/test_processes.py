@@ -4,6 +4,7 @@ import copy
 import itertools
 import os
 import pickle
+import signal
 import sys
 import threading
 import time
@@ -175,6 +176,8 @@ def test_a_fork_is_refused_and_the_parent_goes_on(tiny, expected):
         warnings.simplefilter("ignore")  # JAX and Python warn of the fork itself
         child = os.fork()
         if not child:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(20)  # were it not refused it might wait for ever, for threads that did not come along
             try:
                 tiny.generate([[1, 2]])
                 answer = "it generated"
@@ -185,8 +188,9 @@ def test_a_fork_is_refused_and_the_parent_goes_on(tiny, expected):
                 os._exit(0)
     os.close(writer)
     with os.fdopen(reader) as pipe:
-        assert f"this LLM belongs to process {os.getpid()}, of which this one is a fork" in pipe.read()
+        answer = pipe.read()
     os.waitpid(child, 0)
+    assert f"this LLM belongs to process {os.getpid()}, of which this one is a fork" in answer
     assert run(tiny, requests) == expected
 
 
