@@ -25,6 +25,13 @@ def storage_dtype(dtype: jnp.dtype) -> jnp.dtype:
     return jnp.dtype(jnp.uint16) if jnp.dtype(dtype).itemsize == 2 else jnp.dtype(dtype)
 
 
+def as_pages(k: Array, v: Array) -> tuple[Array, Array]:
+    """Keys and values `[B, r, K, h]` as they lie in pages, `[B, K, h, r]` and `[B, K, r, h]`: the same bits, in the pool's dtype."""
+    stored = storage_dtype(k.dtype)
+    raw = lambda x: x if x.dtype == stored else jax.lax.bitcast_convert_type(x, stored)
+    return raw(k.transpose(0, 2, 3, 1)), raw(v.transpose(0, 2, 1, 3))
+
+
 def abstract(model: ModelConfig, engine: EngineConfig) -> Any:
     """Shapes and dtypes of the cache, nothing allocated."""
     dtype, heads, h = storage_dtype(jnp.dtype(model.dtype)), model.num_key_value_heads, model.head_dim
@@ -47,8 +54,7 @@ def write(keys: Array, values: Array, k: Array, v: Array, tables: Int[Array, "B 
     they are: nothing attends to them before their own token overwrites them.
     """
     page_size = values.shape[2]
-    raw = lambda x: x if x.dtype == keys.dtype else jax.lax.bitcast_convert_type(x, keys.dtype)
-    k, v = raw(k.transpose(0, 2, 3, 1)), raw(v.transpose(0, 2, 1, 3))  # [B, K, h, r], [B, K, r, h]
+    k, v = as_pages(k, v)
     pages = jnp.take_along_axis(tables, (blocks.starts // page_size)[:, None], axis=1)[:, 0]
     pages, offsets = jnp.where(blocks.counts > 0, pages, 0), blocks.starts % page_size
 

@@ -1,5 +1,7 @@
 """Shared by all tests: small random models, and bits."""
+import gc
 import os
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -18,6 +20,19 @@ FAMILIES = {
     "Qwen2": dict(architecture="Qwen2ForCausalLM", qkv_bias=True),
     "Llama": dict(architecture="LlamaForCausalLM", rope=RopeConfig(5e5, "llama3", 8.0, 256)),
 }
+
+
+MAPS = Path("/proc/self/maps")
+MANY_MAPS = 25_000  # Linux ends a process that asks for more than 65,530
+
+
+@pytest.fixture(autouse=True)
+def compiled_code_fits():
+    """XLA on CPU maps a few hundred pieces of memory for each program, and a long suite compiles hundreds of programs."""
+    yield
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MANY_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 def random_model(family: str = "Qwen3", **changes) -> tuple[ModelConfig, Decoder]:

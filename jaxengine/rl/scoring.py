@@ -62,13 +62,12 @@ def _runtime(size: int, tokens: Array) -> Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attention(config: ModelConfig, batch: int, q: Array, k: Array, v: Array, count: Array) -> Array:
     """The engine's paged attention, over pages made of whole sequences. `[NB, r, heads, h]` in, `[NB, r, Hh]` out."""
-    raw = lambda x: x if x.dtype == kv_cache.storage_dtype(x.dtype) else jax.lax.bitcast_convert_type(x, jnp.uint16)
-    pages = lambda x: raw(x).reshape(-1, KV_TILE, *x.shape[2:])
+    whole = lambda x: x.reshape(-1, KV_TILE, *x.shape[2:])
     num_pages = k.shape[0] * QUERY_BLOCK // KV_TILE
     tables = jnp.arange(num_pages).reshape(batch, -1)
     per_sequence = q.shape[0] // batch
     starts = jnp.tile(jnp.arange(per_sequence) * QUERY_BLOCK, batch)
-    weights = (pages(k).transpose(0, 2, 3, 1), pages(v).transpose(0, 2, 1, 3))
+    weights = kv_cache.as_pages(whole(k), whole(v))
     rows = (q, jnp.repeat(tables, per_sequence, axis=0), starts)
     return over_tiles(functools.partial(decoder.attend, config), ATTENTION_TILE, weights, rows, count)
 
