@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxengine.batch import MAX_STOPS
 from jaxengine.config import EngineConfig, ModelConfig
+from jaxengine.coordinate import Coordinate
 from jaxengine.keywords import check_keywords
 from jaxengine.request import SamplingParams, token_ids_of
 from jaxengine.sequence import Request
+from jaxengine.slots import MAX_STOPS, stop_token_ids
 from jaxengine.tokenizer import Tokenizer
 
 PROMPT_KEYS = ("prompt", "prompt_token_ids", "allow_special_tokens", "cache_salt")
@@ -25,6 +26,11 @@ def key_data(key: Any) -> tuple[int, int]:
         raise ValueError(f"key must be one threefry key, got {jax.random.key_impl(key)} of shape {key.shape}")
     high, low = np.asarray(jax.random.key_data(key)).tolist()
     return high, low
+
+
+def sample_key(key: jax.Array, prompt_index: int, sample_index: int) -> jax.Array:
+    """The key of one sample of a call: with SamplingParams(key=…) and n=1 it draws the same bits again."""
+    return jax.random.fold_in(jax.random.fold_in(key, prompt_index), sample_index)
 
 
 def seed_data(seed: int) -> tuple[int, int]:
@@ -64,14 +70,41 @@ def make_request(request_id: str, prompt: Any, index: int, params: SamplingParam
     """A checked Request; errors name the prompt's index."""
     text, ids, salt = _tokens(prompt, index, model, tokenizer)
     _check_params(params, index, model, engine)
-    stops = set(params.stop_token_ids) | (set() if params.ignore_eos else set(model.eos_token_ids))
+    stops = stop_token_ids(params, model.eos_token_ids)
     if len(stops) > MAX_STOPS:
         raise ValueError(f"prompts[{index}] has {len(stops)} stop token ids, end tokens included: at most {MAX_STOPS} are possible")
     if params.stop and tokenizer is None:
         raise ValueError(f"prompts[{index}] has stop strings, but the model has no tokenizer: use stop_token_ids")
     own = key_data(params.key) if params.key is not None else seed_data(params.seed) if params.seed is not None else None
-    return Request(request_id, ids, params, own or key, -1 if own else index, frozenset(stops),
+    return Request(request_id, ids, params, own or key, -1 if own else index, stops,
                    _limit(len(ids), index, params, engine), text, salt)
+
+
+def replayed(request_id: str, coordinate: Coordinate, model: ModelConfig, engine: EngineConfig) -> Request:
+    """The request that draws a coordinate's sample again, alone."""
+    params, (prompt, sample) = coordinate.request_params(), coordinate.key_folds
+    key = jax.random.wrap_key_data(jnp.array(coordinate.key, jnp.uint32), impl="threefry2x32")
+    for fold in (prompt, sample):
+        key = jax.random.fold_in(key, fold) if fold >= 0 else key
+    return make_request(request_id, coordinate.prompt_token_ids, 0, params.replace(key=key), (0, 0), model, engine, None)
+
+
+def check_scored(tokens: Any, mask: Any, config: ModelConfig) -> None:
+    """Raises ValueError where tokens and mask are no batch of sequences. Values are looked at where they are known: not inside jit."""
+    if tokens.ndim != 2 or tokens.shape != mask.shape or 0 in tokens.shape:
+        raise ValueError(f"tokens and mask must have one shape [B, T], got {list(tokens.shape)} and {list(mask.shape)}")
+    if not jnp.issubdtype(tokens.dtype, jnp.integer) or mask.dtype != bool:
+        raise ValueError(f"tokens must be integers and mask booleans, got {tokens.dtype} and {mask.dtype}")
+    if isinstance(tokens, jax.core.Tracer) or isinstance(mask, jax.core.Tracer):
+        return
+    tokens, mask = np.asarray(tokens), np.asarray(mask)
+    wrong = mask & ((tokens < 0) | (tokens >= config.vocab_size))
+    if wrong.any():
+        row, position = (int(i) for i in np.argwhere(wrong)[0])
+        raise ValueError(f"tokens[{row}, {position}] is {int(tokens[row, position])} under the mask: the vocabulary is "
+                         f"0 … {config.vocab_size - 1}")
+    if mask[:, 0].any():
+        raise ValueError(f"mask[{int(mask[:, 0].argmax())}, 0] is True: the first token has nothing before it that could predict it")
 
 
 def _tokens(prompt: Any, index: int, model: ModelConfig, tokenizer: Tokenizer | None) -> tuple[str | None, list[int], str]:

@@ -1,5 +1,4 @@
 """From a plan to arrays: the host's mirror of slots and block tables, in numpy, and the inputs of each step."""
-import dataclasses
 from collections.abc import Sequence as Seq
 from typing import Any
 
@@ -7,14 +6,13 @@ import jax
 import numpy as np
 
 from jaxengine.config import QUERY_BLOCK, EngineConfig
-from jaxengine.request import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
 from jaxengine.scheduler import Chunk, Plan
 from jaxengine.sequence import Sequence
+from jaxengine.slots import empty_slots, write_slot
 from jaxengine.step_inputs import Blocks, Copies, Rows, SlotParams
 
-MAX_STOPS = MAX_STOP_TOKEN_IDS + 16  # the request's own and the model's
-MAX_TOP_K = 2**31 - 1  # more than any vocabulary, and an int32
 HISTORY_ROWS = 8  # sequences that one upload puts into their slots
+WIDE_PREFILL = 32  # blocks of the widest prefill tile: a step that can carry so many carries whole tiles
 ROW_UNIT = 32  # row arrays are whole numbers of the widest decode tile
 
 
@@ -25,32 +23,23 @@ class BatchBuilder:
         self.config = config
         self.num_slots = config.max_num_seqs + 1
         self.tables = np.zeros((self.num_slots, config.pages_per_seq), np.int32)
-        self.host_slots = _empty_slots(self.num_slots)
+        self.host_slots = empty_slots(self.num_slots)
         self._device_slots: Any = None
         self.decode_rows = _round_up(config.max_num_seqs, ROW_UNIT)
-        self.prefill_blocks = _round_up(config.prefill_blocks, 8)
+        self.prefill_blocks = _round_up(config.prefill_blocks, 8 if config.prefill_blocks < WIDE_PREFILL else WIDE_PREFILL)
         self.prefill_rows = self.prefill_blocks * QUERY_BLOCK + config.max_num_seqs
 
     # -- slots -----------------------------------------------------------------------------------------------------------------
 
     def admit(self, sequence: Sequence) -> None:
         """Write a sequence's sampling parameters into its slot."""
-        request, params, slots, i = sequence.request, sequence.request.params, self.host_slots, sequence.slot
-        values = dict(
-            temperature=0.0 if params.greedy else params.temperature, top_p=params.top_p, min_p=params.min_p,
-            top_k=min(params.top_k, MAX_TOP_K),
-            repetition_penalty=params.repetition_penalty, presence_penalty=params.presence_penalty,
-            frequency_penalty=params.frequency_penalty, prompt_length=sequence.prompt_length,
+        request, params = sequence.request, sequence.request.params
+        write_slot(
+            self.host_slots, sequence.slot, params, request.stop_token_ids, prompt_length=sequence.prompt_length,
             first_stop=min(sequence.prompt_length + params.min_tokens, request.limit) if params.min_tokens else 0, limit=request.limit,
             key=request.key, key_folds=request.key_folds(sequence.index),
             num_logprobs=max(-1 if asked is None else asked for asked in (params.logprobs, params.prompt_logprobs)) + 1,
             details=params.raw_logprobs or params.entropy)
-        for name, value in values.items():
-            getattr(slots, name)[i] = value
-        slots.stop_ids[i] = _padded(sorted(request.stop_token_ids), MAX_STOPS, -1)
-        bias = params.biases
-        slots.bias_ids[i] = _padded([token for token, _ in bias], MAX_LOGIT_BIAS, -1)
-        slots.bias_values[i] = _padded([value for _, value in bias], MAX_LOGIT_BIAS, 0.0)
         self._device_slots = None
 
     def device_slots(self) -> SlotParams:
@@ -132,16 +121,3 @@ def _padded(values: Seq, size: int, fill: int | float | bool) -> np.ndarray:
 def _round_up(value: int, unit: int) -> int:
     return -(-value // unit) * unit
 
-
-def _empty_slots(n: int) -> SlotParams:
-    """Parameters under which nothing is changed, cut or asked for."""
-    zeros = lambda dtype, *shape: np.zeros((n, *shape), dtype)
-    ones = lambda: np.ones(n, np.float32)
-    missing = lambda width: np.full((n, width), -1, np.int32)
-    fields = dict(
-        temperature=ones(), top_p=ones(), min_p=zeros(np.float32), repetition_penalty=ones(), presence_penalty=zeros(np.float32),
-        frequency_penalty=zeros(np.float32), top_k=zeros(np.int32), prompt_length=zeros(np.int32), first_stop=zeros(np.int32),
-        stop_ids=missing(MAX_STOPS), bias_ids=missing(MAX_LOGIT_BIAS), bias_values=zeros(np.float32, MAX_LOGIT_BIAS),
-        limit=zeros(np.int32), key=zeros(np.uint32, 2), key_folds=missing(2), num_logprobs=zeros(np.int32), details=zeros(bool))
-    assert set(fields) == {field.name for field in dataclasses.fields(SlotParams)}
-    return SlotParams(**fields)

@@ -175,9 +175,9 @@ def measure(systems: Sequence[System], workloads: Sequence[Workload], repeats: i
         compiled = [0 for _ in able]
         for repeat in range(-1, repeats):
             for index, system in enumerate(able):
-                report(f"{workload} on {system.name}, {f'run {repeat + 1} of {repeats}' if repeat >= 0 else 'warm-up'} …")
                 with compilations() as names:
                     rate = workload.rate(system, repeat)
+                report(f"{workload} on {system.name}, {f'run {repeat + 1} of {repeats}' if repeat >= 0 else 'warm-up'}: {rate:.1f} tok/s")
                 if repeat >= 0:
                     rates[index].append(rate)
                     compiled[index] += len(names)

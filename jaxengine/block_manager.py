@@ -42,6 +42,7 @@ class BlockManager:
         self.num_pages, self.page_size, self.caching = num_pages, page_size, enable_prefix_caching
         self._free = list(range(num_pages - 1, 0, -1))
         self._holders = [0] * num_pages
+        self.births = [0] * num_pages  # how often a page was handed out anew: (page, births) names one content for ever
         self._cached: OrderedDict[int, None] = OrderedDict()  # held by nobody, oldest first
         self._keys: dict[int, PageKey] = {}  # page -> its content, for full registered pages
         self._by_digest: dict[bytes, int] = {}
@@ -63,6 +64,7 @@ class BlockManager:
             self._free.append(self._evict())
         page = self._free.pop()
         self._holders[page] = 1
+        self.births[page] += 1
         return page
 
     def _evict(self) -> int:

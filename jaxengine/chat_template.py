@@ -7,8 +7,8 @@ plain JSON values only. Bounded are
 - every string and container, nested ones counted in full, and the rendered text: 1,000,000 + 4 x what was given, in characters and
   elements, checked before `*`, `~`, `join`, `replace`, padding and formatting make a value; whole numbers: 4,096 bits;
 - all that is produced on the way: 64 x that; loop turns, calls, filters and outputs: a million;
-- the time: five seconds of a monotonic clock, looked at on each of those. The clock stops nothing within one operation: the bounds
-  on sizes keep each of them short.
+- the time: five seconds of a monotonic clock, looked at on each of those, and on every operation between values. The clock stops nothing
+  within one operation: the bounds on sizes keep each of them short.
 """
 import functools
 import json
@@ -103,7 +103,7 @@ class _Generation(Extension):
 
 
 class _CodeGenerator(CodeGenerator):
-    """Sends through the environment what Jinja compiles to bare Python: loops, `~`, slices and literal containers."""
+    """Sends through the environment what Jinja compiles to bare Python: loops, `~`, slices, comparisons and literal containers."""
 
     def _through(self, method: str, visit: Callable[..., None], node: nodes.Node, frame: Frame) -> None:
         self.write(f"environment.{method}(")
@@ -116,6 +116,9 @@ class _CodeGenerator(CodeGenerator):
 
     def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
         self._through("joined", super().visit_Tuple, nodes.Tuple(node.nodes, "load"), frame)
+
+    def visit_Compare(self, node: nodes.Compare, frame: Frame) -> None:
+        self._through("compared", super().visit_Compare, node, frame)
 
     def visit_Getitem(self, node: nodes.Getitem, frame: Frame) -> None:
         if isinstance(node.arg, nodes.Slice):
@@ -162,6 +165,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             "format": self._format, "indent": self._indent, "join": self._join, "replace": self._replace,
             "tojson": self._tojson, "trim": self._trim}
         self.filters = {name: self._bounded(function) for name, function in filters.items()}
+        self.tests = {name: self._bounded(function) for name, function in self.tests.items()}
         self.globals = {"range": self.globals["range"], "dict": lambda *args, **items: dict(*args, **items), "namespace": _namespace,
                         "raise_exception": _raise_exception, "strftime_now": _strftime_now}
 
@@ -188,7 +192,16 @@ class _Environment(ImmutableSandboxedEnvironment):
             self.made([*args, *kwargs.values()])  # a macro sees them as one tuple and one dict
         return self.made(super().call(context, obj, *args, **kwargs))
 
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        self._step()  # a key may be a tuple of any size
+        return super().getitem(obj, argument)
+
+    def compared(self, value: Any) -> Any:
+        self._step()  # what was compared may have been of any size
+        return value
+
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        self._step()
         if operator == "*":
             for value, times in ((left, right), (right, left)):
                 if isinstance(value, str | list | tuple) and isinstance(times, int):

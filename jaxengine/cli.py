@@ -1,4 +1,4 @@
-"""The command line: `jaxengine demo`, `jaxengine generate` and `jaxengine bench`. It parses and prints; the work is done elsewhere.
+"""The command line: `jaxengine demo`, `generate`, `verify` and `bench`. It parses and prints; the work is done elsewhere.
 
 Options for sampling and for the engine are made from the fields of SamplingParams and EngineConfig. What a user gets wrong ends with one
 line on standard error and code 2, an interrupt with code 130. jax is imported once a command runs, so that `--help` answers at once.
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from jaxengine.config import EngineConfig
+from jaxengine.coordinate import Coordinate
 from jaxengine.options import add_fields, count, given_fields, sampling_params, token_ids
 from jaxengine.request import SamplingParams
 from jaxengine.workloads import PEERS
@@ -61,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_demo(_command(commands, "demo", _demo, "Sample arithmetic with the model that ships, and draw every sample again, bit for bit."))
     _add_generate(_command(commands, "generate", _generate, "Complete prompts."))
+    _add_verify(_command(commands, "verify", _verify, "Run the contract on this machine with a model: every axis, every bit."))
     _add_bench(_command(commands, "bench", _bench, "Measure tokens per second of the decode and group workloads."))
     return parser
 
@@ -91,6 +93,15 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     form.add_argument("--json", action="store_true", help="a JSON object a sample, one a line; null stands for an infinite logprob")
     form.add_argument("--stream", action="store_true", help="text as it grows, a prompt after the other; the same bits")
     add_fields(parser.add_argument_group("sampling", "the fields of SamplingParams"), SamplingParams)
+    _add_engine(parser, LLM_DEFAULTS)
+
+
+def _add_verify(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="a name, a folder or a hub id")
+    parser.add_argument("--quick", action="store_true", help="fewer samples and requests: less than a minute on the model that ships")
+    parser.add_argument("--samples", type=count, help="samples of one prompt at temperature 0 and at 1 (default: 1000, 100 with --quick)")
+    parser.add_argument("--seed", type=int, default=0, help="of the random traffic")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write contract and checks there")
     _add_engine(parser, LLM_DEFAULTS)
 
 
@@ -160,7 +171,7 @@ def _prompts(llm: Any, arguments: argparse.Namespace) -> list[Any]:
 
 def _own_keys(params: SamplingParams, key: Any, count: int) -> list[SamplingParams]:
     """For calls of one prompt each: the key that each prompt has in a call of all."""
-    from jaxengine.demo import sample_key
+    from jaxengine.admission import sample_key
 
     has_own = params.key is not None or params.seed is not None
     return [params if has_own else params.replace(key=sample_key(key, index, 0)) for index in range(count)]
@@ -206,6 +217,8 @@ def _plain(value: Any) -> Any:
     """Arrays as lists, dataclasses as dicts, floats that JSON does not know as None."""
     if hasattr(value, "tolist"):
         return _plain(value.tolist())
+    if isinstance(value, Coordinate):
+        return json.loads(value.to_json())
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return _plain(dataclasses.asdict(value))
     if isinstance(value, dict):
@@ -213,6 +226,20 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    """Exit code 1 where an axis fails."""
+    from jaxengine.llm import LLM
+
+    if arguments.json:
+        arguments.json.touch()  # a place that cannot be written is told now
+    llm = LLM(arguments.model, dtype=arguments.dtype, progress=arguments.progress, **given_fields(arguments, EngineConfig))
+    found = llm.verify(quick=arguments.quick, samples=arguments.samples, seed=arguments.seed)
+    print(found)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(found.to_json(), indent=2) + "\n")
+    return 0 if found else 1
 
 
 def _bench(arguments: argparse.Namespace) -> int:

@@ -91,6 +91,7 @@ class EngineConfig:
     max_logprobs: int = 20
     compile_patience: int = 16  # steps that a better fitting tile is wanted before it is compiled
     max_waiting: int = 100_000
+    canary: bool = False  # look after every step for pages that changed behind the engine's back (canary.py); slow
 
     def __post_init__(self) -> None:
         for name, least in (("max_num_seqs", 1), ("max_model_len", 2), ("decode_steps", 1), ("max_waiting", 1), ("compile_patience", 0)):

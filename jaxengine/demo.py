@@ -1,5 +1,4 @@
 """What ships, in one command: arithmetic sampled and graded, and every sample drawn again, alone and among others, bit for bit."""
-import dataclasses
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -7,6 +6,8 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
+from jaxengine.admission import sample_key
+from jaxengine.compare import Comparison, compare
 from jaxengine.llm import LLM
 from jaxengine.outputs import CompletionOutput
 from jaxengine.request import SamplingParams
@@ -21,46 +22,6 @@ END_MARK = "|"
 SHADES = ((0.9, 34, ""), (0.5, 148, ""), (0.1, 214, "~"), (0.0, 196, "!"))
 
 Say = Callable[[str], None]
-
-
-@dataclasses.dataclass(frozen=True)
-class Comparison:
-    """How samples that were drawn again compare with the first ones: tokens, and logprobs as uint32."""
-
-    name: str
-    equal: int
-    total: int
-    first_difference: str | None = None
-
-    @property
-    def holds(self) -> bool:
-        return self.equal == self.total
-
-    def __str__(self) -> str:
-        found = f"; first difference: {self.first_difference}" if self.first_difference else ""
-        return f"{self.equal} of {self.total} samples {self.name}{found}"
-
-
-def compare(name: str, expected: Sequence[CompletionOutput], found: Sequence[CompletionOutput]) -> Comparison:
-    """Compare samples one by one; samples that are missing count as different."""
-    differences = [text and f"sample {i}, {text}" for i, text in enumerate(map(_difference, expected, found))]
-    total = max(len(expected), len(found))
-    differences += [f"sample {i} is missing" for i in range(len(differences), total)]
-    return Comparison(name, differences.count(None), total, next(filter(None, differences), None))
-
-
-def _difference(a: CompletionOutput, b: CompletionOutput) -> str | None:
-    """Where two samples part, None where every bit is equal."""
-    rows = [list(zip(s.token_ids, np.asarray(s.token_logprobs, np.float32).view(np.uint32).tolist(), strict=True)) for s in (a, b)]
-    for position, (x, y) in enumerate(zip(*rows, strict=False)):
-        if x != y:
-            return f"token {position}: id {x[0]}, logprob bits {x[1]:08x} became {y[0]}, {y[1]:08x}"
-    return None if len(rows[0]) == len(rows[1]) else f"{len(rows[0])} tokens became {len(rows[1])}"
-
-
-def sample_key(key: jax.Array, prompt_index: int, sample_index: int) -> jax.Array:
-    """The key of one sample of a call: with SamplingParams(key=…) and n=1 it draws the same bits again."""
-    return jax.random.fold_in(jax.random.fold_in(key, prompt_index), sample_index)
 
 
 def draw_alone(llm: LLM, prompts: Sequence[str], samples: int, key: jax.Array) -> list[CompletionOutput]:

@@ -1,21 +1,25 @@
 """The engine: schedule, run, collect. Here the host half and the device half meet."""
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxengine import kv_cache, steps
+from jaxengine import canary, kv_cache, memory, steps
 from jaxengine.batch import BatchBuilder, wanted_rows
 from jaxengine.block_manager import BlockManager
 from jaxengine.config import EngineConfig, ModelConfig
 from jaxengine.detokenizer import Detokenizer
+from jaxengine.models.decoder import Tile
 from jaxengine.outputs import Logprob
 from jaxengine.programs import Programs, Report
 from jaxengine.scheduler import MustSettle, Plan, Scheduler
 from jaxengine.sequence import Request, Sequence, Status
 from jaxengine.step_inputs import RowOutputs
+
+DEAD_END = "min_tokens, stop tokens, logit_bias and penalties rule out every token of the vocabulary"
 
 
 @dataclasses.dataclass
@@ -27,6 +31,8 @@ class InFlight:
     decoded: RowOutputs | None
     prefill: list[tuple[Sequence, int, bool]]
     prefilled: RowOutputs | None
+    chunked: list[Sequence]  # whose chunks it prefills, whether or not they want a row
+    watch: canary.Watch | None
 
 
 class Engine:
@@ -35,13 +41,17 @@ class Engine:
     def __init__(self, model: ModelConfig, config: EngineConfig, params: Any, *,
                  make_detokenizer: Callable[[Sequence], Detokenizer] | None = None, report: Report = lambda text: None) -> None:
         self.model, self.config, self.params = model, config, params
+        self.cache = kv_cache.allocate(model, config)  # first: it takes the most memory, and may be refused
         self.scheduler = Scheduler(config, BlockManager(config.num_pages, config.page_size, config.enable_prefix_caching))
         self.batch = BatchBuilder(config)
         self.programs = Programs(model, config, self.batch, report)
-        self.cache = kv_cache.allocate(model, config)
+        self.canary = canary.Canary() if config.canary else None
         self.requests: dict[str, Request] = {}
         self._make_detokenizer = make_detokenizer
         self._in_flight: InFlight | None = None
+        self._broken = False  # whether something began and neither ended nor was recovered from
+        self._settled: list[Request] = []  # that ended in this step before its plan was made
+        self._at_work: list[Sequence] = []  # for whom something is on the device right now: who fails where it has no memory
 
     # -- requests --------------------------------------------------------------------------------------------------------------
 
@@ -52,17 +62,19 @@ class Engine:
         if len(self.scheduler.waiting) + request.params.n > self.config.max_waiting:
             raise ValueError(f"the queue holds {len(self.scheduler.waiting)} of at most {self.config.max_waiting} samples: "
                              f"no room for {request.params.n} more; wait, or raise max_waiting")
+        self.requests[request.request_id] = request  # first: an interrupt from here on leaves nothing that abort does not find
         self.scheduler.add(request)
         if request.params.stop and self._make_detokenizer is not None:
             for sequence in request.samples:
                 sequence.detokenizer = self._make_detokenizer(sequence)
-        self.requests[request.request_id] = request
 
     def abort(self, request_id: str) -> None:
         """End a request wherever it is; unknown and finished ids are no error. Its pages are free at once."""
-        request = self.requests.pop(request_id, None)
-        for sequence in request.samples if request else ():
-            self.scheduler.finish(sequence, "abort")
+        with self._whole():
+            request = self.requests.get(request_id)
+            for sequence in request.samples if request else ():
+                self.scheduler.finish(sequence, "abort")
+            self.requests.pop(request_id, None)
 
     @property
     def has_work(self) -> bool:
@@ -72,19 +84,43 @@ class Engine:
 
     def warm_up(self) -> None:
         """Compile every step now, instead of when it is first needed."""
-        try:
+        with self._whole():
             self.cache = self.programs.warm_up(self.params, self.cache)
-        except BaseException:
-            self._recover()
-            raise
+
+    def proven(self, tile: Tile) -> Tile:
+        """`tile` where prefill on it gives the base tile's bits, else the base tile."""
+        with self._whole():
+            self.cache, tile = self.programs.proven(tile, self.params, self.cache)
+            return tile
+
+    @contextlib.contextmanager
+    def adjusted(self, *, held_pages: int = 0, held_slots: int = 0, **changes: Any) -> Iterator[None]:
+        """Other habits of the host for a while, on the same compiled steps: `overlap`, `enable_prefix_caching`, a smaller
+        `max_num_batched_tokens`; pages and slots withheld as if other requests had them. The engine must be idle."""
+        assert not self.requests and changes.keys() <= {"overlap", "enable_prefix_caching", "max_num_batched_tokens"}
+        kept, scheduler = self.config, self.scheduler
+        self.config = scheduler.config = dataclasses.replace(kept, **changes)
+        scheduler.blocks.caching = self.config.enable_prefix_caching
+        try:
+            with scheduler.withheld(held_pages, held_slots):
+                yield
+        finally:
+            self.config = scheduler.config = kept
+            scheduler.blocks.caching = kept.enable_prefix_caching
 
     def step(self) -> list[Request]:
-        """One step; returns the requests that ended in it. After any error the engine is usable again."""
-        try:
-            return self._step_overlapped() if self.config.overlap else self._step_plain()
-        except BaseException:
-            self._recover()
-            raise
+        """One step; returns the requests that ended in it. After any error the engine is usable again.
+
+        Where the device runs out of memory those fail for whom it worked, with finish reason "error"; all others are computed anew.
+        """
+        with self._whole():
+            self._at_work, self._settled = [], []
+            try:
+                return self._step_overlapped() if self.config.overlap else self._step_plain()
+            except jax.errors.JaxRuntimeError as error:
+                if not memory.ran_out(error) or not self._at_work:
+                    raise
+                return self._fail_at_work()
 
     def _step_plain(self) -> list[Request]:
         """The specification: schedule, run, collect."""
@@ -92,26 +128,31 @@ class Engine:
 
     def _step_overlapped(self) -> list[Request]:
         """Schedule and run the next step before the last one's results are read."""
-        ended: list[Request] = []
         try:
             plan = self.scheduler.schedule()
         except MustSettle:
-            ended, self._in_flight = self._collect(self._in_flight), None
+            self._settled, self._in_flight = self._collect(self._in_flight), None
             plan = self.scheduler.schedule()
         previous, self._in_flight = self._in_flight, self._dispatch(plan) if plan else None
-        return ended + self._collect(previous)
+        return self._settled + self._collect(previous)
 
     def _dispatch(self, plan: Plan) -> InFlight:
         """Hand a plan to the device."""
         for sequence in plan.admitted:
             self.batch.admit(sequence)
+        self._at_work = plan.admitted
         for upload in self.batch.histories(plan.admitted):
             self.cache = steps.write_history(self.cache, *upload)
         chunked = [s for chunk in plan.chunks for s in (chunk.sequence, *chunk.forks)]
         tables, slots = self.batch.sync_tables(plan.decode + chunked), self.batch.device_slots()
-        return InFlight(plan.decode, plan.decode_counts, self._decode(plan, tables, slots) if plan.decode else None,
-                        [row for chunk in plan.chunks for row in wanted_rows(chunk)],
-                        self._prefill(plan, tables, slots) if plan.chunks else None)
+        self._at_work = plan.decode
+        decoded = self._decode(plan, tables, slots) if plan.decode else None
+        self._at_work = chunked
+        prefilled = self._prefill(plan, tables, slots) if plan.chunks else None
+        self._at_work = plan.decode + chunked
+        watch = self.canary.watch(self.cache, self._at_work, self.scheduler.blocks) if self.canary else None
+        return InFlight(plan.decode, plan.decode_counts, decoded, [row for chunk in plan.chunks for row in wanted_rows(chunk)], prefilled,
+                        chunked, watch)
 
     def _decode(self, plan: Plan, tables, slots) -> RowOutputs:
         self.cache, tile = self.programs.choose("decode", len(plan.decode), self.params, self.cache)
@@ -132,20 +173,39 @@ class Engine:
         """Read a step's results, extend the sequences and end those that are done."""
         if step is None:
             return []
-        if step.decoded is not None:
-            rows = _HostRows(step.decoded)
+        decoded, prefilled, hurt = self._read(step)
+        if decoded is not None:
             for lane, (sequence, count) in enumerate(zip(step.decode, step.decode_counts, strict=True)):
                 for i in range(count):
-                    self._extend(sequence, rows, (i, lane))
-        if step.prefilled is not None:
-            rows = _HostRows(step.prefilled)
+                    self._extend(sequence, decoded, (i, lane))
+        if prefilled is not None:
             for lane, (sequence, position, scored) in enumerate(step.prefill):
                 if scored:
-                    self._score_prompt(sequence, rows, lane, position + 1)
+                    self._score_prompt(sequence, prefilled, lane, position + 1)
                 else:
-                    self._extend(sequence, rows, lane)
-        touched = {id(s.request): s.request for s in (*step.decode, *(row[0] for row in step.prefill))}
+                    self._extend(sequence, prefilled, lane)
+        touched = {id(s.request): s.request for s in (*hurt, *step.decode, *step.chunked)}
         return [request for request in touched.values() if self._end(request)]
+
+    def _read(self, step: InFlight) -> tuple["_HostRows | None", "_HostRows | None", list[Sequence]]:
+        """A step's rows on the host, and whom the canary ended. Errors of the device surface here, before anything is written down."""
+        self._at_work = step.decode
+        decoded = _HostRows(step.decoded) if step.decoded is not None else None
+        self._at_work = step.chunked
+        prefilled = _HostRows(step.prefilled) if step.prefilled is not None else None
+        self._at_work = step.decode + step.chunked
+        return decoded, prefilled, self._drop_damaged(self.canary, step.watch) if self.canary and step.watch else []
+
+    def _drop_damaged(self, found_by: canary.Canary, watch: canary.Watch) -> list[Sequence]:
+        """End whoever holds a damaged page. Their other pages, which may have been computed from it, leave the prefix cache with it."""
+        damaged = found_by.damaged(watch, self.scheduler.blocks)
+        hurt = [s for s in self.scheduler.running if damaged.intersection(s.pages)]
+        for pages in (*watch.tables, *(s.pages for s in hurt)):
+            if damaged.intersection(pages):
+                self.scheduler.blocks.discard(pages)
+        for sequence in hurt:
+            self.scheduler.finish(sequence, "error", canary.CAUSE)
+        return hurt
 
     def _end(self, request: Request) -> bool:
         if any(s.status is not Status.FINISHED for s in request.samples):
@@ -160,9 +220,11 @@ class Engine:
         if sequence.status is Status.FINISHED:
             return
         sequence.num_pending -= 1
+        if rows.tokens[lane] < 0:
+            self.scheduler.finish(sequence, "error", DEAD_END)
+            return
         if not rows.finite[lane]:
-            self.scheduler.blocks.discard(sequence.pages)
-            self.scheduler.finish(sequence, "error", "the model's logits were not finite")
+            self._fail_not_finite(sequence)
             return
         token, params = int(rows.tokens[lane]), sequence.request.params
         sequence.token_ids.append(token)
@@ -190,20 +252,36 @@ class Engine:
         elif len(sequence.token_ids) >= request.limit:
             self.scheduler.finish(sequence, "length")
 
+    def _fail_not_finite(self, sequence: Sequence) -> None:
+        self.scheduler.blocks.discard(sequence.pages)
+        self.scheduler.finish(sequence, "error", "the model's logits were not finite")
+
     def _score_prompt(self, sequence: Sequence, rows: "_HostRows", lane: int, position: int) -> None:
         request = sequence.request
         count = request.params.prompt_logprobs
         if sequence.status is Status.FINISHED or count is None:
             return
         if not rows.finite[lane]:
-            self.scheduler.blocks.discard(sequence.pages)
-            self.scheduler.finish(sequence, "error", "the model's logits were not finite")
+            self._fail_not_finite(sequence)
             return
         entries: Any = request.prompt_logprobs or [None] * sequence.prompt_length
         entries[position] = rows.likeliest(lane, count)
         request.prompt_logprobs = entries
 
     # -- recovery --------------------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _whole(self) -> Iterator[None]:
+        """All of the body, or a recovery: at once, or before whatever comes next where an interrupt cut the recovery off as well."""
+        if self._broken:
+            self._recover()
+        self._broken = True
+        try:
+            yield
+        except BaseException:
+            self._recover()
+            raise
+        self._broken = False
 
     def _recover(self) -> None:
         """After an error or an interrupt, anywhere in a step: every unfinished sequence starts anew, donated buffers are rebuilt."""
@@ -215,8 +293,21 @@ class Engine:
             if sequence.detokenizer is not None and self._make_detokenizer is not None:
                 sequence.detokenizer = self._make_detokenizer(sequence)
                 sequence.detokenizer.push(sequence.generated)
-        if any(x.is_deleted() for x in jax.tree.leaves(self.cache)):
-            self.cache = kv_cache.allocate(self.model, self.config)
+        if self.canary:
+            self.canary = canary.Canary()
+        if kv_cache.is_lost(self.cache):
+            self.cache = kv_cache.rebuild(self.cache, self.model, self.config)
+        self._broken = False
+
+    def _fail_at_work(self) -> list[Request]:
+        """The device has no memory for a program: those it served fail, everybody else starts anew."""
+        known = dict(self.requests)  # those too that ended in this very step
+        self._recover()
+        self._broken = True  # until it is written down who failed
+        for sequence in self._at_work:
+            self.scheduler.finish(sequence, "error", f"the device ran out of memory: {memory.advice(self.model, self.config)}")
+        self.requests = known
+        return self._settled + [request for request in list(known.values()) if self._end(request)]
 
 
 class _HostRows:

@@ -1,17 +1,20 @@
-"""The functional face: weights in, outputs out."""
+"""The functional face: weights in, outputs out; weights and tokens in, logprobs out."""
 import functools
 import threading
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from jaxengine.admission import params_of, prompts_of
+from jaxengine.admission import check_scored, params_of, prompts_of
 from jaxengine.config import ModelConfig
 from jaxengine.llm import LLM
+from jaxengine.models.decoder import Tile
 from jaxengine.models.params import Decoder, abstract
 from jaxengine.outputs import RequestOutputs
 from jaxengine.request import SamplingParams
+from jaxengine.rl import forward, scoring
 from jaxengine.tokenizer import Tokenizer
 
 POOLS_KEPT = 2  # engines whose pages and proofs are kept between calls
@@ -37,6 +40,26 @@ def generate(params: Decoder, prompts: Any, sampling_params: SamplingParams | Se
             return llm.generate(batch, sampling_params, key=key)
         finally:
             llm.forget()
+
+
+def score(params: Decoder, tokens: Any, mask: Any, sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, *,
+          config: ModelConfig, entropy: bool = False, tile: Tile = forward.WIDE) -> Any:
+    """float32 logprobs `[B, T]` of the tokens under `mask`, equal by bits to those that `generate` reported for them; 0 elsewhere.
+
+    tokens `[B, T]` are prompt then completion, padded on the right with anything; mask `[B, T]` is True on generated tokens: the layout of
+    Rollout. `sampling_params`, one for all or one each, say under which distribution they were drawn. With `entropy`, returns
+    (logprobs, entropies of the processed distribution in nats `[B, T]`).
+
+    Differentiable in params by reverse mode, and the same bits inside `jax.jit` and `jax.value_and_grad`, at any batch size and padding.
+    `tile` is the shape of the pinned regions: leave it, unless `LLM.programs.refused` names the wide prefill step on your machine.
+    Raises ValueError where shapes do not fit each other or params do not fit config, and for a token outside the vocabulary.
+    """
+    tokens, mask = jnp.asarray(tokens), jnp.asarray(mask)
+    check_scored(tokens, mask, config)
+    check_fits(params, config)
+    slots = scoring.slot_params(params_of(sampling_params, tokens.shape[0]), config)
+    logprobs, entropies = scoring.token_logprobs(params, tokens, mask, slots, config=config, entropy=entropy, tile=tile)
+    return (logprobs, entropies) if entropy else logprobs
 
 
 def check_fits(params: Decoder, config: ModelConfig) -> None:

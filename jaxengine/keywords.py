@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+STRUCTURED = ("structured_output", "guided_", "response_format", "json_schema")  # beginnings of other engines' keywords for grammars
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -17,6 +18,9 @@ def check_keywords(owner: str, given: Iterable[str], known: Iterable[str]) -> No
     """Raises TypeError for the first keyword of `given` that is not in `known`."""
     known = list(known)
     for name in given:
+        if name not in known and str(name).startswith(STRUCTURED):
+            raise TypeError(f"{owner} has no keyword {name!r}: output that follows a grammar, schema, regular expression or choice is not "
+                            "supported. Leave it out and check the text, or steer with logit_bias, stop and stop_token_ids")
         if name not in known:
             raise TypeError(f"{owner} has no keyword {name!r}{nearest(name, known) or '.'} It takes: {', '.join(known)}")
 

@@ -4,7 +4,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+import numpy as np
+from jaxtyping import Array, Int, UInt32
 
 from jaxengine.config import EngineConfig, ModelConfig
 from jaxengine.pytree import pytree
@@ -45,6 +46,39 @@ def abstract(model: ModelConfig, engine: EngineConfig) -> Any:
 
 def allocate(model: ModelConfig, engine: EngineConfig) -> Cache:
     return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), abstract(model, engine))
+
+
+def is_lost(cache: Cache) -> bool:
+    """Whether a step took the arrays and gave none back, or gave such as only answer with its error. Waits for steps under way."""
+    if any(x.is_deleted() for x in jax.tree.leaves(cache)):
+        return True
+    try:
+        jax.block_until_ready(cache)
+    except jax.errors.JaxRuntimeError:
+        return True
+    return False
+
+
+def rebuild(cache: Cache, model: ModelConfig, engine: EngineConfig) -> Cache:
+    """An empty cache in the place of a lost one, whose memory goes first: there is no room for two."""
+    for array in jax.tree.leaves(cache):
+        array.delete()
+    return allocate(model, engine)
+
+
+def token_sums(cache: Cache, pages: Int[Array, " A"]) -> UInt32[Array, "A p"]:
+    """A checksum of each token's stored words in the given pages, over all layers: any single word that changes, changes it.
+
+    Each word is multiplied by an odd number of its own, modulo 2**32. Garbage has the same sum with a chance of about 2**-32.
+    """
+    heads, h, page_size = cache.keys[0].shape[1:]
+    words = np.arange(2 * len(cache.keys) * heads * h, dtype=np.uint32).reshape(-1, heads, h)
+    total = jnp.zeros((pages.shape[0], page_size), jnp.uint32)
+    for layer, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True)):
+        for side, stored in enumerate((keys[pages].transpose(0, 3, 1, 2), values[pages].transpose(0, 2, 1, 3))):
+            bits = jax.lax.bitcast_convert_type(stored, jnp.uint32) if stored.dtype.itemsize == 4 else stored.astype(jnp.uint32)
+            total += (bits * (2 * words[2 * layer + side] + 1)).sum((2, 3), dtype=jnp.uint32)
+    return total
 
 
 def write(keys: Array, values: Array, k: Array, v: Array, tables: Int[Array, "B n"], blocks: Blocks) -> tuple[Array, Array]:

@@ -1,4 +1,5 @@
 """LLM: a model, its tokenizer and an engine behind the names that vLLM's users know."""
+import collections
 import dataclasses
 import itertools
 import os
@@ -7,13 +8,16 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from checkpoints.model_folder import resolve
 from jaxengine import memory
-from jaxengine.admission import key_data, make_request, params_of, prompts_of
+from jaxengine.admission import check_scored, key_data, make_request, params_of, prompts_of, replayed
+from jaxengine.compare import Comparison, compare
 from jaxengine.config import EngineConfig, ModelConfig
+from jaxengine.contract import contract
+from jaxengine.coordinate import Contract, Coordinate
 from jaxengine.detokenizer import Detokenizer
-from jaxengine.digest import contract_digest
 from jaxengine.engine import Engine
 from jaxengine.keywords import check_keywords
 from jaxengine.models import loading
@@ -22,9 +26,12 @@ from jaxengine.outputs import RequestOutput, RequestOutputs
 from jaxengine.progress import Progress
 from jaxengine.render import render
 from jaxengine.request import SamplingParams
+from jaxengine.rl import forward, scoring
 from jaxengine.sequence import Request, Status
 from jaxengine.sequence import Sequence as Sample
 from jaxengine.tokenizer import Tokenizer
+from jaxengine.verification import Verification
+from jaxengine.verify import verify
 
 CPU_TOKENS, DEVICE_TOKENS = 512, 8192  # default budget of a step
 ENGINE_KEYWORDS = tuple(field.name for field in dataclasses.fields(EngineConfig))
@@ -52,8 +59,9 @@ class LLM:
         self.progress = Progress(progress)
         config = loading.read_model_config(folder, dtype=dtype, reduction_leaves=reduction_leaves)
         config_of_engine = resolve_engine_config(config, engine)
-        self._start(config, config_of_engine, loading.load(folder, config, self.progress.counter("loading weights", "tensors")),
-                    _load_tokenizer(tokenizer, folder), seed)
+        with memory.explained(config, config_of_engine, "loading the weights"):
+            params = jax.block_until_ready(loading.load(folder, config, self.progress.counter("loading weights", "tensors")))
+        self._start(config, config_of_engine, params, _load_tokenizer(tokenizer, folder), seed)
 
     @classmethod
     def from_params(cls, config: ModelConfig, params: Decoder | None, *, tokenizer: Tokenizer | None = None, seed: int = 0,
@@ -67,12 +75,15 @@ class LLM:
 
     def _start(self, config: ModelConfig, engine: EngineConfig, params: Decoder | None, tokenizer: Tokenizer | None, seed: int) -> None:
         self.config, self.tokenizer = config, tokenizer
-        self.engine = Engine(config, engine, params, make_detokenizer=self._detokenizer, report=self.progress.line)
+        with memory.explained(config, engine, "making room for the cache"):
+            self.engine = Engine(config, engine, params, make_detokenizer=self._detokenizer, report=self.progress.line)
+            jax.block_until_ready(self.engine.cache)
         self._key = jax.random.key(seed)
         self._calls, self._ids = itertools.count(), itertools.count()
         self._process = os.getpid()
         self._lock = threading.Lock()  # one step at a time; other threads' requests ride along in it
-        self._digests: dict[int, str] = {}
+        self._left: collections.deque[Request] = collections.deque()  # aborted, but the engine was at work: see _leave
+        self._contracts: dict[int, Contract] = {}
 
     @property
     def params(self) -> Decoder | None:
@@ -96,7 +107,7 @@ class LLM:
         The draws depend on (key, index of the prompt, index of the sample, position) alone. Without a key each call takes the next one
         of the LLM's seed. An interrupt aborts the call's requests and leaves the engine usable.
         """
-        requests = self._requests(prompts_of(prompts), sampling_params, key, request_ids)
+        requests = self._requests(prompts_of(prompts), sampling_params, key, request_ids)  # they are queued in _run, which ends them too
         show = self.progress.enabled if use_tqdm is None else use_tqdm
         with Progress(show).bar(len(requests), "generating", "prompt") as bar:
             for _ in self._run(requests):
@@ -108,11 +119,12 @@ class LLM:
         prompts = prompts_of(prompt)
         if len(prompts) != 1:
             raise ValueError(f"stream takes one prompt, got {len(prompts)}: stream each of them, or use generate")
-        (request,) = self._requests(prompts, sampling_params, key, None, streaming=True)
+        (request,) = self._requests(prompts, sampling_params, key, None)
         output = None
-        for _ in self._run([request]):
+        for _ in self._run([request], streaming=True):
             with self._lock:  # no other thread's step may add a token to what is being read
                 output = self._output(request)
+            self._sweep()
             yield output
         if output is None or not output.finished:  # another call's step brought the end
             yield self._output(request)
@@ -129,14 +141,53 @@ class LLM:
         return self.generate([{"prompt_token_ids": tokens} for tokens in ids], sampling_params, key=key, use_tqdm=use_tqdm)
 
     def abort(self, request_id: str) -> None:
-        """End a request from another thread; its tokens so far are returned with finish reason "abort". Idempotent."""
+        """End a request from another thread; its tokens so far are returned with finish reason "abort". Idempotent.
+
+        A signal handler may call it: where the engine is at work, the request ends with the step that runs.
+        """
+        request = self.engine.requests.get(request_id)
+        if request is not None:
+            self._leave([request])
+
+    # -- the contract ----------------------------------------------------------------------------------------------------------
+
+    def score(self, tokens: Any, mask: Any, sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, *,
+              entropy: bool = False) -> Any:
+        """float32 logprobs `[B, T]` of the tokens under `mask`: `jaxengine.score` under this LLM's weights, as a numpy array.
+
+        Rows go through in batches of bounded size. Where the wide tile does not hold on this machine the base tile is used: the bits are
+        those of `generate` in any case.
+        """
+        tokens, mask = np.asarray(tokens), np.asarray(mask)
+        check_scored(tokens, mask, self.config)
+        slots = scoring.slot_params(params_of(sampling_params, tokens.shape[0]), self.config)
         with self._lock:
-            self.engine.abort(request_id)
+            tile = self.engine.proven(forward.WIDE)
+            logprobs, entropies = scoring.in_batches(self.params, tokens, mask, slots, config=self.config, entropy=entropy, tile=tile)
+        self._sweep()
+        return (logprobs, entropies) if entropy else logprobs
+
+    def replay(self, coordinate: Coordinate) -> Comparison:
+        """Draw one sample again, alone, and compare every bit; the result's `holds` says whether it matched.
+
+        Raises ValueError, naming what differs, for the coordinate of another contract: other versions, device, model or weights.
+        """
+        differences = coordinate.contract.differences(self.contract())
+        if differences:
+            raise ValueError("this coordinate belongs to another contract, its bits cannot be expected here: " + "; ".join(differences))
+        request = replayed(self._new_id(), coordinate, self.config, self.engine_config)
+        for _ in self._run([request]):
+            pass
+        drawn = self._output(request).outputs[0]
+        return compare("drawn again", [(coordinate.token_ids, coordinate.token_logprobs)], [(drawn.token_ids, drawn.token_logprobs)])
+
+    def verify(self, *, quick: bool = False, samples: int | None = None, seed: int = 0) -> Verification:
+        """Run the contract on this machine with this model (verify.py); shows a table in a notebook, and is True where every axis held."""
+        return verify(self, quick=quick, samples=samples, seed=seed, report=self.progress.line)
 
     # -- inside ----------------------------------------------------------------------------------------------------------------
 
-    def _requests(self, prompts: list[Any], params: Any, key: Any, request_ids: Sequence[str] | None,
-                  streaming: bool = False) -> list[Request]:
+    def _requests(self, prompts: list[Any], params: Any, key: Any, request_ids: Sequence[str] | None) -> list[Request]:
         if os.getpid() != self._process:
             raise RuntimeError(f"this LLM belongs to process {self._process}, of which this one is a fork: its device does not live on "
                                "here. Build an LLM in each process, and start processes with multiprocessing's 'spawn'")
@@ -147,42 +198,55 @@ class LLM:
             return []
         data = key_data(jax.random.fold_in(self._key, next(self._calls)) if key is None else key)
         ids = request_ids if request_ids is not None else [self._new_id() for _ in prompts]
-        requests = [make_request(request_id, prompt, index, item, data, self.config, self.engine_config, self.tokenizer)
-                    for index, (request_id, prompt, item) in enumerate(zip(ids, prompts, each, strict=True))]
-        self._add(requests, streaming)
-        return requests
+        return [make_request(request_id, prompt, index, item, data, self.config, self.engine_config, self.tokenizer)
+                for index, (request_id, prompt, item) in enumerate(zip(ids, prompts, each, strict=True))]
 
     def _new_id(self) -> str:
         """The next number that no caller took as an id of its own."""
         return next(name for name in map(str, self._ids) if name not in self.engine.requests)
 
-    def _add(self, requests: list[Request], streaming: bool) -> None:
-        """All of a call's requests, or none of them."""
+    def _add(self, requests: list[Request], streaming: bool = False) -> None:
         with self._lock:
-            for done, request in enumerate(requests):
-                try:
-                    self.engine.add(request)
-                except BaseException:
-                    for earlier in requests[:done]:
-                        self.engine.abort(earlier.request_id)
-                    raise
+            self._end_left()  # their ids are free again
+            for request in requests:
+                self.engine.add(request)
             if streaming and self.tokenizer is not None:
                 for sample in requests[0].samples:
                     sample.detokenizer = sample.detokenizer or self._detokenizer(sample)
 
-    def _run(self, requests: list[Request]) -> Iterator[None]:
-        """Step until the requests have ended. Several threads may: whoever holds the lock steps for all."""
+    def _run(self, requests: list[Request], streaming: bool = False) -> Iterator[None]:
+        """Queue a call's requests, all or none, and step until they have ended. Several threads may: who holds the lock steps for all."""
         try:
+            self._add(requests, streaming)
             while not all(_ended(request) for request in requests):
                 with self._lock:
                     if not all(_ended(request) for request in requests):
                         self.engine.step()
+                self._sweep()
                 yield
         finally:
+            self._leave(requests)
+
+    def _leave(self, requests: list[Request]) -> None:
+        """Abort those that the engine still has; where it is at work, whoever works with it does so afterwards.
+
+        Waiting for it could be for ever: a stream may be collected as garbage, or a signal be handled, amid this very thread's step.
+        """
+        self._left.extend(request for request in requests if self.engine.requests.get(request.request_id) is request)
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """To be called behind each use of the lock: somebody may have left in the meantime."""
+        while self._left and not self._lock.locked():
             with self._lock:
-                for request in requests:
-                    if not _ended(request):
-                        self.engine.abort(request.request_id)
+                self._end_left()
+
+    def _end_left(self) -> None:
+        while self._left:
+            request = self._left[0]
+            if self.engine.requests.get(request.request_id) is request:  # else it ended meanwhile, and its id may be another's
+                self.engine.abort(request.request_id)
+            self._left.popleft()
 
     def _detokenizer(self, sample: Sample) -> Detokenizer:
         assert self.tokenizer is not None
@@ -191,26 +255,27 @@ class LLM:
                            skip_special_tokens=params.skip_special_tokens, min_tokens=params.min_tokens)
 
     def _output(self, request: Request) -> RequestOutput:
-        return render(request, self.tokenizer, self.digest())
+        return render(request, self.tokenizer, self.contract())
 
-    def digest(self) -> str:
-        """The contract digest of the weights that run (digest.py)."""
+    def contract(self) -> Contract:
+        """What has to be equal for bits to be equal (contract.py), of the weights that run."""
         version = self.engine.scheduler.version
-        if version not in self._digests:
+        if version not in self._contracts:
             assert self.params is not None
-            self._digests[version] = contract_digest(self.config, self.params, version)
-        return self._digests[version]
+            self._contracts[version] = contract(self.config, self.params, version)
+        return self._contracts[version]
 
     def warm_up(self) -> None:
         """Compile every step now: nothing is compiled afterwards."""
-        with self._lock:
+        with self._lock, memory.explained(self.config, self.engine_config, "compiling"):
             self.engine.warm_up()
+        self._sweep()
 
     def forget(self) -> None:
-        """Let go of the weights and of all that depends on them: cached prefixes and digests."""
+        """Let go of the weights and of all that depends on them: cached prefixes and contracts."""
         self.engine.params = None
         self.engine.scheduler.blocks.clear_cache()
-        self._digests.clear()
+        self._contracts.clear()
 
     def __reduce__(self) -> Any:
         raise TypeError("an LLM holds device memory and cannot be pickled or copied: build it anew from its model in each process")
@@ -224,8 +289,9 @@ def resolve_engine_config(model: ModelConfig, given: dict[str, Any]) -> EngineCo
     if length > model.max_position_embeddings:
         raise ValueError(f"max_model_len={length} is more than the model's max_position_embeddings={model.max_position_embeddings}")
     given.setdefault("max_num_batched_tokens", CPU_TOKENS if on_cpu else DEVICE_TOKENS)
-    config = EngineConfig(**given)
-    return config if "num_pages" in given else memory.sized_pool(model, config)
+    config = EngineConfig(**given) if "num_pages" in given else memory.sized_pool(model, EngineConfig(**given))
+    memory.check_fits(model, config)
+    return config
 
 
 def _load_tokenizer(given: Any, folder: Any) -> Tokenizer | None:

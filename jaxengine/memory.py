@@ -1,7 +1,9 @@
-"""What weights, cache and workspace take, and how large a pool fits."""
+"""What weights, cache and workspace take, how large a pool fits, and what to say when memory ran out all the same."""
+import contextlib
 import dataclasses
 import math
 import os
+from collections.abc import Iterator
 
 import jax
 
@@ -12,6 +14,7 @@ from jaxengine.models import params as model_params
 CPU_SHARE = 0.25  # of the host's free memory, for the pool: other programs live there too
 DEVICE_SHARE = 0.9  # of an accelerator's memory, for everything
 ROW_BYTES = 4
+OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory")  # what XLA says at once; and what it says once results are read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +61,38 @@ def sized_pool(model: ModelConfig, engine: EngineConfig) -> EngineConfig:
         raise MemoryError(f"one context of max_model_len={engine.max_model_len} tokens needs {needed} pages, "
                           f"{max(num_pages, 0)} fit: {plan}; lower max_model_len or max_num_batched_tokens, or give num_pages")
     return dataclasses.replace(engine, num_pages=num_pages)
+
+
+def check_fits(model: ModelConfig, engine: EngineConfig) -> None:
+    """Raises MemoryError where weights and cache are more than the whole machine has: the system would grant them, and end some process
+    once they are written. An accelerator refuses by itself."""
+    plan = memory_plan(model, engine)
+    installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if jax.devices()[0].platform == "cpu" and plan.weights + plan.cache > installed:
+        raise MemoryError(f"this machine has {installed / 1e9:.2f} GB of memory in all: {advice(model, engine)}")
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an error says that the host or the device has no memory left."""
+    of_device = isinstance(error, jax.errors.JaxRuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
+    return isinstance(error, MemoryError) or of_device
+
+
+def advice(model: ModelConfig, engine: EngineConfig) -> str:
+    """What memory is wanted for, and which settings want less."""
+    return (f"{memory_plan(model, engine)}; lower num_pages, max_num_seqs or max_model_len for the cache, max_num_batched_tokens for the "
+            f"workspace, or take a dtype smaller than {model.dtype} for the weights")
+
+
+@contextlib.contextmanager
+def explained(model: ModelConfig, engine: EngineConfig, doing: str) -> Iterator[None]:
+    """Where memory runs out in here, MemoryError says what was wanted for what, and which setting to change."""
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if not ran_out(error):
+            raise
+        raise MemoryError(f"out of memory while {doing}: {advice(model, engine)}") from error
 
 
 def _page_bytes(model: ModelConfig, engine: EngineConfig) -> int:

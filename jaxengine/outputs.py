@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxengine.coordinate import Coordinate
+
 
 @dataclasses.dataclass(frozen=True)
 class Logprob:
@@ -51,6 +53,7 @@ class CompletionOutput:
         return f"<div><code style='white-space:pre-wrap'>{tokens}</code> <small>{html.escape(str(self.finish_reason))}</small></div>"
 
     token_texts: list[str] | None = dataclasses.field(default=None, repr=False)
+    coordinate: Coordinate | None = dataclasses.field(default=None, repr=False)  # of a sample with tokens: what LLM.replay takes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ from jaxengine.models.params import Decoder
 from jaxengine.step_inputs import Blocks, Copies, RowOutputs
 
 BASE = Tile(tokens=1, blocks=8)
-TILES = {"decode": (Tile(1, 2), BASE, Tile(1, 32)), "prefill": (Tile(QUERY_BLOCK, 2), Tile(QUERY_BLOCK, 8))}
+TILES = {"decode": (Tile(1, 2), BASE, Tile(1, 32)), "prefill": (Tile(QUERY_BLOCK, 2), Tile(QUERY_BLOCK, 8), Tile(QUERY_BLOCK, 32))}
 
 Report = Callable[[str], None]
 
@@ -32,6 +32,7 @@ class Programs:
     def __init__(self, model: ModelConfig, config: EngineConfig, batch: BatchBuilder, report: Report = lambda text: None) -> None:
         self.model, self.config, self.batch, self.report = model, config, batch, report
         self._max_logprobs = min(config.max_logprobs, model.vocab_size)
+        self._tiles = {"decode": TILES["decode"], "prefill": tuple(t for t in TILES["prefill"] if t.blocks <= batch.prefill_blocks)}
         self._trusted: dict[tuple[str, Tile], bool] = {("decode", BASE): True}
         self._wishes: Counter[tuple[str, Tile]] = Counter()
         self._expected: list[np.ndarray] | None = None
@@ -50,7 +51,7 @@ class Programs:
         One that is not compiled yet has to be wanted compile_patience times while another can serve: compiling takes longer than the
         last steps of a batch, in which few rows are left.
         """
-        tiles = TILES[kind]
+        tiles = self._tiles[kind]
         wanted = next((tile for tile in tiles if tile.blocks >= num_blocks), tiles[-1])
         if (kind, wanted) not in self._trusted:
             self._wishes[kind, wanted] += 1
@@ -62,13 +63,20 @@ class Programs:
 
     def warm_up(self, params: Decoder, cache: Cache) -> Cache:
         """Compile and prove every step that can serve."""
-        for kind, tiles in TILES.items():
+        for kind, tiles in self._tiles.items():
             for tile in tiles:
                 if (kind, tile) not in self._trusted:
                     cache, self._trusted[kind, tile] = self._prove(kind, tile, params, cache)
             if not all(self._trusted[kind, tile] for tile in tiles):
                 cache, _ = self._probe(kind, BASE, params, cache)
         return cache
+
+    def proven(self, tile: Tile, params: Decoder, cache: Cache) -> tuple[Cache, Tile]:
+        """A prefill tile if it gives the base tile's bits, else the base tile."""
+        step = ("prefill", tile)
+        if step not in self._trusted:
+            cache, self._trusted[step] = self._prove(*step, params, cache)
+        return cache, tile if self._trusted[step] else BASE
 
     def run_decode(self, params, cache, tables, slots, rows, tile: Tile) -> tuple[Cache, RowOutputs]:
         with self._first_use("decode", tile):
@@ -140,12 +148,14 @@ class Programs:
         room = self.config.prefill_blocks * QUERY_BLOCK
         for first in range(0, count, room):
             size = min(room, count - first)
-            starts = np.arange(first, first + size, tile.tokens, dtype=np.int32)
+            once = np.arange(first, first + size, tile.tokens, dtype=np.int32)
+            starts = np.tile(once, max(tile.blocks // len(once), 1))  # a tile that holds more is full, and its last rows are looked at
             capacity = batch.prefill_blocks * (QUERY_BLOCK // tile.tokens)
             pad = lambda x, capacity=capacity: np.pad(x, (0, capacity - len(x))).astype(np.int32)
             blocks = Blocks(pad(np.full_like(starts, slot)), pad(starts), pad(np.minimum(tile.tokens, first + size - starts)),
                             np.int32(len(starts)))
-            rows = rows_of(batch.prefill_rows, range(size), [slot] * size, range(first, first + size), [True] * size)
+            last = (len(starts) - len(once)) * tile.tokens
+            rows = rows_of(batch.prefill_rows, range(last, last + size), [slot] * size, range(first, first + size), [True] * size)
             nothing = np.zeros(self.config.max_num_seqs, np.int32)
             cache, out = self.run_prefill(params, cache, tables, slots, blocks, rows, Copies(nothing, nothing, np.int32(0)), tile)
             answers.append([np.asarray(x)[:size] for x in _fields(out)])

@@ -3,32 +3,40 @@ import itertools
 
 import numpy as np
 
+from jaxengine.coordinate import Contract, Coordinate
 from jaxengine.outputs import CompletionOutput, Logprob, RequestOutput, VersionSpan
 from jaxengine.sequence import Request, Sequence, Status
 from jaxengine.tokenizer import Tokenizer
 
 
-def render(request: Request, tokenizer: Tokenizer | None, digest: str) -> RequestOutput:
+def render(request: Request, tokenizer: Tokenizer | None, contract: Contract) -> RequestOutput:
     """A RequestOutput of the request as it stands."""
     prompt_logprobs = request.prompt_logprobs
     if prompt_logprobs is None and request.params.prompt_logprobs is not None:
         prompt_logprobs = [None] * len(request.prompt_token_ids)
     return RequestOutput(
-        request.request_id, request.prompt, list(request.prompt_token_ids), [_completion(sample, tokenizer) for sample in request.samples],
+        request.request_id, request.prompt, list(request.prompt_token_ids),
+        [_completion(sample, tokenizer, contract) for sample in request.samples],
         all(sample.status is Status.FINISHED for sample in request.samples),
         None if prompt_logprobs is None else [entry and _with_texts(entry, tokenizer) for entry in prompt_logprobs],
-        request.num_cached_tokens or 0, digest)
+        request.num_cached_tokens or 0, contract.digest)
 
 
-def _completion(sample: Sequence, tokenizer: Tokenizer | None) -> CompletionOutput:
-    params, token_ids = sample.request.params, list(sample.generated)
+def _completion(sample: Sequence, tokenizer: Tokenizer | None, contract: Contract) -> CompletionOutput:
+    params, token_ids, logprobs = sample.request.params, list(sample.generated), np.asarray(sample.token_logprobs, np.float32)
     optional = lambda wanted, values: np.asarray(values, np.float32) if wanted else None
     return CompletionOutput(
-        sample.index, _text(sample, tokenizer), token_ids, np.asarray(sample.token_logprobs, np.float32), sample.finish_reason,
-        sample.stop_reason, _spans(sample.token_versions),
+        sample.index, _text(sample, tokenizer), token_ids, logprobs, sample.finish_reason, sample.stop_reason,
+        _spans(sample.token_versions),
         [_with_texts(entry, tokenizer) for entry in sample.logprobs] if params.logprobs is not None else None,
         optional(params.raw_logprobs, sample.raw_logprobs), optional(params.entropy, sample.entropies),
-        [tokenizer.token_text(token) for token in token_ids] if tokenizer is not None else None)
+        [tokenizer.token_text(token) for token in token_ids] if tokenizer is not None else None,
+        _coordinate(sample, token_ids, logprobs, contract) if token_ids else None)
+
+
+def _coordinate(sample: Sequence, token_ids: list[int], logprobs: np.ndarray, contract: Contract) -> Coordinate:
+    request = sample.request
+    return Coordinate(contract, request.key, request.key_folds(sample.index), request.prompt_token_ids, request.params, token_ids, logprobs)
 
 
 def _text(sample: Sequence, tokenizer: Tokenizer | None) -> str:

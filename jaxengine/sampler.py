@@ -67,12 +67,29 @@ def process(logits: Float[Array, "t V"], row: SlotParams, history: Int[Array, "s
                                 lambda x: x, scaled)
 
 
+def distribution(logits: Float[Array, "t V"], row: SlotParams, history: Int[Array, "slots max_len"], slots: Int[Array, " t"],
+                 positions: Int[Array, " t"], raw: Bool[Array, " t"]) -> tuple[Float[Array, "t V"], Float[Array, "t V"]]:
+    """(logits after bias and penalties, logprobs of the distribution that tokens at `positions` are drawn from).
+
+    The logprobs of rows that are `raw`, or at temperature 0, are the model's own.
+    """
+    penalised, processed = process(logits, row, history, slots, positions)
+    raw |= row.temperature == 0
+    return penalised, log_softmax(jnp.where(raw[:, None], logits, processed))
+
+
 def truncate(logits: Float[Array, "t V"], top_k: Int[Array, " t"], top_p: Float[Array, " t"],
              min_p: Float[Array, " t"]) -> Float[Array, "t V"]:
     """logits with everything outside top-k, then top-p, then min-p at -inf. Ties in the sorted order are broken by token id.
 
     No sort: the threshold is found by bisection over the bits of float32, whose order is that of integers.
     """
+    keep = jax.lax.stop_gradient(_support(jax.lax.stop_gradient(logits), top_k, top_p, min_p))
+    return jnp.where(keep, logits, -jnp.inf)
+
+
+def _support(logits: Float[Array, "t V"], top_k: Int[Array, " t"], top_p: Float[Array, " t"], min_p: Float[Array, " t"]
+             ) -> Bool[Array, "t V"]:
     vocab = logits.shape[-1]
     order = _order(logits)
     k = jnp.where((top_k > 0) & (top_k < vocab), top_k, vocab)[:, None]
@@ -88,8 +105,7 @@ def truncate(logits: Float[Array, "t V"], top_k: Int[Array, " t"], top_p: Float[
     missing = jnp.ceil((p - inside) / jnp.maximum(each, jnp.finfo(jnp.float32).tiny))
     keep &= jnp.where(p < 1, _above(order, edge, jnp.clip(missing, 1, vocab).astype(jnp.int32)), True)
 
-    keep &= probs >= min_p[:, None] * probs.max(-1, keepdims=True)
-    return jnp.where(keep, logits, -jnp.inf)
+    return keep & (probs >= min_p[:, None] * probs.max(-1, keepdims=True))
 
 
 def _order(x: Float[Array, "t V"]) -> UInt32[Array, "t V"]:

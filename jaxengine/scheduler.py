@@ -2,9 +2,10 @@
 
 The same requests in the same order give the same plans, and no plan changes a bit of any output.
 """
+import contextlib
 import dataclasses
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from jaxengine.block_manager import BlockManager
 from jaxengine.config import QUERY_BLOCK, EngineConfig
@@ -62,18 +63,17 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queue every sample of a request."""
-        for index in range(request.params.n):
-            sequence = Sequence(request, index, list(request.prompt_token_ids), self._arrivals)
-            self._arrivals += 1
-            request.samples.append(sequence)
-            self.waiting.append(sequence)
+        first, self._arrivals = self._arrivals, self._arrivals + request.params.n
+        request.samples = [Sequence(request, index, list(request.prompt_token_ids), first + index) for index in range(request.params.n)]
+        self.waiting.extend(request.samples)
 
     def finish(self, sequence: Sequence, reason: str, stop_reason: int | str | None = None) -> None:
         """End a sequence wherever it is; idempotent."""
         if sequence.status is Status.FINISHED:
             return
         if sequence.status is Status.WAITING:
-            self.waiting.remove(sequence)
+            with contextlib.suppress(ValueError):  # an interrupt may have come before it was queued
+                self.waiting.remove(sequence)
         else:
             self._leave(sequence)
         sequence.status, sequence.finish_reason, sequence.stop_reason = Status.FINISHED, reason, stop_reason
@@ -102,6 +102,18 @@ class Scheduler:
         self.waiting = deque(sorted(sequences, key=lambda s: s.arrival))
         for sequence in self.waiting:
             sequence.restart()
+
+    @contextlib.contextmanager
+    def withheld(self, num_pages: int, num_slots: int) -> Iterator[None]:
+        """Pages and slots that nobody gets for a while."""
+        blocks, pages = self.blocks, self.blocks.allocate(num_pages)
+        slots, self._free_slots = self._free_slots[:num_slots], self._free_slots[num_slots:]
+        try:
+            yield
+        finally:
+            if self.blocks is blocks:  # else a restart has taken them back
+                blocks.release(pages)
+                self._free_slots += slots
 
     # -- plans -----------------------------------------------------------------------------------------------------------------
 

@@ -68,11 +68,11 @@ class SlotParams:
 class RowOutputs:
     """What a step says of each row."""
 
-    tokens: Int[Array, " R"]
+    tokens: Int[Array, " R"]  # -1 where every token is ruled out
     logprobs: Float[Array, " R"]  # of the distribution the token was drawn from (scored rows: of the model's own)
     raw_logprobs: Float[Array, " R"]  # of the model's own distribution; 0 where not asked for
     entropies: Float[Array, " R"]  # in nats; 0 where not asked for
     ranks: Int[Array, " R"]  # 1 is the likeliest; 0 where not asked for
     top_ids: Int[Array, "R n"]
     top_logprobs: Float[Array, "R n"]
-    finite: Bool[Array, " R"]  # all logits were finite
+    finite: Bool[Array, " R"]  # all logits were finite, and a token could be drawn

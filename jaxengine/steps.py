@@ -66,6 +66,9 @@ def read_pages(cache: Cache, pages: Int[Array, " A"]) -> Cache:
     return dataclasses.replace(cache, keys=tuple(map(take, cache.keys)), values=tuple(map(take, cache.values)))
 
 
+token_sums = jax.jit(kv_cache.token_sums)
+
+
 def append(cache: Cache, rows: Rows, out: RowOutputs, live: Array | None = None) -> Cache:
     """Write drawn tokens behind the positions they follow."""
     drawn = ~rows.scored & (jnp.arange(rows.slots.shape[0]) < rows.num_rows)
@@ -93,18 +96,18 @@ def next_token(config: ModelConfig, max_logprobs: int, weights: tuple, inputs: t
     row: SlotParams = jax.tree.map(lambda a: a[slot], slots)
     logits = decoder.logits(config, norm, head, x)
     finite = (jnp.isfinite(logits) | (jnp.arange(logits.shape[1]) >= config.vocab_size)).all(-1)
-    penalised, processed = sampler.process(logits, row, history, slot, position + 1)
-    greedy = (row.temperature == 0) | scored
-    logprobs = log_softmax(jnp.where(greedy[:, None], logits, processed))
+    penalised, logprobs = sampler.distribution(logits, row, history, slot, position + 1, scored)
     drawn = sampler.draw(logprobs, sampler.fold_keys(row.key, row.key_folds, position + 1))
-    tokens = jnp.where(row.temperature == 0, jnp.argmax(penalised, axis=-1).astype(jnp.int32), drawn)
+    best = jnp.argmax(penalised, axis=-1).astype(jnp.int32)
+    dead_end = finite & ~scored & (sampler.token_logprobs(penalised, best) == -jnp.inf)
+    tokens = jnp.where(row.temperature == 0, best, drawn)
     given = history[slot, jnp.minimum(position + 1, history.shape[1] - 1)]
     tokens = jnp.where(scored, given, tokens)
     chosen = sampler.token_logprobs(logprobs, tokens)
-    finite &= ~jnp.isnan(chosen)  # logits may be finite, and overflow when a temperature divides them
+    finite &= ~dead_end & ~jnp.isnan(chosen)  # logits may be finite, and overflow when a temperature divides them
     raw, entropies = _details(logits, logprobs, tokens, row)
     ranks, top_ids, top_logprobs = _likeliest(logprobs, chosen, row, max_logprobs)
-    return RowOutputs(tokens, chosen, raw, entropies, ranks, top_ids, top_logprobs, finite)
+    return RowOutputs(jnp.where(dead_end, -1, tokens), chosen, raw, entropies, ranks, top_ids, top_logprobs, finite)
 
 
 def _details(logits: Array, logprobs: Array, tokens: Array, row: SlotParams) -> tuple[Array, Array]:

@@ -211,7 +211,8 @@ class _Guard:
 def _with_context(token: tokenizers.AddedToken) -> str:
     """A pattern for the token in the template's text, with the white space that the token swallows."""
     word = (r"(?<!\w)", r"(?!\w)") if token.single_word else ("", "")
-    return r"\s*" * token.lstrip + word[0] + re.escape(token.content) + word[1] + r"\s*" * token.rstrip
+    # The look behind finds the beginning of white space at once: without it, a long run before no token takes quadratic time.
+    return r"(?:(?<!\s)\s+)?" * token.lstrip + word[0] + re.escape(token.content) + word[1] + r"\s*" * token.rstrip
 
 
 def _messages(messages: Any) -> list[dict[str, Any]]:

@@ -11,16 +11,16 @@ ROOT = pathlib.Path(__file__).parent.parent
 FLOORS = [
     ["pallas_kernels", "sharding", "checkpoints"],
     ["jaxengine.keywords", "jaxengine.pytree", "jaxengine.config", "jaxengine.request", "jaxengine.outputs",
-     "jaxengine.step_inputs"],
+     "jaxengine.coordinate", "jaxengine.step_inputs"],
     ["jaxengine.ops", "jaxengine.sampler", "jaxengine.kv_cache", "jaxengine.tokenizer", "jaxengine.detokenizer", "jaxengine.chat_template",
      "jaxengine.progress"],
     ["jaxengine.models"],
     ["jaxengine.sequence", "jaxengine.block_manager", "jaxengine.scheduler", "jaxengine.batch", "jaxengine.steps", "jaxengine.programs",
-     "jaxengine.memory", "jaxengine.digest", "jaxengine.rl.scoring", "jaxengine.rl.arithmetic", "jaxengine.rl.train_calc",
-     "jaxengine.render",
-     "jaxengine.admission"],
+     "jaxengine.memory", "jaxengine.canary", "jaxengine.contract",
+     "jaxengine.rl.forward", "jaxengine.rl.scoring", "jaxengine.rl.arithmetic",
+     "jaxengine.rl.train_calc", "jaxengine.rl.rollout", "jaxengine.compare", "jaxengine.render", "jaxengine.admission", "jaxengine.slots"],
     ["jaxengine.engine"],
-    ["jaxengine.llm", "jaxengine.functional"],
+    ["jaxengine.verification", "jaxengine.verify", "jaxengine.llm", "jaxengine.functional"],
     ["jaxengine.demo", "jaxengine.workloads", "jaxengine.bench", "jaxengine.options", "jaxengine.cli"],
 ]
 HOST_HALF = ["keywords", "request", "sequence", "block_manager", "scheduler"]

@@ -32,13 +32,27 @@ def _over_tiles(body, tile, weights, rows, count):
     size = jax.tree.leaves(rows)[0].shape[0]
     assert size % tile == 0, f"{size} rows are no whole number of tiles of {tile}"
     shapes = jax.eval_shape(body, weights, jax.tree.map(lambda x: x[:tile], rows))
-    out = jax.tree.map(lambda s: jnp.zeros((size, *s.shape[1:]), s.dtype), shapes)
+    # Zeros that follow from the rows: XLA would else make those of every region of a program first, and keep them all.
+    zero = unknown_zero(jax.tree.leaves(rows)[0])
+    out = jax.tree.map(lambda s: jnp.full((size, *s.shape[1:]), zero, s.dtype), shapes)
 
     def step(i, out):
         part = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i * tile, tile), rows)
         return jax.tree.map(lambda o, y: jax.lax.dynamic_update_slice_in_dim(o, y, i * tile, 0), out, body(weights, part))
 
     return jax.lax.fori_loop(0, -(-count // tile), step, out)
+
+
+def unknown_zero(*arrays: Array) -> Int[Array, ""]:
+    """0, computed from the arrays' first elements in a way that XLA does not see through: what is added to it waits for them, and is
+    no constant unless all of them are."""
+    bits = functools.reduce(jnp.bitwise_xor, (_bits_of_first(x) for x in arrays))
+    return jax.lax.shift_right_logical(bits & 0xFFFF, 16)
+
+
+def _bits_of_first(x: Array) -> Int[Array, ""]:
+    first = x[(0,) * x.ndim]
+    return jax.lax.bitcast_convert_type(first.astype(jnp.float32), jnp.int32) if _is_float(x) else first.astype(jnp.int32)
 
 
 def _forward(body, tile, weights, rows, count):
@@ -56,17 +70,20 @@ def _backward(body, tile, saved, cotangent):
         return body(weight_tree.unflatten(_merge(float_weights, some_weights, weight_leaves)),
                     row_tree.unflatten(_merge(float_rows, some_rows, part)))
 
-    def step(total, tiles):
-        part, part_cotangent = tiles
+    def step(i, gradients):
+        total, of_rows = gradients
+        cut = lambda x: jax.lax.dynamic_slice_in_dim(x, i * tile, tile)
+        part = [cut(x) for x in row_leaves]
         _, pullback = jax.vjp(lambda w, r: apply(w, r, part), _pick(float_weights, weight_leaves), _pick(float_rows, part))
-        of_weights, of_rows = pullback(part_cotangent)
-        return jax.tree.map(lambda t, g: t + g.astype(jnp.float32), total, of_weights), of_rows
+        more, of_part = pullback(jax.tree.map(cut, cotangent))
+        put = lambda whole, x: jax.lax.dynamic_update_slice_in_dim(whole, x, i * tile, 0)
+        return [t + g.astype(jnp.float32) for t, g in zip(total, more, strict=True)], [*map(put, of_rows, of_part)]
 
-    split = lambda x: x.reshape(-1, tile, *x.shape[1:])
-    zeros = [jnp.zeros(x.shape, jnp.float32) for x in _pick(float_weights, weight_leaves)]
-    total, of_rows = jax.lax.scan(step, zeros, (jax.tree.map(split, row_leaves), jax.tree.map(split, cotangent)))
+    zero = unknown_zero(jax.tree.leaves(cotangent)[0])
+    zeros = lambda leaves, dtype: [jnp.full(x.shape, zero, dtype or x.dtype) for x in leaves]
+    start = (zeros(_pick(float_weights, weight_leaves), jnp.float32), zeros(_pick(float_rows, row_leaves), None))
+    total, of_rows = jax.lax.fori_loop(0, -(-count // tile), step, start)
     total = [t.astype(x.dtype) for t, x in zip(total, _pick(float_weights, weight_leaves), strict=True)]
-    of_rows = [g.reshape(-1, *g.shape[2:]) for g in of_rows]
     return (weight_tree.unflatten(_merge(float_weights, total, map(_no_gradient, weight_leaves))),
             row_tree.unflatten(_merge(float_rows, of_rows, map(_no_gradient, row_leaves))), _no_gradient(count))
 

@@ -1,103 +1,100 @@
-"""The trainer's forward pass: the engine's pinned regions over whole sequences, differentiable in the parameters."""
+"""Scoring: the float32 logprobs of given tokens, in the meaning that sampling gives the word, with the bits that `generate` reported.
+
+The head and the sampler's distribution run in a pinned region over the rows that are asked for alone, wherever they stand.
+"""
+import dataclasses
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
-from jaxengine import kv_cache
-from jaxengine.config import KV_TILE, QUERY_BLOCK, ModelConfig
+from jaxengine import sampler
+from jaxengine.config import KV_TILE, ModelConfig
 from jaxengine.models import decoder
-from jaxengine.models.decoder import ATTENTION_TILE
+from jaxengine.models.decoder import Tile
 from jaxengine.models.params import Decoder
-from jaxengine.ops.regions import over_tiles
-from jaxengine.ops.softmax import log_softmax
+from jaxengine.ops.regions import over_tiles, unknown_zero
+from jaxengine.request import SamplingParams
+from jaxengine.rl.forward import WIDE, hidden_states
+from jaxengine.slots import empty_slots, stop_token_ids, write_slot
+from jaxengine.step_inputs import SlotParams
 
-TILE = ATTENTION_TILE  # query blocks to a tile, as in the widest prefill step
+BATCH_TOKENS = 8192  # that one call scores, padding included, where a caller has more
+HEAD_ROWS = 32  # rows of the head to a tile, as in the widest decode step
 
 
-def token_logprobs(config: ModelConfig, params: Decoder, tokens: Int[Array, "B T"]) -> Float[Array, "B T"]:
-    """float32 logprob of each token under the model's own distribution, 0 at the first position and where tokens are below 0.
+def slot_params(params: Sequence[SamplingParams], config: ModelConfig) -> SlotParams:
+    """Sampling parameters of B sequences. `prompt_length` is left at 0 and `first_stop` at min_tokens: the mask says the rest."""
+    slots = empty_slots(len(params))
+    for i, each in enumerate(params):
+        write_slot(slots, i, each, stop_token_ids(each, config.eos_token_ids), first_stop=each.min_tokens)
+    return slots
 
-    Tokens stand from position 0; padding, on the right, is any negative id. Differentiable in params: reverse mode saves each region's
-    inputs and recomputes the rest.
+
+@functools.partial(jax.jit, static_argnames=("config", "entropy", "tile"))
+def token_logprobs(params: Decoder, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], slots: SlotParams, *, config: ModelConfig,
+                   entropy: bool = False, tile: Tile = WIDE) -> tuple[Float[Array, "B T"], Float[Array, "B T"] | None]:
+    """(logprobs, entropies if asked) of the tokens under `mask`, each at its own position, 0 elsewhere. Differentiable in params.
+
+    A run of tokens under the mask is a completion, and all that stands before it its prompt. What stands behind the last token under
+    the mask is never read; nothing predicts the first token, which is 0 too.
     """
     batch, length = tokens.shape
-    padded = jnp.pad(tokens, ((0, -batch % (TILE * QUERY_BLOCK // KV_TILE)), (0, -length % KV_TILE)), constant_values=-1)
-    x = hidden_states(config, params, jnp.maximum(padded, 0))
-    targets = jnp.pad(padded[:, 1:], ((0, 0), (0, 1)), constant_values=-1)
-    head = params.embed if params.head is None else params.head
-    rows = (x.reshape(-1, x.shape[-1]), jnp.maximum(targets, 0).reshape(-1))
-    body = functools.partial(_row_logprobs, config)
-    logprobs = over_tiles(body, TILE * QUERY_BLOCK, (params.norm, head), rows, _runtime(padded.size, padded)).reshape(padded.shape)
-    shifted = jnp.pad(jnp.where(targets >= 0, logprobs, 0.0)[:, :-1], ((0, 0), (1, 0)))
-    return shifted[:batch, :length]
+    tokens = jnp.where((tokens >= 0) & (tokens < config.vocab_size), tokens, 0).astype(jnp.int32)
+    where, wanted = jnp.arange(length), mask.at[:, 0].set(False)
+    lengths = jnp.where(wanted, where, 0).max(-1)  # the last token is predicted, and needs no forward pass of its own
+    x = hidden_states(config, params, tokens, lengths, tile)
+    begins = mask & ~jnp.pad(mask[:, :-1], ((0, 0), (1, 0)))
+    prompts = jax.lax.cummax(jnp.where(begins, where, 0), axis=1)
+
+    order = jnp.argsort(~wanted.reshape(-1), stable=True)
+    order = jnp.pad(order, (0, -order.shape[0] % HEAD_ROWS))
+    sequences, positions = order // length, order % length
+    rows = (x[sequences, jnp.maximum(positions - 1, 0)], sequences, positions, prompts.reshape(-1)[order])
+    weights = (params.norm, params.embed if params.head is None else params.head, _opaque(slots, params, tokens), tokens)
+    body = functools.partial(_row_scores, config, entropy)
+    found = over_tiles(body, HEAD_ROWS, weights, rows, wanted.sum(dtype=jnp.int32) + unknown_zero(params.norm, tokens))
+    placed = [jnp.where(wanted, each[jnp.argsort(order[: batch * length])].reshape(batch, length), 0.0) for each in found]
+    return placed[0], placed[1] if entropy else None
 
 
-def _row_logprobs(config: ModelConfig, weights: tuple, rows: tuple) -> Float[Array, " t"]:
-    (norm, head), (x, targets) = weights, rows
-    logprobs = log_softmax(decoder.logits(config, norm, head, x))
-    return jnp.take_along_axis(logprobs, targets[:, None], axis=-1)[:, 0]
+def _row_scores(config: ModelConfig, entropy: bool, weights: tuple, rows: tuple) -> tuple[Float[Array, " t"], ...]:
+    norm, head, slots, tokens = weights
+    x, sequences, positions, prompts = rows
+    row: SlotParams = jax.tree.map(lambda a: a[sequences], slots)
+    row = dataclasses.replace(row, prompt_length=prompts, first_stop=jnp.where(row.first_stop > 0, prompts + row.first_stop, 0))
+    logits = decoder.logits(config, norm, head, x)
+    _, logprobs = sampler.distribution(logits, row, tokens, sequences, positions, jnp.zeros(x.shape[0], bool))
+    chosen = sampler.token_logprobs(logprobs, tokens[sequences, positions])
+    return (chosen, sampler.entropy(logprobs)) if entropy else (chosen,)
 
 
-def hidden_states(config: ModelConfig, params: Decoder, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    """The residual stream behind the last layer. T is a multiple of KV_TILE, B·T of 128."""
-    batch, length = tokens.shape
-    blocks = tokens.reshape(-1, QUERY_BLOCK)
-    starts = jnp.tile(jnp.arange(0, length, QUERY_BLOCK), batch)
-    count = _runtime(blocks.shape[0], tokens)
-    x = over_tiles(functools.partial(decoder.embed, config), TILE, params.embed, blocks, count)
-    for layer in params.layers:
-        q, k, v = over_tiles(functools.partial(decoder.project, config), TILE, layer, (x, starts), count)
-        attended = _attention(config, batch, q, k, v, count)
-        x = over_tiles(functools.partial(decoder.mix, config), TILE, layer, (x, attended), count)
-    return x.reshape(batch, length, -1)
+def _opaque(slots: SlotParams, params: Decoder, tokens: Array) -> SlotParams:
+    """The same parameters as numbers of run time: XLA divides by a constant in another way than by a number it does not know."""
+    zero = unknown_zero(params.norm, tokens)
+    return jax.tree.map(lambda x: jnp.where(zero == 0, x, jnp.zeros_like(x)), slots)
 
 
-def _runtime(size: int, tokens: Array) -> Array:
-    """`size`, as a number that the compiler cannot know: a region's trip count must not be a constant (ops/regions.py)."""
-    return jnp.where(tokens.max() >= 0, jnp.int32(size), 0)
+def in_batches(params: Decoder, tokens: np.ndarray, mask: np.ndarray, slots: SlotParams, **how) -> tuple[np.ndarray, np.ndarray | None]:
+    """token_logprobs over batches of bounded size, as numpy arrays. Shapes are powers of two, so that few of them are ever compiled."""
+    length = max(_power_of_two(tokens.shape[1]), KV_TILE)
+    rows = max(min(BATCH_TOKENS // length, _power_of_two(tokens.shape[0])), 1)
+    found = []
+    for first in range(0, tokens.shape[0], rows):
+        cut = lambda x, first=first: _padded(x[first : first + rows], rows)
+        widen = lambda x: np.pad(x, ((0, 0), (0, length - x.shape[1])))
+        found.append(token_logprobs(params, widen(cut(tokens)), widen(cut(mask)), jax.tree.map(cut, slots), **how))
+    joined = lambda parts: np.concatenate([np.asarray(x) for x in parts])[: tokens.shape[0], : tokens.shape[1]]
+    logprobs, entropies = zip(*found, strict=True)
+    return joined(logprobs), None if entropies[0] is None else joined(entropies)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attention(config: ModelConfig, batch: int, q: Array, k: Array, v: Array, count: Array) -> Array:
-    """The engine's paged attention, over pages made of whole sequences. `[NB, r, heads, h]` in, `[NB, r, Hh]` out."""
-    whole = lambda x: x.reshape(-1, KV_TILE, *x.shape[2:])
-    num_pages = k.shape[0] * QUERY_BLOCK // KV_TILE
-    tables = jnp.arange(num_pages).reshape(batch, -1)
-    per_sequence = q.shape[0] // batch
-    starts = jnp.tile(jnp.arange(per_sequence) * QUERY_BLOCK, batch)
-    weights = kv_cache.as_pages(whole(k), whole(v))
-    rows = (q, jnp.repeat(tables, per_sequence, axis=0), starts)
-    return over_tiles(functools.partial(decoder.attend, config), ATTENTION_TILE, weights, rows, count)
+def _padded(x: np.ndarray, rows: int) -> np.ndarray:
+    return np.pad(x, ((0, rows - x.shape[0]), *((0, 0),) * (x.ndim - 1)))
 
 
-def _attention_forward(config, batch, q, k, v, count):
-    return _attention(config, batch, q, k, v, count), (q, k, v, count)
-
-
-def _attention_backward(config, batch, saved, cotangent):
-    """Gradient of plain attention in float32, one sequence at a time."""
-    q, k, v, count = jax.lax.optimization_barrier(saved)
-    split = lambda x: x.reshape(batch, -1, *x.shape[2:])
-
-    def one(parts):
-        q, k, v, g = parts
-        _, pullback = jax.vjp(functools.partial(_plain_attention, config), q, k, v)
-        return pullback(g)
-
-    grads = jax.lax.map(one, tuple(map(split, (q, k, v, cotangent.astype(jnp.float32)))))
-    no_count = jax.custom_derivatives.zero_from_primal(count, symbolic_zeros=False)
-    return (*(g.reshape(x.shape).astype(x.dtype) for g, x in zip(grads, (q, k, v), strict=True)), no_count)
-
-
-def _plain_attention(config: ModelConfig, q: Float[Array, "T H h"], k: Float[Array, "T K h"], v: Float[Array, "T K h"]) -> Array:
-    length, group = q.shape[0], config.group_size
-    q = q.reshape(length, -1, group, config.head_dim)
-    scores = jnp.einsum("tkgh,skh->kgts", q, k.astype(jnp.float32), precision="highest") * config.head_dim**-0.5
-    causal = jnp.arange(length)[:, None] >= jnp.arange(length)
-    weights = jax.nn.softmax(jnp.where(causal, scores, -jnp.inf), axis=-1)
-    return jnp.einsum("kgts,skh->tkgh", weights, v.astype(jnp.float32), precision="highest").reshape(length, -1)
-
-
-_attention.defvjp(_attention_forward, _attention_backward)
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()

@@ -26,9 +26,11 @@ from tqdm import tqdm
 from jaxengine.config import ModelConfig
 from jaxengine.models import decoder, loading, params
 from jaxengine.models.params import Decoder
+from jaxengine.request import SamplingParams
 from jaxengine.rl import arithmetic
 from jaxengine.rl.arithmetic import KINDS, Problem
-from jaxengine.rl.scoring import hidden_states, token_logprobs
+from jaxengine.rl.forward import hidden_states
+from jaxengine.rl.scoring import slot_params, token_logprobs
 
 PAD, START, END = SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHAT_TEMPLATE = (
@@ -104,10 +106,11 @@ def optimizer(steps: int) -> optax.GradientTransformation:
 
 def train(tokenizer: tokenizers.Tokenizer, *, seed: int, steps: int) -> Decoder:
     """float32 parameters after `steps` batches; everything random comes from `seed`. Progress shows held-out accuracy on the way."""
-    update = optimizer(steps)
+    update, plain = optimizer(steps), slot_params([SamplingParams()] * ROWS, CONFIG)
 
     def loss(weights: Decoder, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, ""]:
-        return -jnp.where(mask, token_logprobs(CONFIG, weights, tokens), 0.0).sum() / mask.sum()
+        logprobs, _ = token_logprobs(weights, tokens, mask, plain, config=CONFIG)
+        return -logprobs.sum() / mask.sum()
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: tuple, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]) -> tuple[tuple, Float[Array, ""]]:
@@ -144,7 +147,7 @@ def grade(config: ModelConfig, weights: Decoder, tokenizer: tokenizers.Tokenizer
 @functools.partial(jax.jit, static_argnums=0)
 def _grade(config: ModelConfig, weights: Decoder, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]
            ) -> tuple[Bool[Array, " B"], Float[Array, " B"]]:
-    x = hidden_states(config, weights, jnp.maximum(tokens, 0))
+    x = hidden_states(config, weights, jnp.maximum(tokens, 0), (tokens >= 0).sum(-1))
     logits = decoder.logits(config, weights.norm, weights.embed, x.reshape(-1, config.hidden_size)).reshape(*tokens.shape, -1)[:, :-1]
     targets, mask = jnp.maximum(tokens[:, 1:], 0), mask[:, 1:]
     logprobs = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]

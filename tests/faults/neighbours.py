@@ -15,7 +15,9 @@ PARAMS = [SamplingParams(max_tokens=12), SamplingParams(max_tokens=14, n=2, top_
 
 def start(llm: LLM, prompts=PROMPTS, params=PARAMS, ids: list[str] | None = None) -> list[Request]:
     """Queue requests without running them."""
-    return llm._requests(prompts, params, jax.random.key(7), ids)
+    requests = llm._requests(prompts, params, jax.random.key(7), ids)
+    llm._add(requests)
+    return requests
 
 
 def ended(request: Request) -> bool:

@@ -151,7 +151,7 @@ def test_two_engines_in_a_process_know_nothing_of_each_other(tiny, expected):
             other.abort("long")
     assert run(tiny, here) == expected
     assert run(other, there) == other_expected
-    assert tiny.digest() != other.digest()
+    assert tiny.contract().digest != other.contract().digest
     assert_idle(tiny)
 
 

@@ -4,10 +4,13 @@ import json
 import tracemalloc
 from pathlib import Path
 
+import neighbours
 import pytest
 import tokenizers
+from conftest import make_llm
 from tokenizers import decoders, models, pre_tokenizers
 
+from jaxengine import SamplingParams, chat_template
 from jaxengine.detokenizer import Detokenizer
 from jaxengine.tokenizer import Tokenizer
 
@@ -133,6 +136,44 @@ def test_a_template_cannot_explode(name):
         assert tracemalloc.get_traced_memory()[1] < 30_000_000
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize("source", ["{% if a == b %}{% endif %}", "{% if a < b < a %}{% endif %}", "{% if 0 in a %}{% endif %}",
+                                    "{% if a is eq b %}{% endif %}", "{% if d[a] %}{% endif %}", "{% set x = a * 0 %}"])
+def test_the_clock_is_looked_at_on_every_operation_between_values(source, monkeypatch):
+    """Three thousand of them fit into a template, and each may take a while: values have a million elements."""
+    variables = {"a": [1], "b": [1], "d": {}}
+    chat_template.render(source, variables, 0)
+    monkeypatch.setattr(chat_template, "MAX_SECONDS", -1.0)
+    with pytest.raises(ValueError, match="the chat template was stopped: it ran for more than"):
+        chat_template.render(source, variables, 0)
+
+
+@pytest.mark.timeout(60)
+def test_white_space_before_no_token_takes_linear_time():
+    """Tokens may swallow the white space before them, so each run of it is a candidate: a million would take most of an hour."""
+    backend = byte_level()
+    backend.add_special_tokens([tokenizers.AddedToken("<|left|>", lstrip=True)])
+    tokenizer = Tokenizer(backend, chat_template="{{ messages[0].content }}  <|left|>{{ ' ' * 300000 }}x \t<|left|>")
+    ids = tokenizer.encode_chat([{"role": "user", "content": "y" + " " * 300_000 + "z"}])
+    space, left = backend.token_to_id("Ġ"), backend.token_to_id("<|left|>")
+    assert ids == [*backend.encode("y").ids, *[space] * 300_000, *backend.encode("z").ids, left, *[space] * 300_000,
+                   *backend.encode("x").ids, left]
+
+
+@pytest.mark.parametrize("template, said", [(ESCAPES["class"], "was stopped"), LOOPS["nested"], (EXPLOSIONS["text"], "was stopped"),
+                                            ("{{ raise_exception('no') }}", "refused"), ("{% if %}", "is not valid")])
+def test_a_hostile_template_moves_no_bit_of_requests_that_run(template, said, tiny):
+    right = neighbours.run(tiny, neighbours.start(tiny))
+    llm = make_llm(tiny.config, tiny.params, compile_patience=1_000_000)
+    requests = neighbours.start(llm)
+    neighbours.step(llm)
+    llm.tokenizer = TOKENIZER
+    with pytest.raises(ValueError, match=said):
+        llm.chat([CHAT, CHAT], SamplingParams(max_tokens=1), chat_template=template)
+    llm.tokenizer = None  # the others are token ids of a larger vocabulary
+    assert neighbours.run(llm, requests) == right
+    neighbours.assert_idle(llm)
 
 
 def test_a_template_that_was_stopped_leaves_the_next_chat_alone():

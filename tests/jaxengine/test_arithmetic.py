@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import transformers
 
+import jaxengine
 from checkpoints import model_folder
 from jaxengine.models import loading, params
 from jaxengine.rl import arithmetic, train_calc
 from jaxengine.rl.arithmetic import Problem, is_held_out, is_right, problems
-from jaxengine.rl.scoring import token_logprobs
 from jaxengine.tokenizer import Tokenizer
 
 FOLDER = model_folder.resolve("calc")
@@ -168,10 +168,10 @@ def test_grading_is_the_trainers_logprobs():
     tokenizer, drawn = train_calc.build_tokenizer(), problems(7, train_calc.ROWS, "held-out")
     pairs = [(problem.prompt, problem.answer + train_calc.END) for problem in drawn]
     (tokens, mask), = train_calc.batches(train_calc.packed_rows(tokenizer, pairs, per_row=1))
-    logprobs = np.asarray(token_logprobs(config, weights, tokens))
+    logprobs = np.asarray(jaxengine.score(weights, tokens, mask, config=config))
     right, probability = train_calc.grade(config, weights, tokenizer, drawn)
-    np.testing.assert_allclose(np.exp(np.where(mask, logprobs, 0).sum(-1)), probability, rtol=1e-4)
-    assert right[probability > 0.5].all() and not right[np.where(mask, logprobs, 0).min(-1) < np.log(0.001)].any()
+    np.testing.assert_allclose(np.exp(logprobs.sum(-1)), probability, rtol=1e-4)
+    assert right[probability > 0.5].all() and not right[logprobs.min(-1) < np.log(0.001)].any()
 
 
 @pytest.mark.slow

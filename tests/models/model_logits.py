@@ -1,34 +1,28 @@
 """Shared by the tests of this folder: this project's own forward pass over whole sequences, and how far two logits are apart."""
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxengine.config import KV_TILE, QUERY_BLOCK, ModelConfig
+from jaxengine.config import ModelConfig
 from jaxengine.models import decoder
 from jaxengine.models.params import Decoder
-from jaxengine.rl import scoring
+from jaxengine.rl.forward import hidden_states
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def _logits(config: ModelConfig, params: Decoder, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
-    x = scoring.hidden_states(config, params, tokens)
+    x = hidden_states(config, params, tokens, jnp.full(tokens.shape[0], tokens.shape[1]))
     head = params.embed if params.head is None else params.head
     rows = decoder.logits(config, params.norm, head, x.reshape(-1, config.hidden_size))
     return rows.reshape(*tokens.shape, -1)[..., : config.vocab_size]
 
 
 def model_logits(config: ModelConfig, params: Decoder, tokens: np.ndarray) -> np.ndarray:
-    """float32 [B, T, V] of all positions of tokens [B, T]; they are padded to what hidden_states takes."""
-    batch, length = tokens.shape
-    rows = -(-length // KV_TILE) * KV_TILE
-    whole = scoring.TILE * QUERY_BLOCK // math.gcd(scoring.TILE * QUERY_BLOCK, rows)
-    padded = np.zeros((-(-batch // whole) * whole, rows), np.int32)
-    padded[:batch, :length] = tokens
-    return np.asarray(_logits(config, params, jnp.asarray(padded)))[:batch, :length]
+    """float32 [B, T, V] of all positions of tokens [B, T]."""
+    return np.asarray(_logits(config, params, jnp.asarray(tokens)))
 
 
 def largest_difference(found: np.ndarray, expected: np.ndarray) -> float:

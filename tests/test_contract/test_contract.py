@@ -12,6 +12,7 @@ import pytest
 from conftest import FAMILIES, bits, make_llm, random_model
 
 from jaxengine import LLM, SamplingParams
+from jaxengine.admission import sample_key
 from jaxengine.models.decoder import Tile
 from jaxengine.programs import TILES
 
@@ -49,10 +50,6 @@ class Case:
     def keyed(self) -> list[SamplingParams]:
         """The same requests, each with its own key: they can run in any order, or alone."""
         return [p.replace(key=sample_key(KEY, i, 0)) for i, p in enumerate(self.sampling)]
-
-
-def sample_key(seed: int, prompt: int, sample: int):
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), prompt), sample)
 
 
 @pytest.fixture(scope="module", params=CASES)

@@ -1,0 +1,50 @@
+"""The engine with its pinning taken out: what the contract is measured against, and what tests show to break it.
+
+The plain engine is the same code with these pieces replaced: a region is one call of its body on the whole step instead of a loop over
+tiles (decode in buckets of 2, 8, 32 and 64 rows, prefill of 32, 128 and 512), sums, exponentials, softmax and SiLU are XLA's own, and no
+step has to be proven. Not replaced: attention (both engines loop over the same tiles of blocks), the float32 head, the embedding's loop.
+"""
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+
+from jaxengine import programs, sampler, steps
+from jaxengine.models import decoder
+from jaxengine.models.decoder import Tile
+from jaxengine.ops import norm, regions, softmax
+
+
+@dataclasses.dataclass(frozen=True)
+class PlainTile(Tile):
+    """Not equal to a Tile, so that steps traced with it are compiled anew."""
+
+
+TILES = {"decode": tuple(PlainTile(1, rows) for rows in (2, 8, 32, 64)), "prefill": tuple(PlainTile(16, blocks) for blocks in (2, 8, 32))}
+HEAD_TILE = 16  # of a prefill, where it stays a loop; no bucket of decode has this size
+
+
+def whole(body, tile, weights, rows, count):
+    """The body on a step's rows at once."""
+    if getattr(body, "func", None) is decoder.attend or tile == HEAD_TILE:
+        return regions.over_tiles(body, tile, weights, rows, count)
+    out = body(weights, jax.tree.map(lambda x: x[:tile], rows))
+    size = jax.tree.leaves(rows)[0].shape[0]
+    return jax.tree.map(lambda y: jnp.pad(y, ((0, size - y.shape[0]), *((0, 0),) * (y.ndim - 1))), out)
+
+
+@contextlib.contextmanager
+def plain() -> Iterator[None]:
+    """Pinning taken out of what is traced inside."""
+    total = lambda x: jnp.sum(x, -1)
+    pieces = [(decoder, "over_tiles", whole), (steps, "over_tiles", whole), (steps, "HEAD_TILE", HEAD_TILE), (norm, "row_sum", total),
+              (decoder, "silu", jax.nn.silu), (softmax, "row_sum", total), (softmax, "exp", jnp.exp), (sampler, "row_sum", total),
+              (sampler, "exp", jnp.exp), (sampler, "row_cumsum", lambda x: jnp.cumsum(x, -1)), (programs, "TILES", TILES),
+              (programs, "BASE", TILES["decode"][1]), (programs.Programs, "_prove", lambda self, kind, tile, params, cache: (cache, True))]
+    with contextlib.ExitStack() as stack:
+        for owner, name, piece in pieces:
+            stack.enter_context(mock.patch.object(owner, name, piece))
+        yield

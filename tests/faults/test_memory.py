@@ -1,0 +1,201 @@
+"""Fault 12: no memory on the device, at start or in a step. Who was not in that step keeps its bits, and the engine stays usable."""
+import functools
+import itertools
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from conftest import make_llm
+from neighbours import answers, assert_idle, ended, run, start, step
+
+from jaxengine import LLM, SamplingParams, kv_cache, memory, steps
+from jaxengine.sequence import Request
+
+WANTED = r"weights \d+\.\d\d GB, cache \d+\.\d\d GB \(\d+ pages of \d+\.\d\d MB\), workspace about \d+\.\d\d GB, together .* GB; "
+SETTINGS = ("lower num_pages, max_num_seqs or max_model_len for the cache, max_num_batched_tokens for the workspace, "
+            "or take a dtype smaller than")
+VICTIM = SamplingParams(max_tokens=30, seed=5)
+PROMPT = list(range(200, 320))
+
+
+@pytest.fixture(scope="module")
+def expected(tiny) -> list[tuple]:
+    return run(tiny, start(tiny))
+
+
+@pytest.fixture(scope="module")
+def whole(tiny) -> list[tuple]:
+    """What the victim answers when it is left in peace."""
+    return run(tiny, start(tiny, [PROMPT], VICTIM))
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "overlapped"])
+def llm(request, tiny) -> LLM:
+    return make_llm(tiny.config, tiny.params, overlap=request.param, compile_patience=1_000_000)
+
+
+# -- at start ---------------------------------------------------------------------------------------------------------------------
+
+def too_large(*args):
+    """More than any machine has: XLA's own error."""
+    return jnp.zeros((10**15,), jnp.float32)
+
+
+def no_host_memory(*args, **kwargs):
+    raise MemoryError("the host's own words")
+
+
+@pytest.mark.parametrize("fault", [too_large, no_host_memory])
+@pytest.mark.parametrize("doing", ["loading the weights", "making room for the cache"])
+def test_no_memory_at_start_says_what_is_wanted_and_what_to_change(doing, fault, tiny, expected, monkeypatch):
+    def starting():
+        with monkeypatch.context() as patched, pytest.raises(MemoryError, match=f"out of memory while {doing}: {WANTED}{SETTINGS}"):
+            patched.setattr(*((kv_cache, "allocate") if "cache" in doing else (jax, "device_put")), fault)
+            LLM("calc", progress=False, num_pages=200)
+
+    requests = start(tiny)
+    step(tiny)
+    starting()
+    assert run(tiny, requests) == expected
+    assert_idle(tiny)
+
+
+def test_other_errors_at_start_are_left_as_they_are(tiny, monkeypatch):
+    def broken(*args):
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+    monkeypatch.setattr(kv_cache, "allocate", broken)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="^INTERNAL: something else"):
+        make_llm(tiny.config, tiny.params)
+
+
+def test_a_pool_larger_than_the_machine_is_refused_before_it_is_taken(tiny, monkeypatch):
+    """The host's own lists of pages would already fill the machine."""
+    monkeypatch.setattr(kv_cache, "allocate", lambda *args: pytest.fail("it was taken"))
+    with pytest.raises(MemoryError, match=rf"this machine has \d+\.\d\d GB of memory in all: {WANTED}{SETTINGS} float32"):
+        make_llm(tiny.config, tiny.params, num_pages=10**10)
+
+
+def test_no_memory_while_compiling_ahead(tiny, monkeypatch):
+    llm = make_llm(tiny.config, tiny.params, compile_patience=1_000_000)
+    with monkeypatch.context() as patched, pytest.raises(MemoryError, match=f"out of memory while compiling: {WANTED}"):
+        patched.setattr(steps, "decode_step", short_of_memory(steps.decode_step, 0, "behind it"))
+        llm.warm_up()
+    requests = start(llm, [PROMPT], VICTIM)
+    assert run(llm, requests) == run(tiny, start(tiny, [PROMPT], VICTIM))
+
+
+# -- in a step --------------------------------------------------------------------------------------------------------------------
+
+@functools.partial(jax.jit, donate_argnums=0)
+def needing_too_much(x):
+    """XLA takes the arguments, answers, and only whoever reads the answer is told that there was no memory."""
+    return x + jax.lax.sort(jax.lax.iota(jnp.float32, 10**13) * x.ravel()[0].astype(jnp.float32))[0].astype(x.dtype)
+
+
+def short_of_memory(original, at: int, when: str):
+    """The step whose call number `at` finds no memory: before it took the cache, behind it, or when its results are read."""
+    calls = itertools.count()
+
+    def called(params, cache, *args, **kwargs):
+        fails = next(calls) == at
+        if fails and when == "before it":
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes.")
+        cache, out = original(params, cache, *args, **kwargs)
+        if fails and when == "behind it":
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes.")
+        return jax.tree.map(needing_too_much, (cache, out)) if fails else (cache, out)
+
+    return called
+
+
+WHEN = pytest.mark.parametrize("when", ["before it", "behind it", "when it is read"])
+CAUSE = f"^the device ran out of memory: {WANTED}{SETTINGS}"
+
+
+def assert_failed(llm: LLM, request: Request, whole: list[tuple], at_least: int) -> None:
+    """Ended by an error that says what is wanted, with the front of its whole answer."""
+    output = llm._output(request)
+    ((all_tokens, all_logprobs, *_),) = whole
+    (sample,) = output.outputs
+    assert output.finished and sample.finish_reason == "error" and re.match(CAUSE, str(sample.stop_reason))
+    assert at_least <= len(sample.token_ids) < len(all_tokens) and sample.token_ids == all_tokens[: len(sample.token_ids)]
+    assert sample.token_logprobs.tobytes() == all_logprobs[: 4 * len(sample.token_ids)]
+
+
+@WHEN
+def test_no_memory_to_decode_fails_those_that_decode(llm, when, expected, whole, monkeypatch):
+    """The victim is in the decode that fails; the others' prompts are in the same plan, and are computed anew."""
+    (victim,) = start(llm, [PROMPT], VICTIM)
+    while len(victim.samples[0].generated) < 5:
+        step(llm)
+    beside = start(llm)
+    monkeypatch.setattr(steps, "decode_step", short_of_memory(steps.decode_step, 0, when))
+    step(llm)
+    assert run(llm, beside) == expected
+    assert_failed(llm, victim, whole, 4)
+    assert run(llm, start(llm, [PROMPT], VICTIM)) == whole
+    assert_idle(llm)
+
+
+@WHEN
+def test_no_memory_to_prefill_fails_those_that_prefill(llm, when, expected, whole, monkeypatch):
+    """The victim comes to others that decode by now, whose keys and values may be lost; they are computed anew."""
+    beside = start(llm)
+    for _ in range(4):
+        step(llm)
+    monkeypatch.setattr(steps, "prefill_step", short_of_memory(steps.prefill_step, 0, when))
+    (victim,) = start(llm, [PROMPT], VICTIM)
+    assert run(llm, beside) == expected
+    assert_failed(llm, victim, whole, 0)
+    assert run(llm, start(llm, [PROMPT], VICTIM)) == whole
+    assert_idle(llm)
+
+
+@WHEN
+def test_no_memory_in_each_decode_ends_everybody_in_bounded_time(llm, when, expected, monkeypatch):
+    with monkeypatch.context() as patched:
+        for at in range(3):
+            patched.setattr(steps, "decode_step", short_of_memory(steps.decode_step, at, when))
+        requests = start(llm)
+        ends = [request for _ in range(40) for request in llm.engine.step()]
+    assert all(map(ended, requests)) and {id(r) for r in ends} == {id(r) for r in requests} and len(ends) == len(requests)
+    assert {reason for *_, reason, _ in answers(llm, requests)} <= {"error", "length", "stop"}
+    assert run(llm, start(llm)) == expected
+    assert_idle(llm)
+
+
+def test_generate_returns_what_failed_beside_what_did_not(llm, expected, monkeypatch):
+    monkeypatch.setattr(steps, "prefill_step", short_of_memory(steps.prefill_step, 0, "behind it"))
+    (output,) = llm.generate([PROMPT], VICTIM)
+    assert output.finished and output.outputs[0].finish_reason == "error" and output.outputs[0].token_ids == []
+    assert run(llm, start(llm)) == expected
+
+
+@pytest.mark.parametrize("message", ["INTERNAL: the device is gone", "RESOURCE_EXHAUSTED: too many compilations"])
+def test_other_errors_are_raised_as_before(llm, message, expected, monkeypatch):
+    """Also memory that ran out for nobody in particular."""
+    def broken(*args, **kwargs):
+        raise jax.errors.JaxRuntimeError(message)
+
+    beside = start(llm)
+    step(llm)
+    with monkeypatch.context() as patched, pytest.raises(jax.errors.JaxRuntimeError, match=message):
+        patched.setattr(*((steps, "decode_step") if "INTERNAL" in message else (llm.engine.scheduler, "schedule")), broken)
+        llm.engine.step()
+    assert run(llm, beside) == expected
+
+
+def test_a_cache_that_only_answers_with_an_error_is_lost(tiny):
+    cache = kv_cache.allocate(tiny.config, tiny.engine_config)
+    assert not kv_cache.is_lost(cache)
+    poisoned = jax.tree.map(needing_too_much, cache)
+    assert not any(x.is_deleted() for x in jax.tree.leaves(poisoned)) and all(x.is_deleted() for x in jax.tree.leaves(cache))
+    assert kv_cache.is_lost(poisoned) and kv_cache.is_lost(cache)
+    assert not kv_cache.is_lost(kv_cache.rebuild(poisoned, tiny.config, tiny.engine_config))
+    assert all(x.is_deleted() for x in jax.tree.leaves(poisoned)), "there is room for one cache"
+    for ask in (needing_too_much, lambda x: needing_too_much(x) + 1):  # whoever computes on with the answer is told in other words
+        with pytest.raises(jax.errors.JaxRuntimeError) as found:
+            ask(jnp.zeros(3)).block_until_ready()
+        assert memory.ran_out(found.value)

@@ -1,0 +1,199 @@
+"""What must hold of every plan and behind every step."""
+from collections import Counter
+from collections.abc import Iterable
+
+from model import link, root
+
+from jaxengine.block_manager import PageKey, root_digest
+from jaxengine.config import QUERY_BLOCK
+from jaxengine.engine import Engine
+from jaxengine.scheduler import Chunk, MustSettle, Plan, Scheduler
+from jaxengine.sequence import Request, Sequence, Status
+
+
+class Watched(Scheduler):
+    """The scheduler; whoever watches sees each plan as it is made, before the device and the results change anything."""
+
+    watch: "Watch"
+
+    def schedule(self) -> Plan:
+        ready = [s for s in self.running if s.is_decoding and s.length < s.request.limit]
+        try:
+            plan = super().schedule()
+        except MustSettle:
+            self.watch.stats["settled"] += 1
+            raise
+        self.watch.see(self, plan, ready)
+        return plan
+
+    def finish(self, sequence: Sequence, reason: str, stop_reason: int | str | None = None) -> None:
+        found = [page for page in sequence.pages if page in self.blocks._keys]
+        assert not found or reason != "error", "a failed sequence's pages can still be found"
+        super().finish(sequence, reason, stop_reason)
+
+
+class Watch:
+    """The invariants of plans, and what the plans of a run did. `trace` is a hash of all of them."""
+
+    def __init__(self, stats: Counter[str]) -> None:
+        self.stats, self.trace = stats, 0
+        self._homes: dict[int, tuple[int, str]] = {}  # page -> weights version and salt of its last writer
+
+    def see(self, scheduler: Scheduler, plan: Plan, ready: list[Sequence]) -> None:
+        _check_budget(scheduler, plan)
+        _check_reasons(scheduler, plan, ready)
+        forks = [s for chunk in plan.chunks for s in chunk.forks]
+        for chunk in plan.chunks:
+            if chunk.sequence in plan.admitted:
+                self._see_hit(scheduler, chunk)
+        self._see_writes(scheduler, plan)
+        self.stats["forks"] += len(forks)
+        self.stats["copied pages"] += len(plan.copies)
+        self.stats["prefill tokens"] += sum(chunk.stop - chunk.start for chunk in plan.chunks)
+        self.stats["decode tokens"] += sum(plan.decode_counts)
+        self.trace = hash((self.trace, *((s.arrival, s.slot, *s.pages) for s in plan.decode), *plan.copies,
+                           *((c.sequence.arrival, c.start, c.stop, *c.sequence.pages) for c in plan.chunks)))
+
+    def _see_hit(self, scheduler: Scheduler, chunk: Chunk) -> None:
+        sequence, size = chunk.sequence, scheduler.config.page_size
+        assert chunk.start % size == 0, "a hit ends within a page"
+        home = (scheduler.version, sequence.request.cache_salt)
+        found = [self._homes.get(page) for page in sequence.pages[: chunk.start // size]]
+        assert all(other == home for other in found), f"a hit for {home} was written by {found}: another version or salt"
+        self.stats["hits"] += bool(found)
+        self.stats["hits under new weights"] += bool(found) and scheduler.version > 0
+        self.stats["hits of recomputed sequences"] += bool(found) and bool(sequence.generated)
+
+    def _see_writes(self, scheduler: Scheduler, plan: Plan) -> None:
+        size = scheduler.config.page_size
+        writes = [(s, at, at + count, 1) for s, at, count in zip(plan.decode, plan.decode_positions, plan.decode_counts, strict=True)]
+        writes += [(chunk.sequence, chunk.start, chunk.stop, 1 + len(chunk.forks)) for chunk in plan.chunks]
+        for sequence, start, stop, most in writes:
+            assert stop <= sequence.request.limit, "a position behind the limit is computed"
+            for page in sequence.pages[start // size : (stop - 1) // size + 1]:
+                assert scheduler.blocks._holders[page] <= most, "a shared page is written to"
+                self._homes[page] = scheduler.version, sequence.request.cache_salt
+        for source, target in plan.copies:
+            assert scheduler.blocks._holders[target] == 1, "a copy goes to a shared page"
+            self._homes[target] = self._homes[source]
+
+
+def _budget_left(scheduler: Scheduler, plan: Plan) -> int:
+    budget = max(scheduler.config.max_num_batched_tokens - len(plan.decode), QUERY_BLOCK)
+    return budget - QUERY_BLOCK * sum(chunk.num_blocks for chunk in plan.chunks)
+
+
+def _check_budget(scheduler: Scheduler, plan: Plan) -> None:
+    assert _budget_left(scheduler, plan) >= 0, "more tokens than the budget"
+    for chunk in plan.chunks:
+        assert chunk.start % QUERY_BLOCK == 0 and chunk.start < chunk.stop, "a chunk that is empty or starts within a block"
+        assert chunk.is_last == (chunk.stop == len(chunk.sequence.token_ids)), "a last chunk that is not, or the other way round"
+        assert chunk.is_last or chunk.stop % QUERY_BLOCK == 0, "a chunk ends within a block"
+
+
+def _check_reasons(scheduler: Scheduler, plan: Plan, ready: list[Sequence]) -> None:
+    """Every sequence is served or waits for a reason that can be named; the oldest one has none but its own results."""
+    served = {*plan.decode, *(s for chunk in plan.chunks for s in (chunk.sequence, *chunk.forks))}
+    gone = {s for s in ready if s.status is Status.WAITING} | set(plan.admitted)
+    assert [s for s in ready if s not in gone] == plan.decode, "a sequence that decodes was left out"
+    short = _budget_left(scheduler, plan) < QUERY_BLOCK
+    for index, sequence in enumerate(scheduler.running):
+        ending = sequence.num_pending > 0 and sequence.length >= sequence.request.limit
+        assert sequence in served or ending or (short and index > 0 and not sequence.is_decoding), "a running sequence is not served"
+    assert not scheduler.waiting or short or _head_waits(scheduler, scheduler.waiting[0]), "the first in the queue waits for nothing"
+
+
+def _head_waits(scheduler: Scheduler, head: Sequence) -> bool:
+    """Whether the head of the queue lacks a slot, a sibling's prompt or pages."""
+    if len(scheduler.running) == scheduler.config.max_num_seqs:
+        return True
+    if head.request.prefilling in scheduler.running and not head.generated:
+        return True
+    found = [] if head.scores_prompt else scheduler.blocks.match(head.token_ids, scheduler.version, head.request.cache_salt)
+    needed = -(-len(head.token_ids) // scheduler.config.page_size) - len(found)
+    revived = sum(page in scheduler.blocks._cached for page in found)
+    reserve = min(len(scheduler.running), scheduler.config.num_pages // 8)
+    return needed > scheduler.blocks.num_available - revived - reserve
+
+
+# -- behind a step ----------------------------------------------------------------------------------------------------------------
+
+def check_step(engine: Engine, held: list[int]) -> None:
+    """`held` are pages that the simulation keeps from the scheduler."""
+    scheduler = engine.scheduler
+    _check_queues(engine)
+    tables = [s.pages for s in scheduler.running]
+    assert all(len(set(table)) == len(table) for table in tables), "a page stands twice in one block table"
+    scheduler.blocks.check_integrity([*tables, held])
+    under_way = _rows_under_way(engine)
+    for sequence in scheduler.running:
+        assert sequence.num_pending == under_way[sequence], "tokens under way are not those that the device owes"
+        _check_running(sequence, scheduler.config.page_size)
+
+
+def _rows_under_way(engine: Engine) -> Counter[Sequence]:
+    rows: Counter[Sequence] = Counter()
+    if engine._in_flight is not None:
+        for sequence, count in zip(engine._in_flight.decode, engine._in_flight.decode_counts, strict=True):
+            rows[sequence] += count
+        rows.update(sequence for sequence, _, scored in engine._in_flight.prefill if not scored)
+    return rows
+
+
+def _check_queues(engine: Engine) -> None:
+    scheduler, running, waiting = engine.scheduler, engine.scheduler.running, list(engine.scheduler.waiting)
+    live = [s for request in engine.requests.values() for s in request.samples if s.status is not Status.FINISHED]
+    assert sorted(s.arrival for s in live) == sorted(s.arrival for s in [*running, *waiting]), "a sequence is lost, or runs behind its end"
+    assert all(s.status is Status.RUNNING for s in running) and all(s.status is Status.WAITING for s in waiting), "a status is wrong"
+    arrivals = [s.arrival for s in [*running, *waiting]]
+    assert arrivals == sorted(arrivals), "a sequence was overtaken"
+    slots = [s.slot for s in running] + scheduler._free_slots
+    assert sorted(slots) == list(range(scheduler.config.max_num_seqs)), "a slot is lost or in two places"
+    assert all(not s.pages and s.slot < 0 and not s.num_pending + s.num_computed for s in waiting), "one that waits holds something"
+    for request in engine.requests.values():
+        _check_prefilling(request)
+
+
+def _check_prefilling(request: Request) -> None:
+    leader = request.prefilling
+    assert leader is None or (leader.status is Status.RUNNING and not leader.generated and leader.num_computed < leader.prompt_length), \
+        "samples wait for a sibling that does not compute their prompt"
+
+
+def _check_running(sequence: Sequence, size: int) -> None:
+    pages, known = len(sequence.pages), max(sequence.num_computed, len(sequence.token_ids))
+    assert -(-sequence.num_computed // size) <= pages <= -(-known // size), "pages too few or too many for the tokens"
+    assert sequence.num_computed <= sequence.length <= sequence.request.limit, "more is computed than there are tokens"
+    assert sequence.num_registered <= min(sequence.num_computed, len(sequence.token_ids)) // size, "a page is offered too early"
+
+
+class CacheCheck:
+    """Every page that can be found holds what its chain of keys says. What a key stands for is worked out once, from its tokens."""
+
+    def __init__(self) -> None:
+        self._expected: dict[int, list[int]] = {}  # uid of a key -> the states that its page has to hold
+        self._names: dict[bytes, int] = {}  # digest -> the last of these states
+        self._blocks: object = None
+
+    def check(self, engine: Engine, salts: Iterable[str]) -> None:
+        blocks, cache = engine.scheduler.blocks, engine.cache
+        if blocks is not self._blocks:
+            self._blocks, self._expected, self._names = blocks, {}, {}
+        for page, key in blocks._keys.items():
+            expected = self._expected.get(key.uid) or self._learn(key, range(engine.scheduler.version + 1), salts)
+            assert expected is None or cache.pages[page] == expected, "a page in the prefix cache holds other tokens than it is found by"
+
+    def _learn(self, key: PageKey, versions: Iterable[int], salts: Iterable[str]) -> list[int] | None:
+        """None where the parent came and went between two checks."""
+        if isinstance(key.parent, bytes):
+            roots = {root_digest(version, salt): root(version) for version in versions for salt in salts}
+            assert key.parent in roots, "a chain starts nowhere"
+            before = roots[key.parent]
+        elif key.parent in self._expected:
+            before = self._expected[key.parent][-1]
+        else:
+            return None
+        states = [before := link(before, token) for token in memoryview(key.tokens).cast("i")]
+        assert self._names.setdefault(key.digest, states[-1]) == states[-1], "one digest names two prefixes"
+        self._expected[key.uid] = states
+        return states

@@ -1,0 +1,77 @@
+"""The simulation's model, one hash a token, and the answers that a request must get when it runs alone, without pages."""
+import itertools
+from collections.abc import Iterable, Sequence
+
+from jaxengine.sequence import Request
+from jaxengine.sequence import Sequence as Sample
+
+VOCAB = 40
+STOP = 1
+UNKNOWN = 0  # no token: what a history holds behind the end of its sequence
+
+
+def root(version: int) -> int:
+    """The state before the first token: other weights, other states."""
+    return hash((version, VOCAB))
+
+
+def link(state: int, token: int) -> int:
+    """The state behind a token: of the weights version and of every token up to this one. Hashes of ints are the same in every process."""
+    return hash((state, token))
+
+
+def states_of(tokens: Iterable[int], version: int) -> list[int]:
+    return list(itertools.accumulate(tokens, link, initial=root(version)))[1:]
+
+
+def draw(state: int, key: Sequence[int], folds: Sequence[int]) -> tuple[int, float]:
+    """(token, logprob) behind a state; the logprob is exact in float32."""
+    drawn = hash((state, *key, *folds))
+    return 1 + (drawn >> 5) % VOCAB, score(state, drawn)
+
+
+def score(state: int, token: int) -> float:
+    return -((hash((state, token)) >> 5) % 4096) / 16
+
+
+def check_answer(request: Request, oldest_version: int) -> None:
+    """Assert that an ended request holds, in every sample, what it would have got alone. Weights are those that each token names."""
+    for sample in request.samples:
+        _check_lengths(sample)
+        versions = sample.token_versions
+        assert versions == sorted(versions) and all(v >= oldest_version for v in versions), "a token of weights that were gone"
+        states = {version: states_of(sample.token_ids, version) for version in set(versions)}
+        for i, (token, version) in enumerate(zip(sample.generated, versions, strict=True)):
+            expected = draw(states[version][sample.prompt_length + i - 1], request.key, (request.prompt_index, sample.index))
+            assert (token, sample.token_logprobs[i]) == expected, f"token {i} of sample {sample.index} is another than alone"
+        _check_end(sample)
+    _check_prompt_scores(request)
+
+
+def _check_lengths(sample: Sample) -> None:
+    params, count = sample.request.params, len(sample.generated)
+    assert list(sample.token_ids[: sample.prompt_length]) == sample.request.prompt_token_ids, "the prompt was changed"
+    assert len(sample.token_logprobs) == len(sample.token_versions) == count, "tokens and their logprobs are not aligned"
+    for asked, values in ((params.raw_logprobs, sample.raw_logprobs), (params.entropy, sample.entropies),
+                          (params.logprobs is not None, sample.logprobs)):
+        assert len(values) == (count if asked else 0), "tokens and their details are not aligned"
+
+
+def _check_end(sample: Sample) -> None:
+    request, generated, full = sample.request, sample.generated, len(sample.token_ids) == sample.request.limit
+    stopped = bool(generated) and generated[-1] in request.stop_token_ids
+    assert not request.stop_token_ids & set(generated[:-1]), "tokens behind a stop token"
+    assert len(sample.token_ids) <= request.limit, "tokens behind the limit"
+    reason = "stop" if stopped else "length" if full else "early"
+    assert sample.finish_reason == reason or (reason == "early" and sample.finish_reason in ("abort", "error")), "a wrong finish reason"
+
+
+def _check_prompt_scores(request: Request) -> None:
+    """The scores belong to the weights that drew the first token: whatever came before them was computed again."""
+    first, prompt = request.samples[0], request.prompt_token_ids
+    if request.params.prompt_logprobs is None or not first.generated or len(prompt) == 1:
+        return
+    states = states_of(prompt, first.token_versions[0])
+    expected = [None] + [{token: score(state, token)} for state, token in zip(states, prompt[1:], strict=False)]
+    found = [entry and {token: value.logprob for token, value in entry.items()} for entry in request.prompt_logprobs or ()]
+    assert found == expected, "the prompt's scores are others than alone"

@@ -1,0 +1,193 @@
+"""Bugs, each one small and easily made, as patches of the real host half; and what the simulation says of it."""
+from collections.abc import Callable
+
+import pytest
+
+from jaxengine import block_manager
+from jaxengine.block_manager import BlockManager, chain_digest, root_digest
+from jaxengine.scheduler import Scheduler
+from jaxengine.sequence import Sequence
+
+PLANTED: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {}
+
+
+def found_by(message: str):
+    """Registers a bug together with the message (a regular expression) under which it has to be found."""
+    def register(plant):
+        PLANTED[plant.__name__] = plant, message
+        return plant
+    return register
+
+
+def around(patch: pytest.MonkeyPatch, owner: type, name: str):
+    """Decorator: the function takes the method's place and gets the original as its first argument."""
+    original = getattr(owner, name)
+    return lambda body: patch.setattr(owner, name, lambda self, *arguments: body(original, self, *arguments))
+
+
+# -- pages ------------------------------------------------------------------------------------------------------------------------
+
+@found_by("reference counts differ|released more often")
+def a_reference_count_is_skipped(patch):
+    @around(patch, BlockManager, "share")
+    def share(original, blocks, pages):
+        original(blocks, list(pages)[:-1])
+
+
+@found_by("in two places")
+def a_page_is_freed_twice(patch):
+    """Discarding frees a page that is held, and its holder frees it again."""
+    @around(patch, BlockManager, "discard")
+    def discard(original, blocks, pages):
+        original(blocks, pages)
+        blocks._free += [page for page in pages if blocks._holders[page]]
+
+
+@found_by("content is known|holds other tokens")
+def an_evicted_page_can_still_be_found(patch):
+    patch.setattr(BlockManager, "_evict", lambda blocks: blocks._cached.popitem(last=False)[0])
+
+
+@found_by("failed sequence's pages")
+def a_failed_page_stays_in_the_cache(patch):
+    patch.setattr(BlockManager, "discard", lambda blocks, pages: None)
+
+
+# -- hashes -----------------------------------------------------------------------------------------------------------------------
+
+@found_by("one digest names two prefixes")
+def the_hash_leaves_out_the_parent(patch):
+    """The comparison of parents behind the hash still saves every answer, so only the names tell."""
+    patch.setattr(block_manager, "chain_digest", lambda parent, tokens: chain_digest(b"", tokens))
+
+
+@found_by("reads what is not its own|another version or salt")
+def a_hit_compares_the_tokens_alone(patch):
+    def match(blocks, tokens, version, salt):
+        pages, size = [], blocks.page_size
+        for start in range(0, len(tokens) - size, size):
+            content = block_manager._content(tokens[start : start + size])
+            found = [page for page, key in blocks._keys.items() if key.tokens == content]
+            if not blocks.caching or not found:
+                break
+            pages.append(found[0])
+        return pages
+
+    patch.setattr(BlockManager, "match", match)
+
+
+@found_by("another version or salt|starts nowhere|holds other tokens")
+def the_hash_leaves_out_the_version(patch):
+    patch.setattr(block_manager, "root_digest", lambda version, salt: root_digest(0, salt))
+
+
+@found_by("another version or salt")
+def the_hash_leaves_out_the_salt(patch):
+    patch.setattr(block_manager, "root_digest", lambda version, salt: root_digest(version, ""))
+
+
+# -- edges of pages ---------------------------------------------------------------------------------------------------------------
+
+@found_by("has no page|reads what is not its own|too few or too many")
+def a_page_too_few_at_the_edge(patch):
+    @around(patch, Scheduler, "_grow")
+    def grow(original, scheduler, sequence, num_tokens, plan):
+        return original(scheduler, sequence, num_tokens - 1, plan)
+
+
+@found_by("a chunk that is empty")
+def a_hit_takes_the_last_token_too(patch):
+    @around(patch, BlockManager, "match")
+    def match(original, blocks, tokens, version, salt):
+        return original(blocks, [*tokens, 0], version, salt)
+
+
+@found_by("holds other tokens|offered too early")
+def a_page_is_offered_before_its_last_token_is_computed(patch):
+    @around(patch, Scheduler, "register_pages")
+    def register_pages(original, scheduler, sequence):
+        sequence.num_computed += 1
+        original(scheduler, sequence)
+        sequence.num_computed -= 1
+
+
+# -- forks ------------------------------------------------------------------------------------------------------------------------
+
+@found_by("a shared page is written to")
+def forks_share_the_page_that_is_partly_filled(patch):
+    @around(patch, Scheduler, "_fork")
+    def fork(original, scheduler, plan, chunk):
+        original(scheduler, plan, chunk)
+        for sequence in chunk.forks if plan.copies else ():
+            own, sequence.pages[-1] = sequence.pages[-1], chunk.sequence.pages[-1]
+            scheduler.blocks.release([own])
+            scheduler.blocks.share(sequence.pages[-1:])
+        plan.copies.clear()
+
+
+@found_by("reads what is not its own")
+def the_copy_for_a_fork_is_left_out(patch):
+    @around(patch, Scheduler, "_fork")
+    def fork(original, scheduler, plan, chunk):
+        original(scheduler, plan, chunk)
+        plan.copies.clear()
+
+
+@found_by("samples wait for a sibling|waits for nothing")
+def siblings_wait_for_one_that_left(patch):
+    @around(patch, Scheduler, "_leave")
+    def leave(original, scheduler, sequence):
+        leader = sequence.request.prefilling
+        original(scheduler, sequence)
+        sequence.request.prefilling = leader
+
+
+# -- preemption and recovery ------------------------------------------------------------------------------------------------------
+
+@found_by("overtaken|was left out")
+def the_oldest_is_preempted(patch):
+    @around(patch, Scheduler, "preempt")
+    def preempt(original, scheduler, sequence):
+        oldest = scheduler.running[0]
+        original(scheduler, sequence if oldest.num_pending else oldest)
+
+
+@found_by("tokens under way|another than alone|must be|computed than")
+def results_under_way_are_forgotten_by_a_preemption(patch):
+    @around(patch, Scheduler, "_grow")
+    def grow(original, scheduler, sequence, num_tokens, plan):
+        for victim in scheduler.running:
+            victim.num_pending = 0 if victim not in plan.decode and victim is not sequence else victim.num_pending
+        return original(scheduler, sequence, num_tokens, plan)
+
+
+@found_by("not aligned")
+def a_restart_keeps_the_token_that_is_half_written(patch):
+    @around(patch, Sequence, "restart")
+    def restart(original, sequence):
+        tokens = list(sequence.token_ids)
+        original(sequence)
+        sequence.token_ids[:] = tokens
+
+
+@found_by("a slot is lost")
+def a_slot_is_lost(patch):
+    @around(patch, Scheduler, "finish")
+    def finish(original, scheduler, sequence, reason, stop_reason=None):
+        original(scheduler, sequence, reason, stop_reason)
+        if reason == "abort" and len(scheduler._free_slots) > 1:
+            scheduler._free_slots.pop()
+
+
+@found_by("waits for nothing")
+def admission_wants_a_page_more_than_it_needs(patch):
+    @around(patch, Scheduler, "_reserve")
+    def reserve(original, scheduler):
+        return original(scheduler) + 1
+
+
+@found_by("is not served")
+def a_long_prompt_starves_beside_the_decodes(patch):
+    @around(patch, Scheduler, "_plan_running_prefills")
+    def plan_running_prefills(original, scheduler, plan, budget):
+        return budget if plan.decode else original(scheduler, plan, budget)
