@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxengine.config import EngineConfig, ModelConfig
 from jaxengine.coordinate import Coordinate
@@ -95,7 +96,7 @@ def check_scored(tokens: Any, mask: Any, config: ModelConfig) -> None:
         raise ValueError(f"tokens and mask must have one shape [B, T], got {list(tokens.shape)} and {list(mask.shape)}")
     if not jnp.issubdtype(tokens.dtype, jnp.integer) or mask.dtype != bool:
         raise ValueError(f"tokens must be integers and mask booleans, got {tokens.dtype} and {mask.dtype}")
-    if isinstance(tokens, jax.core.Tracer) or isinstance(mask, jax.core.Tracer):
+    if isinstance(tokens, Tracer) or isinstance(mask, Tracer):
         return
     tokens, mask = np.asarray(tokens), np.asarray(mask)
     wrong = mask & ((tokens < 0) | (tokens >= config.vocab_size))

@@ -74,7 +74,7 @@ class Coordinate:
         """The coordinate that `to_json` wrote. Raises ValueError for anything else."""
         try:
             saved = json.loads(text)
-            params = {name: value if name != "logit_bias" else [tuple(pair) for pair in value]
+            params: dict[str, Any] = {name: value if name != "logit_bias" else [tuple(pair) for pair in value]
                       for name, value in saved["sampling_params"].items()}
             logprobs = np.array(saved["token_logprob_bits"], np.uint32).view(np.float32)
             (high, low), (prompt, sample) = saved["key"], saved["key_folds"]

@@ -50,7 +50,7 @@ def score(params: Decoder, tokens: Any, mask: Any, sampling_params: SamplingPara
     Rollout. `sampling_params`, one for all or one each, say under which distribution they were drawn. With `entropy`, returns
     (logprobs, entropies of the processed distribution in nats `[B, T]`).
 
-    Differentiable in params by reverse mode, and the same bits inside `jax.jit` and `jax.value_and_grad`, at any batch size and padding.
+    Differentiable in params by reverse mode, and the same bits under jit and inside `jax.value_and_grad`, at any batch size and padding.
     `tile` is the shape of the pinned regions: leave it, unless `LLM.programs.refused` names the wide prefill step on your machine.
     Raises ValueError where shapes do not fit each other or params do not fit config, and for a token outside the vocabulary.
     """

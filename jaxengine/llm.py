@@ -162,6 +162,7 @@ class LLM:
         check_scored(tokens, mask, self.config)
         slots = scoring.slot_params(params_of(sampling_params, tokens.shape[0]), self.config)
         with self._lock:
+            assert self.params is not None
             tile = self.engine.proven(forward.WIDE)
             logprobs, entropies = scoring.in_batches(self.params, tokens, mask, slots, config=self.config, entropy=entropy, tile=tile)
         self._sweep()

@@ -3,25 +3,21 @@
 `llm.verify()` in a notebook, `jaxengine verify MODEL` on a command line. A check runs the same requests in another way, on the engine that
 serves, and compares tokens and logprobs as uint32 with those of the plain batch.
 """
-import functools
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
 
 from jaxengine.admission import sample_key
 from jaxengine.compare import Comparison, compare
-from jaxengine.config import QUERY_BLOCK, ModelConfig
-from jaxengine.models import plain
-from jaxengine.models.params import Decoder
+from jaxengine.config import QUERY_BLOCK
 from jaxengine.outputs import CompletionOutput, RequestOutput
 from jaxengine.request import SamplingParams
 from jaxengine.rl.rollout import Rollout
+from jaxengine.rl.scoring import plain_logprobs
 from jaxengine.verification import Check, Verification
 
 LENGTHS = (1, 2, 15, 16, 17, 31, 33, 48, 63, 64, 65, 97, 127, 128, 129, 200)  # of prompts: around blocks, pages and tiles
@@ -80,7 +76,7 @@ class Traffic:
     def __init__(self, llm: Any, seed: int) -> None:
         self.llm, self.key = llm, jax.random.key(seed)
         self.rng = random.Random(seed)
-        room = min(llm.engine_config.max_model_len, (llm.engine_config.num_pages - 1) * llm.engine_config.page_size)
+        self.room = room = min(llm.engine_config.max_model_len, (llm.engine_config.num_pages - 1) * llm.engine_config.page_size)
         self.new_tokens = max(min(24, room // 4), 1)
         lengths = [n for n in LENGTHS if n <= room - 2 * self.new_tokens - 2] or [1]
         self.requests = [(self.prompt(n), self._params(i)) for i, n in enumerate(lengths)]
@@ -150,13 +146,15 @@ class Traffic:
                           any(len(tokens) > self.llm.engine_config.page_size for tokens, _ in turns))
 
     def preempted(self, pages: int) -> tuple[bool, str]:
-        """In a pool that holds the longest request and little more."""
+        """Requests that come to want more pages than there are, in a pool of little more than the longest needs."""
         size, scheduler = self.llm.engine_config.page_size, self.llm.engine.scheduler
-        longest = max(-(-(len(tokens) + params.max_tokens) // size) for tokens, params in self.requests)
+        length = min(3 * size + 2, self.room)
+        params = SamplingParams(max_tokens=max(length - size + 2, 1), ignore_eos=True, detokenize=False)
+        requests = [(self.prompt(max(min(size - 2, length - 1), 1)), params.replace(key=sample_key(self.key, 6, i))) for i in range(8)]
+        expected, before = self.run(requests), scheduler.num_preemptions
         scheduler.blocks.clear_cache()
-        before = scheduler.num_preemptions
-        with self.llm.engine.adjusted(held_pages=max(pages - longest - 1, 0), enable_prefix_caching=False):
-            found = compare("bit-equal", self.expected, self.run(self.requests))
+        with self.llm.engine.adjusted(held_pages=max(pages - -(-length // size) - 6, 0), enable_prefix_caching=False):
+            found = compare("bit-equal", expected, self.run(requests))
         return found.holds, f"{found}, {scheduler.num_preemptions - before} preemptions"
 
 
@@ -204,7 +202,7 @@ def drift(traffic: Traffic, count: int) -> tuple[bool, str]:
     requests = [(tokens, SamplingParams(max_tokens=traffic.new_tokens, ignore_eos=True, detokenize=False, key=params.key))
                 for tokens, params in traffic.requests[-count:]]
     rollout = _rollout(requests, traffic.run(requests))
-    reference = np.stack([_plain_logprobs(traffic.llm.params, tokens, config=traffic.llm.config) for tokens in rollout.tokens])
+    reference = np.stack([plain_logprobs(traffic.llm.params, tokens, config=traffic.llm.config) for tokens in rollout.tokens])
     off = (reference - rollout.logprobs)[rollout.mask].astype(np.float64)
     # Unbiased and never negative: Schulman, "Approximating KL Divergence", 2020, k3.
     kl = float(np.mean(np.expm1(off) - off))
@@ -214,10 +212,3 @@ def drift(traffic: Traffic, count: int) -> tuple[bool, str]:
 def _rollout(requests: Requests, samples: Sequence[CompletionOutput]) -> Rollout:
     return Rollout.from_outputs([RequestOutput("", None, tokens, [sample], True)
                                  for (tokens, _), sample in zip(requests, samples, strict=True)])
-
-
-@functools.partial(jax.jit, static_argnames="config")
-def _plain_logprobs(params: Decoder, tokens: Array, *, config: ModelConfig) -> Array:
-    """[T]: the logprob of each token; 0 for the first."""
-    logprobs = jax.nn.log_softmax(plain.logits(config, params, tokens[:-1]))
-    return jnp.pad(jnp.take_along_axis(logprobs, tokens[1:, None], axis=-1)[:, 0], (1, 0))

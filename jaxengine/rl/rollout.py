@@ -1,11 +1,15 @@
 """Rollout: what was generated, as the arrays that a trainer takes."""
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 
 from jaxengine.outputs import CompletionOutput, RequestOutput
 from jaxengine.pytree import pytree
+
+Array = Any  # numpy as it is built, jax.Array inside a trainer's step
+
 
 
 @pytree

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxengine import sampler
 from jaxengine.config import KV_TILE, ModelConfig
-from jaxengine.models import decoder
+from jaxengine.models import decoder, plain
 from jaxengine.models.decoder import Tile
 from jaxengine.models.params import Decoder
 from jaxengine.ops.regions import over_tiles, unknown_zero
@@ -98,3 +98,10 @@ def _padded(x: np.ndarray, rows: int) -> np.ndarray:
 
 def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def plain_logprobs(params: Decoder, tokens: Int[Array, " T"], *, config: ModelConfig) -> Float[Array, " T"]:
+    """Of each token, 0 for the first, under a plain float32 forward pass (models/plain.py): what drift is measured against."""
+    logprobs = jax.nn.log_softmax(plain.logits(config, params, tokens[:-1]))
+    return jnp.pad(jnp.take_along_axis(logprobs, tokens[1:, None], axis=-1)[:, 0], (1, 0))

@@ -52,7 +52,7 @@ def models(draw) -> ModelConfig:
         num_attention_heads=kv_heads * draw(st.integers(1, 4)), num_key_value_heads=kv_heads, head_dim=2 * draw(st.integers(2, 20)),
         max_position_embeddings=LENGTH, rope=draw(st.sampled_from(ROPES)), tie_word_embeddings=draw(flag), qk_norm=draw(flag),
         qkv_bias=draw(flag), out_bias=draw(flag), eos_token_ids=draw(st.sampled_from([(), (vocab - 1,), (1, 3)])),
-        reduction_leaves=leaves, dtype=draw(st.sampled_from(["float32", "float32", "bfloat16"])))
+        reduction_leaves=leaves, dtype=draw(st.sampled_from(["float32", "float32", "float32", "bfloat16"])))
 
 
 @st.composite

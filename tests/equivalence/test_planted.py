@@ -71,12 +71,14 @@ def softmax_of_xlas_own(real):
 
 SLOW = pytest.mark.slow  # each compiles a model
 PLANTS = [
-    pytest.param(1, sampler, "_above", edge_left_out), pytest.param(2, decoder, "paged_attention", first_tile_for_the_second),
-    pytest.param(3, scoring, "sampler", softmax_of_xlas_own), pytest.param(4, sampler, "process", prompt_is_penalised, marks=SLOW),
+    pytest.param(1, sampler, "_above", edge_left_out), pytest.param(2, scoring, "sampler", softmax_of_xlas_own),
+    pytest.param(3, decoder, "paged_attention", first_tile_for_the_second, marks=SLOW),
+    pytest.param(4, sampler, "process", prompt_is_penalised, marks=SLOW),
     pytest.param(5, sampler, "fold_keys", keys_of_the_next_position, marks=SLOW),
     pytest.param(6, decoder, "rotate", queries_one_ahead, marks=SLOW)]
 
 
+@SLOW
 def test_nothing_planted():
     tally = collections.Counter()
     check(planted(0), tally)

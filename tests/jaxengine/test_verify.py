@@ -24,7 +24,7 @@ def test_a_sound_engine_holds(sound):
     assert found["temperature 0, 12 times among random traffic"] == "1 different of 12"
     assert "max |Δlogprob| 0.0, KL 0.0" in found["score against generate"]
     assert int(found["preempted and recomputed"].split(", ")[-1].split()[0]) > 0
-    assert "0 tokens from the cache" not in found["hits on prompt pages"]
+    assert ", 0 tokens from the cache" not in found["hits on prompt pages"]
 
 
 def test_its_forms(sound):

@@ -49,7 +49,7 @@ class Case:
 
     def keyed(self) -> list[SamplingParams]:
         """The same requests, each with its own key: they can run in any order, or alone."""
-        return [p.replace(key=sample_key(KEY, i, 0)) for i, p in enumerate(self.sampling)]
+        return [p.replace(key=sample_key(jax.random.key(KEY), i, 0)) for i, p in enumerate(self.sampling)]
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -148,7 +148,7 @@ def test_group_equals_singles(case):
     llm = case.engine()
     params, prompt = SamplingParams(n=8, max_tokens=10), case.prompts[-2]
     group = bits(llm.generate([prompt], params, key=jax.random.key(5)))
-    singles = [bits(llm.generate([prompt], params.replace(n=1, key=sample_key(5, 0, i))))[0] for i in range(8)]
+    singles = [bits(llm.generate([prompt], params.replace(n=1, key=sample_key(jax.random.key(5), 0, i))))[0] for i in range(8)]
     assert group == singles and len({tuple(tokens) for tokens, *_ in group}) > 1
 
 

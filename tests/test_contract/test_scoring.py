@@ -44,20 +44,20 @@ def test_score_is_generate(scored):
     assert (bits(found) == bits(scored.rollout.logprobs)).all()
     off = (np.asarray(found) - scored.rollout.logprobs)[scored.rollout.mask]
     assert np.abs(off).max() == 0.0 and (np.exp(off) == 1.0).all()
-    assert len(np.unique(found[scored.rollout.mask])) > 50
+    assert len(np.unique(found[scored.rollout.mask])) > 20
 
 
 def test_inside_value_and_grad(scored):
     """The values that a loss sees, under jit, are the same bits, and so are those of micro-batches whose gradients are added."""
 
-    def loss(params, rows):
-        logprobs = scored.score(params, rows)
+    def loss(params, first, stop):
+        logprobs = scored.score(params, slice(first, stop))
         return -jnp.where(logprobs > -100, logprobs, 0).sum(), logprobs
 
-    both = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
-    (_, whole), gradient = both(scored.params, slice(None))
+    both = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=(1, 2))
+    (_, whole), gradient = both(scored.params, 0, None)
     assert (bits(whole) == bits(scored.rollout.logprobs)).all()
-    parts = [both(scored.params, rows) for rows in (slice(0, 3), slice(3, None))]
+    parts = [both(scored.params, *rows) for rows in ((0, 3), (3, None))]
     assert (np.concatenate([bits(values) for (_, values), _ in parts]) == bits(scored.rollout.logprobs)).all()
     assert all(np.isfinite(np.asarray(g, np.float32)).all() for g in jax.tree.leaves(gradient))
 
