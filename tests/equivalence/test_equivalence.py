@@ -121,7 +121,7 @@ def test_the_engine_is_the_naive_reference():
     assert tally["tokens"] > 300 and few_flips(tally), tally
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_engine_is_the_naive_reference_in_more_shapes():
     tally = equivalence(examples=14, num_batches=8, patience=0)
     assert tally["tokens"] > 1500 and few_flips(tally), tally

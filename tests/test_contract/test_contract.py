@@ -20,7 +20,9 @@ KEY = 7
 LENGTHS = (1, 2, 5, 15, 16, 17, 31, 32, 33, 47, 48, 63, 64, 65, 80, 95, 96, 97, 110, 127, 128, 129, 160, 200)
 DEFAULT = [("Qwen3", "bfloat16", 1), ("Qwen3", "float32", 4), ("Qwen2", "bfloat16", 4), ("Llama", "float32", 1), ("calc", "bfloat16", 1)]
 FULL = [(f, d, n) for f in (*FAMILIES, "calc") for d in ("bfloat16", "float32") for n in (1, 4)]
-CASES = [pytest.param(case, id="-".join(map(str, case)), marks=() if case in DEFAULT else pytest.mark.slow) for case in FULL]
+SLOW = [("Qwen2", "float32", 1), ("Llama", "bfloat16", 4), ("calc", "float32", 4)]  # every model has both dtypes, and 1 and 4 leaves
+mark = lambda case: () if case in DEFAULT else pytest.mark.slow if case in SLOW else pytest.mark.long
+CASES = [pytest.param(case, id="-".join(map(str, case)), marks=mark(case)) for case in FULL]
 
 
 class Case:
@@ -157,7 +159,7 @@ def test_group_equals_singles(case):
 SMALL = dict(page_size=16, num_pages=21, compile_patience=99)
 CHANGES = [dict(page_size=64, max_num_seqs=40, num_pages=300, max_model_len=300), dict(max_num_seqs=3, max_num_batched_tokens=48),
            dict(decode_steps=3, overlap=True, num_pages=17)]
-SHAPES = [pytest.param(c, id="-".join(map(str, c)), marks=() if c == DEFAULT[0] else pytest.mark.slow) for c in FULL if c[2] == 1]
+SHAPES = [pytest.param(c, id="-".join(map(str, c)), marks=() if c == DEFAULT[0] else mark(c) or pytest.mark.slow) for c in FULL if c[2] == 1]
 
 
 @pytest.fixture(scope="module", params=SHAPES)

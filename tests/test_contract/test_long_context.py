@@ -14,7 +14,7 @@ from jaxengine.admission import sample_key
 from jaxengine.config import RopeConfig
 from jaxengine.models import plain
 
-LENGTHS = [4096, pytest.param(16_384, marks=pytest.mark.slow), pytest.param(40_960, marks=pytest.mark.slow)]
+LENGTHS = [4096, pytest.param(16_384, marks=pytest.mark.long), pytest.param(40_960, marks=pytest.mark.long)]
 NEW = 12
 
 
@@ -96,7 +96,7 @@ def rope_model(kind: str, **changes):
     return random_model("Llama", rope=ROPES[kind], num_hidden_layers=1, vocab_size=300, max_position_embeddings=length, **changes)
 
 
-@pytest.mark.parametrize("kind", ["yarn", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("default", "linear", "llama3"))])
+@pytest.mark.parametrize("kind", ["yarn", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("default", "linear", "llama3"))])
 def test_rope_below_at_and_past_the_trained_length(kind):
     """Every position of prompts that end around it, and the tokens drawn there, against plain float32; in chunks and scored, by bits."""
     config, params = rope_model(kind)

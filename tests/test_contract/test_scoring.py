@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import make_llm, random_model
-from test_contract import CASES, Case
+from test_contract import DEFAULT, FULL, Case
 
 import jaxengine
 from jaxengine import LLM, Rollout, SamplingParams
@@ -30,7 +30,12 @@ class Scored:
         return jaxengine.score(self.params if params is None else params, tokens, mask, self.each[rows], config=self.config, **how)
 
 
-@pytest.fixture(scope="module", params=CASES)
+QUICK = [("Qwen3", "bfloat16", 1), ("calc", "bfloat16", 1)]
+mark = lambda case: () if case in QUICK else pytest.mark.slow if case in DEFAULT else pytest.mark.long
+SCORED = [pytest.param(case, id="-".join(map(str, case)), marks=mark(case)) for case in FULL]
+
+
+@pytest.fixture(scope="module", params=SCORED)
 def scored(request) -> Scored:
     return Scored(Case(*request.param))
 
