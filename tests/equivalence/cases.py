@@ -41,7 +41,7 @@ class Case:
 
 
 @st.composite
-def models(draw) -> ModelConfig:
+def models(draw, dtype: str) -> ModelConfig:
     """Sizes that divide nothing but what they must."""
     kv_heads, vocab = draw(st.integers(1, 4)), draw(st.integers(5, 700))
     leaves = draw(st.sampled_from([n for n in (1, 2, 4) if kv_heads % n == 0]))
@@ -52,7 +52,7 @@ def models(draw) -> ModelConfig:
         num_attention_heads=kv_heads * draw(st.integers(1, 4)), num_key_value_heads=kv_heads, head_dim=2 * draw(st.integers(2, 20)),
         max_position_embeddings=LENGTH, rope=draw(st.sampled_from(ROPES)), tie_word_embeddings=draw(flag), qk_norm=draw(flag),
         qkv_bias=draw(flag), out_bias=draw(flag), eos_token_ids=draw(st.sampled_from([(), (vocab - 1,), (1, 3)])),
-        reduction_leaves=leaves, dtype=draw(st.sampled_from(["float32", "float32", "float32", "bfloat16"])))
+        reduction_leaves=leaves, dtype=dtype)
 
 
 @st.composite
@@ -90,6 +90,6 @@ def batches(draw, model: ModelConfig, engine: EngineConfig) -> Batch:
 
 
 @st.composite
-def cases(draw, num_batches: int, patience: int) -> Case:
-    model, engine = draw(models()), draw(engines(patience))
+def cases(draw, dtype: str, num_batches: int, patience: int) -> Case:
+    model, engine = draw(models(dtype)), draw(engines(patience))
     return Case(model, engine, tuple(draw(batches(model, engine)) for _ in range(num_batches)))

@@ -82,7 +82,8 @@ def support(logits: np.ndarray, params: SamplingParams) -> tuple[np.ndarray, flo
     """(what top-k, then top-p, then min-p keep, margin). Ties go to the lower id."""
     ids, margins = np.argsort(-logits, kind="stable"), [math.inf]
     if 0 < params.top_k < len(ids):
-        margins.append(logits[ids[params.top_k - 1]] - logits[ids[params.top_k]])
+        last, next_one = logits[ids[params.top_k - 1 : params.top_k + 1]]
+        margins.append(last - next_one if next_one > -math.inf else math.inf)
         ids = ids[: params.top_k]
     p = np.exp(log_softmax(logits[ids]))
     ratios = p / p[0]

@@ -103,12 +103,12 @@ def describe(choice: naive.Choice, sample, i: int) -> str:
             f"has {choice.logprobs[sample.token_ids[i]]}; no rounding explains it, the closest choice was one by {choice.margin:.1e}")
 
 
-def equivalence(examples: int, num_batches: int, patience: int) -> collections.Counter:
+def equivalence(dtype: str, examples: int, num_batches: int, patience: int) -> collections.Counter:
     """Run the property; returns the tally."""
     tally = collections.Counter()
     rules = settings(max_examples=examples, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck),
                      phases=(Phase.generate, Phase.shrink))
-    rules(given(cases(num_batches, patience))(lambda case: check(case, tally)))()
+    rules(given(cases(dtype, num_batches, patience))(lambda case: check(case, tally)))()
     return tally
 
 
@@ -117,11 +117,13 @@ def few_flips(tally: collections.Counter) -> bool:
 
 
 def test_the_engine_is_the_naive_reference():
-    tally = equivalence(examples=4, num_batches=8, patience=99)
+    tally = equivalence("float32", examples=4, num_batches=8, patience=10**6)
     assert tally["tokens"] > 300 and few_flips(tally), tally
 
 
-@pytest.mark.long
-def test_the_engine_is_the_naive_reference_in_more_shapes():
-    tally = equivalence(examples=14, num_batches=8, patience=0)
-    assert tally["tokens"] > 1500 and few_flips(tally), tally
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype, examples", [("float32", 6), ("bfloat16", 4)])
+def test_the_engine_is_the_naive_reference_in_more_shapes(dtype, examples):
+    """On every tile that serves. bfloat16 is compared by bits alone: it is too far from float32 to draw the same tokens."""
+    tally = equivalence(dtype, examples, num_batches=12, patience=0)
+    assert tally["tokens"] > 1000 * (dtype == "float32") - 1 and few_flips(tally), tally

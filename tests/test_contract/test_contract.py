@@ -159,7 +159,8 @@ def test_group_equals_singles(case):
 SMALL = dict(page_size=16, num_pages=21, compile_patience=99)
 CHANGES = [dict(page_size=64, max_num_seqs=40, num_pages=300, max_model_len=300), dict(max_num_seqs=3, max_num_batched_tokens=48),
            dict(decode_steps=3, overlap=True, num_pages=17)]
-SHAPES = [pytest.param(c, id="-".join(map(str, c)), marks=() if c == DEFAULT[0] else mark(c) or pytest.mark.slow) for c in FULL if c[2] == 1]
+SHAPES = [pytest.param(c, id="-".join(map(str, c)), marks=() if c == DEFAULT[0] else mark(c) or pytest.mark.slow)
+          for c in FULL if c[2] == 1]
 
 
 @pytest.fixture(scope="module", params=SHAPES)
