@@ -39,6 +39,7 @@ def test_the_engine_is_as_before(tiny, sound):
     tiny.engine.scheduler.check_integrity()
 
 
+@pytest.mark.slow
 def test_taken_out_pinning_is_named():
     """The control of every axis: the engine with plain products in place of regions, and which axes then move bits."""
     with plain():
