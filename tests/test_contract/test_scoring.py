@@ -10,7 +10,7 @@ import jaxengine
 from jaxengine import LLM, Rollout, SamplingParams
 from jaxengine.models import plain
 from jaxengine.programs import BASE
-from jaxengine.rl import forward, scoring
+from jaxengine.rl import scoring
 
 
 class Scored:
@@ -168,19 +168,6 @@ def test_other_parameters_score_other_bits(small):
     assert (bits(jaxengine.score(params, rollout.tokens, rollout.mask, hot, config=config)) != expected).any()
     reference = jax.jit(lambda p: plain_logprobs(config, p, rollout.tokens, rollout.mask))(params)
     assert (bits(reference) != expected).any() and np.abs(np.asarray(reference) - rollout.logprobs).max() < 1e-4
-
-
-def test_without_regions_bits_move(small, monkeypatch):
-    """The control of pinning itself: the same functions on whole arrays instead of tiles."""
-    config, params = small
-    llm = make_llm(config, params)
-    rollout = Rollout.from_outputs(llm.generate([list(range(1, 40))], SamplingParams(max_tokens=60), key=jax.random.key(0)))
-    monkeypatch.setattr(forward, "over_tiles", lambda body, tile, weights, rows, count: body(weights, rows))
-    monkeypatch.setattr(scoring, "over_tiles", lambda body, tile, weights, rows, count: body(weights, rows))
-    jax.clear_caches()
-    found = jax.jit(lambda p: jaxengine.score(p, rollout.tokens, rollout.mask, config=config))(params)
-    jax.clear_caches()
-    assert (bits(found) != bits(rollout.logprobs)).any()
 
 
 @pytest.mark.parametrize("tokens, mask, error", [
