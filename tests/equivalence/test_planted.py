@@ -69,7 +69,7 @@ def softmax_of_xlas_own(real):
     return types.SimpleNamespace(**vars(real) | dict(distribution=other))
 
 
-SLOW = pytest.mark.slow  # each compiles a model
+SLOW = pytest.mark.long  # each compiles a model
 PLANTS = [
     pytest.param(1, sampler, "_above", edge_left_out), pytest.param(2, scoring, "sampler", softmax_of_xlas_own),
     pytest.param(3, decoder, "paged_attention", first_tile_for_the_second, marks=SLOW),

@@ -15,7 +15,7 @@ from jaxengine.models import decoder
 
 EDGES = (1, 2, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 127, 128, 129, 191, 192, 193, 511, 512, 513)
 LONGEST, NEW = 3001, 50
-SLOW = pytest.mark.slow
+SLOW = pytest.mark.long
 SIZES = [pytest.param(16, 48, "float32", marks=SLOW), (32, 256, "bfloat16")]
 LONG = [pytest.param(16_384, marks=SLOW), pytest.param(40_960, marks=SLOW)]
 GREEDY = SamplingParams(max_tokens=NEW, temperature=0.0)
