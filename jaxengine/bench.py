@@ -86,7 +86,7 @@ class Peer:
         self.workloads, self.versions = tuple(hello["workloads"]), hello["versions"]
 
     def warm_up(self) -> None:
-        """Nothing beyond the first run of each workload."""
+        """Nothing beyond the warm-up of each workload."""
 
     def seconds(self, prompts: Prompts, lengths: list[int], logprobs: bool) -> float:
         assert self._process.stdin is not None
@@ -164,7 +164,7 @@ def compilations() -> Iterator[list[str]]:
 
 def measure(systems: Sequence[System], workloads: Sequence[Workload], repeats: int = 3, report: Callable[[str], None] = lambda text: None
             ) -> list[Result]:
-    """Each workload on each system: one run that does not count, then `repeats`, the systems in turns. Prompts are fresh in every run."""
+    """Each workload on each system: a warm-up that does not count, then `repeats`, the systems in turns. Prompts are fresh in every run."""
     results = []
     for system in systems:
         report(f"warming up {system.name} …")
@@ -173,14 +173,15 @@ def measure(systems: Sequence[System], workloads: Sequence[Workload], repeats: i
         able = [system for system in systems if workload.kind in system.workloads]
         rates: list[list[float]] = [[] for _ in able]
         compiled = [0 for _ in able]
-        for repeat in range(-1, repeats):
+        for system in able:
+            report(f"warming up {workload} on {system.name} …")
+            workload.warm_up(system)
+        for repeat in range(repeats):
             for index, system in enumerate(able):
                 with compilations() as names:
-                    rate = workload.rate(system, repeat)
-                report(f"{workload} on {system.name}, {f'run {repeat + 1} of {repeats}' if repeat >= 0 else 'warm-up'}: {rate:.1f} tok/s")
-                if repeat >= 0:
-                    rates[index].append(rate)
-                    compiled[index] += len(names)
+                    rates[index].append(workload.rate(system, repeat))
+                report(f"{workload} on {system.name}, run {repeat + 1} of {repeats}: {rates[index][-1]:.1f} tok/s")
+                compiled[index] += len(names)
         results += [Result(str(workload), system.name, own, count if isinstance(system, Ours) else None)
                     for system, own, count in zip(able, rates, compiled, strict=True)]
     return results

@@ -42,6 +42,11 @@ class Decode:
     def __str__(self) -> str:
         return f"decode B={self.batch}"
 
+    def warm_up(self, system: System) -> None:
+        """The same shapes without counting: prompts of this size, and the first decode steps behind them."""
+        drawn = random_prompts(random.Random(f"{self} warm-up"), self.batch, self.prompt_tokens, system.vocab_size)
+        system.seconds(drawn, [2] * self.batch, logprobs=False)
+
     def rate(self, system: System, repeat: int) -> float:
         """Tokens per second of a run whose prompts no other run has."""
         times = []
@@ -69,6 +74,10 @@ class Group:
 
     def __str__(self) -> str:
         return f"group {self.prompts}x{self.samples}"
+
+    def warm_up(self, system: System) -> None:
+        """One run without counting."""
+        self.rate(system, -1)
 
     def rate(self, system: System, repeat: int) -> float:
         """Tokens per second of a run whose prompts no other run has."""

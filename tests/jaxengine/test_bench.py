@@ -65,7 +65,7 @@ def test_no_prompt_comes_twice_and_systems_get_the_same():
     results = bench.measure([first, second], [bench.Decode(2, 20, 3), bench.Group(2, 2, 20, 2, 4)], repeats=2)
     assert first.calls == second.calls and [result.system for result in results] == ["clock"] * 4
     drawn = [prompt for prompts, _ in first.calls for prompt in dict.fromkeys(map(tuple, prompts))]
-    assert len(drawn) == len(set(drawn)) == 2 * 2 * 3 + 2 * 3
+    assert len(drawn) == len(set(drawn)) == 2 * (1 + 2 * 2) + 2 * 3
     assert [len(result.rates) for result in results] == [2] * 4 and "1.00 times as fast" in bench.table(results)
 
 
