@@ -10,8 +10,9 @@ from jax.core import Tracer
 from jaxengine.config import EngineConfig, ModelConfig
 from jaxengine.coordinate import Coordinate
 from jaxengine.keywords import check_keywords
+from jaxengine.outputs import CompletionOutput, RequestOutput
 from jaxengine.request import SamplingParams, token_ids_of
-from jaxengine.sequence import Request
+from jaxengine.sequence import Earlier, Request
 from jaxengine.slots import MAX_STOPS, stop_token_ids
 from jaxengine.tokenizer import Tokenizer
 
@@ -88,6 +89,37 @@ def replayed(request_id: str, coordinate: Coordinate, model: ModelConfig, engine
     for fold in (prompt, sample):
         key = jax.random.fold_in(key, fold) if fold >= 0 else key
     return make_request(request_id, coordinate.prompt_token_ids, 0, params.replace(key=key), (0, 0), model, engine, None)
+
+
+def extended(request_id: str, output: RequestOutput, params: SamplingParams | None, model: ModelConfig, engine: EngineConfig,
+             tokenizer: Tokenizer | None) -> Request:
+    """The request that goes on where the samples of an output stand; those that a stop or an error ended stay as they are."""
+    begun = output.outputs[0].coordinate
+    assert begun is not None
+    params = params or begun.sampling_params
+    if params.n != len(output.outputs):
+        raise ValueError(f"request {output.request_id} has {len(output.outputs)} samples, sampling_params has n={params.n}")
+    prompt = {"prompt": output.prompt, "prompt_token_ids": output.prompt_token_ids, "cache_salt": output.cache_salt}
+    request = make_request(request_id, prompt, 0, params.replace(key=None, seed=None), begun.key, model, engine, tokenizer)
+    request.params, request.prompt_index = params, begun.key_folds[0]
+    request.earlier = [_earlier(sample, request) for sample in output.outputs]
+    return request
+
+
+def _earlier(sample: CompletionOutput, request: Request) -> Earlier:
+    params = request.params
+    for name, wanted, have in (("raw_logprobs", params.raw_logprobs, sample.raw_logprobs), ("entropy", params.entropy, sample.entropies),
+                               ("logprobs", params.logprobs is not None, sample.logprobs)):
+        if wanted and have is None:
+            raise ValueError(f"{name} is asked for, but sample {sample.index} was begun without: its earlier tokens have none")
+    length = len(request.prompt_token_ids) + len(sample.token_ids)
+    ended = sample.finish_reason in ("stop", "error") or length >= request.limit
+    versions = [span.version for span in sample.weight_versions for _ in range(span.start, span.stop)]
+    floats = lambda values: [] if values is None else values.tolist()
+    return Earlier(
+        list(sample.token_ids), sample.token_logprobs.tolist(), versions, floats(sample.raw_logprobs), floats(sample.entropies),
+        list(sample.logprobs or []), (sample.finish_reason if sample.finish_reason != "abort" else "length") if ended else None,
+        sample.stop_reason if ended else None)
 
 
 def check_scored(tokens: Any, mask: Any, config: ModelConfig) -> None:

@@ -22,6 +22,14 @@ from jaxengine.step_inputs import RowOutputs
 DEAD_END = "min_tokens, stop tokens, logit_bias and penalties rule out every token of the vocabulary"
 
 
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """A pytree and its version: one attribute, so that an interrupt finds the old ones or the new ones, never a mixture."""
+
+    params: Any
+    version: int
+
+
 @dataclasses.dataclass
 class InFlight:
     """A dispatched plan whose results are not read yet, and which rows belong to whom."""
@@ -40,7 +48,7 @@ class Engine:
 
     def __init__(self, model: ModelConfig, config: EngineConfig, params: Any, *,
                  make_detokenizer: Callable[[Sequence], Detokenizer] | None = None, report: Report = lambda text: None) -> None:
-        self.model, self.config, self.params = model, config, params
+        self.model, self.config, self.weights = model, config, Weights(params, 0)
         self.cache = kv_cache.allocate(model, config)  # first: it takes the most memory, and may be refused
         self.scheduler = Scheduler(config, BlockManager(config.num_pages, config.page_size, config.enable_prefix_caching))
         self.batch = BatchBuilder(config)
@@ -67,6 +75,8 @@ class Engine:
         if request.params.stop and self._make_detokenizer is not None:
             for sequence in request.samples:
                 sequence.detokenizer = self._make_detokenizer(sequence)
+                sequence.detokenizer.push(sequence.generated)
+        self._end(request)  # where all of its samples had ended before
 
     def abort(self, request_id: str) -> None:
         """End a request wherever it is; unknown and finished ids are no error. Its pages are free at once."""
@@ -75,6 +85,10 @@ class Engine:
             for sequence in request.samples if request else ():
                 self.scheduler.finish(sequence, "abort")
             self.requests.pop(request_id, None)
+
+    @property
+    def params(self) -> Any:
+        return self.weights.params
 
     @property
     def has_work(self) -> bool:
@@ -107,6 +121,19 @@ class Engine:
         finally:
             self.config = scheduler.config = kept
             scheduler.blocks.caching = kept.enable_prefix_caching
+
+    def update_params(self, params: Any, version: int, *, keep: bool = False) -> list[Request]:
+        """Other weights from the next token on: no token drawn so far is lost, and no page written so far is found again.
+
+        Keys and values of running requests are computed anew under them. With `keep` those that decode keep theirs: what follows depends
+        on both versions, and their pages are offered to nobody. Returns the requests that ended with the last step under the old weights.
+        """
+        with self._whole():
+            ended, self._in_flight = self._collect(self._in_flight), None
+            self.weights = Weights(params, version)
+            self.scheduler.change_version(version, keep)
+            self.programs.forget()
+            return ended
 
     def step(self) -> list[Request]:
         """One step; returns the requests that ended in it. After any error the engine is usable again.
@@ -289,6 +316,7 @@ class Engine:
         unfinished = [s for request in self.requests.values() for s in request.samples if s.status is not Status.FINISHED]
         self.requests = {s.request.request_id: s.request for s in unfinished}
         self.scheduler.restart(unfinished)
+        self.scheduler.version = self.weights.version
         for sequence in unfinished:
             if sequence.detokenizer is not None and self._make_detokenizer is not None:
                 sequence.detokenizer = self._make_detokenizer(sequence)

@@ -4,18 +4,18 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from jaxengine.admission import check_scored, params_of, prompts_of
 from jaxengine.config import ModelConfig
 from jaxengine.llm import LLM
 from jaxengine.models.decoder import Tile
-from jaxengine.models.params import Decoder, abstract
+from jaxengine.models.params import Decoder
 from jaxengine.outputs import RequestOutputs
 from jaxengine.request import SamplingParams
 from jaxengine.rl import forward, scoring
 from jaxengine.tokenizer import Tokenizer
+from jaxengine.weights import check_fits, placed
 
 POOLS_KEPT = 2  # engines whose pages and proofs are kept between calls
 
@@ -35,7 +35,7 @@ def generate(params: Decoder, prompts: Any, sampling_params: SamplingParams | Se
     check_fits(params, config)
     llm, lock = _engine_for(config, tokenizer, tuple(sorted(engine.items())))
     with lock:  # an engine runs one set of weights at a time
-        llm.engine.params = params
+        llm.engine.update_params(placed(params), version=0)
         try:
             return llm.generate(batch, sampling_params, key=key)
         finally:
@@ -60,17 +60,6 @@ def score(params: Decoder, tokens: Any, mask: Any, sampling_params: SamplingPara
     slots = scoring.slot_params(params_of(sampling_params, tokens.shape[0]), config)
     logprobs, entropies = scoring.token_logprobs(params, tokens, mask, slots, config=config, entropy=entropy, tile=tile)
     return (logprobs, entropies) if entropy else logprobs
-
-
-def check_fits(params: Decoder, config: ModelConfig) -> None:
-    """Raises ValueError listing the first ten leaves whose presence, shape or dtype is not what `config` declares."""
-    named = lambda tree: {jax.tree_util.keystr(p, simple=True, separator="."): f"{x.dtype}{list(x.shape)}"
-                          for p, x in jax.tree_util.tree_leaves_with_path(tree)}
-    given, declared = named(params), named(abstract(config))
-    wrong = [f"{path}: given {given.get(path, 'nothing')}, declared {declared.get(path, 'nothing')}"
-             for path in sorted(given.keys() | declared.keys()) if given.get(path) != declared.get(path)]
-    if wrong:
-        raise ValueError(f"params do not fit config, {len(wrong)} leaves differ:\n  " + "\n  ".join(wrong[:10]))
 
 
 @functools.lru_cache(maxsize=POOLS_KEPT)

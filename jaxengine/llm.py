@@ -1,9 +1,7 @@
 """LLM: a model, its tokenizer and an engine behind the names that vLLM's users know."""
-import collections
 import dataclasses
 import itertools
 import os
-import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,7 +10,7 @@ import numpy as np
 
 from checkpoints.model_folder import resolve
 from jaxengine import memory
-from jaxengine.admission import check_scored, key_data, make_request, params_of, prompts_of, replayed
+from jaxengine.admission import check_scored, extended, key_data, make_request, params_of, prompts_of, replayed
 from jaxengine.compare import Comparison, compare
 from jaxengine.config import EngineConfig, ModelConfig
 from jaxengine.contract import contract
@@ -27,13 +25,17 @@ from jaxengine.progress import Progress
 from jaxengine.render import render
 from jaxengine.request import SamplingParams
 from jaxengine.rl import forward, scoring
-from jaxengine.sequence import Request, Status
+from jaxengine.runner import Runner, ended
+from jaxengine.sequence import Request
 from jaxengine.sequence import Sequence as Sample
 from jaxengine.tokenizer import Tokenizer
 from jaxengine.verification import Verification
 from jaxengine.verify import verify
+from jaxengine.weights import check_alive, placed, prepared
 
 CPU_TOKENS, DEVICE_TOKENS = 512, 8192  # default budget of a step
+IN_FLIGHT = ("recompute", "keep", "drain")
+CONTRACTS_KEPT = 16  # of earlier versions of the weights, for outputs that are rendered after an update
 ENGINE_KEYWORDS = tuple(field.name for field in dataclasses.fields(EngineConfig))
 OWN_KEYWORDS = ("model", "dtype", "tokenizer", "seed", "reduction_leaves", "tensor_parallel_size", "data_parallel_size", "mesh", "progress")
 
@@ -76,13 +78,11 @@ class LLM:
     def _start(self, config: ModelConfig, engine: EngineConfig, params: Decoder | None, tokenizer: Tokenizer | None, seed: int) -> None:
         self.config, self.tokenizer = config, tokenizer
         with memory.explained(config, engine, "making room for the cache"):
-            self.engine = Engine(config, engine, params, make_detokenizer=self._detokenizer, report=self.progress.line)
+            self.engine = Engine(config, engine, placed(params), make_detokenizer=self._detokenizer, report=self.progress.line)
             jax.block_until_ready(self.engine.cache)
         self._key = jax.random.key(seed)
         self._calls, self._ids = itertools.count(), itertools.count()
-        self._process = os.getpid()
-        self._lock = threading.Lock()  # one step at a time; other threads' requests ride along in it
-        self._left: collections.deque[Request] = collections.deque()  # aborted, but the engine was at work: see _leave
+        self.runner = Runner(self.engine)
         self._contracts: dict[int, Contract] = {}
 
     @property
@@ -107,12 +107,18 @@ class LLM:
         The draws depend on (key, index of the prompt, index of the sample, position) alone. Without a key each call takes the next one
         of the LLM's seed. An interrupt aborts the call's requests and leaves the engine usable.
         """
-        requests = self._requests(prompts_of(prompts), sampling_params, key, request_ids)  # they are queued in _run, which ends them too
-        show = self.progress.enabled if use_tqdm is None else use_tqdm
-        with Progress(show).bar(len(requests), "generating", "prompt") as bar:
-            for _ in self._run(requests):
-                bar.update(sum(_ended(r) for r in requests) - bar.n)
-        return RequestOutputs(self._output(request) for request in requests)
+        return self._complete(self._requests(prompts_of(prompts), sampling_params, key, request_ids), use_tqdm)
+
+    def extend(self, outputs: Sequence[RequestOutput], sampling_params: SamplingParams | None = None, *,
+               use_tqdm: bool | None = None) -> RequestOutputs:
+        """Go on where samples stopped that came to their end by "length" or "abort", under the weights that run now: partial rollouts.
+
+        The outputs hold all tokens from the first on, and `weight_versions` says which weights drew which. `sampling_params` are those of
+        the whole samples (`max_tokens` counts from the prompt), by default their own. Where the weights are the same, so are the bits.
+        """
+        self.runner.check_process()
+        going_on = lambda output: extended(self._new_id(), output, sampling_params, self.config, self.engine_config, self.tokenizer)
+        return self._complete([*map(going_on, outputs)], use_tqdm)
 
     def stream(self, prompt: Any, sampling_params: SamplingParams | None = None, *, key: Any = None) -> Iterator[RequestOutput]:
         """The output of one prompt again and again as it grows; the last one is finished. Closing the iterator aborts the request."""
@@ -122,9 +128,8 @@ class LLM:
         (request,) = self._requests(prompts, sampling_params, key, None)
         output = None
         for _ in self._run([request], streaming=True):
-            with self._lock:  # no other thread's step may add a token to what is being read
+            with self.runner.alone():  # no other thread's step may add a token to what is being read
                 output = self._output(request)
-            self._sweep()
             yield output
         if output is None or not output.finished:  # another call's step brought the end
             yield self._output(request)
@@ -147,7 +152,56 @@ class LLM:
         """
         request = self.engine.requests.get(request_id)
         if request is not None:
-            self._leave([request])
+            self.runner.leave([request])
+
+    # -- weights ---------------------------------------------------------------------------------------------------------------
+
+    def update_params(self, params: Decoder, *, in_flight: str = "recompute", version: int | None = None, cast: bool = False) -> int:
+        """Run other weights from the next token on; returns their version, which every token of theirs carries.
+
+        All or nothing: where leaves are missing, misnamed, of another shape or dtype or not finite, ValueError lists them and the old
+        weights stay. Nothing is compiled anew, and leaves are copied only where they do not lie on the device yet. With `cast`, floating
+        leaves are rounded to the declared dtype; score such a policy by `llm.params`, whose bits are those that run.
+
+        Requests in flight: "recompute" (their keys and values are rebuilt under the new weights before the next token), "keep" (those that
+        decode keep what is in the cache, so what follows depends on both versions, and on whether it was preempted), "drain" (the update
+        waits until they have ended). `version` is by default the next integer; a resumed run gives its own, higher than the current one.
+        """
+        if in_flight not in IN_FLIGHT:
+            raise ValueError(f"in_flight must be one of {', '.join(map(repr, IN_FLIGHT))}, got {in_flight!r}")
+        self.runner.check_process()
+        params = prepared(params, self.config, self.params, cast=cast)
+        with self.runner.alone():
+            current = self.engine.weights.version
+            if version is not None and version <= current:
+                raise ValueError(f"version must be higher than the current one, {current}, got {version}")
+            if in_flight == "drain":
+                self._drain()
+            self.engine.update_params(params, current + 1 if version is None else version, keep=in_flight == "keep")
+        return self.engine.weights.version
+
+    @property
+    def weights_version(self) -> int:
+        """Version of the weights that run: 0 at first, raised by `update_params`."""
+        return self.engine.weights.version
+
+    def pause(self) -> None:
+        """No step begins until `resume`: requests, their own threads included, wait where they are. Idempotent."""
+        self.runner.pause()
+
+    def resume(self) -> None:
+        """Go on behind a `pause`. Idempotent."""
+        self.runner.resume()
+
+    @property
+    def is_paused(self) -> bool:
+        return self.runner.is_paused
+
+    def _drain(self) -> None:
+        if self.is_paused and self.engine.has_work:
+            raise RuntimeError('in_flight="drain" waits for requests, and the LLM is paused: call resume() first, or recompute or keep')
+        while self.engine.has_work:
+            self.engine.step()
 
     # -- the contract ----------------------------------------------------------------------------------------------------------
 
@@ -161,23 +215,25 @@ class LLM:
         tokens, mask = np.asarray(tokens), np.asarray(mask)
         check_scored(tokens, mask, self.config)
         slots = scoring.slot_params(params_of(sampling_params, tokens.shape[0]), self.config)
-        with self._lock:
+        with self.runner.alone():
             assert self.params is not None
             tile = self.engine.proven(forward.WIDE)
             logprobs, entropies = scoring.in_batches(self.params, tokens, mask, slots, config=self.config, entropy=entropy, tile=tile)
-        self._sweep()
         return (logprobs, entropies) if entropy else logprobs
 
     def replay(self, coordinate: Coordinate) -> Comparison:
         """Draw one sample again, alone, and compare every bit; the result's `holds` says whether it matched.
 
         Raises ValueError, naming what differs, for the coordinate of another contract: other versions, device, model or weights.
+        A sample that several versions of the weights drew has such a one.
         """
+        if not coordinate.token_ids:
+            raise ValueError("this coordinate's sample ended before its first token: there is nothing to draw again")
         differences = coordinate.contract.differences(self.contract())
         if differences:
             raise ValueError("this coordinate belongs to another contract, its bits cannot be expected here: " + "; ".join(differences))
         request = replayed(self._new_id(), coordinate, self.config, self.engine_config)
-        for _ in self._run([request]):
+        for _ in self.runner.run([request]):
             pass
         drawn = self._output(request).outputs[0]
         return compare("drawn again", [(coordinate.token_ids, coordinate.token_logprobs)], [(drawn.token_ids, drawn.token_logprobs)])
@@ -189,9 +245,7 @@ class LLM:
     # -- inside ----------------------------------------------------------------------------------------------------------------
 
     def _requests(self, prompts: list[Any], params: Any, key: Any, request_ids: Sequence[str] | None) -> list[Request]:
-        if os.getpid() != self._process:
-            raise RuntimeError(f"this LLM belongs to process {self._process}, of which this one is a fork: its device does not live on "
-                               "here. Build an LLM in each process, and start processes with multiprocessing's 'spawn'")
+        self.runner.check_process()
         if request_ids is not None and len(request_ids) != len(prompts):
             raise ValueError(f"{len(request_ids)} request_ids for {len(prompts)} prompts: give one each")
         each = params_of(params, len(prompts))
@@ -206,48 +260,24 @@ class LLM:
         """The next number that no caller took as an id of its own."""
         return next(name for name in map(str, self._ids) if name not in self.engine.requests)
 
-    def _add(self, requests: list[Request], streaming: bool = False) -> None:
-        with self._lock:
-            self._end_left()  # their ids are free again
-            for request in requests:
-                self.engine.add(request)
-            if streaming and self.tokenizer is not None:
-                for sample in requests[0].samples:
-                    sample.detokenizer = sample.detokenizer or self._detokenizer(sample)
+    def _complete(self, requests: list[Request], use_tqdm: bool | None) -> RequestOutputs:
+        """Queue requests, run them to their ends and render them."""
+        show = self.progress.enabled if use_tqdm is None else use_tqdm
+        with Progress(show).bar(len(requests), "generating", "prompt") as bar:
+            for _ in self._run(requests):
+                bar.update(sum(map(ended, requests)) - bar.n)
+        return RequestOutputs(self._output(request) for request in requests)
 
     def _run(self, requests: list[Request], streaming: bool = False) -> Iterator[None]:
-        """Queue a call's requests, all or none, and step until they have ended. Several threads may: who holds the lock steps for all."""
-        try:
-            self._add(requests, streaming)
-            while not all(_ended(request) for request in requests):
-                with self._lock:
-                    if not all(_ended(request) for request in requests):
-                        self.engine.step()
-                self._sweep()
-                yield
-        finally:
-            self._leave(requests)
+        """Queue requests and step until they have ended; the contract is written down before the weights can change."""
 
-    def _leave(self, requests: list[Request]) -> None:
-        """Abort those that the engine still has; where it is at work, whoever works with it does so afterwards.
+        def prepare() -> None:
+            check_alive(self.params)
+            self.contract()
+            for sample in requests[0].samples if streaming and self.tokenizer is not None else ():
+                sample.detokenizer = sample.detokenizer or self._detokenizer(sample)
 
-        Waiting for it could be for ever: a stream may be collected as garbage, or a signal be handled, amid this very thread's step.
-        """
-        self._left.extend(request for request in requests if self.engine.requests.get(request.request_id) is request)
-        self._sweep()
-
-    def _sweep(self) -> None:
-        """To be called behind each use of the lock: somebody may have left in the meantime."""
-        while self._left and not self._lock.locked():
-            with self._lock:
-                self._end_left()
-
-    def _end_left(self) -> None:
-        while self._left:
-            request = self._left[0]
-            if self.engine.requests.get(request.request_id) is request:  # else it ended meanwhile, and its id may be another's
-                self.engine.abort(request.request_id)
-            self._left.popleft()
+        return self.runner.run(requests, prepare)
 
     def _detokenizer(self, sample: Sample) -> Detokenizer:
         assert self.tokenizer is not None
@@ -256,25 +286,29 @@ class LLM:
                            skip_special_tokens=params.skip_special_tokens, min_tokens=params.min_tokens)
 
     def _output(self, request: Request) -> RequestOutput:
-        return render(request, self.tokenizer, self.contract())
+        """The request as it stands, under the contract of the weights that drew its newest token."""
+        versions = [sample.token_versions[-1] for sample in request.samples if sample.token_versions]
+        known = self._contracts.get(max(versions)) if versions else None
+        return render(request, self.tokenizer, known or self.contract())
 
     def contract(self) -> Contract:
         """What has to be equal for bits to be equal (contract.py), of the weights that run."""
-        version = self.engine.scheduler.version
-        if version not in self._contracts:
-            assert self.params is not None
-            self._contracts[version] = contract(self.config, self.params, version)
-        return self._contracts[version]
+        weights = self.engine.weights
+        if weights.version not in self._contracts:
+            assert weights.params is not None
+            self._contracts[weights.version] = contract(self.config, weights.params, weights.version)
+            for old in sorted(self._contracts)[:-CONTRACTS_KEPT]:
+                del self._contracts[old]
+        return self._contracts[weights.version]
 
     def warm_up(self) -> None:
         """Compile every step now: nothing is compiled afterwards."""
-        with self._lock, memory.explained(self.config, self.engine_config, "compiling"):
+        with self.runner.alone(), memory.explained(self.config, self.engine_config, "compiling"):
             self.engine.warm_up()
-        self._sweep()
 
     def forget(self) -> None:
         """Let go of the weights and of all that depends on them: cached prefixes and contracts."""
-        self.engine.params = None
+        self.engine.update_params(None, version=0)
         self.engine.scheduler.blocks.clear_cache()
         self._contracts.clear()
 
@@ -301,7 +335,3 @@ def _load_tokenizer(given: Any, folder: Any) -> Tokenizer | None:
         return Tokenizer.load(resolve(given))
     has_one = any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json"))
     return Tokenizer.load(folder) if has_one else None
-
-
-def _ended(request: Request) -> bool:
-    return all(sample.status is Status.FINISHED for sample in request.samples)

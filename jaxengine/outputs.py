@@ -53,7 +53,7 @@ class CompletionOutput:
         return f"<div><code style='white-space:pre-wrap'>{tokens}</code> <small>{html.escape(str(self.finish_reason))}</small></div>"
 
     token_texts: list[str] | None = dataclasses.field(default=None, repr=False)
-    coordinate: Coordinate | None = dataclasses.field(default=None, repr=False)  # of a sample with tokens: what LLM.replay takes
+    coordinate: Coordinate | None = dataclasses.field(default=None, repr=False)  # what LLM.replay takes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +68,7 @@ class RequestOutput:
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # raw: of the model's own distribution
     num_cached_tokens: int = 0
     digest: str = ""
+    cache_salt: str = ""
 
     def _repr_html_(self) -> str:
         prompt = self.prompt if self.prompt is not None else f"{len(self.prompt_token_ids)} tokens"

@@ -43,6 +43,11 @@ class Programs:
         """Steps whose bits differed from the base tile's on this machine."""
         return [step for step, trusted in self._trusted.items() if not trusted]
 
+    def forget(self) -> None:
+        """Other weights run from now on: what the base step said under the old ones is no measure for them. Proofs stay good: whether
+        XLA adds in the same order is a matter of shapes."""
+        self._expected = None
+
     # -- serving ---------------------------------------------------------------------------------------------------------------
 
     def choose(self, kind: str, num_blocks: int, params: Decoder, cache: Cache) -> tuple[Cache, Tile]:

@@ -10,7 +10,7 @@ from jaxengine.tokenizer import Tokenizer
 
 
 def render(request: Request, tokenizer: Tokenizer | None, contract: Contract) -> RequestOutput:
-    """A RequestOutput of the request as it stands."""
+    """A RequestOutput of the request as it stands. `contract` is that of its newest token's weights."""
     prompt_logprobs = request.prompt_logprobs
     if prompt_logprobs is None and request.params.prompt_logprobs is not None:
         prompt_logprobs = [None] * len(request.prompt_token_ids)
@@ -19,7 +19,7 @@ def render(request: Request, tokenizer: Tokenizer | None, contract: Contract) ->
         [_completion(sample, tokenizer, contract) for sample in request.samples],
         all(sample.status is Status.FINISHED for sample in request.samples),
         None if prompt_logprobs is None else [entry and _with_texts(entry, tokenizer) for entry in prompt_logprobs],
-        request.num_cached_tokens or 0, contract.digest)
+        request.num_cached_tokens or 0, contract.digest, request.cache_salt)
 
 
 def _completion(sample: Sequence, tokenizer: Tokenizer | None, contract: Contract) -> CompletionOutput:
@@ -31,11 +31,14 @@ def _completion(sample: Sequence, tokenizer: Tokenizer | None, contract: Contrac
         [_with_texts(entry, tokenizer) for entry in sample.logprobs] if params.logprobs is not None else None,
         optional(params.raw_logprobs, sample.raw_logprobs), optional(params.entropy, sample.entropies),
         [tokenizer.token_text(token) for token in token_ids] if tokenizer is not None else None,
-        _coordinate(sample, token_ids, logprobs, contract) if token_ids else None)
+        _coordinate(sample, token_ids, logprobs, contract))
 
 
 def _coordinate(sample: Sequence, token_ids: list[int], logprobs: np.ndarray, contract: Contract) -> Coordinate:
-    request = sample.request
+    """Of a sample that several versions of the weights drew, none of which could replay it, the contract names them all."""
+    request, versions = sample.request, sorted(set(sample.token_versions))
+    if versions and versions != [contract.parts["weights_version"]]:
+        contract = Contract(contract.parts | {"weights_version": versions})
     return Coordinate(contract, request.key, request.key_folds(sample.index), request.prompt_token_ids, request.params, token_ids, logprobs)
 
 

@@ -64,8 +64,8 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Queue every sample of a request."""
         first, self._arrivals = self._arrivals, self._arrivals + request.params.n
-        request.samples = [Sequence(request, index, list(request.prompt_token_ids), first + index) for index in range(request.params.n)]
-        self.waiting.extend(request.samples)
+        request.samples = [Sequence.of(request, index, first + index) for index in range(request.params.n)]
+        self.waiting.extend(sample for sample in request.samples if sample.status is Status.WAITING)
 
     def finish(self, sequence: Sequence, reason: str, stop_reason: int | str | None = None) -> None:
         """End a sequence wherever it is; idempotent."""
@@ -83,7 +83,7 @@ class Scheduler:
         self.running.remove(sequence)
         self.blocks.release(sequence.pages)
         self._free_slots.append(sequence.slot)
-        sequence.pages, sequence.slot, sequence.num_computed, sequence.num_registered = [], -1, 0, 0
+        sequence.pages, sequence.slot, sequence.num_computed, sequence.num_registered, sequence.has_old_pages = [], -1, 0, 0, False
         if sequence.request.prefilling is sequence:
             sequence.request.prefilling = None
 
@@ -94,6 +94,16 @@ class Scheduler:
         sequence.status = Status.WAITING
         self.waiting.appendleft(sequence)
         self.num_preemptions += 1
+
+    def change_version(self, version: int, keep: bool) -> None:
+        """Other weights run from now on, and nothing is under way. What runs is preempted, in the old order; with `keep` what decodes goes
+        on with the pages that it has."""
+        self.version = version
+        for sequence in reversed(list(self.running)):
+            if keep and sequence.is_decoding:
+                sequence.version, sequence.has_old_pages = version, True
+            else:
+                self.preempt(sequence)
 
     def restart(self, sequences: Iterable[Sequence]) -> None:
         """Nothing is on the device and these sequences wait, whatever state an interrupt left behind."""
@@ -238,6 +248,8 @@ class Scheduler:
 
     def register_pages(self, sequence: Sequence) -> None:
         """Offer the pages that are full of known tokens to the prefix cache."""
+        if sequence.has_old_pages:
+            return  # its keys and values follow from more than one version of the weights
         size = self.config.page_size
         # A page may be offered while the step that fills it is under way: whoever reads it runs behind that step.
         full = min(sequence.num_computed, len(sequence.token_ids)) // size

@@ -14,6 +14,20 @@ class Status(enum.Enum):
     FINISHED = "finished"
 
 
+@dataclasses.dataclass(frozen=True)
+class Earlier:
+    """What an earlier call drew for one sample, in the fields of Sequence. Without a finish reason it goes on."""
+
+    token_ids: list[int] = dataclasses.field(default_factory=list)
+    token_logprobs: list[float] = dataclasses.field(default_factory=list)
+    token_versions: list[int] = dataclasses.field(default_factory=list)
+    raw_logprobs: list[float] = dataclasses.field(default_factory=list)
+    entropies: list[float] = dataclasses.field(default_factory=list)
+    logprobs: list[dict[int, Logprob]] = dataclasses.field(default_factory=list)
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+
 @dataclasses.dataclass(eq=False)
 class Request:
     """A prompt, how to sample it, and the key data and indices that its draws depend on."""
@@ -27,6 +41,7 @@ class Request:
     limit: int  # prompt and completion end here
     prompt: str | None = None
     cache_salt: str = ""
+    earlier: list[Earlier] = dataclasses.field(default_factory=list)  # of each sample, where an earlier call began them
     samples: list["Sequence"] = dataclasses.field(default_factory=list)
     prefilling: "Sequence | None" = None  # the sample that computes the prompt; the others wait to share its pages
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
@@ -52,7 +67,8 @@ class Sequence:
     num_computed: int = 0  # tokens whose keys and values are written, or will be by a step that is under way
     num_pending: int = 0  # tokens drawn by steps whose results are not here yet
     num_registered: int = 0  # pages offered to the prefix cache
-    version: int = 0  # of the weights that wrote its pages
+    has_old_pages: bool = False  # whether weights before `version` wrote some of its pages
+    version: int = 0  # of the weights that run it
     token_logprobs: list[float] = dataclasses.field(default_factory=list)
     raw_logprobs: list[float] = dataclasses.field(default_factory=list)
     entropies: list[float] = dataclasses.field(default_factory=list)
@@ -62,11 +78,22 @@ class Sequence:
     stop_reason: int | str | None = None
     detokenizer: Any = None
 
+    @classmethod
+    def of(cls, request: Request, index: int, arrival: int) -> "Sequence":
+        """A sample that waits, behind what an earlier call drew for it."""
+        earlier = request.earlier[index] if request.earlier else Earlier()
+        return cls(request, index, request.prompt_token_ids + earlier.token_ids, arrival,
+                   Status.WAITING if earlier.finish_reason is None else Status.FINISHED,
+                   token_logprobs=list(earlier.token_logprobs), token_versions=list(earlier.token_versions),
+                   raw_logprobs=list(earlier.raw_logprobs), entropies=list(earlier.entropies), logprobs=list(earlier.logprobs),
+                   finish_reason=earlier.finish_reason, stop_reason=earlier.stop_reason)
+
     def restart(self) -> None:
         """Back to the queue with nothing computed. The last token goes too: an interrupt may have left it half written down, and it
         is drawn again with the same bits."""
         self.status, self.slot, self.pages, self.request.prefilling = Status.WAITING, -1, [], None
         self.num_computed = self.num_pending = self.num_registered = 0
+        self.has_old_pages = False
         kept = max(len(self.generated) - 1, 0)
         del self.token_ids[self.prompt_length + kept :]
         for values in (self.token_logprobs, self.raw_logprobs, self.entropies, self.logprobs, self.token_versions):

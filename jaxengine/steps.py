@@ -69,6 +69,12 @@ def read_pages(cache: Cache, pages: Int[Array, " A"]) -> Cache:
 token_sums = jax.jit(kv_cache.token_sums)
 
 
+@jax.jit
+def all_finite(params: Decoder) -> Decoder:
+    """For each leaf, whether all of it is finite."""
+    return jax.tree.map(lambda x: jnp.isfinite(x).all(), params)
+
+
 def append(cache: Cache, rows: Rows, out: RowOutputs, live: Array | None = None) -> Cache:
     """Write drawn tokens behind the positions they follow."""
     drawn = ~rows.scored & (jnp.arange(rows.slots.shape[0]) < rows.num_rows)

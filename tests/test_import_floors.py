@@ -19,7 +19,8 @@ FLOORS = [
      "jaxengine.memory", "jaxengine.canary", "jaxengine.contract",
      "jaxengine.rl.forward", "jaxengine.rl.scoring", "jaxengine.rl.arithmetic",
      "jaxengine.rl.train_calc", "jaxengine.rl.rollout", "jaxengine.compare", "jaxengine.render", "jaxengine.admission", "jaxengine.slots"],
-    ["jaxengine.engine"],
+    ["jaxengine.weights", "jaxengine.engine"],
+    ["jaxengine.runner"],
     ["jaxengine.verification", "jaxengine.verify", "jaxengine.llm", "jaxengine.functional"],
     ["jaxengine.demo", "jaxengine.workloads", "jaxengine.bench", "jaxengine.options", "jaxengine.cli"],
 ]

@@ -16,7 +16,8 @@ PARAMS = [SamplingParams(max_tokens=12), SamplingParams(max_tokens=14, n=2, top_
 def start(llm: LLM, prompts=PROMPTS, params=PARAMS, ids: list[str] | None = None) -> list[Request]:
     """Queue requests without running them."""
     requests = llm._requests(prompts, params, jax.random.key(7), ids)
-    llm._add(requests)
+    for request in requests:
+        llm.engine.add(request)
     return requests
 
 

@@ -5,7 +5,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxengine import Rollout
+from checkpoints.tensor_file import write_tensors
+from jaxengine import Rollout, SamplingParams
 from jaxengine.outputs import CompletionOutput, RequestOutput, VersionSpan
 
 
@@ -51,3 +52,52 @@ def test_it_is_a_pytree_of_arrays():
     rollout = Rollout.from_outputs(outputs())
     moved = jax.tree.map(lambda x: x[:2], rollout)
     assert isinstance(moved, Rollout) and moved.tokens.shape == (2, 5) and moved.group.shape == (2,)
+
+
+# -- on disk -------------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def drawn(tiny) -> Rollout:
+    params = [SamplingParams(n=2, max_tokens=9, temperature=0.7, top_p=0.9, entropy=True, logit_bias={5: 1.5}),
+              SamplingParams(max_tokens=5, repetition_penalty=1.2, entropy=True)]
+    return Rollout.from_outputs(tiny.generate([[3] * 20, [4, 5]], params, key=jax.random.key(2)), length=40)
+
+
+def test_a_saved_rollout_is_scored_and_replayed_by_bits(drawn, tiny, tmp_path):
+    drawn.save(tmp_path / "new folder" / "rollout.safetensors")
+    loaded = Rollout.load(tmp_path / "new folder" / "rollout.safetensors")
+    for field in dataclasses.fields(Rollout):
+        if field.name != "coordinates":
+            before, after = getattr(drawn, field.name), getattr(loaded, field.name)
+            assert before.dtype == after.dtype and before.tobytes() == after.tobytes(), field.name
+    scored = tiny.score(loaded.tokens, loaded.mask, loaded.sampling_params)
+    assert scored.tobytes() == loaded.logprobs.tobytes() and np.abs(scored).max() > 0
+    assert [tiny.replay(coordinate).holds for coordinate in loaded.coordinates] == [True] * 3
+    assert [c.to_json() for c in loaded.coordinates] == [c.to_json() for c in drawn.coordinates]
+
+
+def test_a_rollout_without_coordinates_is_saved_too(drawn, tmp_path):
+    moved = jax.tree.map(lambda x: x[1:], drawn)
+    assert moved.coordinates is None
+    moved.save(tmp_path / "some.safetensors")
+    assert Rollout.load(tmp_path / "some.safetensors").coordinates is None
+    with pytest.raises(ValueError, match="this rollout has no coordinates"):
+        print(moved.sampling_params)
+
+
+def test_files_that_are_no_rollouts_are_refused_by_name(drawn, tmp_path):
+    file = tmp_path / "rollout.safetensors"
+    drawn.save(file)
+    with pytest.raises(FileExistsError, match="rollout.safetensors exists"):
+        drawn.save(file)
+    whole = file.read_bytes()
+    for content in (whole[: len(whole) // 2], b"", b"text", whole[:20] + b"\0" * 20 + whole[40:]):
+        (tmp_path / "broken").write_bytes(content)
+        with pytest.raises(ValueError, match="broken is truncated or corrupt, or no safetensors file"):
+            Rollout.load(tmp_path / "broken")
+    with pytest.raises(FileNotFoundError, match="missing is not a file"):
+        Rollout.load(tmp_path / "missing")
+    write_tensors(tmp_path / "other", {"weights": np.ones(3)}, {})
+    with pytest.raises(ValueError, match="other is no rollout that Rollout.save wrote: it holds weights"):
+        Rollout.load(tmp_path / "other")
+    assert not [entry for entry in tmp_path.iterdir() if entry.name.startswith(".unfinished")]

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from model import UNKNOWN, draw, link, root, score
+from model import UNKNOWN, draw, link, root, score, turn
 
 from jaxengine.batch import BatchBuilder
 from jaxengine.config import QUERY_BLOCK, EngineConfig
@@ -57,10 +57,11 @@ class Cache:
 
     def own_states(self, slot: int, version: int, stop: int) -> list[int]:
         """The states of the slot's own tokens [0, stop): what it may read, and what it writes."""
-        if self._states[slot][0] != version:
-            self._states[slot] = version, []
-        states = self._states[slot][1]
+        last, states = self._states[slot]
         state = states[-1] if states else root(version)
+        if states and last != version and stop > len(states):
+            state = turn(state, version)  # the slot's pages were kept when the weights changed: a new sequence has a new history
+        self._states[slot] = (version if stop > len(states) else last), states
         for token in self.history[slot][len(states) : stop]:
             assert token != UNKNOWN, "the token to run is not known"
             states.append(state := link(state, token))
@@ -120,6 +121,9 @@ class Programs:
         self.fuse: Fuse | None = None
         self.rows_until_nan = -1
 
+    def forget(self) -> None:
+        """There is no proof to forget."""
+
     def choose(self, kind: str, num_blocks: int, params: int, cache: Cache) -> tuple[Cache, Tile]:
         return cache, Tile(self.tokens_per_block if kind == "prefill" else 1, 8)
 
@@ -148,6 +152,7 @@ class Programs:
             for source, target in zip(copies.sources[: copies.num_copies], copies.targets[: copies.num_copies], strict=True):
                 cache.pages[target] = list(cache.pages[source])
             for lane, (slot, at, scored) in enumerate(zip(rows.slots[:count], rows.positions[:count], rows.scored[:count], strict=True)):
+                cache.own_states(int(slot), params, int(at) + 1)  # a fork's, whose pages these weights wrote
                 answer = self._score if scored else self._draw
                 answer(cache, slots, int(slot), int(at), hidden[lane], out, lane)
         return cache, out.rows()

@@ -66,7 +66,7 @@ class Episode:
         if happens(0.01):
             world.preempt_newest()
         if happens(0.008):
-            world.raise_version()
+            world.raise_version(keep=rng.random() < 0.5)
         if happens(0.001):
             world.rebuild()
         if happens(0.003):

@@ -20,8 +20,25 @@ def link(state: int, token: int) -> int:
     return hash((state, token))
 
 
+def turn(state: int, version: int) -> int:
+    """The state where other weights go on behind pages that stay."""
+    return hash((state, version, VOCAB))
+
+
+Spans = tuple[tuple[int, int], ...]  # (position, version): which weights wrote a sequence's pages from which position on
+
+
 def states_of(tokens: Iterable[int], version: int) -> list[int]:
     return list(itertools.accumulate(tokens, link, initial=root(version)))[1:]
+
+
+def states_under(tokens: Sequence[int], spans: Spans) -> list[int]:
+    """The states of pages that several versions of the weights wrote."""
+    states = states_of(tokens[: spans[1][0] if len(spans) > 1 else None], spans[0][1])
+    for index, (start, version) in enumerate(spans[1:], 1):
+        stop = spans[index + 1][0] if index + 1 < len(spans) else None
+        states += list(itertools.accumulate(tokens[start:stop], link, initial=turn(states[-1], version)))[1:]
+    return states
 
 
 def draw(state: int, key: Sequence[int], folds: Sequence[int]) -> tuple[int, float]:
@@ -34,16 +51,19 @@ def score(state: int, token: int) -> float:
     return -((hash((state, token)) >> 5) % 4096) / 16
 
 
-def check_answer(request: Request, oldest_version: int) -> None:
-    """Assert that an ended request holds, in every sample, what it would have got alone. Weights are those that each token names."""
+def check_answer(request: Request, oldest_version: int, kept: dict[int, list[Spans]]) -> None:
+    """Assert that an ended request holds, in every sample, what it would have got alone. Weights are those that each token names, on pages
+    written by them or, where a sample's index is in `kept`, by the weights of one of those spans."""
     for sample in request.samples:
         _check_lengths(sample)
         versions = sample.token_versions
         assert versions == sorted(versions) and all(v >= oldest_version for v in versions), "a token of weights that were gone"
-        states = {version: states_of(sample.token_ids, version) for version in set(versions)}
+        spans = [((0, version),) for version in sorted(set(versions))] + kept.get(sample.index, [])
+        states = [(span[-1][1], states_under(sample.token_ids, span)) for span in spans]
         for i, (token, version) in enumerate(zip(sample.generated, versions, strict=True)):
-            expected = draw(states[version][sample.prompt_length + i - 1], request.key, (request.prompt_index, sample.index))
-            assert (token, sample.token_logprobs[i]) == expected, f"token {i} of sample {sample.index} is another than alone"
+            expected = [draw(of_one[sample.prompt_length + i - 1], request.key, (request.prompt_index, sample.index))
+                        for last, of_one in states if last == version]
+            assert (token, sample.token_logprobs[i]) in expected, f"token {i} of sample {sample.index} is another than alone"
         _check_end(sample)
     _check_prompt_scores(request)
 

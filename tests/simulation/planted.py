@@ -191,3 +191,36 @@ def a_long_prompt_starves_beside_the_decodes(patch):
     @around(patch, Scheduler, "_plan_running_prefills")
     def plan_running_prefills(original, scheduler, plan, budget):
         return budget if plan.decode else original(scheduler, plan, budget)
+
+
+# -- weights ----------------------------------------------------------------------------------------------------------------------
+
+@found_by("than alone|holds other tokens")
+def pages_that_were_kept_are_offered_to_others(patch):
+    @around(patch, Scheduler, "register_pages")
+    def register_pages(original, scheduler, sequence):
+        kept, sequence.has_old_pages = sequence.has_old_pages, False
+        original(scheduler, sequence)
+        sequence.has_old_pages = kept
+
+
+@found_by("than alone|reads what is not its own")
+def a_prefill_goes_on_under_new_weights(patch):
+    @around(patch, Scheduler, "change_version")
+    def change_version(original, scheduler, version, keep):
+        halfway = [s for s in scheduler.running if not s.is_decoding]
+        scheduler.running = [s for s in scheduler.running if s.is_decoding]
+        original(scheduler, version, keep)
+        scheduler.running = sorted([*scheduler.running, *halfway], key=lambda s: s.arrival)
+        for sequence in halfway:
+            sequence.version = version
+
+
+@found_by("than alone|a token of weights")
+def a_token_names_the_weights_before(patch):
+    @around(patch, Scheduler, "change_version")
+    def change_version(original, scheduler, version, keep):
+        versions = {id(s): s.version for s in scheduler.running}
+        original(scheduler, version, keep)
+        for sequence in scheduler.running:
+            sequence.version = versions[id(sequence)]

@@ -10,7 +10,7 @@ from planted import PLANTED
 STEPS = 100_000
 MUST_HAPPEN = (
     "hits", "hits under new weights", "hits of recomputed sequences", "preemptions", "settled", "forks", "copied pages", "versions",
-    "recomputed under new weights", "restarts", "faults", "faults in a recovery",
+    "recomputed under new weights", "kept under new weights", "restarts", "faults", "faults in a recovery",
     "ended by stop", "ended by length", "ended by abort", "ended by error",
     "aborted while waiting", "aborted while preempted", "aborted while prefilling", "aborted while decoding", "aborted while under way",
     "aborted while ended")

@@ -62,9 +62,13 @@ class Machine(RuleBasedStateMachine):
     def preempt_newest(self):
         self.world.preempt_newest()
 
-    @rule(in_place=st.booleans())
-    def new_weights(self, in_place):
-        self.world.raise_version() if in_place else self.world.rebuild()
+    @rule(keep=st.booleans())
+    def new_weights(self, keep):
+        self.world.raise_version(keep)
+
+    @rule()
+    def rebuild(self):
+        self.world.rebuild()
 
     @rule(fuse=st.builds(Fuse, st.integers(0, 3), st.booleans(), st.booleans(), st.booleans()))
     def fault(self, fuse):

@@ -13,7 +13,7 @@ from unittest import mock
 import device
 from device import Fault
 from invariants import CacheCheck, Watch, Watched, check_step
-from model import STOP, check_answer
+from model import STOP, Spans, check_answer
 
 from jaxengine import batch, block_manager, engine, scheduler, sequence
 from jaxengine.config import QUERY_BLOCK, EngineConfig, ModelConfig
@@ -41,6 +41,7 @@ class World:
         self.ended: list[Request] = []  # the last few: their tokens are the fronts of later prompts
         self.held: list[int] = []
         self._first_versions: dict[str, int] = {}
+        self._kept: dict[int, tuple[Sequence, list[Spans]]] = {}  # samples that went on with their pages under other weights, by id
 
     @property
     def scheduler(self) -> Watched:
@@ -91,26 +92,30 @@ class World:
         if self.scheduler.running and not self.scheduler.running[-1].num_pending:
             self.scheduler.preempt(self.scheduler.running[-1])
 
-    def raise_version(self) -> None:
-        """New weights between two steps: what runs is computed again under them, what was drawn stays."""
-        with self._plugged():
-            ended, self.engine._in_flight = self.engine._collect(self.engine._in_flight), None
-        self._judge(ended)
-        self.stats["recomputed under new weights"] += len(self.scheduler.running)
-        for sample in reversed(list(self.scheduler.running)):
-            self.scheduler.preempt(sample)
+    def raise_version(self, keep: bool = False) -> None:
+        """New weights between two steps: what runs is computed again under them or, with `keep`, goes on with its pages; what was drawn
+        stays."""
+        before = self.scheduler.num_preemptions
+        self._new_weights(keep)
+        self.stats["recomputed under new weights"] += self.scheduler.num_preemptions - before
         self.scheduler.num_preemptions = 0  # only those that a lack of pages brought are counted
-        self._new_weights()
 
     def rebuild(self) -> None:
         """New weights in a pool made anew."""
         self._recover()
         self._new_weights()
 
-    def _new_weights(self) -> None:
-        self.scheduler.version += 1
-        self.engine.params = self.scheduler.version
+    def _new_weights(self, keep: bool = False) -> None:
+        old, version = self.scheduler.version, self.scheduler.version + 1
+        mixed = {id(sample): spans[-1] for sample, spans in self._kept.values() if sample.has_old_pages}
+        with self._plugged():
+            ended = self.engine.update_params(version, version, keep=keep)
+        for sample in self.scheduler.running:
+            spans = mixed.get(id(sample), ((0, old),)) + ((sample.num_computed, version),)
+            self._kept.setdefault(id(sample), (sample, []))[1].append(spans)
+            self.stats["kept under new weights"] += 1
         self.stats["versions"] += 1
+        self._judge(ended)
 
     def _recover(self) -> None:
         with self._plugged():
@@ -169,7 +174,8 @@ class World:
     def _judge(self, ended: list[Request]) -> None:
         for request in ended:
             del self.live[request.request_id]
-            check_answer(request, self._first_versions.pop(request.request_id))
+            kept = {sample.index: self._kept.pop(id(sample))[1] for sample in request.samples if id(sample) in self._kept}
+            check_answer(request, self._first_versions.pop(request.request_id), kept)
             self.stats.update(f"ended by {sample.finish_reason}" for sample in request.samples)
             self.stats["tokens"] += sum(len(sample.generated) for sample in request.samples)
             assert all(not s.pages and s.slot < 0 for s in request.samples), "an ended sequence holds pages or a slot"

@@ -1,0 +1,35 @@
+"""One safetensors file of arrays of any dtype, with text beside them: what is recorded, not what a model is made of."""
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+
+def write_tensors(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+    """Write the file, whole or not at all. Raises FileExistsError where something is there: a record is not written over."""
+    if path.exists():
+        raise FileExistsError(f"{path} exists: save under another name, or remove it first")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=path.parent) as scratch:
+        unfinished = Path(scratch) / path.name
+        unfinished.touch()
+        mode = unfinished.stat().st_mode
+        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, unfinished, metadata=metadata)
+        unfinished.chmod(mode)  # save_file lets nobody but the owner read it, whatever the umask says
+        with unfinished.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.link(unfinished, path)  # unlike a rename it refuses what has come there meanwhile
+
+
+def read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The arrays and the metadata. Raises FileNotFoundError, or ValueError naming a file that is truncated or corrupt."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not a file")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or corrupt, or no safetensors file: {error}") from error
