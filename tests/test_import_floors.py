@@ -22,7 +22,7 @@ FLOORS = [
     ["jaxengine.weights", "jaxengine.engine"],
     ["jaxengine.runner"],
     ["jaxengine.verification", "jaxengine.verify", "jaxengine.llm", "jaxengine.functional"],
-    ["jaxengine.demo", "jaxengine.workloads", "jaxengine.bench", "jaxengine.options", "jaxengine.cli"],
+    ["jaxengine.demo", "jaxengine.workloads", "jaxengine.bench", "jaxengine.options", "jaxengine.cli", "jaxengine.__main__"],
 ]
 HOST_HALF = ["keywords", "request", "sequence", "block_manager", "scheduler"]
 FILES = [p for folder in ("jaxengine", "pallas_kernels", "sharding", "checkpoints") for p in sorted((ROOT / folder).rglob("*.py"))]

@@ -1,0 +1,41 @@
+"""The notebooks: short, stored without outputs, and every cell runs."""
+import json
+import pathlib
+import time
+
+import pytest
+
+FOLDER = pathlib.Path(__file__).parent.parent.parent / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+MOST_LINES = 90  # of code
+LONGEST = 900  # seconds a notebook may take
+
+
+def code_of(path: pathlib.Path) -> list[dict]:
+    return [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_short_and_stripped(path):
+    cells = code_of(path)
+    lines = [line for cell in cells for line in "".join(cell["source"]).splitlines() if line.strip()]
+    assert 0 < len(lines) <= MOST_LINES, f"{len(lines)} lines of code"
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells), "strip the outputs before committing"
+
+
+@pytest.mark.notebook
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs(path, tmp_path, capsys):
+    nbclient = pytest.importorskip("nbclient", reason="pip install -e '.[notebooks]' brings what runs notebooks")
+    import nbformat
+
+    notebook, start = nbformat.read(path, as_version=4), time.monotonic()
+    nbclient.NotebookClient(notebook, timeout=LONGEST, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
+    pictures = sum("image/png" in output.get("data", {}) for cell in code_of_node(notebook) for output in cell.outputs)
+    with capsys.disabled():
+        print(f"\n{path.name}: {time.monotonic() - start:.0f} s, {pictures} pictures")
+    assert pictures > 0, "where a person would rather look than read, there is a plot"
+
+
+def code_of_node(notebook) -> list:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
