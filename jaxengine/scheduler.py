@@ -221,6 +221,7 @@ class Scheduler:
         chunk = Chunk(sequence, start, stop, stop == end)
         plan.chunks.append(chunk)
         sequence.num_computed = stop
+        self.register_pages(sequence)  # at once: of equal prompts in one step the first alone is computed, the others read its pages
         if chunk.is_last and sequence.request.prefilling is sequence:
             sequence.request.prefilling = None
             self._fork(plan, chunk)
@@ -251,7 +252,8 @@ class Scheduler:
         if sequence.has_old_pages:
             return  # its keys and values follow from more than one version of the weights
         size = self.config.page_size
-        # A page may be offered while the step that fills it is under way: whoever reads it runs behind that step.
+        # A page may be offered before the step that fills it has run: whoever reads it runs behind it, or in it, and in a step all keys and
+        # values of a layer are written before any is read.
         full = min(sequence.num_computed, len(sequence.token_ids)) // size
         for index in range(sequence.num_registered, full):
             parent = sequence.pages[index - 1] if index else None

@@ -47,6 +47,7 @@ class Loop:
         self.scheduler = Scheduler(self.config, self.blocks)
         self.overlap, self.num_settled, self.num_steps = overlap, 0, 0
         self.pages = [[0] * self.config.page_size for _ in range(self.config.num_pages)]
+        self.written: set[tuple[int, int, int]] = set()  # (page, births, offset)
         self.history: dict[int, list[int]] = {}
         self._ids = itertools.count()
         self._in_flight: deque[list[tuple[Sequence, int]]] = deque()
@@ -105,22 +106,25 @@ class Loop:
                 self._write(sequence, at, at + 1)
                 rows.append(self._draw(sequence, at))
         for chunk in plan.chunks:
-            self._write(chunk.sequence, chunk.start, chunk.stop, num_holders=1 + len(chunk.forks))
+            self._write(chunk.sequence, chunk.start, chunk.stop)
         for source, target in plan.copies:
             self.pages[target] = list(self.pages[source])
         for chunk in plan.chunks:
             rows += [self._draw(s, chunk.stop - 1) for s in (chunk.sequence, *chunk.forks) if chunk.is_last]
         return rows
 
-    def _write(self, sequence: Sequence, start: int, stop: int, num_holders: int = 1) -> None:
+    def _write(self, sequence: Sequence, start: int, stop: int) -> None:
         """Keys and values of tokens [start, stop), which see those before them."""
         hashes, size = prefix_hashes(self.history[sequence.slot][:stop]), self.config.page_size
         assert len(hashes) == stop, "the token to run is not known"
         for at in range(start):
             assert self.pages[sequence.pages[at // size]][at % size] == hashes[at], f"position {at} holds another prefix"
         for at in range(start, stop):
-            assert self.blocks._holders[sequence.pages[at // size]] <= num_holders, "a shared page is written to"
-            self.pages[sequence.pages[at // size]][at % size] = hashes[at]
+            page = sequence.pages[at // size]
+            place = page, self.blocks.births[page], at % size
+            assert place not in self.written, "a place in a page is written twice: somebody else's page"
+            self.written.add(place)
+            self.pages[page][at % size] = hashes[at]
 
     def _draw(self, sequence: Sequence, position: int) -> tuple[Sequence, int]:
         history = self.history[sequence.slot]
@@ -268,6 +272,18 @@ def test_a_repeated_prompt_computes_only_behind_its_full_pages(overlap):
     loop.run()
     assert_answered(*requests)
     assert requests[1].num_cached_tokens == 64
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_of_equal_prompts_in_one_step_the_first_alone_is_computed(overlap):
+    """A group may come as repeated prompts: its members read the pages that the first one writes in the very step."""
+    loop = Loop(overlap, max_num_batched_tokens=256)
+    prompt = [random.Random(3).randrange(1, 9) for _ in range(PAGE * 2 + 8)]
+    requests = [loop.add(prompt) for _ in range(4)]
+    plan = loop.step()
+    assert [(chunk.start, chunk.stop) for chunk in plan.chunks] == [(0, PAGE * 2 + 8)] + [(PAGE * 2, PAGE * 2 + 8)] * 3
+    loop.run()
+    assert [request.samples[0].generated for request in requests] == [answer(requests[0], 0)] * 4
 
 
 def test_prompt_logprobs_compute_every_position():

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from model import link, root
 
-from jaxengine.block_manager import PageKey, root_digest
+from jaxengine.block_manager import BlockManager, PageKey, root_digest
 from jaxengine.config import QUERY_BLOCK
 from jaxengine.engine import Engine
 from jaxengine.scheduler import Chunk, MustSettle, Plan, Scheduler
@@ -38,14 +38,13 @@ class Watch:
     def __init__(self, stats: Counter[str]) -> None:
         self.stats, self.trace = stats, 0
         self._homes: dict[int, tuple[int, str]] = {}  # page -> weights version and salt of its last writer
+        self._filled: dict[int, tuple[int, int]] = {}  # page -> its births, and how much of it is written since
+        self._blocks: BlockManager | None = None
 
     def see(self, scheduler: Scheduler, plan: Plan, ready: list[Sequence]) -> None:
         _check_budget(scheduler, plan)
         _check_reasons(scheduler, plan, ready)
         forks = [s for chunk in plan.chunks for s in chunk.forks]
-        for chunk in plan.chunks:
-            if chunk.sequence in plan.admitted:
-                self._see_hit(scheduler, chunk)
         self._see_writes(scheduler, plan)
         self.stats["forks"] += len(forks)
         self.stats["copied pages"] += len(plan.copies)
@@ -65,17 +64,29 @@ class Watch:
         self.stats["hits of recomputed sequences"] += bool(found) and bool(sequence.generated)
 
     def _see_writes(self, scheduler: Scheduler, plan: Plan) -> None:
-        size = scheduler.config.page_size
-        writes = [(s, at, at + count, 1) for s, at, count in zip(plan.decode, plan.decode_positions, plan.decode_counts, strict=True)]
-        writes += [(chunk.sequence, chunk.start, chunk.stop, 1 + len(chunk.forks)) for chunk in plan.chunks]
-        for sequence, start, stop, most in writes:
-            assert stop <= sequence.request.limit, "a position behind the limit is computed"
-            for page in sequence.pages[start // size : (stop - 1) // size + 1]:
-                assert scheduler.blocks._holders[page] <= most, "a shared page is written to"
-                self._homes[page] = scheduler.version, sequence.request.cache_salt
+        if self._blocks is not scheduler.blocks:
+            self._blocks, self._filled = scheduler.blocks, {}
+        for sequence, at, count in zip(plan.decode, plan.decode_positions, plan.decode_counts, strict=True):
+            self._see_write(scheduler, sequence, at, at + count)
+        for chunk in plan.chunks:
+            if chunk.sequence in plan.admitted:
+                self._see_hit(scheduler, chunk)
+            self._see_write(scheduler, chunk.sequence, chunk.start, chunk.stop)
         for source, target in plan.copies:
             assert scheduler.blocks._holders[target] == 1, "a copy goes to a shared page"
             self._homes[target] = self._homes[source]
+            self._filled[target] = scheduler.blocks.births[target], self._filled[source][1]
+
+    def _see_write(self, scheduler: Scheduler, sequence: Sequence, start: int, stop: int) -> None:
+        """A place in a page is written once: whoever shares the page reads it."""
+        size, births = scheduler.config.page_size, scheduler.blocks.births
+        assert stop <= sequence.request.limit, "a position behind the limit is computed"
+        for index, page in enumerate(sequence.pages[start // size : (stop - 1) // size + 1], start // size):
+            first, last = max(start - index * size, 0), min(stop - index * size, size)
+            known, filled = self._filled.get(page, (0, 0))
+            assert known != births[page] or first >= filled, "a place in a page is written twice"
+            self._filled[page] = births[page], last
+            self._homes[page] = scheduler.version, sequence.request.cache_salt
 
 
 def _budget_left(scheduler: Scheduler, plan: Plan) -> int:

@@ -113,7 +113,7 @@ def a_page_is_offered_before_its_last_token_is_computed(patch):
 
 # -- forks ------------------------------------------------------------------------------------------------------------------------
 
-@found_by("a shared page is written to")
+@found_by("written twice")
 def forks_share_the_page_that_is_partly_filled(patch):
     @around(patch, Scheduler, "_fork")
     def fork(original, scheduler, plan, chunk):
@@ -152,7 +152,7 @@ def the_oldest_is_preempted(patch):
         original(scheduler, sequence if oldest.num_pending else oldest)
 
 
-@found_by("tokens under way|another than alone|must be|computed than")
+@found_by("tokens under way|another than alone|must be|computed than|written twice")
 def results_under_way_are_forgotten_by_a_preemption(patch):
     @around(patch, Scheduler, "_grow")
     def grow(original, scheduler, sequence, num_tokens, plan):
