@@ -93,7 +93,9 @@ def math_equivalence() -> Isolated:
     """
     if importlib.util.find_spec("math_verify") is None:
         raise ImportError("math_equivalence needs the library math-verify: pip install 'jaxengine[rl]'")
-    return Isolated(reward_functions.math_equivalent)
+    from jaxengine.rl import math_reward  # here, since it imports the library
+
+    return Isolated(math_reward.math_equivalent)
 
 
 def python_program(limits: ProgramLimits | None = None) -> ProgramCheck:

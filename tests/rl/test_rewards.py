@@ -168,13 +168,14 @@ def test_math_equivalence():
     found = judge(math_equivalence(), texts, "\\frac{1}{2}")
     assert found.values.tolist() == [1, 1, 0, 0, 1] and not found.failures
     assert judge(math_equivalence(), ["the answer is 42"], 42).values.tolist() == [1]
-    assert "no mathematical expression in the answer" in judge(math_equivalence(), ["42"], "none").failures[0]
+    assert "no mathematical expression in the answer" in judge(math_equivalence(), ["42"], "").failures[0]
+    assert judge(math_equivalence(), ["$(x+1)^2$", "$x^2+2x$"], "x^2+2x+1").values.tolist() == [1, 0]
 
 
 def test_math_that_explodes_fails_alone():
     pytest.importorskip("math_verify", reason="math-verify is not installed: pip install 'jaxengine[rl]'")
-    found = judge(math_equivalence(), ["$2$", "$9^{9^{9^{9}}}$", "$2$"], "2", timeout=20.0)
-    assert found.values.tolist() == [1, 0, 1]
+    found = judge(math_equivalence(), ["$2$", "$9^{9^{9^{9}}}$", "$2$"], "2", timeout=5.0)
+    assert found.values.tolist() == [1, 0, 1] and list(found.failures) == [1]
 
 
 def test_without_math_verify_the_extra_is_named(monkeypatch):
