@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import make_llm, random_model
+from conftest import make_llm
 from flax import nnx
 
 from jaxengine import Rollout, SamplingParams
@@ -18,9 +18,9 @@ def bits(x) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def model():
-    """bfloat16, a head of its own, leaves: what could be mixed up is there."""
-    return random_model("Qwen2", num_hidden_layers=2, vocab_size=300, reduction_leaves=2, dtype="bfloat16")
+def model(tiny):
+    """The shared engine's model, whose steps are compiled once for the whole suite."""
+    return tiny.config, tiny.params
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_arrays_go_in_and_out_as_they_are(model):
 
 def test_params_that_do_not_fit_are_refused(model):
     config, params = model
-    wrong = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+    wrong = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     with pytest.raises(ValueError, match="params do not fit config"):
         Policy(config, wrong)
     with pytest.raises(ValueError, match="params do not fit config"):
@@ -91,7 +91,7 @@ def test_logits_have_the_bits_of_generate(model, llm):
         return policy(tokens), *nnx.value_and_grad(loss, has_aux=True)(policy)
 
     alone, (_, logits), gradient = run(policy, rollout.tokens)
-    assert (bits(alone) == bits(logits)).all() and logits.shape == (*rollout.tokens.shape, 300)
+    assert (bits(alone) == bits(logits)).all() and logits.shape == (*rollout.tokens.shape, 1000)
     chosen = jnp.take_along_axis(_log_softmax(logits[:, :-1]), jnp.asarray(rollout.tokens)[:, 1:, None], axis=-1)[..., 0]
     assert (bits(np.where(rollout.mask[:, 1:], chosen, 0)) == bits(rollout.logprobs[:, 1:])).all()
     assert all(np.asarray(g, np.float32).any() for g in jax.tree.leaves(gradient))
@@ -99,7 +99,7 @@ def test_logits_have_the_bits_of_generate(model, llm):
 
 def _log_softmax(logits):
     """In a region and padded to whole blocks, as the sampler has it."""
-    flat = jnp.pad(logits.reshape(-1, logits.shape[-1]), ((0, -logits.size // logits.shape[-1] % 32), (0, 512 - logits.shape[-1])),
+    flat = jnp.pad(logits.reshape(-1, logits.shape[-1]), ((0, -logits.size // logits.shape[-1] % 32), (0, 1024 - logits.shape[-1])),
                    constant_values=-jnp.inf)
     run = jax.jit(lambda x: over_tiles(lambda _, rows: log_softmax(rows), 32, (), x, x.shape[0] + unknown_zero(x)))
     return run(flat)[: logits.size // logits.shape[-1]].reshape(*logits.shape[:-1], -1)
