@@ -18,9 +18,12 @@ class Logprob:
     decoded_token: str | None = None
 
 
+UNDRAWN = -1  # the weights version of tokens that no weights drew: a tool's answer inside a completion
+
+
 @dataclasses.dataclass(frozen=True)
 class VersionSpan:
-    """Tokens [start, stop) of a completion were produced by `version` of the weights."""
+    """Tokens [start, stop) of a completion were produced by `version` of the weights; UNDRAWN: by none."""
 
     version: int
     start: int

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 
 from checkpoints.tensor_file import read_tensors, write_tensors
 from jaxengine.coordinate import Contract, Coordinate, changed_params, params_of_changes
-from jaxengine.outputs import CompletionOutput, RequestOutput
+from jaxengine.outputs import UNDRAWN, CompletionOutput, RequestOutput
 from jaxengine.request import SamplingParams
 
 Array = Any  # numpy as it is built, jax.Array inside a trainer's step
@@ -27,7 +27,7 @@ class Rollout:
     """
 
     tokens: Int[Array, "B T"]
-    mask: Bool[Array, "B T"]  # True on generated tokens
+    mask: Bool[Array, "B T"]  # True on generated tokens, and not on those of a tool
     logprobs: Float[Array, "B T"]  # of generated tokens, each at its own position; 0 elsewhere
     lengths: Int[Array, " B"]  # prompt and completion
     group: Int[Array, " B"]  # index of the prompt: samples of one prompt share it
@@ -49,10 +49,11 @@ class Rollout:
         if lengths.max() > width:
             raise ValueError(f"sample {int(lengths.argmax())} has {lengths.max()} tokens, more than length={length}")
         place = lambda dtype, fill, part: _placed((len(rows), width), dtype, fill, rows, part)
+        versions = place(np.int32, UNDRAWN, _versions)
         coordinates = tuple(sample.coordinate for _, _, sample in rows if sample.coordinate is not None)
         return cls(
-            _tokens((len(rows), width), rows), place(bool, False, lambda s: True), place(np.float32, 0, lambda s: s.token_logprobs),
-            lengths, np.array([group for group, _, _ in rows], np.int32), place(np.int32, -1, _versions),
+            _tokens((len(rows), width), rows), versions != UNDRAWN, place(np.float32, 0, lambda s: s.token_logprobs),
+            lengths, np.array([group for group, _, _ in rows], np.int32), versions,
             place(np.float32, 0, lambda s: s.entropies) if _have_entropies(rows) else None,
             coordinates if len(coordinates) == len(rows) else None)
 
@@ -60,7 +61,8 @@ class Rollout:
     def sampling_params(self) -> list[SamplingParams]:
         """Of each row, as `score` takes them. Raises ValueError where the coordinates were dropped."""
         if self.coordinates is None:
-            raise ValueError("this rollout has no coordinates (a transformation such as jax.tree.map drops them): take the original's")
+            raise ValueError("this rollout has no coordinates (a transformation such as jax.tree.map drops them: take the original's; "
+                             "conversations with tools have none: give the sampling parameters that they were generated with)")
         return [coordinate.sampling_params for coordinate in self.coordinates]
 
     def save(self, path: str | os.PathLike[str]) -> None:

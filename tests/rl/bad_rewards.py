@@ -1,0 +1,34 @@
+"""Rewards that go wrong, for worker processes to import."""
+import os
+import signal
+import subprocess
+import sys
+import time
+
+
+def by_completion(prompt, completion, answer, **options):
+    """Does what the completion says; else the length of the answer."""
+    if completion == "raise":
+        raise KeyError("no such luck")
+    if completion == "exit":
+        sys.exit(3)
+    if completion == "die":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if completion == "hang":
+        time.sleep(10_000)
+    if completion == "busy":
+        return 9 ** (9**9)  # never lets another thread run
+    if completion == "memory":
+        return len(bytes(1 << 40))
+    if completion == "print":
+        print('{"value": 99.0}')
+    values = {"none": None, "nan": float("nan"), "text": "1.0", "process": os.getpid()}
+    return values.get(completion, len(answer) + options.get("more", 0))
+
+
+def with_child(prompt, completion, answer):
+    """Starts a process that outlives it, writes its id down, and hangs."""
+    child = subprocess.Popen(["sleep", "10000"])
+    with open(answer, "w") as file:
+        file.write(str(child.pid))
+    time.sleep(10_000)
