@@ -32,6 +32,7 @@ def split_sums(x_ref, w_ref, w_index: tuple, row: Array, column: Array, split: A
     def step(i, sums):
         start = split * blocks.split + i * blocks.depth
         x = load_block(x_ref, (), (row, start), (blocks.rows, blocks.depth), (rows_end, inputs))
+        # numpy's integer: JAX's interpreter of kernels asks an index for its shape
         w = lambda part: load_block(w_ref, (*w_index, np.int32(part)), (column, start), (blocks.columns, blocks.depth), (outputs, inputs))
         return [s + dot(x, w(part)) for part, s in enumerate(sums)]
 
@@ -79,8 +80,8 @@ def _add_splits(partial_ref, *refs, blocks: MatmulBlocks, has_bias: bool, has_re
     num_splits, parts = partial_ref.shape[:2]
 
     def step(split, sums):
-        one = [load_block(partial_ref, (split, np.int32(part)), (row, column), (blocks.rows, blocks.columns), out_ref.shape) for part in range(parts)]
-        return [s + o for s, o in zip(sums, one, strict=True)]
+        one = lambda part: load_block(partial_ref, (split, np.int32(part)), (row, column), (blocks.rows, blocks.columns), out_ref.shape)
+        return [s + one(part) for part, s in enumerate(sums)]
 
     sums = jax.lax.fori_loop(0, num_splits, step, zeros(parts, blocks))
     _finish_tile(sums, bias_ref, residual_ref, out_ref, row, column)

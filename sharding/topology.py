@@ -6,6 +6,7 @@ It tells whether a program compiles, which kernels are in it, its memory and its
 import dataclasses
 import importlib.util
 import os
+import re
 import time
 from typing import Any
 
@@ -15,6 +16,8 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 KERNEL_CALLS = ("tpu_custom_call", "__gpu$xla.gpu.triton", "triton_kernel_call_ffi", "mosaic_gpu_v2", "mosaic_gpu")
+# What the TPU's library wants to hear: ask no metadata server, and let other processes compile beside this one.
+WITHOUT_A_TPU = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +74,8 @@ def mesh_of(target: str, num_devices: int = 1, gpu_config: str = "") -> Mesh:
     if target not in TARGETS:
         raise ValueError(f"unknown target {target!r}; known: {', '.join(TARGETS)}")
     described = TARGETS[target]
-    # The TPU's library would else look for a TPU's metadata server.
-    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"} if described.platform == "tpu" else {}
+    if described.platform == "tpu":
+        os.environ |= WITHOUT_A_TPU
     options = {"target_config": gpu_config, "topology": described.topology} if described.platform == "cuda" else {}
     name = target if described.platform == "cuda" else described.topology
     devices = topologies.get_topology_desc(name, platform=described.platform, **options).devices
@@ -99,6 +102,7 @@ def compile_ahead(mesh: Mesh, jitted: Any, *args: Any, **static: Any) -> Compile
 
 
 def kernels_of(program: str) -> tuple[str, ...]:
-    """Names of the Pallas kernels that a compiled program calls, one for each call, as the HLO names them."""
+    """Names of the Pallas kernels that a compiled program calls, one for each call: the `name` that pallas_call was given."""
     calls = [line for line in program.splitlines() if any(f'custom_call_target="{name}"' in line for name in KERNEL_CALLS)]
-    return tuple(sorted(line.split("=")[0].replace("ROOT", "").strip().lstrip("%").split(".")[0] for line in calls))
+    named = (re.search(r'op_name="[^"]*?([^/"]+)/pallas_call', line) for line in calls)
+    return tuple(sorted(found[1] if found else "unnamed" for found in named))
