@@ -44,14 +44,14 @@ def zeros(parts: int, blocks: MatmulBlocks) -> list[Array]:
 
 
 def _finish_tile(sums: list[Array], bias_ref, residual_ref, out_ref, row: Array, column: Array) -> None:
-    (m, outputs), shape = out_ref.shape, sums[0].shape
+    (m, outputs), (rows, columns) = out_ref.shape, sums[0].shape
     bias = []
     if bias_ref is not None:
-        bias = [load_block(bias_ref, (), (part, column), (1, shape[1]), (len(sums), outputs)) for part in range(len(sums))]
-    residual = None if residual_ref is None else load_block(residual_ref, (), (row, column), shape, (m, outputs))
-    inside = (row + jnp.arange(shape[0]) < m)[:, None] & (column + jnp.arange(shape[1]) < outputs)[None, :]
+        bias = [load_block(bias_ref, (), (part, column), (1, columns), (len(sums), outputs)) for part in range(len(sums))]
+    residual = None if residual_ref is None else load_block(residual_ref, (), (row, column), (rows, columns), (m, outputs))
+    inside = (row + jnp.arange(rows) < m)[:, None] & (column + jnp.arange(columns) < outputs)[None, :]
     y = finish(sums, bias, residual).astype(out_ref.dtype)
-    plgpu.store(out_ref.at[pl.ds(row, shape[0]), pl.ds(column, shape[1])], y, mask=inside)
+    plgpu.store(out_ref.at[pl.ds(row, rows), pl.ds(column, columns)], y, mask=inside)
 
 
 def _whole(x_ref, w_ref, *refs, blocks: MatmulBlocks, has_bias: bool, has_residual: bool) -> None:
@@ -88,8 +88,7 @@ def _add_splits(partial_ref, *refs, blocks: MatmulBlocks, has_bias: bool, has_re
 
 
 def _named(refs: tuple, has_bias: bool, has_residual: bool) -> tuple:
-    refs = list(refs)
-    return refs.pop(0) if has_bias else None, refs.pop(0) if has_residual else None, refs.pop(0)
+    return refs[0] if has_bias else None, refs[has_bias] if has_residual else None, refs[-1]
 
 
 def matmul_gpu(x: Float[Array, "M K"], w: Float[Array, "parts N K"], bias: Float[Array, "parts N"] | None,

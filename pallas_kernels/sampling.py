@@ -38,7 +38,7 @@ def _tail(implementation: Implementation, logits, uniforms, given):
 
 
 def _forward(implementation, logits, uniforms, given):
-    tokens, logprobs = _tail(implementation, logits, uniforms, given)
+    tokens, logprobs = BODIES[implementation.name](logits, uniforms, given)
     return (tokens, logprobs), (logits, uniforms, tokens)
 
 

@@ -38,12 +38,12 @@ class GroupedCase:
         return x.astype(self.dtype), w.astype(self.dtype), jnp.array(self.sizes, jnp.int32)
 
 
-SMALL = tuple(GroupedCase(sizes, inputs, outputs, dtype, **extras) for dtype in ("bfloat16", "float32")
-              for sizes, inputs, outputs, extras in (
-    ((5, 0, 17, 1, 20), 320, 200, {}),
-    ((0, 15, 17, 0, 0, 3), 200, 272, dict(gated=True)),
-    ((1, 2, 3, 4), 256, 96, dict(rest=33)),
-    ((0, 0, 0), 130, 48, dict(rest=5)),
+SMALL = tuple(GroupedCase(sizes, inputs, outputs, dtype, gated, rest) for dtype in ("bfloat16", "float32")
+              for sizes, inputs, outputs, gated, rest in (
+    ((5, 0, 17, 1, 20), 320, 200, False, 0),
+    ((0, 15, 17, 0, 0, 3), 200, 272, True, 0),
+    ((1, 2, 3, 4), 256, 96, False, 33),
+    ((0, 0, 0), 130, 48, False, 5),
 ))
 
 # Qwen3-30B-A3B: 128 experts of 768, 8 of them a token.

@@ -37,16 +37,17 @@ class MatmulCase:
                 normal(keys[3], (self.rows, self.width), jnp.float32) if self.residual else None)
 
 
-SMALL = tuple(MatmulCase(rows, inputs, outputs, dtype, **extras) for dtype in ("bfloat16", "float32") for rows, inputs, outputs, extras in (
-    (37, 320, 200, {}),
-    (37, 384, 136, dict(bias=True)),
-    (37, 200, 96, dict(residual=True)),
-    (37, 264, 272, dict(gated=True)),
-    (37, 130, 48, dict(bias=True, residual=True)),
+SMALL = tuple(case for dtype in ("bfloat16", "float32") for case in (
+    MatmulCase(37, 320, 200, dtype),
+    MatmulCase(37, 384, 136, dtype, bias=True),
+    MatmulCase(37, 200, 96, dtype, residual=True),
+    MatmulCase(37, 264, 272, dtype, gated=True),
+    MatmulCase(37, 130, 48, dtype, bias=True, residual=True),
 ))
 
-# Qwen3-0.6B and an 8B's layer: packed projections, attention's output, gated and down MLP.
-DECODER = tuple(MatmulCase(rows, inputs, outputs, **extras) for rows in (8, 64, 512, 2048) for inputs, outputs, extras in (
-    (1024, 4096, {}), (2048, 1024, dict(residual=True)), (1024, 6144, dict(gated=True)), (3072, 1024, dict(residual=True)),
-    (4096, 6144, dict(bias=True)), (4096, 24576, dict(gated=True)), (12288, 4096, dict(residual=True)),
+# Layers of Qwen3-0.6B and of an 8B: packed projections, attention's output, gated and down MLP.
+DECODER = tuple(case for rows in (8, 64, 512, 2048) for case in (
+    MatmulCase(rows, 1024, 4096), MatmulCase(rows, 2048, 1024, residual=True),
+    MatmulCase(rows, 1024, 6144, gated=True), MatmulCase(rows, 3072, 1024, residual=True),
+    MatmulCase(rows, 4096, 6144, bias=True), MatmulCase(rows, 4096, 24576, gated=True), MatmulCase(rows, 12288, 4096, residual=True),
 ))

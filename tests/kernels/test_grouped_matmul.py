@@ -15,7 +15,7 @@ from pallas_kernels.grouped_matmul_reference import visits_of
 from pallas_kernels.implementations import choose
 
 SLOW = pytest.mark.slow
-CASES = [case if case in (SMALL[1], SMALL[2], SMALL[4]) else pytest.param(case, marks=SLOW) for case in SMALL]
+CASES = [case if case in (SMALL[1], SMALL[6]) else pytest.param(case, marks=SLOW) for case in SMALL]
 EPS = float(jnp.finfo(jnp.float32).eps)
 
 
@@ -84,7 +84,7 @@ class TestReference(Body):
     def run(self, case, x, w, sizes):
         return grouped_matmul(x, w, sizes, gated=case.gated, implementation=self.implementation)
 
-    @pytest.mark.parametrize("case", (SMALL[1], pytest.param(SMALL[6], marks=SLOW)), ids=str)
+    @pytest.mark.parametrize("case", (pytest.param(SMALL[1], marks=SLOW), SMALL[6]), ids=str)
     def test_gradients_are_those_of_float32(self, case):
         x, w, sizes = case.operands()
         weight = jax.random.normal(jax.random.key(9), (case.rows, case.width))
@@ -111,6 +111,9 @@ def dense_float32(case, x, w):
     return jnp.concatenate([*parts, jnp.zeros((case.rest, case.width))])
 
 
+visits_jitted = jax.jit(visits_of, static_argnums=(1, 2))
+
+
 class TestTpuBody(TestReference):
     implementation = choose("pallas_interpret")
 
@@ -123,10 +126,10 @@ class TestGpuBody(Body):
         return grouped_matmul_gpu(x, in_parts, sizes, blocks, jnp.dtype(jnp.float32), interpret=True)
 
 
-@pytest.mark.parametrize("sizes", [(5, 0, 17, 1, 20), (0, 0), (16, 16), (1,), (0, 64), (3, 3, 3, 3, 3, 3, 0)])
+@pytest.mark.parametrize("sizes", [(5, 0, 17, 1, 20), (0,) * 5, (16, 16, 0, 0, 0), (0, 0, 1, 0, 0), (0, 71, 0, 0, 0), (3, 3, 3, 3, 0)])
 def test_visits_cover_every_row_once(sizes):
-    rows, tile = sum(sizes) + 7, 8
-    visits = visits_of(jnp.array(sizes, jnp.int32), rows, tile)
+    tile = 8
+    visits = visits_jitted(jnp.array(sizes, jnp.int32), 71, tile)
     seen = [row for tile_index, start, end in zip(visits.tiles, visits.starts, visits.ends, strict=True)
             for row in range(int(tile_index) * tile, (int(tile_index) + 1) * tile) if start <= row < end]
     assert sorted(seen) == list(range(sum(sizes))), "each row belongs to one visit"
