@@ -102,7 +102,8 @@ def compile_ahead(mesh: Mesh, jitted: Any, *args: Any, **static: Any) -> Compile
 
 
 def kernels_of(program: str) -> tuple[str, ...]:
-    """Names of the Pallas kernels that a compiled program calls, one for each call: the `name` that pallas_call was given."""
+    """Names of the Pallas kernels that a compiled program calls, one for each call: the `name` that pallas_call
+    was given, without the transformations around it."""
     calls = [line for line in program.splitlines() if any(f'custom_call_target="{name}"' in line for name in KERNEL_CALLS)]
-    named = (re.search(r'op_name="[^"]*?([^/"]+)/pallas_call', line) for line in calls)
+    named = (re.search(r'op_name="[^"]*?([^/"()]+)\)*/pallas_call', line) for line in calls)
     return tuple(sorted(found[1] if found else "unnamed" for found in named))

@@ -83,6 +83,13 @@ def test_matmul(case, mesh, kernels, report):
     assert any(name.startswith("matmul_") for name in compiled.kernels)
 
 
+def test_matmul_of_leaves(mesh, kernels, report):
+    x, w, *_ = jax.eval_shape(MATMULS[0].operands)
+    leaves = [jax.ShapeDtypeStruct((4, *a.shape), a.dtype) for a in (x, w)]
+    compiled = report(compile_ahead(mesh, jax.jit(jax.vmap(functools.partial(matmul, implementation=kernels))), *leaves))
+    assert any(name.startswith("matmul_") for name in compiled.kernels)
+
+
 @pytest.mark.parametrize("case", GROUPED, ids=str)
 def test_grouped_matmul(case, mesh, kernels, report):
     x, w, sizes = jax.eval_shape(case.operands)

@@ -104,6 +104,13 @@ class TestReference(Body):
             scale = float(jnp.abs(e).max())
             np.testing.assert_allclose(f.astype(jnp.float32), e, rtol=0, atol=scale * (1e-2 if f.dtype == jnp.bfloat16 else 1e-5))
 
+    def test_leaves_under_vmap_have_the_bits_of_each_alone(self):
+        """Weights of the decoder carry a leaf axis in front."""
+        case = SMALL[0]
+        (x, w, *_), (y, v, *_) = case.operands(), case.operands(seed=1)
+        leaves = jax.jit(jax.vmap(functools.partial(matmul, implementation=self.implementation)))(jnp.stack([x, y]), jnp.stack([w, v]))
+        assert same_bits(leaves, jnp.stack([self.jitted(case, x, w, None, None), self.jitted(case, y, v, None, None)]))
+
 
 def plain_float32(case, x, w, bias, residual):
     y = jnp.dot(x, w.T, precision="highest")
