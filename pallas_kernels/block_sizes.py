@@ -40,8 +40,8 @@ MATMUL = {
     ("TPU v6e", "float32"): MatmulBlocks(128, 256, 512, 8, 0),
     ("Hopper", "bfloat16"): MatmulBlocks(64, 64, 64, 1, 512),
     ("Hopper", "float32"): MatmulBlocks(32, 32, 32, 1, 512),
-    (INTERPRETED, "bfloat16"): MatmulBlocks(16, 128, 128, 2, 256),
-    (INTERPRETED, "float32"): MatmulBlocks(16, 128, 128, 2, 256),
+    (INTERPRETED, "bfloat16"): MatmulBlocks(16, 128, 128, 2, 0),
+    (INTERPRETED, "float32"): MatmulBlocks(16, 128, 128, 2, 0),
 }
 
 

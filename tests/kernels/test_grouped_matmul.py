@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.block_sizes import INTERPRETED, matmul_blocks
+from pallas_kernels.block_sizes import MatmulBlocks
 from pallas_kernels.cases.grouped_matmul import SMALL, GroupedCase
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.grouped_matmul_gpu import grouped_matmul_gpu
@@ -16,6 +16,7 @@ from pallas_kernels.implementations import choose
 
 SLOW = pytest.mark.slow
 CASES = [case if case in (SMALL[1], SMALL[6]) else pytest.param(case, marks=SLOW) for case in SMALL]
+GPU_BLOCKS = MatmulBlocks(rows=16, columns=64, depth=64, shared_tiles=1, split=128)
 EPS = float(jnp.finfo(jnp.float32).eps)
 
 
@@ -121,9 +122,8 @@ class TestTpuBody(TestReference):
 class TestGpuBody(Body):
     def run(self, case, x, w, sizes):
         parts = 2 if case.gated else 1
-        blocks = matmul_blocks(INTERPRETED, w.dtype, w.shape[1] // parts, w.shape[2])
         in_parts = w.reshape(w.shape[0], parts, -1, w.shape[2])
-        return grouped_matmul_gpu(x, in_parts, sizes, blocks, jnp.dtype(jnp.float32), interpret=True)
+        return grouped_matmul_gpu(x, in_parts, sizes, GPU_BLOCKS, jnp.dtype(jnp.float32), interpret=True)
 
 
 @pytest.mark.parametrize("sizes", [(5, 0, 17, 1, 20), (0,) * 5, (16, 16, 0, 0, 0), (0, 0, 1, 0, 0), (0, 71, 0, 0, 0), (3, 3, 3, 3, 0)])

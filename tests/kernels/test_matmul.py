@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.block_sizes import INTERPRETED, matmul_blocks
+from pallas_kernels.block_sizes import MatmulBlocks, matmul_blocks
 from pallas_kernels.cases.matmul import SMALL, MatmulCase
 from pallas_kernels.implementations import choose
 from pallas_kernels.matmul import matmul
 from pallas_kernels.matmul_gpu import matmul_gpu
 
+GPU_BLOCKS = MatmulBlocks(rows=16, columns=64, depth=64, shared_tiles=1, split=128)  # three splits and more, of two steps each
 EPS = float(jnp.finfo(jnp.float32).eps)
 BATCHES = (slice(0, 1), slice(5, 6), slice(36, 37), slice(3, 19))
 CASES = [case if case in (SMALL[0], SMALL[3], SMALL[9]) else pytest.param(case, marks=pytest.mark.slow) for case in SMALL]
@@ -128,8 +129,7 @@ class TestGpuBody(Body):
 
     def run(self, case, x, w, bias, residual):
         in_parts = lambda a: a.reshape(2 if case.gated else 1, -1, *a.shape[1:])
-        blocks = matmul_blocks(INTERPRETED, w.dtype, *w.shape)
-        return matmul_gpu(x, in_parts(w), None if bias is None else in_parts(bias), residual, blocks, jnp.dtype(jnp.float32),
+        return matmul_gpu(x, in_parts(w), None if bias is None else in_parts(bias), residual, GPU_BLOCKS, jnp.dtype(jnp.float32),
                           interpret=True, side_by_side=self.side_by_side)
 
 
