@@ -25,14 +25,13 @@ def _measure(x_ref, high_ref, mass_ref, *, vocab: int) -> None:
     mass_ref[row, pl.ds(first, BLOCKS_AT_ONCE)] = exp(x - high[:, None]).sum(axis=1)
 
 
-def _draw(high_ref, mass_ref, x_ref, uniform_ref, given_ref, token_ref, logprob_ref, *, width: int) -> None:
-    row, blocks = pl.program_id(0), jnp.arange(width)
-    inside = blocks < high_ref.shape[1]
-    highs = plgpu.load(high_ref.at[row, pl.ds(0, width)], mask=inside, other=LOWEST_HIGH)
+def _draw(high_ref, mass_ref, x_ref, uniform_ref, given_ref, token_ref, logprob_ref) -> None:
+    row = pl.program_id(0)
+    highs = high_ref[row, :]
     high = highs.max()
-    masses = plgpu.load(mass_ref.at[row, pl.ds(0, width)], mask=inside, other=0.0) * exp(highs - high)
+    masses = mass_ref[row, :] * exp(highs - high)
     total = masses.sum()
-    block = first_above(masses, jnp.cumsum(masses), blocks, uniform_ref[row, 0] * total)
+    block = first_above(masses, jnp.cumsum(masses), jnp.arange(masses.shape[0]), uniform_ref[row, 0] * total)
     weights = exp(x_ref[row, pl.ds(block * BLOCK, BLOCK)] - high)
     drawn = block * BLOCK + first_above(weights, jnp.cumsum(weights), jnp.arange(BLOCK), uniform_ref[row, 1] * weights.sum())
     given = given_ref[row]
@@ -45,13 +44,12 @@ def sampling_gpu(logits: Float[Array, "t V"], uniforms: Float[Array, "t 2"], giv
                  ) -> tuple[Int[Array, " t"], Float[Array, " t"]]:
     """(tokens, logprobs) of each row."""
     t, vocab = logits.shape
-    programs = pl.cdiv(vocab // BLOCK, BLOCKS_AT_ONCE)
-    of_blocks = jax.ShapeDtypeStruct((t, programs * BLOCKS_AT_ONCE), jnp.float32)
+    width = max(pl.next_power_of_2(vocab // BLOCK), BLOCKS_AT_ONCE)  # Triton's arrays are powers of two; blocks behind V have no mass
+    of_blocks = jax.ShapeDtypeStruct((t, width), jnp.float32)
     call = functools.partial(pl.pallas_call, interpret=interpret, compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1))
-    highs, masses = call(functools.partial(_measure, vocab=vocab), grid=(t, programs), out_shape=[of_blocks, of_blocks],
+    highs, masses = call(functools.partial(_measure, vocab=vocab), grid=(t, width // BLOCKS_AT_ONCE), out_shape=[of_blocks, of_blocks],
                          name="sampling_gpu_masses")(logits)
-    width = pl.next_power_of_2(of_blocks.shape[1])
     out = [jax.ShapeDtypeStruct((t,), jnp.int32), jax.ShapeDtypeStruct((t,), jnp.float32)]
-    tokens, logprobs = call(functools.partial(_draw, width=width), grid=(t,), out_shape=out,
+    tokens, logprobs = call(_draw, grid=(t,), out_shape=out,
                             name="sampling_gpu_draw")(highs, masses, logits, uniforms, given)
     return tokens, logprobs

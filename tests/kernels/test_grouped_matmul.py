@@ -132,6 +132,8 @@ def test_visits_cover_every_row_once(sizes):
     visits = visits_jitted(jnp.array(sizes, jnp.int32), 71, tile)
     seen = [row for tile_index, start, end in zip(visits.tiles, visits.starts, visits.ends, strict=True)
             for row in range(int(tile_index) * tile, (int(tile_index) + 1) * tile) if start <= row < end]
+    pairs = {(row // tile, expert) for row, expert in enumerate(np.repeat(np.arange(5), sizes))}
+    assert int(visits.count) == len(pairs), "no visit without a row"
     assert sorted(seen) == list(range(sum(sizes))), "each row belongs to one visit"
     assert (np.diff(np.asarray(visits.tiles)) >= 0).all(), "visits of a tile follow each other"
 
