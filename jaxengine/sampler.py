@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from jaxengine.config import VOCAB_BLOCK
-from jaxengine.ops.softmax import log_softmax
 from jaxengine.step_inputs import SlotParams
-from pallas_kernels.pinned_math import exp, row_cumsum, row_sum
+from pallas_kernels.pinned_math import exp, row_sum
+from pallas_kernels.sampling_reference import draw_blocks, log_softmax
 
 
 def fold_keys(key: UInt32[Array, "t 2"], folds: Int[Array, "t 2"], positions: Int[Array, " t"]) -> Array:
@@ -133,21 +133,7 @@ def _above(order: UInt32[Array, "t V"], edge: UInt32[Array, "t 1"], missing: Int
 
 def draw(logprobs: Float[Array, "t V"], keys: Array) -> Int[Array, " t"]:
     """One token a row from the distribution exp(logprobs), by inverse CDF over blocks and then within one."""
-    batch, vocab = logprobs.shape
-    uniform = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
-    blocks = exp(logprobs).reshape(batch, vocab // VOCAB_BLOCK, VOCAB_BLOCK)
-    block = _inverse_cdf(row_sum(blocks), uniform[:, 0])
-    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
-    return block * VOCAB_BLOCK + _inverse_cdf(inside, uniform[:, 1])
-
-
-def _inverse_cdf(weights: Float[Array, "t n"], u: Float[Array, " t"]) -> Int[Array, " t"]:
-    """The first index whose cumulative weight exceeds u · total, among those of positive weight."""
-    cumulative = row_cumsum(weights)
-    positive = weights > 0
-    hit = positive & (cumulative > u[:, None] * cumulative[:, -1:])
-    last = weights.shape[-1] - 1 - jnp.argmax(positive[:, ::-1], axis=-1)  # where rounding lets no sum exceed u · total
-    return jnp.where(hit.any(-1), jnp.argmax(hit, axis=-1), last).astype(jnp.int32)
+    return draw_blocks(logprobs, jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys), VOCAB_BLOCK)
 
 
 def token_logprobs(logprobs: Float[Array, "t V"], tokens: Int[Array, " t"]) -> Float[Array, " t"]:

@@ -13,8 +13,8 @@ from jaxengine.models import decoder
 from jaxengine.models.decoder import Tile
 from jaxengine.models.params import Decoder
 from jaxengine.ops.regions import over_tiles
-from jaxengine.ops.softmax import log_softmax
 from jaxengine.step_inputs import Blocks, Copies, RowOutputs, Rows, SlotParams
+from pallas_kernels.sampling_reference import log_softmax
 
 HEAD_TILE = 8  # rows of the head in a prefill, where few of many rows draw
 

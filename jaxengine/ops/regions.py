@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from pallas_kernels.tiles import is_float, unknown_zero
+
 Tree = Any
 
 
@@ -43,18 +45,6 @@ def _over_tiles(body, tile, weights, rows, count):
     return jax.lax.fori_loop(0, -(-count // tile), step, out)
 
 
-def unknown_zero(*arrays: Array) -> Int[Array, ""]:
-    """0, computed from the arrays' first elements in a way that XLA does not see through: what is added to it waits for them, and is
-    no constant unless all of them are."""
-    bits = functools.reduce(jnp.bitwise_xor, (_bits_of_first(x) for x in arrays))
-    return jax.lax.shift_right_logical(bits & 0xFFFF, 16)
-
-
-def _bits_of_first(x: Array) -> Int[Array, ""]:
-    first = x[(0,) * x.ndim]
-    return jax.lax.bitcast_convert_type(first.astype(jnp.float32), jnp.int32) if _is_float(x) else first.astype(jnp.int32)
-
-
 def _forward(body, tile, weights, rows, count):
     return _over_tiles(body, tile, weights, rows, count), (weights, rows, count)
 
@@ -64,7 +54,7 @@ def _backward(body, tile, saved, cotangent):
     weights, rows, count = jax.lax.optimization_barrier(saved)
     weight_leaves, weight_tree = jax.tree.flatten(weights)
     row_leaves, row_tree = jax.tree.flatten(rows)
-    float_weights, float_rows = [_is_float(x) for x in weight_leaves], [_is_float(x) for x in row_leaves]
+    float_weights, float_rows = [is_float(x) for x in weight_leaves], [is_float(x) for x in row_leaves]
 
     def apply(some_weights, some_rows, part):
         return body(weight_tree.unflatten(_merge(float_weights, some_weights, weight_leaves)),
@@ -89,10 +79,6 @@ def _backward(body, tile, saved, cotangent):
 
 
 _over_tiles.defvjp(_forward, _backward)
-
-
-def _is_float(x: Array) -> bool:
-    return jnp.issubdtype(x.dtype, jnp.floating)
 
 
 def _no_gradient(x: Array) -> Any:

@@ -1,0 +1,56 @@
+"""Matrix products of a mixture of experts: rows sorted by expert, a row's bits free of the rows and experts beside it."""
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.block_sizes import matmul_blocks
+from pallas_kernels.grouped_matmul_gpu import grouped_matmul_gpu
+from pallas_kernels.grouped_matmul_reference import grouped_matmul_reference, grouped_plain
+from pallas_kernels.grouped_matmul_tpu import grouped_matmul_tpu
+from pallas_kernels.implementations import Implementation
+
+BODIES = {"xla": grouped_matmul_reference, "pallas_tpu": grouped_matmul_tpu, "pallas_gpu": grouped_matmul_gpu,
+          "pallas_interpret": functools.partial(grouped_matmul_tpu, interpret=True)}
+
+
+def grouped_matmul(x: Float[Array, "M K"], w: Float[Array, "E N K"], group_sizes: Int[Array, " E"], *, implementation: Implementation,
+                   gated: bool = False, out_dtype: jnp.dtype = jnp.float32) -> Float[Array, "M R"]:
+    """x @ w[e].T in float32 for the `group_sizes[e]` rows of each expert e in turn, rounded once to `out_dtype`; zeros behind them.
+
+    x is rounded to the weights' dtype first. Rows behind the last group may hold anything. Gated: the first half of an expert's N outputs
+    are gates, and silu(gate) · up is returned, N / 2 wide; otherwise R is N. Differentiable in x and w: the value is the kernel's,
+    gradients are XLA's of the same expression. The groups' sum must not exceed M: it is known at run time only, and is not checked.
+    Raises ValueError for shapes that do not fit and for weights in a dtype that the device has no block sizes for.
+    """
+    if x.ndim != 2 or w.ndim != 3 or x.shape[1] != w.shape[2] or group_sizes.shape != w.shape[:1]:
+        raise ValueError("grouped_matmul takes x [M, K], w [E, N, K] and group_sizes [E], "
+                         f"got {x.shape}, {w.shape} and {group_sizes.shape}")
+    if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
+        raise ValueError(f"group_sizes must be integers, got {group_sizes.dtype}")
+    parts = 2 if gated else 1
+    if w.shape[1] % parts:
+        raise ValueError(f"gated weights are gates, then as many ups: N must be even, got {w.shape[1]}")
+    in_parts = w.reshape(w.shape[0], parts, w.shape[1] // parts, w.shape[2])
+    return _grouped(implementation, jnp.dtype(out_dtype), x.astype(w.dtype), in_parts, group_sizes.astype(jnp.int32))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _grouped(implementation: Implementation, out_dtype: jnp.dtype, x, w, group_sizes):
+    blocks = matmul_blocks(implementation.device, w.dtype, w.shape[2], w.shape[3])
+    return BODIES[implementation.name](x, w, group_sizes, blocks, out_dtype)
+
+
+def _forward(implementation, out_dtype, *operands):
+    return _grouped(implementation, out_dtype, *operands), operands
+
+
+def _backward(implementation, out_dtype, operands, cotangent):
+    x, w, group_sizes = operands
+    _, pullback = jax.vjp(lambda x, w: grouped_plain(x, w, group_sizes), x, w)
+    return *pullback(cotangent.astype(jnp.float32)), np.zeros(group_sizes.shape, jax.dtypes.float0)
+
+
+_grouped.defvjp(_forward, _backward)

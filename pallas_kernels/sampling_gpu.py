@@ -1,0 +1,55 @@
+"""The sampling tail's GPU body (Triton), two kernels: masses of all blocks side by side, each to its own maximum; then a row's draw."""
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.pinned_math import exp
+from pallas_kernels.sampling_reference import BLOCK
+from pallas_kernels.sampling_tpu import first_above
+
+BLOCKS_AT_ONCE = 16  # of one program
+LOWEST_HIGH = -1e30  # stands for the maximum of a block that is -inf throughout, so that no difference is NaN
+
+
+def _measure(x_ref, high_ref, mass_ref, *, vocab: int) -> None:
+    row, first = pl.program_id(0), pl.program_id(1) * BLOCKS_AT_ONCE
+    inside = (first * BLOCK + jnp.arange(BLOCKS_AT_ONCE * BLOCK)) < vocab
+    x = plgpu.load(x_ref.at[row, pl.ds(first * BLOCK, BLOCKS_AT_ONCE * BLOCK)], mask=inside, other=-jnp.inf)
+    x = x.reshape(BLOCKS_AT_ONCE, BLOCK)
+    high = jnp.maximum(x.max(axis=1), LOWEST_HIGH)
+    high_ref[row, pl.ds(first, BLOCKS_AT_ONCE)] = high
+    mass_ref[row, pl.ds(first, BLOCKS_AT_ONCE)] = exp(x - high[:, None]).sum(axis=1)
+
+
+def _draw(high_ref, mass_ref, x_ref, uniform_ref, given_ref, token_ref, logprob_ref) -> None:
+    row = pl.program_id(0)
+    highs = high_ref[row, :]
+    high = highs.max()
+    masses = mass_ref[row, :] * exp(highs - high)
+    total = masses.sum()
+    block = first_above(masses, jnp.cumsum(masses), jnp.arange(masses.shape[0]), uniform_ref[row, 0] * total)
+    weights = exp(x_ref[row, pl.ds(block * BLOCK, BLOCK)] - high)
+    drawn = block * BLOCK + first_above(weights, jnp.cumsum(weights), jnp.arange(BLOCK), uniform_ref[row, 1] * weights.sum())
+    given = given_ref[row]
+    token = jnp.where(given >= 0, given, drawn)
+    token_ref[row] = token
+    logprob_ref[row] = (x_ref[row, token] - high) - jnp.log(total)
+
+
+def sampling_gpu(logits: Float[Array, "t V"], uniforms: Float[Array, "t 2"], given: Int[Array, " t"], *, interpret: bool = False
+                 ) -> tuple[Int[Array, " t"], Float[Array, " t"]]:
+    """(tokens, logprobs) of each row."""
+    t, vocab = logits.shape
+    width = max(pl.next_power_of_2(vocab // BLOCK), BLOCKS_AT_ONCE)  # Triton's arrays are powers of two; blocks behind V have no mass
+    of_blocks = jax.ShapeDtypeStruct((t, width), jnp.float32)
+    call = functools.partial(pl.pallas_call, interpret=interpret, compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1))
+    highs, masses = call(functools.partial(_measure, vocab=vocab), grid=(t, width // BLOCKS_AT_ONCE), out_shape=[of_blocks, of_blocks],
+                         name="sampling_gpu_masses")(logits)
+    out = [jax.ShapeDtypeStruct((t,), jnp.int32), jax.ShapeDtypeStruct((t,), jnp.float32)]
+    tokens, logprobs = call(_draw, grid=(t,), out_shape=out,
+                            name="sampling_gpu_draw")(highs, masses, logits, uniforms, given)
+    return tokens, logprobs

@@ -1,0 +1,46 @@
+"""The sampling tail's twin in plain XLA: log-softmax, the draw, and a token's logprob."""
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.pinned_math import exp, row_cumsum, row_sum
+from pallas_kernels.tiles import by_tiles
+
+BLOCK = 128  # token ids that a draw takes together
+TILE = 8  # rows
+
+
+def log_softmax(x: Float[Array, "... n"]) -> Float[Array, "... n"]:
+    """x - log Σ exp x in float32; -inf stays -inf."""
+    shifted = x - jax.lax.stop_gradient(x.max(-1, keepdims=True))
+    return shifted - jnp.log(row_sum(exp(shifted)))[..., None]
+
+
+def draw_blocks(logprobs: Float[Array, "t V"], uniforms: Float[Array, "t 2"], block_size: int = BLOCK) -> Int[Array, " t"]:
+    """One token a row from the distribution exp(logprobs): the first uniform picks a block by inverse CDF, the second an id within it."""
+    batch, vocab = logprobs.shape
+    blocks = exp(logprobs).reshape(batch, vocab // block_size, block_size)
+    block = _inverse_cdf(row_sum(blocks), uniforms[:, 0])
+    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    return block * block_size + _inverse_cdf(inside, uniforms[:, 1])
+
+
+def _inverse_cdf(weights: Float[Array, "t n"], u: Float[Array, " t"]) -> Int[Array, " t"]:
+    """The first index whose cumulative weight exceeds u · total, among those of positive weight."""
+    cumulative = row_cumsum(weights)
+    positive = weights > 0
+    hit = positive & (cumulative > u[:, None] * cumulative[:, -1:])
+    last = weights.shape[-1] - 1 - jnp.argmax(positive[:, ::-1], axis=-1)  # where rounding lets no sum exceed u · total
+    return jnp.where(hit.any(-1), jnp.argmax(hit, axis=-1), last).astype(jnp.int32)
+
+
+def _tile(logits: Array, uniforms: Array, given: Array) -> tuple[Array, Array]:
+    logprobs = log_softmax(logits)
+    tokens = jnp.where(given >= 0, given, draw_blocks(logprobs, uniforms))
+    return tokens, jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
+
+
+def sampling_reference(logits: Float[Array, "t V"], uniforms: Float[Array, "t 2"], given: Int[Array, " t"]
+                       ) -> tuple[Int[Array, " t"], Float[Array, " t"]]:
+    """(tokens, logprobs) of each row, TILE rows at a time."""
+    return by_tiles(_tile, TILE, logits, uniforms, given)

@@ -1,0 +1,172 @@
+"""The matrix product: every body against float64, and a row alone against the same row in a batch, by bits."""
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.block_sizes import MatmulBlocks, matmul_blocks
+from pallas_kernels.cases.matmul import SMALL, MatmulCase
+from pallas_kernels.implementations import choose
+from pallas_kernels.matmul import matmul
+from pallas_kernels.matmul_gpu import matmul_gpu
+
+GPU_BLOCKS = MatmulBlocks(rows=16, columns=64, depth=64, shared_tiles=1, split=128)  # three splits and more, of two steps each
+EPS = float(jnp.finfo(jnp.float32).eps)
+BATCHES = (slice(0, 1), slice(5, 6), slice(36, 37), slice(3, 19))
+CASES = [case if case in (SMALL[0], SMALL[3], SMALL[9]) else pytest.param(case, marks=pytest.mark.slow) for case in SMALL]
+
+
+def same_bits(a, b) -> bool:
+    return np.array_equal(np.asarray(a, np.float32).view(np.uint32), np.asarray(b, np.float32).view(np.uint32))
+
+
+def reference(case: MatmulCase, x, w, bias, residual) -> tuple[np.ndarray, np.ndarray]:
+    """(result, bound on its rounding) in float64."""
+    x, w = np.asarray(x, np.float64), np.asarray(w, np.float64)
+    sums, size = x @ w.T, np.abs(x) @ np.abs(w).T
+    if bias is not None:
+        sums, size = sums + np.asarray(bias, np.float64), size + np.abs(np.asarray(bias, np.float64))
+    error = case.inputs * EPS * size
+    if case.gated:
+        (gate, up), (gate_error, up_error) = np.split(sums, 2, axis=1), np.split(error, 2, axis=1)
+        silu = gate / (1 + np.exp(-gate))
+        sums, error = silu * up, 1.1 * gate_error * np.abs(up) + np.abs(silu) * up_error + 8 * EPS * np.abs(silu * up)
+    if residual is not None:
+        sums, error = sums + np.asarray(residual, np.float64), error + EPS * np.abs(residual)
+    return sums, error
+
+
+@functools.cache
+def jitted(body: type) -> Callable:
+    """One jitted function a body, so that its tests share what is compiled."""
+    return jax.jit(body().run, static_argnums=0)
+
+
+class Body:
+    """What every implementation must hold. A subclass says how it runs."""
+
+    def run(self, case: MatmulCase, x, w, bias, residual):
+        raise NotImplementedError
+
+    @property
+    def jitted(self):
+        return jitted(type(self))
+
+    @pytest.mark.parametrize("case", CASES, ids=str)
+    def test_result_is_within_rounding_of_float64(self, case):
+        operands = case.operands()
+        expected, error = reference(case, *operands)
+        assert (np.abs(np.asarray(self.jitted(case, *operands), np.float64) - expected) <= error).all()
+
+    @pytest.mark.parametrize("case", CASES, ids=str)
+    def test_a_row_has_the_same_bits_in_any_batch(self, case):
+        x, w, bias, residual = case.operands()
+        whole = self.jitted(case, x, w, bias, residual)
+        for rows in BATCHES:
+            part = self.jitted(case, x[rows], w, bias, None if residual is None else residual[rows])
+            assert same_bits(part, whole[rows]), f"rows {rows} alone differ from those in a batch of {len(x)}"
+
+    def test_rows_beside_are_not_read(self):
+        case = SMALL[0]
+        x, w, *_ = case.operands()
+        poisoned = jnp.full_like(x, jnp.nan).at[7].set(x[7])
+        assert same_bits(self.jitted(case, poisoned, w, None, None)[7], self.jitted(case, x, w, None, None)[7])
+
+    def test_a_row_may_stand_anywhere(self):
+        case = SMALL[0]
+        x, w, *_ = case.operands()
+        order = np.random.RandomState(0).permutation(len(x))
+        assert same_bits(self.jitted(case, x[order], w, None, None), self.jitted(case, x, w, None, None)[order])
+
+
+class TestReference(Body):
+    implementation = choose("xla")
+
+    def run(self, case, x, w, bias, residual):
+        return matmul(x, w, bias=bias, residual=residual, gated=case.gated, implementation=self.implementation)
+
+    @pytest.mark.parametrize("case", [case if case is SMALL[3] else pytest.param(case, marks=pytest.mark.slow) for case in SMALL], ids=str)
+    def test_gradients_are_those_of_float32(self, case):
+        operands = case.operands()
+        weight = jax.random.normal(jax.random.key(9), (case.rows, case.width))
+
+        def loss(some):
+            out = self.run(case, *some)
+            return (out * weight).sum(), out
+
+        (_, value), found = jax.jit(jax.value_and_grad(loss, has_aux=True))(operands)
+        assert same_bits(value, self.jitted(case, *operands)), "the value inside value_and_grad is another"
+        widened = jax.tree.map(lambda a: a.astype(jnp.float32), operands)
+        expected = jax.grad(lambda some: (plain_float32(case, *some) * weight).sum())(widened)
+        for f, e in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            scale = float(jnp.abs(e).max())
+            np.testing.assert_allclose(f.astype(jnp.float32), e, rtol=0, atol=scale * (1e-2 if f.dtype == jnp.bfloat16 else 1e-5))
+
+    def test_leaves_under_vmap_have_the_bits_of_each_alone(self):
+        """Weights of the decoder carry a leaf axis in front."""
+        case = SMALL[0]
+        (x, w, *_), (y, v, *_) = case.operands(), case.operands(seed=1)
+        leaves = jax.jit(jax.vmap(functools.partial(matmul, implementation=self.implementation)))(jnp.stack([x, y]), jnp.stack([w, v]))
+        assert same_bits(leaves, jnp.stack([self.jitted(case, x, w, None, None), self.jitted(case, y, v, None, None)]))
+
+
+def plain_float32(case, x, w, bias, residual):
+    y = jnp.dot(x, w.T, precision="highest")
+    y = y if bias is None else y + bias
+    y = jax.nn.silu(y[:, : case.width]) * y[:, case.width :] if case.gated else y
+    return y if residual is None else y + residual
+
+
+class TestTpuBody(TestReference):
+    implementation = choose("pallas_interpret")
+
+
+class TestGpuBody(Body):
+    side_by_side = False
+
+    def run(self, case, x, w, bias, residual):
+        in_parts = lambda a: a.reshape(2 if case.gated else 1, -1, *a.shape[1:])
+        return matmul_gpu(x, in_parts(w), None if bias is None else in_parts(bias), residual, GPU_BLOCKS, jnp.dtype(jnp.float32),
+                          interpret=True, side_by_side=self.side_by_side)
+
+
+class TestGpuBodySideBySide(TestGpuBody):
+    side_by_side = True
+
+    @pytest.mark.parametrize("case", CASES, ids=str)
+    def test_splits_in_parallel_have_the_bits_of_splits_in_turn(self, case):
+        operands = case.operands()
+        assert same_bits(self.jitted(case, *operands), jitted(TestGpuBody)(case, *operands))
+
+
+class TestErrors:
+    def test_shapes(self):
+        xla, x, w = choose("xla"), jnp.ones((3, 8)), jnp.ones((4, 8))
+        for found, given in (
+            (r"takes x \[M, K\] and w \[N, K\], got \(3, 8\) and \(4, 7\)", lambda: matmul(x, w[:, :7], implementation=xla)),
+            ("N must be even, got 3", lambda: matmul(x, w[:3], gated=True, implementation=xla)),
+            (r"bias must be \[4\]", lambda: matmul(x, w, bias=jnp.ones(3), implementation=xla)),
+            (r"residual must be \[3, 4\]", lambda: matmul(x, w, residual=jnp.ones((3, 5)), implementation=xla)),
+            ("takes weights in bfloat16 or float32, got float16", lambda: matmul(x, w.astype(jnp.float16), implementation=xla)),
+        ):
+            with pytest.raises(ValueError, match=found):
+                given()
+
+    def test_implementations_are_chosen_by_name_and_said(self, caplog):
+        with pytest.raises(ValueError, match="unknown implementation 'palas_tpu', did you mean 'pallas_tpu'"):
+            choose("palas_tpu")
+        with pytest.raises(ValueError, match="'pallas_tpu' needs a tpu, the device is 'NVIDIA H100 80GB HBM3'"):
+            choose("pallas_tpu", "NVIDIA H100 80GB HBM3")
+        with pytest.raises(ValueError, match="no block sizes for device 'TPU v9'"):
+            choose("pallas_tpu", "TPU v9")
+        with caplog.at_level("INFO", "pallas_kernels"):
+            choose("pallas_tpu", "TPU v5 lite")
+        assert caplog.messages == ["kernels: pallas_tpu with the block sizes of TPU v5e"]
+
+    def test_blocks_follow_geometry_and_never_the_batch(self):
+        blocks = matmul_blocks("TPU v5e", jnp.dtype("bfloat16"), 4096, 3 * 384)
+        assert (blocks.columns, blocks.depth) == (512, 384), "a depth that divides K is taken"
+        assert matmul_blocks("TPU v5e", jnp.dtype("bfloat16"), 100, 100).columns == 128

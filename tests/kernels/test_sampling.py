@@ -1,0 +1,133 @@
+"""The sampling tail: tokens and logprobs of every body against float64, and a row's bits alone and in a batch, drawn and given."""
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxengine import sampler
+from jaxengine.config import VOCAB_BLOCK
+from pallas_kernels.cases.sampling import SMALL, SamplingCase
+from pallas_kernels.implementations import choose
+from pallas_kernels.sampling import sampling_tail
+from pallas_kernels.sampling_gpu import sampling_gpu
+from pallas_kernels.sampling_reference import BLOCK
+
+CASES = [case if case in (SMALL[1], SMALL[3]) else pytest.param(case, marks=pytest.mark.slow) for case in SMALL]
+DRAW = functools.partial(jnp.full, fill_value=-1, dtype=jnp.int32)
+
+
+def bits(outputs) -> list:
+    tokens, logprobs = outputs
+    return [np.asarray(tokens).tolist(), np.asarray(logprobs).view(np.uint32).tolist()]
+
+
+def cdf_interval(weights: np.ndarray, index: int) -> tuple[float, float]:
+    """The uniforms that pick `index`, in float64."""
+    cumulative = np.cumsum(weights) / weights.sum()
+    return (cumulative[index - 1] if index else 0.0), cumulative[index]
+
+
+@functools.cache
+def jitted(body: type) -> Callable:
+    """One jitted function a body, so that its tests share what is compiled."""
+    return jax.jit(body().run)
+
+
+class Body:
+    """What every implementation must hold. A subclass says how it runs."""
+
+    def run(self, logits, uniforms, given):
+        raise NotImplementedError
+
+    @property
+    def jitted(self):
+        return jitted(type(self))
+
+    @pytest.mark.parametrize("case", CASES, ids=str)
+    def test_tokens_and_logprobs_are_those_of_float64(self, case):
+        logits, uniforms = case.operands()
+        tokens, logprobs = self.jitted(logits, uniforms, DRAW(case.rows))
+        exact = np.asarray(logits, np.float64)
+        exact = exact - np.log(np.exp(exact - exact.max(1, keepdims=True)).sum(1, keepdims=True)) - exact.max(1, keepdims=True)
+        for row, token in enumerate(np.asarray(tokens)):
+            np.testing.assert_allclose(logprobs[row], exact[row, token], rtol=1e-6, atol=1e-5)
+            blocks = np.exp(exact[row]).reshape(-1, BLOCK)
+            block, inside = divmod(int(token), BLOCK)
+            for u, (low, high) in zip(np.asarray(uniforms)[row], (cdf_interval(blocks.sum(1), block), cdf_interval(blocks[block], inside)),
+                                      strict=True):
+                assert low - 1e-5 <= u <= high + 1e-5
+
+    @pytest.mark.parametrize("case", CASES, ids=str)
+    def test_a_row_has_the_same_bits_in_any_batch(self, case):
+        logits, uniforms = case.operands()
+        tokens, logprobs = self.jitted(logits, uniforms, DRAW(case.rows))
+        for rows in (slice(5, 6), slice(36, 37), slice(3, 19)):
+            part = self.jitted(logits[rows], uniforms[rows], DRAW(rows.stop - rows.start))
+            assert bits(part) == bits((tokens[rows], logprobs[rows]))
+
+    @pytest.mark.parametrize("case", CASES, ids=str)
+    def test_a_given_token_has_the_logprob_of_a_drawn_one(self, case):
+        logits, uniforms = case.operands()
+        tokens, logprobs = self.jitted(logits, uniforms, DRAW(case.rows))
+        assert bits(self.jitted(logits, jnp.full_like(uniforms, 0.999), tokens)) == bits((tokens, logprobs))
+
+    def test_nothing_ruled_out_is_drawn(self):
+        case = SamplingCase(64, 256, kept=3)
+        logits, uniforms = case.operands()
+        edges = jnp.array([0.0, 1.0 - 2**-24])[jnp.arange(128).reshape(64, 2) % 3 % 2]
+        for u in (uniforms, edges):
+            tokens, logprobs = self.jitted(logits, u, DRAW(64))
+            assert np.isfinite(np.asarray(jnp.take_along_axis(logits, tokens[:, None], 1))).all() and np.isfinite(logprobs).all()
+
+    def test_rows_beside_are_not_read(self):
+        logits, uniforms = SMALL[0].operands()
+        poisoned = jnp.full_like(logits, jnp.nan).at[7].set(logits[7])
+        found, expected = (self.jitted(x, uniforms, DRAW(37)) for x in (poisoned, logits))
+        assert bits([x[7:8] for x in found]) == bits([x[7:8] for x in expected])
+
+
+class TestReference(Body):
+    implementation = choose("xla")
+
+    def run(self, logits, uniforms, given):
+        return sampling_tail(logits, uniforms, given, implementation=self.implementation)
+
+    def test_gradient_is_that_of_log_softmax(self):
+        logits, uniforms = SMALL[3].operands()
+        tokens = self.jitted(logits, uniforms, DRAW(37))[0]
+        weight = jnp.arange(37.0)
+        found = jax.jit(jax.grad(lambda x: (self.run(x, uniforms, tokens)[1] * weight).sum()))(logits)
+        log_softmax = lambda x: jnp.take_along_axis(jax.nn.log_softmax(x), tokens[:, None], 1)[:, 0]
+        np.testing.assert_allclose(found, jax.grad(lambda x: (log_softmax(x) * weight).sum())(logits), rtol=1e-5, atol=1e-5)
+
+
+class TestTpuBody(TestReference):
+    implementation = choose("pallas_interpret")
+
+
+class TestGpuBody(Body):
+    def run(self, logits, uniforms, given):
+        return sampling_gpu(logits, uniforms, given, interpret=True)
+
+
+def test_the_twin_is_the_engines_sampler():
+    """The engine draws through the same functions, with the same blocks."""
+    assert BLOCK == VOCAB_BLOCK
+    logits, _ = SMALL[1].operands()
+    keys = jax.random.split(jax.random.key(3), 37)
+    uniforms = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
+    tokens, logprobs = jax.jit(functools.partial(sampling_tail, implementation=choose("xla")))(logits[:8], uniforms[:8], DRAW(8))
+    theirs = jax.jit(lambda x, k: sampler.draw(sampler.log_softmax(x), k))(logits[:8], keys[:8])
+    assert np.array_equal(tokens, theirs)
+
+
+def test_errors():
+    xla = choose("xla")
+    for found, logits, uniforms in (("multiple of 128, got 100", jnp.ones((2, 100)), jnp.ones((2, 2))),
+                                    (r"got bfloat16 \(2, 128\)", jnp.ones((2, 128), jnp.bfloat16), jnp.ones((2, 2))),
+                                    (r"got float32 \(2, 128\), \(3, 2\)", jnp.ones((2, 128)), jnp.ones((3, 2)))):
+        with pytest.raises(ValueError, match=found):
+            sampling_tail(logits, uniforms, DRAW(2), implementation=xla)
