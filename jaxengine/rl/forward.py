@@ -19,8 +19,9 @@ from jaxengine.config import KV_TILE, QUERY_BLOCK, ModelConfig
 from jaxengine.models import decoder
 from jaxengine.models.decoder import ATTENTION_TILE, Tile
 from jaxengine.models.params import Decoder, Layer
-from jaxengine.ops.regions import over_tiles, unknown_zero
+from jaxengine.ops.regions import over_tiles
 from jaxengine.pytree import pytree
+from pallas_kernels.tiles import unknown_zero
 
 WIDE = Tile(QUERY_BLOCK, 8)  # rows to a tile, as in the widest prefill step
 

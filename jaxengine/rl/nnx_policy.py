@@ -16,11 +16,12 @@ from jaxengine.functional import score
 from jaxengine.models import decoder
 from jaxengine.models.decoder import Tile
 from jaxengine.models.params import Decoder, Parameter, declare
-from jaxengine.ops.regions import over_tiles, unknown_zero
+from jaxengine.ops.regions import over_tiles
 from jaxengine.request import SamplingParams
 from jaxengine.rl.forward import WIDE, hidden_states
 from jaxengine.rl.scoring import HEAD_ROWS
 from jaxengine.weights import check_fits
+from pallas_kernels.tiles import unknown_zero
 
 
 class Policy(nnx.Module):
@@ -48,7 +49,7 @@ class Policy(nnx.Module):
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
         """float32 logits of the token behind each of `tokens`. Differentiable by reverse mode, the same bits inside it and out.
 
-        Their log-softmax is `score`'s at temperature 1, in bits where `jaxengine.ops.softmax` takes it. All of [B, T, V] is kept: a loss
+        Their log-softmax is `score`'s at temperature 1, in bits where `pallas_kernels.sampling_reference` takes it. All of [B, T, V] is kept: a loss
         on logprobs needs much less memory through `logprobs`.
         """
         return all_logits(self.config, self.params, jnp.asarray(tokens), self.tile)

@@ -16,11 +16,12 @@ from jaxengine.config import KV_TILE, ModelConfig
 from jaxengine.models import decoder, plain
 from jaxengine.models.decoder import Tile
 from jaxengine.models.params import Decoder
-from jaxengine.ops.regions import over_tiles, unknown_zero
+from jaxengine.ops.regions import over_tiles
 from jaxengine.request import SamplingParams
 from jaxengine.rl.forward import WIDE, hidden_states
 from jaxengine.slots import empty_slots, stop_token_ids, write_slot
 from jaxengine.step_inputs import SlotParams
+from pallas_kernels.tiles import unknown_zero
 
 BATCH_TOKENS = 8192  # that one call scores, padding included, where a caller has more
 HEAD_ROWS = 32  # rows of the head to a tile, as in the widest decode step

@@ -8,9 +8,10 @@ from conftest import make_llm
 from flax import nnx
 
 from jaxengine import Rollout, SamplingParams
-from jaxengine.ops.regions import over_tiles, unknown_zero
-from jaxengine.ops.softmax import log_softmax
+from jaxengine.ops.regions import over_tiles
 from jaxengine.rl.nnx_policy import Policy
+from pallas_kernels.sampling_reference import log_softmax
+from pallas_kernels.tiles import unknown_zero
 
 
 def bits(x) -> np.ndarray:
