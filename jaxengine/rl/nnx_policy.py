@@ -49,8 +49,8 @@ class Policy(nnx.Module):
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
         """float32 logits of the token behind each of `tokens`. Differentiable by reverse mode, the same bits inside it and out.
 
-        Their log-softmax is `score`'s at temperature 1, in bits where `pallas_kernels.sampling_reference` takes it. All of [B, T, V] is kept: a loss
-        on logprobs needs much less memory through `logprobs`.
+        Their log-softmax is `score`'s at temperature 1, in bits where `pallas_kernels.sampling_reference` takes it. All of [B, T, V] is
+        kept: a loss on logprobs needs much less memory through `logprobs`.
         """
         return all_logits(self.config, self.params, jnp.asarray(tokens), self.tile)
 
