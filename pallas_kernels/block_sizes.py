@@ -1,0 +1,72 @@
+"""Block sizes of the kernels, one table: keyed by device, dtype and the weights' geometry, never by batch.
+
+The split along K is part of the result's bits, so it is here and nowhere else. Rows are always taken `rows` at a time, at any M; how many
+such tiles share one fetched block of weights follows M and changes no dot's shape.
+None of these figures was measured on its device yet: they are what fits on-chip memory twice over and fills the matrix unit.
+"""
+import dataclasses
+
+import jax.numpy as jnp
+
+INTERPRETED = "interpreter"  # small blocks: a CPU runs many of them in a test of small shapes
+LANES = 128  # the unit of a TPU's last axis
+
+# What a device calls itself -> (platform, row of the table).
+FAMILIES = {
+    "TPU v5 lite": ("tpu", "TPU v5e"), "TPU v5e": ("tpu", "TPU v5e"),
+    "TPU v5": ("tpu", "TPU v5p"), "TPU v5p": ("tpu", "TPU v5p"),
+    "TPU v6 lite": ("tpu", "TPU v6e"), "TPU v6e": ("tpu", "TPU v6e"),
+    "NVIDIA H100": ("gpu", "Hopper"), "NVIDIA H200": ("gpu", "Hopper"), "NVIDIA GH200": ("gpu", "Hopper"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class MatmulBlocks:
+    """One dot is [rows, depth] x [columns, depth]; along K the dots' results are added one after the other."""
+
+    rows: int
+    columns: int
+    depth: int
+    shared_tiles: int  # row tiles that may share one fetched block of weights
+    split: int  # GPU: inputs that one partial sum covers, a multiple of depth; partial sums are added in order
+
+
+MATMUL = {
+    ("TPU v5e", "bfloat16"): MatmulBlocks(128, 512, 512, 4, 0),
+    ("TPU v5e", "float32"): MatmulBlocks(128, 256, 512, 4, 0),
+    ("TPU v5p", "bfloat16"): MatmulBlocks(128, 512, 512, 4, 0),
+    ("TPU v5p", "float32"): MatmulBlocks(128, 256, 512, 4, 0),
+    ("TPU v6e", "bfloat16"): MatmulBlocks(128, 512, 512, 8, 0),
+    ("TPU v6e", "float32"): MatmulBlocks(128, 256, 512, 8, 0),
+    ("Hopper", "bfloat16"): MatmulBlocks(64, 64, 64, 1, 512),
+    ("Hopper", "float32"): MatmulBlocks(32, 32, 32, 1, 512),
+    (INTERPRETED, "bfloat16"): MatmulBlocks(16, 128, 128, 2, 256),
+    (INTERPRETED, "float32"): MatmulBlocks(16, 128, 128, 2, 256),
+}
+
+
+def device_family(kind: str) -> tuple[str, str]:
+    """(platform, row of the table) of a device kind. Raises ValueError where the table has none: add one, do not guess."""
+    names = [name for name in FAMILIES if kind == name or name.startswith("NVIDIA") and kind.startswith(name + " ")]
+    if not names:
+        raise ValueError(f"no block sizes for device {kind!r}; there are some for {', '.join(FAMILIES)}. Take implementation 'xla', "
+                         "or add the device to pallas_kernels/block_sizes.py")
+    return FAMILIES[names[0]]
+
+
+def matmul_blocks(device: str, dtype: jnp.dtype, outputs: int, inputs: int) -> MatmulBlocks:
+    """Blocks for weights [outputs, inputs] of a dtype on a device of the table.
+
+    Raises ValueError for a dtype without a row. A depth that divides K needs no mask: the largest such one is taken, if it is no less
+    than half of the table's.
+    """
+    name = jnp.dtype(dtype).name
+    if (device, name) not in MATMUL:
+        raise ValueError(f"a matmul on {device} takes weights in {' or '.join(d for kind, d in MATMUL if kind == device)}, got {name}")
+    table = MATMUL[device, name]
+    if device == "Hopper":
+        return table
+    whole = lambda n: -(-n // LANES) * LANES
+    depths = [d for d in range(table.depth, table.depth // 2 - 1, -LANES) if inputs % d == 0]
+    depth = depths[0] if depths else min(table.depth, whole(inputs))
+    return dataclasses.replace(table, columns=min(table.columns, whole(outputs)), depth=depth)
