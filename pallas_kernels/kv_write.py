@@ -8,7 +8,7 @@ from pallas_kernels.implementations import Implementation
 from pallas_kernels.kv_write_gpu import kv_write_gpu
 from pallas_kernels.kv_write_reference import kv_write_reference
 from pallas_kernels.kv_write_tpu import kv_write_tpu
-from pallas_kernels.paged_attention_inputs import EIGHT_BIT, Blocks, Pages
+from pallas_kernels.paged_attention_inputs import EIGHT_BIT, Blocks, Pages, widen
 
 BODIES = {"xla": kv_write_reference, "pallas_tpu": kv_write_tpu, "pallas_gpu": kv_write_gpu,
           "pallas_interpret": functools.partial(kv_write_tpu, interpret=True)}
@@ -24,16 +24,16 @@ def kv_write(pages: Pages, k: Float[Array, "B r K h"], v: Float[Array, "B r K h"
     """
     _check(pages, k, v, blocks)
     page_of = _page_ids(pages, blocks, k.shape[1])
-    k = _store(k, pages.keys, pages.key_scales, page_of)
-    v = _store(v, pages.values, pages.value_scales, page_of)
+    k = _store(widen(k, pages.keys.shape[3]), pages.keys, pages.key_scales, page_of)
+    v = _store(widen(v, pages.keys.shape[3]), pages.values, pages.value_scales, page_of)
     keys, values = BODIES[implementation.name](pages.keys, pages.values, k, v, blocks)
     return pages._replace(keys=keys, values=values)
 
 
 def _check(pages: Pages, k: Array, v: Array, blocks: Blocks) -> None:
     _, num_kv_heads, _, h = pages.keys.shape
-    if k.shape != v.shape or k.ndim != 4 or k.shape[2:] != (num_kv_heads, h):
-        raise ValueError(f"k and v must be [B, r, {num_kv_heads}, {h}] as the pages, got {k.shape} and {v.shape}")
+    if k.shape != v.shape or k.ndim != 4 or k.shape[2] != num_kv_heads or k.shape[3] > h:
+        raise ValueError(f"k and v must be [B, r, {num_kv_heads}, h] with h at most the pages' width of {h}, got {k.shape} and {v.shape}")
     if (pages.keys.dtype.name in EIGHT_BIT) != (pages.key_scales is not None) or (pages.key_scales is None) != (pages.value_scales is None):
         raise ValueError(f"pages of 8 bits take key_scales and value_scales [P, K], others neither; the pages are {pages.keys.dtype}")
     if pages.key_scales is None and not k.dtype == v.dtype == pages.keys.dtype:

@@ -10,7 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Int
 
 from pallas_kernels.paged_attention_inputs import Blocks
-from pallas_kernels.paged_attention_tpu import SUBLANE_BYTES, check_page_size
+from pallas_kernels.paged_attention_tpu import SUBLANE_BYTES, check_pool
 
 AT_ONCE = 8  # tiles under way
 
@@ -18,10 +18,10 @@ AT_ONCE = 8  # tiles under way
 def kv_write_tpu(keys: Array, values: Array, k: Array, v: Array, blocks: Blocks, *, interpret: bool = False) -> tuple[Array, Array]:
     """Pools `[P, K, p, h]` with the blocks' `[B, r, K, h]` written, in place.
 
-    Raises ValueError for a page size that is no whole number of memory tiles.
+    Raises ValueError for pools that a TPU cannot copy tile by tile (paged_attention_tpu.check_pool).
     """
     _, num_kv_heads, page_size, h = keys.shape
-    check_page_size(page_size, keys.dtype)
+    check_pool(keys, interpret)
     height = SUBLANE_BYTES // keys.dtype.itemsize
     slots, tiles, used = _touched(blocks, k.shape[1], height)
     owners, tokens, new = _tokens_of_tiles(blocks, slots, tiles, height)
@@ -70,10 +70,11 @@ def _kernel(pages, offsets, used, new, k, v, _keys, _values, keys, values, key_b
     first, height = pl.program_id(0) * AT_ONCE, key_buffer.shape[2]
 
     def each_used(body):
-        for e in range(AT_ONCE):
-            @pl.when(used[first + e] > 0)
-            def _(e=e):
-                body(e)
+        def one(e, _):
+            pl.when(used[first + e] > 0)(lambda: body(e))
+            return 0
+
+        jax.lax.fori_loop(0, AT_ONCE, one, 0)
 
     def tile(pool, e):
         return pool.at[pages[first + e], :, pl.ds(pl.multiple_of(offsets[first + e], height), height)]
@@ -86,8 +87,16 @@ def _kernel(pages, offsets, used, new, k, v, _keys, _values, keys, values, key_b
         for _, buffer, x in both:
             buffer[e] = jnp.where(new[e][None] > 0, x[e], buffer[e])
 
-    each_used(lambda e: [copy.start() for copy in reads(e)])
-    each_used(lambda e: [copy.wait() for copy in reads(e)])
+    def start(copies):
+        for copy in copies:
+            copy.start()
+
+    def wait(copies):
+        for copy in copies:
+            copy.wait()
+
+    each_used(lambda e: start(reads(e)))
+    each_used(lambda e: wait(reads(e)))
     each_used(replace)
-    each_used(lambda e: [copy.start() for copy in writes(e)])
-    each_used(lambda e: [copy.wait() for copy in writes(e)])
+    each_used(lambda e: start(writes(e)))
+    each_used(lambda e: wait(writes(e)))

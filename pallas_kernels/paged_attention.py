@@ -39,8 +39,9 @@ def _check(q: Array, pages: Pages, blocks: Blocks, sinks: Array | None) -> None:
         raise ValueError(f"keys and values must both be [P, K, p, h] of one dtype, got {found}")
     if keys.dtype.name not in DTYPES:
         raise ValueError(f"pages must be one of {', '.join(DTYPES)}, got {keys.dtype}")
-    if q.ndim != 4 or q.shape[3] != keys.shape[3] or q.shape[2] % keys.shape[1]:
-        raise ValueError(f"q must be [B, r, H, {keys.shape[3]}] with H a multiple of the {keys.shape[1]} key-value heads, got {q.shape}")
+    if q.ndim != 4 or q.shape[3] > keys.shape[3] or q.shape[2] % keys.shape[1]:
+        raise ValueError(f"q must be [B, r, H, h] with H a multiple of the pages' {keys.shape[1]} heads and h at most their width of "
+                         f"{keys.shape[3]}, got {q.shape}")
     if (keys.dtype.name in EIGHT_BIT) != (pages.key_scales is not None) or (pages.key_scales is None) != (pages.value_scales is None):
         raise ValueError(f"pages of 8 bits take key_scales and value_scales [P, K], others neither; the pages are {keys.dtype}")
     for scales in (pages.key_scales, pages.value_scales):

@@ -12,7 +12,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.block_sizes_attention import AttentionBlocks
-from pallas_kernels.paged_attention_inputs import Blocks, Pages, Scoring, arrange, dot_dtype, restore, sinks_of_rows, tokens_of_rows
+from pallas_kernels.paged_attention_inputs import Blocks, Pages, Scoring, arrange, restore, sinks_of_rows, tokens_of_rows
 from pallas_kernels.paged_attention_softmax import Partial, combine, empty, finish, fold, key_range, scores_of, visible
 
 WHOLE = pl.BlockSpec(memory_space=pl.ANY)
@@ -24,11 +24,11 @@ def paged_attention_gpu(q: Float[Array, "B r H h"], pages: Pages, blocks: Blocks
 
     Raises ValueError for a head width that is no power of two from 16 on: Triton's arrays have such sizes.
     """
-    batch, r, num_heads, h = q.shape
-    _, num_kv_heads, page_size, _ = pages.keys.shape
+    _, r, num_heads, _ = q.shape
+    _, num_kv_heads, page_size, h = pages.keys.shape
     if h < 16 or h & (h - 1):
         raise ValueError(f"the GPU's attention takes head widths 16, 32, 64, 128, 256, got {h}: take implementation 'xla'")
-    rows = arrange(q, num_kv_heads, scoring, sizes.rows, dot_dtype(pages))
+    rows = arrange(q, pages, scoring, sizes.rows)
     num_splits = -(-blocks.tables.shape[1] * page_size // sizes.split)
     side_by_side = r == 1 if side_by_side is None else side_by_side
     of_rows = () if sinks is None else (sinks_of_rows(sinks, num_kv_heads, r, sizes.rows),)
@@ -42,7 +42,7 @@ def paged_attention_gpu(q: Float[Array, "B r H h"], pages: Pages, blocks: Blocks
         partials = call(functools.partial(_one_split, **own), "paged_attention_gpu_splits", (num_splits,), inputs,
                         Partial(shape(1), shape(1), shape(h)))
         out = call(functools.partial(_join, **own), "paged_attention_gpu_join", (), [blocks, partials, of_rows])
-    return restore(out, r, num_heads)
+    return restore(out, q)
 
 
 def _call(rows: Array, sizes: AttentionBlocks, interpret: bool, kernel, name: str, more_programs: tuple[int, ...], inputs, out_shape=None):
@@ -74,7 +74,7 @@ def _in_turn(blocks: Blocks, tokens, rows, pages: Pages, sinks, out, *, scoring:
     out[at] = finish(done, sinks[0][at[1:]] if sinks else None)
 
 
-def _one_split(blocks: Blocks, tokens, rows, pages: Pages, out: Partial, *, scoring: Scoring, sizes: AttentionBlocks) -> None:
+def _one_split(blocks: Blocks, tokens, rows, pages: Pages, *out, scoring: Scoring, sizes: AttentionBlocks) -> None:
     """One split's partial result, where the context has it."""
     at, s = _at(sizes), pl.program_id(3)
     attend, first, end = _reader(blocks, tokens, rows, pages, at, scoring, sizes)
@@ -106,7 +106,9 @@ def _reader(blocks: Blocks, tokens, rows, pages: Pages, at, scoring: Scoring, si
         positions = i * sizes.kv_tile + jnp.arange(sizes.kv_tile, dtype=jnp.int32)
         in_context = (positions >= first) & (positions < end)
         ids = plgpu.load(blocks.tables.at[slot, positions // page_size], mask=in_context, other=0)
-        read = lambda pool: plgpu.load(pool.at[ids, k, positions % page_size], mask=in_context[:, None], other=0.0).astype(q.dtype)
+        spread = lambda x: jnp.broadcast_to(x, (sizes.kv_tile, q.shape[1]))
+        numbers = (spread(ids[:, None]), k, spread((positions % page_size)[:, None]), spread(jnp.arange(q.shape[1], dtype=jnp.int32)))
+        read = lambda pool: plgpu.load(pool.at[numbers], mask=spread(in_context[:, None]), other=0).astype(q.dtype)
         scales = lambda pool: None if pool is None else plgpu.load(pool.at[ids, k], mask=in_context, other=0.0)[None]
         scores = scores_of(q, read(pages.keys), scales(pages.key_scales), scoring)
         seen = visible(own_tokens, positions[None], start, count, scoring.window)

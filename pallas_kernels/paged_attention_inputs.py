@@ -8,12 +8,15 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.block_sizes_attention import AttentionBlocks
 from pallas_kernels.pinned_math import LOG2_E
 
-EIGHT_BIT = ("int8", "float8_e4m3fn", "float8_e5m2")
+EIGHT_BIT = ("int8", "float8_e4m3fn")
 NO_TOKEN = 2**30  # the token of a row that only fills a tile: behind every count
 
 
 class Pages(NamedTuple):
-    """One layer's pool. 8-bit pages hold numbers that their page's and head's scale multiplies; others have no scales."""
+    """One layer's pool. 8-bit pages hold numbers that their page's and head's scale multiplies; others have no scales.
+
+    Pages may be wider than the heads (a TPU wants whole lanes of 128): what lies behind a token's head is 0, and kv_write keeps it so.
+    """
 
     keys: Array  # [P, K, p, h]
     values: Array  # [P, K, p, h]
@@ -53,15 +56,17 @@ def dot_dtype(pages: Pages) -> jnp.dtype:
     return jnp.dtype(jnp.bfloat16) if pages.keys.dtype.name in EIGHT_BIT else pages.keys.dtype
 
 
-def arrange(q: Float[Array, "B r H h"], num_kv_heads: int, scoring: Scoring, rows: int, dtype: jnp.dtype) -> Float[Array, "B K m h"]:
-    """Queries as rows (token, then head of the group), scaled, rounded to the dots' dtype, padded to whole tiles of `rows`.
+def arrange(q: Float[Array, "B r H _"], pages: Pages, scoring: Scoring, rows: int) -> Float[Array, "B K m h"]:
+    """Queries as rows (token, then head of the group), scaled, rounded to the dots' dtype, padded to the pages' width and to
+    whole tiles of `rows`.
 
     Without a cap scores are wanted to base 2, and log2 e joins the scale.
     """
-    batch, r, num_heads, h = q.shape
+    batch, r, num_heads, _ = q.shape
+    _, num_kv_heads, _, h = pages.keys.shape
     group = num_heads // num_kv_heads
     scale = scoring.scale * (LOG2_E if scoring.soft_cap is None else 1.0)
-    q = (q.astype(jnp.float32) * scale).astype(dtype)
+    q = widen((q.astype(jnp.float32) * scale).astype(dot_dtype(pages)), h)
     q = q.reshape(batch, r, num_kv_heads, group, h).transpose(0, 2, 1, 3, 4).reshape(batch, num_kv_heads, r * group, h)
     return jnp.pad(q, ((0, 0), (0, 0), (0, -(r * group) % rows), (0, 0)))
 
@@ -78,12 +83,17 @@ def sinks_of_rows(sinks: Float[Array, " H"], num_kv_heads: int, r: int, rows: in
     return jnp.pad(by_head, ((0, 0), (0, -by_head.shape[1] % rows)))[..., None]
 
 
-def restore(out: Float[Array, "B K m h"], r: int, num_heads: int) -> Float[Array, "B r H h"]:
+def widen(x: Array, h: int) -> Array:
+    """x with its last axis padded with zeros to the pages' width."""
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, h - x.shape[-1])])
+
+
+def restore(out: Float[Array, "B K m h"], like: Float[Array, "B r H _"]) -> Float[Array, "B r H _"]:
     """The rows' results where their queries stood."""
-    batch, num_kv_heads, _, h = out.shape
+    (batch, num_kv_heads, _, h), (_, r, num_heads, width) = out.shape, like.shape
     group = num_heads // num_kv_heads
     out = out[:, :, : r * group].reshape(batch, num_kv_heads, r, group, h)
-    return out.transpose(0, 2, 1, 3, 4).reshape(batch, r, num_heads, h)
+    return out.transpose(0, 2, 1, 3, 4).reshape(batch, r, num_heads, h)[..., :width]
 
 
 def cover_tiles(tables: Int[Array, "S n"], page_size: int, blocks: AttentionBlocks) -> Int[Array, "S n2"]:

@@ -10,7 +10,6 @@ from pallas_kernels.paged_attention_inputs import (
     Scoring,
     arrange,
     cover_tiles,
-    dot_dtype,
     restore,
     sinks_of_rows,
     tokens_of_rows,
@@ -24,8 +23,7 @@ def paged_attention_reference(q: Float[Array, "B r H h"], pages: Pages, blocks: 
     """Attention over pages. Loops over tiles and splits have bounds known at run time only, so that XLA compiles their bodies apart."""
     batch, r, num_heads, _ = q.shape
     _, num_kv_heads, page_size, _ = pages.keys.shape
-    dtype = dot_dtype(pages)
-    rows = arrange(q, num_kv_heads, scoring, sizes.rows, dtype)
+    rows = arrange(q, pages, scoring, sizes.rows)
     tokens = tokens_of_rows(r, num_heads // num_kv_heads, sizes.rows)
     of_rows = None if sinks is None else sinks_of_rows(sinks, num_kv_heads, r, sizes.rows)
     tables = cover_tiles(blocks.tables, page_size, sizes)
@@ -35,14 +33,14 @@ def paged_attention_reference(q: Float[Array, "B r H h"], pages: Pages, blocks: 
         b, k, m = index // (num_kv_heads * num_tiles), index // num_tiles % num_kv_heads, index % num_tiles * sizes.rows
         cut = lambda x, axis: jax.lax.dynamic_slice_in_dim(x, m, sizes.rows, axis)
         table, start, count = tables[blocks.slots[b]], blocks.starts[b], blocks.counts[b]
-        partial = _attend(cut(rows[b, k], 0), cut(tokens, 0), pages, k, table, start, count, scoring, sizes, dtype)
+        partial = _attend(cut(rows[b, k], 0), cut(tokens, 0), pages, k, table, start, count, scoring, sizes)
         return finish(partial, None if of_rows is None else cut(of_rows[k], 0))
 
     out = jax.lax.map(one, jnp.arange(batch * num_kv_heads * num_tiles))
-    return restore(out.reshape(rows.shape), r, num_heads)
+    return restore(out.reshape(rows.shape), q)
 
 
-def _attend(q, tokens, pages: Pages, k, table, start, count, scoring: Scoring, sizes: AttentionBlocks, dtype: jnp.dtype) -> Partial:
+def _attend(q, tokens, pages: Pages, k, table, start, count, scoring: Scoring, sizes: AttentionBlocks) -> Partial:
     """One tile of rows over all keys that its block sees."""
     first, end = key_range(start, count, scoring.window)
     rows, h = q.shape
@@ -50,9 +48,9 @@ def _attend(q, tokens, pages: Pages, k, table, start, count, scoring: Scoring, s
     def tile(i, partial):
         keys, values, key_scales, value_scales = _tile(pages, table, i, k, sizes.kv_tile)
         positions = i * sizes.kv_tile + jnp.arange(sizes.kv_tile)[None]
-        values = jnp.where(((positions >= first) & (positions < end)).T, values.astype(dtype), 0)
+        values = jnp.where(((positions >= first) & (positions < end)).T, values.astype(q.dtype), 0)
         seen = visible(tokens, positions, start, count, scoring.window)
-        scores = scores_of(q, keys.astype(dtype), key_scales, scoring)
+        scores = scores_of(q, keys.astype(q.dtype), key_scales, scoring)
         return fold(partial, scores, seen, values, value_scales, lambda x: row_sum(x)[:, None])
 
     def split(s, done):

@@ -8,6 +8,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
+from pallas_kernels.block_sizes import LANES
 from pallas_kernels.block_sizes_attention import AttentionBlocks
 from pallas_kernels.paged_attention_inputs import (
     Blocks,
@@ -15,7 +16,6 @@ from pallas_kernels.paged_attention_inputs import (
     Scoring,
     arrange,
     cover_tiles,
-    dot_dtype,
     restore,
     sinks_of_rows,
     tokens_of_rows,
@@ -30,13 +30,13 @@ def paged_attention_tpu(q: Float[Array, "B r H h"], pages: Pages, blocks: Blocks
                         sizes: AttentionBlocks, *, interpret: bool = False) -> Float[Array, "B r H h"]:
     """Attention over pages; tables, slots, starts and counts are read as scalars before the queries come.
 
-    Raises ValueError for a page size that is no whole number of memory tiles (8 rows of 32 bits, 16 of 16, 32 of 8).
+    Raises ValueError for pools that a TPU cannot copy page by page (check_pool).
     """
-    batch, r, num_heads, h = q.shape
-    _, num_kv_heads, page_size, _ = pages.keys.shape
-    check_page_size(page_size, pages.keys.dtype)
+    batch, r, num_heads, _ = q.shape
+    _, num_kv_heads, page_size, h = pages.keys.shape
+    check_pool(pages.keys, interpret)
     tables = cover_tiles(blocks.tables, page_size, sizes)
-    rows = arrange(q, num_kv_heads, scoring, sizes.rows, dot_dtype(pages))
+    rows = arrange(q, pages, scoring, sizes.rows)
     of_block = pl.BlockSpec((1, *rows.shape[1:]), lambda b, *_: (b, 0, 0, 0))
     whole = lambda x: pl.BlockSpec(x.shape, lambda b, *_: (0,) * x.ndim)
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
@@ -62,13 +62,22 @@ def paged_attention_tpu(q: Float[Array, "B r H h"], pages: Pages, blocks: Blocks
         name="paged_attention_tpu",
         interpret=interpret,
     )(tables, blocks.slots, blocks.starts, blocks.counts, *operands, *pools)
-    return restore(out, r, num_heads)
+    return restore(out, q)
 
 
-def check_page_size(page_size: int, dtype: jnp.dtype) -> None:
-    unit = SUBLANE_BYTES // jnp.dtype(dtype).itemsize
+def check_pool(pool: Array, interpret: bool) -> None:
+    """Refuse pages that are no whole memory tiles (8 rows of 32 bits, 16 of 16, 32 of 8; lanes of 128) and, where compiled, float16.
+
+    XLA keeps narrower pages in another layout and would copy the whole pool at every call.
+    """
+    page_size, h, dtype = *pool.shape[2:], pool.dtype
+    unit = SUBLANE_BYTES // dtype.itemsize
     if page_size % unit:
-        raise ValueError(f"on a TPU the page size of a {jnp.dtype(dtype).name} cache must be a multiple of {unit}, got {page_size}")
+        raise ValueError(f"on a TPU the page size of a {dtype.name} cache must be a multiple of {unit}, got {page_size}")
+    if not interpret and h % LANES:
+        raise ValueError(f"on a TPU pages must be a multiple of {LANES} wide, got {h}: allocate them wider than the heads, with zeros")
+    if not interpret and dtype == jnp.float16:
+        raise ValueError("the TPU's kernels do not read float16 pages: keep the cache in bfloat16 or float32, or take implementation 'xla'")
 
 
 def _scales_of_positions(pages: Pages, tables: Array, page_size: int) -> list[Array]:

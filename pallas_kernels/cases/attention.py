@@ -1,7 +1,6 @@
 """Paged attention: small cases of awkward shapes for tests, decoders' own for measurements. A case makes its own pool."""
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
@@ -18,6 +17,7 @@ class AttentionCase:
     num_heads: int = 4
     num_kv_heads: int = 2
     head_dim: int = 32
+    page_width: int | None = None  # where pages are wider than heads
     page_size: int = 16
     dtype: str = "float32"
     window: int | None = None
@@ -40,12 +40,11 @@ class AttentionCase:
         """Keys and values of every sequence, [S, C, K, h]."""
         return len(self.lengths), max(*self.lengths, 1), self.num_kv_heads, self.head_dim
 
-    def tokens(self, seed: int = 0) -> tuple[Array, Array, Array]:
+    def tokens(self, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(queries [S, C, H, h], keys and values [S, C, K, h]) of every position, float32, whatever the page size and chunk."""
-        keys = jax.random.split(jax.random.key(seed), 3)
         slots, context, _, h = self.shape
-        return (2 * jax.random.normal(keys[0], (slots, context, self.num_heads, h)), jax.random.normal(keys[1], self.shape),
-                jax.random.normal(keys[2], self.shape))
+        normal = lambda i, shape: np.random.RandomState(3 * seed + i).randn(*shape).astype(np.float32)
+        return 2 * normal(0, (slots, context, self.num_heads, h)), normal(1, self.shape), normal(2, self.shape)
 
     def sinks(self) -> Array | None:
         return jnp.linspace(-1.0, 3.0, self.num_heads, dtype=jnp.float32) if self.has_sinks else None
@@ -59,15 +58,16 @@ class AttentionCase:
             tables[slot, :count], ids = ids[:count], ids[count:]
         return tables
 
-    def pages(self, keys: Array, values: Array) -> tuple[Pages, np.ndarray]:
+    def pages(self, keys: np.ndarray, values: np.ndarray) -> tuple[Pages, np.ndarray]:
         """(the pool that holds the contexts, tables). Every position that holds no token is NaN, or the largest number for integers."""
         tables, (_, _, heads, h) = self.tables(), self.shape
         size = (tables >= 0).sum() + self.spare_pages
-        pool = np.full((2, size, heads, self.page_size, h), np.nan, np.float32)
+        pool = np.full((2, size, heads, self.page_size, self.page_width or h), np.nan, np.float32)
         for slot, length in enumerate(self.lengths):
             for position in range(length):
                 page, offset = tables[slot, position // self.page_size], position % self.page_size
-                pool[:, page, :, offset] = np.stack([keys[slot, position], values[slot, position]])
+                pool[:, page, :, offset, :h] = np.stack([keys[slot, position], values[slot, position]])
+                pool[:, page, :, offset, h:] = 0
         return self._store(pool), tables
 
     def _store(self, pool: np.ndarray) -> Pages:
@@ -80,7 +80,7 @@ class AttentionCase:
         stored = np.nan_to_num(np.rint(scaled), nan=127).clip(-127, 127) if self.dtype == "int8" else scaled
         return Pages(*(jnp.asarray(side).astype(dtype) for side in stored), *map(jnp.asarray, scales))
 
-    def blocks(self, r: int, slots: list[int] | None = None) -> tuple[Blocks, np.ndarray]:
+    def blocks(self, r: int, slots: tuple[int, ...] | None = None) -> tuple[Blocks, np.ndarray]:
         """The queries of some sequences cut into blocks of r, and each block's (slot, start, count)."""
         cut = []
         for slot in range(len(self.lengths)) if slots is None else slots:
@@ -89,9 +89,8 @@ class AttentionCase:
         rows = np.array(cut, np.int32)
         return Blocks(jnp.asarray(self.tables()), *map(jnp.asarray, rows.T)), rows
 
-    def queries(self, tokens: Array, rows: np.ndarray, r: int) -> Array:
+    def queries(self, tokens: np.ndarray, rows: np.ndarray, r: int) -> Array:
         """The blocks' queries [B, r, H, h]; NaN behind a block's count."""
-        tokens = np.asarray(tokens)
         out = np.full((len(rows), r, *tokens.shape[2:]), np.nan, np.float32)
         for b, (slot, start, count) in enumerate(rows):
             out[b, :count] = tokens[slot, start : start + count]
@@ -104,9 +103,9 @@ DECODE = (
     AttentionCase(EDGES, dtype="bfloat16", has_sinks=True),
     AttentionCase(EDGES, dtype="float16", soft_cap=5.0),
     AttentionCase(EDGES, window=20, has_sinks=True, soft_cap=30.0),
+    AttentionCase((70, 3), page_width=64),
     AttentionCase((70, 3), page_size=32, dtype="int8"),
     AttentionCase((70, 3), page_size=32, dtype="float8_e4m3fn", window=33),
-    AttentionCase((70, 3), page_size=32, dtype="float8_e5m2", has_sinks=True),
 )
 PREFILL = (
     AttentionCase((0, 1, 17, 75), chunk=40),
