@@ -4,6 +4,7 @@ Decoding has few rows, so there a context's splits are computed side by side and
 program takes its splits in turn. Both give the same bits.
 """
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.block_sizes_attention import AttentionBlocks
-from pallas_kernels.paged_attention_inputs import Blocks, Pages, Scoring, arrange, restore, sinks_of_rows, tokens_of_rows
+from pallas_kernels.paged_attention_inputs import NO_TOKEN, Blocks, Pages, Scoring, arrange, restore, sinks_of_rows, tokens_of_rows
 from pallas_kernels.paged_attention_softmax import Partial, combine, empty, finish, fold, key_range, scores_of, visible
 
 WHOLE = pl.BlockSpec(memory_space=pl.ANY)
@@ -38,10 +39,9 @@ def paged_attention_gpu(q: Float[Array, "B r H h"], pages: Pages, blocks: Blocks
     if not side_by_side or num_splits == 1:
         out = call(functools.partial(_in_turn, **own), "paged_attention_gpu", (), [*inputs, of_rows])
     else:
-        shape = lambda width: jax.ShapeDtypeStruct((num_splits, *rows.shape[:3], width), jnp.float32)
-        partials = call(functools.partial(_one_split, **own), "paged_attention_gpu_splits", (num_splits,), inputs,
-                        Partial(shape(1), shape(1), shape(h)))
-        out = call(functools.partial(_join, **own), "paged_attention_gpu_join", (), [blocks, partials, of_rows])
+        shapes = tuple(jax.ShapeDtypeStruct((num_splits, *rows.shape[:3], width), jnp.float32) for width in (1, 1, h))
+        partials = call(functools.partial(_one_split, **own), "paged_attention_gpu_splits", (num_splits,), inputs, shapes)
+        out = call(functools.partial(_join, **own), "paged_attention_gpu_join", (), [*inputs[:2], Partial(*partials), of_rows])
     return restore(out, q)
 
 
@@ -82,19 +82,21 @@ def _one_split(blocks: Blocks, tokens, rows, pages: Pages, *out, scoring: Scorin
     @pl.when((s >= first // sizes.split) & (s * sizes.split < end))
     def _():
         for ref, x in zip(out, attend(s), strict=True):
-            ref[(s, *at)] = x
+            plgpu.store(ref.at[(s, *at)], x, mask=jnp.broadcast_to(tokens[at[2]] < NO_TOKEN, x.shape))
 
 
-def _join(blocks: Blocks, partials: Partial, sinks, out, *, scoring: Scoring, sizes: AttentionBlocks) -> None:
-    """The splits' partial results in their order."""
+def _join(blocks: Blocks, tokens, partials: Partial, sinks, out, *, scoring: Scoring, sizes: AttentionBlocks) -> None:
+    """The splits' partial results in their order. Rows that only fill a tile were not written and are not read back."""
     at = _at(sizes)
     first, end = key_range(blocks.starts[at[0]], blocks.counts[at[0]], scoring.window)
-    step = lambda s, done: combine(done, Partial(*(ref[(s, *at)] for ref in partials)))
-    done = jax.lax.fori_loop(first // sizes.split, pl.cdiv(end, sizes.split), step, empty(sizes.rows, out.shape[3]))
+    blank = empty(sizes.rows, out.shape[3])
+    read = lambda ref, s, x: plgpu.load(ref.at[(s, *at)], mask=jnp.broadcast_to(tokens[at[2]] < NO_TOKEN, x.shape), other=0.0)
+    step = lambda s, done: combine(done, Partial(*(read(ref, s, x) for ref, x in zip(partials, blank, strict=True))))
+    done = jax.lax.fori_loop(first // sizes.split, pl.cdiv(end, sizes.split), step, blank)
     out[at] = finish(done, sinks[0][at[1:]] if sinks else None)
 
 
-def _reader(blocks: Blocks, tokens, rows, pages: Pages, at, scoring: Scoring, sizes: AttentionBlocks):
+def _reader(blocks: Any, tokens: Any, rows: Any, pages: Any, at: tuple, scoring: Scoring, sizes: AttentionBlocks):
     """(split -> its partial result, first and end of the positions whose keys the block sees)."""
     b, k, m = at
     slot, start, count = blocks.slots[b], blocks.starts[b], blocks.counts[b]
@@ -108,7 +110,8 @@ def _reader(blocks: Blocks, tokens, rows, pages: Pages, at, scoring: Scoring, si
         ids = plgpu.load(blocks.tables.at[slot, positions // page_size], mask=in_context, other=0)
         spread = lambda x: jnp.broadcast_to(x, (sizes.kv_tile, q.shape[1]))
         numbers = (spread(ids[:, None]), k, spread((positions % page_size)[:, None]), spread(jnp.arange(q.shape[1], dtype=jnp.int32)))
-        read = lambda pool: plgpu.load(pool.at[numbers], mask=spread(in_context[:, None]), other=0).astype(q.dtype)
+        other = 0 if pages.keys.dtype == jnp.int8 else 0.0
+        read = lambda pool: plgpu.load(pool.at[numbers], mask=spread(in_context[:, None]), other=other).astype(q.dtype)
         scales = lambda pool: None if pool is None else plgpu.load(pool.at[ids, k], mask=in_context, other=0.0)[None]
         scores = scores_of(q, read(pages.keys), scales(pages.key_scales), scoring)
         seen = visible(own_tokens, positions[None], start, count, scoring.window)

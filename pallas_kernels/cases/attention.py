@@ -1,6 +1,8 @@
 """Paged attention: small cases of awkward shapes for tests, decoders' own for measurements. A case makes its own pool."""
 import dataclasses
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
@@ -89,6 +91,16 @@ class AttentionCase:
         rows = np.array(cut, np.int32)
         return Blocks(jnp.asarray(self.tables()), *map(jnp.asarray, rows.T)), rows
 
+    def abstract(self, r: int, num_pages: int = 4096) -> tuple[jax.ShapeDtypeStruct, Pages, Blocks, jax.ShapeDtypeStruct | None]:
+        """(queries, pool, blocks, sinks) of the case cut into blocks of r, as shapes: nothing is allocated."""
+        shape: Any = lambda sizes, dtype="float32": jax.ShapeDtypeStruct(sizes, jnp.dtype(dtype))
+        slots, context, heads, h = self.shape
+        batch = slots * -(-self.chunk // r)
+        pool = shape((num_pages, heads, self.page_size, self.page_width or h), self.dtype)
+        scales = [shape((num_pages, heads))] * 2 if self.dtype in EIGHT_BIT else []
+        blocks = Blocks(shape((slots, -(-context // self.page_size)), "int32"), *[shape((batch,), "int32")] * 3)
+        return shape((batch, r, self.num_heads, h)), Pages(pool, pool, *scales), blocks, shape((self.num_heads,)) if self.has_sinks else None
+
     def queries(self, tokens: np.ndarray, rows: np.ndarray, r: int) -> Array:
         """The blocks' queries [B, r, H, h]; NaN behind a block's count."""
         out = np.full((len(rows), r, *tokens.shape[2:]), np.nan, np.float32)
@@ -114,9 +126,16 @@ PREFILL = (
 )
 GROUPS = tuple(AttentionCase((37,), num_heads=group, num_kv_heads=1, dtype="bfloat16") for group in range(1, 17))
 
-# A decoder's own: Qwen3-0.6B and an 8B's attention, for compiling and measuring.
+# Decoders' own: Qwen3-0.6B's and an 8B's attention, narrow heads, all heads of their own, caches of other dtypes; r = 16 for chunks.
+BIG = dict(num_heads=32, num_kv_heads=8, head_dim=128, dtype="bfloat16")
 DECODER = (
-    AttentionCase((4096,) * 64, num_heads=16, num_kv_heads=8, head_dim=128, dtype="bfloat16"),
-    AttentionCase((4096,) * 64, num_heads=32, num_kv_heads=8, head_dim=128, dtype="bfloat16"),
-    AttentionCase((4096,) * 4, chunk=512, num_heads=32, num_kv_heads=8, head_dim=128, dtype="bfloat16"),
+    AttentionCase((4096,) * 64, **BIG | dict(num_heads=16)),
+    AttentionCase((4096,) * 64, **BIG | dict(page_size=64)),
+    AttentionCase((4096,) * 8, **BIG | dict(dtype="float32")),
+    AttentionCase((4096,) * 8, **BIG | dict(dtype="int8", page_size=32)),
+    AttentionCase((4096,) * 8, **BIG | dict(dtype="float8_e4m3fn", page_size=32)),
+    AttentionCase((4096,) * 8, **BIG | dict(head_dim=256, num_heads=4, num_kv_heads=4)),
+    AttentionCase((4096,) * 8, **BIG | dict(head_dim=64, page_width=128, num_heads=64), window=128, soft_cap=30.0, has_sinks=True),
+    AttentionCase((4096,) * 4, chunk=512, **BIG),
+    AttentionCase((4096,) * 4, chunk=512, **BIG, window=1024),
 )
