@@ -99,7 +99,8 @@ class AttentionCase:
         pool = shape((num_pages, heads, self.page_size, self.page_width or h), self.dtype)
         scales = [shape((num_pages, heads))] * 2 if self.dtype in EIGHT_BIT else []
         blocks = Blocks(shape((slots, -(-context // self.page_size)), "int32"), *[shape((batch,), "int32")] * 3)
-        return shape((batch, r, self.num_heads, h)), Pages(pool, pool, *scales), blocks, shape((self.num_heads,)) if self.has_sinks else None
+        sinks = shape((self.num_heads,)) if self.has_sinks else None
+        return shape((batch, r, self.num_heads, h)), Pages(pool, pool, *scales), blocks, sinks
 
     def queries(self, tokens: np.ndarray, rows: np.ndarray, r: int) -> Array:
         """The blocks' queries [B, r, H, h]; NaN behind a block's count."""
