@@ -54,7 +54,8 @@ class Body:
         tokens = case.tokens()
         pages, tables = case.pages(*tokens[1:])
         blocks, rows = case.blocks(r)
-        new = [case.queries(5 * x[:, :, ::-1], rows, r) for x in tokens[1:]]  # other numbers than the pages hold, some too large for 8 bits
+        # Other numbers than the pages hold, some too large for 8 bits; what stands behind a block's count is no NaN, as dead rows are.
+        new = [np.nan_to_num(case.queries(5 * x[:, :, ::-1], rows, r), nan=7.0) for x in tokens[1:]]
         given = new if pages.key_scales is not None else [x.astype(case.dtype) for x in new]
         found = jax.jit(self.run)(pages, *given, blocks)
         for pool, wanted in zip(found[:2], expected(pages, *map(np.asarray, new), tables, rows), strict=True):
