@@ -1,0 +1,43 @@
+"""The KV write's GPU body, in Triton: a program stores one token's key and value of one head."""
+import functools
+
+import jax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array
+
+from pallas_kernels.paged_attention_inputs import Blocks
+
+
+def kv_write_gpu(keys: Array, values: Array, k: Array, v: Array, blocks: Blocks, *, interpret: bool = False) -> tuple[Array, Array]:
+    """Pools `[P, K, p, h]` with the blocks' `[B, r, K, h]` written, in place.
+
+    Raises ValueError for a head width that is no power of two: Triton's arrays have such sizes.
+    """
+    batch, r, num_kv_heads, h = k.shape
+    if h & (h - 1):
+        raise ValueError(f"the GPU's KV write takes head widths that are powers of two, got {h}: take implementation 'xla'")
+    whole, num_inputs = pl.BlockSpec(memory_space=pl.ANY), len(blocks) + 4
+    keys, values = pl.pallas_call(
+        functools.partial(_kernel, page_size=keys.shape[2]),
+        grid=(batch, r, num_kv_heads),
+        in_specs=[whole] * num_inputs,
+        out_specs=[whole, whole],
+        out_shape=[jax.ShapeDtypeStruct(pool.shape, pool.dtype) for pool in (keys, values)],
+        input_output_aliases={num_inputs - 2: 0, num_inputs - 1: 1},
+        compiler_params=plgpu.CompilerParams(num_warps=1),
+        name="kv_write_gpu",
+        interpret=interpret,
+    )(*blocks, k, v, keys, values)
+    return keys, values
+
+
+def _kernel(tables, slots, starts, counts, k, v, _keys, _values, keys, values, *, page_size: int) -> None:
+    b, t, head = (pl.program_id(axis) for axis in range(3))
+
+    @pl.when(t < counts[b])
+    def _():
+        position = starts[b] + t
+        page = tables[slots[b], position // page_size]
+        for pool, x in ((keys, k), (values, v)):
+            pool[page, head, position % page_size] = x[b, t, head]

@@ -1,0 +1,101 @@
+"""What paged attention takes, and how it is laid out for kernels: rows of one dot are the queries that share a key-value head."""
+import dataclasses
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.block_sizes_attention import AttentionBlocks
+from pallas_kernels.pinned_math import LOG2_E
+
+EIGHT_BIT = ("int8", "float8_e4m3fn")
+NO_TOKEN = 2**30  # the token of a row that only fills a tile: behind every count
+
+
+class Pages(NamedTuple):
+    """One layer's pool. 8-bit pages hold numbers that their page's and head's scale multiplies; others have no scales.
+
+    Pages may be wider than the heads (a TPU wants whole lanes of 128): what lies behind a token's head is 0, and kv_write keeps it so.
+    """
+
+    keys: Array  # [P, K, p, h]
+    values: Array  # [P, K, p, h]
+    key_scales: Float[Array, "P K"] | None = None
+    value_scales: Float[Array, "P K"] | None = None
+
+
+class Blocks(NamedTuple):
+    """Query blocks: `counts[b]` consecutive tokens of the sequence in `slots[b]`, the first at position `starts[b]`.
+
+    Decoding is one token to a block; a chunk of a prompt is cut into blocks, of which the last may be short. Padding has count 0.
+    """
+
+    tables: Int[Array, "S n"]  # a sequence's pages, in order; behind its context anything may stand
+    slots: Int[Array, " B"]
+    starts: Int[Array, " B"]
+    counts: Int[Array, " B"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Scoring:
+    """score = soft_cap · tanh(scale · q·k / soft_cap), or scale · q·k; a query sees its own key and the `window - 1` before it, or all."""
+
+    scale: float
+    window: int | None = None
+    soft_cap: float | None = None
+
+    def __post_init__(self):
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window must be at least 1, the query's own key, got {self.window}; None means no window")
+        if self.soft_cap is not None and not self.soft_cap > 0:
+            raise ValueError(f"soft_cap must be above 0, got {self.soft_cap}; None means no cap")
+
+
+def dot_dtype(pages: Pages) -> jnp.dtype:
+    """What the dots take: the cache's own floats; bfloat16, which holds them exactly, for 8-bit ones."""
+    return jnp.dtype(jnp.bfloat16) if pages.keys.dtype.name in EIGHT_BIT else pages.keys.dtype
+
+
+def arrange(q: Float[Array, "B r H _"], pages: Pages, scoring: Scoring, rows: int) -> Float[Array, "B K m h"]:
+    """Queries as rows (token, then head of the group), scaled, rounded to the dots' dtype, padded to the pages' width and to
+    whole tiles of `rows`.
+
+    Without a cap scores are wanted to base 2, and log2 e joins the scale.
+    """
+    batch, r, num_heads, _ = q.shape
+    _, num_kv_heads, _, h = pages.keys.shape
+    group = num_heads // num_kv_heads
+    scale = scoring.scale * (LOG2_E if scoring.soft_cap is None else 1.0)
+    q = widen((q.astype(jnp.float32) * scale).astype(dot_dtype(pages)), h)
+    q = q.reshape(batch, r, num_kv_heads, group, h).transpose(0, 2, 1, 3, 4).reshape(batch, num_kv_heads, r * group, h)
+    return jnp.pad(q, ((0, 0), (0, 0), (0, -(r * group) % rows), (0, 0)))
+
+
+def tokens_of_rows(r: int, group: int, rows: int) -> Int[Array, "m 1"]:
+    """Which of a block's tokens each row belongs to; NO_TOKEN for rows that fill the last tile."""
+    tokens = jnp.repeat(jnp.arange(r, dtype=jnp.int32), group)
+    return jnp.pad(tokens, (0, -(r * group) % rows), constant_values=NO_TOKEN)[:, None]
+
+
+def sinks_of_rows(sinks: Float[Array, " H"], num_kv_heads: int, r: int, rows: int) -> Float[Array, "K m 1"]:
+    """Each row's sink to base 2."""
+    by_head = jnp.tile(sinks.astype(jnp.float32).reshape(num_kv_heads, -1) * LOG2_E, (1, r))
+    return jnp.pad(by_head, ((0, 0), (0, -by_head.shape[1] % rows)))[..., None]
+
+
+def widen(x: Array, h: int) -> Array:
+    """x with its last axis padded with zeros to the pages' width."""
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, h - x.shape[-1])])
+
+
+def restore(out: Float[Array, "B K m h"], like: Float[Array, "B r H _"]) -> Float[Array, "B r H _"]:
+    """The rows' results where their queries stood."""
+    (batch, num_kv_heads, _, h), (_, r, num_heads, width) = out.shape, like.shape
+    group = num_heads // num_kv_heads
+    out = out[:, :, : r * group].reshape(batch, num_kv_heads, r, group, h)
+    return out.transpose(0, 2, 1, 3, 4).reshape(batch, r, num_heads, h)[..., :width]
+
+
+def cover_tiles(tables: Int[Array, "S n"], page_size: int, blocks: AttentionBlocks) -> Int[Array, "S n2"]:
+    """Tables widened to whole tiles of keys. What is added lies behind every context and is never followed."""
+    return jnp.pad(tables, ((0, 0), (0, -tables.shape[1] % (blocks.kv_tile // page_size))))
