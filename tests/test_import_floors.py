@@ -18,9 +18,10 @@ FLOORS = [
     ["jaxengine.sequence", "jaxengine.block_manager", "jaxengine.scheduler", "jaxengine.batch", "jaxengine.steps", "jaxengine.programs",
      "jaxengine.memory", "jaxengine.canary", "jaxengine.contract",
      "jaxengine.rl.forward", "jaxengine.rl.scoring", "jaxengine.rl.arithmetic",
-     "jaxengine.rl.train_calc", "jaxengine.rl.rollout", "jaxengine.compare", "jaxengine.render", "jaxengine.admission", "jaxengine.slots"],
+     "jaxengine.rl.train_calc", "jaxengine.rl.rollout", "jaxengine.rl.advantages", "jaxengine.rl.losses", "jaxengine.rl.metrics",
+     "jaxengine.rl.critic", "jaxengine.rl.trainer", "jaxengine.compare", "jaxengine.render", "jaxengine.admission", "jaxengine.slots"],
     ["jaxengine.engine"],
-    ["jaxengine.verification", "jaxengine.verify", "jaxengine.llm", "jaxengine.functional"],
+    ["jaxengine.verification", "jaxengine.verify", "jaxengine.llm", "jaxengine.functional", "jaxengine.rl.loop", "jaxengine.rl.learn_calc"],
     ["jaxengine.demo", "jaxengine.workloads", "jaxengine.bench", "jaxengine.options", "jaxengine.cli"],
 ]
 HOST_HALF = ["keywords", "request", "sequence", "block_manager", "scheduler"]
