@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 NAME = re.compile(r"step_(\d{8})")
@@ -29,7 +31,8 @@ def save(folder: str | os.PathLike[str], step: int, state: Any, *, keep: int = 2
 
 
 def restore(folder: str | os.PathLike[str], like: Any, step: int | None = None) -> Any:
-    """The state of `step`, or of the newest snapshot, in the tree, shapes and dtypes of `like`, whose arrays are not read.
+    """The state of `step`, or of the newest snapshot, in the tree, shapes, dtypes and places of `like`, whose values are
+    not read.
 
     Raises FileNotFoundError where there is none, ValueError where the tree, a shape or a dtype is another.
     """
@@ -39,7 +42,9 @@ def restore(folder: str | os.PathLike[str], like: Any, step: int | None = None) 
     path = _path(folder, found[-1] if step is None else step)
     with ocp.StandardCheckpointer() as checkpointer:
         _check_fits(path, checkpointer.metadata(path).item_metadata.tree, like)
-        return checkpointer.restore(path, jax.tree.map(ocp.utils.to_shape_dtype_struct, like))
+        found = checkpointer.restore(path, jax.tree.map(ocp.utils.to_shape_dtype_struct, like))
+    # orbax ties every array to a device; jit compiles anew for those that were not tied before.
+    return jax.tree.map(lambda x, y: x if getattr(y, "committed", True) else jnp.asarray(np.asarray(x)), found, like)
 
 
 def steps(folder: str | os.PathLike[str]) -> list[int]:

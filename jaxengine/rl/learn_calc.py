@@ -71,7 +71,7 @@ def build(run: Run) -> tuple[Loop, TrainState]:
 def optimizer(run: Run) -> optax.GradientTransformation:
     updates = run.epochs * run.mini_batches
     rate = optax.warmup_constant_schedule(0.0, run.rate, run.warm_up * updates)
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.99, weight_decay=0.0))
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b2=0.99))
 
 
 def problems(run: Run, iteration: int) -> list[tuple[str, Problem]]:

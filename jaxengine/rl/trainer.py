@@ -161,7 +161,9 @@ class Trainer:
 
     def _update(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
         """One step of the optimiser on the gradient of the whole batch."""
-        gradient, losses, (logprobs, values) = self.gradient(critic.cast(state.master, self.model), batch)
+        weights = token_weights(batch.mask, self.config.objective), token_shares(batch.mask)
+        batch = dataclasses.replace(batch, mask=batch.mask & self._needed(batch)[:, None])
+        gradient, losses, (logprobs, values) = self.gradient(critic.cast(state.master, self.model), batch, weights)
         change, moments = self.optimizer.update(gradient, state.moments, state.master)
         state = dataclasses.replace(state, master=optax.apply_updates(state.master, change), moments=moments, step=state.step + 1)
         found = losses | metrics.mismatch(logprobs, batch.old_logprobs, batch.mask, batch.advantages, self.config.objective)
@@ -169,9 +171,19 @@ class Trainer:
             found["explained_variance"] = metrics.explained_variance(values, batch.returns, batch.mask)
         return state, found | {"gradient_norm": optax.global_norm(gradient)}
 
-    def gradient(self, model: ActorCritic, batch: Batch) -> tuple[ActorCritic, dict[str, Array], tuple[Array, Array | None]]:
-        """(gradient in float32, losses, (logprobs, values) `[B, T]` that they were found with), added up over micro-batches."""
-        weights = token_weights(batch.mask, self.config.objective), token_shares(batch.mask)
+    def _needed(self, batch: Batch) -> Bool[Array, " B"]:
+        """Samples that have a gradient. The others, of groups that were all right or all wrong, are masked: the regions' loops do not
+        come to blocks that nothing asks for, so a batch costs what can be learned from it."""
+        if self.has_critic or self.config.objective.kl_coefficient > 0:
+            return jnp.ones(batch.mask.shape[0], bool)
+        return (batch.advantages != 0).any(-1)
+
+    def gradient(self, model: ActorCritic, batch: Batch, weights: tuple[Array, Array]
+                 ) -> tuple[ActorCritic, dict[str, Array], tuple[Array, Array | None]]:
+        """(gradient in float32, losses, (logprobs, values) `[B, T]` that they were found with), added up over micro-batches.
+
+        `weights` `[B, T]` are what each token counts in the loss of the policy and in the critic's.
+        """
         count, shape = self.config.micro_batches, batch.tokens.shape
         parts = jax.tree.map(lambda x: x.reshape(count, -1, shape[1]), (batch, weights))
 
