@@ -6,9 +6,11 @@ of one command print the same, and so does one that was stopped and went on from
 import argparse
 import dataclasses
 import hashlib
+import itertools
 import json
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,9 @@ LONGEST_PROMPT, LONGEST_ANSWER = 8, 6  # tokens: "(9-9)*9=", and "-1234" with it
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Everything that decides a run's bits but for the machine; the defaults are those of the README's figures."""
+    """Everything that decides a run's bits but for the machine. `rate` is reached after `warm_up` iterations and falls to 0 at the last;
+    problems have numbers of at most `digits` digits.
+    """
 
     algorithm: str = "grpo"
     iterations: int = 200
@@ -50,6 +54,7 @@ class Run:
     rate: float = 3e-4
     warm_up: int = 5
     kl: float = 0.0
+    digits: int = 3
     seed: int = 0
 
 
@@ -70,45 +75,53 @@ def build(run: Run) -> tuple[Loop, TrainState]:
 
 def optimizer(run: Run) -> optax.GradientTransformation:
     updates = run.epochs * run.mini_batches
-    rate = optax.warmup_constant_schedule(0.0, run.rate, run.warm_up * updates)
+    rate = optax.join_schedules([optax.linear_schedule(0.0, run.rate, run.warm_up * updates),
+                                 optax.linear_schedule(run.rate, 0.0, (run.iterations - run.warm_up) * updates)], [run.warm_up * updates])
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b2=0.99))
 
 
 def problems(run: Run, iteration: int) -> list[tuple[str, Problem]]:
     """Prompts and what they are judged by, other ones each iteration, none of them held out."""
-    drawn = arithmetic.problems(run.seed * 1_000_003 + iteration, run.prompts)
+    drawn = itertools.islice(_small(run, arithmetic.stream(run.seed * 1_000_003 + iteration)), run.prompts)
     return [(problem.prompt, problem) for problem in drawn]
 
 
-def held_out(config: ModelConfig, params: Decoder, seed: int) -> tuple[float, float]:
+def _small(run: Run, stream: Iterable[Problem]) -> Iterator[Problem]:
+    return (problem for problem in stream if max(map(len, re.findall(r"\d+", problem.prompt))) <= run.digits)
+
+
+def held_out(config: ModelConfig, params: Decoder, run: Run) -> tuple[float, float]:
     """(share of greedy completions that are right, mean probability that a sampled one is), on 2,000 problems never trained on."""
-    right, probability = grade(config, params, build_tokenizer(), arithmetic.problems(seed, HELD_OUT_PROBLEMS, "held-out"))
+    asked = list(itertools.islice(_small(run, arithmetic.stream(run.seed, "held-out")), HELD_OUT_PROBLEMS))
+    right, probability = grade(config, params, build_tokenizer(), asked)
     return float(right.mean()), float(probability.mean())
 
 
-def learn(run: Run, loop: Loop, state: TrainState, *, folder: Path | None = None, every: int = 0,
+def learn(run: Run, loop: Loop, state: TrainState, *, folder: Path | None = None, every: int = 0, stop: int | None = None,
           report: Callable[[Iteration], Any] = lambda iteration: None) -> TrainState:
-    """Iterate until `run.iterations` are done, with a snapshot in `folder` after each `every`; goes on from the newest that is there."""
+    """Iterate until `run.iterations` are done, or `stop`, with a snapshot in `folder` after each `every` and at the end; goes on from the
+    newest that is there."""
+    last = run.iterations if stop is None else min(stop, run.iterations)
     if folder is not None:
         _claim(folder, run)
         if snapshots.steps(folder):
             state = snapshots.restore(folder, state)
-    while int(state.version) < run.iterations:
+    while int(state.version) < last:
         state, iteration = loop.iterate(state)
         report(iteration)
         done = int(state.version)
-        if folder is not None and every and (done % every == 0 or done == run.iterations):
+        if folder is not None and every and (done % every == 0 or done == last):
             snapshots.save(folder, done, state)
     return state
 
 
 def _claim(folder: Path, run: Run) -> None:
-    """Write the run's settings beside its snapshots; raises ValueError where another run's stand there, the length of the run aside."""
+    """Write the run's settings beside its snapshots; raises ValueError where another run's stand there."""
     path, given = folder / "run.json", dataclasses.asdict(run)
     if path.exists():
         found = json.loads(path.read_text())
         differ = [f"{name}={found.get(name)} there, {value} given" for name, value in given.items()
-                  if name != "iterations" and found.get(name) != value]
+                  if found.get(name) != value]
         if differ:
             raise ValueError(f"{folder} belongs to another run: {'; '.join(differ)}. Give the same settings to go on, or another folder")
     folder.mkdir(parents=True, exist_ok=True)
@@ -127,22 +140,23 @@ def main() -> None:
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default, choices=choices)
     parser.add_argument("--snapshots", type=Path, help="a folder for snapshots; a run goes on from the newest that is there")
     parser.add_argument("--every", type=int, default=20, help="iterations between snapshots")
+    parser.add_argument("--stop", type=int, help="end after so many iterations of the run, as if it had been interrupted")
     parser.add_argument("--json", type=Path, help="write every iteration's reward and metrics there")
     parser.add_argument("--out", type=Path, help="write the trained model's folder there")
     arguments = parser.parse_args()
     run = Run(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Run)})
     loop, state = build(run)
     model, start, history = loop.trainer.model, time.monotonic(), []
-    print("held out, before: greedy {:.3f}, sampled {:.3f}".format(*held_out(model, loop.trainer.policy(state), run.seed)), flush=True)
+    print("held out, before: greedy {:.3f}, sampled {:.3f}".format(*held_out(model, loop.trainer.policy(state), run)), flush=True)
     with tqdm(total=run.iterations, desc=run.algorithm, unit="iteration") as bar:
         def report(iteration: Iteration) -> None:
             history.append(iteration)
             bar.update(iteration.version + 1 - bar.n)
             bar.set_postfix(reward=f"{np.mean([x.reward for x in history[-10:]]):.3f}", loss=f"{iteration.updates[0]['loss']:.4f}")
 
-        state = learn(run, loop, state, folder=arguments.snapshots, every=arguments.every, report=report)
+        state = learn(run, loop, state, folder=arguments.snapshots, every=arguments.every, stop=arguments.stop, report=report)
     minutes, policy = (time.monotonic() - start) / 60, loop.trainer.policy(state)
-    print("held out, after:  greedy {:.3f}, sampled {:.3f}".format(*held_out(model, policy, run.seed)))
+    print("held out, after:  greedy {:.3f}, sampled {:.3f}".format(*held_out(model, policy, run)))
     print(f"{minutes:.1f} minutes; reward of the last 10 iterations {np.mean([x.reward for x in history[-10:] or [np.nan]]):.3f}")
     print(f"weights {weights_digest(policy)[:16]}, state {state_digest(state)[:16]}")
     if arguments.json:

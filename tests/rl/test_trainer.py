@@ -123,6 +123,7 @@ def test_nothing_is_compiled_after_the_first_update(ran):
 REWARDS = np.linspace(0, 1, 16, dtype=np.float32)  # of four groups of four: no advantage is 0
 
 
+@pytest.mark.slow
 def test_micro_batches_change_no_logprob(drawn):
     """C11: inside the update's gradient the logprobs are the engine's bits. Gradients are close, not equal: each micro-batch's is rounded
     to the weights' 8 bits before it is added."""
