@@ -134,7 +134,8 @@ def state_digest(state: TrainState) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description="Teach the model that ships arithmetic by reward alone.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for field in dataclasses.fields(Run):
         choices = sorted(ALGORITHMS) if field.name == "algorithm" else None
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default, choices=choices)

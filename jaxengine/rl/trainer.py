@@ -59,7 +59,7 @@ class TrainerConfig:
 class TrainState:
     """All that a run is: it goes on from here to the same bits."""
 
-    master: ActorCritic  # float32
+    master: Any  # an ActorCritic in float32
     moments: Any  # the optimiser's
     step: Int[Array, ""]  # updates so far
     version: Int[Array, ""]  # of the weights: rollouts learned from so far
@@ -103,7 +103,7 @@ class Trainer:
         zero = lambda: jnp.zeros((), jnp.int32)
         return TrainState(master, jax.jit(self.optimizer.init)(master), zero(), zero(), jax.random.key_data(key))
 
-    def train(self, state: TrainState, rollout: Rollout, rewards: Float[Array, " B"], *, reference: Decoder | None = None
+    def train(self, state: TrainState, rollout: Rollout, rewards: Float[np.ndarray, " B"], *, reference: Decoder | None = None
               ) -> tuple[TrainState, list[dict[str, float]]]:
         """All updates for one rollout with a reward for each sample: the next version's state, and the metrics of each update.
 
@@ -117,21 +117,21 @@ class Trainer:
         state = dataclasses.replace(state, version=state.version + 1)
         return state, [{name: float(x) for name, x in values.items()} for values in jax.device_get(found)]
 
-    def batch(self, state: TrainState, rollout: Rollout, rewards: Float[Array, " B"], *, reference: Decoder | None = None) -> Batch:
+    def batch(self, state: TrainState, rollout: Rollout, rewards: Float[np.ndarray, " B"], *, reference: Decoder | None = None) -> Batch:
         """A rollout with its advantages, and what else the objective asks for."""
-        rewards, kind = np.asarray(rewards, np.float32), self.config.objective.advantage
+        kind, rewards = self.config.objective.advantage, np.asarray(rewards, np.float32)
         if rewards.shape != rollout.group.shape:
             raise ValueError(f"rewards must be {list(rollout.group.shape)}, one a sample, got {list(rewards.shape)}")
         counts = np.isfinite(rewards)
-        rewards, group = jnp.asarray(np.where(counts, rewards, 0)), jnp.asarray(np.where(counts, rollout.group, -1))
+        known, group = jnp.asarray(np.where(counts, rewards, 0)), jnp.asarray(np.where(counts, rollout.group, -1))
         tokens, mask = jnp.asarray(rollout.tokens), jnp.asarray(rollout.mask & counts[:, None])
         start = Batch(tokens, mask, jnp.asarray(rollout.logprobs), jnp.zeros(mask.shape, jnp.float32))
         if self.config.objective.kl_coefficient > 0:
             start = dataclasses.replace(start, reference=self._reference(reference, tokens, mask))
         if kind == "generalized":
-            return self._with_values(state, start, rewards)
-        each = (estimators.leave_one_out(rewards, group) if kind == "leave-one-out" else
-                estimators.group_relative(rewards, group, scaled=kind == "scaled"))
+            return self._with_values(state, start, known)
+        each = (estimators.leave_one_out(known, group) if kind == "leave-one-out" else
+                estimators.group_relative(known, group, scaled=kind == "scaled"))
         return dataclasses.replace(start, advantages=jnp.where(mask, each[:, None], 0.0))
 
     # -- inside ----------------------------------------------------------------------------------------------------------------
@@ -167,7 +167,7 @@ class Trainer:
         change, moments = self.optimizer.update(gradient, state.moments, state.master)
         state = dataclasses.replace(state, master=optax.apply_updates(state.master, change), moments=moments, step=state.step + 1)
         found = losses | metrics.mismatch(logprobs, batch.old_logprobs, batch.mask, batch.advantages, self.config.objective)
-        if values is not None:
+        if values is not None and batch.returns is not None:
             found["explained_variance"] = metrics.explained_variance(values, batch.returns, batch.mask)
         return state, found | {"gradient_norm": optax.global_norm(gradient)}
 
@@ -179,8 +179,8 @@ class Trainer:
         return (batch.advantages != 0).any(-1)
 
     def gradient(self, model: ActorCritic, batch: Batch, weights: tuple[Array, Array]
-                 ) -> tuple[ActorCritic, dict[str, Array], tuple[Array, Array | None]]:
-        """(gradient in float32, losses, (logprobs, values) `[B, T]` that they were found with), added up over micro-batches.
+                 ) -> tuple[Any, dict[str, Array], tuple[Array, Array | None]]:
+        """(gradient, an ActorCritic in float32; losses; logprobs and values `[B, T]` that they were found with), over all micro-batches.
 
         `weights` `[B, T]` are what each token counts in the loss of the policy and in the critic's.
         """

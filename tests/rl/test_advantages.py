@@ -100,8 +100,9 @@ def test_without_decay_or_discount_returns_are_what_is_still_to_come():
     np.testing.assert_array_equal(found, [[0, 2, 1, 0, 2.5]])
 
 
-def test_a_row_without_tokens_drops_its_reward():
-    assert (np.asarray(at_last_token(np.ones(2, np.float32), np.array([[False, False], [True, False]]))) == [[0, 0], [1, 0]]).all()
+def test_a_reward_follows_the_last_token_alone():
+    mask = np.array([[False, False, False], [True, True, False], [False, True, True]])  # a row without a token drops it
+    np.testing.assert_array_equal(at_last_token(np.array([5.0, 1.0, 2.0], np.float32), mask), [[0, 0, 0], [0, 1, 0], [0, 0, 2]])
 
 
 def test_standardized_over_the_tokens_alone():
