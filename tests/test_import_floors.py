@@ -20,12 +20,13 @@ FLOORS = [
      "jaxengine.rl.forward", "jaxengine.rl.scoring", "jaxengine.rl.arithmetic",
      "jaxengine.rl.train_calc", "jaxengine.rl.rollout", "jaxengine.rl.bounded", "jaxengine.rl.reward_worker", "jaxengine.rl.isolation",
      "jaxengine.rl.reward_functions", "jaxengine.rl.math_reward", "jaxengine.rl.program_supervisor", "jaxengine.rl.program_check",
-     "jaxengine.rl.rewards", "jaxengine.rl.calculator", "jaxengine.rl.tools", "jaxengine.compare", "jaxengine.render",
+     "jaxengine.rl.rewards", "jaxengine.rl.calculator", "jaxengine.rl.tools", "jaxengine.rl.advantages", "jaxengine.rl.losses",
+     "jaxengine.rl.metrics", "jaxengine.rl.critic", "jaxengine.rl.trainer", "jaxengine.compare", "jaxengine.render",
      "jaxengine.admission", "jaxengine.slots"],
     ["jaxengine.weights", "jaxengine.engine"],
     ["jaxengine.runner"],
     ["jaxengine.verification", "jaxengine.verify", "jaxengine.llm", "jaxengine.functional", "jaxengine.rl.nnx_policy",
-     "jaxengine.rl.tunix_rollout"],
+     "jaxengine.rl.tunix_rollout", "jaxengine.rl.loop", "jaxengine.rl.learn_calc"],
     ["jaxengine.demo", "jaxengine.workloads", "jaxengine.bench", "jaxengine.options", "jaxengine.cli", "jaxengine.__main__"],
 ]
 HOST_HALF = ["keywords", "request", "sequence", "block_manager", "scheduler"]

@@ -43,11 +43,24 @@ def token_logprobs(params: Decoder, tokens: Int[Array, "B T"], mask: Bool[Array,
     A run of tokens under the mask is a completion, and all that stands before it its prompt. What stands behind the last token under
     the mask is never read; nothing predicts the first token, which is 0 too.
     """
-    batch, length = tokens.shape
+    x, tokens = trunk(params, tokens, mask, config=config, tile=tile)
+    return head_logprobs(params, x, tokens, mask, slots, config=config, entropy=entropy)
+
+
+def trunk(params: Decoder, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], *, config: ModelConfig, tile: Tile = WIDE
+          ) -> tuple[Float[Array, "B T D"], Int[Array, "B T"]]:
+    """(residual stream behind the last layer, as far as tokens under `mask` are predicted by it; tokens, those that are none as 0)."""
     tokens = jnp.where((tokens >= 0) & (tokens < config.vocab_size), tokens, 0).astype(jnp.int32)
+    wanted = mask.at[:, 0].set(False)
+    lengths = jnp.where(wanted, jnp.arange(tokens.shape[1]), 0).max(-1)  # the last token is predicted, and needs no forward pass of its own
+    return hidden_states(config, params, tokens, lengths, tile), tokens
+
+
+def head_logprobs(params: Decoder, x: Float[Array, "B T D"], tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], slots: SlotParams, *,
+                  config: ModelConfig, entropy: bool = False) -> tuple[Float[Array, "B T"], Float[Array, "B T"] | None]:
+    """token_logprobs from what `trunk` gives: a critic shares the trunk (critic.py)."""
+    batch, length = tokens.shape
     where, wanted = jnp.arange(length), mask.at[:, 0].set(False)
-    lengths = jnp.where(wanted, where, 0).max(-1)  # the last token is predicted, and needs no forward pass of its own
-    x = hidden_states(config, params, tokens, lengths, tile)
     begins = mask & ~jnp.pad(mask[:, :-1], ((0, 0), (1, 0)))
     prompts = jax.lax.cummax(jnp.where(begins, where, 0), axis=1)
 

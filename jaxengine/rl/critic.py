@@ -1,0 +1,76 @@
+"""A critic on the policy's own trunk: one more row on the head, and nothing of its own below it."""
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxengine.config import ModelConfig
+from jaxengine.models.decoder import Tile
+from jaxengine.models.params import Decoder
+from jaxengine.ops.norm import rms_norm
+from jaxengine.ops.regions import over_tiles
+from jaxengine.pytree import pytree
+from jaxengine.rl import scoring
+from jaxengine.rl.forward import WIDE
+from jaxengine.rl.scoring import HEAD_ROWS
+from jaxengine.step_inputs import SlotParams
+from pallas_kernels.pinned_math import row_sum
+from pallas_kernels.tiles import unknown_zero
+
+
+@pytree
+class Critic:
+    """The value of a state is weight · norm(x) + bias, x the residual stream that the token's logits are made of, norm the policy's."""
+
+    weight: Float[Array, " D"]
+    bias: Float[Array, ""]
+
+
+@pytree
+class ActorCritic:
+    """What is trained. Without a critic it is the policy alone."""
+
+    policy: Decoder
+    critic: Critic | None
+
+
+def initialise(config: ModelConfig) -> Critic:
+    """A critic that says 0 everywhere. Its first gradients are not zero, since they are those of a linear function's weights."""
+    return Critic(jnp.zeros(config.hidden_size, jnp.float32), jnp.zeros((), jnp.float32))
+
+
+def logprobs_and_values(model: ActorCritic, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], slots: SlotParams, *, config: ModelConfig,
+                        tile: Tile = WIDE) -> tuple[Float[Array, "B T"], Float[Array, "B T"] | None]:
+    """(logprobs of the tokens under `mask`, values of the states they were drawn in), from one pass through the trunk; 0 elsewhere.
+
+    The logprobs are those of scoring.token_logprobs, by bits. Values are None without a critic. Differentiable in `model`.
+    """
+    x, tokens = scoring.trunk(model.policy, tokens, mask, config=config, tile=tile)
+    logprobs, _ = scoring.head_logprobs(model.policy, x, tokens, mask, slots, config=config)
+    return logprobs, None if model.critic is None else _values(config, model.critic, model.policy.norm, x, mask)
+
+
+def _values(config: ModelConfig, critic: Critic, norm: Float[Array, " D"], x: Float[Array, "B T D"], mask: Bool[Array, "B T"]
+            ) -> Float[Array, "B T"]:
+    """In a pinned region in float32, as the logits are."""
+    batch, length, width = x.shape
+    rows = jnp.pad(x.reshape(-1, width), ((0, -batch * length % HEAD_ROWS), (0, 0)))
+    count = batch * length + unknown_zero(norm, mask)
+
+    def body(weights: tuple[Array, Critic], rows: Float[Array, "t D"]) -> Float[Array, " t"]:
+        norm, critic = weights
+        return row_sum(rms_norm(rows, norm, config.rms_norm_eps) * critic.weight) + critic.bias
+
+    found = over_tiles(body, HEAD_ROWS, (norm, critic), rows, count)[: batch * length].reshape(batch, length)
+    behind = jnp.pad(found[:, :-1], ((0, 0), (1, 0)))  # the state in front of token t is that behind token t - 1
+    return jnp.where(mask.at[:, 0].set(False), behind, 0.0)
+
+
+def cast(model: ActorCritic, config: ModelConfig) -> ActorCritic:
+    """The float32 master copy as it runs: the policy in the dtype of the configuration, the critic in float32. Always a new copy.
+
+    Rounded by reduce_precision: a plain conversion and the widening that a region begins with cancel in XLA's eyes, and the region would
+    see weights that were never rounded, which the engine does not have.
+    """
+    numbers = jnp.finfo(config.dtype)
+    rounded = lambda x: jax.lax.reduce_precision(x, numbers.nexp, numbers.nmant).astype(config.dtype)
+    return ActorCritic(jax.tree.map(rounded, model.policy), jax.tree.map(jnp.copy, model.critic))

@@ -1,0 +1,113 @@
+"""Advantages against their definitions, written as loops in float64."""
+import jax
+import numpy as np
+import pytest
+
+from jaxengine.rl import advantages
+from jaxengine.rl.advantages import at_last_token, generalized, group_relative, leave_one_out, standardized
+
+GROUP = np.array([0, 0, 0, 2, 2, 1, 2, 2, 7])  # ids in any order, of any size, one alone
+REWARDS = np.array([1.0, 0.0, 0.25, -3.0, 0.1, 0.7, 0.1, 0.1, 5.0], np.float32)
+
+
+def bits(x) -> np.ndarray:
+    return np.asarray(x, np.float32).view(np.uint32)
+
+
+def naive(kind: str, rewards: np.ndarray, group: np.ndarray) -> np.ndarray:
+    out, rewards = np.zeros(len(rewards)), rewards.astype(np.float64)
+    for i, own in enumerate(group):
+        members = [j for j, other in enumerate(group) if other == own and own >= 0]
+        if kind == "leave-one-out":
+            others = [rewards[j] for j in members if j != i]
+            out[i] = rewards[i] - sum(others) / len(others) if others else 0.0
+        elif members:
+            mean = sum(rewards[j] for j in members) / len(members)
+            deviation = (sum((rewards[j] - mean) ** 2 for j in members) / len(members)) ** 0.5
+            out[i] = (rewards[i] - mean) / (deviation + advantages.SMALLEST_DEVIATION if kind == "scaled" else 1.0)
+    return out
+
+
+FUNCTIONS = {"scaled": group_relative, "centred": lambda r, g: group_relative(r, g, scaled=False), "leave-one-out": leave_one_out}
+
+
+@pytest.mark.parametrize("kind", FUNCTIONS)
+def test_groups_against_the_definition(kind):
+    found = jax.jit(FUNCTIONS[kind])(REWARDS, GROUP)
+    np.testing.assert_allclose(found, naive(kind, REWARDS, GROUP), rtol=2e-6, atol=1e-6)
+    assert found.dtype == np.float32 and found[5] == found[8] == 0.0
+
+
+def test_by_hand():
+    """Two of four are right: the mean is 1/2, the deviation 1/2; without oneself the mean is 1/3 or 2/3."""
+    rewards, group = np.array([1.0, 0.0, 0.0, 1.0], np.float32), np.zeros(4, int)
+    np.testing.assert_allclose(group_relative(rewards, group), [1, -1, -1, 1], rtol=3e-6)
+    np.testing.assert_array_equal(group_relative(rewards, group, scaled=False), [0.5, -0.5, -0.5, 0.5])
+    np.testing.assert_allclose(leave_one_out(rewards, group), [2 / 3, -2 / 3, -2 / 3, 2 / 3], rtol=1e-6)
+
+
+@pytest.mark.parametrize("reward", [0.1, 1 / 3, 1e6 / 7, -0.7])
+@pytest.mark.parametrize("kind", FUNCTIONS)
+def test_equal_rewards_teach_nothing(kind, reward):
+    """Exactly nothing: a rounded mean is not the number, and divided by a deviation that is all rounding it would be a large one."""
+    rewards = np.full(7, reward, np.float32)
+    assert (bits(FUNCTIONS[kind](rewards, np.zeros(7, int))) == 0).all()
+
+
+@pytest.mark.parametrize("kind", FUNCTIONS)
+def test_a_row_that_is_left_out_moves_no_bit(kind):
+    rewards, group = np.insert(REWARDS, [2, 5], [np.nan, 1e9]).astype(np.float32), np.insert(GROUP, [2, 5], -1)
+    found = np.asarray(FUNCTIONS[kind](rewards, group))
+    assert (found[[2, 6]] == 0).all()
+    assert (bits(np.delete(found, [2, 6])) == bits(FUNCTIONS[kind](REWARDS, GROUP))).all()
+
+
+def ragged(rng: np.random.RandomState, rows: int = 6, width: int = 12) -> np.ndarray:
+    """Prompts and completions of all lengths: one with a gap in it, an empty one, a full one."""
+    where = np.arange(width)
+    begin, end = rng.randint(1, 5, (rows, 1)), rng.randint(5, width + 1, (rows, 1))
+    mask = (where >= begin) & (where < end)
+    mask[0], mask[1] = False, True
+    mask[2] = (where >= 2) & (where != 5) & (where != 6) & (where < 10)
+    return mask
+
+
+@pytest.mark.parametrize("discount, decay", [(1.0, 0.95), (0.9, 0.8), (1.0, 1.0), (0.99, 0.0)])
+def test_generalized_advantages_are_the_sum_of_the_definition(discount, decay):
+    """A_t = Σ_l (γλ)^l δ_{t+l} over the steps of the episode, the tokens under the mask; what stands outside is poisoned."""
+    rng = np.random.RandomState(0)
+    mask = ragged(rng)
+    rewards, values = (np.where(mask, rng.normal(size=mask.shape), np.nan).astype(np.float32) for _ in range(2))
+    found, returns = jax.jit(lambda *x: generalized(*x, discount=discount, decay=decay))(rewards, values, mask)
+    expected = np.zeros(mask.shape)
+    for row in range(mask.shape[0]):
+        steps = np.flatnonzero(mask[row])
+        r, v = rewards[row, steps].astype(np.float64), np.append(values[row, steps].astype(np.float64), 0.0)
+        deltas = [r[i] + discount * v[i + 1] - v[i] for i in range(len(steps))]
+        for i, t in enumerate(steps):
+            expected[row, t] = sum((discount * decay) ** (j - i) * deltas[j] for j in range(i, len(steps)))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(returns, np.where(mask, expected + np.nan_to_num(values), 0), rtol=1e-5, atol=1e-5)
+
+
+def test_without_decay_or_discount_returns_are_what_is_still_to_come():
+    mask = np.array([[False, True, True, False, True]])
+    rewards = at_last_token(np.array([3.0], np.float32), mask)
+    np.testing.assert_array_equal(rewards, [[0, 0, 0, 0, 3]])
+    values = np.array([[9.0, 1.0, 2.0, 9.0, 0.5]], np.float32)
+    found, returns = generalized(rewards, values, mask, decay=1.0)
+    np.testing.assert_array_equal(returns, [[0, 3, 3, 0, 3]])
+    np.testing.assert_array_equal(found, [[0, 2, 1, 0, 2.5]])
+
+
+def test_a_reward_follows_the_last_token_alone():
+    mask = np.array([[False, False, False], [True, True, False], [False, True, True]])  # a row without a token drops it
+    np.testing.assert_array_equal(at_last_token(np.array([5.0, 1.0, 2.0], np.float32), mask), [[0, 0, 0], [0, 1, 0], [0, 0, 2]])
+
+
+def test_standardized_over_the_tokens_alone():
+    mask = ragged(np.random.RandomState(1))
+    x = np.where(mask, np.random.RandomState(2).normal(5, 3, mask.shape), np.nan).astype(np.float32)
+    found = np.asarray(standardized(x, mask))
+    np.testing.assert_allclose([found[mask].mean(), found[mask].std()], [0, 1], atol=1e-5)
+    assert (found[~mask] == 0).all()

@@ -1,0 +1,63 @@
+"""The command that teaches calc: what it prints is the same in another process, and when it was stopped half way."""
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from jaxengine.rl import learn_calc
+from jaxengine.rl.arithmetic import is_held_out
+from jaxengine.rl.learn_calc import Run
+
+SMALL = ["--iterations", "3", "--prompts", "8", "--samples", "4", "--epochs", "2", "--mini-batches", "2", "--digits", "1", "--every", "1"]
+
+
+def test_problems_are_other_ones_each_iteration_and_never_held_out():
+    run = Run(prompts=50, digits=2)
+    first, second = learn_calc.problems(run, 0), learn_calc.problems(run, 1)
+    assert first == learn_calc.problems(run, 0) != second and len(first) == 50
+    for prompt, problem in first + second:
+        assert prompt == problem.prompt and not is_held_out(prompt) and not re.search(r"\d{3}", prompt)
+    longest = [problem for i in range(40) for problem in learn_calc.problems(Run(), i)]
+    assert max(len(prompt) for prompt, _ in longest) == learn_calc.LONGEST_PROMPT
+    assert max(len(problem.answer) for _, problem in longest) < learn_calc.LONGEST_ANSWER  # one more for its end
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path):
+    learn_calc._claim(tmp_path / "new", Run(seed=1))
+    learn_calc._claim(tmp_path / "new", Run(seed=1))
+    with pytest.raises(ValueError, match=r"belongs to another run: rate=.* there, 0.5 given; seed=1 there, 2 given\. Give the same"):
+        learn_calc._claim(tmp_path / "new", Run(seed=2, rate=0.5))
+
+
+def test_the_rate_rises_and_falls():
+    run = Run(iterations=10, warm_up=2, mini_batches=2, rate=1.0)
+    state, sizes = learn_calc.optimizer(run).init(np.ones(1, np.float32)), []
+    for _ in range(20):
+        change, state = learn_calc.optimizer(run).update(np.full(1, 0.5, np.float32), state)
+        sizes.append(-float(change[0]))
+    assert sizes[0] == 0 and max(sizes) == pytest.approx(1, rel=1e-3) and sizes.index(max(sizes)) == 4 and 0 < sizes[-1] < 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
+def test_the_same_bits_in_another_process_and_after_a_stop(tmp_path, algorithm):
+    def command(name: str, folder: str, *more: str) -> tuple[str, list[dict]]:
+        options = ["--algorithm", algorithm, "--snapshots", str(tmp_path / folder), "--json", str(tmp_path / f"{name}.json")]
+        found = subprocess.run([sys.executable, "-m", "jaxengine.rl.learn_calc", *SMALL, *options, *more], check=True, capture_output=True,
+                               text=True)
+        digest = re.search(r"weights \w{16}, state \w{16}", found.stdout)
+        assert digest is not None, found.stdout
+        return digest[0], json.loads((tmp_path / f"{name}.json").read_text())
+
+    whole, history = command("whole", "one")
+    _, before = command("stopped", "other", "--stop", "1")
+    resumed, after = command("resumed", "other")
+    assert resumed == whole
+    bare = lambda iterations: [{k: v for k, v in each.items() if k not in ("generating", "learning")} for each in iterations]
+    assert bare(before + after) == bare(history) and len(before) == 1 and len(history) == 3
+    for iteration in history:
+        first = iteration["updates"][0]
+        assert (first["ratio_mean"], first["ratio_max"], first["clip_rate"], first["kl"], first["max_delta"]) == (1, 1, 0, 0, 0)

@@ -1,0 +1,245 @@
+"""Losses against loops over tokens in float64, written from the papers' formulas, and by hand."""
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_advantages import bits, ragged
+
+from jaxengine.rl.losses import ALGORITHMS, Objective, kl_penalty, policy_loss, ratios, token_weights, value_loss
+from jaxengine.rl.metrics import explained_variance, mismatch
+
+BUDGET = 20
+CASES = ALGORITHMS | {
+    "dr_grpo with a budget": Objective(advantage="centred", average="constant", budget=BUDGET),
+    "grpo with k1": Objective(kl="k1", kl_coefficient=0.04),
+    "grpo with k2": Objective(kl="k2", kl_coefficient=0.04),
+    "grpo with k3": Objective(kl="k3", kl_coefficient=0.04),
+    "gspo that clips": Objective(ratio="sequence", clip_low=0.05, clip_high=0.06),
+}
+
+
+class Drawn:
+    """Random logprobs on a ragged mask; what stands outside the mask is NaN."""
+
+    def __init__(self, seed: int = 0) -> None:
+        rng = np.random.RandomState(seed)
+        self.mask = ragged(rng)
+        draw = lambda scale: np.where(self.mask, rng.normal(0, scale, self.mask.shape), np.nan).astype(np.float32)
+        self.old = draw(1) - 2
+        self.new, self.reference = self.old + draw(0.3), self.old + draw(0.3)
+        self.advantages = rng.normal(size=self.mask.shape[0]).astype(np.float32)
+        self.each = draw(1)  # an advantage a token
+
+
+def naive(objective: Objective, drawn: Drawn, advantages: np.ndarray) -> float:
+    """−(1/G) Σ_i … Σ_t min(ρ A, clip(ρ) A) − β KL, a token at a time."""
+    samples = [i for i in range(drawn.mask.shape[0]) if drawn.mask[i].any()]
+    total, all_tokens = 0.0, int(drawn.mask.sum())
+    for i in samples:
+        tokens = np.flatnonzero(drawn.mask[i])
+        logs = {t: float(drawn.new[i, t]) - float(drawn.old[i, t]) for t in tokens}
+        mean = sum(logs.values()) / len(tokens)
+        share = {"token": 1 / all_tokens, "sequence": 1 / len(tokens) / len(samples),
+                 "constant": 1 / (objective.budget or drawn.mask.shape[1]) / len(samples)}[objective.average]
+        for t in tokens:
+            advantage = float(advantages[i] if advantages.ndim == 1 else advantages[i, t])
+            rho = math.exp(logs[t] if objective.ratio == "token" else mean)
+            clipped = min(max(rho, 1 - objective.clip_low), 1 + objective.clip_high)
+            log_r = float(drawn.reference[i, t]) - float(drawn.new[i, t])
+            kl = {"k1": -log_r, "k2": log_r**2 / 2, "k3": math.exp(log_r) - 1 - log_r}[objective.kl]
+            total += share * (-min(rho * advantage, clipped * advantage) + objective.kl_coefficient * kl)
+    return total
+
+
+@pytest.mark.parametrize("shape", ["a sample", "a token"])
+@pytest.mark.parametrize("name", CASES)
+def test_against_a_loop_over_tokens(name, shape):
+    drawn, objective = Drawn(), CASES[name]
+    advantages = drawn.advantages if shape == "a sample" else drawn.each
+    found = jax.jit(lambda new: policy_loss(new, drawn.old, drawn.mask, advantages, objective, reference=drawn.reference))(drawn.new)
+    np.testing.assert_allclose(found, naive(objective, drawn, advantages), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradient_against_differences_of_the_loop(name):
+    """In float64 by central differences; with one advantage a sample, for which GSPO's token form has GSPO's gradient."""
+    drawn, objective = Drawn(1), CASES[name]
+    loss = lambda new: policy_loss(new, drawn.old, drawn.mask, drawn.advantages, objective, reference=drawn.reference)
+    found = np.asarray(jax.grad(loss)(drawn.new))
+    assert (found[~drawn.mask] == 0).all() and np.isfinite(found).all()
+    step = 2.0**-12  # exact in float32 beside numbers of this size
+    for i, t in zip(*np.nonzero(drawn.mask), strict=True):
+        ends = []
+        for sign in (1, -1):
+            moved = Drawn(1)
+            moved.new = moved.new.astype(np.float64)
+            moved.new[i, t] += sign * step
+            ends.append(naive(objective, moved, drawn.advantages))
+        assert found[i, t] == pytest.approx((ends[0] - ends[1]) / (2 * step), rel=1e-3, abs=1e-6), (i, t)
+
+
+def test_the_averages_by_hand():
+    """Two samples of 1 and 3 tokens, advantages 1 and -1, ratio 1."""
+    mask = np.array([[False, True, False, False], [False, True, True, True]])
+    old, advantages = np.zeros((2, 4), np.float32), np.array([1.0, -1.0], np.float32)
+    loss = lambda **how: float(policy_loss(old, old, mask, advantages, Objective(**how)))
+    assert loss(average="sequence") == pytest.approx(-(1 - 1) / 2, abs=1e-7)
+    assert loss(average="token") == pytest.approx(-(1 - 3) / 4)
+    assert loss(average="constant", budget=8) == pytest.approx(-(1 - 3) / 8 / 2)
+    assert loss(average="constant") == pytest.approx(-(1 - 3) / 4 / 2)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_at_ratio_one_the_gradient_is_the_policy_gradient(name):
+    """−weight · A at each token, exactly: nothing is clipped, and nothing is halved between equals."""
+    drawn, objective = Drawn(), ALGORITHMS[name]
+    gradient = jax.jit(jax.grad(lambda new: policy_loss(new, drawn.old, drawn.mask, drawn.advantages, objective)))(drawn.old)
+    weights = np.asarray(token_weights(drawn.mask, objective))
+    expected = -weights * np.where(drawn.mask, drawn.advantages[:, None], 0)
+    assert (bits(np.abs(gradient)) == bits(np.abs(expected))).all() and (np.sign(gradient) == np.sign(expected)).all()
+
+
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+def test_the_ratio_is_exactly_one_where_nothing_changed(ratio):
+    logprobs = np.concatenate([-np.geomspace(1e-38, 80, 997), [0.0, -0.0, -1 / 3]]).astype(np.float32).reshape(10, 100)
+    found = jax.jit(lambda x, y: ratios(x, y, np.ones(x.shape, bool), Objective(ratio=ratio)))(logprobs, logprobs)
+    assert (bits(found) == bits(np.ones(1))).all()
+
+
+@pytest.mark.parametrize("rho, advantage, moves", [
+    (1.25, 1.0, True), (1.2500002, 1.0, False), (3.0, 1.0, False), (0.1, 1.0, True),
+    (0.75, -1.0, True), (0.7499999, -1.0, False), (0.1, -1.0, False), (3.0, -1.0, True), (3.0, 0.0, False)])
+def test_the_edges_of_the_clip(rho, advantage, moves):
+    """On the edge there is a gradient yet; behind it, where the advantage drives on, none; on the other side always."""
+    objective, mask = Objective(clip_low=0.25, clip_high=0.25), np.ones((1, 1), bool)
+    new = np.log(np.array([[rho]], np.float64)).astype(np.float32)
+    if rho in (1.25, 0.75):  # the nearest float32 whose ratio is not behind the edge
+        while (ratios(new, 0 * new, mask, objective) > 1.25 if rho > 1 else ratios(new, 0 * new, mask, objective) < 0.75).any():
+            new = np.nextafter(new, np.float32(0))
+    advantages = np.array([advantage], np.float32)
+    gradient = jax.grad(lambda x: policy_loss(x, jnp.zeros((1, 1)), mask, advantages, objective))(new)
+    assert bool(gradient[0, 0] != 0) == moves
+    if moves:
+        np.testing.assert_allclose(gradient, -advantage * np.exp(new), rtol=1e-5)
+
+
+def test_a_token_that_the_new_distribution_cannot_give():
+    """top-k and the like may cut a token that was drawn: its ratio is 0, and no NaN comes of it."""
+    mask, old = np.ones((1, 2), bool), np.full((1, 2), -1.0, np.float32)
+    new = np.array([[-np.inf, -1.0]], np.float32)
+    for name in ALGORITHMS:
+        value, gradient = jax.value_and_grad(lambda x, o=ALGORITHMS[name]: policy_loss(x, old, mask, np.ones(1, np.float32), o))(new)
+        assert np.isfinite(value) and np.isfinite(gradient).all() and gradient[0, 0] == 0, name
+    assert ratios(new, old, mask, Objective())[0, 0] == 0.0
+
+
+def test_parts_add_up_to_the_batch():
+    drawn = Drawn(3)
+    for name, objective in ALGORITHMS.items():
+        weights = token_weights(drawn.mask, objective)
+        loss = lambda rows, o=objective, w=weights: policy_loss(drawn.new[rows], drawn.old[rows], drawn.mask[rows], drawn.advantages[rows],
+                                                                o, weights=w[rows])
+        parts = sum(float(loss(slice(i, i + 2))) for i in range(0, 6, 2))
+        assert parts == pytest.approx(float(loss(slice(None))), rel=1e-5, abs=1e-7), name
+
+
+# -- KL ------------------------------------------------------------------------------------------------------------------------
+
+def test_kl_is_exactly_zero_between_equals():
+    x = -np.geomspace(1e-30, 80, 64).astype(np.float32).reshape(8, 8)
+    for estimator in ("k1", "k2", "k3"):
+        assert (bits(np.abs(kl_penalty(x, x, np.ones(x.shape, bool), estimator))) == 0).all()
+
+
+def test_kl_estimators_mean_the_kl():
+    """Over a whole distribution: k1 and k3 average to the KL, and k2's gradient to the KL's gradient."""
+    logits, target = jax.random.normal(jax.random.key(0), (2, 9))
+    mask = np.ones(9, bool)
+    kl = lambda logits: (jax.nn.softmax(logits) * (jax.nn.log_softmax(logits) - jax.nn.log_softmax(target))).sum()
+
+    def averaged(logits, estimator):
+        logprobs = jax.nn.log_softmax(logits)
+        drawn = jax.lax.stop_gradient(jnp.exp(logprobs))
+        return (drawn * kl_penalty(logprobs, jax.nn.log_softmax(target), mask, estimator)).sum()
+
+    for estimator in ("k1", "k3"):
+        np.testing.assert_allclose(averaged(logits, estimator), kl(logits), rtol=1e-5)
+    np.testing.assert_allclose(jax.grad(averaged)(logits, "k2"), jax.grad(kl)(logits), rtol=1e-4, atol=1e-6)
+
+
+def test_a_penalty_needs_a_reference():
+    drawn = Drawn()
+    with pytest.raises(ValueError, match="kl_coefficient=0.1 asks for a penalty, but no logprobs of a reference"):
+        policy_loss(drawn.new, drawn.old, drawn.mask, drawn.advantages, Objective(kl_coefficient=0.1))
+
+
+@pytest.mark.parametrize("how, error", [
+    ({"average": "mean"}, "average must be one of sequence, token, constant, got 'mean'"),
+    ({"advantage": "gae"}, "advantage must be one of scaled, centred, leave-one-out, generalized, got 'gae'"),
+    ({"clip_low": 1.5}, "clip_low must be within 0 … 1"), ({"clip_high": math.nan}, "clip_high at least 0, got 0.2 and nan"),
+    ({"kl_coefficient": -1.0}, "kl_coefficient must be at least 0, got -1.0"), ({"budget": 0}, "budget must be at least 1 token, got 0")])
+def test_an_objective_that_is_none(how, error):
+    with pytest.raises(ValueError, match=error):
+        Objective(**how)
+    with pytest.raises(TypeError, match="did you mean 'clip_high'"):
+        Objective(cliphigh=0.3)
+
+
+# -- values and metrics --------------------------------------------------------------------------------------------------------
+
+def test_value_loss_against_a_loop():
+    drawn, clip, total = Drawn(4), 0.2, 0.0
+    returns = drawn.reference
+    for i, t in zip(*np.nonzero(drawn.mask), strict=True):
+        v, old, aim = (float(x[i, t]) for x in (drawn.new, drawn.old, returns))
+        kept = min(max(v, old - clip), old + clip)
+        total += 0.5 * max((v - aim) ** 2, (kept - aim) ** 2) / drawn.mask.sum()
+    value, gradient = jax.value_and_grad(lambda v: value_loss(v, drawn.old, returns, drawn.mask, clip=clip))(drawn.new)
+    assert float(value) == pytest.approx(total, rel=1e-5)
+    assert (np.asarray(gradient)[~drawn.mask] == 0).all() and np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("value, aim, expected", [(0.1, 1.0, -0.9), (0.5, 1.0, 0.0), (0.5, -1.0, 1.5), (0.5, 0.35, 0.15)])
+def test_value_gradient_by_hand(value, aim, expected):
+    """The old value is 0, the clip 0.2: moved further towards the aim there is no gradient; away from it, or beyond it, there is."""
+    one = lambda x: np.full((1, 1), x, np.float32)
+    found = jax.grad(lambda v: value_loss(v, one(0), one(aim), np.ones((1, 1), bool)))(one(value))
+    assert float(found[0, 0]) == pytest.approx(expected, abs=1e-6)
+
+
+def test_metrics_against_a_loop():
+    drawn, objective = Drawn(5), Objective(clip_low=0.2, clip_high=0.3)
+    found = {name: float(x) for name, x in mismatch(drawn.new, drawn.old, drawn.mask, drawn.advantages, objective).items()}
+    deltas, clipped = [], []
+    for i, t in zip(*np.nonzero(drawn.mask), strict=True):
+        deltas.append(float(drawn.new[i, t]) - float(drawn.old[i, t]))
+        rho = math.exp(deltas[-1])
+        clipped.append(rho > 1.3 if drawn.advantages[i] > 0 else rho < 0.8)
+    rho = np.exp(deltas)
+    expected = {"ratio_mean": rho.mean(), "ratio_max": rho.max(), "clip_rate": np.mean(clipped), "kl": np.mean(rho - 1 - deltas),
+                "max_delta": np.abs(deltas).max()}
+    assert found == pytest.approx(expected, rel=1e-4) and 0 < found["clip_rate"] < 1
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_metrics_of_the_same_policy_are_exactly_nothing(name):
+    drawn = Drawn()
+    found = mismatch(drawn.old, drawn.old, drawn.mask, drawn.each, ALGORITHMS[name])
+    assert {name: float(x) for name, x in found.items()} == {"ratio_mean": 1, "ratio_max": 1, "clip_rate": 0, "kl": 0, "max_delta": 0}
+
+
+def test_explained_variance():
+    drawn = Drawn()
+    assert float(explained_variance(drawn.old, drawn.old, drawn.mask)) == 1.0
+    mean = np.where(drawn.mask, drawn.old[drawn.mask].mean(), np.nan).astype(np.float32)
+    assert float(explained_variance(mean, drawn.old, drawn.mask)) == pytest.approx(0, abs=1e-5)
+
+
+def test_presets_are_what_they_are_named_after():
+    assert {name: dataclasses.astuple(o)[:5] for name, o in ALGORITHMS.items()} == {
+        "grpo": ("scaled", "token", 0.2, 0.2, "sequence"), "dr_grpo": ("centred", "token", 0.2, 0.2, "constant"),
+        "dapo": ("scaled", "token", 0.2, 0.28, "token"), "gspo": ("scaled", "sequence", 3e-4, 4e-4, "sequence"),
+        "rloo": ("leave-one-out", "token", 0.2, 0.2, "constant"), "ppo": ("generalized", "token", 0.2, 0.2, "token")}

@@ -1,0 +1,238 @@
+"""The trainer and the loop on a tiny model: on-policy to the bit, whatever the micro-batch, and resumed to the same bits."""
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import optax
+import pytest
+from conftest import random_model
+from test_advantages import bits
+
+import jaxengine
+from checkpoints import snapshots
+from jaxengine import Rollout, SamplingParams
+from jaxengine.rl import critic
+from jaxengine.rl.loop import Loop, judged_by
+from jaxengine.rl.losses import ALGORITHMS, policy_loss, token_shares, token_weights
+from jaxengine.rl.trainer import Trainer, TrainerConfig
+
+SAMPLING = SamplingParams(n=4, max_tokens=12, temperature=0.9, top_k=200, stop_token_ids=[*range(10)], entropy=True)
+ENGINE = dict(max_model_len=64, max_num_seqs=16, num_pages=80)
+WIDTH = 20
+RATE = 1e-4
+TINY = random_model(vocab_size=250, num_hidden_layers=1, dtype="bfloat16")
+ON_POLICY = {"ratio_mean": 1.0, "ratio_max": 1.0, "clip_rate": 0.0, "kl": 0.0, "max_delta": 0.0}
+
+
+def problems(i: int) -> list[tuple[list[int], int]]:
+    rng = np.random.RandomState(i)
+    return [(rng.randint(10, 250, size).tolist(), 0) for size in (1, 3, 6, 8)]
+
+
+
+def even_share(outputs, answers) -> np.ndarray:
+    return np.array([np.mean([t % 2 == 0 for t in s.token_ids]) for o in outputs for s in o.outputs], np.float32)
+
+
+@functools.cache
+def make(algorithm: str = "grpo", kl: float = 0.0, **how) -> Trainer:
+    """Compiled once for all tests: a trainer keeps nothing of a state."""
+    objective = dataclasses.replace(ALGORITHMS[algorithm], kl_coefficient=kl)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(RATE))
+    return Trainer(TINY[0], optimizer, TrainerConfig(objective, SAMPLING, **how))
+
+
+def start(trainer: Trainer):
+    return trainer.start(TINY[1], jax.random.key(7))
+
+
+def on_policy(update: dict[str, float]) -> dict[str, float]:
+    return {name: update[name] for name in ON_POLICY}
+
+
+@functools.cache
+def _gradient(trainer: Trainer):
+    def found(state, batch):
+        weights = token_weights(batch.mask, trainer.config.objective), token_shares(batch.mask)
+        return trainer.gradient(critic.cast(state.master, trainer.model), batch, weights)
+
+    return jax.jit(found)
+
+
+def gradient_of(trainer: Trainer, state, batch):
+    return _gradient(trainer)(state, batch)
+
+
+def same(a, b) -> bool:
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in pairs)
+
+
+@pytest.fixture(scope="module")
+def drawn() -> Rollout:
+    config, params = TINY
+    prompts = [prompt for prompt, _ in problems(0)]
+    outputs = jaxengine.generate(params, prompts, SAMPLING, key=jax.random.key(3), config=config, **ENGINE)
+    return Rollout.from_outputs(outputs, length=WIDTH)
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """Two iterations of two epochs in two mini-batches, with a snapshot between; what is compared is copied, since states are donated."""
+    folder = tmp_path_factory.mktemp("run")
+    loop = Loop(make(epochs=2, mini_batches=2, micro_batches=2), problems, even_share, WIDTH, engine=ENGINE)
+    state = start(loop.trainer)
+    begin = jax.device_get(state)
+    state, first = loop.iterate(state)
+    snapshots.save(folder, 1, state)
+    state, second = loop.iterate(state)
+    return loop, folder, begin, jax.device_get(state), (first, second)
+
+
+def test_the_first_update_of_every_iteration_is_on_policy(ran):
+    """Exactly, by the second iteration too, whose weights are rounded from what bfloat16 cannot hold; later updates move."""
+    *_, iterations = ran
+    for iteration in iterations:
+        assert len(iteration.updates) == 4 and on_policy(iteration.updates[0]) == ON_POLICY
+        for update in iteration.updates[1:]:
+            assert update["max_delta"] > 0 and update["kl"] > 0 and update["ratio_max"] != 1.0
+    assert [x.version for x in iterations] == [0, 1]
+
+
+def test_the_float32_copy_holds_what_bfloat16_does_not(ran):
+    _, _, begin, end, _ = ran
+    rounded = jax.tree.map(lambda x: x.astype("bfloat16").astype(np.float32), end.master.policy)
+    assert same(begin.master.policy, jax.tree.map(lambda x: x.astype("bfloat16").astype(np.float32), begin.master.policy))
+    assert not same(rounded, end.master.policy) and int(end.step) == 8 and int(end.version) == 2
+
+
+def test_a_run_that_stopped_goes_on_to_the_same_bits(ran):
+    """Weights, moments, counters, key, metrics. In other processes: test_learn_calc.py."""
+    loop, folder, _, expected, (_, second) = ran
+    state, again = loop.iterate(snapshots.restore(folder, start(loop.trainer)))
+    assert same(jax.device_get(state), expected)
+    assert again.updates == second.updates and again.reward == second.reward
+
+
+def test_nothing_is_compiled_after_the_first_update(ran):
+    loop, *_ = ran
+    assert loop.trainer.update._cache_size() == loop.trainer.policy._cache_size() == 1
+
+
+REWARDS = np.linspace(0, 1, 16, dtype=np.float32)  # of four groups of four: no advantage is 0
+
+
+@pytest.mark.slow
+def test_micro_batches_change_no_logprob(drawn):
+    """C11: inside the update's gradient the logprobs are the engine's bits. Gradients are close, not equal: each micro-batch's is rounded
+    to the weights' 8 bits before it is added."""
+    gradients = []
+    for micro_batches in (1, 4):
+        trainer = make(micro_batches=micro_batches)
+        state = start(trainer)
+        gradient, _, (logprobs, _) = gradient_of(trainer, state, trainer.batch(state, drawn, REWARDS))
+        assert (bits(logprobs) == bits(drawn.logprobs)).all()
+        gradients.append(gradient)
+    for a, b in zip(*map(jax.tree.leaves, gradients), strict=True):
+        assert 0 < np.linalg.norm(a - b) <= 2**-7 * np.linalg.norm(a)
+
+
+def test_a_critic_changes_no_logprob(drawn):
+    """Beside values, the logprobs have the engine's bits too; values are the same in the gradient and in front of it. A critic that says
+    something reaches the trunk by its loss alone."""
+    trainer = make("ppo", micro_batches=2)
+    state = start(trainer)
+    said = critic.Critic(np.linspace(-1, 1, 96, dtype=np.float32), np.float32(0.1))
+    state = dataclasses.replace(state, master=dataclasses.replace(state.master, critic=said))
+    batch = trainer.batch(state, drawn, REWARDS)
+    batch = dataclasses.replace(batch, advantages=0 * batch.advantages)
+    gradient, losses, (logprobs, values) = gradient_of(trainer, state, batch)
+    assert (bits(logprobs) == bits(drawn.logprobs)).all()
+    assert (bits(values) == bits(batch.old_values)).all() and len(np.unique(values[drawn.mask])) > 50
+    assert float(losses["loss"]) == 0.0 and np.abs(gradient.policy.layers[0].mlp.down).max() > 0
+
+
+@pytest.mark.slow
+def test_ppo_moves_the_critic(drawn):
+    trainer = make("ppo", epochs=2)
+    state, updates = trainer.train(start(trainer), drawn, REWARDS)
+    assert on_policy(updates[0]) == ON_POLICY and updates[1]["value_loss"] < updates[0]["value_loss"]
+    assert np.abs(state.master.critic.weight).max() > 0
+
+
+@pytest.mark.slow
+def test_an_update_raises_what_was_rewarded(drawn):
+    trainer = make("rloo")
+    state = start(trainer)
+    batch = trainer.batch(state, drawn, REWARDS)
+    state, _ = trainer.train(state, drawn, REWARDS)
+    after = jaxengine.score(trainer.policy(state), drawn.tokens, drawn.mask, SAMPLING.replace(n=1), config=trainer.model)
+    gain = np.asarray(batch.advantages) * (np.asarray(after) - drawn.logprobs)
+    assert gain[drawn.mask].sum() > 0
+
+
+@pytest.mark.slow
+def test_what_teaches_nothing_costs_nothing_and_changes_nothing(drawn):
+    """Groups that are all right or all wrong are skipped: the loss and the gradient are those of the whole batch all the same."""
+    trainer, rewards = make(), REWARDS.copy()
+    rewards[:4], rewards[8:12] = 1.0, 0.0
+    batch = trainer.batch(start(trainer), drawn, rewards)
+    gradient, losses, _ = gradient_of(trainer, start(trainer), batch)
+    _, found = trainer.update(start(trainer), batch)
+    assert float(found["loss"]) == pytest.approx(float(losses["loss"]), abs=1e-7)
+    assert float(found["gradient_norm"]) == pytest.approx(float(optax.global_norm(gradient)), rel=2**-7)
+
+
+def test_the_policy_outlives_the_state():
+    """In float32 too, where nothing is rounded: the engine's weights are a copy, and an update that takes the state leaves them."""
+    config, params = random_model(vocab_size=250, num_hidden_layers=1)
+    trainer = Trainer(config, optax.sgd(1.0))
+    state = trainer.start(params, jax.random.key(0))
+    policy = trainer.policy(state)
+    for array in jax.tree.leaves(state):
+        array.delete()
+    assert same(policy, params)
+
+
+def test_a_sample_without_a_reward_is_left_out(drawn):
+    trainer, rewards = make(), REWARDS.copy()
+    rewards[5] = np.nan
+    batch = trainer.batch(start(trainer), drawn, rewards)
+    assert not batch.mask[5].any() and np.isfinite(batch.advantages).all() and (np.asarray(batch.advantages[5]) == 0).all()
+    assert batch.mask[4].any()
+
+
+@pytest.mark.parametrize("change, error", [
+    (dict(rewards=np.ones(3)), r"rewards must be \[16\], one a sample, got \[3\]"),
+    (dict(mini_batches=3), r"16 samples are no multiple of mini_batches · micro_batches = 3 · 1"),
+    (dict(objective=dataclasses.replace(ALGORITHMS["grpo"], kl_coefficient=0.1)), "give reference, the weights of the policy to stay near"),
+])
+def test_what_cannot_be_learned_from(drawn, change, error):
+    rewards = change.pop("rewards", np.ones(16, np.float32))
+    config, params = TINY
+    trainer = Trainer(config, optax.sgd(1.0), TrainerConfig(sampling=SAMPLING, **change))
+    with pytest.raises(ValueError, match=error):
+        trainer.train(trainer.start(params, jax.random.key(0)), drawn, rewards)
+
+
+@pytest.mark.slow
+def test_a_reference_holds_back(drawn):
+    """At the reference itself the penalty is exactly 0; under weights that have moved away from it, it is not."""
+    trainer = make(kl=1.0)
+    batch = trainer.batch(start(trainer), drawn, REWARDS, reference=TINY[1])
+    assert (bits(batch.reference) == bits(drawn.logprobs)).all()
+    state, here = trainer.update(start(trainer), batch)
+    _, moved = trainer.update(state, batch)
+    without = lambda old: policy_loss(old, drawn.logprobs, drawn.mask, batch.advantages, ALGORITHMS["grpo"])
+    assert float(here["loss"]) == pytest.approx(float(without(drawn.logprobs)), abs=1e-6)
+    after = jaxengine.score(trainer.policy(state), drawn.tokens, drawn.mask, SAMPLING.replace(n=1), config=trainer.model)
+    assert float(moved["loss"]) > float(without(np.asarray(after))) + 1e-6
+
+
+def test_a_judge_calls_the_reward_for_each_sample():
+    output = lambda text, reason: dataclasses.make_dataclass("Sample", ["text", "finish_reason"])(text, reason)
+    request = dataclasses.make_dataclass("Request", ["prompt", "outputs"])
+    outputs = [request("1+1=", [output("2", "stop"), output("3", "stop")]), request("2*2=", [output("4", "error")])]
+    found = judged_by(lambda prompt, text, answer: float(text == answer) + (prompt == "1+1="))(outputs, ["2", "4"])
+    np.testing.assert_array_equal(found, [2, 1, np.nan])
