@@ -128,7 +128,7 @@ PREFILL = (
 GROUPS = tuple(AttentionCase((37,), num_heads=group, num_kv_heads=1, dtype="bfloat16") for group in range(1, 17))
 
 # Decoders' own: Qwen3-0.6B's and an 8B's attention, narrow heads, all heads of their own, caches of other dtypes; r = 16 for chunks.
-BIG = dict(num_heads=32, num_kv_heads=8, head_dim=128, dtype="bfloat16")
+BIG: dict[str, Any] = dict(num_heads=32, num_kv_heads=8, head_dim=128, dtype="bfloat16")
 DECODER = (
     AttentionCase((4096,) * 64, **BIG | dict(num_heads=16)),
     AttentionCase((4096,) * 64, **BIG | dict(page_size=64)),
