@@ -128,15 +128,15 @@ PREFILL = (
 GROUPS = tuple(AttentionCase((37,), num_heads=group, num_kv_heads=1, dtype="bfloat16") for group in range(1, 17))
 
 # Decoders' own: Qwen3-0.6B's and an 8B's attention, narrow heads, all heads of their own, caches of other dtypes; r = 16 for chunks.
-BIG: dict[str, Any] = dict(num_heads=32, num_kv_heads=8, head_dim=128, dtype="bfloat16")
+BIG = AttentionCase((4096,) * 8, num_heads=32, num_kv_heads=8, head_dim=128, dtype="bfloat16")
 DECODER = (
-    AttentionCase((4096,) * 64, **BIG | dict(num_heads=16)),
-    AttentionCase((4096,) * 64, **BIG | dict(page_size=64)),
-    AttentionCase((4096,) * 8, **BIG | dict(dtype="float32")),
-    AttentionCase((4096,) * 8, **BIG | dict(dtype="int8", page_size=32)),
-    AttentionCase((4096,) * 8, **BIG | dict(dtype="float8_e4m3fn", page_size=32)),
-    AttentionCase((4096,) * 8, **BIG | dict(head_dim=256, num_heads=4, num_kv_heads=4)),
-    AttentionCase((4096,) * 8, **BIG | dict(head_dim=64, page_width=128, num_heads=64), window=128, soft_cap=30.0, has_sinks=True),
-    AttentionCase((4096,) * 4, chunk=512, **BIG),
-    AttentionCase((4096,) * 4, chunk=512, **BIG, window=1024),
+    dataclasses.replace(BIG, lengths=(4096,) * 64, num_heads=16),
+    dataclasses.replace(BIG, lengths=(4096,) * 64, page_size=64),
+    dataclasses.replace(BIG, dtype="float32"),
+    dataclasses.replace(BIG, dtype="int8", page_size=32),
+    dataclasses.replace(BIG, dtype="float8_e4m3fn", page_size=32),
+    dataclasses.replace(BIG, head_dim=256, num_heads=4, num_kv_heads=4),
+    dataclasses.replace(BIG, head_dim=64, page_width=128, num_heads=64, window=128, soft_cap=30.0, has_sinks=True),
+    dataclasses.replace(BIG, lengths=(4096,) * 4, chunk=512),
+    dataclasses.replace(BIG, lengths=(4096,) * 4, chunk=512, window=1024),
 )
