@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jaxengine import programs, sampler, steps
 from jaxengine.models import decoder
 from jaxengine.models.decoder import Tile
-from jaxengine.ops import norm, regions, softmax
+from jaxengine.ops import norm, regions
+from pallas_kernels import sampling_reference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +42,9 @@ def plain() -> Iterator[None]:
     """Pinning taken out of what is traced inside."""
     total = lambda x: jnp.sum(x, -1)
     pieces = [(decoder, "over_tiles", whole), (steps, "over_tiles", whole), (steps, "HEAD_TILE", HEAD_TILE), (norm, "row_sum", total),
-              (decoder, "silu", jax.nn.silu), (softmax, "row_sum", total), (softmax, "exp", jnp.exp), (sampler, "row_sum", total),
-              (sampler, "exp", jnp.exp), (sampler, "row_cumsum", lambda x: jnp.cumsum(x, -1)), (programs, "TILES", TILES),
+              (decoder, "silu", jax.nn.silu), (sampler, "row_sum", total), (sampler, "exp", jnp.exp),
+              (sampling_reference, "row_sum", total), (sampling_reference, "exp", jnp.exp),
+              (sampling_reference, "row_cumsum", lambda x: jnp.cumsum(x, -1)), (programs, "TILES", TILES),
               (programs, "BASE", TILES["decode"][1]), (programs.Programs, "_prove", lambda self, kind, tile, params, cache: (cache, True))]
     with contextlib.ExitStack() as stack:
         for owner, name, piece in pieces:

@@ -223,10 +223,11 @@ def test_a_reference_holds_back(drawn):
     batch = trainer.batch(start(trainer), drawn, REWARDS, reference=TINY[1])
     assert (bits(batch.reference) == bits(drawn.logprobs)).all()
     state, here = trainer.update(start(trainer), batch)
+    policy = trainer.policy(state)
     _, moved = trainer.update(state, batch)
     without = lambda old: policy_loss(old, drawn.logprobs, drawn.mask, batch.advantages, ALGORITHMS["grpo"])
     assert float(here["loss"]) == pytest.approx(float(without(drawn.logprobs)), abs=1e-6)
-    after = jaxengine.score(trainer.policy(state), drawn.tokens, drawn.mask, SAMPLING.replace(n=1), config=trainer.model)
+    after = jaxengine.score(policy, drawn.tokens, drawn.mask, SAMPLING.replace(n=1), config=trainer.model)
     assert float(moved["loss"]) > float(without(np.asarray(after))) + 1e-6
 
 
