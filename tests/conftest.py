@@ -1,6 +1,7 @@
 """Shared by all tests: small random models, and bits."""
 import gc
 import os
+import signal
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -22,6 +23,7 @@ FAMILIES = {
 }
 
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is born deaf to it, and tests of Ctrl-C send it
 MAPS = Path("/proc/self/maps")
 MANY_MAPS = 25_000  # Linux ends a process that asks for more than 65,530
 
