@@ -35,6 +35,7 @@ from jaxengine.rl.trainer import Trainer, TrainerConfig, TrainState
 from jaxengine.tokenizer import Tokenizer
 
 MODEL = "calc"
+RECENT = 10  # iterations that the reward shown is the mean of
 LONGEST_PROMPT, LONGEST_ANSWER = 8, 6  # tokens: "(9-9)*9=", and "-1234" with its end
 
 
@@ -103,7 +104,7 @@ def learn(run: Run, loop: Loop, state: TrainState, *, folder: Path | None = None
     newest that is there."""
     last = run.iterations if stop is None else min(stop, run.iterations)
     if folder is not None:
-        _claim(folder, run)
+        claim(folder, run)
         if snapshots.steps(folder):
             state = snapshots.restore(folder, state)
     while int(state.version) < last:
@@ -115,7 +116,7 @@ def learn(run: Run, loop: Loop, state: TrainState, *, folder: Path | None = None
     return state
 
 
-def _claim(folder: Path, run: Run) -> None:
+def claim(folder: Path, run: Run) -> None:
     """Write the run's settings beside its snapshots; raises ValueError where another run's stand there."""
     path, given = folder / "run.json", dataclasses.asdict(run)
     if path.exists():
@@ -133,37 +134,44 @@ def state_digest(state: TrainState) -> str:
     return hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(state))).hexdigest()
 
 
-def main() -> None:
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Teach the model that ships arithmetic by reward alone.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for field in dataclasses.fields(Run):
         choices = sorted(ALGORITHMS) if field.name == "algorithm" else None
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default, choices=choices)
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default, choices=choices,
+                            help=" ")  # a blank one, so that the default is shown
     parser.add_argument("--snapshots", type=Path, help="a folder for snapshots; a run goes on from the newest that is there")
     parser.add_argument("--every", type=int, default=20, help="iterations between snapshots")
     parser.add_argument("--stop", type=int, help="end after so many iterations of the run, as if it had been interrupted")
     parser.add_argument("--json", type=Path, help="write every iteration's reward and metrics there")
-    parser.add_argument("--out", type=Path, help="write the trained model's folder there")
-    arguments = parser.parse_args()
+    parser.add_argument("--out", type=Path, help="write the trained model's folder there, a new one")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = _arguments()
     run = Run(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Run)})
+    if arguments.out:
+        arguments.out.mkdir(parents=True)  # before the training, lest it find its place taken
     loop, state = build(run)
     model, start, history = loop.trainer.model, time.monotonic(), []
+    mean_reward = lambda: np.mean([iteration.reward for iteration in history[-RECENT:]]) if history else np.nan
     print("held out, before: greedy {:.3f}, sampled {:.3f}".format(*held_out(model, loop.trainer.policy(state), run)), flush=True)
     with tqdm(total=run.iterations, desc=run.algorithm, unit="iteration") as bar:
         def report(iteration: Iteration) -> None:
             history.append(iteration)
+            bar.set_postfix(reward=f"{mean_reward():.3f}", kl=f"{iteration.updates[-1]['kl']:.4f}", refresh=False)
             bar.update(iteration.version + 1 - bar.n)
-            bar.set_postfix(reward=f"{np.mean([x.reward for x in history[-10:]]):.3f}", loss=f"{iteration.updates[0]['loss']:.4f}")
 
         state = learn(run, loop, state, folder=arguments.snapshots, every=arguments.every, stop=arguments.stop, report=report)
     minutes, policy = (time.monotonic() - start) / 60, loop.trainer.policy(state)
     print("held out, after:  greedy {:.3f}, sampled {:.3f}".format(*held_out(model, policy, run)))
-    print(f"{minutes:.1f} minutes; reward of the last 10 iterations {np.mean([x.reward for x in history[-10:] or [np.nan]]):.3f}")
+    print(f"{minutes:.1f} minutes; reward of the last {RECENT} iterations {mean_reward():.3f}")
     print(f"weights {weights_digest(policy)[:16]}, state {state_digest(state)[:16]}")
     if arguments.json:
         arguments.json.write_text(json.dumps([dataclasses.asdict(x) for x in history]))
     if arguments.out:
-        arguments.out.mkdir(parents=True)
         loading.save(arguments.out, model, policy)
         write_tokenizer(arguments.out, build_tokenizer())
 

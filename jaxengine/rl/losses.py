@@ -122,10 +122,13 @@ def kl_penalty(logprobs: Float[Array, "B T"], reference: Float[Array, "B T"], ma
                ) -> Float[Array, "B T"]:
     """Estimates of KL(π ‖ reference) at tokens drawn from π; 0 outside `mask`, and exactly 0 where both logprobs are equal.
 
+    0 too at a token that either policy has cut from its support (top-k, top-p or min-p; weights that have moved since it was drawn):
+    where π has none of it, it is no part of the sum; where the reference has none, KL is infinite and has nothing to teach.
+
     With r = reference / π: k1 = -log r, k2 = (log r)² / 2, k3 = r - 1 - log r. J. Schulman, "Approximating KL Divergence", 2020,
     http://joschu.net/blog/kl-approx.html. k1 and k3 are unbiased as values; as a loss k2's gradient is that of the KL.
     """
-    log_r = jnp.where(mask, reference - logprobs, 0.0)
+    log_r = jnp.where(mask & (jnp.minimum(logprobs, reference) > -jnp.inf), reference - logprobs, 0.0)
     if estimator == "k1":
         return -log_r
     return log_r**2 / 2 if estimator == "k2" else jnp.expm1(log_r) - log_r

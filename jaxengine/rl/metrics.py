@@ -10,7 +10,8 @@ def mismatch(logprobs: Float[Array, "B T"], old_logprobs: Float[Array, "B T"], m
     """Over the tokens under `mask`, as scalars: ratio_mean, ratio_max (of the objective's ratio), clip_rate (the share of tokens whose
     gradient the clip takes), kl (of π_old from π_new, in nats a token) and max_delta (the largest |Δlogprob|).
 
-    The KL is k3 of Schulman's note with r = π_new / π_old at tokens drawn from π_old (losses.kl_penalty).
+    The KL is k3 of Schulman's note with r = π_new / π_old at tokens drawn from π_old (losses.kl_penalty); it is infinite, as max_delta
+    is, where π_new has cut a token from its support that π_old drew.
     """
     advantages = jnp.broadcast_to(advantages[:, None] if advantages.ndim == 1 else advantages, mask.shape)
     rho, delta = ratios(logprobs, old_logprobs, mask, objective), jnp.where(mask, logprobs - old_logprobs, 0.0)

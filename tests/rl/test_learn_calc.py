@@ -26,10 +26,10 @@ def test_problems_are_other_ones_each_iteration_and_never_held_out():
 
 
 def test_a_folder_of_another_run_is_refused(tmp_path):
-    learn_calc._claim(tmp_path / "new", Run(seed=1))
-    learn_calc._claim(tmp_path / "new", Run(seed=1))
+    learn_calc.claim(tmp_path / "new", Run(seed=1))
+    learn_calc.claim(tmp_path / "new", Run(seed=1))
     with pytest.raises(ValueError, match=r"belongs to another run: rate=.* there, 0.5 given; seed=1 there, 2 given\. Give the same"):
-        learn_calc._claim(tmp_path / "new", Run(seed=2, rate=0.5))
+        learn_calc.claim(tmp_path / "new", Run(seed=2, rate=0.5))
 
 
 def test_the_rate_rises_and_falls():

@@ -154,6 +154,17 @@ def test_kl_is_exactly_zero_between_equals():
         assert (bits(np.abs(kl_penalty(x, x, np.ones(x.shape, bool), estimator))) == 0).all()
 
 
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_kl_at_tokens_that_a_policy_has_cut(estimator):
+    """Truncation moves with the weights: what either cannot give counts nothing, and its neighbours count as before."""
+    new, reference = jnp.array([[-jnp.inf, -1.0, -jnp.inf, -2.0]]), jnp.array([[-1.0, -jnp.inf, -jnp.inf, -1.5]])
+    found = lambda x: kl_penalty(x, reference, np.ones((1, 4), bool), estimator)
+    gradient = jax.grad(lambda x: found(x).sum())(new)
+    assert (bits(np.abs(found(new)[:, :3])) == 0).all() and (bits(np.abs(gradient[:, :3])) == 0).all()
+    assert (bits(found(new)[:, 3:]) == bits(kl_penalty(new[:, 3:], reference[:, 3:], np.ones((1, 1), bool), estimator))).all()
+    assert found(new)[0, 3] != 0 and np.isfinite(gradient).all()
+
+
 def test_kl_estimators_mean_the_kl():
     """Over a whole distribution: k1 and k3 average to the KL, and k2's gradient to the KL's gradient."""
     logits, target = jax.random.normal(jax.random.key(0), (2, 9))
