@@ -42,7 +42,7 @@ LONGEST_PROMPT, LONGEST_ANSWER = 8, 6  # tokens: "(9-9)*9=", and "-1234" with it
 @dataclasses.dataclass(frozen=True)
 class Run:
     """Everything that decides a run's bits but for the machine. `rate` is reached after `warm_up` iterations and falls to 0 at the last;
-    problems have numbers of at most `digits` digits.
+    problems are of the `kinds` named, with numbers of at most `digits` digits.
     """
 
     algorithm: str = "grpo"
@@ -55,12 +55,18 @@ class Run:
     rate: float = 3e-4
     warm_up: int = 5
     kl: float = 0.0
+    kinds: str = " ".join(arithmetic.KINDS)
     digits: int = 3
     seed: int = 0
 
 
 def build(run: Run) -> tuple[Loop, TrainState]:
-    """The loop and the state it begins with."""
+    """The loop and the state it begins with. Raises ValueError for kinds of problems that there are not, or of which none is held out."""
+    unknown = sorted(set(run.kinds.split()) - set(arithmetic.KINDS))
+    if unknown or not run.kinds.split():
+        raise ValueError(f"kinds must be some of {', '.join(arithmetic.KINDS)}, with spaces between them, got {run.kinds!r}")
+    if run.digits < 2 and "mixed" not in run.kinds:
+        raise ValueError(f"of numbers with one digit only mixed problems are held out: give digits ≥ 2, or mixed among kinds={run.kinds!r}")
     folder = resolve(MODEL)
     config = loading.read_model_config(folder)
     params = loading.load(folder, config)
@@ -83,17 +89,19 @@ def optimizer(run: Run) -> optax.GradientTransformation:
 
 def problems(run: Run, iteration: int) -> list[tuple[str, Problem]]:
     """Prompts and what they are judged by, other ones each iteration, none of them held out."""
-    drawn = itertools.islice(_small(run, arithmetic.stream(run.seed * 1_000_003 + iteration)), run.prompts)
+    drawn = itertools.islice(_chosen(run, arithmetic.stream(run.seed * 1_000_003 + iteration)), run.prompts)
     return [(problem.prompt, problem) for problem in drawn]
 
 
-def _small(run: Run, stream: Iterable[Problem]) -> Iterator[Problem]:
-    return (problem for problem in stream if max(map(len, re.findall(r"\d+", problem.prompt))) <= run.digits)
+def _chosen(run: Run, stream: Iterable[Problem]) -> Iterator[Problem]:
+    """Those of a stream that the run is about."""
+    kinds = run.kinds.split()
+    return (problem for problem in stream if problem.kind in kinds and max(map(len, re.findall(r"\d+", problem.prompt))) <= run.digits)
 
 
 def held_out(config: ModelConfig, params: Decoder, run: Run) -> tuple[float, float]:
     """(share of greedy completions that are right, mean probability that a sampled one is), on 2,000 problems never trained on."""
-    asked = list(itertools.islice(_small(run, arithmetic.stream(run.seed, "held-out")), HELD_OUT_PROBLEMS))
+    asked = list(itertools.islice(_chosen(run, arithmetic.stream(run.seed, "held-out")), HELD_OUT_PROBLEMS))
     right, probability = grade(config, params, build_tokenizer(), asked)
     return float(right.mean()), float(probability.mean())
 

@@ -25,6 +25,21 @@ def test_problems_are_other_ones_each_iteration_and_never_held_out():
     assert max(len(problem.answer) for _, problem in longest) < learn_calc.LONGEST_ANSWER  # one more for its end
 
 
+def test_problems_are_of_the_kinds_asked_for():
+    run = Run(prompts=50, digits=2, kinds="sum product")
+    assert {problem.kind for _, problem in learn_calc.problems(run, 0)} == {"sum", "product"}
+
+
+@pytest.mark.parametrize("change, error", [
+    (dict(kinds="sums"), r"kinds must be some of sum, difference, product, mixed, with spaces between them, got 'sums'"),
+    (dict(kinds=""), "kinds must be some of"),
+    (dict(kinds="sum", digits=1), "only mixed problems are held out"),
+])
+def test_a_run_without_problems_is_refused(change, error):
+    with pytest.raises(ValueError, match=error):
+        learn_calc.build(Run(**change))
+
+
 def test_a_folder_of_another_run_is_refused(tmp_path):
     learn_calc.claim(tmp_path / "new", Run(seed=1))
     learn_calc.claim(tmp_path / "new", Run(seed=1))

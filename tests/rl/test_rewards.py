@@ -234,7 +234,7 @@ def test_children_end_with_their_program(tmp_path, then):
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="only Linux tells a process's descendants")
 def test_too_many_processes_are_one_failure(tmp_path):
-    bomb = "import os, time\nfor _ in range(40): os.fork() or time.sleep(1000)\nprint('all')"
+    bomb = "import os, time\nfor _ in range(40): os.fork() or time.sleep(1000)\ntime.sleep(60)"  # seen at the next look, whenever that is
     assert judge(python_program(), [bomb], "", timeout=600.0).values.tolist() == [0]
 
 
