@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxengine import programs, sampler, steps
 from jaxengine.models import decoder
 from jaxengine.models.decoder import Tile
-from jaxengine.ops import norm, regions
+from jaxengine.ops import norm, regions, xla
 from pallas_kernels import sampling_reference
 
 
@@ -30,7 +30,7 @@ HEAD_TILE = 16  # of a prefill, where it stays a loop; no bucket of decode has t
 
 def whole(body, tile, weights, rows, count):
     """The body on a step's rows at once."""
-    if getattr(body, "func", None) is decoder.attend or tile == HEAD_TILE:
+    if tile == HEAD_TILE:
         return regions.over_tiles(body, tile, weights, rows, count)
     out = body(weights, jax.tree.map(lambda x: x[:tile], rows))
     size = jax.tree.leaves(rows)[0].shape[0]
@@ -42,7 +42,7 @@ def plain() -> Iterator[None]:
     """Pinning taken out of what is traced inside."""
     total = lambda x: jnp.sum(x, -1)
     pieces = [(decoder, "over_tiles", whole), (steps, "over_tiles", whole), (steps, "HEAD_TILE", HEAD_TILE), (norm, "row_sum", total),
-              (decoder, "silu", jax.nn.silu), (sampler, "row_sum", total), (sampler, "exp", jnp.exp),
+              (xla, "silu", jax.nn.silu), (sampler, "row_sum", total), (sampler, "exp", jnp.exp),
               (sampling_reference, "row_sum", total), (sampling_reference, "exp", jnp.exp),
               (sampling_reference, "row_cumsum", lambda x: jnp.cumsum(x, -1)), (programs, "TILES", TILES),
               (programs, "BASE", TILES["decode"][1]), (programs.Programs, "_prove", lambda self, kind, tile, params, cache: (cache, True))]

@@ -15,6 +15,7 @@ import numpy as np
 from jaxengine import steps
 from jaxengine.block_manager import BlockManager
 from jaxengine.kv_cache import Cache
+from jaxengine.ops.kernels import Kernels
 from jaxengine.sequence import Sequence
 
 PAGES = 64  # that one call sums up: the shape is fixed, so that it is compiled once
@@ -33,7 +34,8 @@ class Watch:
 class Canary:
     """What every watched page summed up to: one number a token."""
 
-    def __init__(self) -> None:
+    def __init__(self, kernels: Kernels) -> None:
+        self.kernels = kernels
         self._known: dict[int, tuple[int, np.ndarray]] = {}  # page -> births, sums
 
     def watch(self, cache: Cache, sequences: Seq[Sequence], blocks: BlockManager) -> Watch:
@@ -42,7 +44,8 @@ class Canary:
         pages = [(page, blocks.births[page], count) for page, count in filled.items() if count > 0]
         ids = np.zeros(-(-len(pages) // PAGES) * PAGES, np.int32)
         ids[: len(pages)] = [page for page, *_ in pages]
-        return Watch([list(s.pages) for s in sequences], pages, [steps.token_sums(cache, part) for part in ids.reshape(-1, PAGES)])
+        sums = [steps.token_sums(cache, part, kernels=self.kernels) for part in ids.reshape(-1, PAGES)]
+        return Watch([list(s.pages) for s in sequences], pages, sums)
 
     def damaged(self, watch: Watch, blocks: BlockManager) -> set[int]:
         """The pages that lost a token since they were watched before; what is new in the others is remembered."""

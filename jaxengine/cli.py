@@ -117,7 +117,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_engine(parser: argparse.ArgumentParser, defaults: Mapping[str, str], dtype: str = "auto") -> None:
-    group = parser.add_argument_group("engine", "room and habits: the fields of EngineConfig; none of them but dtype changes a bit")
+    group = parser.add_argument_group("engine", "room and habits: the fields of EngineConfig; only dtype and kernels change bits")
     group.add_argument("--dtype", choices=DTYPES, default=dtype, help="auto: the file's")
     group.add_argument("--progress", action=argparse.BooleanOptionalAction, default=True, help="show long work on standard error")
     add_fields(group, EngineConfig, defaults)

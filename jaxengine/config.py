@@ -2,11 +2,12 @@
 import dataclasses
 from typing import Literal
 
-from jaxengine.keywords import strict_keywords
+from jaxengine.keywords import nearest, strict_keywords
 
 QUERY_BLOCK = 16  # tokens of one sequence that prefill keeps together; page sizes and chunk starts are multiples of it
 VOCAB_BLOCK = 128  # token ids that a draw takes together (sampler.py)
 PROBE_TOKENS = 128  # tokens on which a step's tile is proven before it serves (programs.py)
+KERNELS = ("auto", "xla", "pallas_tpu", "pallas_gpu", "pallas_interpret")  # ops/kernels.py says what they are
 KV_TILE = 64  # keys that attention takes in one step of its online softmax: fixed, whatever the page size
 
 
@@ -78,7 +79,7 @@ class ModelConfig:
 @strict_keywords
 @dataclasses.dataclass(frozen=True)
 class EngineConfig:
-    """Room and habits of an engine. Nothing in here changes a bit of any output."""
+    """Room and habits of an engine. Nothing in here but `kernels` changes a bit of any output."""
 
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 512
@@ -92,6 +93,7 @@ class EngineConfig:
     compile_patience: int = 16  # steps that a better fitting tile is wanted before it is compiled
     max_waiting: int = 100_000
     canary: bool = False  # look after every step for pages that changed behind the engine's back (canary.py); slow
+    kernels: str = "auto"  # which code computes: one of KERNELS, whose bits differ; "auto" is the device's own
 
     def __post_init__(self) -> None:
         for name, least in (("max_num_seqs", 1), ("max_model_len", 2), ("decode_steps", 1), ("max_waiting", 1), ("compile_patience", 0)):
@@ -106,6 +108,7 @@ class EngineConfig:
             raise ValueError(f"num_pages must be at least 2 (page 0 is scratch), got {self.num_pages}")
         if self.max_logprobs < 1:
             raise ValueError(f"max_logprobs must be at least 1, got {self.max_logprobs}")
+        check_kernels(self.kernels)
 
     @property
     def pages_per_seq(self) -> int:
@@ -121,3 +124,9 @@ class EngineConfig:
     def prefill_blocks(self) -> int:
         """Query blocks that one prefill step can carry."""
         return self.max_num_batched_tokens // QUERY_BLOCK
+
+
+def check_kernels(name: str) -> None:
+    """Raises ValueError for a name that is none of KERNELS."""
+    if name not in KERNELS:
+        raise ValueError(f"kernels must be one of {', '.join(KERNELS)}, got {name!r}{nearest(str(name), KERNELS)}")

@@ -9,6 +9,7 @@ import numpy as np
 from jaxengine.config import KV_TILE, QUERY_BLOCK, VOCAB_BLOCK, ModelConfig
 from jaxengine.coordinate import Contract
 from jaxengine.models.params import Decoder
+from jaxengine.ops.kernels import Kernels
 from jaxengine.programs import BASE
 
 
@@ -22,9 +23,10 @@ def weights_digest(params: Decoder) -> str:
     return digest.hexdigest()
 
 
-def contract(model: ModelConfig, params: Decoder, version: int) -> Contract:
+def contract(model: ModelConfig, kernels: Kernels, params: Decoder, version: int) -> Contract:
     """Equal contract and equal (key, prompt, sampling parameters) means equal bits."""
     return Contract({
         "jax": jax.__version__, "jaxlib": importlib.metadata.version("jaxlib"), "device": jax.devices()[0].device_kind,
         "weights_version": version, "weights": weights_digest(params), "model": dataclasses.asdict(model),
+        "kernels": kernels.parts(),
         "tiles": {"rows": BASE.rows, "query_block": QUERY_BLOCK, "kv_tile": KV_TILE, "vocab_block": VOCAB_BLOCK}})

@@ -13,6 +13,7 @@ from jaxengine.block_manager import BlockManager
 from jaxengine.config import EngineConfig, ModelConfig
 from jaxengine.detokenizer import Detokenizer
 from jaxengine.models.decoder import Tile
+from jaxengine.ops.kernels import resolve
 from jaxengine.outputs import Logprob
 from jaxengine.programs import Programs, Report
 from jaxengine.scheduler import MustSettle, Plan, Scheduler
@@ -49,11 +50,12 @@ class Engine:
     def __init__(self, model: ModelConfig, config: EngineConfig, params: Any, *,
                  make_detokenizer: Callable[[Sequence], Detokenizer] | None = None, report: Report = lambda text: None) -> None:
         self.model, self.config, self.weights = model, config, Weights(params, 0)
-        self.cache = kv_cache.allocate(model, config)  # first: it takes the most memory, and may be refused
+        self.kernels = resolve(config.kernels, model)
+        self.cache = kv_cache.allocate(model, config, self.kernels)  # first: it takes the most memory, and may be refused
         self.scheduler = Scheduler(config, BlockManager(config.num_pages, config.page_size, config.enable_prefix_caching))
         self.batch = BatchBuilder(config)
-        self.programs = Programs(model, config, self.batch, report)
-        self.canary = canary.Canary() if config.canary else None
+        self.programs = Programs(model, config, self.kernels, self.batch, report)
+        self.canary = canary.Canary(self.kernels) if config.canary else None
         self.requests: dict[str, Request] = {}
         self._make_detokenizer = make_detokenizer
         self._in_flight: InFlight | None = None
@@ -322,9 +324,9 @@ class Engine:
                 sequence.detokenizer = self._make_detokenizer(sequence)
                 sequence.detokenizer.push(sequence.generated)
         if self.canary:
-            self.canary = canary.Canary()
+            self.canary = canary.Canary(self.kernels)
         if kv_cache.is_lost(self.cache):
-            self.cache = kv_cache.rebuild(self.cache, self.model, self.config)
+            self.cache = kv_cache.rebuild(self.cache, self.model, self.config, self.kernels)
         self._broken = False
 
     def _fail_at_work(self) -> list[Request]:

@@ -11,6 +11,7 @@ from jaxengine.config import ModelConfig
 from jaxengine.llm import LLM
 from jaxengine.models.decoder import Tile
 from jaxengine.models.params import Decoder
+from jaxengine.ops.kernels import resolve
 from jaxengine.outputs import RequestOutputs
 from jaxengine.request import SamplingParams
 from jaxengine.rl import forward, scoring
@@ -43,7 +44,7 @@ def generate(params: Decoder, prompts: Any, sampling_params: SamplingParams | Se
 
 
 def score(params: Decoder, tokens: Any, mask: Any, sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, *,
-          config: ModelConfig, entropy: bool = False, tile: Tile = forward.WIDE) -> Any:
+          config: ModelConfig, entropy: bool = False, kernels: str = "auto", tile: Tile = forward.WIDE) -> Any:
     """float32 logprobs `[B, T]` of the tokens under `mask`, equal by bits to those that `generate` reported for them; 0 elsewhere.
 
     tokens `[B, T]` are prompt then completion, padded on the right with anything; mask `[B, T]` is True on generated tokens: the layout of
@@ -51,14 +52,16 @@ def score(params: Decoder, tokens: Any, mask: Any, sampling_params: SamplingPara
     (logprobs, entropies of the processed distribution in nats `[B, T]`).
 
     Differentiable in params by reverse mode, and the same bits under jit and inside `jax.value_and_grad`, at any batch size and padding.
-    `tile` is the shape of the pinned regions: leave it, unless `LLM.programs.refused` names the wide prefill step on your machine.
+    `kernels` as in EngineConfig: those that generated, whose bits they are. `tile` is the shape of the pinned regions: leave it, unless
+    `LLM.programs.refused` names the wide prefill step on your machine.
     Raises ValueError where shapes do not fit each other or params do not fit config, and for a token outside the vocabulary.
     """
     tokens, mask = jnp.asarray(tokens), jnp.asarray(mask)
     check_scored(tokens, mask, config)
     check_fits(params, config)
     slots = scoring.slot_params(params_of(sampling_params, tokens.shape[0]), config)
-    logprobs, entropies = scoring.token_logprobs(params, tokens, mask, slots, config=config, entropy=entropy, tile=tile)
+    logprobs, entropies = scoring.token_logprobs(params, tokens, mask, slots, config=config, kernels=resolve(kernels, config),
+                                                 entropy=entropy, tile=tile)
     return (logprobs, entropies) if entropy else logprobs
 
 

@@ -20,6 +20,7 @@ from jaxengine.engine import Engine
 from jaxengine.keywords import check_keywords
 from jaxengine.models import loading
 from jaxengine.models.params import Decoder
+from jaxengine.ops.kernels import resolve as resolve_kernels
 from jaxengine.outputs import RequestOutput, RequestOutputs
 from jaxengine.progress import Progress
 from jaxengine.render import render
@@ -45,7 +46,7 @@ class LLM:
 
     `model` is the name of the model that ships ("calc"), a folder in Hugging Face format or a hub id. `dtype` is "auto" (the file's),
     "float32", "bfloat16" or "float16". `num_pages` is sized from memory unless given. `seed` is the key of calls that bring none.
-    Further keywords are EngineConfig's: they change room and speed, never a bit.
+    Further keywords are EngineConfig's: they change room and speed, never a bit but for `kernels`.
 
         llm = LLM("calc")
         outputs = llm.generate(["12+30=", "7*8="], SamplingParams(n=8, max_tokens=16), key=jax.random.key(0))
@@ -218,7 +219,8 @@ class LLM:
         with self.runner.alone():
             assert self.params is not None
             tile = self.engine.proven(forward.WIDE)
-            logprobs, entropies = scoring.in_batches(self.params, tokens, mask, slots, config=self.config, entropy=entropy, tile=tile)
+            logprobs, entropies = scoring.in_batches(self.params, tokens, mask, slots, config=self.config, kernels=self.engine.kernels,
+                                                      entropy=entropy, tile=tile)
         return (logprobs, entropies) if entropy else logprobs
 
     def replay(self, coordinate: Coordinate) -> Comparison:
@@ -296,7 +298,7 @@ class LLM:
         weights = self.engine.weights
         if weights.version not in self._contracts:
             assert weights.params is not None
-            self._contracts[weights.version] = contract(self.config, weights.params, weights.version)
+            self._contracts[weights.version] = contract(self.config, self.engine.kernels, weights.params, weights.version)
             for old in sorted(self._contracts)[:-CONTRACTS_KEPT]:
                 del self._contracts[old]
         return self._contracts[weights.version]
@@ -324,6 +326,7 @@ def resolve_engine_config(model: ModelConfig, given: dict[str, Any]) -> EngineCo
     if length > model.max_position_embeddings:
         raise ValueError(f"max_model_len={length} is more than the model's max_position_embeddings={model.max_position_embeddings}")
     given.setdefault("max_num_batched_tokens", CPU_TOKENS if on_cpu else DEVICE_TOKENS)
+    given["kernels"] = resolve_kernels(given.get("kernels", "auto"), model).name
     config = EngineConfig(**given) if "num_pages" in given else memory.sized_pool(model, EngineConfig(**given))
     memory.check_fits(model, config)
     return config

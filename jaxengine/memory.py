@@ -10,6 +10,7 @@ import jax
 from jaxengine import kv_cache
 from jaxengine.config import EngineConfig, ModelConfig
 from jaxengine.models import params as model_params
+from jaxengine.ops.kernels import resolve
 
 CPU_SHARE = 0.25  # of the host's free memory, for the pool: other programs live there too
 DEVICE_SHARE = 0.9  # of an accelerator's memory, for everything
@@ -42,8 +43,9 @@ class MemoryPlan:
 def memory_plan(model: ModelConfig, engine: EngineConfig) -> MemoryPlan:
     """The plan of an engine as configured."""
     size = lambda tree: sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
-    return MemoryPlan(size(model_params.abstract(model)), size(kv_cache.abstract(model, engine)), _workspace(model, engine),
-                      engine.num_pages, _page_bytes(model, engine), _available())
+    cache = kv_cache.abstract(model, engine, resolve(engine.kernels, model))
+    return MemoryPlan(size(model_params.abstract(model)), size(cache), _workspace(model, engine), engine.num_pages,
+                      _page_bytes(model, engine), _available())
 
 
 def sized_pool(model: ModelConfig, engine: EngineConfig) -> EngineConfig:
@@ -96,8 +98,8 @@ def explained(model: ModelConfig, engine: EngineConfig, doing: str) -> Iterator[
 
 
 def _page_bytes(model: ModelConfig, engine: EngineConfig) -> int:
-    itemsize = jax.numpy.dtype(model.dtype).itemsize
-    return 2 * model.num_hidden_layers * model.num_key_value_heads * engine.page_size * model.head_dim * itemsize
+    pools = resolve(engine.kernels, model).pools(model, 1, engine.page_size)
+    return model.num_hidden_layers * sum(math.prod(pool.shape) * pool.dtype.itemsize for pool in pools)
 
 
 def _workspace(model: ModelConfig, engine: EngineConfig) -> int:

@@ -18,6 +18,7 @@ from jaxengine.config import PROBE_TOKENS, QUERY_BLOCK, EngineConfig, ModelConfi
 from jaxengine.kv_cache import Cache
 from jaxengine.models.decoder import Tile
 from jaxengine.models.params import Decoder
+from jaxengine.ops.kernels import Kernels
 from jaxengine.step_inputs import Blocks, Copies, RowOutputs
 
 BASE = Tile(tokens=1, blocks=8)
@@ -29,8 +30,9 @@ Report = Callable[[str], None]
 class Programs:
     """The steps of one engine by tile, compiled at first use and proven before they serve."""
 
-    def __init__(self, model: ModelConfig, config: EngineConfig, batch: BatchBuilder, report: Report = lambda text: None) -> None:
-        self.model, self.config, self.batch, self.report = model, config, batch, report
+    def __init__(self, model: ModelConfig, config: EngineConfig, kernels: Kernels, batch: BatchBuilder, report: Report = lambda text: None
+                 ) -> None:
+        self.model, self.config, self.kernels, self.batch, self.report = model, config, kernels, batch, report
         self._max_logprobs = min(config.max_logprobs, model.vocab_size)
         self._tiles = {"decode": TILES["decode"], "prefill": tuple(t for t in TILES["prefill"] if t.blocks <= batch.prefill_blocks)}
         self._trusted: dict[tuple[str, Tile], bool] = {("decode", BASE): True}
@@ -85,13 +87,13 @@ class Programs:
 
     def run_decode(self, params, cache, tables, slots, rows, tile: Tile) -> tuple[Cache, RowOutputs]:
         with self._first_use("decode", tile):
-            return steps.decode_step(params, cache, tables, slots, rows, config=self.model, tile=tile,
+            return steps.decode_step(params, cache, tables, slots, rows, config=self.model, kernels=self.kernels, tile=tile,
                                      max_logprobs=self._max_logprobs, num_steps=self.config.decode_steps)
 
     def run_prefill(self, params, cache, tables, slots, blocks, rows, copies, tile: Tile) -> tuple[Cache, RowOutputs]:
         with self._first_use("prefill", tile):
-            return steps.prefill_step(params, cache, tables, slots, blocks, rows, copies, config=self.model, tile=tile,
-                                      max_logprobs=self._max_logprobs)
+            return steps.prefill_step(params, cache, tables, slots, blocks, rows, copies, config=self.model, kernels=self.kernels,
+                                      tile=tile, max_logprobs=self._max_logprobs)
 
     @contextlib.contextmanager
     def _first_use(self, kind: str, tile: Tile) -> Iterator[None]:
@@ -123,8 +125,8 @@ class Programs:
         run = self._probe_decode if kind == "decode" else self._probe_prefill
         cache, outputs = run(tile, params, cache, tables, slots, slot, count)
         pages = steps.read_pages(cache, tables[slot, : self.config.probe_pages])
-        written = [_written_part(pool, count, self.config.page_size, axis) for pools, axis in ((pages.keys, 3), (pages.values, 2))
-                   for pool in pools]
+        written = [_written_part(pool, count) for keys, values in zip(pages.keys, pages.values, strict=True)
+                   for pool in self.kernels.by_token(np.asarray(keys), np.asarray(values))]
         return cache, outputs + written
 
     def _probe_inputs(self, num_tokens: int):
@@ -171,11 +173,10 @@ def _fields(out: RowOutputs) -> tuple:
     return out.tokens, out.logprobs, out.ranks, out.top_ids, out.top_logprobs, out.finite
 
 
-def _written_part(pool: jax.Array, count: int, page_size: int, axis: int) -> np.ndarray:
-    """The bits of the first `count` tokens of pages [n, …]: what lies behind them differs from step to step, and nobody reads it."""
-    tokens = np.moveaxis(np.asarray(pool), axis, 1)
+def _written_part(tokens: np.ndarray, count: int) -> np.ndarray:
+    """The first `count` tokens of pages [n, p, …]: what lies behind them differs from step to step, and nobody reads it."""
     return tokens.reshape(-1, *tokens.shape[2:])[:count]
 
 
 def _bits(x: np.ndarray) -> np.ndarray:
-    return x.view(np.uint32) if x.dtype == np.float32 else x
+    return x if x.dtype.kind in "biu" else x.view(f"u{x.itemsize}")

@@ -12,6 +12,7 @@ from jaxengine.kv_cache import Cache
 from jaxengine.models import decoder
 from jaxengine.models.decoder import Tile
 from jaxengine.models.params import Decoder
+from jaxengine.ops.kernels import Kernels
 from jaxengine.ops.regions import over_tiles
 from jaxengine.step_inputs import Blocks, Copies, RowOutputs, Rows, SlotParams
 from pallas_kernels.sampling_reference import log_softmax
@@ -19,20 +20,20 @@ from pallas_kernels.sampling_reference import log_softmax
 HEAD_TILE = 8  # rows of the head in a prefill, where few of many rows draw
 
 
-@functools.partial(jax.jit, static_argnames=("config", "tile", "max_logprobs"), donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames=("config", "kernels", "tile", "max_logprobs"), donate_argnames="cache")
 def prefill_step(params: Decoder, cache: Cache, tables: Array, slots: SlotParams, blocks: Blocks, rows: Rows, copies: Copies,
-                 *, config: ModelConfig, tile: Tile, max_logprobs: int) -> tuple[Cache, RowOutputs]:
+                 *, config: ModelConfig, kernels: Kernels, tile: Tile, max_logprobs: int) -> tuple[Cache, RowOutputs]:
     """Run prompt chunks and draw (or score) the token after each of `rows`. Drawn tokens are appended to the history."""
-    cache, hidden = decoder.forward(config, params, cache, tables, blocks, tile)
+    cache, hidden = decoder.forward(config, kernels, params, cache, tables, blocks, tile)
     cache = kv_cache.copy_pages(cache, copies.sources, copies.targets, copies.num_copies)
     x = hidden.reshape(-1, hidden.shape[-1])[rows.indices]
-    out = next_tokens(config, params, cache, slots, x, rows, HEAD_TILE, max_logprobs)
+    out = next_tokens(config, kernels, params, cache, slots, x, rows, HEAD_TILE, max_logprobs)
     return append(cache, rows, out), out
 
 
-@functools.partial(jax.jit, static_argnames=("config", "tile", "max_logprobs", "num_steps"), donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames=("config", "kernels", "tile", "max_logprobs", "num_steps"), donate_argnames="cache")
 def decode_step(params: Decoder, cache: Cache, tables: Array, slots: SlotParams, rows: Rows,
-                *, config: ModelConfig, tile: Tile, max_logprobs: int, num_steps: int) -> tuple[Cache, RowOutputs]:
+                *, config: ModelConfig, kernels: Kernels, tile: Tile, max_logprobs: int, num_steps: int) -> tuple[Cache, RowOutputs]:
     """`num_steps` tokens for each of `rows`, outputs `[num_steps, R]`. A row that reaches its limit is idle from there on."""
     lane = jnp.arange(rows.slots.shape[0])
 
@@ -40,8 +41,8 @@ def decode_step(params: Decoder, cache: Cache, tables: Array, slots: SlotParams,
         # Position `limit` is the end of the sequence: the token before it is the last, and needs no successor.
         live = (lane < rows.num_rows) & (rows.positions + 1 < slots.limit[rows.slots])
         blocks = Blocks(rows.slots, jnp.where(live, rows.positions, 0), live.astype(jnp.int32), rows.num_rows)
-        cache, hidden = decoder.forward(config, params, cache, tables, blocks, tile)
-        out = next_tokens(config, params, cache, slots, hidden[:, 0], rows, tile.rows, max_logprobs)
+        cache, hidden = decoder.forward(config, kernels, params, cache, tables, blocks, tile)
+        out = next_tokens(config, kernels, params, cache, slots, hidden[:, 0], rows, tile.rows, max_logprobs)
         return append(cache, rows, out, live), out
 
     def step(cache: Cache, i: Array) -> tuple[Cache, RowOutputs]:
@@ -66,7 +67,7 @@ def read_pages(cache: Cache, pages: Int[Array, " A"]) -> Cache:
     return dataclasses.replace(cache, keys=tuple(map(take, cache.keys)), values=tuple(map(take, cache.values)))
 
 
-token_sums = jax.jit(kv_cache.token_sums)
+token_sums = jax.jit(kv_cache.token_sums, static_argnames="kernels")
 
 
 @jax.jit
@@ -83,24 +84,24 @@ def append(cache: Cache, rows: Rows, out: RowOutputs, live: Array | None = None)
     return dataclasses.replace(cache, history=cache.history.at[slots, rows.positions + 1].set(out.tokens, mode="drop"))
 
 
-def next_tokens(config: ModelConfig, params: Decoder, cache: Cache, slots: SlotParams, x: Array, rows: Rows, tile: int,
+def next_tokens(config: ModelConfig, kernels: Kernels, params: Decoder, cache: Cache, slots: SlotParams, x: Array, rows: Rows, tile: int,
                 max_logprobs: int) -> RowOutputs:
     """Head and sampler over the rows, as one pinned region."""
     padding = -x.shape[0] % tile
     pad = lambda a: jnp.pad(a, ((0, padding), *((0, 0),) * (a.ndim - 1)))
-    body = functools.partial(next_token, config, max_logprobs)
+    body = functools.partial(next_token, config, kernels, max_logprobs)
     weights = (params.norm, params.embed if params.head is None else params.head, slots, cache.history)
     inputs = jax.tree.map(pad, (x, rows.slots, rows.positions, rows.scored))
     out = over_tiles(body, tile, weights, inputs, rows.num_rows)
     return jax.tree.map(lambda a: a[: x.shape[0]], out)
 
 
-def next_token(config: ModelConfig, max_logprobs: int, weights: tuple, inputs: tuple) -> RowOutputs:
+def next_token(config: ModelConfig, kernels: Kernels, max_logprobs: int, weights: tuple, inputs: tuple) -> RowOutputs:
     """One tile of rows: logits, processed distribution, token, logprob and what else was asked for."""
     norm, head, slots, history = weights
     x, slot, position, scored = inputs
     row: SlotParams = jax.tree.map(lambda a: a[slot], slots)
-    logits = decoder.logits(config, norm, head, x)
+    logits = decoder.logits(config, kernels, norm, head, x)
     finite = (jnp.isfinite(logits) | (jnp.arange(logits.shape[1]) >= config.vocab_size)).all(-1)
     penalised, logprobs = sampler.distribution(logits, row, history, slot, position + 1, scored)
     drawn = sampler.draw(logprobs, sampler.fold_keys(row.key, row.key_folds, position + 1))

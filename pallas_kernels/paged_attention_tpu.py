@@ -28,7 +28,8 @@ SUBLANE_BYTES = 32  # rows of a tile in memory times bytes of a number
 
 def paged_attention_tpu(q: Float[Array, "B r H h"], pages: Pages, blocks: Blocks, sinks: Float[Array, " H"] | None, scoring: Scoring,
                         sizes: AttentionBlocks, *, interpret: bool = False) -> Float[Array, "B r H h"]:
-    """Attention over pages; tables, slots, starts and counts are read as scalars before the queries come.
+    """Attention over pages; slots, starts and counts are read as scalars before the queries come, and a block's table with it: all
+    tables of an engine with long contexts are more than the scalar memory holds.
 
     Raises ValueError for pools that a TPU cannot copy page by page (check_pool).
     """
@@ -41,7 +42,8 @@ def paged_attention_tpu(q: Float[Array, "B r H h"], pages: Pages, blocks: Blocks
     whole = lambda x: pl.BlockSpec(x.shape, lambda b, *_: (0,) * x.ndim)
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     tokens = tokens_of_rows(r, num_heads // num_kv_heads, sizes.rows)
-    operands, specs = [rows, tokens], [of_block, whole(tokens)]
+    table = pl.BlockSpec((1, 1, tables.shape[1]), lambda b, slots, *_: (slots[b], 0, 0), memory_space=pltpu.SMEM)
+    operands, specs = [tables[:, None], rows, tokens], [table, of_block, whole(tokens)]
     if sinks is not None:
         operands.append(sinks_of_rows(sinks, num_kv_heads, r, sizes.rows))
         specs.append(whole(operands[-1]))
@@ -52,7 +54,7 @@ def paged_attention_tpu(q: Float[Array, "B r H h"], pages: Pages, blocks: Blocks
         kernel,
         out_shape=jax.ShapeDtypeStruct(rows.shape, jnp.float32),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=4,
+            num_scalar_prefetch=3,
             grid=(batch,),
             in_specs=[*specs, *[anywhere] * len(pools)],
             out_specs=of_block,
@@ -61,7 +63,7 @@ def paged_attention_tpu(q: Float[Array, "B r H h"], pages: Pages, blocks: Blocks
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=VMEM_LIMIT),
         name="paged_attention_tpu",
         interpret=interpret,
-    )(tables, blocks.slots, blocks.starts, blocks.counts, *operands, *pools)
+    )(blocks.slots, blocks.starts, blocks.counts, *operands, *pools)
     return restore(out, q)
 
 
@@ -92,7 +94,7 @@ def _buffers(pools: list[Array], num_kv_heads: int, sizes: AttentionBlocks) -> l
     return [pltpu.VMEM((2, *tile(pool)), pool.dtype) for pool in pools]
 
 
-def _kernel(tables, slots, starts, counts, q, tokens, *refs, has_sinks: bool, scoring: Scoring, sizes: AttentionBlocks, page_size: int):
+def _kernel(slots, starts, counts, table, q, tokens, *refs, has_sinks: bool, scoring: Scoring, sizes: AttentionBlocks, page_size: int):
     refs = list(refs)
     sinks = refs.pop(0) if has_sinks else None
     num_pools = (len(refs) - 8) // 2
@@ -102,7 +104,7 @@ def _kernel(tables, slots, starts, counts, q, tokens, *refs, has_sinks: bool, sc
     slot, start, count = slots[b], starts[b], counts[b]
     first, end = key_range(start, count, scoring.window)
     begin, stop = first // sizes.kv_tile, -(-end // sizes.kv_tile)
-    copies = functools.partial(_copies, pools, buffers, semaphores, tables, slot, first, end, page_size, sizes.kv_tile)
+    copies = functools.partial(_copies, pools, buffers, semaphores, table, slot, first, end, page_size, sizes.kv_tile)
     _clear(partial)
     _clear(done)
 
@@ -182,14 +184,14 @@ def _clear(refs: Partial) -> None:
         ref[...] = jnp.broadcast_to(x[None], ref.shape)
 
 
-def _copies(pools, buffers, semaphores, tables, slot, first, end, page_size: int, kv_tile: int, i) -> Iterator[tuple[Array, list]]:
+def _copies(pools, buffers, semaphores, table, slot, first, end, page_size: int, kv_tile: int, i) -> Iterator[tuple[Array, list]]:
     """(whether a query sees any of it, the copies) for each page of tile i, from the pool to one of the two buffers."""
     keys, values, *scales = pools
     key_buffer, value_buffer, *scale_buffers = buffers
     copy = lambda source, target: pltpu.make_async_copy(source, target, semaphores.at[i % 2])
     for j in range(kv_tile // page_size):
         position = i * kv_tile + j * page_size
-        page, rows = tables[slot, i * (kv_tile // page_size) + j], pl.ds(j * page_size, page_size)
+        page, rows = table[0, 0, i * (kv_tile // page_size) + j], pl.ds(j * page_size, page_size)
         yield (position < end) & (position + page_size > first), [
             copy(keys.at[page], key_buffer.at[i % 2, :, rows]), copy(values.at[page], value_buffer.at[i % 2, :, rows])]
     for pool, buffer in zip(scales, scale_buffers, strict=True):

@@ -16,6 +16,7 @@ from jaxengine.batch import BatchBuilder, rows_of
 from jaxengine.config import QUERY_BLOCK, EngineConfig, ModelConfig
 from jaxengine.models import params
 from jaxengine.models.decoder import Tile
+from jaxengine.ops.pallas import Pallas
 from jaxengine.step_inputs import Blocks, Copies
 from pallas_kernels.cases.grouped_matmul import GroupedCase
 from pallas_kernels.cases.matmul import MatmulCase
@@ -117,16 +118,20 @@ def step_inputs(kind: str) -> tuple:
 
 
 @pytest.mark.parametrize("kind", ["decode", "prefill"])
-def test_step(kind, mesh, report):
-    """A whole step of a 4-layer model. Its ops are plain XLA today."""
+def test_step(kind, mesh, kernels, report):
+    """A whole step of a 4-layer model on the device's own kernels."""
     jitted, tile, more = ((steps.decode_step, Tile(1, 8), dict(num_steps=1)) if kind == "decode"
                           else (steps.prefill_step, Tile(QUERY_BLOCK, 8), {}))
-    state = params.abstract(MODEL), kv_cache.abstract(MODEL, ENGINE)
-    compiled = report(compile_ahead(mesh, jitted, *state, *step_inputs(kind), config=MODEL, tile=tile, max_logprobs=20, **more))
+    ops = Pallas(kernels)
+    state = params.abstract(MODEL), kv_cache.abstract(MODEL, ENGINE, ops)
+    static = dict(config=MODEL, kernels=ops, tile=tile, max_logprobs=20) | more
+    compiled = report(compile_ahead(mesh, jitted, *state, *step_inputs(kind), **static))
     weights_and_pages = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
     assert compiled.argument_bytes >= weights_and_pages
     assert compiled.workspace_bytes < weights_and_pages, "the step copies what it should update in place"
-    assert compiled.kernels == (), "the engine's ops are kernels now: say here which"
+    calls = lambda name: sum(kernel.startswith(name) for kernel in compiled.kernels)
+    each = MODEL.num_hidden_layers
+    assert (calls("matmul_"), calls("paged_attention_"), calls("kv_write_")) >= (4 * each + 1, each, each)
 
 
 def test_plain_xla_has_no_kernel(mesh):

@@ -2,6 +2,7 @@
 
 Run in environments of their own: `pytest -m aot -k tpu` with jax[tpu], `-k gpu` with jax[cuda13] (sharding/topology.py says what it wants).
 """
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels.cases.attention import DECODER, AttentionCase
+from pallas_kernels.cases.attention import BIG, DECODER, AttentionCase
 from pallas_kernels.implementations import choose
 from pallas_kernels.kv_write import kv_write
 from pallas_kernels.paged_attention import paged_attention
@@ -64,6 +65,13 @@ def test_paged_attention(case, mesh, kernels, report):
     compiled = report(compile_ahead(mesh, run, *case.abstract(block_length(case))))
     assert any(name.startswith("paged_attention_") for name in compiled.kernels)
     assert compiled.workspace_bytes < pages.keys.size * pages.keys.dtype.itemsize, "the pool is copied"
+
+
+def test_tables_of_long_contexts(mesh, kernels, report):
+    """More of them than a TPU's scalar memory holds."""
+    case = dataclasses.replace(BIG, lengths=(32_768,) * 256, page_size=32)
+    run = jax.jit(functools.partial(paged_attention, scoring=case.scoring, implementation=kernels))
+    assert report(compile_ahead(mesh, run, *case.abstract(1)[:3])).kernels
 
 
 @pytest.mark.parametrize("case", DECODER, ids=str)

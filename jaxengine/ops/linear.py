@@ -3,10 +3,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sharding.leaves import tree_sum
 
-
-def _dot(x: Float[Array, "leaf t K"], w: Float[Array, "leaf N K"]) -> Float[Array, "leaf t N"]:
+def dot(x: Float[Array, "leaf t K"], w: Float[Array, "leaf N K"]) -> Float[Array, "leaf t N"]:
     """One dot per leaf at one shape, accumulated in float32. A float32 weight asks for full precision, on every device."""
     precision = jax.lax.Precision.HIGHEST if w.dtype == jnp.float32 else None
     numbers = (((2,), (2,)), ((0,), (0,)))
@@ -16,10 +14,5 @@ def _dot(x: Float[Array, "leaf t K"], w: Float[Array, "leaf N K"]) -> Float[Arra
 
 
 def split_outputs(x: Float[Array, "t K"], w: Float[Array, "leaf N K"]) -> Float[Array, "leaf t N"]:
-    """x @ w.T for every leaf's outputs (vLLM: column parallel)."""
-    return _dot(jnp.broadcast_to(x, (w.shape[0], *x.shape)), w)
-
-
-def sum_inputs(x: Float[Array, "leaf t K"], w: Float[Array, "leaf N K"]) -> Float[Array, "t N"]:
-    """Sum over leaves of x @ w.T, in the fixed order of the tree (vLLM: row parallel)."""
-    return tree_sum(_dot(x, w))
+    """x @ w.T for every leaf's outputs."""
+    return dot(jnp.broadcast_to(x, (w.shape[0], *x.shape)), w)

@@ -6,6 +6,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxengine.config import ModelConfig
 from jaxengine.models.decoder import Tile
 from jaxengine.models.params import Decoder
+from jaxengine.ops.kernels import Kernels
 from jaxengine.ops.norm import rms_norm
 from jaxengine.ops.regions import over_tiles
 from jaxengine.pytree import pytree
@@ -39,13 +40,13 @@ def initialise(config: ModelConfig) -> Critic:
 
 
 def logprobs_and_values(model: ActorCritic, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], slots: SlotParams, *, config: ModelConfig,
-                        tile: Tile = WIDE) -> tuple[Float[Array, "B T"], Float[Array, "B T"] | None]:
+                        kernels: Kernels, tile: Tile = WIDE) -> tuple[Float[Array, "B T"], Float[Array, "B T"] | None]:
     """(logprobs of the tokens under `mask`, values of the states they were drawn in), from one pass through the trunk; 0 elsewhere.
 
     The logprobs are those of scoring.token_logprobs, by bits. Values are None without a critic. Differentiable in `model`.
     """
-    x, tokens = scoring.trunk(model.policy, tokens, mask, config=config, tile=tile)
-    logprobs, _ = scoring.head_logprobs(model.policy, x, tokens, mask, slots, config=config)
+    x, tokens = scoring.trunk(model.policy, tokens, mask, config=config, kernels=kernels, tile=tile)
+    logprobs, _ = scoring.head_logprobs(model.policy, x, tokens, mask, slots, config=config, kernels=kernels)
     return logprobs, None if model.critic is None else _values(config, model.critic, model.policy.norm, x, mask)
 
 

@@ -14,13 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxengine import kv_cache
 from jaxengine.config import KV_TILE, QUERY_BLOCK, ModelConfig
 from jaxengine.models import decoder
-from jaxengine.models.decoder import ATTENTION_TILE, Tile
+from jaxengine.models.decoder import Tile
 from jaxengine.models.params import Decoder, Layer
+from jaxengine.ops.kernels import Kernels
 from jaxengine.ops.regions import over_tiles
+from jaxengine.ops.xla import ATTENTION_TILE
 from jaxengine.pytree import pytree
+from jaxengine.step_inputs import Blocks
 from pallas_kernels.tiles import unknown_zero
 
 WIDE = Tile(QUERY_BLOCK, 8)  # rows to a tile, as in the widest prefill step
@@ -37,18 +39,19 @@ class Plan:
     count: Int[Array, ""]  # blocks that are asked for
 
 
-def hidden_states(config: ModelConfig, params: Decoder, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], tile: Tile = WIDE
-                  ) -> Float[Array, "B T D"]:
+def hidden_states(config: ModelConfig, kernels: Kernels, params: Decoder, tokens: Int[Array, "B T"], lengths: Int[Array, " B"],
+                  tile: Tile = WIDE) -> Float[Array, "B T D"]:
     """The residual stream behind the last layer, of the first `lengths[b]` tokens of each sequence; undefined behind them."""
     batch, length = tokens.shape
     plan = plan_blocks(params, tokens, lengths)
     count, per_block = plan.count * (QUERY_BLOCK // tile.tokens), plan.tokens.shape[0]
     parts = lambda x: jnp.repeat(x, QUERY_BLOCK // tile.tokens, axis=0)
     starts = parts(plan.starts) + jnp.tile(jnp.arange(0, QUERY_BLOCK, tile.tokens), per_block)
-    x = over_tiles(functools.partial(decoder.embed, config), tile.blocks, params.embed, plan.tokens.reshape(-1, tile.tokens), count)
+    embed = functools.partial(decoder.embed, config, kernels)
+    x = over_tiles(embed, tile.blocks, params.embed, plan.tokens.reshape(-1, tile.tokens), count)
     tables = parts(plan.tables)
     for layer in params.layers:
-        x = _layer(config, tile, layer, x, starts, tables, count)
+        x = _layer(config, kernels, tile, layer, x, starts, tables, count)
     whole = x.reshape(-1, QUERY_BLOCK, x.shape[-1])[plan.places]
     return whole.reshape(batch, -1, x.shape[-1])[:, :length]
 
@@ -69,26 +72,27 @@ def plan_blocks(params: Decoder, tokens: Int[Array, "B T"], lengths: Int[Array, 
                 wanted.sum(dtype=jnp.int32) + unknown_zero(params.norm, tokens))
 
 
-def _layer_of_regions(config: ModelConfig, tile: Tile, layer: Layer, x: Array, starts: Array, tables: Array, count: Array) -> Array:
-    q, k, v = over_tiles(functools.partial(decoder.project, config), tile.blocks, layer, (x, starts), count)
-    attended = _attention(config, q, k, v, tables, starts, count)
-    return over_tiles(functools.partial(decoder.mix, config), tile.blocks, layer, (x, attended), count)
+def _layer_of_regions(config: ModelConfig, kernels: Kernels, tile: Tile, layer: Layer, x: Array, starts: Array, tables: Array,
+                      count: Array) -> Array:
+    q, k, v = over_tiles(functools.partial(decoder.project, config, kernels), tile.blocks, layer, (x, starts), count)
+    attended = _attention(config, kernels, q, k, v, tables, starts, count)
+    return over_tiles(functools.partial(decoder.mix, config, kernels), tile.blocks, layer, (x, attended), count)
 
 
-_layer = jax.custom_vjp(_layer_of_regions, nondiff_argnums=(0, 1))
+_layer = jax.custom_vjp(_layer_of_regions, nondiff_argnums=(0, 1, 2))
 
 
-def _layer_forward(config, tile, layer, x, *where):
-    return _layer(config, tile, layer, x, *where), (layer, x, where)
+def _layer_forward(config, kernels, tile, layer, x, *where):
+    return _layer(config, kernels, tile, layer, x, *where), (layer, x, where)
 
 
-def _layer_backward(config, tile, saved, cotangent):
+def _layer_backward(config, kernels, tile, saved, cotangent):
     (layer, x, where), cotangent = jax.lax.optimization_barrier((saved, cotangent))
     # The trip counts follow from the cotangent, so that no layer is computed again before its turn, and kept. (jax.checkpoint ties a
     # layer to its turn with a barrier, which XLA on CPU drops before it schedules.)
     starts, tables, count = where
     count += unknown_zero(cotangent)
-    _, pullback = jax.vjp(lambda layer, x: _layer_of_regions(config, tile, layer, x, starts, tables, count), layer, x)
+    _, pullback = jax.vjp(lambda layer, x: _layer_of_regions(config, kernels, tile, layer, x, starts, tables, count), layer, x)
     return *pullback(cotangent), *_no_gradients(where)
 
 
@@ -100,22 +104,23 @@ def _no_gradients(integers: Iterable[Array]) -> list[np.ndarray]:
     return [np.zeros(x.shape, jax.dtypes.float0) for x in integers]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(config: ModelConfig, q: Array, k: Array, v: Array, tables: Array, starts: Array, count: Array) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attention(config: ModelConfig, kernels: Kernels, q: Array, k: Array, v: Array, tables: Array, starts: Array, count: Array) -> Array:
     """The engine's paged attention. q `[NB, r, H, h]`, k and v `[NB, r, K, h]`; returns `[NB, r, Hh]`."""
-    pages = kv_cache.as_pages(_whole_blocks(k), _whole_blocks(v))
-    return over_tiles(functools.partial(decoder.attend, config), ATTENTION_TILE, pages, (q, tables, starts), count)
+    each, r = jnp.arange(q.shape[0], dtype=jnp.int32), q.shape[1]
+    blocks = Blocks(each, starts, jnp.where(each < count, r, 0), count)  # every block brings its own table
+    return kernels.attend(config, *kernels.as_pages(_whole_blocks(k), _whole_blocks(v)), q, tables, blocks)
 
 
 def _whole_blocks(x: Array) -> Array:
     return x.reshape(-1, QUERY_BLOCK, *x.shape[2:])
 
 
-def _attention_forward(config, q, k, v, tables, starts, count):
-    return _attention(config, q, k, v, tables, starts, count), (q, k, v, tables, starts, count)
+def _attention_forward(config, kernels, q, k, v, tables, starts, count):
+    return _attention(config, kernels, q, k, v, tables, starts, count), (q, k, v, tables, starts, count)
 
 
-def _attention_backward(config, saved, cotangent):
+def _attention_backward(config, kernels, saved, cotangent):
     """Gradient of plain attention in float32, a block of queries at a time: nothing of size T × T is kept."""
     q, k, v, tables, starts, count = jax.lax.optimization_barrier(saved)
     keys, values = (_whole_blocks(x).astype(jnp.float32) for x in (k, v))

@@ -65,7 +65,7 @@ class Loop:
         """Completions under the state's weights, with the key of its version."""
         key = jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(state.key), DRAWS), state.version)
         return generate(self.trainer.policy(state), prompts, self.trainer.config.sampling, key=key, config=self.trainer.model,
-                        tokenizer=self.tokenizer, **self.engine)
+                        tokenizer=self.tokenizer, **{"kernels": self.trainer.kernels.name} | self.engine)
 
 
 def judged_by(reward: Callable[[Any, str, Any], float]) -> Judge:

@@ -16,6 +16,7 @@ from jaxengine.functional import score
 from jaxengine.models import decoder
 from jaxengine.models.decoder import Tile
 from jaxengine.models.params import Decoder, Parameter, declare
+from jaxengine.ops.kernels import Kernels, resolve
 from jaxengine.ops.regions import over_tiles
 from jaxengine.request import SamplingParams
 from jaxengine.rl.forward import WIDE, hidden_states
@@ -31,9 +32,9 @@ class Policy(nnx.Module):
     `policy.set_params` takes it back. Raises ValueError where params do not fit config.
     """
 
-    def __init__(self, config: ModelConfig, params: Decoder, *, tile: Tile = WIDE) -> None:
+    def __init__(self, config: ModelConfig, params: Decoder, *, kernels: str = "auto", tile: Tile = WIDE) -> None:
         check_fits(params, config)
-        self.config, self.tile = config, tile
+        self.config, self.kernels, self.tile = config, resolve(kernels, config), tile
         _spread(self, params)
 
     @property
@@ -52,26 +53,29 @@ class Policy(nnx.Module):
         Their log-softmax is `score`'s at temperature 1, in bits where `pallas_kernels.sampling_reference` takes it. All of [B, T, V] is
         kept: a loss on logprobs needs much less memory through `logprobs`.
         """
-        return all_logits(self.config, self.params, jnp.asarray(tokens), self.tile)
+        return all_logits(self.config, self.kernels, self.params, jnp.asarray(tokens), self.tile)
 
     def logprobs(self, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"],
                  sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, *, entropy: bool = False) -> Any:
         """`jaxengine.score` under these parameters: the logprobs that `generate` reported, bit for bit."""
-        return score(self.params, tokens, mask, sampling_params, config=self.config, entropy=entropy, tile=self.tile)
+        return score(self.params, tokens, mask, sampling_params, config=self.config, entropy=entropy, kernels=self.kernels.name,
+                     tile=self.tile)
 
 
-def all_logits(config: ModelConfig, params: Decoder, tokens: Int[Array, "B T"], tile: Tile = WIDE) -> Float[Array, "B T V"]:
+def all_logits(config: ModelConfig, kernels: Kernels, params: Decoder, tokens: Int[Array, "B T"], tile: Tile = WIDE
+               ) -> Float[Array, "B T V"]:
     """Logits of every position, in the pinned regions of the engine's steps."""
     batch, length = tokens.shape
-    x = hidden_states(config, params, tokens, jnp.full(batch, length), tile).reshape(batch * length, -1)
+    x = hidden_states(config, kernels, params, tokens, jnp.full(batch, length), tile).reshape(batch * length, -1)
     rows = jnp.pad(x, ((0, -x.shape[0] % HEAD_ROWS), (0, 0)))
     weights = (params.norm, params.embed if params.head is None else params.head)
-    logits = over_tiles(functools.partial(_head, config), HEAD_ROWS, weights, rows, batch * length + unknown_zero(params.norm, tokens))
+    body = functools.partial(_head, config, kernels)
+    logits = over_tiles(body, HEAD_ROWS, weights, rows, batch * length + unknown_zero(params.norm, tokens))
     return logits[: batch * length, : config.vocab_size].reshape(batch, length, -1)
 
 
-def _head(config: ModelConfig, weights: tuple[Array, Array], x: Float[Array, "t D"]) -> Float[Array, "t V"]:
-    return decoder.logits(config, *weights, x)
+def _head(config: ModelConfig, kernels: Kernels, weights: tuple[Array, Array], x: Float[Array, "t D"]) -> Float[Array, "t V"]:
+    return decoder.logits(config, kernels, *weights, x)
 
 
 # -- between our pytree and nnx ----------------------------------------------------------------------------------------------------------

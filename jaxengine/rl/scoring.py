@@ -16,6 +16,7 @@ from jaxengine.config import KV_TILE, ModelConfig
 from jaxengine.models import decoder, plain
 from jaxengine.models.decoder import Tile
 from jaxengine.models.params import Decoder
+from jaxengine.ops.kernels import Kernels
 from jaxengine.ops.regions import over_tiles
 from jaxengine.request import SamplingParams
 from jaxengine.rl.forward import WIDE, hidden_states
@@ -35,29 +36,29 @@ def slot_params(params: Sequence[SamplingParams], config: ModelConfig) -> SlotPa
     return slots
 
 
-@functools.partial(jax.jit, static_argnames=("config", "entropy", "tile"))
+@functools.partial(jax.jit, static_argnames=("config", "kernels", "entropy", "tile"))
 def token_logprobs(params: Decoder, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], slots: SlotParams, *, config: ModelConfig,
-                   entropy: bool = False, tile: Tile = WIDE) -> tuple[Float[Array, "B T"], Float[Array, "B T"] | None]:
+                   kernels: Kernels, entropy: bool = False, tile: Tile = WIDE) -> tuple[Float[Array, "B T"], Float[Array, "B T"] | None]:
     """(logprobs, entropies if asked) of the tokens under `mask`, each at its own position, 0 elsewhere. Differentiable in params.
 
     A run of tokens under the mask is a completion, and all that stands before it its prompt. What stands behind the last token under
     the mask is never read; nothing predicts the first token, which is 0 too.
     """
-    x, tokens = trunk(params, tokens, mask, config=config, tile=tile)
-    return head_logprobs(params, x, tokens, mask, slots, config=config, entropy=entropy)
+    x, tokens = trunk(params, tokens, mask, config=config, kernels=kernels, tile=tile)
+    return head_logprobs(params, x, tokens, mask, slots, config=config, kernels=kernels, entropy=entropy)
 
 
-def trunk(params: Decoder, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], *, config: ModelConfig, tile: Tile = WIDE
-          ) -> tuple[Float[Array, "B T D"], Int[Array, "B T"]]:
+def trunk(params: Decoder, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], *, config: ModelConfig, kernels: Kernels,
+          tile: Tile = WIDE) -> tuple[Float[Array, "B T D"], Int[Array, "B T"]]:
     """(residual stream behind the last layer, as far as tokens under `mask` are predicted by it; tokens, those that are none as 0)."""
     tokens = jnp.where((tokens >= 0) & (tokens < config.vocab_size), tokens, 0).astype(jnp.int32)
     wanted = mask.at[:, 0].set(False)
     lengths = jnp.where(wanted, jnp.arange(tokens.shape[1]), 0).max(-1)  # the last token is predicted, and needs no forward pass of its own
-    return hidden_states(config, params, tokens, lengths, tile), tokens
+    return hidden_states(config, kernels, params, tokens, lengths, tile), tokens
 
 
 def head_logprobs(params: Decoder, x: Float[Array, "B T D"], tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], slots: SlotParams, *,
-                  config: ModelConfig, entropy: bool = False) -> tuple[Float[Array, "B T"], Float[Array, "B T"] | None]:
+                  config: ModelConfig, kernels: Kernels, entropy: bool = False) -> tuple[Float[Array, "B T"], Float[Array, "B T"] | None]:
     """token_logprobs from what `trunk` gives: a critic shares the trunk (critic.py)."""
     batch, length = tokens.shape
     where, wanted = jnp.arange(length), mask.at[:, 0].set(False)
@@ -69,18 +70,18 @@ def head_logprobs(params: Decoder, x: Float[Array, "B T D"], tokens: Int[Array, 
     sequences, positions = order // length, order % length
     rows = (x[sequences, jnp.maximum(positions - 1, 0)], sequences, positions, prompts.reshape(-1)[order])
     weights = (params.norm, params.embed if params.head is None else params.head, _opaque(slots, params, tokens), tokens)
-    body = functools.partial(_row_scores, config, entropy)
+    body = functools.partial(_row_scores, config, kernels, entropy)
     found = over_tiles(body, HEAD_ROWS, weights, rows, wanted.sum(dtype=jnp.int32) + unknown_zero(params.norm, tokens))
     placed = [jnp.where(wanted, each[jnp.argsort(order[: batch * length])].reshape(batch, length), 0.0) for each in found]
     return placed[0], placed[1] if entropy else None
 
 
-def _row_scores(config: ModelConfig, entropy: bool, weights: tuple, rows: tuple) -> tuple[Float[Array, " t"], ...]:
+def _row_scores(config: ModelConfig, kernels: Kernels, entropy: bool, weights: tuple, rows: tuple) -> tuple[Float[Array, " t"], ...]:
     norm, head, slots, tokens = weights
     x, sequences, positions, prompts = rows
     row: SlotParams = jax.tree.map(lambda a: a[sequences], slots)
     row = dataclasses.replace(row, prompt_length=prompts, first_stop=jnp.where(row.first_stop > 0, prompts + row.first_stop, 0))
-    logits = decoder.logits(config, norm, head, x)
+    logits = decoder.logits(config, kernels, norm, head, x)
     _, logprobs = sampler.distribution(logits, row, tokens, sequences, positions, jnp.zeros(x.shape[0], bool))
     chosen = sampler.token_logprobs(logprobs, tokens[sequences, positions])
     return (chosen, sampler.entropy(logprobs)) if entropy else (chosen,)

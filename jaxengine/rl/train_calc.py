@@ -26,6 +26,7 @@ from tqdm import tqdm
 from jaxengine.config import ModelConfig
 from jaxengine.models import decoder, loading, params
 from jaxengine.models.params import Decoder
+from jaxengine.ops.kernels import XLA
 from jaxengine.request import SamplingParams
 from jaxengine.rl import arithmetic
 from jaxengine.rl.arithmetic import KINDS, Problem
@@ -109,7 +110,7 @@ def train(tokenizer: tokenizers.Tokenizer, *, seed: int, steps: int) -> Decoder:
     update, plain = optimizer(steps), slot_params([SamplingParams()] * ROWS, CONFIG)
 
     def loss(weights: Decoder, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, ""]:
-        logprobs, _ = token_logprobs(weights, tokens, mask, plain, config=CONFIG)
+        logprobs, _ = token_logprobs(weights, tokens, mask, plain, config=CONFIG, kernels=XLA)
         return -logprobs.sum() / mask.sum()
 
     @functools.partial(jax.jit, donate_argnums=0)
@@ -147,8 +148,8 @@ def grade(config: ModelConfig, weights: Decoder, tokenizer: tokenizers.Tokenizer
 @functools.partial(jax.jit, static_argnums=0)
 def _grade(config: ModelConfig, weights: Decoder, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]
            ) -> tuple[Bool[Array, " B"], Float[Array, " B"]]:
-    x = hidden_states(config, weights, jnp.maximum(tokens, 0), (tokens >= 0).sum(-1))
-    logits = decoder.logits(config, weights.norm, weights.embed, x.reshape(-1, config.hidden_size)).reshape(*tokens.shape, -1)[:, :-1]
+    x = hidden_states(config, XLA, weights, jnp.maximum(tokens, 0), (tokens >= 0).sum(-1))
+    logits = decoder.logits(config, XLA, weights.norm, weights.embed, x.reshape(-1, config.hidden_size)).reshape(*tokens.shape, -1)[:, :-1]
     targets, mask = jnp.maximum(tokens[:, 1:], 0), mask[:, 1:]
     logprobs = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
     return ((logits.argmax(-1) == targets) | ~mask).all(-1), jnp.exp(jnp.where(mask, logprobs, 0.0).sum(-1))

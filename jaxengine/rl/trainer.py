@@ -17,6 +17,7 @@ from jaxengine.config import ModelConfig
 from jaxengine.keywords import strict_keywords
 from jaxengine.models.decoder import Tile
 from jaxengine.models.params import Decoder
+from jaxengine.ops.kernels import resolve
 from jaxengine.pytree import pytree
 from jaxengine.request import SamplingParams
 from jaxengine.rl import advantages as estimators
@@ -82,12 +83,14 @@ class Batch:
 class Trainer:
     """Pure functions of a TrainState for one model, optimiser and configuration; each is compiled once for a shape.
 
-    `tile` as in jaxengine.score. The optimiser works on the float32 weights: optax.adamw(1e-4), or a chain with a clip in front.
+    `kernels` and `tile` as in jaxengine.score. The optimiser works on the float32 weights: optax.adamw(1e-4), or a chain with a clip in
+    front.
     """
 
     def __init__(self, model: ModelConfig, optimizer: optax.GradientTransformation, config: TrainerConfig | None = None, *,
-                 tile: Tile = WIDE) -> None:
+                 kernels: str = "auto", tile: Tile = WIDE) -> None:
         self.model, self.optimizer, self.config, self.tile = model, optimizer, config or TrainerConfig(), tile
+        self.kernels = resolve(kernels, model)
         self.update = jax.jit(self._update, donate_argnums=0)  # (state, batch) -> (state, metrics)
         self.policy = jax.jit(lambda state: critic.cast(state.master, model).policy)  # what the engine runs; a copy, the state may go
         self._forward = jax.jit(lambda master, tokens, mask: self._run(critic.cast(master, model), tokens, mask))
@@ -140,7 +143,7 @@ class Trainer:
         if params is None:
             raise ValueError(f"kl_coefficient={self.config.objective.kl_coefficient} asks for a penalty: give reference, the weights of "
                              "the policy to stay near")
-        return token_logprobs(params, tokens, mask, self._slots(tokens), config=self.model, tile=self.tile)[0]
+        return token_logprobs(params, tokens, mask, self._slots(tokens), config=self.model, kernels=self.kernels, tile=self.tile)[0]
 
     def _with_values(self, state: TrainState, batch: Batch, rewards: Float[Array, " B"]) -> Batch:
         _, values = self._forward(state.master, batch.tokens, batch.mask)
@@ -207,7 +210,7 @@ class Trainer:
         return loss + self.config.value_coefficient * error, ({"loss": loss, "value_loss": error}, (logprobs, values))
 
     def _run(self, model: ActorCritic, tokens: Array, mask: Array) -> tuple[Array, Array | None]:
-        return critic.logprobs_and_values(model, tokens, mask, self._slots(tokens), config=self.model, tile=self.tile)
+        return critic.logprobs_and_values(model, tokens, mask, self._slots(tokens), config=self.model, kernels=self.kernels, tile=self.tile)
 
     def _slots(self, tokens: Array) -> Any:
         return slot_params([self.config.sampling] * tokens.shape[0], self.model)

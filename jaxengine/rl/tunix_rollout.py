@@ -67,8 +67,10 @@ class JaxEngineRollout(base_rollout.BaseRollout):
         config = rollout_actor.config
         asked = max(rollout_config.max_prompt_length + rollout_config.max_tokens_to_generate, rollout_config.kv_cache_size)
         engine.setdefault("max_model_len", min(asked, config.max_position_embeddings))
+        engine.setdefault("kernels", rollout_actor.kernels.name)
         # Own arrays at first: Tunix syncs weights only where the worker's are not the trainer's.
-        self._model = TunixPolicy(config, jax.tree.map(jnp.copy, rollout_actor.params), tile=rollout_actor.tile)
+        self._model = TunixPolicy(config, jax.tree.map(jnp.copy, rollout_actor.params), kernels=rollout_actor.kernels.name,
+                                  tile=rollout_actor.tile)
         self._llm = LLM.from_params(config, self._model.params, **engine)
         self._tokenizer, self._key = tokenizer, jax.random.key(0) if key is None else key
         self._temperature = rollout_config.temperature

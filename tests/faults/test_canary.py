@@ -11,6 +11,7 @@ from neighbours import answers, assert_idle, ended, run, start, step
 from jaxengine import LLM, SamplingParams, steps
 from jaxengine.canary import CAUSE
 from jaxengine.kv_cache import Cache
+from jaxengine.ops.kernels import XLA
 from jaxengine.sequence import Request
 
 PROMPT = list(range(200, 320))  # three full pages, and most of a fourth
@@ -139,13 +140,13 @@ def test_sums_change_with_each_stored_word():
     """Of 16-bit floats too, which are stored as integers."""
     stored = np.random.RandomState(0).randint(0, 2**16, (3, 2, 4, 16)).astype(np.uint16)
     cache = Cache((jnp.array(stored),), (jnp.array(stored.swapaxes(2, 3)),), jnp.zeros((1, 1), jnp.int32))
-    before = np.asarray(steps.token_sums(cache, jnp.array([1, 2])))
+    before = np.asarray(steps.token_sums(cache, jnp.array([1, 2]), kernels=XLA))
     for head in range(2):
         for i in range(4):
             changed = stored.copy()
             changed[2, head, i, 5] ^= 1 << 15
             one = dataclasses.replace(cache, keys=(jnp.array(changed),))
-            found = np.argwhere(np.asarray(steps.token_sums(one, jnp.array([1, 2]))) != before)
+            found = np.argwhere(np.asarray(steps.token_sums(one, jnp.array([1, 2]), kernels=XLA)) != before)
             assert found.tolist() == [[1, 5]]
 
 
@@ -193,7 +194,7 @@ def test_the_watch_compiles_once(llm):
 def test_without_the_canary_nothing_is_summed_up_and_nothing_found(tiny, expected, whole, monkeypatch):
     """Off by default, and then free; and the fault of these tests does move bits."""
     assert tiny.engine.canary is None
-    monkeypatch.setattr(steps, "token_sums", lambda *args: pytest.fail("it was summed up"))
+    monkeypatch.setattr(steps, "token_sums", lambda *args, **how: pytest.fail("it was summed up"))
     tiny.engine.scheduler.blocks.clear_cache()
     request, beside = victim(tiny), start(tiny)
     overwrite(tiny, request.samples[0].pages[0])

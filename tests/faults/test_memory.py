@@ -188,12 +188,12 @@ def test_other_errors_are_raised_as_before(llm, message, expected, monkeypatch):
 
 
 def test_a_cache_that_only_answers_with_an_error_is_lost(tiny):
-    cache = kv_cache.allocate(tiny.config, tiny.engine_config)
+    cache = kv_cache.allocate(tiny.config, tiny.engine_config, tiny.engine.kernels)
     assert not kv_cache.is_lost(cache)
     poisoned = jax.tree.map(needing_too_much, cache)
     assert not any(x.is_deleted() for x in jax.tree.leaves(poisoned)) and all(x.is_deleted() for x in jax.tree.leaves(cache))
     assert kv_cache.is_lost(poisoned) and kv_cache.is_lost(cache)
-    assert not kv_cache.is_lost(kv_cache.rebuild(poisoned, tiny.config, tiny.engine_config))
+    assert not kv_cache.is_lost(kv_cache.rebuild(poisoned, tiny.config, tiny.engine_config, tiny.engine.kernels))
     assert all(x.is_deleted() for x in jax.tree.leaves(poisoned)), "there is room for one cache"
     for ask in (needing_too_much, lambda x: needing_too_much(x) + 1):  # whoever computes on with the answer is told in other words
         with pytest.raises(jax.errors.JaxRuntimeError) as found:

@@ -80,7 +80,7 @@ class Cache:
         return values[: position + 1]
 
 
-def allocate(model: Any, config: EngineConfig) -> Cache:
+def allocate(model: Any, config: EngineConfig, kernels: Any) -> Cache:
     """In place of kv_cache.allocate."""
     return Cache(config)
 
@@ -90,7 +90,7 @@ def is_lost(cache: Cache) -> bool:
     return cache.lost
 
 
-def rebuild(cache: Cache, model: Any, config: EngineConfig) -> Cache:
+def rebuild(cache: Cache, model: Any, config: EngineConfig, kernels: Any) -> Cache:
     """In place of kv_cache.rebuild."""
     return Cache(config)
 
@@ -116,7 +116,7 @@ class Programs:
     A `trusting` device draws from whatever it reads, right or wrong, as a real one does: then the answers alone tell.
     """
 
-    def __init__(self, model: Any, config: EngineConfig, batch: BatchBuilder, report: Any = None) -> None:
+    def __init__(self, model: Any, config: EngineConfig, kernels: Any, batch: BatchBuilder, report: Any = None) -> None:
         self.config, self.trusting, self.tokens_per_block = config, False, QUERY_BLOCK
         self.fuse: Fuse | None = None
         self.rows_until_nan = -1

@@ -1,0 +1,106 @@
+"""Which code computes the decoder's ops: chosen once, by name, when an engine is made or sequences are scored.
+
+"xla" is plain XLA (ops/xla.py), "pallas_tpu" and "pallas_gpu" are the devices' kernels (ops/pallas.py), "pallas_interpret" is the TPU's on
+any machine, slowly. Each has its own bits, so the name is part of the contract; the layout of the KV cache belongs to it too.
+"""
+import functools
+import logging
+from typing import Any, Protocol
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from jaxengine.config import ModelConfig, check_kernels
+from jaxengine.ops.pallas import Pallas
+from jaxengine.ops.xla import Xla
+from jaxengine.step_inputs import Blocks
+from pallas_kernels import implementations
+
+XLA = Xla()
+OF_PLATFORM = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}
+log = logging.getLogger("jaxengine")
+
+
+class Kernels(Protocol):
+    """The decoder's ops, as a hashable that jitted steps hold."""
+
+    @property
+    def name(self) -> str:
+        """As EngineConfig.kernels says it, never "auto"."""
+        ...
+
+    def parts(self) -> dict[str, Any]:
+        """What the bits depend on, ready for JSON."""
+        ...
+
+    def embed(self, table: Float[Array, "V D"], ids: Int[Array, " t"]) -> Float[Array, "t D"]:
+        """Rows of the embedding in float32."""
+        ...
+
+    def outputs(self, x: Float[Array, "t K"], w: Float[Array, "leaf N K"]) -> Float[Array, "leaf t N"]:
+        """x @ w.T for every leaf's outputs (vLLM: column parallel), added in float32. x is rounded to the weights' dtype first."""
+        ...
+
+    def gated(self, x: Float[Array, "t K"], w: Float[Array, "leaf F2 K"]) -> Float[Array, "leaf t F"]:
+        """silu(gate) · up of a leaf's outputs: gates, then ups."""
+        ...
+
+    def partials(self, x: Float[Array, "leaf t K"], w: Float[Array, "leaf N K"]) -> Float[Array, "leaf t N"]:
+        """x @ w.T of each leaf's own inputs (vLLM: row parallel, before its sum)."""
+        ...
+
+    def pools(self, model: ModelConfig, num_pages: int, page_size: int) -> tuple[Any, Any]:
+        """Shapes and dtypes of one layer's keys and values."""
+        ...
+
+    def as_pages(self, k: Float[Array, "B r K h"], v: Float[Array, "B r K h"]) -> tuple[Array, Array]:
+        """Blocks of r tokens as B pages of r: the same bits as they lie in pools."""
+        ...
+
+    def by_token(self, keys: Any, values: Any) -> tuple[Any, Any]:
+        """Pools, or pages of them, as `[P, p, K, _]`; jax's or numpy's."""
+        ...
+
+    def tables(self, tables: Int[Array, "slots n"], blocks: Blocks) -> Array:
+        """A step's block tables as `write` and `attend` take them."""
+        ...
+
+    def write(self, keys: Array, values: Array, k: Float[Array, "B r K h"], v: Float[Array, "B r K h"], tables: Array, blocks: Blocks
+              ) -> tuple[Array, Array]:
+        """The pools with k and v of each block in the page that its table names. Copies bits, so it needs no pinning.
+
+        A block lies in one page: block starts are multiples of r and page sizes too.
+        """
+        ...
+
+    def attend(self, model: ModelConfig, keys: Array, values: Array, q: Float[Array, "B r H h"], tables: Array, blocks: Blocks
+               ) -> Float[Array, "B r Hh"]:
+        """Causal attention of the blocks over their sequences' pages, in the model's dtype. The same bits whatever else is attended."""
+        ...
+
+
+@functools.cache
+def resolve(name: str, model: ModelConfig) -> Kernels:
+    """The kernels of that name for a model on the first device; logged.
+
+    "auto" is the device's own, or "xla", with a warning that says why, where they do not take this device or model; on a CPU it is "xla".
+    Raises ValueError for an unknown name, and for a name given that the device or the model does not fit.
+    """
+    check_kernels(name)
+    if name != "auto":
+        return _named(name, model)
+    wanted = OF_PLATFORM.get(jax.devices()[0].platform, "xla")
+    try:
+        return _named(wanted, model)
+    except ValueError as error:
+        log.warning("kernels: 'xla' in the place of %r: %s", wanted, error)
+        return _named("xla", model)
+
+
+def _named(name: str, model: ModelConfig) -> Kernels:
+    chosen = implementations.choose(name)
+    if name == "xla":
+        return XLA
+    kernels = Pallas(chosen)
+    kernels.check(model)
+    return kernels

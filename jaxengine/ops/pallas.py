@@ -1,0 +1,117 @@
+"""The decoder's ops by Pallas kernels, on a TPU or a GPU. kernels.py says what each op has to be.
+
+A product runs inside its caller's pinned region, whose element-wise code still is XLA's. Attention and the write take all blocks at once: a
+kernel's bits do not depend on what else it is given, and between kernels nothing but copying and one conversion happens.
+"""
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxengine.config import ModelConfig
+from jaxengine.step_inputs import Blocks
+from pallas_kernels import paged_attention_inputs as inputs
+from pallas_kernels.block_sizes import LANES, MATMUL
+from pallas_kernels.block_sizes_attention import ATTENTION, attention_blocks
+from pallas_kernels.implementations import Implementation
+from pallas_kernels.kv_write import kv_write
+from pallas_kernels.matmul import matmul
+from pallas_kernels.paged_attention import paged_attention
+
+GPU_WIDTHS = (16, 32, 64, 128, 256)  # of heads in pages: Triton's arrays are powers of two
+
+
+@dataclasses.dataclass(frozen=True)
+class Pallas:
+    """Keys and values lie alike, `[P, K, p, h]`, wider than the heads where the device wants it: what is behind a head is 0."""
+
+    implementation: Implementation
+
+    @property
+    def name(self) -> str:
+        return self.implementation.name
+
+    def parts(self) -> dict[str, Any]:
+        """The device's block sizes with the name: how a sum is split is part of its bits."""
+        device = self.implementation.device
+        of_device = lambda table: {kind: dataclasses.asdict(blocks) for (family, kind), blocks in table.items() if family == device}
+        return {"name": self.name, "device": device, "matmul": of_device(MATMUL), "attention": of_device(ATTENTION)}
+
+    def check(self, model: ModelConfig) -> None:
+        """Raises ValueError for a model whose dtype or heads the kernels do not take."""
+        allowed = [dtype for family, dtype in MATMUL if family == self.implementation.device]
+        if model.dtype not in allowed:
+            raise ValueError(f"kernels {self.name!r} take weights in {' or '.join(allowed)}, got {model.dtype}: give another dtype, "
+                             "or take kernels 'xla'")
+        if self.name == "pallas_gpu" and model.head_dim > GPU_WIDTHS[-1]:
+            raise ValueError(f"kernels {self.name!r} take heads of at most {GPU_WIDTHS[-1]}, got head_dim={model.head_dim}: "
+                             "take kernels 'xla'")
+
+    # -- rows ------------------------------------------------------------------------------------------------------------------
+
+    def embed(self, table: Float[Array, "V D"], ids: Int[Array, " t"]) -> Float[Array, "t D"]:
+        return table[ids].astype(jnp.float32)
+
+    def outputs(self, x: Float[Array, "t K"], w: Float[Array, "leaf N K"]) -> Float[Array, "leaf t N"]:
+        return self._of_leaves(x, w)
+
+    def gated(self, x: Float[Array, "t K"], w: Float[Array, "leaf F2 K"]) -> Float[Array, "leaf t F"]:
+        return self._of_leaves(x, w, gated=True)
+
+    def partials(self, x: Float[Array, "leaf t K"], w: Float[Array, "leaf N K"]) -> Float[Array, "leaf t N"]:
+        return self._of_leaves(x, w)
+
+    def _of_leaves(self, x: Array, w: Array, **how: Any) -> Array:
+        """One product a leaf; x is the leaf's own `[leaf, t, K]`, or all leaves' `[t, K]`. One leaf is a view of the weight: a slice
+        of several would be a copy."""
+        run, shared = functools.partial(matmul, implementation=self.implementation, **how), x.ndim == 2
+        if w.shape[0] == 1:
+            return run(x if shared else x[0], w[0])[None]
+        return jax.vmap(run, in_axes=(None if shared else 0, 0))(x, w)
+
+    # -- pages -----------------------------------------------------------------------------------------------------------------
+
+    def pools(self, model: ModelConfig, num_pages: int, page_size: int) -> tuple[Any, Any]:
+        """Raises ValueError for a page size that does not divide the kernel's tile of keys."""
+        dtype, heads, width = jnp.dtype(model.dtype), model.num_key_value_heads, self._width(model.head_dim)
+        tile = attention_blocks(self.implementation.device, dtype, heads, width).kv_tile
+        if tile % page_size:
+            raise ValueError(f"kernels {str(self.implementation)!r} take {tile} keys of this model at a time, and whole pages: page_size "
+                             f"must divide that, got {page_size}")
+        pool: Any = jax.ShapeDtypeStruct((num_pages, heads, page_size, width), dtype)
+        return pool, pool
+
+    def _width(self, head_dim: int) -> int:
+        if self.name == "pallas_gpu":
+            return next(width for width in GPU_WIDTHS if width >= head_dim)
+        return -(-head_dim // LANES) * LANES
+
+    def as_pages(self, k: Float[Array, "B r K h"], v: Float[Array, "B r K h"]) -> tuple[Array, Array]:
+        lay = lambda x: inputs.widen(x.transpose(0, 2, 1, 3), self._width(x.shape[-1]))
+        return lay(k), lay(v)
+
+    def by_token(self, keys: Any, values: Any) -> tuple[Any, Any]:
+        return keys.transpose(0, 2, 1, 3), values.transpose(0, 2, 1, 3)
+
+    def tables(self, tables: Int[Array, "slots n"], blocks: Blocks) -> Int[Array, "slots n"]:
+        """All of them: kernels look up a block's own by its slot."""
+        return tables
+
+    def write(self, keys: Array, values: Array, k: Float[Array, "B r K h"], v: Float[Array, "B r K h"], tables: Int[Array, "slots n"],
+              blocks: Blocks) -> tuple[Array, Array]:
+        """Where two blocks hold the same tokens, as those of a probe do, they hold the same bits, and it does not matter whose stay."""
+        pages = kv_write(inputs.Pages(keys, values), k, v, _located(tables, blocks), implementation=self.implementation)
+        return pages.keys, pages.values
+
+    def attend(self, model: ModelConfig, keys: Array, values: Array, q: Float[Array, "B r H h"], tables: Int[Array, "slots n"],
+               blocks: Blocks) -> Float[Array, "B r Hh"]:
+        out = paged_attention(q, inputs.Pages(keys, values), _located(tables, blocks), scoring=inputs.Scoring(model.head_dim**-0.5),
+                              implementation=self.implementation)
+        return out.reshape(*out.shape[:2], -1).astype(model.dtype)
+
+
+def _located(tables: Int[Array, "slots n"], blocks: Blocks) -> inputs.Blocks:
+    return inputs.Blocks(tables, blocks.slots, blocks.starts, blocks.counts)

@@ -1,0 +1,108 @@
+"""The decoder's ops in plain XLA, laid out and tiled for CPUs. kernels.py says what each op has to be."""
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxengine.config import KV_TILE, ModelConfig
+from jaxengine.ops.linear import dot, split_outputs
+from jaxengine.ops.regions import over_tiles
+from jaxengine.step_inputs import Blocks
+from pallas_kernels.pinned_math import silu
+from pallas_kernels.reference import paged_attention
+
+# Query blocks that attention takes together, in every step: more do not stay in a CPU's cache, and with fewer XLA compiles
+# the exponentials of so small an array to other bits.
+ATTENTION_TILE = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Xla:
+    """Keys lie transposed, `[P, K, h, p]`, so that a score is a plain dot with the keys of a tile in a row; values are `[P, K, p, h]`."""
+
+    name = "xla"
+
+    def parts(self) -> dict[str, Any]:
+        return {"name": self.name}
+
+    # -- rows ------------------------------------------------------------------------------------------------------------------
+
+    def embed(self, table: Float[Array, "V D"], ids: Int[Array, " t"]) -> Float[Array, "t D"]:
+        """One slice a token: a gather would make XLA on CPU widen the whole table first."""
+        put = lambda i, out: jax.lax.dynamic_update_slice_in_dim(out, slice_widened(table, ids[i], 1, 0, i), i, 0)
+        return jax.lax.fori_loop(0, ids.shape[0], put, jnp.zeros((ids.shape[0], table.shape[1]), jnp.float32))
+
+    def outputs(self, x: Float[Array, "t K"], w: Float[Array, "leaf N K"]) -> Float[Array, "leaf t N"]:
+        return split_outputs(x, w)
+
+    def gated(self, x: Float[Array, "t K"], w: Float[Array, "leaf F2 K"]) -> Float[Array, "leaf t F"]:
+        gate, up = jnp.split(split_outputs(x, w), 2, axis=-1)
+        return silu(gate) * up
+
+    def partials(self, x: Float[Array, "leaf t K"], w: Float[Array, "leaf N K"]) -> Float[Array, "leaf t N"]:
+        return dot(x, w)
+
+    # -- pages -----------------------------------------------------------------------------------------------------------------
+
+    def pools(self, model: ModelConfig, num_pages: int, page_size: int) -> tuple[Any, Any]:
+        heads, h, dtype = model.num_key_value_heads, model.head_dim, storage_dtype(jnp.dtype(model.dtype))
+        return (jax.ShapeDtypeStruct((num_pages, heads, h, page_size), dtype),
+                jax.ShapeDtypeStruct((num_pages, heads, page_size, h), dtype))
+
+    def as_pages(self, k: Float[Array, "B r K h"], v: Float[Array, "B r K h"]) -> tuple[Array, Array]:
+        stored = storage_dtype(k.dtype)
+        raw = lambda x: x if x.dtype == stored else jax.lax.bitcast_convert_type(x, stored)
+        return raw(k.transpose(0, 2, 3, 1)), raw(v.transpose(0, 2, 1, 3))
+
+    def by_token(self, keys: Any, values: Any) -> tuple[Any, Any]:
+        return keys.transpose(0, 3, 1, 2), values.transpose(0, 2, 1, 3)
+
+    def tables(self, tables: Int[Array, "slots n"], blocks: Blocks) -> Int[Array, "B n"]:
+        """Each block's own."""
+        return tables[blocks.slots]
+
+    def write(self, keys: Array, values: Array, k: Float[Array, "B r K h"], v: Float[Array, "B r K h"], tables: Int[Array, "B n"],
+              blocks: Blocks) -> tuple[Array, Array]:
+        """The rows behind a block's count are written as they are: nothing attends to them before their own token overwrites them."""
+        page_size = values.shape[2]
+        k, v = self.as_pages(k, v)
+        pages = jnp.take_along_axis(tables, (blocks.starts // page_size)[:, None], axis=1)[:, 0]
+        pages, offsets = jnp.where(blocks.counts > 0, pages, 0), blocks.starts % page_size
+
+        def step(i, pool):
+            one = lambda x: jax.lax.dynamic_slice_in_dim(x, i, 1)
+            page, offset, zero = pages[i], offsets[i], jnp.int32(0)
+            return (jax.lax.dynamic_update_slice(pool[0], one(k), (page, zero, zero, offset)),
+                    jax.lax.dynamic_update_slice(pool[1], one(v), (page, zero, offset, zero)))
+
+        return jax.lax.fori_loop(0, blocks.num_blocks, step, (keys, values))
+
+    def attend(self, model: ModelConfig, keys: Array, values: Array, q: Float[Array, "B r H h"], tables: Int[Array, "B n"], blocks: Blocks
+               ) -> Float[Array, "B r Hh"]:
+        return over_tiles(functools.partial(attend_tile, model), ATTENTION_TILE, (keys, values), (q, tables, blocks.starts),
+                          blocks.num_blocks)
+
+
+def storage_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """16-bit floats are kept as uint16 (pallas_kernels/reference.py, load_pages, says why)."""
+    return jnp.dtype(jnp.uint16) if jnp.dtype(dtype).itemsize == 2 else jnp.dtype(dtype)
+
+
+def slice_widened(x: Array, start: Array, size: int, axis: int, step: Array) -> Array:
+    """`x[start : start + size]` along axis in float32, inside a loop at iteration `step`.
+
+    XLA on CPU slices 16-bit floats by widening them first, and moves the widening of the whole array out of the loop.
+    Tied to the loop's counter it has to stay, and is fused into the slice.
+    """
+    x, _ = jax.lax.optimization_barrier((x, step))
+    return jax.lax.dynamic_slice_in_dim(x, start, size, axis).astype(jnp.float32)
+
+
+def attend_tile(model: ModelConfig, pages: tuple[Array, Array], rows: tuple[Array, Array, Array]) -> Float[Array, "B r Hh"]:
+    """Attention of ATTENTION_TILE blocks over their sequences' pages."""
+    q, tables, starts = rows
+    out = paged_attention(q, *pages, tables, starts, scale=model.head_dim**-0.5, kv_tile=KV_TILE, dtype=jnp.dtype(model.dtype))
+    return out.reshape(*out.shape[:2], -1).astype(model.dtype)
