@@ -4,7 +4,8 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+import numpy as np
+from jaxtyping import Array, Int, UInt32
 
 from jaxengine import kv_cache, sampler
 from jaxengine.config import ModelConfig
@@ -68,6 +69,22 @@ def read_pages(cache: Cache, pages: Int[Array, " A"]) -> Cache:
 
 
 token_sums = jax.jit(kv_cache.token_sums, static_argnames="kernels")
+
+
+@jax.jit
+def word_sums(x: Array) -> UInt32[Array, " 2"]:
+    """Two checksums of an array's words, each of which is stirred with its place first: any single word that changes, changes both.
+
+    Sums of integers are the same in any order, and so on any mesh. Other words have the same sums with a chance of about 2**-64.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    words = jax.lax.bitcast_convert_type(rows, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]).astype(jnp.uint32)
+    place = lambda axis: jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+    stirred = (words ^ ((place(0) * np.uint32(words.shape[1]) + place(1)) * np.uint32(0x9E3779B1))) * np.uint32(0x85EBCA6B)
+    stirred = (stirred ^ (stirred >> 15)) * np.uint32(0xC2B2AE35)
+    columns = (stirred ^ (stirred >> 13)).sum(0, dtype=jnp.uint32)
+    odd = 2 * jnp.arange(columns.shape[0], dtype=jnp.uint32) + 1
+    return jnp.stack([columns.sum(dtype=jnp.uint32), (columns * odd).sum(dtype=jnp.uint32)])
 
 
 @jax.jit
