@@ -33,7 +33,7 @@ class Kernels(Protocol):
         """What the bits depend on, ready for JSON."""
         ...
 
-    def embed(self, table: Float[Array, "V D"], ids: Int[Array, " t"]) -> Float[Array, "t D"]:
+    def embed(self, table: Float[Array, "leaf V D"], ids: Int[Array, " t"]) -> Float[Array, "t D"]:
         """Rows of the embedding in float32."""
         ...
 
@@ -45,8 +45,8 @@ class Kernels(Protocol):
         """silu(gate) · up of a leaf's outputs: gates, then ups."""
         ...
 
-    def partials(self, x: Float[Array, "leaf t K"], w: Float[Array, "leaf N K"]) -> Float[Array, "leaf t N"]:
-        """x @ w.T of each leaf's own inputs (vLLM: row parallel, before its sum)."""
+    def summed(self, x: Float[Array, "leaf t K"], w: Float[Array, "leaf N K"]) -> Float[Array, "t N"]:
+        """Sum over leaves of x @ w.T, in the fixed order of the tree (vLLM: row parallel)."""
         ...
 
     def pools(self, model: ModelConfig, num_pages: int, page_size: int) -> tuple[Any, Any]:

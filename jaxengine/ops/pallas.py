@@ -20,6 +20,7 @@ from pallas_kernels.implementations import Implementation
 from pallas_kernels.kv_write import kv_write
 from pallas_kernels.matmul import matmul
 from pallas_kernels.paged_attention import paged_attention
+from sharding.leaves import tree_sum
 
 GPU_WIDTHS = (16, 32, 64, 128, 256)  # of heads in pages: Triton's arrays are powers of two
 
@@ -52,8 +53,8 @@ class Pallas:
 
     # -- rows ------------------------------------------------------------------------------------------------------------------
 
-    def embed(self, table: Float[Array, "V D"], ids: Int[Array, " t"]) -> Float[Array, "t D"]:
-        return table[ids].astype(jnp.float32)
+    def embed(self, table: Float[Array, "leaf V D"], ids: Int[Array, " t"]) -> Float[Array, "t D"]:
+        return table.reshape(-1, table.shape[-1])[ids].astype(jnp.float32)
 
     def outputs(self, x: Float[Array, "t K"], w: Float[Array, "leaf N K"]) -> Float[Array, "leaf t N"]:
         return self._of_leaves(x, w)
@@ -61,8 +62,8 @@ class Pallas:
     def gated(self, x: Float[Array, "t K"], w: Float[Array, "leaf F2 K"]) -> Float[Array, "leaf t F"]:
         return self._of_leaves(x, w, gated=True)
 
-    def partials(self, x: Float[Array, "leaf t K"], w: Float[Array, "leaf N K"]) -> Float[Array, "leaf t N"]:
-        return self._of_leaves(x, w)
+    def summed(self, x: Float[Array, "leaf t K"], w: Float[Array, "leaf N K"]) -> Float[Array, "t N"]:
+        return tree_sum(self._of_leaves(x, w))
 
     def _of_leaves(self, x: Array, w: Array, **how: Any) -> Array:
         """One product a leaf; x is the leaf's own `[leaf, t, K]`, or all leaves' `[t, K]`. One leaf is a view of the weight: a slice
