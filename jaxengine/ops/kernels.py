@@ -29,6 +29,11 @@ class Kernels(Protocol):
         """As EngineConfig.kernels says it, never "auto"."""
         ...
 
+    @property
+    def wide_rows(self) -> tuple[int, ...]:
+        """Rows to a tile of decode steps wider than those that all kernels have (programs.py)."""
+        ...
+
     def parts(self) -> dict[str, Any]:
         """What the bits depend on, ready for JSON."""
         ...

@@ -35,6 +35,11 @@ class Pallas:
     def name(self) -> str:
         return self.implementation.name
 
+    @property
+    def wide_rows(self) -> tuple[int, ...]:
+        """A product reads the weights once for so many rows, and a matrix unit takes them in the time of a few."""
+        return (128,)
+
     def parts(self) -> dict[str, Any]:
         """The device's block sizes with the name: how a sum is split is part of its bits."""
         device = self.implementation.device

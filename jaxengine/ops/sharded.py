@@ -33,6 +33,10 @@ class Sharded:
     def name(self) -> str:
         return self.own.name
 
+    @property
+    def wide_rows(self) -> tuple[int, ...]:
+        return self.own.wide_rows
+
     def parts(self) -> dict[str, Any]:
         return self.own.parts()
 

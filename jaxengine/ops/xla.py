@@ -25,6 +25,7 @@ class Xla:
     """Keys lie transposed, `[P, K, h, p]`, so that a score is a plain dot with the keys of a tile in a row; values are `[P, K, p, h]`."""
 
     name = "xla"
+    wide_rows = ()
 
     def parts(self) -> dict[str, Any]:
         return {"name": self.name}

@@ -15,6 +15,7 @@ from jaxengine import LLM, SamplingParams, steps
 from jaxengine.admission import sample_key
 from jaxengine.config import EngineConfig
 from jaxengine.kv_cache import Cache
+from jaxengine.models.decoder import Tile
 from jaxengine.ops.kernels import XLA, resolve
 from jaxengine.ops.pallas import Pallas
 from jaxengine.rl.rollout import Rollout
@@ -141,6 +142,16 @@ def test_verify(case):
     """Every axis that the engine itself can run."""
     found = case.llm.verify(quick=True, samples=8)
     assert found and not found.refused, str(found)
+
+
+@pytest.mark.slow
+def test_a_wide_decode_step(case):
+    """More sequences at once than any tile of plain XLA holds."""
+    llm = make_llm(case.config, case.params, max_model_len=64, max_num_seqs=128, num_pages=200, kernels=INTERPRETED, compile_patience=0)
+    requests = [(prompt[:8], params) for prompt, params in zip(case.prompts, case.sampling, strict=True)]
+    expected = [bits(case.llm.generate([prompt], params))[0] for prompt, params in requests]
+    assert bits(llm.generate([prompt for prompt, _ in requests * 8], [params for _, params in requests * 8])) == expected * 8
+    assert llm.engine.programs._trusted["decode", Tile(1, 128)]
 
 
 # -- the choice --------------------------------------------------------------------------------------------------------------------------
