@@ -103,9 +103,9 @@ def resolve(name: str, model: ModelConfig) -> Kernels:
 
 
 def _named(name: str, model: ModelConfig) -> Kernels:
-    chosen = implementations.choose(name)
     if name == "xla":
+        log.info("kernels: xla")
         return XLA
-    kernels = Pallas(chosen)
+    kernels = Pallas(implementations.choose(name))
     kernels.check(model)
     return kernels
