@@ -93,7 +93,7 @@ def _cells(at: tuple, tokens, shape: tuple[int, int], s) -> tuple[tuple, Array]:
     rows = m.start + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
     columns = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
     mask = jnp.broadcast_to(tokens[m] < NO_TOKEN, shape)
-    return (s, b, k, jnp.where(mask, rows, 0), columns), mask
+    return (s, b, k, rows, columns), mask
 
 
 def _join(blocks: Blocks, tokens, partials: Partial, sinks, out, *, scoring: Scoring, sizes: AttentionBlocks) -> None:
