@@ -1,6 +1,6 @@
 """What the contract costs: this engine with pinned regions beside the same engine with plain `x @ w`, in one run, in turns.
 
-    python benchmarks/contract_cost.py [--model qwen3-0.6b-shape] [--batch 1 8 32 64] [--repeats 3]
+    python benchmarks/contract_cost.py [--model qwen3-0.6b-shape] [--batch 1 8 32 64] [--workloads decode group] [--repeats 3]
 
 plain_engine.py says what is taken out.
 """
@@ -34,13 +34,15 @@ def main() -> None:
     parser.add_argument("--model", default="qwen3-0.6b-shape")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32, 64])
+    parser.add_argument("--workloads", nargs="+", choices=("decode", "group"), default=("decode", "group"))
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     pinned = bench.open_model(arguments.model, dtype=arguments.dtype, compile_patience=0)
     with plain():
         bare = bench.LLM.from_params(pinned.config, pinned.params, **dataclasses.asdict(pinned.engine_config))
     print(", ".join(f"{name} {value}" for name, value in bench.machine().items()), flush=True)
-    workloads = [*map(bench.Decode, arguments.batch), bench.Group()]
+    workloads = [*map(bench.Decode, arguments.batch if "decode" in arguments.workloads else ()),
+                 *([bench.Group()] if "group" in arguments.workloads else ())]
     results = bench.measure([bench.Ours(pinned), Plain(bare)], workloads, arguments.repeats, lambda text: print(text, flush=True))
     print(bench.table(results))
     if pinned.engine.programs.refused:

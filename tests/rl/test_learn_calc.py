@@ -56,8 +56,7 @@ def test_the_rate_rises_and_falls():
     assert sizes[0] == 0 and max(sizes) == pytest.approx(1, rel=1e-3) and sizes.index(max(sizes)) == 4 and 0 < sizes[-1] < 0.1
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
+@pytest.mark.parametrize("algorithm", [pytest.param("grpo", marks=pytest.mark.slow), pytest.param("ppo", marks=pytest.mark.long)])
 def test_the_same_bits_in_another_process_and_after_a_stop(tmp_path, algorithm):
     def command(name: str, folder: str, *more: str) -> tuple[str, list[dict]]:
         options = ["--algorithm", algorithm, "--snapshots", str(tmp_path / folder), "--json", str(tmp_path / f"{name}.json")]

@@ -18,10 +18,9 @@ from jaxengine.programs import TILES
 
 KEY = 7
 LENGTHS = (1, 2, 5, 15, 16, 17, 31, 32, 33, 47, 48, 63, 64, 65, 80, 95, 96, 97, 110, 127, 128, 129, 160, 200)
-DEFAULT = [("Qwen3", "bfloat16", 1), ("Qwen3", "float32", 4), ("Qwen2", "bfloat16", 4), ("Llama", "float32", 1), ("calc", "bfloat16", 1)]
+DEFAULT = [("Qwen3", "bfloat16", 1), ("Qwen2", "bfloat16", 4), ("Llama", "float32", 4), ("calc", "bfloat16", 1)]
 FULL = [(f, d, n) for f in (*FAMILIES, "calc") for d in ("bfloat16", "float32") for n in (1, 4)]
-SLOW = [("Llama", "bfloat16", 4)]
-mark = lambda case: () if case in DEFAULT else pytest.mark.slow if case in SLOW else pytest.mark.long
+mark = lambda case: () if case in DEFAULT else pytest.mark.long
 CASES = [pytest.param(case, id="-".join(map(str, case)), marks=mark(case)) for case in FULL]
 
 

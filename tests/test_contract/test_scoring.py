@@ -30,7 +30,7 @@ class Scored:
         return jaxengine.score(self.params if params is None else params, tokens, mask, self.each[rows], config=self.config, **how)
 
 
-QUICK = [("Qwen3", "bfloat16", 1), ("calc", "bfloat16", 1)]
+QUICK = [("Qwen3", "bfloat16", 1)]
 mark = lambda case: () if case in QUICK else pytest.mark.slow if case in DEFAULT else pytest.mark.long
 SCORED = [pytest.param(case, id="-".join(map(str, case)), marks=mark(case)) for case in FULL]
 
