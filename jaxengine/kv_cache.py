@@ -30,7 +30,7 @@ def abstract(model: ModelConfig, engine: EngineConfig, kernels: Kernels) -> Any:
 
 
 def allocate(model: ModelConfig, engine: EngineConfig, kernels: Kernels) -> Cache:
-    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), abstract(model, engine, kernels))
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, device=s.sharding), abstract(model, engine, kernels))
 
 
 def is_lost(cache: Cache) -> bool:

@@ -34,7 +34,8 @@ class Programs:
                  ) -> None:
         self.model, self.config, self.kernels, self.batch, self.report = model, config, kernels, batch, report
         self._max_logprobs = min(config.max_logprobs, model.vocab_size)
-        self._tiles = {"decode": TILES["decode"], "prefill": tuple(t for t in TILES["prefill"] if t.blocks <= batch.prefill_blocks)}
+        wide = tuple(Tile(1, rows) for rows in kernels.wide_rows if batch.decode_rows % rows == 0)
+        self._tiles = {"decode": TILES["decode"] + wide, "prefill": tuple(t for t in TILES["prefill"] if t.blocks <= batch.prefill_blocks)}
         self._trusted: dict[tuple[str, Tile], bool] = {("decode", BASE): True}
         self._wishes: Counter[tuple[str, Tile]] = Counter()
         self._expected: list[np.ndarray] | None = None

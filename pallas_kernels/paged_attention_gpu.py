@@ -39,7 +39,8 @@ def paged_attention_gpu(q: Float[Array, "B r H h"], pages: Pages, blocks: Blocks
     if not side_by_side or num_splits == 1:
         out = call(functools.partial(_in_turn, **own), "paged_attention_gpu", (), [*inputs, of_rows])
     else:
-        shapes = tuple(jax.ShapeDtypeStruct((num_splits, *rows.shape[:3], width), jnp.float32) for width in (1, 1, h))
+        of_tokens = r * num_heads // num_kv_heads  # rows that only fill a tile are most of it when decoding, and take no memory here
+        shapes = tuple(jax.ShapeDtypeStruct((num_splits, *rows.shape[:2], of_tokens, width), jnp.float32) for width in (1, 1, h))
         partials = call(functools.partial(_one_split, **own), "paged_attention_gpu_splits", (num_splits,), inputs, shapes)
         out = call(functools.partial(_join, **own), "paged_attention_gpu_join", (), [*inputs[:2], Partial(*partials), of_rows])
     return restore(out, q)
@@ -82,7 +83,17 @@ def _one_split(blocks: Blocks, tokens, rows, pages: Pages, *out, scoring: Scorin
     @pl.when((s >= first // sizes.split) & (s * sizes.split < end))
     def _():
         for ref, x in zip(out, attend(s), strict=True):
-            plgpu.store(ref.at[(s, *at)], x, mask=jnp.broadcast_to(tokens[at[2]] < NO_TOKEN, x.shape))
+            cells, mask = _cells(at, tokens, x.shape, s)
+            plgpu.store(ref.at[cells], x, mask=mask)
+
+
+def _cells(at: tuple, tokens, shape: tuple[int, int], s) -> tuple[tuple, Array]:
+    """(indices of this program's rows in split s of the partial results, which of the rows belong to a token and are there)."""
+    b, k, m = at
+    rows = m.start + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+    columns = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+    mask = jnp.broadcast_to(tokens[m] < NO_TOKEN, shape)
+    return (s, b, k, rows, columns), mask
 
 
 def _join(blocks: Blocks, tokens, partials: Partial, sinks, out, *, scoring: Scoring, sizes: AttentionBlocks) -> None:
@@ -90,7 +101,11 @@ def _join(blocks: Blocks, tokens, partials: Partial, sinks, out, *, scoring: Sco
     at = _at(sizes)
     first, end = key_range(blocks.starts[at[0]], blocks.counts[at[0]], scoring.window)
     blank = empty(sizes.rows, out.shape[3])
-    read = lambda ref, s, x: plgpu.load(ref.at[(s, *at)], mask=jnp.broadcast_to(tokens[at[2]] < NO_TOKEN, x.shape), other=0.0)
+
+    def read(ref, s, x):
+        cells, mask = _cells(at, tokens, x.shape, s)
+        return plgpu.load(ref.at[cells], mask=mask, other=0.0)
+
     step = lambda s, done: combine(done, Partial(*(read(ref, s, x) for ref, x in zip(partials, blank, strict=True))))
     done = jax.lax.fori_loop(first // sizes.split, pl.cdiv(end, sizes.split), step, blank)
     out[at] = finish(done, sinks[0][at[1:]] if sinks else None)

@@ -10,13 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import pallas as pl
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxengine import kv_cache, steps
 from jaxengine.batch import BatchBuilder, rows_of
 from jaxengine.config import QUERY_BLOCK, EngineConfig, ModelConfig
 from jaxengine.models import params
 from jaxengine.models.decoder import Tile
+from jaxengine.ops.kernels import Kernels
 from jaxengine.ops.pallas import Pallas
+from jaxengine.ops.sharded import Sharded
 from jaxengine.step_inputs import Blocks, Copies
 from pallas_kernels.cases.grouped_matmul import GroupedCase
 from pallas_kernels.cases.matmul import MatmulCase
@@ -25,7 +28,7 @@ from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.implementations import choose
 from pallas_kernels.matmul import matmul
 from pallas_kernels.sampling import sampling_tail
-from sharding.topology import TARGETS, compile_ahead, mesh_of, missing
+from sharding.topology import TARGETS, Compiled, compile_ahead, mesh_of, missing
 
 pytestmark = pytest.mark.aot
 NAMES = {name: f"{'tpu' if target.platform == 'tpu' else 'gpu'}-{name}" for name, target in TARGETS.items()}
@@ -117,21 +120,47 @@ def step_inputs(kind: str) -> tuple:
             Copies(nothing, nothing, np.int32(0)))
 
 
+def compiled_step(kind: str, mesh: Mesh, ops: Kernels, state: tuple) -> Compiled:
+    jitted, tile, more = ((steps.decode_step, Tile(1, 8), dict(num_steps=1)) if kind == "decode"
+                          else (steps.prefill_step, Tile(QUERY_BLOCK, 8), {}))
+    static = dict(config=MODEL, kernels=ops, tile=tile, max_logprobs=20) | more
+    return compile_ahead(mesh, jitted, *state, *step_inputs(kind), **static)
+
+
+def assert_kernels(compiled: Compiled) -> None:
+    """Each layer's four products, the head's, attention and the write are there. A GPU's product or attention may be two kernels."""
+    calls = lambda name: sum(kernel.startswith(name) for kernel in compiled.kernels)
+    layers = MODEL.num_hidden_layers
+    assert calls("matmul_") >= 4 * layers + 1 and calls("paged_attention_") >= layers and calls("kv_write_") == layers
+
+
 @pytest.mark.parametrize("kind", ["decode", "prefill"])
 def test_step(kind, mesh, kernels, report):
     """A whole step of a 4-layer model on the device's own kernels."""
-    jitted, tile, more = ((steps.decode_step, Tile(1, 8), dict(num_steps=1)) if kind == "decode"
-                          else (steps.prefill_step, Tile(QUERY_BLOCK, 8), {}))
     ops = Pallas(kernels)
     state = params.abstract(MODEL), kv_cache.abstract(MODEL, ENGINE, ops)
-    static = dict(config=MODEL, kernels=ops, tile=tile, max_logprobs=20) | more
-    compiled = report(compile_ahead(mesh, jitted, *state, *step_inputs(kind), **static))
+    compiled = report(compiled_step(kind, mesh, ops, state))
     weights_and_pages = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
     assert compiled.argument_bytes >= weights_and_pages
     assert compiled.workspace_bytes < weights_and_pages, "the step copies what it should update in place"
-    calls = lambda name: sum(kernel.startswith(name) for kernel in compiled.kernels)
-    each = MODEL.num_hidden_layers
-    assert (calls("matmul_"), calls("paged_attention_"), calls("kv_write_")) >= (4 * each + 1, each, each)
+    assert_kernels(compiled)
+
+
+@pytest.mark.parametrize("kind", ["decode", "prefill"])
+def test_step_sharded(kind, target, kernels, report):
+    """The same steps on four devices, each with a leaf of its own: they gather, and no sum of floats goes over the wire."""
+    if TARGETS[target].platform == "cuda":
+        pytest.skip("the GPU that is described here is one alone")
+    mesh = mesh_of(target, MODEL.reduction_leaves)
+    ops = Sharded(Pallas(kernels), mesh, "devices")
+    split = lambda _, p: NamedSharding(mesh, PartitionSpec("devices" if p.axes[0] == "leaf" else None))
+    weights = jax.tree.map(lambda x, sharding: x.update(sharding=sharding), params.abstract(MODEL), params.map_declared(split, MODEL))
+    state = weights, kv_cache.abstract(MODEL, ENGINE, ops)
+    compiled = report(compiled_step(kind, mesh, ops, state))
+    shared = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state) if x.ndim > 1)
+    assert shared / 4 <= compiled.argument_bytes < shared / 4 + 2**20, "a device holds more than its leaves"
+    assert compiled.workspace_bytes < compiled.argument_bytes
+    assert_kernels(compiled)
 
 
 def test_plain_xla_has_no_kernel(mesh):

@@ -18,7 +18,6 @@ from jaxengine.ops.norm import rms_norm
 from jaxengine.ops.regions import over_tiles
 from jaxengine.ops.rope import cos_sin, rotate
 from jaxengine.step_inputs import Blocks
-from sharding.leaves import tree_sum
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +60,7 @@ def gather_tokens(history: Int[Array, "slots max_len"], blocks: Blocks, r: int) 
 
 
 def embed(config: ModelConfig, kernels: Kernels, table: Float[Array, "leaf V D"], tokens: Int[Array, "B r"]) -> Float[Array, "B r D"]:
-    rows = kernels.embed(table.reshape(-1, config.hidden_size), tokens.reshape(-1))
-    return rows.reshape(*tokens.shape, config.hidden_size)
+    return kernels.embed(table, tokens.reshape(-1)).reshape(*tokens.shape, config.hidden_size)
 
 
 def project(config: ModelConfig, kernels: Kernels, layer: Layer, rows: tuple[Array, Array]) -> tuple[Array, Array, Array]:
@@ -93,11 +91,11 @@ def mix(config: ModelConfig, kernels: Kernels, layer: Layer, rows: tuple[Array, 
     x, attended = rows
     shape, leaves = x.shape, config.reduction_leaves
     x, attended = x.reshape(-1, shape[-1]), attended.reshape(-1, leaves, attended.shape[-1] // leaves)
-    x = x + tree_sum(kernels.partials(attended.swapaxes(0, 1), layer.attention.out))
+    x = x + kernels.summed(attended.swapaxes(0, 1), layer.attention.out)
     if layer.attention.out_bias is not None:
         x = x + layer.attention.out_bias.astype(jnp.float32)
     y = kernels.gated(rms_norm(x, layer.post_norm, config.rms_norm_eps), layer.mlp.gate_up)
-    return (x + tree_sum(kernels.partials(y, layer.mlp.down))).reshape(shape)
+    return (x + kernels.summed(y, layer.mlp.down)).reshape(shape)
 
 
 def logits(config: ModelConfig, kernels: Kernels, norm: Array, head: Float[Array, "leaf V D"], x: Float[Array, "t D"]

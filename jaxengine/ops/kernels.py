@@ -29,11 +29,16 @@ class Kernels(Protocol):
         """As EngineConfig.kernels says it, never "auto"."""
         ...
 
+    @property
+    def wide_rows(self) -> tuple[int, ...]:
+        """Rows to a tile of decode steps wider than those that all kernels have (programs.py)."""
+        ...
+
     def parts(self) -> dict[str, Any]:
         """What the bits depend on, ready for JSON."""
         ...
 
-    def embed(self, table: Float[Array, "V D"], ids: Int[Array, " t"]) -> Float[Array, "t D"]:
+    def embed(self, table: Float[Array, "leaf V D"], ids: Int[Array, " t"]) -> Float[Array, "t D"]:
         """Rows of the embedding in float32."""
         ...
 
@@ -45,8 +50,8 @@ class Kernels(Protocol):
         """silu(gate) · up of a leaf's outputs: gates, then ups."""
         ...
 
-    def partials(self, x: Float[Array, "leaf t K"], w: Float[Array, "leaf N K"]) -> Float[Array, "leaf t N"]:
-        """x @ w.T of each leaf's own inputs (vLLM: row parallel, before its sum)."""
+    def summed(self, x: Float[Array, "leaf t K"], w: Float[Array, "leaf N K"]) -> Float[Array, "t N"]:
+        """Sum over leaves of x @ w.T, in the fixed order of the tree (vLLM: row parallel)."""
         ...
 
     def pools(self, model: ModelConfig, num_pages: int, page_size: int) -> tuple[Any, Any]:
@@ -98,9 +103,9 @@ def resolve(name: str, model: ModelConfig) -> Kernels:
 
 
 def _named(name: str, model: ModelConfig) -> Kernels:
-    chosen = implementations.choose(name)
     if name == "xla":
+        log.info("kernels: xla")
         return XLA
-    kernels = Pallas(chosen)
+    kernels = Pallas(implementations.choose(name))
     kernels.check(model)
     return kernels

@@ -20,6 +20,7 @@ from pallas_kernels.implementations import Implementation
 from pallas_kernels.kv_write import kv_write
 from pallas_kernels.matmul import matmul
 from pallas_kernels.paged_attention import paged_attention
+from sharding.leaves import tree_sum
 
 GPU_WIDTHS = (16, 32, 64, 128, 256)  # of heads in pages: Triton's arrays are powers of two
 
@@ -33,6 +34,11 @@ class Pallas:
     @property
     def name(self) -> str:
         return self.implementation.name
+
+    @property
+    def wide_rows(self) -> tuple[int, ...]:
+        """A product reads the weights once for so many rows, and a matrix unit takes them in the time of a few."""
+        return (128,)
 
     def parts(self) -> dict[str, Any]:
         """The device's block sizes with the name: how a sum is split is part of its bits."""
@@ -52,8 +58,8 @@ class Pallas:
 
     # -- rows ------------------------------------------------------------------------------------------------------------------
 
-    def embed(self, table: Float[Array, "V D"], ids: Int[Array, " t"]) -> Float[Array, "t D"]:
-        return table[ids].astype(jnp.float32)
+    def embed(self, table: Float[Array, "leaf V D"], ids: Int[Array, " t"]) -> Float[Array, "t D"]:
+        return table.reshape(-1, table.shape[-1])[ids].astype(jnp.float32)
 
     def outputs(self, x: Float[Array, "t K"], w: Float[Array, "leaf N K"]) -> Float[Array, "leaf t N"]:
         return self._of_leaves(x, w)
@@ -61,8 +67,8 @@ class Pallas:
     def gated(self, x: Float[Array, "t K"], w: Float[Array, "leaf F2 K"]) -> Float[Array, "leaf t F"]:
         return self._of_leaves(x, w, gated=True)
 
-    def partials(self, x: Float[Array, "leaf t K"], w: Float[Array, "leaf N K"]) -> Float[Array, "leaf t N"]:
-        return self._of_leaves(x, w)
+    def summed(self, x: Float[Array, "leaf t K"], w: Float[Array, "leaf N K"]) -> Float[Array, "t N"]:
+        return tree_sum(self._of_leaves(x, w))
 
     def _of_leaves(self, x: Array, w: Array, **how: Any) -> Array:
         """One product a leaf; x is the leaf's own `[leaf, t, K]`, or all leaves' `[t, K]`. One leaf is a view of the weight: a slice

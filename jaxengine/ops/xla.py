@@ -13,6 +13,7 @@ from jaxengine.ops.regions import over_tiles
 from jaxengine.step_inputs import Blocks
 from pallas_kernels.pinned_math import silu
 from pallas_kernels.reference import paged_attention
+from sharding.leaves import tree_sum
 
 # Query blocks that attention takes together, in every step: more do not stay in a CPU's cache, and with fewer XLA compiles
 # the exponentials of so small an array to other bits.
@@ -24,16 +25,18 @@ class Xla:
     """Keys lie transposed, `[P, K, h, p]`, so that a score is a plain dot with the keys of a tile in a row; values are `[P, K, p, h]`."""
 
     name = "xla"
+    wide_rows = ()
 
     def parts(self) -> dict[str, Any]:
         return {"name": self.name}
 
     # -- rows ------------------------------------------------------------------------------------------------------------------
 
-    def embed(self, table: Float[Array, "V D"], ids: Int[Array, " t"]) -> Float[Array, "t D"]:
+    def embed(self, table: Float[Array, "leaf V D"], ids: Int[Array, " t"]) -> Float[Array, "t D"]:
         """One slice a token: a gather would make XLA on CPU widen the whole table first."""
-        put = lambda i, out: jax.lax.dynamic_update_slice_in_dim(out, slice_widened(table, ids[i], 1, 0, i), i, 0)
-        return jax.lax.fori_loop(0, ids.shape[0], put, jnp.zeros((ids.shape[0], table.shape[1]), jnp.float32))
+        flat = table.reshape(-1, table.shape[-1])
+        put = lambda i, out: jax.lax.dynamic_update_slice_in_dim(out, slice_widened(flat, ids[i], 1, 0, i), i, 0)
+        return jax.lax.fori_loop(0, ids.shape[0], put, jnp.zeros((ids.shape[0], flat.shape[1]), jnp.float32))
 
     def outputs(self, x: Float[Array, "t K"], w: Float[Array, "leaf N K"]) -> Float[Array, "leaf t N"]:
         return split_outputs(x, w)
@@ -42,8 +45,8 @@ class Xla:
         gate, up = jnp.split(split_outputs(x, w), 2, axis=-1)
         return silu(gate) * up
 
-    def partials(self, x: Float[Array, "leaf t K"], w: Float[Array, "leaf N K"]) -> Float[Array, "leaf t N"]:
-        return dot(x, w)
+    def summed(self, x: Float[Array, "leaf t K"], w: Float[Array, "leaf N K"]) -> Float[Array, "t N"]:
+        return tree_sum(dot(x, w))
 
     # -- pages -----------------------------------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from test_equivalence import check, few_flips
 from jaxengine import SamplingParams, sampler
 from jaxengine.config import KV_TILE, EngineConfig, ModelConfig
 from jaxengine.models import decoder
+from jaxengine.ops import xla
 from jaxengine.ops.rope import cos_sin
 from jaxengine.rl import scoring
 
@@ -72,7 +73,7 @@ def softmax_of_xlas_own(real):
 SLOW = pytest.mark.long  # each compiles a model
 PLANTS = [
     pytest.param(1, sampler, "_above", edge_left_out), pytest.param(2, scoring, "sampler", softmax_of_xlas_own),
-    pytest.param(3, decoder, "paged_attention", first_tile_for_the_second, marks=SLOW),
+    pytest.param(3, xla, "paged_attention", first_tile_for_the_second, marks=SLOW),
     pytest.param(4, sampler, "process", prompt_is_penalised, marks=SLOW),
     pytest.param(5, sampler, "fold_keys", keys_of_the_next_position, marks=SLOW),
     pytest.param(6, decoder, "rotate", queries_one_ahead, marks=SLOW)]

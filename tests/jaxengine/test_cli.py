@@ -65,9 +65,10 @@ def test_every_sampling_field_is_an_option(field):
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(EngineConfig)])
 @pytest.mark.parametrize("command", ["generate m", "bench"])
 def test_every_engine_field_is_an_option(command, field):
-    name, flag = field.replace("_", "-"), isinstance(getattr(EngineConfig(), field), bool)
+    name, kind = field.replace("_", "-"), type(getattr(EngineConfig(), field))
+    flag = kind is bool
     arguments = cli._parser().parse_args([*command.split(), *([f"--no-{name}"] if flag else [f"--{name}", "64"])])
-    assert given_fields(arguments, EngineConfig) == {field: False if flag else 64}
+    assert given_fields(arguments, EngineConfig) == {field: False if flag else "64" if kind is str else 64}
 
 
 def test_what_is_not_given_is_left_to_the_dataclass():

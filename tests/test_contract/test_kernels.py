@@ -11,9 +11,11 @@ import pytest
 from conftest import bits, make_llm, random_model
 
 import jaxengine
-from jaxengine import LLM, SamplingParams
+from jaxengine import LLM, SamplingParams, steps
 from jaxengine.admission import sample_key
 from jaxengine.config import EngineConfig
+from jaxengine.kv_cache import Cache
+from jaxengine.models.decoder import Tile
 from jaxengine.ops.kernels import XLA, resolve
 from jaxengine.ops.pallas import Pallas
 from jaxengine.rl.rollout import Rollout
@@ -63,11 +65,11 @@ class Case:
         return logprobs, gradient
 
 
-CASES = [("Qwen3", "float32", 1, 1, dict(compile_patience=1_000_000)),
-         pytest.param(("Qwen2", "bfloat16", 2, 2, dict(compile_patience=0)), marks=pytest.mark.slow)]
+CASES = [pytest.param(("Qwen3", "float32", 1, 1, dict(compile_patience=1_000_000)), id="Qwen3-float32-1-1"),
+         pytest.param(("Qwen2", "bfloat16", 2, 1, dict(compile_patience=0)), marks=pytest.mark.slow, id="Qwen2-bfloat16-2-1")]
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join(map(str, case[:4])))
+@pytest.fixture(scope="module", params=CASES)
 def case(request) -> Case:
     *model, engine = request.param
     return Case(*model, **engine)
@@ -131,11 +133,25 @@ def test_the_contract_names_the_kernels(case):
     assert any(line.startswith("kernels.name:") for line in case.llm.contract().differences(plain.contract()))
 
 
-@pytest.mark.slow
-def test_verify(case):
-    found = case.llm.verify(quick=True, samples=8)
-    assert found, str(found)
+def test_every_step_serves(case):
     assert case.llm.engine.programs.refused == []
+
+
+@pytest.mark.parametrize("case", CASES[1:], indirect=True)
+def test_verify(case):
+    """Every axis that the engine itself can run."""
+    found = case.llm.verify(quick=True, samples=8)
+    assert found and not found.refused, str(found)
+
+
+@pytest.mark.slow
+def test_a_wide_decode_step(case):
+    """More sequences at once than any tile of plain XLA holds."""
+    llm = make_llm(case.config, case.params, max_model_len=64, max_num_seqs=128, num_pages=200, kernels=INTERPRETED, compile_patience=0)
+    requests = [(prompt[:8], params) for prompt, params in zip(case.prompts, case.sampling, strict=True)]
+    expected = [bits(case.llm.generate([prompt], params))[0] for prompt, params in requests]
+    assert bits(llm.generate([prompt for prompt, _ in requests * 8], [params for _, params in requests * 8])) == expected * 8
+    assert llm.engine.programs._trusted["decode", Tile(1, 128)]
 
 
 # -- the choice --------------------------------------------------------------------------------------------------------------------------
@@ -180,6 +196,17 @@ def test_names_that_are_refused():
 def test_a_page_size_that_the_tile_has_not_is_refused():
     with pytest.raises(ValueError, match="take 32 keys of this model at a time.*page_size must divide that, got 64"):
         LLM.from_params(MODEL, None, kernels=INTERPRETED, page_size=64)
+
+
+@pytest.mark.parametrize("side", ["keys", "values"])
+def test_the_canary_sees_each_word(side):
+    kernels = resolve(INTERPRETED, dataclasses.replace(MODEL, dtype="bfloat16"))
+    pools = [jnp.ones(pool.shape, pool.dtype) for pool in kernels.pools(dataclasses.replace(MODEL, dtype="bfloat16"), 3, 32)]
+    cache = Cache((pools[0],), (pools[1],), jnp.zeros((1, 1), jnp.int32))
+    sums = lambda cache: np.asarray(steps.token_sums(cache, jnp.array([1, 2]), kernels=kernels))
+    for head, word in ((0, 0), (1, 31)):
+        changed = dataclasses.replace(cache, **{side: (getattr(cache, side)[0].at[2, head, 5, word].set(-1),)})
+        assert np.argwhere(sums(changed) != sums(cache)).tolist() == [[1, 5]]
 
 
 def test_what_runs_is_shown():

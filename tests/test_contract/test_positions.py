@@ -11,7 +11,7 @@ from jaxengine import LLM, SamplingParams
 from jaxengine.batch import BatchBuilder
 from jaxengine.block_manager import BlockManager
 from jaxengine.config import KV_TILE
-from jaxengine.models import decoder
+from jaxengine.ops import xla
 
 EDGES = (1, 2, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 127, 128, 129, 191, 192, 193, 511, 512, 513)
 LONGEST, NEW = 3001, 50
@@ -152,10 +152,10 @@ def page_twice(tables):
 
 PAGES = KV_TILE // 32
 PLANTS = {
-    "the token itself is not seen": (decoder, "paged_attention", attention(lambda tables, positions: (tables, positions - 1))),
-    "a token behind is seen": (decoder, "paged_attention", attention(lambda tables, positions: (tables, positions + 1))),
-    "a tile is dropped": (decoder, "paged_attention", attention(lambda t, positions: (t.at[:, PAGES : 2 * PAGES].set(0), positions))),
-    "a tile is read twice": (decoder, "paged_attention", attention(lambda t, p: (t.at[:, PAGES : 2 * PAGES].set(t[:, :PAGES]), p))),
+    "the token itself is not seen": (xla, "paged_attention", attention(lambda tables, positions: (tables, positions - 1))),
+    "a token behind is seen": (xla, "paged_attention", attention(lambda tables, positions: (tables, positions + 1))),
+    "a tile is dropped": (xla, "paged_attention", attention(lambda t, positions: (t.at[:, PAGES : 2 * PAGES].set(0), positions))),
+    "a tile is read twice": (xla, "paged_attention", attention(lambda t, p: (t.at[:, PAGES : 2 * PAGES].set(t[:, :PAGES]), p))),
     "a page is in a table twice": (BatchBuilder, "sync_tables", of_tables(page_twice)),
     "a cached page in place of others": (BlockManager, "match", lambda real: lambda self, *request: real(self, *request)[:1] * 5),
 }
@@ -169,7 +169,7 @@ def test_a_planted_mistake_is_seen(plant, monkeypatch):
     owner, name, change = PLANTS[plant]
     monkeypatch.setattr(owner, name, change(getattr(owner, name)))
     # What is planted into a step needs a model of its own, so that jit traces it anew.
-    llm = counting_llm(LONGEST if owner is not decoder else 300 + list(PLANTS).index(plant))
+    llm = counting_llm(LONGEST if owner is not xla else 300 + list(PLANTS).index(plant))
     (prompt,) = marked([200])
     with pytest.raises(AssertionError, match="a count is off"):
         counted(llm, [prompt], EVERYTHING)
@@ -179,6 +179,6 @@ def test_a_planted_mistake_is_seen(plant, monkeypatch):
 @SLOW
 def test_a_dropped_tile_loses_needles(monkeypatch):
     change = PLANTS["a tile is dropped"][2]
-    monkeypatch.setattr(decoder, "paged_attention", change(decoder.paged_attention))
+    monkeypatch.setattr(xla, "paged_attention", change(xla.paged_attention))
     with pytest.raises(AssertionError, match="prompt of 127 tokens|prompt of 65 tokens|prompt of 128 tokens"):
         walk_cycles(700, "bfloat16")
