@@ -137,6 +137,7 @@ def test_every_step_serves(case):
     assert case.llm.engine.programs.refused == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", CASES[1:], indirect=True)
 def test_verify(case):
     """Every axis that the engine itself can run."""
@@ -144,7 +145,7 @@ def test_verify(case):
     assert found and not found.refused, str(found)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_wide_decode_step(case):
     """More sequences at once than any tile of plain XLA holds."""
     llm = make_llm(case.config, case.params, max_model_len=64, max_num_seqs=128, num_pages=200, kernels=INTERPRETED, compile_patience=0)

@@ -10,7 +10,8 @@ import pytest
 TESTS = pathlib.Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("degrees", [pytest.param(("1", "4"), marks=pytest.mark.slow), pytest.param(("1", "2"), marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("degrees", [("1", "2"), ("1", "4")])
 def test_devices_share_the_leaves(degrees):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
     found = subprocess.run([sys.executable, str(TESTS / "test_contract" / "sharded_engine.py"), *degrees], env=environment,
