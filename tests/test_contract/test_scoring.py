@@ -31,7 +31,7 @@ class Scored:
 
 
 QUICK = [("Qwen3", "bfloat16", 1)]
-mark = lambda case: () if case in QUICK else pytest.mark.slow if case in DEFAULT else pytest.mark.long
+mark = lambda case: () if case in QUICK else pytest.mark.slow if case in DEFAULT and case[0] != "Llama" else pytest.mark.long
 SCORED = [pytest.param(case, id="-".join(map(str, case)), marks=mark(case)) for case in FULL]
 
 
