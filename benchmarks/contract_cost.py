@@ -41,8 +41,8 @@ def main() -> None:
     with plain():
         bare = bench.LLM.from_params(pinned.config, pinned.params, **dataclasses.asdict(pinned.engine_config))
     print(", ".join(f"{name} {value}" for name, value in bench.machine().items()), flush=True)
-    workloads = [*map(bench.Decode, arguments.batch if "decode" in arguments.workloads else ()),
-                 *([bench.Group()] if "group" in arguments.workloads else ())]
+    each = {"decode": [*map(bench.Decode, arguments.batch)], "group": [bench.Group()]}
+    workloads = [workload for name in arguments.workloads for workload in each[name]]
     results = bench.measure([bench.Ours(pinned), Plain(bare)], workloads, arguments.repeats, lambda text: print(text, flush=True))
     print(bench.table(results))
     if pinned.engine.programs.refused:

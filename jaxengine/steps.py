@@ -78,7 +78,7 @@ def word_sums(x: Array) -> UInt32[Array, " 2"]:
     Sums of integers are the same in any order, and so on any mesh. Other words have the same sums with a chance of about 2**-64.
     """
     rows = x.reshape(-1, x.shape[-1])
-    words = jax.lax.bitcast_convert_type(rows, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]).astype(jnp.uint32)
+    words = rows.view(f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
     place = lambda axis: jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
     stirred = (words ^ ((place(0) * np.uint32(words.shape[1]) + place(1)) * np.uint32(0x9E3779B1))) * np.uint32(0x85EBCA6B)
     stirred = (stirred ^ (stirred >> 15)) * np.uint32(0xC2B2AE35)

@@ -126,4 +126,4 @@ def test_the_engine_is_the_naive_reference():
 def test_the_engine_is_the_naive_reference_in_more_shapes(dtype, examples):
     """On every tile that serves. bfloat16 is compared by bits alone: it is too far from float32 to draw the same tokens."""
     tally = equivalence(dtype, examples, num_batches=12, patience=0)
-    assert tally["tokens"] > 150 * examples * (dtype == "float32") - 1 and few_flips(tally), tally
+    assert tally["tokens"] > 1000 * (dtype == "float32") - 1 and few_flips(tally), tally

@@ -34,7 +34,7 @@ def test_any_change_is_seen(shape, dtype, on_device, monkeypatch):
     for what, other in changed(x):
         assert digest(other) not in found, what
         found[digest(other)] = what
-    assert digest(x.reshape(-1, 1)) not in found or shape == (x.size, 1)
+    assert digest(x.reshape(-1, 1)) not in found, "another shape"
 
 
 def test_each_sum_sees_a_word_by_itself():
