@@ -6,7 +6,7 @@ None of these figures was measured on its device yet: they are what fits on-chip
 """
 import dataclasses
 
-import jax.numpy as jnp
+import numpy as np
 
 INTERPRETED = "interpreter"  # small blocks: a CPU runs many of them in a test of small shapes
 LANES = 128  # the unit of a TPU's last axis
@@ -54,13 +54,13 @@ def device_family(kind: str) -> tuple[str, str]:
     return FAMILIES[names[0]]
 
 
-def matmul_blocks(device: str, dtype: jnp.dtype, outputs: int, inputs: int) -> MatmulBlocks:
+def matmul_blocks(device: str, dtype: np.dtype, outputs: int, inputs: int) -> MatmulBlocks:
     """Blocks for weights [outputs, inputs] of a dtype on a device of the table.
 
     Raises ValueError for a dtype without a row. A depth that divides K needs no mask: the largest such one is taken, if it is no less
     than half of the table's.
     """
-    name = jnp.dtype(dtype).name
+    name = np.dtype(dtype).name
     if (device, name) not in MATMUL:
         raise ValueError(f"a matmul on {device} takes weights in {' or '.join(d for kind, d in MATMUL if kind == device)}, got {name}")
     table = MATMUL[device, name]

@@ -1,9 +1,10 @@
-"""Which body of an op runs: named once, checked at once, never replaced silently."""
+"""Which body of an op runs: named once, checked at once, never replaced silently.
+
+jax is imported once a device is asked for: the command line lists the names without it.
+"""
 import dataclasses
 import difflib
 import logging
-
-import jax
 
 from pallas_kernels.block_sizes import INTERPRETED, device_family
 
@@ -34,7 +35,7 @@ def choose(name: str, device_kind: str | None = None) -> Implementation:
     if name in ("xla", "pallas_interpret"):
         chosen = Implementation(name, INTERPRETED)
     else:
-        kind = device_kind or jax.devices()[0].device_kind
+        kind = device_kind or _first_device_kind()
         platform, family = device_family(kind)
         if platform != PLATFORMS[name]:
             raise ValueError(f"implementation {name!r} needs a {PLATFORMS[name]}, the device is {kind!r}: "
@@ -42,3 +43,8 @@ def choose(name: str, device_kind: str | None = None) -> Implementation:
         chosen = Implementation(name, family)
     log.info("kernels: %s", chosen)
     return chosen
+
+
+def _first_device_kind() -> str:
+    import jax
+    return jax.devices()[0].device_kind
