@@ -51,7 +51,7 @@ class Engine:
                  make_detokenizer: Callable[[Sequence], Detokenizer] | None = None, report: Report = lambda text: None) -> None:
         self.model, self.config, self.weights = model, config, Weights(params, 0)
         self.kernels = resolve(config.kernels, model)
-        self.cache = kv_cache.allocate(model, config, self.kernels)  # first: it takes the most memory, and may be refused
+        self.cache = kv_cache.allocate(model, config, self.kernels, params)  # first: it takes the most memory, and may be refused
         self.scheduler = Scheduler(config, BlockManager(config.num_pages, config.page_size, config.enable_prefix_caching))
         self.batch = BatchBuilder(config)
         self.programs = Programs(model, config, self.kernels, self.batch, report)

@@ -29,8 +29,13 @@ def abstract(model: ModelConfig, engine: EngineConfig, kernels: Kernels) -> Any:
     return Cache((keys,) * layers, (values,) * layers, history)
 
 
-def allocate(model: ModelConfig, engine: EngineConfig, kernels: Kernels) -> Cache:
-    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, device=s.sharding), abstract(model, engine, kernels))
+def allocate(model: ModelConfig, engine: EngineConfig, kernels: Kernels, beside: Any) -> Cache:
+    """An empty cache, committed to the one device where the arrays `beside` lie: that is how steps give it back, and JAX would compile
+    the first step once more for a cache that is not."""
+    homes = {x.sharding for x in jax.tree.leaves(beside)}
+    one = len(homes) == 1 and isinstance(next(iter(homes)), jax.sharding.SingleDeviceSharding)
+    home = homes.pop() if one else None
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, device=home), abstract(model, engine, kernels))
 
 
 def is_lost(cache: Cache) -> bool:
@@ -48,7 +53,7 @@ def rebuild(cache: Cache, model: ModelConfig, engine: EngineConfig, kernels: Ker
     """An empty cache in the place of a lost one, whose memory goes first: there is no room for two."""
     for array in jax.tree.leaves(cache):
         array.delete()
-    return allocate(model, engine, kernels)
+    return allocate(model, engine, kernels, beside=cache)
 
 
 def token_sums(cache: Cache, pages: Int[Array, " A"], *, kernels: Kernels) -> UInt32[Array, "A p"]:

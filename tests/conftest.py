@@ -28,6 +28,13 @@ MAPS = Path("/proc/self/maps")
 MANY_MAPS = 25_000  # Linux ends a process that asks for more than 65,530
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """What `-n auto` means: a worker keeps one and a half cores busy and takes up to 6 GB for compiled code."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(1, min(max(2, cores - 1), memory // 6_000_000_000))
+
+
 @pytest.fixture(autouse=True)
 def compiled_code_fits():
     """XLA on CPU maps a few hundred pieces of memory for each program, and a long suite compiles hundreds of programs."""

@@ -188,7 +188,7 @@ def test_other_errors_are_raised_as_before(llm, message, expected, monkeypatch):
 
 
 def test_a_cache_that_only_answers_with_an_error_is_lost(tiny):
-    cache = kv_cache.allocate(tiny.config, tiny.engine_config, tiny.engine.kernels)
+    cache = kv_cache.allocate(tiny.config, tiny.engine_config, tiny.engine.kernels, tiny.params)
     assert not kv_cache.is_lost(cache)
     poisoned = jax.tree.map(needing_too_much, cache)
     assert not any(x.is_deleted() for x in jax.tree.leaves(poisoned)) and all(x.is_deleted() for x in jax.tree.leaves(cache))

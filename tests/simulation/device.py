@@ -80,7 +80,7 @@ class Cache:
         return values[: position + 1]
 
 
-def allocate(model: Any, config: EngineConfig, kernels: Any) -> Cache:
+def allocate(model: Any, config: EngineConfig, kernels: Any, beside: Any) -> Cache:
     """In place of kv_cache.allocate."""
     return Cache(config)
 

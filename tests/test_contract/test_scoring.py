@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import make_llm, random_model
-from test_contract import DEFAULT, FULL, Case
+from test_contract import DEFAULT, FULL, Case, answered
 
 import jaxengine
 from jaxengine import LLM, Rollout, SamplingParams
@@ -37,7 +37,7 @@ SCORED = [pytest.param(case, id="-".join(map(str, case)), marks=mark(case)) for 
 
 @pytest.fixture(scope="module", params=SCORED)
 def scored(request) -> Scored:
-    return Scored(Case(*request.param))
+    return Scored(answered(*request.param))
 
 
 def bits(x) -> np.ndarray:
