@@ -1,32 +1,74 @@
-"""What the contract costs: this engine with pinned regions beside the same engine with plain `x @ w`, in one run, in turns.
+"""What the contract costs: this engine with pinned regions beside the same engine with plain `x @ w`, on the same requests in lockstep.
 
     python benchmarks/contract_cost.py [--model qwen3-0.6b-shape] [--batch 1 8 32 64] [--workloads decode group] [--repeats 3]
 
-plain_engine.py says what is taken out.
+The engines take turns step by step, and their order swaps with each step: what else the machine does falls on both. A cost is the pinned
+engine's time beyond the plain one's; beside it stands the middle half of the single steps' costs. plain_engine.py says what is taken out.
 """
 import argparse
 import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Iterator, Sequence
 
+import jax
 from plain_engine import plain
 
-from jaxengine import bench
+from jaxengine import LLM, SamplingParams, bench
+from jaxengine.workloads import Decode, Group, Prompts
 
 
-class Plain(bench.Ours):
-    """The engine without pinning as a system of the bench."""
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """Seconds of one step on both engines; whether it read prompts."""
 
-    name = "plain"
+    pinned: float
+    plain: float
+    reads_prompts: bool
 
-    def warm_up(self) -> None:
-        """Run each size once: nothing is compiled outside of `plain`."""
-        for count in (2, 8, 32, 64):
-            self.seconds([[1] * 16] * count, [2] * count, False)
-        for length in (30, 120, 500):
-            self.seconds([[2] * length], [2], False)
+    @property
+    def cost(self) -> float:
+        return self.pinned / self.plain - 1
 
-    def seconds(self, prompts, lengths, logprobs) -> float:
-        with plain():
-            return super().seconds(prompts, lengths, logprobs)
+
+def queue(llm: LLM, prompts: Prompts, lengths: list[int]) -> None:
+    params = [SamplingParams(max_tokens=n, min_tokens=n, ignore_eos=True, detokenize=False) for n in lengths]
+    for request in llm._requests([{"prompt_token_ids": prompt} for prompt in prompts], params, jax.random.key(0), None):
+        llm.engine.add(request)
+
+
+def serve(llm: LLM, prompts: Prompts, lengths: list[int]) -> None:
+    queue(llm, prompts, lengths)
+    while llm.engine.requests:
+        llm.engine.step()
+
+
+def reads_prompts(llm: LLM) -> bool:
+    scheduler = llm.engine.scheduler
+    return bool(scheduler.waiting) or any(s.num_computed < s.prompt_length for s in scheduler.running)
+
+
+def lockstep(pinned: LLM, bare: LLM, prompts: Prompts, lengths: list[int]) -> Iterator[Step]:
+    """Serve the requests on both, a step on one and then on the other."""
+    for llm in (pinned, bare):
+        queue(llm, prompts, lengths)
+    turn = False
+    while pinned.engine.requests:
+        kind, spent = reads_prompts(pinned), {}
+        for llm in (pinned, bare) if turn else (bare, pinned):
+            start = time.perf_counter()
+            llm.engine.step()
+            spent[llm] = time.perf_counter() - start
+        yield Step(spent[pinned], spent[bare], kind)
+        turn = not turn
+    assert not bare.engine.requests, "the engines had other steps"
+
+
+def row(name: str, steps: Sequence[Step]) -> str:
+    pinned, bare = sum(step.pinned for step in steps), sum(step.plain for step in steps)
+    low, middle, high = statistics.quantiles([step.cost for step in steps], n=4) if len(steps) > 1 else [steps[0].cost] * 3
+    return f"| {name} | {len(steps)} | {pinned:.1f} | {bare:.1f} | {pinned / bare - 1:+.1%} | {low:+.1%} … {middle:+.1%} … {high:+.1%} |"
 
 
 def main() -> None:
@@ -40,11 +82,20 @@ def main() -> None:
     pinned = bench.open_model(arguments.model, dtype=arguments.dtype, compile_patience=0)
     with plain():
         bare = bench.LLM.from_params(pinned.config, pinned.params, **dataclasses.asdict(pinned.engine_config))
+    each = {"decode": [*map(Decode, arguments.batch)], "group": [Group()]}
     print(", ".join(f"{name} {value}" for name, value in bench.machine().items()), flush=True)
-    each = {"decode": [*map(bench.Decode, arguments.batch)], "group": [bench.Group()]}
-    workloads = [workload for name in arguments.workloads for workload in each[name]]
-    results = bench.measure([bench.Ours(pinned), Plain(bare)], workloads, arguments.repeats, lambda text: print(text, flush=True))
-    print(bench.table(results))
+    print("| workload | steps | pinned, s | plain, s | cost | cost of a step: quartiles |\n|---|---|---|---|---|---|", flush=True)
+    for workload in (workload for name in arguments.workloads for workload in each[name]):
+        drawn = functools.partial(workload.requests, vocab_size=pinned.config.vocab_size)
+        serve(pinned, *drawn(-1))
+        with plain():  # what the plain engine needs is compiled in here, and nothing is once both have run
+            serve(bare, *drawn(-1))
+        with bench.compilations() as compiled:
+            steps = [step for repeat in range(arguments.repeats) for step in lockstep(pinned, bare, *drawn(repeat))]
+        for kind, reads in (("with prompts", True), ("decode alone", False)):
+            if chosen := [step for step in steps if step.reads_prompts == reads]:
+                print(row(f"{workload}, steps {kind}", chosen), flush=True)
+        print(row(f"{workload}, all", steps) + (f" {len(compiled)} functions were compiled meanwhile" if compiled else ""), flush=True)
     if pinned.engine.programs.refused:
         print("refused, so not in use:", pinned.engine.programs.refused)
 

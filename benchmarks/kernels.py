@@ -76,8 +76,8 @@ def sampling_rows(implementation):
     for case in sampling_cases.DECODER:
         logits, uniforms = case.operands()
         ours = jax.jit(functools.partial(sampling_tail, implementation=implementation))
-        theirs = jax.jit(lambda x, u, given: draw_blocks(log_softmax(x), u))
-        yield f"sampling {case}", ours, theirs, (logits, uniforms, jnp.full(case.rows, -1)), 0
+        theirs = jax.jit(lambda x, given, u: draw_blocks(log_softmax(x), u))
+        yield f"sampling {case}", ours, theirs, (logits, jnp.full(case.rows, -1), uniforms), 0
 
 
 def main() -> None:

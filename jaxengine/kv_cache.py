@@ -35,7 +35,7 @@ def allocate(model: ModelConfig, engine: EngineConfig, kernels: Kernels, beside:
     homes = {x.sharding for x in jax.tree.leaves(beside)}
     one = len(homes) == 1 and isinstance(next(iter(homes)), jax.sharding.SingleDeviceSharding)
     home = homes.pop() if one else None
-    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, device=home), abstract(model, engine, kernels))
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, device=s.sharding or home), abstract(model, engine, kernels))
 
 
 def is_lost(cache: Cache) -> bool:

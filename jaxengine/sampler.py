@@ -1,4 +1,4 @@
-"""Drawing and scoring, twins in one file: here the meaning of "logprob" is written.
+"""The distribution that tokens are drawn from and scored by: here the meaning of "logprob" is written.
 
 The logprob of a token is the float32 log-softmax of the distribution it was drawn from: logit bias, penalties and temperature applied,
 cut to top-k, then top-p, then min-p, and renormalised over what is kept. At temperature 0 it is that of the model's own distribution,
@@ -13,10 +13,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from jaxengine.config import VOCAB_BLOCK
 from jaxengine.step_inputs import SlotParams
 from pallas_kernels.pinned_math import exp, row_sum
-from pallas_kernels.sampling_reference import draw_blocks, log_softmax
+from pallas_kernels.sampling_reference import log_softmax
 
 
 def fold_keys(key: UInt32[Array, "t 2"], folds: Int[Array, "t 2"], positions: Int[Array, " t"]) -> Array:
@@ -69,13 +68,13 @@ def process(logits: Float[Array, "t V"], row: SlotParams, history: Int[Array, "s
 
 def distribution(logits: Float[Array, "t V"], row: SlotParams, history: Int[Array, "slots max_len"], slots: Int[Array, " t"],
                  positions: Int[Array, " t"], raw: Bool[Array, " t"]) -> tuple[Float[Array, "t V"], Float[Array, "t V"]]:
-    """(logits after bias and penalties, logprobs of the distribution that tokens at `positions` are drawn from).
+    """(logits after bias and penalties, logits of the distribution that tokens at `positions` are drawn from).
 
-    The logprobs of rows that are `raw`, or at temperature 0, are the model's own.
+    Of rows that are `raw`, or at temperature 0, the latter are the model's own.
     """
     penalised, processed = process(logits, row, history, slots, positions)
     raw |= row.temperature == 0
-    return penalised, log_softmax(jnp.where(raw[:, None], logits, processed))
+    return penalised, jnp.where(raw[:, None], logits, processed)
 
 
 def truncate(logits: Float[Array, "t V"], top_k: Int[Array, " t"], top_p: Float[Array, " t"],
@@ -131,14 +130,9 @@ def _above(order: UInt32[Array, "t V"], edge: UInt32[Array, "t 1"], missing: Int
     return (order > edge) | (on_edge & (jnp.cumsum(on_edge, axis=-1) <= missing))
 
 
-def draw(logprobs: Float[Array, "t V"], keys: Array) -> Int[Array, " t"]:
-    """One token a row from the distribution exp(logprobs), by inverse CDF over blocks and then within one."""
-    return draw_blocks(logprobs, jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys), VOCAB_BLOCK)
-
-
-def token_logprobs(logprobs: Float[Array, "t V"], tokens: Int[Array, " t"]) -> Float[Array, " t"]:
-    """The twin of draw: the logprob of given tokens under the same distribution."""
-    return jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
+def uniforms(keys: Array) -> Float[Array, "t 2"]:
+    """What each row's token is drawn with."""
+    return jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
 
 
 def entropy(logprobs: Float[Array, "t V"]) -> Float[Array, " t"]:

@@ -1,6 +1,7 @@
 """The jitted steps, pure functions of (params, cache, inputs). The only jax.jit of the engine is in here; the cache is donated."""
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,6 @@ from jaxengine.models.params import Decoder
 from jaxengine.ops.kernels import Kernels
 from jaxengine.ops.regions import over_tiles
 from jaxengine.step_inputs import Blocks, Copies, RowOutputs, Rows, SlotParams
-from pallas_kernels.sampling_reference import log_softmax
 
 HEAD_TILE = 8  # rows of the head in a prefill, where few of many rows draw
 
@@ -120,34 +120,33 @@ def next_token(config: ModelConfig, kernels: Kernels, max_logprobs: int, weights
     row: SlotParams = jax.tree.map(lambda a: a[slot], slots)
     logits = decoder.logits(config, kernels, norm, head, x)
     finite = (jnp.isfinite(logits) | (jnp.arange(logits.shape[1]) >= config.vocab_size)).all(-1)
-    penalised, logprobs = sampler.distribution(logits, row, history, slot, position + 1, scored)
-    drawn = sampler.draw(logprobs, sampler.fold_keys(row.key, row.key_folds, position + 1))
+    penalised, drawn_from = sampler.distribution(logits, row, history, slot, position + 1, scored)
     best = jnp.argmax(penalised, axis=-1).astype(jnp.int32)
-    dead_end = finite & ~scored & (sampler.token_logprobs(penalised, best) == -jnp.inf)
-    tokens = jnp.where(row.temperature == 0, best, drawn)
-    given = history[slot, jnp.minimum(position + 1, history.shape[1] - 1)]
-    tokens = jnp.where(scored, given, tokens)
-    chosen = sampler.token_logprobs(logprobs, tokens)
+    dead_end = finite & ~scored & (jnp.take_along_axis(penalised, best[:, None], axis=-1)[:, 0] == -jnp.inf)
+    follows = history[slot, jnp.minimum(position + 1, history.shape[1] - 1)]
+    given = jnp.where(scored, follows, jnp.where(row.temperature == 0, best, -1))
+    uniforms = sampler.uniforms(sampler.fold_keys(row.key, row.key_folds, position + 1))
+    tokens, chosen, logprobs = kernels.tail(drawn_from, given, uniforms)
     finite &= ~dead_end & ~jnp.isnan(chosen)  # logits may be finite, and overflow when a temperature divides them
-    raw, entropies = _details(logits, logprobs, tokens, row)
+    raw, entropies = _details(kernels, logits, logprobs, tokens, row)
     ranks, top_ids, top_logprobs = _likeliest(logprobs, chosen, row, max_logprobs)
     return RowOutputs(jnp.where(dead_end, -1, tokens), chosen, raw, entropies, ranks, top_ids, top_logprobs, finite)
 
 
-def _details(logits: Array, logprobs: Array, tokens: Array, row: SlotParams) -> tuple[Array, Array]:
+def _details(kernels: Kernels, logits: Array, logprobs: Callable[[], Array], tokens: Array, row: SlotParams) -> tuple[Array, Array]:
     """(raw logprobs, entropies), zeros where no row asked."""
-    asked = lambda: (sampler.token_logprobs(log_softmax(logits), tokens), sampler.entropy(logprobs))
+    asked = lambda: (kernels.tail(logits, tokens)[1], sampler.entropy(logprobs()))
     nothing = jnp.zeros(tokens.shape, jnp.float32)
     return jax.lax.cond(row.details.any(), asked, lambda: (nothing, nothing))
 
 
-def _likeliest(logprobs: Array, chosen: Array, row: SlotParams, n: int) -> tuple[Array, Array, Array]:
+def _likeliest(logprobs: Callable[[], Array], chosen: Array, row: SlotParams, n: int) -> tuple[Array, Array, Array]:
     """(rank of the chosen token, likeliest ids, their logprobs), zeros where no row asked. Ties go to the lower id."""
-    n = min(n, logprobs.shape[1])
 
     def asked():
-        values, ids = jax.lax.top_k(logprobs, n)
-        return (logprobs > chosen[:, None]).sum(-1).astype(jnp.int32) + 1, ids, values
+        each = logprobs()
+        values, ids = jax.lax.top_k(each, n)
+        return (each > chosen[:, None]).sum(-1).astype(jnp.int32) + 1, ids, values
 
     batch = chosen.shape[0]
     return jax.lax.cond((row.num_logprobs > 0).any(), asked,

@@ -47,13 +47,14 @@ class Decode:
         drawn = random_prompts(random.Random(f"{self} warm-up"), self.batch, self.prompt_tokens, system.vocab_size)
         system.seconds(drawn, [2] * self.batch, logprobs=False)
 
+    def requests(self, repeat: int, vocab_size: int, new_tokens: int = 0) -> tuple[Prompts, list[int]]:
+        """(prompts, new tokens of each) of a run."""
+        count = new_tokens or self.new_tokens
+        return random_prompts(random.Random(f"{self} {count} {repeat}"), self.batch, self.prompt_tokens, vocab_size), [count] * self.batch
+
     def rate(self, system: System, repeat: int) -> float:
         """Tokens per second of a run whose prompts no other run has."""
-        times = []
-        for new_tokens in (1, self.new_tokens):
-            rng = random.Random(f"{self} {new_tokens} {repeat}")
-            prompts = random_prompts(rng, self.batch, self.prompt_tokens, system.vocab_size)
-            times.append(system.seconds(prompts, [new_tokens] * self.batch, logprobs=False))
+        times = [system.seconds(*self.requests(repeat, system.vocab_size, count), logprobs=False) for count in (1, self.new_tokens)]
         spent = times[1] - times[0]
         return self.batch * (self.new_tokens - 1) / spent if spent > 0 else math.nan  # a machine too noisy for so little work
 
@@ -79,12 +80,16 @@ class Group:
         """One run without counting."""
         self.rate(system, -1)
 
+    def requests(self, repeat: int, vocab_size: int) -> tuple[Prompts, list[int]]:
+        """(prompts, new tokens of each) of a run."""
+        rng = random.Random(f"{self} {repeat}")
+        drawn = random_prompts(rng, self.prompts, self.prompt_tokens, vocab_size)
+        prompts = [prompt for prompt in drawn for _ in range(self.samples)]
+        return prompts, [rng.randint(self.shortest, self.longest) for _ in prompts]
+
     def rate(self, system: System, repeat: int) -> float:
         """Tokens per second of a run whose prompts no other run has."""
-        rng = random.Random(f"{self} {repeat}")
-        drawn = random_prompts(rng, self.prompts, self.prompt_tokens, system.vocab_size)
-        prompts = [prompt for prompt in drawn for _ in range(self.samples)]
-        lengths = [rng.randint(self.shortest, self.longest) for _ in prompts]
+        prompts, lengths = self.requests(repeat, system.vocab_size)
         return sum(lengths) / system.seconds(prompts, lengths, logprobs=True)
 
 

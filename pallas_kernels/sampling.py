@@ -8,27 +8,31 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.implementations import Implementation
 from pallas_kernels.sampling_gpu import sampling_gpu
-from pallas_kernels.sampling_reference import BLOCK, log_softmax, sampling_reference
+from pallas_kernels.sampling_reference import BLOCK, Tail, sampling_reference
 from pallas_kernels.sampling_tpu import sampling_tpu
 
 BODIES = {"xla": sampling_reference, "pallas_tpu": sampling_tpu, "pallas_gpu": sampling_gpu,
           "pallas_interpret": functools.partial(sampling_tpu, interpret=True)}
 
 
-def sampling_tail(logits: Float[Array, "t V"], uniforms: Float[Array, "t 2"], given: Int[Array, " t"], *, implementation: Implementation
-                  ) -> tuple[Int[Array, " t"], Float[Array, " t"]]:
-    """(token, its logprob under softmax(logits)) for each row, the same bits whether the token is drawn or given.
+def sampling_tail(logits: Float[Array, "t V"], given: Int[Array, " t"], uniforms: Float[Array, "t 2"] | None = None, *,
+                  implementation: Implementation) -> Tail:
+    """A token for each row and its logprob under softmax(logits), the same bits whether the token is drawn or given.
 
     logits are those of the distribution to draw from; -inf is never drawn, and a row should hold a finite one. uniforms in [0, 1) pick a
-    block of BLOCK ids by inverse CDF over the blocks' masses, then an id within it. given ≥ 0 is scored instead of a draw.
-    Differentiable in logits, through the logprob. Raises ValueError where V is no multiple of BLOCK or a shape or dtype does not fit.
+    block of BLOCK ids by inverse CDF over the blocks' masses, then an id within it. given ≥ 0 is scored instead of a draw; without
+    uniforms all are given.
+    Differentiable in logits, through the logprob and the log-mass; the largest logit counts as a constant, which is no matter in
+    all_logprobs, where it cancels. Raises ValueError where V is no multiple of BLOCK or a shape or dtype does not fit.
     """
     t, vocab = logits.shape
     if vocab % BLOCK:
         raise ValueError(f"the vocabulary must be padded with -inf to a multiple of {BLOCK}, got {vocab}")
+    if uniforms is None:
+        uniforms = jnp.zeros((t, 2), jnp.float32)
     if logits.dtype != jnp.float32 or uniforms.shape != (t, 2) or given.shape != (t,):
-        raise ValueError(f"sampling_tail takes float32 logits [t, V], uniforms [t, 2] and given [t], "
-                         f"got {logits.dtype} {logits.shape}, {uniforms.shape} and {given.shape}")
+        raise ValueError(f"sampling_tail takes float32 logits [t, V], given [t] and uniforms [t, 2], "
+                         f"got {logits.dtype} {logits.shape}, {given.shape} and {uniforms.shape}")
     return _tail(implementation, logits, uniforms, given.astype(jnp.int32))
 
 
@@ -38,16 +42,16 @@ def _tail(implementation: Implementation, logits, uniforms, given):
 
 
 def _forward(implementation, logits, uniforms, given):
-    tokens, logprobs = BODIES[implementation.name](logits, uniforms, given)
-    return (tokens, logprobs), (logits, uniforms, tokens)
+    out = BODIES[implementation.name](logits, uniforms, given)
+    return out, (logits, uniforms, out)
 
 
 def _backward(implementation, saved, cotangents):
-    """d logprob / d logits = one-hot(token) - softmax(logits)."""
-    logits, uniforms, tokens = saved
-    here = jnp.arange(logits.shape[1]) == tokens[:, None]
-    gradient = cotangents[1][:, None] * (here - jnp.exp(log_softmax(logits)))
-    return gradient, jnp.zeros_like(uniforms), np.zeros(tokens.shape, jax.dtypes.float0)
+    """d logprob / d logits = one-hot(token) - softmax(logits); d log-mass / d logits = softmax(logits)."""
+    logits, uniforms, out = saved
+    here, softmax = jnp.arange(logits.shape[1]) == out.tokens[:, None], jnp.exp(out.all_logprobs(logits))
+    gradient = jnp.where(here, cotangents.logprobs[:, None], 0.0) + (cotangents.log_masses - cotangents.logprobs)[:, None] * softmax
+    return gradient, jnp.zeros_like(uniforms), np.zeros(out.tokens.shape, jax.dtypes.float0)
 
 
 _tail.defvjp(_forward, _backward)

@@ -8,7 +8,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.pinned_math import exp
-from pallas_kernels.sampling_reference import BLOCK
+from pallas_kernels.sampling_reference import BLOCK, Tail
 from pallas_kernels.sampling_tpu import first_above
 
 BLOCKS_AT_ONCE = 16  # of one program
@@ -25,7 +25,7 @@ def _measure(x_ref, high_ref, mass_ref, *, vocab: int) -> None:
     mass_ref[row, pl.ds(first, BLOCKS_AT_ONCE)] = exp(x - high[:, None]).sum(axis=1)
 
 
-def _draw(high_ref, mass_ref, x_ref, uniform_ref, given_ref, token_ref, logprob_ref) -> None:
+def _draw(high_ref, mass_ref, x_ref, uniform_ref, given_ref, token_ref, logprob_ref, top_ref, log_mass_ref) -> None:
     row = pl.program_id(0)
     highs = high_ref[row, :]
     high = highs.max()
@@ -37,19 +37,19 @@ def _draw(high_ref, mass_ref, x_ref, uniform_ref, given_ref, token_ref, logprob_
     given = given_ref[row]
     token = jnp.where(given >= 0, given, drawn)
     token_ref[row] = token
-    logprob_ref[row] = (x_ref[row, token] - high) - jnp.log(total)
+    log_mass = jnp.log(total)
+    logprob_ref[row] = (x_ref[row, token] - high) - log_mass
+    top_ref[row], log_mass_ref[row] = high, log_mass
 
 
 def sampling_gpu(logits: Float[Array, "t V"], uniforms: Float[Array, "t 2"], given: Int[Array, " t"], *, interpret: bool = False
-                 ) -> tuple[Int[Array, " t"], Float[Array, " t"]]:
-    """(tokens, logprobs) of each row."""
+                 ) -> Tail:
+    """A program a row, and before it one for every BLOCKS_AT_ONCE blocks."""
     t, vocab = logits.shape
     width = max(pl.next_power_of_2(vocab // BLOCK), BLOCKS_AT_ONCE)  # Triton's arrays are powers of two; blocks behind V have no mass
     of_blocks = jax.ShapeDtypeStruct((t, width), jnp.float32)
     call = functools.partial(pl.pallas_call, interpret=interpret, compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1))
     highs, masses = call(functools.partial(_measure, vocab=vocab), grid=(t, width // BLOCKS_AT_ONCE), out_shape=[of_blocks, of_blocks],
                          name="sampling_gpu_masses")(logits)
-    out = [jax.ShapeDtypeStruct((t,), jnp.int32), jax.ShapeDtypeStruct((t,), jnp.float32)]
-    tokens, logprobs = call(_draw, grid=(t,), out_shape=out,
-                            name="sampling_gpu_draw")(highs, masses, logits, uniforms, given)
-    return tokens, logprobs
+    out = [jax.ShapeDtypeStruct((t,), dtype) for dtype in (jnp.int32, jnp.float32, jnp.float32, jnp.float32)]
+    return Tail(*call(_draw, grid=(t,), out_shape=out, name="sampling_gpu_draw")(highs, masses, logits, uniforms, given))

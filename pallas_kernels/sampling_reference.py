@@ -1,4 +1,6 @@
 """The sampling tail's twin in plain XLA: log-softmax, the draw, and a token's logprob."""
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -10,10 +12,27 @@ BLOCK = 128  # token ids that a draw takes together
 TILE = 8  # rows
 
 
+class Tail(NamedTuple):
+    """What the end of a step says of each row; the last two are what all its logprobs follow from."""
+
+    tokens: Int[Array, " t"]
+    logprobs: Float[Array, " t"]  # of those tokens
+    highs: Float[Array, " t"]  # the largest logit
+    log_masses: Float[Array, " t"]  # log Σ exp(logit - largest)
+
+    def all_logprobs(self, logits: Float[Array, "t V"]) -> Float[Array, "t V"]:
+        """Of every token, with the bits that `logprobs` has."""
+        return (logits - self.highs[:, None]) - self.log_masses[:, None]
+
+
 def log_softmax(x: Float[Array, "... n"]) -> Float[Array, "... n"]:
     """x - log Σ exp x in float32; -inf stays -inf."""
     shifted = x - jax.lax.stop_gradient(x.max(-1, keepdims=True))
-    return shifted - jnp.log(row_sum(exp(shifted)))[..., None]
+    return shifted - _log_mass(shifted)[..., None]
+
+
+def _log_mass(shifted: Float[Array, "... n"]) -> Float[Array, "..."]:
+    return jnp.log(row_sum(exp(shifted)))
 
 
 def draw_blocks(logprobs: Float[Array, "t V"], uniforms: Float[Array, "t 2"], block_size: int = BLOCK) -> Int[Array, " t"]:
@@ -34,13 +53,14 @@ def _inverse_cdf(weights: Float[Array, "t n"], u: Float[Array, " t"]) -> Int[Arr
     return jnp.where(hit.any(-1), jnp.argmax(hit, axis=-1), last).astype(jnp.int32)
 
 
-def _tile(logits: Array, uniforms: Array, given: Array) -> tuple[Array, Array]:
-    logprobs = log_softmax(logits)
+def _tile(logits: Array, uniforms: Array, given: Array) -> Tail:
+    highs = logits.max(-1)
+    log_masses = _log_mass(logits - highs[:, None])
+    logprobs = (logits - highs[:, None]) - log_masses[:, None]
     tokens = jnp.where(given >= 0, given, draw_blocks(logprobs, uniforms))
-    return tokens, jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
+    return Tail(tokens, jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0], highs, log_masses)
 
 
-def sampling_reference(logits: Float[Array, "t V"], uniforms: Float[Array, "t 2"], given: Int[Array, " t"]
-                       ) -> tuple[Int[Array, " t"], Float[Array, " t"]]:
-    """(tokens, logprobs) of each row, TILE rows at a time."""
+def sampling_reference(logits: Float[Array, "t V"], uniforms: Float[Array, "t 2"], given: Int[Array, " t"]) -> Tail:
+    """TILE rows at a time."""
     return by_tiles(_tile, TILE, logits, uniforms, given)

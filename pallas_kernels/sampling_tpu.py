@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.matmul_tpu import VMEM_LIMIT
 from pallas_kernels.pinned_math import exp
-from pallas_kernels.sampling_reference import BLOCK
+from pallas_kernels.sampling_reference import BLOCK, Tail
 
 CHUNK = 128  # blocks
 SUBLANES = 8
@@ -65,7 +65,7 @@ def _pick_in_block(weights: Float[Array, "SUBLANES BLOCK"], u: Array) -> Array:
     return first_above(weights, cumulative, lane, u * total)
 
 
-def _kernel(uniform_ref, given_ref, x_ref, token_ref, logprob_ref, mass_ref, *, num_blocks: int) -> None:
+def _kernel(uniform_ref, given_ref, x_ref, token_ref, logprob_ref, high_ref, log_mass_ref, mass_ref, *, num_blocks: int) -> None:
     row, chunks = pl.program_id(0), pl.cdiv(num_blocks, CHUNK)
     high = jax.lax.fori_loop(0, chunks, lambda i, m: jnp.maximum(m, jnp.max(_chunk(x_ref, i, num_blocks), axis=0, keepdims=True)),
                              jnp.full((1, BLOCK), -jnp.inf))
@@ -85,25 +85,27 @@ def _kernel(uniform_ref, given_ref, x_ref, token_ref, logprob_ref, mass_ref, *, 
     lane = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, BLOCK), 1)
     chosen = jnp.max(jnp.where(lane == token % BLOCK, spread(token // BLOCK), -jnp.inf))
     token_ref[...] = jnp.full(token_ref.shape, token)
-    logprob_ref[...] = (chosen - high) - jnp.log(jnp.full(logprob_ref.shape, total))
+    high_ref[...] = jnp.full(high_ref.shape, high)
+    log_mass_ref[...] = jnp.log(jnp.full(log_mass_ref.shape, total))
+    logprob_ref[...] = (chosen - high) - log_mass_ref[...]
 
 
 def sampling_tpu(logits: Float[Array, "t V"], uniforms: Float[Array, "t 2"], given: Int[Array, " t"], *, interpret: bool = False
-                 ) -> tuple[Int[Array, " t"], Float[Array, " t"]]:
-    """(tokens, logprobs) of each row, a row at a time."""
+                 ) -> Tail:
+    """A row at a time."""
     t, num_blocks = logits.shape[0], logits.shape[1] // BLOCK
     chunks = pl.cdiv(num_blocks, CHUNK)
     out = lambda dtype: jax.ShapeDtypeStruct((t, 1, BLOCK), dtype)
-    tokens, logprobs = pl.pallas_call(
+    found = pl.pallas_call(
         lambda *refs: _kernel(*refs, num_blocks=num_blocks),
         grid=(t,),
         in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM), pl.BlockSpec(memory_space=pltpu.SMEM),
                   pl.BlockSpec((None, chunks * CHUNK, BLOCK), lambda i: (i, 0, 0))],
-        out_specs=[pl.BlockSpec((None, 1, BLOCK), lambda i: (i, 0, 0))] * 2,
-        out_shape=[out(jnp.int32), out(jnp.float32)],
+        out_specs=[pl.BlockSpec((None, 1, BLOCK), lambda i: (i, 0, 0))] * 4,
+        out_shape=[out(jnp.int32), out(jnp.float32), out(jnp.float32), out(jnp.float32)],
         scratch_shapes=[pltpu.VMEM((-(-chunks // SUBLANES) * SUBLANES, CHUNK), jnp.float32)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=VMEM_LIMIT),
         name="sampling_tpu",
         interpret=interpret,
     )(uniforms, given, logits.reshape(t, num_blocks, BLOCK))
-    return tokens[:, 0, 0], logprobs[:, 0, 0]
+    return Tail(*(x[:, 0, 0] for x in found))

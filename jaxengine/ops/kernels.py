@@ -5,6 +5,7 @@ any machine, slowly. Each has its own bits, so the name is part of the contract;
 """
 import functools
 import logging
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
@@ -52,6 +53,14 @@ class Kernels(Protocol):
 
     def summed(self, x: Float[Array, "leaf t K"], w: Float[Array, "leaf N K"]) -> Float[Array, "t N"]:
         """Sum over leaves of x @ w.T, in the fixed order of the tree (vLLM: row parallel)."""
+        ...
+
+    def tail(self, logits: Float[Array, "t V"], given: Int[Array, " t"], uniforms: Float[Array, "t 2"] | None = None
+             ) -> tuple[Int[Array, " t"], Float[Array, " t"], Callable[[], Float[Array, "t V"]]]:
+        """(tokens, their logprobs under softmax(logits), what computes all tokens' logprobs).
+
+        given ≥ 0 is scored, else a token is drawn: without uniforms all are given. All logprobs have the bits of those of `tokens`.
+        """
         ...
 
     def pools(self, model: ModelConfig, num_pages: int, page_size: int) -> tuple[Any, Any]:

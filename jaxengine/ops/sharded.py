@@ -1,5 +1,6 @@
 """The decoder's ops on a mesh: each device runs its own kernels on the leaves that it owns."""
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from jaxengine.config import ModelConfig
 from jaxengine.ops.pallas import Pallas
 from jaxengine.step_inputs import Blocks
+from pallas_kernels.sampling import sampling_tail
 from sharding.leaves import tree_sum
 
 WHOLE = PartitionSpec()
@@ -83,6 +85,13 @@ class Sharded:
         """A device's leaves are a subtree: it adds those, gathers the others' sums and finishes the tree."""
         own = lambda x, w: tree_sum(self._gathered(self.own.summed(x, w)[None]))
         return self._on_each(own, (self.leaves, self.leaves), WHOLE)(x, w)
+
+    def tail(self, logits: Float[Array, "t V"], given: Int[Array, " t"], uniforms: Float[Array, "t 2"] | None = None
+             ) -> tuple[Int[Array, " t"], Float[Array, " t"], Callable[[], Float[Array, "t V"]]]:
+        """Each device draws from all logits, which it has, and all come to the same token."""
+        run = functools.partial(sampling_tail, implementation=self.own.implementation)
+        out = self._on_each(run, (WHOLE, WHOLE, WHOLE), WHOLE)(logits, given, uniforms)
+        return out.tokens, out.logprobs, lambda: out.all_logprobs(logits)
 
     def _gathered(self, x: Float[Array, "leaf ..."]) -> Float[Array, "all ..."]:
         return jax.lax.all_gather(x, self.axis, tiled=True)

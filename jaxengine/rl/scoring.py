@@ -82,9 +82,9 @@ def _row_scores(config: ModelConfig, kernels: Kernels, entropy: bool, weights: t
     row: SlotParams = jax.tree.map(lambda a: a[sequences], slots)
     row = dataclasses.replace(row, prompt_length=prompts, first_stop=jnp.where(row.first_stop > 0, prompts + row.first_stop, 0))
     logits = decoder.logits(config, kernels, norm, head, x)
-    _, logprobs = sampler.distribution(logits, row, tokens, sequences, positions, jnp.zeros(x.shape[0], bool))
-    chosen = sampler.token_logprobs(logprobs, tokens[sequences, positions])
-    return (chosen, sampler.entropy(logprobs)) if entropy else (chosen,)
+    _, drawn_from = sampler.distribution(logits, row, tokens, sequences, positions, jnp.zeros(x.shape[0], bool))
+    _, chosen, logprobs = kernels.tail(drawn_from, tokens[sequences, positions])
+    return (chosen, sampler.entropy(logprobs())) if entropy else (chosen,)
 
 
 def _opaque(slots: SlotParams, params: Decoder, tokens: Array) -> SlotParams:

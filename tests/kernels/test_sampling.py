@@ -9,6 +9,7 @@ import pytest
 
 from jaxengine import sampler
 from jaxengine.config import VOCAB_BLOCK
+from jaxengine.ops.kernels import XLA
 from pallas_kernels.cases.sampling import SMALL, SamplingCase
 from pallas_kernels.implementations import choose
 from pallas_kernels.sampling import sampling_tail
@@ -20,7 +21,7 @@ DRAW = functools.partial(jnp.full, fill_value=-1, dtype=jnp.int32)
 
 
 def bits(outputs) -> list:
-    tokens, logprobs = outputs
+    tokens, logprobs, *_ = outputs
     return [np.asarray(tokens).tolist(), np.asarray(logprobs).view(np.uint32).tolist()]
 
 
@@ -49,7 +50,7 @@ class Body:
     @pytest.mark.parametrize("case", CASES, ids=str)
     def test_tokens_and_logprobs_are_those_of_float64(self, case):
         logits, uniforms = case.operands()
-        tokens, logprobs = self.jitted(logits, uniforms, DRAW(case.rows))
+        tokens, logprobs, *_ = self.jitted(logits, uniforms, DRAW(case.rows))
         exact = np.asarray(logits, np.float64)
         exact = exact - np.log(np.exp(exact - exact.max(1, keepdims=True)).sum(1, keepdims=True)) - exact.max(1, keepdims=True)
         for row, token in enumerate(np.asarray(tokens)):
@@ -63,7 +64,7 @@ class Body:
     @pytest.mark.parametrize("case", CASES, ids=str)
     def test_a_row_has_the_same_bits_in_any_batch(self, case):
         logits, uniforms = case.operands()
-        tokens, logprobs = self.jitted(logits, uniforms, DRAW(case.rows))
+        tokens, logprobs, *_ = self.jitted(logits, uniforms, DRAW(case.rows))
         for rows in (slice(5, 6), slice(36, 37), slice(3, 19)):
             part = self.jitted(logits[rows], uniforms[rows], DRAW(rows.stop - rows.start))
             assert bits(part) == bits((tokens[rows], logprobs[rows]))
@@ -71,15 +72,24 @@ class Body:
     @pytest.mark.parametrize("case", CASES, ids=str)
     def test_a_given_token_has_the_logprob_of_a_drawn_one(self, case):
         logits, uniforms = case.operands()
-        tokens, logprobs = self.jitted(logits, uniforms, DRAW(case.rows))
+        tokens, logprobs, *_ = self.jitted(logits, uniforms, DRAW(case.rows))
         assert bits(self.jitted(logits, jnp.full_like(uniforms, 0.999), tokens)) == bits((tokens, logprobs))
+
+    @pytest.mark.parametrize("case", CASES, ids=str)
+    def test_all_logprobs_have_the_bits_of_the_tokens(self, case):
+        logits, uniforms = case.operands()
+        out = self.jitted(logits, uniforms, DRAW(case.rows))
+        each = jax.jit(lambda x, out: out.all_logprobs(x))(logits, out)
+        assert bits((out.tokens, jnp.take_along_axis(each, out.tokens[:, None], 1)[:, 0])) == bits(out)
+        assert (jnp.isneginf(each) == jnp.isneginf(logits)).all()
+        np.testing.assert_allclose(jnp.exp(each).sum(1), 1.0, rtol=1e-5)
 
     def test_nothing_ruled_out_is_drawn(self):
         case = SamplingCase(64, 256, kept=3)
         logits, uniforms = case.operands()
         edges = jnp.array([0.0, 1.0 - 2**-24])[jnp.arange(128).reshape(64, 2) % 3 % 2]
         for u in (uniforms, edges):
-            tokens, logprobs = self.jitted(logits, u, DRAW(64))
+            tokens, logprobs, *_ = self.jitted(logits, u, DRAW(64))
             assert np.isfinite(np.asarray(jnp.take_along_axis(logits, tokens[:, None], 1))).all() and np.isfinite(logprobs).all()
 
     def test_rows_beside_are_not_read(self):
@@ -93,15 +103,26 @@ class TestReference(Body):
     implementation = choose("xla")
 
     def run(self, logits, uniforms, given):
-        return sampling_tail(logits, uniforms, given, implementation=self.implementation)
+        return sampling_tail(logits, given, uniforms, implementation=self.implementation)
 
     def test_gradient_is_that_of_log_softmax(self):
         logits, uniforms = SMALL[3].operands()
-        tokens = self.jitted(logits, uniforms, DRAW(37))[0]
+        tokens = self.jitted(logits, uniforms, DRAW(37)).tokens
         weight = jnp.arange(37.0)
         found = jax.jit(jax.grad(lambda x: (self.run(x, uniforms, tokens)[1] * weight).sum()))(logits)
         log_softmax = lambda x: jnp.take_along_axis(jax.nn.log_softmax(x), tokens[:, None], 1)[:, 0]
         np.testing.assert_allclose(found, jax.grad(lambda x: (log_softmax(x) * weight).sum())(logits), rtol=1e-5, atol=1e-5)
+
+    def test_gradient_of_the_entropy(self):
+        """Which follows from all logprobs."""
+        logits, uniforms = SMALL[3].operands()
+
+        def entropies(logprobs):
+            kept = jnp.where(logits > -jnp.inf, logprobs, 0.0)
+            return (-jnp.where(logits > -jnp.inf, jnp.exp(kept) * kept, 0.0).sum(1) * jnp.arange(37.0)).sum()
+
+        ours = jax.jit(jax.grad(lambda x: entropies(self.run(x, uniforms, DRAW(37)).all_logprobs(x))))(logits)
+        np.testing.assert_allclose(ours, jax.grad(lambda x: entropies(jax.nn.log_softmax(x)))(logits), rtol=1e-5, atol=1e-5)
 
 
 class TestTpuBody(TestReference):
@@ -119,15 +140,16 @@ def test_the_twin_is_the_engines_sampler():
     logits, _ = SMALL[1].operands()
     keys = jax.random.split(jax.random.key(3), 37)
     uniforms = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
-    tokens, logprobs = jax.jit(functools.partial(sampling_tail, implementation=choose("xla")))(logits[:8], uniforms[:8], DRAW(8))
-    theirs = jax.jit(lambda x, k: sampler.draw(sampler.log_softmax(x), k))(logits[:8], keys[:8])
-    assert np.array_equal(tokens, theirs)
+    twin = jax.jit(functools.partial(sampling_tail, implementation=choose("xla")))(logits[:8], DRAW(8), uniforms[:8])
+    tokens, logprobs, each = jax.jit(lambda x, k: [f() if callable(f) else f for f in XLA.tail(x, DRAW(8), sampler.uniforms(k))])(
+        logits[:8], keys[:8])
+    assert bits((tokens, logprobs)) == bits(twin) and np.array_equal(each, twin.all_logprobs(logits[:8]))
 
 
 def test_errors():
     xla = choose("xla")
     for found, logits, uniforms in (("multiple of 128, got 100", jnp.ones((2, 100)), jnp.ones((2, 2))),
                                     (r"got bfloat16 \(2, 128\)", jnp.ones((2, 128), jnp.bfloat16), jnp.ones((2, 2))),
-                                    (r"got float32 \(2, 128\), \(3, 2\)", jnp.ones((2, 128)), jnp.ones((3, 2)))):
+                                    (r"got float32 \(2, 128\), \(2,\) and \(3, 2\)", jnp.ones((2, 128)), jnp.ones((3, 2)))):
         with pytest.raises(ValueError, match=found):
-            sampling_tail(logits, uniforms, DRAW(2), implementation=xla)
+            sampling_tail(logits, DRAW(2), uniforms, implementation=xla)
