@@ -7,6 +7,7 @@ from conftest import make_llm, random_model
 
 from benchmarks.plain_engine import plain
 from jaxengine import cli
+from jaxengine.models import loading
 from jaxengine.verify import verify
 
 AXES = {"C1", "C2", "C3", "C4", "C5", "C6", "C7", "C11", "drift"}
@@ -70,10 +71,11 @@ def test_a_busy_engine_and_too_few_samples_are_refused(tiny):
 
 @pytest.mark.slow
 def test_the_command(tmp_path, capsys, monkeypatch):
-    path = tmp_path / "verified.json"
+    path, model = tmp_path / "verified.json", str(tmp_path / "model")
+    loading.save(model, *random_model(num_hidden_layers=1))
     options = ["--quick", "--samples=8", "--max-model-len=256", "--no-progress", f"--json={path}"]
-    assert cli.main(["verify", "calc", *options]) == 0
+    assert cli.main(["verify", model, *options]) == 0
     assert "the contract holds" in capsys.readouterr().out and json.loads(path.read_text())["holds"] is True
     monkeypatch.setattr("jaxengine.verify.greedy", lambda traffic, count: (False, "2 different of 8"))
-    assert cli.main(["verify", "calc", *options]) == 1
+    assert cli.main(["verify", model, *options]) == 1
     assert "the contract FAILS on C2" in capsys.readouterr().out

@@ -77,10 +77,10 @@ def test_what_is_loaded_is_saved_again_by_bits(name, tmp_path):
 
 
 def engine_cases():
-    """All, with one leaf and two; those outside QUICK are slow, with two leaves long, since an engine compiles for seconds."""
+    """All, with one leaf and two; those outside QUICK are long, since an engine compiles for seconds."""
     for name in CASES:
         for leaves in (n for n in leaves_of(name) if n <= 2):
-            marks = () if (name, leaves) in QUICK else pytest.mark.slow if leaves == 1 else pytest.mark.long
+            marks = () if (name, leaves) in QUICK else pytest.mark.long
             yield pytest.param(name, leaves, id=f"{name}-leaves-{leaves}", marks=marks)
 
 

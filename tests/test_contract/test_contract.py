@@ -30,7 +30,7 @@ CASES = [pytest.param(case, id="-".join(map(str, case)), marks=mark(case)) for c
 class Case:
     """A model, its requests and the answers of the plain mixed batch."""
 
-    def __init__(self, family: str, dtype: str, leaves: int) -> None:
+    def __init__(self, family: str, dtype: str, leaves: int, **engine) -> None:
         if family == "calc":
             loaded = LLM("calc", dtype=dtype, reduction_leaves=leaves, progress=False, max_model_len=256, max_num_seqs=1)
             self.config, self.params = loaded.config, loaded.params
@@ -39,7 +39,7 @@ class Case:
         rng = np.random.default_rng(0)
         self.prompts = [rng.integers(0, self.config.vocab_size, n).tolist() for n in LENGTHS]
         self.sampling = [self._sampling(i) for i in range(len(LENGTHS))]
-        self.expected = bits(self.engine().generate(self.prompts, self.sampling, key=jax.random.key(KEY)))
+        self.expected = bits(self.engine(**engine).generate(self.prompts, self.sampling, key=jax.random.key(KEY)))
 
     def engine(self, **changes) -> LLM:
         return make_llm(self.config, self.params, **dict(compile_patience=0) | changes)  # every tile serves as soon as it fits
@@ -164,7 +164,8 @@ def test_group_equals_singles(case):
 
 # -- axes that change the shapes of the programs, and so compile: one model each by default ------------------------------------------
 
-SMALL = dict(page_size=16, num_pages=21, compile_patience=99)
+FEW_TILES = dict(compile_patience=99)
+SMALL = dict(page_size=16, num_pages=21, **FEW_TILES)
 CHANGES = [dict(page_size=64, max_num_seqs=40, num_pages=300, max_model_len=300), dict(max_num_seqs=3, max_num_batched_tokens=48),
            dict(decode_steps=3, overlap=True, num_pages=17)]
 SHAPES = [pytest.param(c, id="-".join(map(str, c)), marks=() if c == DEFAULT[0] else mark(c) or pytest.mark.slow)
@@ -183,14 +184,14 @@ def test_c5_c6_small_pages(shaped):
 @pytest.mark.parametrize("changes", CHANGES, ids=str)
 def test_c5_c6_c7_sizes(changes):
     case = answered(*DEFAULT[0])
-    same(case, case.engine(**changes))
+    same(case, case.engine(**FEW_TILES | changes))
 
 
 SCRIPT = """
 import hashlib, sys
 sys.path[:0] = {paths!r}
 from test_contract import Case
-print(hashlib.sha256(repr(Case(*{case!r}).expected).encode()).hexdigest())
+print(hashlib.sha256(repr(Case(*{case!r}, compile_patience=99).expected).encode()).hexdigest())
 """
 
 
@@ -212,7 +213,7 @@ def test_a_tile_of_other_bits_is_refused(monkeypatch):
     """A decode step on single rows takes another path through XLA: the probe sees it and the base tile serves."""
     single = Tile(1, 1)
     monkeypatch.setitem(TILES, "decode", (single, Tile(1, 8)))
-    config, params = random_model("Qwen3", dtype="float32")
+    config, params = random_model("Qwen3", dtype="float32", num_hidden_layers=2)
     llm = make_llm(config, params, compile_patience=0)
     outputs = bits(llm.generate([[1, 2, 3]], SamplingParams(max_tokens=8, temperature=0)))
     assert llm.engine.programs.refused == [("decode", single)]
@@ -224,23 +225,32 @@ def test_without_the_proof_bits_move(monkeypatch):
     """The control: with single-row steps trusted unproven, a request alone no longer has the bits that it has in a batch."""
     monkeypatch.setitem(TILES, "decode", (Tile(1, 1), Tile(1, 8)))
     monkeypatch.setattr("jaxengine.programs.Programs._prove", lambda self, kind, tile, params, cache: (cache, True))
-    config, params = random_model("Qwen3", dtype="float32")
+    config, params = random_model("Qwen3", dtype="float32", num_hidden_layers=2)
     llm = make_llm(config, params, compile_patience=0)
     prompts = [list(range(1, 20)), list(range(5, 40))]
     greedy = SamplingParams(max_tokens=12, temperature=0)
     assert bits(llm.generate(prompts[:1], greedy)) != bits(llm.generate(prompts, greedy))[:1]
 
 
-def test_each_step_is_compiled_once_and_nothing_after_warm_up():
-    """Whatever runs: other lengths, other batch sizes, other sampling parameters, hits and preemptions."""
-    case = answered(*DEFAULT[0])
-    llm = case.engine(num_pages=399)  # of no other test's size
+@pytest.fixture(scope="module")
+def warm():
+    """A small engine after warm-up, and the names of what warming up compiled."""
+    llm = make_llm(*random_model(num_hidden_layers=1))
     with compilations() as names:
         llm.warm_up()
-    assert Counter(name for name in names if "_step" in name) == {f"jit({kind}_step)": len(tiles) for kind, tiles in TILES.items()}
     llm.generate([[1, 2, 3]], SamplingParams(max_tokens=2))
+    return llm, Counter(name for name in names if "_step" in name)
+
+
+def test_each_step_is_compiled_once(warm):
+    assert warm[1] == {f"jit({kind}_step)": len(tiles) for kind, tiles in TILES.items()}
+
+
+def test_nothing_is_compiled_after_warm_up(warm):
+    """Whatever runs: other lengths, other batch sizes, other sampling parameters, hits and preemptions."""
+    case, (llm, _) = answered(*DEFAULT[0]), warm
     with compilations() as names:
-        same(case, llm)
+        llm.generate(case.prompts, case.sampling, key=jax.random.key(KEY))
         for count in (1, 3, 24):
             llm.generate(case.prompts[:count], SamplingParams(n=2, max_tokens=9, logprobs=3, prompt_logprobs=2, entropy=True))
         assert not names
@@ -248,8 +258,8 @@ def test_each_step_is_compiled_once_and_nothing_after_warm_up():
         assert names, "the listener hears compilations"
 
 
-def test_a_cache_in_the_place_of_a_lost_one_compiles_nothing():
-    llm = answered(*DEFAULT[0]).engine()
+def test_a_cache_in_the_place_of_a_lost_one_compiles_nothing(warm):
+    llm, _ = warm
     run = lambda: bits(llm.generate([[1, 2, 3]], SamplingParams(max_tokens=3), key=jax.random.key(KEY)))
     expected = run()
     for array in jax.tree.leaves(llm.engine.cache):
