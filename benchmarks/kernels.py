@@ -1,30 +1,28 @@
-"""Each kernel on the accelerator of this machine, beside XLA's own operation at the same shapes.
+"""Each kernel on the accelerator of this machine, beside XLA's own operation at the same shapes, and a whole decode step.
 
-    python benchmarks/kernels.py [--repeats 20]
+    python benchmarks/kernels.py [--repeats 20] [--torch-python PEER/bin/python] [--only attention matmul …]
 
 A share of "copy" is of the bandwidth of copying a GiB on this device, a share of "peak" of the best bf16 dot of 8192 x 8192 x 8192, both
-measured in the same run. A CPU is refused: the kernels only run interpreted there.
+measured in the same run. With --torch-python attention also stands beside torch's (torch_attention.py). A CPU is refused: the kernels
+only run interpreted there.
 """
 import argparse
-import functools
+import json
+import os
+import pathlib
+import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
+from kernel_rows import ROWS, Row, size_of
 
-from pallas_kernels.cases import grouped_matmul as grouped_cases
-from pallas_kernels.cases import matmul as matmul_cases
-from pallas_kernels.cases import sampling as sampling_cases
-from pallas_kernels.grouped_matmul import grouped_matmul
-from pallas_kernels.grouped_matmul_reference import grouped_plain
+from jaxengine import SamplingParams, bench
 from pallas_kernels.implementations import choose
-from pallas_kernels.matmul import matmul
-from pallas_kernels.matmul_reference import plain
-from pallas_kernels.sampling import sampling_tail
-from pallas_kernels.sampling_reference import draw_blocks, log_softmax
 
 GIB = 2**30
+COLUMNS = ("kernel and shape", "µs", "share of copy", "share of peak", "XLA's own, µs", "kernel / XLA speed", "torch, µs")
 
 
 def seconds(function: Callable, operands: tuple, repeats: int) -> float:
@@ -52,53 +50,87 @@ def dot_peak(repeats: int) -> float:
     return 2 * 8192**3 / seconds(jax.jit(lambda a, b: a @ b.T), (x, x), repeats)
 
 
-def matmul_rows(implementation):
-    for case in matmul_cases.DECODER:
-        x, w, bias, residual = case.operands()
-        parts = 2 if case.gated else 1
-        in_parts = lambda a, parts=parts: None if a is None else a.reshape(parts, -1, *a.shape[1:])
-        ours = jax.jit(functools.partial(lambda x, w, b, r, gated: matmul(x, w, bias=b, residual=r, gated=gated,
-                                                                          implementation=implementation), gated=case.gated))
-        theirs = jax.jit(lambda x, w, b, r, in_parts=in_parts: plain(x, in_parts(w), in_parts(b), r))
-        yield f"matmul {case}", ours, theirs, (x, w, bias, residual), 2 * case.rows * case.inputs * case.outputs
+class Torch:
+    """torch_attention.py in another interpreter; without one it has no figures."""
+
+    def __init__(self, python: str | None) -> None:
+        self._process = None
+        if python:
+            script = pathlib.Path(__file__).parent / "torch_attention.py"
+            self._process = subprocess.Popen([python, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            print("beside", self._line())
+
+    def seconds(self, row: Row) -> float | None:
+        if self._process is None or row.sdpa is None:
+            return None
+        print(json.dumps(row.sdpa), file=self._process.stdin, flush=True)
+        return json.loads(self._line())["seconds"]
+
+    def _line(self) -> str:
+        line = self._process.stdout.readline()
+        if not line:
+            raise ValueError(f"torch's interpreter ended with code {self._process.wait()}")
+        return line.strip()
 
 
-def grouped_rows(implementation):
-    for case in grouped_cases.DECODER:
-        x, w, sizes = case.operands()
-        parts = 2 if case.gated else 1
-        ours = jax.jit(functools.partial(grouped_matmul, gated=case.gated, implementation=implementation))
-        theirs = jax.jit(lambda x, w, s, parts=parts: grouped_plain(x, w.reshape(w.shape[0], parts, -1, w.shape[2]), s))
-        yield f"grouped {case}", ours, theirs, (x, w, sizes), 2 * case.rows * case.inputs * case.outputs
+def measured(row: Row, repeats: int, bandwidth: float, peak: float, torch: Torch) -> str:
+    mine = seconds(row.ours, row.operands, repeats) / row.calls
+    xla = None if row.theirs is None else seconds(row.theirs, row.their_operands, repeats) / row.calls
+    other = torch.seconds(row)
+    us = lambda x: "" if x is None else f"{x * 1e6:.1f}"
+    return (f"| {row.name} | {us(mine)} | {row.moved / mine / bandwidth:.0%} | {row.flops / mine / peak:.0%} | {us(xla)} | "
+            f"{'' if xla is None else f'{xla / mine:.2f}'} | {us(other)} |")
 
 
-def sampling_rows(implementation):
-    for case in sampling_cases.DECODER:
-        logits, uniforms = case.operands()
-        ours = jax.jit(functools.partial(sampling_tail, implementation=implementation))
-        theirs = jax.jit(lambda x, given, u: draw_blocks(log_softmax(x), u))
-        yield f"sampling {case}", ours, theirs, (logits, jnp.full(case.rows, -1), uniforms), 0
+def decode_steps(batches: list[int], repeats: int, bandwidth: float) -> Iterator[str]:
+    """Whole decode steps of Qwen3-0.6B's shape behind 128 tokens: what has to be read is the weights and the contexts."""
+    llm = bench.open_model("qwen3-0.6b-shape", dtype="bfloat16", compile_patience=0)
+    weights, config = size_of(llm.params), llm.config
+    for batch in batches:
+        prompts, _ = bench.Decode(batch).requests(0, config.vocab_size)
+        params = SamplingParams(max_tokens=repeats + 16, min_tokens=repeats + 16, ignore_eos=True, detokenize=False)
+        stream = [{"prompt_token_ids": prompt} for prompt in prompts]
+        for request in llm._requests(stream, [params] * batch, jax.random.key(0), None):
+            llm.engine.add(request)
+        while not all(s.num_computed > len(prompts[0]) for s in llm.engine.scheduler.running) or llm.engine.scheduler.waiting:
+            llm.engine.step()
+        start = time.perf_counter()
+        for _ in range(repeats):
+            llm.engine.step()
+        spent = (time.perf_counter() - start) / repeats
+        contexts = batch * 128 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2
+        share = (weights + contexts) / spent / bandwidth
+        yield f"| decode step B={batch}, {llm.engine_config.kernels} | {spent * 1e6:.1f} | {share:.0%} | | | | |"
+        while llm.engine.requests:
+            llm.engine.step()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--torch-python", help="an interpreter with torch")
+    parser.add_argument("--only", nargs="+", default=[], help="rows whose name begins with one of these")
+    parser.add_argument("--batch", type=int, nargs="*", default=[8, 64], help="of whole decode steps")
     arguments = parser.parse_args()
     device = jax.devices()[0]
     if device.platform == "cpu":
         parser.exit(1, "no accelerator here: nothing is measured\n")
     implementation = choose("pallas_tpu" if device.platform == "tpu" else "pallas_gpu")
+    torch = Torch(arguments.torch_python)
     bandwidth, peak = copy_bandwidth(arguments.repeats), dot_peak(arguments.repeats)
+    header = f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|"
     print(f"{device.device_kind}, jax {jax.__version__}, {implementation}; "
-          f"copy {bandwidth / 1e9:.0f} GB/s, peak {peak / 1e12:.0f} Tflop/s\n")
-    print("| kernel and shape | µs | share of copy | share of peak | XLA's own, µs | kernel / XLA speed |\n|---|---|---|---|---|---|")
-    for rows in (matmul_rows, grouped_rows, sampling_rows):
-        for name, ours, theirs, operands, flops in rows(implementation):
-            mine, xla = (seconds(f, operands, arguments.repeats) for f in (ours, theirs))
-            moved = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((operands, jax.eval_shape(ours, *operands))))
-            print(f"| {name} | {mine * 1e6:.1f} | {moved / mine / bandwidth:.0%} | {flops / mine / peak:.0%} | {xla * 1e6:.1f} | "
-                  f"{xla / mine:.2f} |", flush=True)
+          f"copy {bandwidth / 1e9:.0f} GB/s, peak {peak / 1e12:.0f} Tflop/s\n\n{header}", flush=True)
+    for rows in ROWS:
+        kind = rows.__name__.removesuffix("_rows")
+        if arguments.only and kind not in arguments.only:
+            continue
+        for row in rows(implementation):
+            print(measured(row, arguments.repeats, bandwidth, peak, torch), flush=True)
+    for line in decode_steps(arguments.batch, arguments.repeats, bandwidth):
+        print(line, flush=True)
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs room too
     main()

@@ -1,0 +1,178 @@
+"""What kernels.py measures: each kernel at decoders' own shapes, XLA's own operation on the same numbers, and the work that both do."""
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from pallas_kernels.cases import attention as attention_cases
+from pallas_kernels.cases import grouped_matmul as grouped_cases
+from pallas_kernels.cases import matmul as matmul_cases
+from pallas_kernels.cases import sampling as sampling_cases
+from pallas_kernels.cases.attention import AttentionCase
+from pallas_kernels.grouped_matmul import grouped_matmul
+from pallas_kernels.grouped_matmul_reference import grouped_plain
+from pallas_kernels.implementations import Implementation
+from pallas_kernels.kv_write import kv_write
+from pallas_kernels.matmul import matmul
+from pallas_kernels.matmul_reference import plain
+from pallas_kernels.paged_attention import paged_attention
+from pallas_kernels.paged_attention_inputs import EIGHT_BIT, Blocks, Pages
+from pallas_kernels.sampling import sampling_tail
+from pallas_kernels.sampling_reference import Tail, draw_blocks, log_softmax
+
+QUERY_BLOCK = 16  # queries to a block of a chunk
+WRITES = 100  # of one call, so that bringing the pools into the call is no part of the time
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A kernel's call beside XLA's. `theirs` is None where XLA has no such operation."""
+
+    name: str
+    ours: Callable
+    theirs: Callable | None
+    operands: tuple
+    their_operands: tuple
+    flops: float
+    moved: float  # bytes that have to be read and written
+    calls: int = 1  # of the kernel in one call of `ours`
+    sdpa: dict[str, Any] | None = None  # the same for torch_attention.py, where torch has it
+
+
+def size_of(tree: Any) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def row(name: str, ours: Callable, theirs: Callable, operands: tuple, flops: float) -> Row:
+    """Of a kernel that reads all its operands once."""
+    return Row(name, ours, theirs, operands, operands, flops, size_of((operands, jax.eval_shape(ours, *operands))))
+
+
+def matmul_rows(implementation: Implementation, cases: Sequence = matmul_cases.DECODER) -> Iterator[Row]:
+    for case in cases:
+        x, w, bias, residual = case.operands()
+        parts = 2 if case.gated else 1
+        in_parts = lambda a, parts=parts: None if a is None else a.reshape(parts, -1, *a.shape[1:])
+        ours = jax.jit(functools.partial(lambda x, w, b, r, gated: matmul(x, w, bias=b, residual=r, gated=gated,
+                                                                          implementation=implementation), gated=case.gated))
+        theirs = jax.jit(lambda x, w, b, r, in_parts=in_parts: plain(x, in_parts(w), in_parts(b), r))
+        yield row(f"matmul {case}", ours, theirs, (x, w, bias, residual), 2 * case.rows * case.inputs * case.outputs)
+
+
+def grouped_rows(implementation: Implementation, cases: Sequence = grouped_cases.DECODER) -> Iterator[Row]:
+    for case in cases:
+        x, w, sizes = case.operands()
+        parts = 2 if case.gated else 1
+        ours = jax.jit(functools.partial(grouped_matmul, gated=case.gated, implementation=implementation))
+        theirs = jax.jit(lambda x, w, s, parts=parts: grouped_plain(x, w.reshape(w.shape[0], parts, -1, w.shape[2]), s))
+        yield row(f"grouped {case}", ours, theirs, (x, w, sizes), 2 * case.rows * case.inputs * case.outputs)
+
+
+def sampling_rows(implementation: Implementation, cases: Sequence = sampling_cases.DECODER) -> Iterator[Row]:
+    def plain_tail(x: Array, given: Array, uniforms: Array) -> Tail:
+        logprobs = log_softmax(x)
+        tokens = draw_blocks(logprobs, uniforms)
+        highs = x.max(-1)
+        return Tail(tokens, jnp.take_along_axis(logprobs, tokens[:, None], 1)[:, 0], highs, (x - logprobs)[:, 0] - highs)
+
+    for case in cases:
+        logits, uniforms = case.operands()
+        ours = jax.jit(functools.partial(sampling_tail, implementation=implementation))
+        yield row(f"sampling {case}", ours, jax.jit(plain_tail), (logits, jnp.full(case.rows, -1), uniforms), 0)
+
+
+# -- attention -----------------------------------------------------------------------------------------------------------------
+
+def attention_operands(case: AttentionCase) -> tuple[Array, Pages, Blocks]:
+    """(queries, a pool of random pages, blocks), made on the device."""
+    blocks, rows = case.blocks(1 if case.chunk == 1 else QUERY_BLOCK)
+    r = 1 if case.chunk == 1 else QUERY_BLOCK
+    keys = jax.random.split(jax.random.key(0), 4)
+    tables = case.tables()
+    shape = int((tables >= 0).sum()), case.num_kv_heads, case.page_size, case.page_width or case.head_dim
+    compact = np.where(tables >= 0, np.cumsum(tables.reshape(-1) >= 0).reshape(tables.shape) - 1, -1)
+    order = np.random.RandomState(1).permutation(shape[0])  # pages lie scattered
+    blocks = blocks._replace(tables=jnp.asarray(np.where(compact >= 0, order[compact], -1), jnp.int32))
+    inside = jnp.arange(shape[3]) < case.head_dim
+    if case.dtype in EIGHT_BIT:
+        pools = [(20 * jax.random.normal(key, shape)).astype(case.dtype) for key in keys[:2]]
+        scales = [jnp.full(shape[:2], 0.05, jnp.float32)] * 2
+    else:
+        pools, scales = [jnp.where(inside, jax.random.normal(key, shape), 0).astype(case.dtype) for key in keys[:2]], []
+    q = 2 * jax.random.normal(keys[2], (len(rows), r, case.num_heads, case.head_dim), jnp.float32)
+    return q, Pages(*pools, *scales), blocks
+
+
+def seen_keys(case: AttentionCase) -> int:
+    """Pairs of a query and a key that it sees."""
+    each = (min(position + 1, case.window or position + 1)
+            for length in case.lengths for position in range(max(length - case.chunk, 0), length))
+    return sum(each)
+
+
+def attention_moved(case: AttentionCase, q: Array) -> float:
+    """Bytes of queries and answers, and of the keys and values that some query sees."""
+    first = lambda length: max(length - case.chunk + 1 - case.window, 0) if case.window else 0
+    tokens = sum(length - min(first(length), length) for length in case.lengths)
+    width = jnp.dtype(case.dtype).itemsize
+    return 2 * tokens * case.num_kv_heads * case.head_dim * width + 2 * q.size * q.dtype.itemsize
+
+
+def plain_attention(case: AttentionCase, q: Array, k: Array, v: Array) -> Array:
+    """XLA's own on contexts that lie in a row. q [S, c, H, h], k and v [S, C, K, h]."""
+    lengths = jnp.asarray(case.lengths)[:, None]
+    positions = lengths - case.chunk + jnp.arange(case.chunk)
+    distance = positions[:, :, None] - jnp.arange(k.shape[1])
+    mask = (distance >= 0) & (distance < (case.window or k.shape[1]))
+    return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], scale=case.scoring.scale)
+
+
+def in_a_row(case: AttentionCase, pool: Array, tables: Array) -> Array:
+    """Contexts of one length out of their pages, [S, C, K, h]."""
+    return pool[tables].swapaxes(2, 3).reshape(len(case.lengths), -1, *pool.shape[1::2])[:, : case.lengths[0], :, : case.head_dim]
+
+
+def attention_rows(implementation: Implementation, cases: Sequence[AttentionCase] = attention_cases.DECODER) -> Iterator[Row]:
+    for case in cases:
+        q, pages, blocks = attention_operands(case)
+        sinks = case.sinks()
+        ours = jax.jit(functools.partial(paged_attention, sinks=sinks, scoring=case.scoring, implementation=implementation))
+        theirs, sdpa, their_operands = None, None, ()
+        if case.dtype not in EIGHT_BIT and not case.has_sinks and case.soft_cap is None and len(set(case.lengths)) == 1:
+            chunks = q.reshape(len(case.lengths), -1, *q.shape[2:])[:, : case.chunk]
+            their_operands = chunks.astype(case.dtype), *(in_a_row(case, pool, blocks.tables) for pool in (pages.keys, pages.values))
+            theirs = jax.jit(functools.partial(plain_attention, case))
+            sdpa = dict(sequences=len(case.lengths), context=case.lengths[0], chunk=case.chunk, heads=case.num_heads,
+                        kv_heads=case.num_kv_heads, head_dim=case.head_dim, dtype=case.dtype, window=case.window)
+        yield Row(f"attention {case}", ours, theirs, (q, pages, blocks), their_operands,
+                  4 * seen_keys(case) * case.num_heads * case.head_dim, attention_moved(case, q), sdpa=sdpa)
+
+
+def kv_write_rows(implementation: Implementation, cases: Sequence[AttentionCase] = attention_cases.DECODER) -> Iterator[Row]:
+    """In place, WRITES times in a call; XLA's own is a scatter."""
+    for case in (case for case in cases if case.dtype not in EIGHT_BIT and not case.page_width):
+        q, pages, blocks = attention_operands(case)
+        k, v = (q[:, :, : case.num_kv_heads].astype(case.dtype) + part for part in (0, 1))
+        yield Row(f"kv_write {case}", many_times(functools.partial(kv_write, implementation=implementation)), many_times(scatter),
+                  (pages, k, v, blocks), (pages, k, v, blocks), 0, 2 * size_of((k, v)), calls=WRITES)
+
+
+def many_times(write: Callable) -> Callable:
+    return jax.jit(lambda pages, k, v, blocks: jax.lax.fori_loop(0, WRITES, lambda _, pages: write(pages, k, v, blocks), pages))
+
+
+def scatter(pages: Pages, k: Array, v: Array, blocks: Blocks) -> Pages:
+    positions = blocks.starts[:, None] + jnp.arange(k.shape[1])
+    size = pages.keys.shape[2]
+    ids = jnp.take_along_axis(blocks.tables[blocks.slots], positions // size, axis=1)
+    ids = jnp.where(jnp.arange(k.shape[1]) < blocks.counts[:, None], ids, pages.keys.shape[0])
+    put = lambda pool, x: pool.at[ids, :, positions % size, : x.shape[-1]].set(x, mode="drop")
+    return pages._replace(keys=put(pages.keys, k), values=put(pages.values, v))
+
+
+ROWS = (attention_rows, kv_write_rows, matmul_rows, grouped_rows, sampling_rows)
