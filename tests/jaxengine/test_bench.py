@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import pathlib
+import subprocess
 import sys
 
 import jax
@@ -152,3 +153,14 @@ def test_transformers_is_a_peer(folder, tmp_path):
         peer = bench.Peer("transformers", sys.executable, place, "float32", 1000)
         assert peer.seconds([[1, 2, 3], [4, 5, 6]], [4, 4], logprobs=False) > 0 and "transformers" in peer.versions
         peer.close()
+
+
+@pytest.mark.reference
+def test_torchs_attention_answers():
+    """The peer of benchmarks/kernels.py."""
+    pytest.importorskip("torch", reason="needs torch")
+    task = dict(sequences=2, context=40, chunk=3, heads=4, kv_heads=2, head_dim=8, dtype="float32", window=5)
+    found = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "torch_attention.py")], input=json.dumps(task) + "\n",
+                           capture_output=True, text=True, check=True)
+    hello, answer = map(json.loads, found.stdout.splitlines())
+    assert hello["device"] == "cpu" and answer["seconds"] > 0
