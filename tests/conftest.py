@@ -28,6 +28,7 @@ MAPS = Path("/proc/self/maps")
 MANY_MAPS = 25_000  # Linux ends a process that asks for more than 65,530
 
 
+@pytest.hookimpl(optionalhook=True)  # where xdist is
 def pytest_xdist_auto_num_workers() -> int:
     """What `-n auto` means: a worker keeps one and a half cores busy and takes up to 6 GB for compiled code."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
