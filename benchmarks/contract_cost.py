@@ -75,10 +75,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="qwen3-0.6b-shape")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--layers", type=int, help="of a named shape, in place of its own: quicker, and the head's share grows")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32, 64])
     parser.add_argument("--workloads", nargs="+", choices=("decode", "group"), default=("decode", "group"))
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
+    if arguments.layers:
+        bench.SHAPES[arguments.model] = dataclasses.replace(bench.SHAPES[arguments.model], num_hidden_layers=arguments.layers)
     pinned = bench.open_model(arguments.model, dtype=arguments.dtype, compile_patience=0)
     with plain():
         bare = bench.LLM.from_params(pinned.config, pinned.params, **dataclasses.asdict(pinned.engine_config))

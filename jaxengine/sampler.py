@@ -21,14 +21,11 @@ from pallas_kernels.sampling_reference import log_softmax
 def fold_keys(key: UInt32[Array, "t 2"], folds: Int[Array, "t 2"], positions: Int[Array, " t"]) -> Array:
     """The key of each row's token: fold_in(fold_in(fold_in(key, prompt_index), sample_index), position); a fold of -1 is left out."""
 
-    def one(data, fold, position):
-        key = jax.random.wrap_key_data(data, impl="threefry2x32")
-        for index in fold:
-            folded = jax.random.fold_in(key, index)
-            key = jax.lax.select(index >= 0, folded, key)
-        return jax.random.fold_in(key, position)
+    def one(data, indices):
+        fold = lambda key, index: (jax.lax.select(index >= 0, jax.random.fold_in(key, index), key), None)
+        return jax.lax.scan(fold, jax.random.wrap_key_data(data, impl="threefry2x32"), indices)[0]  # a loop: threefry compiles for long
 
-    return jax.vmap(one)(key, folds, positions)
+    return jax.vmap(one)(key, jnp.column_stack([folds, positions]))
 
 
 def process(logits: Float[Array, "t V"], row: SlotParams, history: Int[Array, "slots max_len"], slots: Int[Array, " t"],
