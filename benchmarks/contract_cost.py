@@ -12,10 +12,10 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 
-import jax
 from plain_engine import plain
+from stepping import drain, queue, reads_prompts
 
-from jaxengine import LLM, SamplingParams, bench
+from jaxengine import LLM, bench
 from jaxengine.workloads import Decode, Group, Prompts
 
 
@@ -30,23 +30,6 @@ class Step:
     @property
     def cost(self) -> float:
         return self.pinned / self.plain - 1
-
-
-def queue(llm: LLM, prompts: Prompts, lengths: list[int]) -> None:
-    params = [SamplingParams(max_tokens=n, min_tokens=n, ignore_eos=True, detokenize=False) for n in lengths]
-    for request in llm._requests([{"prompt_token_ids": prompt} for prompt in prompts], params, jax.random.key(0), None):
-        llm.engine.add(request)
-
-
-def serve(llm: LLM, prompts: Prompts, lengths: list[int]) -> None:
-    queue(llm, prompts, lengths)
-    while llm.engine.requests:
-        llm.engine.step()
-
-
-def reads_prompts(llm: LLM) -> bool:
-    scheduler = llm.engine.scheduler
-    return bool(scheduler.waiting) or any(s.num_computed < s.prompt_length for s in scheduler.running)
 
 
 def lockstep(pinned: LLM, bare: LLM, prompts: Prompts, lengths: list[int]) -> Iterator[Step]:
@@ -84,15 +67,17 @@ def main() -> None:
         bench.SHAPES[arguments.model] = dataclasses.replace(bench.SHAPES[arguments.model], num_hidden_layers=arguments.layers)
     pinned = bench.open_model(arguments.model, dtype=arguments.dtype, compile_patience=0)
     with plain():
-        bare = bench.LLM.from_params(pinned.config, pinned.params, **dataclasses.asdict(pinned.engine_config))
+        bare = LLM.from_params(pinned.config, pinned.params, **dataclasses.asdict(pinned.engine_config))
     each = {"decode": [*map(Decode, arguments.batch)], "group": [Group()]}
     print(", ".join(f"{name} {value}" for name, value in bench.machine().items()), flush=True)
     print("| workload | steps | pinned, s | plain, s | cost | cost of a step: quartiles |\n|---|---|---|---|---|---|", flush=True)
     for workload in (workload for name in arguments.workloads for workload in each[name]):
         drawn = functools.partial(workload.requests, vocab_size=pinned.config.vocab_size)
-        serve(pinned, *drawn(-1))
+        queue(pinned, *drawn(-1))
+        drain(pinned)
         with plain():  # what the plain engine needs is compiled in here, and nothing is once both have run
-            serve(bare, *drawn(-1))
+            queue(bare, *drawn(-1))
+            drain(bare)
         with bench.compilations() as compiled:
             steps = [step for repeat in range(arguments.repeats) for step in lockstep(pinned, bare, *drawn(repeat))]
         for kind, reads in (("with prompts", True), ("decode alone", False)):

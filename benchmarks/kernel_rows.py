@@ -6,9 +6,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array
 
+from jaxengine.config import QUERY_BLOCK
 from pallas_kernels.cases import attention as attention_cases
 from pallas_kernels.cases import grouped_matmul as grouped_cases
 from pallas_kernels.cases import matmul as matmul_cases
@@ -23,9 +23,8 @@ from pallas_kernels.matmul_reference import plain
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.paged_attention_inputs import EIGHT_BIT, Blocks, Pages
 from pallas_kernels.sampling import sampling_tail
-from pallas_kernels.sampling_reference import Tail, draw_blocks, log_softmax
+from pallas_kernels.sampling_reference import plain_tail
 
-QUERY_BLOCK = 16  # queries to a block of a chunk
 WRITES = 100  # of one call, so that bringing the pools into the call is no part of the time
 
 
@@ -74,12 +73,6 @@ def grouped_rows(implementation: Implementation, cases: Sequence = grouped_cases
 
 
 def sampling_rows(implementation: Implementation, cases: Sequence = sampling_cases.DECODER) -> Iterator[Row]:
-    def plain_tail(x: Array, given: Array, uniforms: Array) -> Tail:
-        logprobs = log_softmax(x)
-        tokens = draw_blocks(logprobs, uniforms)
-        highs = x.max(-1)
-        return Tail(tokens, jnp.take_along_axis(logprobs, tokens[:, None], 1)[:, 0], highs, (x - logprobs)[:, 0] - highs)
-
     for case in cases:
         logits, uniforms = case.operands()
         ours = jax.jit(functools.partial(sampling_tail, implementation=implementation))
@@ -89,15 +82,11 @@ def sampling_rows(implementation: Implementation, cases: Sequence = sampling_cas
 # -- attention -----------------------------------------------------------------------------------------------------------------
 
 def attention_operands(case: AttentionCase) -> tuple[Array, Pages, Blocks]:
-    """(queries, a pool of random pages, blocks), made on the device."""
-    blocks, rows = case.blocks(1 if case.chunk == 1 else QUERY_BLOCK)
+    """(queries, a pool of random pages, blocks), made on the device: a case's own pool would be filled on the host, token by token."""
     r = 1 if case.chunk == 1 else QUERY_BLOCK
-    keys = jax.random.split(jax.random.key(0), 4)
-    tables = case.tables()
-    shape = int((tables >= 0).sum()), case.num_kv_heads, case.page_size, case.page_width or case.head_dim
-    compact = np.where(tables >= 0, np.cumsum(tables.reshape(-1) >= 0).reshape(tables.shape) - 1, -1)
-    order = np.random.RandomState(1).permutation(shape[0])  # pages lie scattered
-    blocks = blocks._replace(tables=jnp.asarray(np.where(compact >= 0, order[compact], -1), jnp.int32))
+    blocks, rows = case.blocks(r)
+    keys = jax.random.split(jax.random.key(0), 3)
+    shape = int(blocks.tables.max()) + 1, case.num_kv_heads, case.page_size, case.page_width or case.head_dim
     inside = jnp.arange(shape[3]) < case.head_dim
     if case.dtype in EIGHT_BIT:
         pools = [(20 * jax.random.normal(key, shape)).astype(case.dtype) for key in keys[:2]]

@@ -17,8 +17,9 @@ from collections.abc import Callable, Iterator
 import jax
 import jax.numpy as jnp
 from kernel_rows import ROWS, Row, size_of
+from stepping import drain, queue, reads_prompts
 
-from jaxengine import SamplingParams, bench
+from jaxengine import bench
 from pallas_kernels.implementations import choose
 
 GIB = 2**30
@@ -87,13 +88,10 @@ def decode_steps(batches: list[int], repeats: int, bandwidth: float) -> Iterator
     llm = bench.open_model("qwen3-0.6b-shape", dtype="bfloat16", compile_patience=0)
     weights, config = size_of(llm.params), llm.config
     for batch in batches:
-        prompts, _ = bench.Decode(batch).requests(0, config.vocab_size)
-        params = SamplingParams(max_tokens=repeats + 16, min_tokens=repeats + 16, ignore_eos=True, detokenize=False)
-        stream = [{"prompt_token_ids": prompt} for prompt in prompts]
-        for request in llm._requests(stream, [params] * batch, jax.random.key(0), None):
-            llm.engine.add(request)
-        while not all(s.num_computed > len(prompts[0]) for s in llm.engine.scheduler.running) or llm.engine.scheduler.waiting:
+        queue(llm, *bench.Decode(batch).requests(0, config.vocab_size, repeats + 16))
+        while reads_prompts(llm):
             llm.engine.step()
+        llm.engine.step()  # the first step that only decodes may compile
         start = time.perf_counter()
         for _ in range(repeats):
             llm.engine.step()
@@ -101,8 +99,7 @@ def decode_steps(batches: list[int], repeats: int, bandwidth: float) -> Iterator
         contexts = batch * 128 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2
         share = (weights + contexts) / spent / bandwidth
         yield f"| decode step B={batch}, {llm.engine_config.kernels} | {spent * 1e6:.1f} | {share:.0%} | | | | |"
-        while llm.engine.requests:
-            llm.engine.step()
+        drain(llm)
 
 
 def main() -> None:

@@ -57,7 +57,7 @@ class Ours:
 
     def seconds(self, prompts: Prompts, lengths: list[int], logprobs: bool) -> float:
         """The wall time of one call; logprobs of the sampled tokens come whether asked for or not."""
-        params = [SamplingParams(max_tokens=n, min_tokens=n, ignore_eos=True, detokenize=False) for n in lengths]
+        params = exact_lengths(lengths)
         start = time.perf_counter()
         outputs = self.llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
         spent = time.perf_counter() - start
@@ -65,6 +65,11 @@ class Ours:
         if drawn != lengths:
             raise ValueError(f"the workload asks for {lengths} tokens and got {drawn}: raise max_model_len")
         return spent
+
+
+def exact_lengths(lengths: list[int]) -> list[SamplingParams]:
+    """Parameters of samples with so many tokens each, neither more nor fewer, and no text."""
+    return [SamplingParams(max_tokens=n, min_tokens=n, ignore_eos=True, detokenize=False) for n in lengths]
 
 
 class Peer:

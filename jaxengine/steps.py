@@ -1,7 +1,6 @@
 """The jitted steps, pure functions of (params, cache, inputs). The only jax.jit of the engine is in here; the cache is donated."""
 import dataclasses
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +16,7 @@ from jaxengine.models.params import Decoder
 from jaxengine.ops.kernels import Kernels
 from jaxengine.ops.regions import over_tiles
 from jaxengine.step_inputs import Blocks, Copies, RowOutputs, Rows, SlotParams
+from pallas_kernels.sampling_reference import Tail
 
 HEAD_TILE = 8  # rows of the head in a prefill, where few of many rows draw
 
@@ -126,28 +126,28 @@ def next_token(config: ModelConfig, kernels: Kernels, max_logprobs: int, weights
     follows = history[slot, jnp.minimum(position + 1, history.shape[1] - 1)]
     given = jnp.where(scored, follows, jnp.where(row.temperature == 0, best, -1))
     uniforms = sampler.uniforms(sampler.fold_keys(row.key, row.key_folds, position + 1))
-    tokens, chosen, logprobs = kernels.tail(drawn_from, given, uniforms)
-    finite &= ~dead_end & ~jnp.isnan(chosen)  # logits may be finite, and overflow when a temperature divides them
-    raw, entropies = _details(kernels, logits, logprobs, tokens, row)
-    ranks, top_ids, top_logprobs = _likeliest(logprobs, chosen, row, max_logprobs)
-    return RowOutputs(jnp.where(dead_end, -1, tokens), chosen, raw, entropies, ranks, top_ids, top_logprobs, finite)
+    out = kernels.tail(drawn_from, given, uniforms)
+    finite &= ~dead_end & ~jnp.isnan(out.logprobs)  # logits may be finite, and overflow when a temperature divides them
+    raw, entropies = _details(kernels, logits, drawn_from, out, row)
+    ranks, top_ids, top_logprobs = _likeliest(drawn_from, out, row, max_logprobs)
+    return RowOutputs(jnp.where(dead_end, -1, out.tokens), out.logprobs, raw, entropies, ranks, top_ids, top_logprobs, finite)
 
 
-def _details(kernels: Kernels, logits: Array, logprobs: Callable[[], Array], tokens: Array, row: SlotParams) -> tuple[Array, Array]:
+def _details(kernels: Kernels, logits: Array, drawn_from: Array, out: Tail, row: SlotParams) -> tuple[Array, Array]:
     """(raw logprobs, entropies), zeros where no row asked."""
-    asked = lambda: (kernels.tail(logits, tokens)[1], sampler.entropy(logprobs()))
-    nothing = jnp.zeros(tokens.shape, jnp.float32)
+    asked = lambda: (kernels.tail(logits, out.tokens).logprobs, sampler.entropy(out.all_logprobs(drawn_from)))
+    nothing = jnp.zeros(out.tokens.shape, jnp.float32)
     return jax.lax.cond(row.details.any(), asked, lambda: (nothing, nothing))
 
 
-def _likeliest(logprobs: Callable[[], Array], chosen: Array, row: SlotParams, n: int) -> tuple[Array, Array, Array]:
+def _likeliest(drawn_from: Array, out: Tail, row: SlotParams, n: int) -> tuple[Array, Array, Array]:
     """(rank of the chosen token, likeliest ids, their logprobs), zeros where no row asked. Ties go to the lower id."""
 
     def asked():
-        each = logprobs()
-        values, ids = jax.lax.top_k(each, n)
-        return (each > chosen[:, None]).sum(-1).astype(jnp.int32) + 1, ids, values
+        logprobs = out.all_logprobs(drawn_from)
+        values, ids = jax.lax.top_k(logprobs, n)
+        return (logprobs > out.logprobs[:, None]).sum(-1).astype(jnp.int32) + 1, ids, values
 
-    batch = chosen.shape[0]
+    batch = out.logprobs.shape[0]
     return jax.lax.cond((row.num_logprobs > 0).any(), asked,
                         lambda: (jnp.zeros(batch, jnp.int32), jnp.zeros((batch, n), jnp.int32), jnp.zeros((batch, n), jnp.float32)))

@@ -27,12 +27,14 @@ class Tail(NamedTuple):
 
 def log_softmax(x: Float[Array, "... n"]) -> Float[Array, "... n"]:
     """x - log Σ exp x in float32; -inf stays -inf."""
-    shifted = x - jax.lax.stop_gradient(x.max(-1, keepdims=True))
-    return shifted - _log_mass(shifted)[..., None]
+    high, log_mass = _normaliser(x)
+    return (x - high[..., None]) - log_mass[..., None]
 
 
-def _log_mass(shifted: Float[Array, "... n"]) -> Float[Array, "..."]:
-    return jnp.log(row_sum(exp(shifted)))
+def _normaliser(x: Float[Array, "... n"]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """(the largest of a row, log Σ exp of the differences from it)."""
+    high = jax.lax.stop_gradient(x.max(-1))
+    return high, jnp.log(row_sum(exp(x - high[..., None])))
 
 
 def draw_blocks(logprobs: Float[Array, "t V"], uniforms: Float[Array, "t 2"], block_size: int = BLOCK) -> Int[Array, " t"]:
@@ -53,14 +55,14 @@ def _inverse_cdf(weights: Float[Array, "t n"], u: Float[Array, " t"]) -> Int[Arr
     return jnp.where(hit.any(-1), jnp.argmax(hit, axis=-1), last).astype(jnp.int32)
 
 
-def _tile(logits: Array, uniforms: Array, given: Array) -> Tail:
-    highs = logits.max(-1)
-    log_masses = _log_mass(logits - highs[:, None])
+def plain_tail(logits: Float[Array, "t V"], given: Int[Array, " t"], uniforms: Float[Array, "t 2"] | None = None) -> Tail:
+    """All rows at once. Their bits are their own within a pinned tile of rows."""
+    highs, log_masses = _normaliser(logits)
     logprobs = (logits - highs[:, None]) - log_masses[:, None]
-    tokens = jnp.where(given >= 0, given, draw_blocks(logprobs, uniforms))
+    tokens = given if uniforms is None else jnp.where(given >= 0, given, draw_blocks(logprobs, uniforms))
     return Tail(tokens, jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0], highs, log_masses)
 
 
 def sampling_reference(logits: Float[Array, "t V"], uniforms: Float[Array, "t 2"], given: Int[Array, " t"]) -> Tail:
     """TILE rows at a time."""
-    return by_tiles(_tile, TILE, logits, uniforms, given)
+    return by_tiles(plain_tail, TILE, logits, given, uniforms)

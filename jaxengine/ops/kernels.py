@@ -5,7 +5,6 @@ any machine, slowly. Each has its own bits, so the name is part of the contract;
 """
 import functools
 import logging
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
@@ -16,6 +15,7 @@ from jaxengine.ops.pallas import Pallas
 from jaxengine.ops.xla import Xla
 from jaxengine.step_inputs import Blocks
 from pallas_kernels import implementations
+from pallas_kernels.sampling_reference import Tail
 
 XLA = Xla()
 OF_PLATFORM = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}
@@ -55,11 +55,10 @@ class Kernels(Protocol):
         """Sum over leaves of x @ w.T, in the fixed order of the tree (vLLM: row parallel)."""
         ...
 
-    def tail(self, logits: Float[Array, "t V"], given: Int[Array, " t"], uniforms: Float[Array, "t 2"] | None = None
-             ) -> tuple[Int[Array, " t"], Float[Array, " t"], Callable[[], Float[Array, "t V"]]]:
-        """(tokens, their logprobs under softmax(logits), what computes all tokens' logprobs).
+    def tail(self, logits: Float[Array, "t V"], given: Int[Array, " t"], uniforms: Float[Array, "t 2"] | None = None) -> Tail:
+        """A token of each row and its logprob under softmax(logits): given ≥ 0 is scored, else one is drawn.
 
-        given ≥ 0 is scored, else a token is drawn: without uniforms all are given. All logprobs have the bits of those of `tokens`.
+        Without uniforms all are given.
         """
         ...
 

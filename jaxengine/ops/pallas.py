@@ -5,7 +5,6 @@ kernel's bits do not depend on what else it is given, and between kernels nothin
 """
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,6 +21,7 @@ from pallas_kernels.kv_write import kv_write
 from pallas_kernels.matmul import matmul
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.sampling import sampling_tail
+from pallas_kernels.sampling_reference import Tail
 from sharding.leaves import tree_sum
 
 GPU_WIDTHS = (16, 32, 64, 128, 256)  # of heads in pages: Triton's arrays are powers of two
@@ -80,10 +80,8 @@ class Pallas:
             return run(x if shared else x[0], w[0])[None]
         return jax.vmap(run, in_axes=(None if shared else 0, 0))(x, w)
 
-    def tail(self, logits: Float[Array, "t V"], given: Int[Array, " t"], uniforms: Float[Array, "t 2"] | None = None
-             ) -> tuple[Int[Array, " t"], Float[Array, " t"], Callable[[], Float[Array, "t V"]]]:
-        out = sampling_tail(logits, given, uniforms, implementation=self.implementation)
-        return out.tokens, out.logprobs, lambda: out.all_logprobs(logits)
+    def tail(self, logits: Float[Array, "t V"], given: Int[Array, " t"], uniforms: Float[Array, "t 2"] | None = None) -> Tail:
+        return sampling_tail(logits, given, uniforms, implementation=self.implementation)
 
     # -- pages -----------------------------------------------------------------------------------------------------------------
 

@@ -1,6 +1,5 @@
 """The decoder's ops on a mesh: each device runs its own kernels on the leaves that it owns."""
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from jaxengine.config import ModelConfig
 from jaxengine.ops.pallas import Pallas
 from jaxengine.step_inputs import Blocks
-from pallas_kernels.sampling import sampling_tail
+from pallas_kernels.sampling_reference import Tail
 from sharding.leaves import tree_sum
 
 WHOLE = PartitionSpec()
@@ -86,12 +85,9 @@ class Sharded:
         own = lambda x, w: tree_sum(self._gathered(self.own.summed(x, w)[None]))
         return self._on_each(own, (self.leaves, self.leaves), WHOLE)(x, w)
 
-    def tail(self, logits: Float[Array, "t V"], given: Int[Array, " t"], uniforms: Float[Array, "t 2"] | None = None
-             ) -> tuple[Int[Array, " t"], Float[Array, " t"], Callable[[], Float[Array, "t V"]]]:
+    def tail(self, logits: Float[Array, "t V"], given: Int[Array, " t"], uniforms: Float[Array, "t 2"] | None = None) -> Tail:
         """Each device draws from all logits, which it has, and all come to the same token."""
-        run = functools.partial(sampling_tail, implementation=self.own.implementation)
-        out = self._on_each(run, (WHOLE, WHOLE, WHOLE), WHOLE)(logits, given, uniforms)
-        return out.tokens, out.logprobs, lambda: out.all_logprobs(logits)
+        return self._on_each(self.own.tail, (WHOLE, WHOLE, WHOLE), WHOLE)(logits, given, uniforms)
 
     def _gathered(self, x: Float[Array, "leaf ..."]) -> Float[Array, "all ..."]:
         return jax.lax.all_gather(x, self.axis, tiled=True)

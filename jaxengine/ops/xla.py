@@ -1,7 +1,6 @@
 """The decoder's ops in plain XLA, laid out and tiled for CPUs. kernels.py says what each op has to be."""
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,7 +13,7 @@ from jaxengine.ops.regions import over_tiles
 from jaxengine.step_inputs import Blocks
 from pallas_kernels.pinned_math import silu
 from pallas_kernels.reference import paged_attention
-from pallas_kernels.sampling_reference import draw_blocks, log_softmax
+from pallas_kernels.sampling_reference import Tail, plain_tail
 from sharding.leaves import tree_sum
 
 # Query blocks that attention takes together, in every step: more do not stay in a CPU's cache, and with fewer XLA compiles
@@ -50,11 +49,8 @@ class Xla:
     def summed(self, x: Float[Array, "leaf t K"], w: Float[Array, "leaf N K"]) -> Float[Array, "t N"]:
         return tree_sum(dot(x, w))
 
-    def tail(self, logits: Float[Array, "t V"], given: Int[Array, " t"], uniforms: Float[Array, "t 2"] | None = None
-             ) -> tuple[Int[Array, " t"], Float[Array, " t"], Callable[[], Float[Array, "t V"]]]:
-        logprobs = log_softmax(logits)
-        tokens = given if uniforms is None else jnp.where(given >= 0, given, draw_blocks(logprobs, uniforms))
-        return tokens, jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0], lambda: logprobs
+    def tail(self, logits: Float[Array, "t V"], given: Int[Array, " t"], uniforms: Float[Array, "t 2"] | None = None) -> Tail:
+        return plain_tail(logits, given, uniforms)
 
     # -- pages -----------------------------------------------------------------------------------------------------------------
 

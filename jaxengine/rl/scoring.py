@@ -83,8 +83,8 @@ def _row_scores(config: ModelConfig, kernels: Kernels, entropy: bool, weights: t
     row = dataclasses.replace(row, prompt_length=prompts, first_stop=jnp.where(row.first_stop > 0, prompts + row.first_stop, 0))
     logits = decoder.logits(config, kernels, norm, head, x)
     _, drawn_from = sampler.distribution(logits, row, tokens, sequences, positions, jnp.zeros(x.shape[0], bool))
-    _, chosen, logprobs = kernels.tail(drawn_from, tokens[sequences, positions])
-    return (chosen, sampler.entropy(logprobs())) if entropy else (chosen,)
+    out = kernels.tail(drawn_from, tokens[sequences, positions])
+    return (out.logprobs, sampler.entropy(out.all_logprobs(drawn_from))) if entropy else (out.logprobs,)
 
 
 def _opaque(slots: SlotParams, params: Decoder, tokens: Array) -> SlotParams:

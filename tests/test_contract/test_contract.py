@@ -232,38 +232,25 @@ def test_without_the_proof_bits_move(monkeypatch):
     assert bits(llm.generate(prompts[:1], greedy)) != bits(llm.generate(prompts, greedy))[:1]
 
 
-@pytest.fixture(scope="module")
-def warm():
-    """A small engine after warm-up, and the names of what warming up compiled."""
-    llm = make_llm(*random_model(num_hidden_layers=1))
+def test_each_step_is_compiled_once_and_nothing_after_warm_up():
+    """Whatever runs: other lengths, batch sizes and sampling parameters, hits, preemptions, a new cache in the place of a lost one.
+
+    One test, since compiled code may be dropped between tests (conftest.py).
+    """
+    case, llm = answered(*DEFAULT[0]), make_llm(*random_model(num_hidden_layers=1))
     with compilations() as names:
         llm.warm_up()
-    llm.generate([[1, 2, 3]], SamplingParams(max_tokens=2))
-    return llm, Counter(name for name in names if "_step" in name)
-
-
-def test_each_step_is_compiled_once(warm):
-    assert warm[1] == {f"jit({kind}_step)": len(tiles) for kind, tiles in TILES.items()}
-
-
-def test_nothing_is_compiled_after_warm_up(warm):
-    """Whatever runs: other lengths, other batch sizes, other sampling parameters, hits and preemptions."""
-    case, (llm, _) = answered(*DEFAULT[0]), warm
+    assert Counter(name for name in names if "_step" in name) == {f"jit({kind}_step)": len(tiles) for kind, tiles in TILES.items()}
+    run = lambda: bits(llm.generate([[1, 2, 3]], SamplingParams(max_tokens=3), key=jax.random.key(KEY)))
+    expected = run()
     with compilations() as names:
         llm.generate(case.prompts, case.sampling, key=jax.random.key(KEY))
         for count in (1, 3, 24):
             llm.generate(case.prompts[:count], SamplingParams(n=2, max_tokens=9, logprobs=3, prompt_logprobs=2, entropy=True))
         assert not names
-        make_llm(*random_model(num_hidden_layers=1), max_model_len=64).generate([[1]], SamplingParams(max_tokens=2))
-        assert names, "the listener hears compilations"
-
-
-def test_a_cache_in_the_place_of_a_lost_one_compiles_nothing(warm):
-    llm, _ = warm
-    run = lambda: bits(llm.generate([[1, 2, 3]], SamplingParams(max_tokens=3), key=jax.random.key(KEY)))
-    expected = run()
-    for array in jax.tree.leaves(llm.engine.cache):
-        array.delete()
-    llm.engine._recover()
-    with compilations() as names:
+        for array in jax.tree.leaves(llm.engine.cache):
+            array.delete()
+        llm.engine._recover()
         assert run() == expected and not [name for name in names if "_step" in name]
+        make_llm(*random_model(num_hidden_layers=1), max_model_len=64).generate([[1]], SamplingParams(max_tokens=2))
+        assert [name for name in names if "_step" in name], "the listener hears compilations"
