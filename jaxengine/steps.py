@@ -17,6 +17,7 @@ from jaxengine.ops.kernels import Kernels
 from jaxengine.ops.regions import over_tiles
 from jaxengine.step_inputs import Blocks, Copies, RowOutputs, Rows, SlotParams
 from pallas_kernels.sampling_reference import Tail
+from pallas_kernels.tiles import unknown_zero
 
 HEAD_TILE = 8  # rows of the head in a prefill, where few of many rows draw
 
@@ -26,7 +27,8 @@ def prefill_step(params: Decoder, cache: Cache, tables: Array, slots: SlotParams
                  *, config: ModelConfig, kernels: Kernels, tile: Tile, max_logprobs: int) -> tuple[Cache, RowOutputs]:
     """Run prompt chunks and draw (or score) the token after each of `rows`. Drawn tokens are appended to the history."""
     cache, hidden = decoder.forward(config, kernels, params, cache, tables, blocks, tile)
-    cache = kv_cache.copy_pages(cache, copies.sources, copies.targets, copies.num_copies)
+    # Copies wait for the attention that reads the pools they change: XLA on CPU would rather copy all pools than see to the order.
+    cache = kv_cache.copy_pages(cache, copies.sources, copies.targets, copies.num_copies + unknown_zero(hidden))
     x = hidden.reshape(-1, hidden.shape[-1])[rows.indices]
     out = next_tokens(config, kernels, params, cache, slots, x, rows, HEAD_TILE, max_logprobs)
     return append(cache, rows, out), out

@@ -8,11 +8,15 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jax
+import numpy as np
 import pytest
 
 from jaxengine import LLM
-from jaxengine.config import ModelConfig, RopeConfig
+from jaxengine.batch import BatchBuilder, rows_of
+from jaxengine.config import EngineConfig, ModelConfig, RopeConfig
+from jaxengine.kv_cache import Cache
 from jaxengine.models.params import Decoder, initialise
+from jaxengine.step_inputs import Blocks, Copies
 
 SIZES = dict(vocab_size=1000, hidden_size=96, intermediate_size=160, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4,
              head_dim=32, max_position_embeddings=4096)
@@ -58,6 +62,22 @@ def random_model(family: str = "Qwen3", **changes) -> tuple[ModelConfig, Decoder
 
 def make_llm(config: ModelConfig, params: Decoder, **engine) -> LLM:
     return LLM.from_params(config, params, **dict(max_model_len=512, max_num_seqs=32, num_pages=400) | engine)
+
+
+def step_inputs(kind: str, engine: EngineConfig) -> tuple:
+    """What a prefill or decode step takes behind params and cache, as the host makes it."""
+    batch, nothing = BatchBuilder(engine), np.zeros(engine.max_num_seqs, np.int32)
+    slots = jax.tree.map(np.copy, batch.host_slots)
+    if kind == "decode":
+        return batch.tables, slots, rows_of(batch.decode_rows, [0], [0], [0], [False])
+    ints = np.zeros(batch.prefill_blocks, np.int32)
+    return (batch.tables, slots, Blocks(ints, ints, ints, np.int32(1)), rows_of(batch.prefill_rows, [0], [0], [0], [False]),
+            Copies(nothing, nothing, np.int32(0)))
+
+
+def pool_bytes(cache: Cache) -> int:
+    """The size of one layer's keys or values: a step that copies what it should update in place needs as much again."""
+    return min(x.size * x.dtype.itemsize for x in (*cache.keys, *cache.values))
 
 
 def bits(outputs) -> list[tuple]:
