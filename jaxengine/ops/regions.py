@@ -34,8 +34,9 @@ def _over_tiles(body, tile, weights, rows, count):
     size = jax.tree.leaves(rows)[0].shape[0]
     assert size % tile == 0, f"{size} rows are no whole number of tiles of {tile}"
     shapes = jax.eval_shape(body, weights, jax.tree.map(lambda x: x[:tile], rows))
-    # Zeros that follow from the rows: XLA would else make those of every region of a program first, and keep them all.
-    zero = unknown_zero(jax.tree.leaves(rows)[0])
+    # Zeros that follow from the rows and the count: XLA would else make those of every region of a program first, and keep them all.
+    # Where a region is computed again, its rows were known long before; the count waits for its turn (rl/forward.py).
+    zero = unknown_zero(jax.tree.leaves(rows)[0], count)
     out = jax.tree.map(lambda s: jnp.full((size, *s.shape[1:]), zero, s.dtype), shapes)
 
     def step(i, out):

@@ -133,7 +133,7 @@ def test_gradients_of_a_cut_distribution(small):
 
 
 def test_memory_is_one_layers_activations(small):
-    """Temporaries of a gradient hardly grow with the layers: each keeps its residual stream alone."""
+    """Temporaries of a gradient grow by one array with a layer: the residual stream in front of it."""
     def temporaries(layers: int) -> int:
         config, params = random_model(num_hidden_layers=layers, vocab_size=300)
         tokens, mask = np.zeros((8, 256), np.int32), np.ones((8, 256), bool)
@@ -141,10 +141,10 @@ def test_memory_is_one_layers_activations(small):
         compiled = jax.jit(jax.grad(lambda p: jaxengine.score(p, tokens, mask, config=config).sum())).lower(params).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    # q, k, v, what attention gives, and the gates are 14 residual streams a layer; all of them are kept where nothing is computed again.
+    # q, k, v, what attention gives, and the gates are 14 more; all of them are kept where nothing is computed again.
     residual = 8 * 256 * 96 * 4
     each = (temporaries(6) - temporaries(2)) / 4
-    assert each < 7 * residual, f"{each / residual:.1f} residual streams a layer"
+    assert each < 1.1 * residual, f"{each / residual:.1f} residual streams a layer"
 
 
 def test_constants_of_the_callers_program_change_nothing(small):
