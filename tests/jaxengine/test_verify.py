@@ -76,6 +76,6 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     options = ["--quick", "--samples=8", "--max-model-len=256", "--no-progress", f"--json={path}"]
     assert cli.main(["verify", model, *options]) == 0
     assert "the contract holds" in capsys.readouterr().out and json.loads(path.read_text())["holds"] is True
-    monkeypatch.setattr("jaxengine.verify.greedy", lambda traffic, count: (False, "2 different of 8"))
+    monkeypatch.setattr("jaxengine.verify._checks", lambda *given: [("C2", "planted", lambda: (False, "2 different of 8"))])
     assert cli.main(["verify", model, *options]) == 1
-    assert "the contract FAILS on C2" in capsys.readouterr().out
+    assert "the contract FAILS on C2" in capsys.readouterr().out and json.loads(path.read_text())["holds"] is False

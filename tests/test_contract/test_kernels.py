@@ -66,7 +66,7 @@ class Case:
 
 
 CASES = [pytest.param(("Qwen3", "float32", 1, 1, dict(compile_patience=1_000_000)), id="Qwen3-float32-1-1"),
-         pytest.param(("Qwen2", "bfloat16", 2, 1, dict(compile_patience=0)), marks=pytest.mark.slow, id="Qwen2-bfloat16-2-1")]
+         pytest.param(("Qwen2", "bfloat16", 2, 1, dict(compile_patience=0)), marks=pytest.mark.long, id="Qwen2-bfloat16-2-1")]
 
 
 @pytest.fixture(scope="module", params=CASES)
