@@ -172,7 +172,7 @@ def test_an_update_raises_what_was_rewarded(drawn):
     assert gain[drawn.mask].sum() > 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_teaches_nothing_costs_nothing_and_changes_nothing(drawn):
     """Groups that are all right or all wrong are skipped: the loss and the gradient are those of the whole batch all the same."""
     trainer, rewards = make(), REWARDS.copy()
@@ -216,7 +216,7 @@ def test_what_cannot_be_learned_from(drawn, change, error):
         trainer.train(trainer.start(params, jax.random.key(0)), drawn, rewards)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_reference_holds_back(drawn):
     """At the reference itself the penalty is exactly 0; under weights that have moved away from it, it is not."""
     trainer = make(kl=1.0)

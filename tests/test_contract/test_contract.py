@@ -168,7 +168,7 @@ FEW_TILES = dict(compile_patience=99)
 SMALL = dict(page_size=16, num_pages=21, **FEW_TILES)
 CHANGES = [dict(page_size=64, max_num_seqs=40, num_pages=300, max_model_len=300), dict(max_num_seqs=3, max_num_batched_tokens=48),
            dict(decode_steps=3, overlap=True, num_pages=17)]
-SHAPES = [pytest.param(c, id="-".join(map(str, c)), marks=() if c == DEFAULT[0] else mark(c) or pytest.mark.slow)
+SHAPES = [pytest.param(c, id="-".join(map(str, c)), marks=() if c == DEFAULT[0] else pytest.mark.long)
           for c in FULL if c[2] == 1]
 
 
@@ -252,5 +252,3 @@ def test_each_step_is_compiled_once_and_nothing_after_warm_up():
             array.delete()
         llm.engine._recover()
         assert run() == expected and not [name for name in names if "_step" in name]
-        make_llm(*random_model(num_hidden_layers=1), max_model_len=64).generate([[1]], SamplingParams(max_tokens=2))
-        assert [name for name in names if "_step" in name], "the listener hears compilations"
