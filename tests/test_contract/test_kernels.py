@@ -118,7 +118,6 @@ def test_near_plain_xla(case):
     assert 0 < off < (1e-4 if case.config.dtype == "float32" else 1e-2), "0: was it the same code?"
 
 
-@pytest.mark.slow
 def test_the_gradient_is_near_plain_xlas(case):
     gradient, (_, plain_gradient) = case.with_gradient[1], case.scored_with_gradient("xla")
     share = 1e-4 if case.config.dtype == "float32" else 1e-2

@@ -83,7 +83,6 @@ def test_the_llm_scores_in_batches_of_few_shapes(scored, monkeypatch):
     assert (entropies[scored.rollout.mask] >= 0).all() and not entropies[~scored.rollout.mask].any()
 
 
-@pytest.mark.slow
 def test_the_base_tile_gives_the_same(scored):
     assert (bits(scored.score(tile=BASE)) == bits(scored.rollout.logprobs)).all()
 
