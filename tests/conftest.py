@@ -2,6 +2,7 @@
 import gc
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -11,10 +12,11 @@ import jax
 import numpy as np
 import pytest
 
-from jaxengine import LLM
+from jaxengine import LLM, steps
 from jaxengine.batch import BatchBuilder, rows_of
-from jaxengine.config import EngineConfig, ModelConfig, RopeConfig
+from jaxengine.config import QUERY_BLOCK, EngineConfig, ModelConfig, RopeConfig
 from jaxengine.kv_cache import Cache
+from jaxengine.models.decoder import Tile
 from jaxengine.models.params import Decoder, initialise
 from jaxengine.step_inputs import Blocks, Copies
 
@@ -64,15 +66,17 @@ def make_llm(config: ModelConfig, params: Decoder, **engine) -> LLM:
     return LLM.from_params(config, params, **dict(max_model_len=512, max_num_seqs=32, num_pages=400) | engine)
 
 
-def step_inputs(kind: str, engine: EngineConfig) -> tuple:
-    """What a prefill or decode step takes behind params and cache, as the host makes it."""
+def step_call(kind: str, engine: EngineConfig, num_steps: int = 1) -> tuple[Callable, tuple, dict]:
+    """A jitted step of eight rows or eight query blocks; what it takes behind params and cache, as the host makes it; static arguments."""
     batch, nothing = BatchBuilder(engine), np.zeros(engine.max_num_seqs, np.int32)
     slots = jax.tree.map(np.copy, batch.host_slots)
     if kind == "decode":
-        return batch.tables, slots, rows_of(batch.decode_rows, [0], [0], [0], [False])
+        inputs = batch.tables, slots, rows_of(batch.decode_rows, [0], [0], [0], [False])
+        return steps.decode_step, inputs, dict(tile=Tile(1, 8), max_logprobs=20, num_steps=num_steps)
     ints = np.zeros(batch.prefill_blocks, np.int32)
-    return (batch.tables, slots, Blocks(ints, ints, ints, np.int32(1)), rows_of(batch.prefill_rows, [0], [0], [0], [False]),
-            Copies(nothing, nothing, np.int32(0)))
+    inputs = (batch.tables, slots, Blocks(ints, ints, ints, np.int32(1)), rows_of(batch.prefill_rows, [0], [0], [0], [False]),
+              Copies(nothing, nothing, np.int32(0)))
+    return steps.prefill_step, inputs, dict(tile=Tile(QUERY_BLOCK, 8), max_logprobs=20)
 
 
 def pool_bytes(cache: Cache) -> int:

@@ -8,14 +8,13 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from conftest import pool_bytes, step_inputs
+from conftest import pool_bytes, step_call
 from jax.experimental import pallas as pl
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxengine import kv_cache, steps
-from jaxengine.config import QUERY_BLOCK, EngineConfig, ModelConfig
+from jaxengine import kv_cache
+from jaxengine.config import EngineConfig, ModelConfig
 from jaxengine.models import params
-from jaxengine.models.decoder import Tile
 from jaxengine.ops.kernels import Kernels
 from jaxengine.ops.pallas import Pallas
 from jaxengine.ops.sharded import Sharded
@@ -108,10 +107,8 @@ def test_sampling_tail(case, mesh, kernels, report):
 
 
 def compiled_step(kind: str, mesh: Mesh, ops: Kernels, state: tuple) -> Compiled:
-    jitted, tile, more = ((steps.decode_step, Tile(1, 8), dict(num_steps=1)) if kind == "decode"
-                          else (steps.prefill_step, Tile(QUERY_BLOCK, 8), {}))
-    static = dict(config=MODEL, kernels=ops, tile=tile, max_logprobs=20) | more
-    return compile_ahead(mesh, jitted, *state, *step_inputs(kind, ENGINE), **static)
+    step, inputs, static = step_call(kind, ENGINE)
+    return compile_ahead(mesh, step, *state, *inputs, config=MODEL, kernels=ops, **static)
 
 
 def assert_kernels(compiled: Compiled) -> None:
