@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 
 def _check_neighbours() -> None:
     """`sharding` and `checkpoints` are words that users give their own files: say so where one of theirs hides ours."""
-    for module in ("checkpoints.key_table", "pallas_kernels.reference", "sharding.leaves"):
+    for module in ("checkpoints.key_table", "pallas_kernels.tiles", "sharding.leaves"):
         name = module.partition(".")[0]
         if _find(module) is None:
             found = importlib.import_module(name)

@@ -9,6 +9,7 @@ from jax.core import Tracer
 
 from jaxengine.config import EngineConfig, ModelConfig
 from jaxengine.coordinate import Coordinate
+from jaxengine.keys import key_data, key_of, seed_data
 from jaxengine.keywords import check_keywords
 from jaxengine.outputs import CompletionOutput, RequestOutput
 from jaxengine.request import SamplingParams, token_ids_of
@@ -17,27 +18,6 @@ from jaxengine.slots import MAX_STOPS, stop_token_ids
 from jaxengine.tokenizer import Tokenizer
 
 PROMPT_KEYS = ("prompt", "prompt_token_ids", "allow_special_tokens", "cache_salt")
-
-
-def key_data(key: Any) -> tuple[int, int]:
-    """The two words of a typed threefry key; raises for anything else."""
-    if not (isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
-        raise TypeError(f"key must be a typed key such as jax.random.key(0), got {type(key).__name__}"
-                        f"{f' of {key.dtype}{list(key.shape)}' if hasattr(key, 'dtype') else ''}")
-    if key.shape != () or jax.random.key_impl(key) not in ("fry", "threefry2x32"):
-        raise ValueError(f"key must be one threefry key, got {jax.random.key_impl(key)} of shape {key.shape}")
-    high, low = np.asarray(jax.random.key_data(key)).tolist()
-    return high, low
-
-
-def sample_key(key: jax.Array, prompt_index: int, sample_index: int) -> jax.Array:
-    """The key of one sample of a call: with SamplingParams(key=…) and n=1 it draws the same bits again."""
-    return jax.random.fold_in(jax.random.fold_in(key, prompt_index), sample_index)
-
-
-def seed_data(seed: int) -> tuple[int, int]:
-    """The words of jax.random.key(seed), with all 64 bits of the seed: JAX drops the upper half in its 32-bit mode."""
-    return seed >> 32, seed & 0xFFFFFFFF
 
 
 def prompts_of(prompts: Any) -> list[Any]:
@@ -85,7 +65,7 @@ def make_request(request_id: str, prompt: Any, index: int, params: SamplingParam
 def replayed(request_id: str, coordinate: Coordinate, model: ModelConfig, engine: EngineConfig) -> Request:
     """The request that draws a coordinate's sample again, alone."""
     params, (prompt, sample) = coordinate.request_params(), coordinate.key_folds
-    key = jax.random.wrap_key_data(jnp.array(coordinate.key, jnp.uint32), impl="threefry2x32")
+    key = key_of(coordinate.key)
     for fold in (prompt, sample):
         key = jax.random.fold_in(key, fold) if fold >= 0 else key
     return make_request(request_id, coordinate.prompt_token_ids, 0, params.replace(key=key), (0, 0), model, engine, None)

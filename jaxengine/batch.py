@@ -13,11 +13,11 @@ from jaxengine.step_inputs import Blocks, Copies, Rows, SlotParams
 
 HISTORY_ROWS = 8  # sequences that one upload puts into their slots
 WIDE_PREFILL = 32  # blocks of the widest prefill tile: a step that can carry so many carries whole tiles
-ROW_UNIT = 32  # row arrays are whole numbers of the widest decode tile
+ROW_UNIT = 32  # row arrays are whole numbers of the widest decode tile that every kernel has
 
 
 class BatchBuilder:
-    """Host arrays of one engine. The last slot behind max_num_seqs belongs to the probe (probe.py)."""
+    """Host arrays of one engine. The last slot behind max_num_seqs belongs to the probe (programs.py)."""
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
@@ -88,10 +88,10 @@ class BatchBuilder:
                 positions.append(position)
                 scored.append(is_scored)
         capacity = self.prefill_blocks * (QUERY_BLOCK // tokens_per_block)
-        blocks = Blocks(_padded(slots, capacity, 0), _padded(starts, capacity, 0), _padded(counts, capacity, 0), np.int32(len(slots)))
+        blocks = Blocks(_padded(slots, capacity), _padded(starts, capacity), _padded(counts, capacity), np.int32(len(slots)))
         rows = rows_of(self.prefill_rows, indices, row_slots, positions, scored)
         limit = self.config.max_num_seqs
-        copies = Copies(_padded([a for a, _ in plan.copies], limit, 0), _padded([b for _, b in plan.copies], limit, 0),
+        copies = Copies(_padded([a for a, _ in plan.copies], limit), _padded([b for _, b in plan.copies], limit),
                         np.int32(len(plan.copies)))
         return blocks, rows, copies
 
@@ -108,12 +108,12 @@ def wanted_rows(chunk: Chunk) -> list[tuple[Sequence, int, bool]]:
 
 def rows_of(size: int, indices: Seq[int], slots: Seq[int], positions: Seq[int], scored: Seq[bool]) -> Rows:
     """Rows padded to `size`."""
-    return Rows(_padded(indices, size, 0), _padded(slots, size, 0), _padded(positions, size, 0), _padded(scored, size, False),
+    return Rows(_padded(indices, size), _padded(slots, size), _padded(positions, size), _padded(scored, size, np.bool_),
                 np.int32(len(slots)))
 
 
-def _padded(values: Seq, size: int, fill: int | float | bool) -> np.ndarray:
-    out = np.full(size, fill, np.array(fill).dtype.type if isinstance(fill, bool) else np.float32 if isinstance(fill, float) else np.int32)
+def _padded(values: Seq, size: int, dtype: type = np.int32) -> np.ndarray:
+    out = np.zeros(size, dtype)
     out[: len(values)] = values
     return out
 

@@ -140,15 +140,14 @@ def _generate(arguments: argparse.Namespace) -> int:
     params = sampling_params(arguments)
     if arguments.stream and params.n > 1:
         raise ValueError(f"--stream shows one sample of a prompt: n must be 1, got {params.n}")
-    import jax
-
+    from jaxengine.keys import own_key, seeded
     from jaxengine.llm import LLM
 
     llm = LLM(arguments.model, dtype=arguments.dtype, progress=arguments.progress, **given_fields(arguments, EngineConfig))
-    prompts, key = _prompts(llm, arguments), jax.random.key(arguments.call_seed)
+    prompts, key = _prompts(llm, arguments), seeded(arguments.call_seed)
     show = functools.partial(_completion, as_text=llm.tokenizer is not None and params.detokenize)
     if arguments.stream:
-        own = _own_keys(params, key, len(prompts))
+        own = [params.replace(key=own_key(key, params, index, 0), seed=None) for index in range(len(prompts))]  # as in a call of all
         reasons = [_print_growing(llm, *each, show) for each in zip(prompts, own, strict=True)]
     else:
         outputs = llm.generate(prompts, params, key=key)
@@ -167,14 +166,6 @@ def _prompts(llm: Any, arguments: argparse.Namespace) -> list[Any]:
         raise ValueError("the model has no tokenizer, so there is no chat: leave --chat out and give --prompt-token-ids")
     ids = [llm.tokenizer.encode_chat([{"role": "user", "content": prompt}], add_generation_prompt=True) for prompt in arguments.prompts]
     return [{"prompt": prompt, "prompt_token_ids": tokens} for prompt, tokens in zip(arguments.prompts, ids, strict=True)]
-
-
-def _own_keys(params: SamplingParams, key: Any, count: int) -> list[SamplingParams]:
-    """For calls of one prompt each: the key that each prompt has in a call of all."""
-    from jaxengine.admission import sample_key
-
-    has_own = params.key is not None or params.seed is not None
-    return [params if has_own else params.replace(key=sample_key(key, index, 0)) for index in range(count)]
 
 
 def _print_growing(llm: Any, prompt: Any, params: SamplingParams, show: Callable[[Any], str]) -> str:

@@ -3,10 +3,10 @@ import dataclasses
 from typing import Literal
 
 from jaxengine.keywords import nearest, strict_keywords
+from pallas_kernels.block_sizes import VOCAB_BLOCK
 from pallas_kernels.implementations import PLATFORMS
 
 QUERY_BLOCK = 16  # tokens of one sequence that prefill keeps together; page sizes and chunk starts are multiples of it
-VOCAB_BLOCK = 128  # token ids that a draw takes together (sampler.py)
 PROBE_TOKENS = 128  # tokens on which a step's tile is proven before it serves (programs.py)
 KERNELS = ("auto", *PLATFORMS)  # ops/kernels.py says what they are
 KV_TILE = 64  # keys that attention takes in one step of its online softmax: fixed, whatever the page size

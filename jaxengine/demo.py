@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from jaxengine.admission import sample_key
 from jaxengine.compare import Comparison, compare
+from jaxengine.keys import sample_key, seeded
 from jaxengine.llm import LLM
 from jaxengine.outputs import CompletionOutput
 from jaxengine.request import SamplingParams
@@ -33,7 +33,7 @@ def draw_alone(llm: LLM, prompts: Sequence[str], samples: int, key: jax.Array) -
 def draw_among_others(llm: LLM, prompts: Sequence[str], samples: int, key: jax.Array, seed: int) -> list[CompletionOutput]:
     """The same samples in one batch, each a request of its own, shuffled and with other requests between them."""
     wanted = [(prompt, sample_key(key, p, i)) for p, prompt in enumerate(prompts) for i in range(samples)]
-    others = [(problem.prompt, sample_key(jax.random.key(seed + 1), i, 0)) for i, problem in enumerate(arithmetic.problems(seed, OTHERS))]
+    others = [(problem.prompt, sample_key(seeded(seed + 1), i, 0)) for i, problem in enumerate(arithmetic.problems(seed, OTHERS))]
     batch = list(enumerate(wanted + others))
     random.Random(seed).shuffle(batch)
     outputs = llm.generate([prompt for _, (prompt, _) in batch], [_own(own) for _, (_, own) in batch], use_tqdm=False)
@@ -49,7 +49,7 @@ def demo(model: str = "calc", *, samples: int = 8, problems: int = 6, seed: int 
     """Sample problems, show and grade the answers, and draw them all again; True where every bit was the same."""
     say(f"Loading {model}. The first call compiles the steps of the engine, which takes most of this demo's time.")
     llm = LLM(model, max_model_len=CONTEXT)
-    asked, key = arithmetic.problems(seed, problems, "held-out"), jax.random.key(seed)
+    asked, key = arithmetic.problems(seed, problems, "held-out"), seeded(seed)
     prompts, params = [problem.prompt for problem in asked], SamplingParams(n=samples, max_tokens=MAX_TOKENS)
     say(f"{_size(llm)}. {problems} problems that it was not trained on, {samples} samples each, temperature 1, key {seed}:")
     draw = lambda: [sample for request in llm.generate(prompts, params, key=key, use_tqdm=False) for sample in request.outputs]

@@ -78,7 +78,7 @@ class Engine:
             for sequence in request.samples:
                 sequence.detokenizer = self._make_detokenizer(sequence)
                 sequence.detokenizer.push(sequence.generated)
-        self._end(request)  # where all of its samples had ended before
+        self._retire(request)  # where all of its samples had ended before
 
     def abort(self, request_id: str) -> None:
         """End a request wherever it is; unknown and finished ids are no error. Its pages are free at once."""
@@ -214,7 +214,7 @@ class Engine:
                 else:
                     self._extend(sequence, prefilled, lane)
         touched = {id(s.request): s.request for s in (*hurt, *step.decode, *step.chunked)}
-        return [request for request in touched.values() if self._end(request)]
+        return [request for request in touched.values() if self._retire(request)]
 
     def _read(self, step: InFlight) -> tuple["_HostRows | None", "_HostRows | None", list[Sequence]]:
         """A step's rows on the host, and whom the canary ended. Errors of the device surface here, before anything is written down."""
@@ -236,7 +236,8 @@ class Engine:
             self.scheduler.finish(sequence, "error", canary.CAUSE)
         return hurt
 
-    def _end(self, request: Request) -> bool:
+    def _retire(self, request: Request) -> bool:
+        """Let go of a request whose samples have all ended; True where it was still ours."""
         if any(s.status is not Status.FINISHED for s in request.samples):
             return False
         if self.requests.get(request.request_id) is not request:
@@ -337,7 +338,7 @@ class Engine:
         for sequence in self._at_work:
             self.scheduler.finish(sequence, "error", f"the device ran out of memory: {memory.advice(self.model, self.config)}")
         self.requests = known
-        return self._settled + [request for request in list(known.values()) if self._end(request)]
+        return self._settled + [request for request in list(known.values()) if self._retire(request)]
 
 
 class _HostRows:

@@ -53,7 +53,7 @@ def score(params: Decoder, tokens: Any, mask: Any, sampling_params: SamplingPara
 
     Differentiable in params by reverse mode, and the same bits under jit and inside `jax.value_and_grad`, at any batch size and padding.
     `kernels` as in EngineConfig: those that generated, whose bits they are. `tile` is the shape of the pinned regions: leave it, unless
-    `LLM.programs.refused` names the wide prefill step on your machine.
+    `llm.engine.programs.refused` names the wide prefill step on your machine.
     Raises ValueError where shapes do not fit each other or params do not fit config, and for a token outside the vocabulary.
     """
     tokens, mask = jnp.asarray(tokens), jnp.asarray(mask)

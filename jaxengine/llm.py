@@ -10,13 +10,14 @@ import numpy as np
 
 from checkpoints.model_folder import resolve
 from jaxengine import memory
-from jaxengine.admission import check_scored, extended, key_data, make_request, params_of, prompts_of, replayed
+from jaxengine.admission import check_scored, extended, make_request, params_of, prompts_of, replayed
 from jaxengine.compare import Comparison, compare
 from jaxengine.config import EngineConfig, ModelConfig
 from jaxengine.contract import contract
 from jaxengine.coordinate import Contract, Coordinate
 from jaxengine.detokenizer import Detokenizer
 from jaxengine.engine import Engine
+from jaxengine.keys import key_data, seeded
 from jaxengine.keywords import check_keywords
 from jaxengine.models import loading
 from jaxengine.models.params import Decoder
@@ -81,7 +82,7 @@ class LLM:
         with memory.explained(config, engine, "making room for the cache"):
             self.engine = Engine(config, engine, placed(params), make_detokenizer=self._detokenizer, report=self.progress.line)
             jax.block_until_ready(self.engine.cache)
-        self._key = jax.random.key(seed)
+        self._key = seeded(seed)
         self._calls, self._ids = itertools.count(), itertools.count()
         self.runner = Runner(self.engine)
         self._contracts: dict[int, Contract] = {}
@@ -304,7 +305,7 @@ class LLM:
         return self._contracts[weights.version]
 
     def warm_up(self) -> None:
-        """Compile every step now: nothing is compiled afterwards."""
+        """Compile every step of the engine now: none is compiled afterwards. `score` compiles for each shape at its first use."""
         with self.runner.alone(), memory.explained(self.config, self.engine_config, "compiling"):
             self.engine.warm_up()
 

@@ -49,9 +49,9 @@ def sampling_params(arguments: argparse.Namespace) -> SamplingParams:
     """The SamplingParams that the command line gave. Raises ValueError as SamplingParams does."""
     fields = given_fields(arguments, SamplingParams)
     if "key" in fields:
-        import jax
+        from jaxengine.keys import key_of
 
-        fields["key"] = jax.random.wrap_key_data(jax.numpy.array(fields["key"], "uint32"), impl="threefry2x32")
+        fields["key"] = key_of(fields["key"])
     return SamplingParams(**fields)
 
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from jaxengine.keys import key_of
 from jaxengine.step_inputs import SlotParams
 from pallas_kernels.pinned_math import exp, row_sum
 from pallas_kernels.sampling_reference import log_softmax
@@ -23,7 +24,7 @@ def fold_keys(key: UInt32[Array, "t 2"], folds: Int[Array, "t 2"], positions: In
 
     def one(data, indices):
         fold = lambda key, index: (jax.lax.select(index >= 0, jax.random.fold_in(key, index), key), None)
-        return jax.lax.scan(fold, jax.random.wrap_key_data(data, impl="threefry2x32"), indices)[0]  # a loop: threefry compiles for long
+        return jax.lax.scan(fold, key_of(data), indices)[0]  # a loop: threefry compiles for long
 
     return jax.vmap(one)(key, jnp.column_stack([folds, positions]))
 

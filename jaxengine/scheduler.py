@@ -38,7 +38,6 @@ class Plan:
     decode: list[Sequence] = dataclasses.field(default_factory=list)
     decode_positions: list[int] = dataclasses.field(default_factory=list)  # of each sequence's last token
     decode_counts: list[int] = dataclasses.field(default_factory=list)  # tokens that each will get
-    num_steps: int = 1
     chunks: list[Chunk] = dataclasses.field(default_factory=list)
     copies: list[tuple[int, int]] = dataclasses.field(default_factory=list)
     admitted: list[Sequence] = dataclasses.field(default_factory=list)
@@ -129,16 +128,13 @@ class Scheduler:
 
     def schedule(self) -> Plan:
         """The next step. Raises MustSettle where results under way must be collected first."""
-        plan = Plan(num_steps=self.config.decode_steps)
+        plan = Plan()
         self._plan_decode(plan)
         # The budget is shared with decoding, so that a long prompt adds little to the time between two tokens of the others.
         budget = max(self.config.max_num_batched_tokens - len(plan.decode), QUERY_BLOCK)
         budget = self._plan_running_prefills(plan, budget)
         self._admit(plan, budget)
-        for sequence in plan.decode:
-            steps = min(plan.num_steps, sequence.request.limit - sequence.length)
-            plan.decode_positions.append(sequence.length - 1)
-            plan.decode_counts.append(steps)
+        for sequence, steps in zip(plan.decode, plan.decode_counts, strict=True):
             sequence.num_computed += steps
             sequence.num_pending += steps
         for chunk in plan.chunks:
@@ -151,16 +147,21 @@ class Scheduler:
         for sequence in decoding:
             if sequence.status is not Status.RUNNING:
                 continue  # preempted for an older one
-            steps = min(plan.num_steps, sequence.request.limit - sequence.length)
-            if self._grow(sequence, sequence.length + steps - 1, plan):
+            steps = min(self.config.decode_steps, sequence.request.limit - sequence.length)
+            if self._grow(sequence, sequence.length + steps - 1):
                 plan.decode.append(sequence)
+                plan.decode_positions.append(sequence.length - 1)
+                plan.decode_counts.append(steps)
 
-    def _grow(self, sequence: Sequence, num_tokens: int, plan: Plan) -> bool:
-        """Pages for num_tokens tokens, preempting newer sequences for them, or itself; True where it may run."""
+    def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Pages for num_tokens tokens, preempting the newest sequences for them, at last itself; True where it may run.
+
+        Sequences grow by age, so whoever is preempted is in no plan yet.
+        """
         missing = -(-num_tokens // self.config.page_size) - len(sequence.pages)
         while missing > self.blocks.num_available:
             victim = self.running[-1]
-            if victim in plan.decode or victim.num_pending:
+            if victim.num_pending:
                 raise MustSettle
             self.preempt(victim)
             if victim is sequence:
@@ -173,8 +174,7 @@ class Scheduler:
         for sequence in [s for s in self.running if not s.is_decoding]:
             if budget < QUERY_BLOCK:
                 break
-            if sequence.status is Status.RUNNING:
-                budget -= self._plan_chunk(plan, sequence, budget)
+            budget -= self._plan_chunk(plan, sequence, budget)
         return budget
 
     def _admit(self, plan: Plan, budget: int) -> None:

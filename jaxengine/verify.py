@@ -8,12 +8,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
-from jaxengine.admission import sample_key
 from jaxengine.compare import Comparison, compare
 from jaxengine.config import QUERY_BLOCK
+from jaxengine.keys import sample_key, seeded
 from jaxengine.outputs import CompletionOutput, RequestOutput
 from jaxengine.request import SamplingParams
 from jaxengine.rl.rollout import Rollout
@@ -22,7 +21,7 @@ from jaxengine.verification import Check, Verification
 
 LENGTHS = (1, 2, 15, 16, 17, 31, 33, 48, 63, 64, 65, 97, 127, 128, 129, 200)  # of prompts: around blocks, pages and tiles
 SAMPLES, QUICK_SAMPLES = 1000, 100
-DRIFT_LIMIT = 1e-3  # KL against float32 (the article's contract)
+DRIFT_LIMIT = 1e-3  # KL against float32 (the project's promise), in nats a token
 Requests = list[tuple[list[int], SamplingParams]]
 
 
@@ -74,7 +73,7 @@ class Traffic:
     """A mixed batch of random requests, each with its own key, and its answers from the plain batch."""
 
     def __init__(self, llm: Any, seed: int) -> None:
-        self.llm, self.key = llm, jax.random.key(seed)
+        self.llm, self.key = llm, seeded(seed)
         self.rng = random.Random(seed)
         self.room = room = min(llm.engine_config.max_model_len, (llm.engine_config.num_pages - 1) * llm.engine_config.page_size)
         self.new_tokens = max(min(24, room // 4), 1)

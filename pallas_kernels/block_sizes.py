@@ -10,6 +10,7 @@ import numpy as np
 
 INTERPRETED = "interpreter"  # small blocks: a CPU runs many of them in a test of small shapes
 LANES = 128  # the unit of a TPU's last axis
+VOCAB_BLOCK = 128  # token ids that a draw takes together: part of which token a key draws
 
 # What a device calls itself -> (platform, row of the table).
 FAMILIES = {

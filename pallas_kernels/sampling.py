@@ -6,9 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.block_sizes import VOCAB_BLOCK
 from pallas_kernels.implementations import Implementation
 from pallas_kernels.sampling_gpu import sampling_gpu
-from pallas_kernels.sampling_reference import BLOCK, Tail, sampling_reference
+from pallas_kernels.sampling_reference import Tail, sampling_reference
 from pallas_kernels.sampling_tpu import sampling_tpu
 
 BODIES = {"xla": sampling_reference, "pallas_tpu": sampling_tpu, "pallas_gpu": sampling_gpu,
@@ -20,14 +21,14 @@ def sampling_tail(logits: Float[Array, "t V"], given: Int[Array, " t"], uniforms
     """A token for each row and its logprob under softmax(logits), the same bits whether the token is drawn or given.
 
     logits are those of the distribution to draw from; -inf is never drawn, and a row should hold a finite one. uniforms in [0, 1) pick a
-    block of BLOCK ids by inverse CDF over the blocks' masses, then an id within it. given ≥ 0 is scored instead of a draw; without
+    block of VOCAB_BLOCK ids by inverse CDF over the blocks' masses, then an id within it. given ≥ 0 is scored instead of a draw; without
     uniforms all are given.
     Differentiable in logits, through the logprob and the log-mass; the largest logit counts as a constant, which is no matter in
-    all_logprobs, where it cancels. Raises ValueError where V is no multiple of BLOCK or a shape or dtype does not fit.
+    all_logprobs, where it cancels. Raises ValueError where V is no multiple of VOCAB_BLOCK or a shape or dtype does not fit.
     """
     t, vocab = logits.shape
-    if vocab % BLOCK:
-        raise ValueError(f"the vocabulary must be padded with -inf to a multiple of {BLOCK}, got {vocab}")
+    if vocab % VOCAB_BLOCK:
+        raise ValueError(f"the vocabulary must be padded with -inf to a multiple of {VOCAB_BLOCK}, got {vocab}")
     if uniforms is None:
         uniforms = jnp.zeros((t, 2), jnp.float32)
     if logits.dtype != jnp.float32 or uniforms.shape != (t, 2) or given.shape != (t,):

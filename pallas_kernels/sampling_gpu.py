@@ -7,9 +7,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.block_sizes import VOCAB_BLOCK
 from pallas_kernels.pinned_math import exp
-from pallas_kernels.sampling_reference import BLOCK, Tail
-from pallas_kernels.sampling_tpu import first_above
+from pallas_kernels.sampling_reference import Tail, first_above
 
 BLOCKS_AT_ONCE = 16  # of one program
 LOWEST_HIGH = -1e30  # stands for the maximum of a block that is -inf throughout, so that no difference is NaN
@@ -17,9 +17,9 @@ LOWEST_HIGH = -1e30  # stands for the maximum of a block that is -inf throughout
 
 def _measure(x_ref, high_ref, mass_ref, *, vocab: int) -> None:
     row, first = pl.program_id(0), pl.program_id(1) * BLOCKS_AT_ONCE
-    inside = (first * BLOCK + jnp.arange(BLOCKS_AT_ONCE * BLOCK)) < vocab
-    x = plgpu.load(x_ref.at[row, pl.ds(first * BLOCK, BLOCKS_AT_ONCE * BLOCK)], mask=inside, other=-jnp.inf)
-    x = x.reshape(BLOCKS_AT_ONCE, BLOCK)
+    inside = (first * VOCAB_BLOCK + jnp.arange(BLOCKS_AT_ONCE * VOCAB_BLOCK)) < vocab
+    x = plgpu.load(x_ref.at[row, pl.ds(first * VOCAB_BLOCK, BLOCKS_AT_ONCE * VOCAB_BLOCK)], mask=inside, other=-jnp.inf)
+    x = x.reshape(BLOCKS_AT_ONCE, VOCAB_BLOCK)
     high = jnp.maximum(x.max(axis=1), LOWEST_HIGH)
     high_ref[row, pl.ds(first, BLOCKS_AT_ONCE)] = high
     mass_ref[row, pl.ds(first, BLOCKS_AT_ONCE)] = exp(x - high[:, None]).sum(axis=1)
@@ -32,8 +32,8 @@ def _draw(high_ref, mass_ref, x_ref, uniform_ref, given_ref, token_ref, logprob_
     masses = mass_ref[row, :] * exp(highs - high)
     total = masses.sum()
     block = first_above(masses, jnp.cumsum(masses), jnp.arange(masses.shape[0]), uniform_ref[row, 0] * total)
-    weights = exp(x_ref[row, pl.ds(block * BLOCK, BLOCK)] - high)
-    drawn = block * BLOCK + first_above(weights, jnp.cumsum(weights), jnp.arange(BLOCK), uniform_ref[row, 1] * weights.sum())
+    weights = exp(x_ref[row, pl.ds(block * VOCAB_BLOCK, VOCAB_BLOCK)] - high)
+    drawn = block * VOCAB_BLOCK + first_above(weights, jnp.cumsum(weights), jnp.arange(VOCAB_BLOCK), uniform_ref[row, 1] * weights.sum())
     given = given_ref[row]
     token = jnp.where(given >= 0, given, drawn)
     token_ref[row] = token
@@ -46,7 +46,7 @@ def sampling_gpu(logits: Float[Array, "t V"], uniforms: Float[Array, "t 2"], giv
                  ) -> Tail:
     """A program a row, and before it one for every BLOCKS_AT_ONCE blocks."""
     t, vocab = logits.shape
-    width = max(pl.next_power_of_2(vocab // BLOCK), BLOCKS_AT_ONCE)  # Triton's arrays are powers of two; blocks behind V have no mass
+    width = max(pl.next_power_of_2(vocab // VOCAB_BLOCK), BLOCKS_AT_ONCE)  # Triton's arrays are powers of two; blocks behind V have no mass
     of_blocks = jax.ShapeDtypeStruct((t, width), jnp.float32)
     call = functools.partial(pl.pallas_call, interpret=interpret, compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1))
     highs, masses = call(functools.partial(_measure, vocab=vocab), grid=(t, width // BLOCKS_AT_ONCE), out_shape=[of_blocks, of_blocks],

@@ -5,11 +5,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.block_sizes import VOCAB_BLOCK
 from pallas_kernels.pinned_math import exp, row_cumsum, row_sum
 from pallas_kernels.tiles import by_tiles
 
-BLOCK = 128  # token ids that a draw takes together
 TILE = 8  # rows
+NEVER = 2**30  # behind every index
 
 
 class Tail(NamedTuple):
@@ -37,7 +38,7 @@ def _normaliser(x: Float[Array, "... n"]) -> tuple[Float[Array, "..."], Float[Ar
     return high, jnp.log(row_sum(exp(x - high[..., None])))
 
 
-def draw_blocks(logprobs: Float[Array, "t V"], uniforms: Float[Array, "t 2"], block_size: int = BLOCK) -> Int[Array, " t"]:
+def draw_blocks(logprobs: Float[Array, "t V"], uniforms: Float[Array, "t 2"], block_size: int = VOCAB_BLOCK) -> Int[Array, " t"]:
     """One token a row from the distribution exp(logprobs): the first uniform picks a block by inverse CDF, the second an id within it."""
     batch, vocab = logprobs.shape
     blocks = exp(logprobs).reshape(batch, vocab // block_size, block_size)
@@ -53,6 +54,16 @@ def _inverse_cdf(weights: Float[Array, "t n"], u: Float[Array, " t"]) -> Int[Arr
     hit = positive & (cumulative > u[:, None] * cumulative[:, -1:])
     last = weights.shape[-1] - 1 - jnp.argmax(positive[:, ::-1], axis=-1)  # where rounding lets no sum exceed u · total
     return jnp.where(hit.any(-1), jnp.argmax(hit, axis=-1), last).astype(jnp.int32)
+
+
+def first_above(weights: Float[Array, "r c"], cumulative: Float[Array, "r c"], index: Int[Array, "r c"], threshold: Array) -> Array:
+    """The lowest index of positive weight whose cumulative weight exceeds the threshold; the highest positive one where none does.
+
+    For kernels: it is max, min and compare over one row's weights, in whatever shape they lie.
+    """
+    positive = weights > 0
+    first = jnp.min(jnp.where(positive & (cumulative > threshold), index, NEVER))
+    return jnp.where(first < NEVER, first, jnp.maximum(jnp.max(jnp.where(positive, index, -1)), 0))
 
 
 def plain_tail(logits: Float[Array, "t V"], given: Int[Array, " t"], uniforms: Float[Array, "t 2"] | None = None) -> Tail:

@@ -9,13 +9,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.block_sizes import VOCAB_BLOCK
 from pallas_kernels.matmul_tpu import VMEM_LIMIT
 from pallas_kernels.pinned_math import exp
-from pallas_kernels.sampling_reference import BLOCK, Tail
+from pallas_kernels.sampling_reference import Tail, first_above
 
 CHUNK = 128  # blocks
 SUBLANES = 8
-NEVER = 2**30  # behind every index
 
 
 def _dot(a: Array, b: Array, contract_b: int) -> Array:
@@ -23,7 +23,7 @@ def _dot(a: Array, b: Array, contract_b: int) -> Array:
 
 
 def _ones(rows: int) -> Array:
-    return jnp.ones((rows, BLOCK), jnp.float32)
+    return jnp.ones((rows, VOCAB_BLOCK), jnp.float32)
 
 
 def _upper_triangle(n: int, strict: bool) -> Array:
@@ -32,16 +32,9 @@ def _upper_triangle(n: int, strict: bool) -> Array:
     return (row < column if strict else row <= column).astype(jnp.float32)
 
 
-def first_above(weights: Float[Array, "r c"], cumulative: Float[Array, "r c"], index: Int[Array, "r c"], threshold: Array) -> Array:
-    """The lowest index of positive weight whose cumulative weight exceeds the threshold; the highest positive one where none does."""
-    positive = weights > 0
-    first = jnp.min(jnp.where(positive & (cumulative > threshold), index, NEVER))
-    return jnp.where(first < NEVER, first, jnp.maximum(jnp.max(jnp.where(positive, index, -1)), 0))
-
-
-def _chunk(x_ref, i: Array, num_blocks: int) -> Float[Array, "CHUNK BLOCK"]:
+def _chunk(x_ref, i: Array, num_blocks: int) -> Float[Array, "CHUNK VOCAB_BLOCK"]:
     """One chunk of logits, -inf behind the vocabulary."""
-    row = i * CHUNK + jax.lax.broadcasted_iota(jnp.int32, (CHUNK, BLOCK), 0)
+    row = i * CHUNK + jax.lax.broadcasted_iota(jnp.int32, (CHUNK, VOCAB_BLOCK), 0)
     return jnp.where(row < num_blocks, x_ref[pl.ds(i * CHUNK, CHUNK), :], -jnp.inf)
 
 
@@ -58,17 +51,17 @@ def _pick_block(masses: Float[Array, "C CHUNK"], u: Array) -> tuple[Array, Array
     return first_above(masses, cumulative, row * CHUNK + lane, u * total), total
 
 
-def _pick_in_block(weights: Float[Array, "SUBLANES BLOCK"], u: Array) -> Array:
-    cumulative = _dot(weights, _upper_triangle(BLOCK, strict=False), 0)
+def _pick_in_block(weights: Float[Array, "SUBLANES VOCAB_BLOCK"], u: Array) -> Array:
+    cumulative = _dot(weights, _upper_triangle(VOCAB_BLOCK, strict=False), 0)
     lane = jax.lax.broadcasted_iota(jnp.int32, weights.shape, 1)
-    total = jnp.max(jnp.where(lane == BLOCK - 1, cumulative, 0.0))
+    total = jnp.max(jnp.where(lane == VOCAB_BLOCK - 1, cumulative, 0.0))
     return first_above(weights, cumulative, lane, u * total)
 
 
 def _kernel(uniform_ref, given_ref, x_ref, token_ref, logprob_ref, high_ref, log_mass_ref, mass_ref, *, num_blocks: int) -> None:
     row, chunks = pl.program_id(0), pl.cdiv(num_blocks, CHUNK)
     high = jax.lax.fori_loop(0, chunks, lambda i, m: jnp.maximum(m, jnp.max(_chunk(x_ref, i, num_blocks), axis=0, keepdims=True)),
-                             jnp.full((1, BLOCK), -jnp.inf))
+                             jnp.full((1, VOCAB_BLOCK), -jnp.inf))
     high = jnp.max(high)
     mass_ref[...] = jnp.zeros_like(mass_ref)
 
@@ -79,11 +72,11 @@ def _kernel(uniform_ref, given_ref, x_ref, token_ref, logprob_ref, high_ref, log
 
     jax.lax.fori_loop(0, chunks, measure, 0)
     block, total = _pick_block(mass_ref[...], uniform_ref[row, 0])
-    spread = lambda block: jnp.broadcast_to(x_ref[pl.ds(block, 1), :], (SUBLANES, BLOCK))
-    drawn = block * BLOCK + _pick_in_block(exp(spread(block) - high), uniform_ref[row, 1])
+    spread = lambda block: jnp.broadcast_to(x_ref[pl.ds(block, 1), :], (SUBLANES, VOCAB_BLOCK))
+    drawn = block * VOCAB_BLOCK + _pick_in_block(exp(spread(block) - high), uniform_ref[row, 1])
     token = jnp.where(given_ref[row] >= 0, given_ref[row], drawn)
-    lane = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, BLOCK), 1)
-    chosen = jnp.max(jnp.where(lane == token % BLOCK, spread(token // BLOCK), -jnp.inf))
+    lane = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, VOCAB_BLOCK), 1)
+    chosen = jnp.max(jnp.where(lane == token % VOCAB_BLOCK, spread(token // VOCAB_BLOCK), -jnp.inf))
     token_ref[...] = jnp.full(token_ref.shape, token)
     high_ref[...] = jnp.full(high_ref.shape, high)
     log_mass_ref[...] = jnp.log(jnp.full(log_mass_ref.shape, total))
@@ -93,19 +86,19 @@ def _kernel(uniform_ref, given_ref, x_ref, token_ref, logprob_ref, high_ref, log
 def sampling_tpu(logits: Float[Array, "t V"], uniforms: Float[Array, "t 2"], given: Int[Array, " t"], *, interpret: bool = False
                  ) -> Tail:
     """A row at a time."""
-    t, num_blocks = logits.shape[0], logits.shape[1] // BLOCK
+    t, num_blocks = logits.shape[0], logits.shape[1] // VOCAB_BLOCK
     chunks = pl.cdiv(num_blocks, CHUNK)
-    out = lambda dtype: jax.ShapeDtypeStruct((t, 1, BLOCK), dtype)
+    out = lambda dtype: jax.ShapeDtypeStruct((t, 1, VOCAB_BLOCK), dtype)
     found = pl.pallas_call(
         lambda *refs: _kernel(*refs, num_blocks=num_blocks),
         grid=(t,),
         in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM), pl.BlockSpec(memory_space=pltpu.SMEM),
-                  pl.BlockSpec((None, chunks * CHUNK, BLOCK), lambda i: (i, 0, 0))],
-        out_specs=[pl.BlockSpec((None, 1, BLOCK), lambda i: (i, 0, 0))] * 4,
+                  pl.BlockSpec((None, chunks * CHUNK, VOCAB_BLOCK), lambda i: (i, 0, 0))],
+        out_specs=[pl.BlockSpec((None, 1, VOCAB_BLOCK), lambda i: (i, 0, 0))] * 4,
         out_shape=[out(jnp.int32), out(jnp.float32), out(jnp.float32), out(jnp.float32)],
         scratch_shapes=[pltpu.VMEM((-(-chunks // SUBLANES) * SUBLANES, CHUNK), jnp.float32)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=VMEM_LIMIT),
         name="sampling_tpu",
         interpret=interpret,
-    )(uniforms, given, logits.reshape(t, num_blocks, BLOCK))
+    )(uniforms, given, logits.reshape(t, num_blocks, VOCAB_BLOCK))
     return Tail(*(x[:, 0, 0] for x in found))

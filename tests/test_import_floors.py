@@ -11,7 +11,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 FLOORS = [
     ["pallas_kernels", "sharding", "checkpoints"],
     ["jaxengine.keywords", "jaxengine.pytree", "jaxengine.config", "jaxengine.request", "jaxengine.outputs",
-     "jaxengine.coordinate", "jaxengine.step_inputs"],
+     "jaxengine.coordinate", "jaxengine.step_inputs", "jaxengine.keys"],
     ["jaxengine.ops", "jaxengine.sampler", "jaxengine.kv_cache", "jaxengine.tokenizer", "jaxengine.detokenizer", "jaxengine.chat_template",
      "jaxengine.progress"],
     ["jaxengine.models"],

@@ -11,8 +11,8 @@ from jaxengine.config import KV_TILE, ModelConfig
 from jaxengine.ops.linear import dot, split_outputs
 from jaxengine.ops.regions import over_tiles
 from jaxengine.step_inputs import Blocks
+from pallas_kernels.paged_attention_cpu import paged_attention
 from pallas_kernels.pinned_math import silu
-from pallas_kernels.reference import paged_attention
 from pallas_kernels.sampling_reference import Tail, plain_tail
 from sharding.leaves import tree_sum
 
@@ -94,7 +94,7 @@ class Xla:
 
 
 def storage_dtype(dtype: jnp.dtype) -> jnp.dtype:
-    """16-bit floats are kept as uint16 (pallas_kernels/reference.py, load_pages, says why)."""
+    """16-bit floats are kept as uint16 (pallas_kernels/paged_attention_cpu.py, load_pages, says why)."""
     return jnp.dtype(jnp.uint16) if jnp.dtype(dtype).itemsize == 2 else jnp.dtype(dtype)
 
 

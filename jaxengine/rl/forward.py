@@ -44,9 +44,9 @@ def hidden_states(config: ModelConfig, kernels: Kernels, params: Decoder, tokens
     """The residual stream behind the last layer, of the first `lengths[b]` tokens of each sequence; undefined behind them."""
     batch, length = tokens.shape
     plan = plan_blocks(params, tokens, lengths)
-    count, per_block = plan.count * (QUERY_BLOCK // tile.tokens), plan.tokens.shape[0]
+    count, num_blocks = plan.count * (QUERY_BLOCK // tile.tokens), plan.tokens.shape[0]
     parts = lambda x: jnp.repeat(x, QUERY_BLOCK // tile.tokens, axis=0)
-    starts = parts(plan.starts) + jnp.tile(jnp.arange(0, QUERY_BLOCK, tile.tokens), per_block)
+    starts = parts(plan.starts) + jnp.tile(jnp.arange(0, QUERY_BLOCK, tile.tokens), num_blocks)
     embed = functools.partial(decoder.embed, config, kernels)
     x = over_tiles(embed, tile.blocks, params.embed, plan.tokens.reshape(-1, tile.tokens), count)
     tables = parts(plan.tables)

@@ -23,6 +23,7 @@ from checkpoints import snapshots
 from checkpoints.model_folder import resolve
 from jaxengine.config import ModelConfig
 from jaxengine.contract import weights_digest
+from jaxengine.keys import seeded
 from jaxengine.models import loading
 from jaxengine.models.params import Decoder
 from jaxengine.request import SamplingParams
@@ -77,7 +78,7 @@ def build(run: Run) -> tuple[Loop, TrainState]:
     room = min(run.prompts * run.samples, 256)
     loop = Loop(trainer, lambda i: problems(run, i), judged_by(lambda _, text, problem: float(arithmetic.is_right(problem, text))), width,
                 Tokenizer.load(folder), params if run.kl else None, dict(max_model_len=64, max_num_seqs=room, num_pages=4 * room + 8))
-    return loop, trainer.start(params, jax.random.key(run.seed))
+    return loop, trainer.start(params, seeded(run.seed))
 
 
 def optimizer(run: Run) -> optax.GradientTransformation:

@@ -9,14 +9,13 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxengine.functional import generate
+from jaxengine.keys import key_of
 from jaxengine.models.params import Decoder
 from jaxengine.outputs import RequestOutput
 from jaxengine.rl.metrics import mean_over
 from jaxengine.rl.rollout import Rollout
-from jaxengine.rl.trainer import Trainer, TrainState
+from jaxengine.rl.trainer import DRAWS, Trainer, TrainState
 from jaxengine.tokenizer import Tokenizer
-
-DRAWS = 0  # what the state's key is folded with for completions (trainer.SHUFFLES has the other number)
 
 Judge = Callable[[Sequence[RequestOutput], Sequence[Any]], Float[np.ndarray, " B"]]
 
@@ -63,7 +62,7 @@ class Loop:
 
     def generate(self, state: TrainState, prompts: Sequence[Any]) -> Sequence[RequestOutput]:
         """Completions under the state's weights, with the key of its version."""
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(state.key), DRAWS), state.version)
+        key = jax.random.fold_in(jax.random.fold_in(key_of(state.key), DRAWS), state.version)
         return generate(self.trainer.policy(state), prompts, self.trainer.config.sampling, key=key, config=self.trainer.model,
                         tokenizer=self.tokenizer, **{"kernels": self.trainer.kernels.name} | self.engine)
 

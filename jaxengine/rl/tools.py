@@ -9,12 +9,11 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxengine.admission import params_of, prompts_of, sample_key, seed_data
+from jaxengine.admission import params_of, prompts_of
 from jaxengine.config import EngineConfig
+from jaxengine.keys import own_key
 from jaxengine.outputs import UNDRAWN, CompletionOutput, RequestOutputs, VersionSpan
 from jaxengine.request import SamplingParams
 from jaxengine.rl.calculator import calculate
@@ -62,7 +61,7 @@ class Conversation(CompletionOutput):
     turns: tuple[CompletionOutput, ...] = ()
 
 
-class Engine(Protocol):
+class Generator(Protocol):
     """What the loop needs: an LLM."""
 
     tokenizer: Tokenizer | None
@@ -73,7 +72,7 @@ class Engine(Protocol):
     def generate(self, prompts: Any, sampling_params: Any, *, key: Any, use_tqdm: bool | None) -> RequestOutputs: ...
 
 
-def generate_with_tools(llm: Engine, prompts: Any, tool: Tool, sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+def generate_with_tools(llm: Generator, prompts: Any, tool: Tool, sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
                         *, key: Any, max_calls: int = 8, use_tqdm: bool | None = None) -> RequestOutputs:
     """Like `llm.generate`, with at most `max_calls` calls of the tool in each sample; the samples are `Conversation`s.
 
@@ -87,7 +86,7 @@ def generate_with_tools(llm: Engine, prompts: Any, tool: Tool, sampling_params: 
     batch = prompts_of(prompts)
     each = params_of(sampling_params, len(batch))
     first = llm.generate(batch, [_calling(params, tool) for params in each], key=key, use_tqdm=use_tqdm)
-    asked = [[_Running(params, _own_key(key, params, i, j), output.prompt_token_ids, [turn]) for j, turn in enumerate(output.outputs)]
+    asked = [[_Running(params, own_key(key, params, i, j), output.prompt_token_ids, [turn]) for j, turn in enumerate(output.outputs)]
              for i, (params, output) in enumerate(zip(each, first, strict=True))]
     running = [one for samples in asked for one in samples]
     while running := [one for one in running if one.goes_on(tool, llm.tokenizer, max_calls, _room(llm.engine_config))]:
@@ -102,16 +101,6 @@ def generate_with_tools(llm: Engine, prompts: Any, tool: Tool, sampling_params: 
 def _calling(params: SamplingParams, tool: Tool, **changes: Any) -> SamplingParams:
     """Parameters of a turn: it ends where a call does."""
     return params.replace(stop=(*params.stop, tool.end), **changes)
-
-
-def _own_key(key: Any, params: SamplingParams, prompt_index: int, sample_index: int) -> Any:
-    """The key of one sample, whose fold with a position draws the token there: what `generate` makes of its key, or of the request's."""
-    if params.key is None and params.seed is None:
-        return sample_key(key, prompt_index, sample_index)
-    own: Any = params.key
-    if params.seed is not None:
-        own = jax.random.wrap_key_data(jnp.array(seed_data(params.seed), jnp.uint32), impl="threefry2x32")
-    return own if params.n == 1 else jax.random.fold_in(own, sample_index)
 
 
 def _room(config: EngineConfig) -> int:

@@ -14,6 +14,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from jaxengine.config import ModelConfig
+from jaxengine.keys import key_data, key_of
 from jaxengine.keywords import strict_keywords
 from jaxengine.models.decoder import Tile
 from jaxengine.models.params import Decoder
@@ -28,7 +29,7 @@ from jaxengine.rl.losses import ALGORITHMS, Objective, policy_loss, token_shares
 from jaxengine.rl.rollout import Rollout
 from jaxengine.rl.scoring import slot_params, token_logprobs
 
-SHUFFLES = 1  # what the state's key is folded with for the order of mini-batches; what draws completions folds with another number
+DRAWS, SHUFFLES = 0, 1  # what the state's key is folded with for completions, and for the order of mini-batches
 
 
 @strict_keywords
@@ -104,7 +105,7 @@ class Trainer:
         widened = jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)
         master = ActorCritic(widened, critic.initialise(self.model) if self.has_critic else None)
         zero = lambda: jnp.zeros((), jnp.int32)
-        return TrainState(master, jax.jit(self.optimizer.init)(master), zero(), zero(), jax.random.key_data(key))
+        return TrainState(master, jax.jit(self.optimizer.init)(master), zero(), zero(), jnp.array(key_data(key), jnp.uint32))
 
     def train(self, state: TrainState, rollout: Rollout, rewards: Float[np.ndarray, " B"], *, reference: Decoder | None = None
               ) -> tuple[TrainState, list[dict[str, float]]]:
@@ -156,7 +157,7 @@ class Trainer:
         rows, count = batch.tokens.shape[0], self.config.mini_batches
         if rows % (count * self.config.micro_batches):
             raise ValueError(f"{rows} samples are no multiple of mini_batches · micro_batches = {count} · {self.config.micro_batches}")
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(state.key), SHUFFLES), state.version)
+        key = jax.random.fold_in(jax.random.fold_in(key_of(state.key), SHUFFLES), state.version)
         for epoch in range(self.config.epochs):
             order = jnp.arange(rows) if count == 1 else jax.random.permutation(jax.random.fold_in(key, epoch), rows)
             for chosen in jnp.split(order, count):

@@ -19,6 +19,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxengine.keys import key_of, seeded
 from jaxengine.llm import LLM
 from jaxengine.models.params import Decoder
 from jaxengine.outputs import CompletionOutput, RequestOutput
@@ -72,7 +73,7 @@ class JaxEngineRollout(base_rollout.BaseRollout):
         self._model = TunixPolicy(config, jax.tree.map(jnp.copy, rollout_actor.params), kernels=rollout_actor.kernels.name,
                                   tile=rollout_actor.tile)
         self._llm = LLM.from_params(config, self._model.params, **engine)
-        self._tokenizer, self._key = tokenizer, jax.random.key(0) if key is None else key
+        self._tokenizer, self._key = tokenizer, seeded(0) if key is None else key
         self._temperature = rollout_config.temperature
         self._calls = itertools.count()
 
@@ -150,7 +151,7 @@ class JaxEngineRollout(base_rollout.BaseRollout):
         """A key for each call: with one for all, the groups of every batch would be drawn alike."""
         own = self._key
         if seed is not None:
-            own = jax.random.key(int(seed)) if np.ndim(seed) == 0 and not _is_key(seed) else _typed(seed)
+            own = seeded(int(seed)) if np.ndim(seed) == 0 and not _is_key(seed) else _typed(seed)
         return jax.random.fold_in(own, next(self._calls))
 
     def _text(self, sample: CompletionOutput) -> str:
@@ -178,4 +179,4 @@ def _is_key(seed: Any) -> bool:
 
 def _typed(seed: Any) -> jax.Array:
     """A typed key, from one or from the words of a raw one."""
-    return seed if _is_key(seed) else jax.random.wrap_key_data(jnp.asarray(seed, jnp.uint32), impl="threefry2x32")
+    return seed if _is_key(seed) else key_of(seed)

@@ -8,7 +8,7 @@ from conftest import bits, make_llm
 
 from checkpoints.model_folder import resolve
 from jaxengine import LLM, Rollout, SamplingParams
-from jaxengine.admission import sample_key
+from jaxengine.keys import sample_key
 from jaxengine.outputs import UNDRAWN
 from jaxengine.rl.calculator import calculate
 from jaxengine.rl.tools import Tool, calculator, generate_with_tools

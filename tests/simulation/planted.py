@@ -91,8 +91,8 @@ def the_hash_leaves_out_the_salt(patch):
 @found_by("has no page|reads what is not its own|too few or too many")
 def a_page_too_few_at_the_edge(patch):
     @around(patch, Scheduler, "_grow")
-    def grow(original, scheduler, sequence, num_tokens, plan):
-        return original(scheduler, sequence, num_tokens - 1, plan)
+    def grow(original, scheduler, sequence, num_tokens):
+        return original(scheduler, sequence, num_tokens - 1)
 
 
 @found_by("a chunk that is empty")
@@ -155,10 +155,10 @@ def the_oldest_is_preempted(patch):
 @found_by("tokens under way|another than alone|must be|computed than|written twice")
 def results_under_way_are_forgotten_by_a_preemption(patch):
     @around(patch, Scheduler, "_grow")
-    def grow(original, scheduler, sequence, num_tokens, plan):
+    def grow(original, scheduler, sequence, num_tokens):
         for victim in scheduler.running:
-            victim.num_pending = 0 if victim not in plan.decode and victim is not sequence else victim.num_pending
-        return original(scheduler, sequence, num_tokens, plan)
+            victim.num_pending = 0 if victim.arrival > sequence.arrival else victim.num_pending
+        return original(scheduler, sequence, num_tokens)
 
 
 @found_by("not aligned")

@@ -14,8 +14,8 @@ import pytest
 from conftest import FAMILIES, bits, make_llm, random_model
 
 from jaxengine import LLM, SamplingParams
-from jaxengine.admission import sample_key
 from jaxengine.bench import compilations
+from jaxengine.keys import sample_key
 from jaxengine.models.decoder import Tile
 from jaxengine.programs import TILES
 

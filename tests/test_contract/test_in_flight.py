@@ -10,7 +10,7 @@ import pytest
 from conftest import bits, make_llm, random_model
 
 from jaxengine import LLM, SamplingParams
-from jaxengine.admission import sample_key
+from jaxengine.keys import sample_key
 from jaxengine.models.params import initialise
 from jaxengine.runner import ended
 

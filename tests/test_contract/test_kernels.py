@@ -12,8 +12,8 @@ from conftest import bits, make_llm, random_model
 
 import jaxengine
 from jaxengine import LLM, SamplingParams, steps
-from jaxengine.admission import sample_key
 from jaxengine.config import EngineConfig
+from jaxengine.keys import sample_key
 from jaxengine.kv_cache import Cache
 from jaxengine.models.decoder import Tile
 from jaxengine.ops.kernels import XLA, resolve

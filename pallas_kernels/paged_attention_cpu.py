@@ -1,4 +1,4 @@
-"""XLA twins: what every kernel computes, in plain jax.numpy, and what a CPU runs."""
+"""Paged attention as the CPU likes it, in plain XLA. Its pools differ from the kernels', whose twin is paged_attention_reference.py."""
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
