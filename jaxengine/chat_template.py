@@ -19,14 +19,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
 from typing import Any
 
-from jinja2 import Template, TemplateError, TemplateSyntaxError, nodes, pass_context
-from jinja2.compiler import CodeGenerator, Frame
+from jinja2 import Template, TemplateError, TemplateSyntaxError, pass_context
 from jinja2.exceptions import SecurityError
-from jinja2.ext import Extension, loopcontrols
+from jinja2.ext import loopcontrols
 from jinja2.filters import do_indent, make_attrgetter
-from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter
 from jinja2.utils import Namespace
+
+from jaxengine.template_code import BoundedCode, Generation
 
 MAX_TEMPLATE_CHARACTERS = 65_536
 MAX_CHARACTERS, GROWTH, WORK = 1_000_000, 4, 64
@@ -92,53 +92,6 @@ class _Namespace(Namespace):
         return "namespace"
 
 
-class _Generation(Extension):
-    """`{% generation %}` marks the assistant's text for trainers and changes nothing in it."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-class _CodeGenerator(CodeGenerator):
-    """Sends through the environment what Jinja compiles to bare Python: loops, `~`, slices, comparisons and literal containers."""
-
-    def _through(self, method: str, visit: Callable[..., None], node: nodes.Node, frame: Frame) -> None:
-        self.write(f"environment.{method}(")
-        visit(node, frame)
-        self.write(")")
-
-    def visit_For(self, node: nodes.For, frame: Frame) -> None:
-        node.iter = nodes.Call(nodes.EnvironmentAttribute("counted"), [node.iter], [], None, None)
-        super().visit_For(node, frame)
-
-    def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
-        self._through("joined", super().visit_Tuple, nodes.Tuple(node.nodes, "load"), frame)
-
-    def visit_Compare(self, node: nodes.Compare, frame: Frame) -> None:
-        self._through("compared", super().visit_Compare, node, frame)
-
-    def visit_Getitem(self, node: nodes.Getitem, frame: Frame) -> None:
-        if isinstance(node.arg, nodes.Slice):
-            self._through("made", super().visit_Getitem, node, frame)
-        else:
-            super().visit_Getitem(node, frame)
-
-    def visit_List(self, node: nodes.List, frame: Frame) -> None:
-        self._through("made", super().visit_List, node, frame)
-
-    def visit_Dict(self, node: nodes.Dict, frame: Frame) -> None:
-        self._through("made", super().visit_Dict, node, frame)
-
-    def visit_Tuple(self, node: nodes.Tuple, frame: Frame) -> None:
-        if node.ctx == "load":
-            self._through("made", super().visit_Tuple, node, frame)
-        else:
-            super().visit_Tuple(node, frame)
-
-
 class _Formatter(SandboxedFormatter):
     """`str.format` with bounded widths."""
 
@@ -151,11 +104,11 @@ class _Formatter(SandboxedFormatter):
 class _Environment(ImmutableSandboxedEnvironment):
     """The sandbox of one rendering; it carries what is left of the bounds."""
 
-    code_generator_class = _CodeGenerator
+    code_generator_class = BoundedCode
     intercepted_binops = frozenset(["+", "-", "*", "/", "//", "**", "%"])
 
     def __init__(self, given: int) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, optimized=False, extensions=[loopcontrols, _Generation])
+        super().__init__(trim_blocks=True, lstrip_blocks=True, optimized=False, extensions=[loopcontrols, Generation])
         self._limit = MAX_CHARACTERS + GROWTH * given
         self._work = WORK * self._limit
         self._steps = MAX_STEPS

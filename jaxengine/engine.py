@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import numpy as np
 
 from jaxengine import canary, kv_cache, memory, steps
 from jaxengine.batch import BatchBuilder, wanted_rows
@@ -14,13 +13,11 @@ from jaxengine.config import EngineConfig, ModelConfig
 from jaxengine.detokenizer import Detokenizer
 from jaxengine.models.decoder import Tile
 from jaxengine.ops.kernels import resolve
-from jaxengine.outputs import Logprob
 from jaxengine.programs import Programs, Report
+from jaxengine.results import HostRows, extend, score_prompt
 from jaxengine.scheduler import MustSettle, Plan, Scheduler
 from jaxengine.sequence import Request, Sequence, Status
 from jaxengine.step_inputs import RowOutputs
-
-DEAD_END = "min_tokens, stop tokens, logit_bias and penalties rule out every token of the vocabulary"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,22 +203,22 @@ class Engine:
         if decoded is not None:
             for lane, (sequence, count) in enumerate(zip(step.decode, step.decode_counts, strict=True)):
                 for i in range(count):
-                    self._extend(sequence, decoded, (i, lane))
+                    extend(self.scheduler, sequence, decoded, (i, lane))
         if prefilled is not None:
             for lane, (sequence, position, scored) in enumerate(step.prefill):
                 if scored:
-                    self._score_prompt(sequence, prefilled, lane, position + 1)
+                    score_prompt(self.scheduler, sequence, prefilled, lane, position + 1)
                 else:
-                    self._extend(sequence, prefilled, lane)
+                    extend(self.scheduler, sequence, prefilled, lane)
         touched = {id(s.request): s.request for s in (*hurt, *step.decode, *step.chunked)}
         return [request for request in touched.values() if self._retire(request)]
 
-    def _read(self, step: InFlight) -> tuple["_HostRows | None", "_HostRows | None", list[Sequence]]:
+    def _read(self, step: InFlight) -> tuple[HostRows | None, HostRows | None, list[Sequence]]:
         """A step's rows on the host, and whom the canary ended. Errors of the device surface here, before anything is written down."""
         self._at_work = step.decode
-        decoded = _HostRows(step.decoded) if step.decoded is not None else None
+        decoded = HostRows(step.decoded) if step.decoded is not None else None
         self._at_work = step.chunked
-        prefilled = _HostRows(step.prefilled) if step.prefilled is not None else None
+        prefilled = HostRows(step.prefilled) if step.prefilled is not None else None
         self._at_work = step.decode + step.chunked
         return decoded, prefilled, self._drop_damaged(self.canary, step.watch) if self.canary and step.watch else []
 
@@ -244,59 +241,6 @@ class Engine:
             return False  # aborted, and its id may be another's by now
         del self.requests[request.request_id]
         return True
-
-    def _extend(self, sequence: Sequence, rows: "_HostRows", lane) -> None:
-        """Append the token in a lane of the results, unless the sequence ended in the meantime."""
-        if sequence.status is Status.FINISHED:
-            return
-        sequence.num_pending -= 1
-        if rows.tokens[lane] < 0:
-            self.scheduler.finish(sequence, "error", DEAD_END)
-            return
-        if not rows.finite[lane]:
-            self._fail_not_finite(sequence)
-            return
-        token, params = int(rows.tokens[lane]), sequence.request.params
-        sequence.token_ids.append(token)
-        sequence.token_logprobs.append(float(rows.logprobs[lane]))
-        sequence.token_versions.append(sequence.version)
-        if params.raw_logprobs:
-            sequence.raw_logprobs.append(rows.raw_logprobs[lane])
-        if params.entropy:
-            sequence.entropies.append(rows.entropies[lane])
-        if params.logprobs is not None:
-            sequence.logprobs.append(rows.likeliest(lane, params.logprobs))
-        self.scheduler.register_pages(sequence)
-        self._stop(sequence, token)
-
-    def _stop(self, sequence: Sequence, token: int) -> None:
-        """End the sequence where its last token says so: a stop token, a stop string, or the edge."""
-        request = sequence.request
-        num_generated = len(sequence.token_ids) - sequence.prompt_length
-        if token in request.stop_token_ids and num_generated >= request.params.min_tokens:
-            self.scheduler.finish(sequence, "stop", token if token in request.params.stop_token_ids else None)
-            return
-        found = sequence.detokenizer.push([token]) if sequence.detokenizer is not None else None
-        if found is not None:
-            self.scheduler.finish(sequence, "stop", found[1])
-        elif len(sequence.token_ids) >= request.limit:
-            self.scheduler.finish(sequence, "length")
-
-    def _fail_not_finite(self, sequence: Sequence) -> None:
-        self.scheduler.blocks.discard(sequence.pages)
-        self.scheduler.finish(sequence, "error", "the model's logits were not finite")
-
-    def _score_prompt(self, sequence: Sequence, rows: "_HostRows", lane: int, position: int) -> None:
-        request = sequence.request
-        count = request.params.prompt_logprobs
-        if sequence.status is Status.FINISHED or count is None:
-            return
-        if not rows.finite[lane]:
-            self._fail_not_finite(sequence)
-            return
-        entries: Any = request.prompt_logprobs or [None] * sequence.prompt_length
-        entries[position] = rows.likeliest(lane, count)
-        request.prompt_logprobs = entries
 
     # -- recovery --------------------------------------------------------------------------------------------------------------
 
@@ -339,22 +283,3 @@ class Engine:
             self.scheduler.finish(sequence, "error", f"the device ran out of memory: {memory.advice(self.model, self.config)}")
         self.requests = known
         return self._settled + [request for request in list(known.values()) if self._retire(request)]
-
-
-class _HostRows:
-    """A step's results as numpy arrays; those that few requests ask for are fetched when one does."""
-
-    def __init__(self, out: RowOutputs) -> None:
-        self._out = out
-        self.tokens, self.logprobs, self.finite = np.asarray(out.tokens), np.asarray(out.logprobs), np.asarray(out.finite)
-
-    def __getattr__(self, name: str) -> Any:
-        array = np.asarray(getattr(self._out, name))
-        setattr(self, name, array)
-        return array
-
-    def likeliest(self, lane, count: int) -> dict[int, Logprob]:
-        """The chosen token and the `count` likeliest, as vLLM's dictionary."""
-        chosen = {int(self.tokens[lane]): Logprob(float(self.logprobs[lane]), int(self.ranks[lane]))}
-        ids, values = self.top_ids[lane][:count], self.top_logprobs[lane][:count]
-        return chosen | {int(t): Logprob(float(v), i + 1) for i, (t, v) in enumerate(zip(ids, values, strict=True))}

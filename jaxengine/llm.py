@@ -230,6 +230,7 @@ class LLM:
         Raises ValueError, naming what differs, for the coordinate of another contract: other versions, device, model or weights.
         A sample that several versions of the weights drew has such a one.
         """
+        self.runner.check_process()
         if not coordinate.token_ids:
             raise ValueError("this coordinate's sample ended before its first token: there is nothing to draw again")
         differences = coordinate.contract.differences(self.contract())

@@ -51,6 +51,7 @@ class Runner:
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
         """Nobody steps or adds inside the block."""
+        self.check_process()
         with self.lock:
             yield
         self.sweep()

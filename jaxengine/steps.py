@@ -109,7 +109,7 @@ def next_tokens(config: ModelConfig, kernels: Kernels, params: Decoder, cache: C
     padding = -x.shape[0] % tile
     pad = lambda a: jnp.pad(a, ((0, padding), *((0, 0),) * (a.ndim - 1)))
     body = functools.partial(next_token, config, kernels, max_logprobs)
-    weights = (params.norm, params.embed if params.head is None else params.head, slots, cache.history)
+    weights = (params.norm, params.output_head, slots, cache.history)
     inputs = jax.tree.map(pad, (x, rows.slots, rows.positions, rows.scored))
     out = over_tiles(body, tile, weights, inputs, rows.num_rows)
     return jax.tree.map(lambda a: a[: x.shape[0]], out)

@@ -54,6 +54,11 @@ class Decoder:
     norm: Array  # [D]
     head: Array | None  # [leaf, V / leaf, D]; None where the embedding is the head
 
+    @property
+    def output_head(self) -> Array:
+        """What the logits are computed with."""
+        return self.embed if self.head is None else self.head
+
 
 def declare(config: ModelConfig) -> Any:
     """The tree of Parameter declarations, in the shape of the parameters themselves."""

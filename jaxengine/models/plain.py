@@ -19,7 +19,7 @@ dot = functools.partial(jnp.einsum, precision="highest")
 def logits(config: ModelConfig, params: Decoder, tokens: Int[Array, " T"]) -> Float[Array, "T V"]:
     """Logits of the token behind each position."""
     x = hidden_states(config, params, tokens)
-    head = params.embed if params.head is None else params.head
+    head = params.output_head
     return dot("td,vd->tv", x, _joined(head))[:, : config.vocab_size]
 
 

@@ -68,7 +68,7 @@ def all_logits(config: ModelConfig, kernels: Kernels, params: Decoder, tokens: I
     batch, length = tokens.shape
     x = hidden_states(config, kernels, params, tokens, jnp.full(batch, length), tile).reshape(batch * length, -1)
     rows = jnp.pad(x, ((0, -x.shape[0] % HEAD_ROWS), (0, 0)))
-    weights = (params.norm, params.embed if params.head is None else params.head)
+    weights = (params.norm, params.output_head)
     body = functools.partial(_head, config, kernels)
     logits = over_tiles(body, HEAD_ROWS, weights, rows, batch * length + unknown_zero(params.norm, tokens))
     return logits[: batch * length, : config.vocab_size].reshape(batch, length, -1)

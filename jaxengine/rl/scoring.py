@@ -69,7 +69,7 @@ def head_logprobs(params: Decoder, x: Float[Array, "B T D"], tokens: Int[Array, 
     order = jnp.pad(order, (0, -order.shape[0] % HEAD_ROWS))
     sequences, positions = order // length, order % length
     rows = (x[sequences, jnp.maximum(positions - 1, 0)], sequences, positions, prompts.reshape(-1)[order])
-    weights = (params.norm, params.embed if params.head is None else params.head, _opaque(slots, params, tokens), tokens)
+    weights = (params.norm, params.output_head, _opaque(slots, params, tokens), tokens)
     body = functools.partial(_row_scores, config, kernels, entropy)
     found = over_tiles(body, HEAD_ROWS, weights, rows, wanted.sum(dtype=jnp.int32) + unknown_zero(params.norm, tokens))
     placed = [jnp.where(wanted, each[jnp.argsort(order[: batch * length])].reshape(batch, length), 0.0) for each in found]

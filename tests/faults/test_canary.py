@@ -1,4 +1,4 @@
-"""Fault 14: pages overwritten behind the engine's back. The canary mode finds them; whoever does not hold them keeps its bits."""
+"""Pages overwritten behind the engine's back. The canary mode finds them; whoever does not hold them keeps its bits."""
 import dataclasses
 
 import jax

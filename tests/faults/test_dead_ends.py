@@ -1,10 +1,10 @@
-"""Fault 6, as far as an engine without grammars can have it: they are refused at once, and what rules out every token ends the request."""
+"""Dead ends. Grammars are refused at once, and what rules out every token ends the request."""
 import pytest
 from conftest import make_llm, random_model
 from neighbours import assert_idle, run, start
 
 from jaxengine import LLM, SamplingParams
-from jaxengine.engine import DEAD_END
+from jaxengine.results import DEAD_END
 
 VOCAB = 24  # as many as a request can rule out: stop tokens, the model's own included, before min_tokens
 PROMPTS = [[3], list(range(20)), [1, 2] * 20]

@@ -1,4 +1,4 @@
-"""Faults 8, 9, 11, 13 and 15 in the engine: aborts, interrupts, no pages, NaN, colliding hashes. Others' bits do not move."""
+"""Aborts, interrupts, no pages, NaN, colliding hashes. Others' bits do not move."""
 import dataclasses
 import signal
 import sys
@@ -65,7 +65,7 @@ def assert_aborted(llm: LLM, request: Request, whole: list[tuple]) -> list[int]:
     return [len(sample.generated) for sample in request.samples]
 
 
-# -- 9: abort ---------------------------------------------------------------------------------------------------------------------
+# -- abort ------------------------------------------------------------------------------------------------------------------------
 
 @OVERLAP
 def test_abort_of_an_unknown_id_is_nothing(llm, expected):
@@ -145,7 +145,7 @@ def test_abort_of_everybody_at_any_step(llm, expected):
     assert run(llm, start(llm)) == expected
 
 
-# -- 8: the caller goes away ------------------------------------------------------------------------------------------------------
+# -- the caller goes away ---------------------------------------------------------------------------------------------------------
 
 @OVERLAP
 def test_closing_a_stream_frees_its_pages(llm, expected, whole):
@@ -259,7 +259,7 @@ def test_ctrl_c_at_any_line_of_a_step(llm, at, expected):
         assert_idle(llm)
 
 
-# -- 11: no pages -----------------------------------------------------------------------------------------------------------------
+# -- no pages ---------------------------------------------------------------------------------------------------------------------
 
 @OVERLAP
 @pytest.mark.parametrize("spare", [4, 7])
@@ -300,7 +300,7 @@ def test_a_request_larger_than_the_pool_is_refused(tiny):
     assert fits.limit == open_ended.limit == 128
 
 
-# -- 13: logits that are no numbers -----------------------------------------------------------------------------------------------
+# -- logits that are no numbers ---------------------------------------------------------------------------------------------------
 
 BAD = 778  # the token whose embedding is not finite: whoever reads it gets NaN logits, and nobody else (the probe of programs.py does not)
 CAUSE = "the model's logits were not finite"
@@ -389,7 +389,7 @@ def test_prompt_logprobs_of_a_poisoned_prompt_are_an_error(poisoned, expected):
     assert run(poisoned, beside) == expected
 
 
-# -- 15: colliding prefix hashes --------------------------------------------------------------------------------------------------
+# -- colliding prefix hashes ------------------------------------------------------------------------------------------------------
 
 @OVERLAP
 def test_a_prefix_hash_collision_serves_nobody_elses_pages(llm, expected, monkeypatch):

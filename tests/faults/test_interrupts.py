@@ -1,4 +1,4 @@
-"""Fault 8 in every phase: an interrupt, a stream that is let go, an abort, while the engine compiles, works, or does nothing at all."""
+"""In every phase: an interrupt, a stream that is let go, an abort, while the engine compiles, works, or does nothing at all."""
 import asyncio
 import contextlib
 import functools

@@ -1,4 +1,4 @@
-"""Fault 12: no memory on the device, at start or in a step. Who was not in that step keeps its bits, and the engine stays usable."""
+"""No memory on the device, at start or in a step. Who was not in that step keeps its bits, and the engine stays usable."""
 import functools
 import itertools
 import re

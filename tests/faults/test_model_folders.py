@@ -1,4 +1,4 @@
-"""Rows 19 and 20: broken, hostile and foreign model folders. Each error names the file; nothing is half opened and no code ever runs."""
+"""Broken, hostile and foreign model folders. Each error names the file; nothing is half opened and no code ever runs."""
 import json
 import os
 import pickle

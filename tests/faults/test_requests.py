@@ -1,4 +1,4 @@
-"""Faults 1 to 5 and 10: what cannot be asked for is refused before anything is allocated, and whoever runs beside it sees nothing of it."""
+"""What cannot be asked for is refused before anything is allocated, and whoever runs beside it sees nothing of it."""
 import tracemalloc
 
 import jax
@@ -123,14 +123,14 @@ def test_refused_before_anything_is_allocated(name, tiny):
         tracemalloc.stop()
 
 
-# -- 1: an empty batch ------------------------------------------------------------------------------------------------------------
+# -- an empty batch ---------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("batch", [[], (), np.zeros((0, 3), np.int32)], ids=["list", "tuple", "array"])
 def test_an_empty_batch_is_answered_by_an_empty_list(batch, tiny, expected):
     assert run(tiny, start(tiny), lambda: tiny.generate(batch) == [] or pytest.fail("not empty")) == expected
 
 
-# -- 2: integers of any kind ------------------------------------------------------------------------------------------------------
+# -- integers of any kind ---------------------------------------------------------------------------------------------------------
 
 TOKENS = [5, 999, 0, 17]
 KINDS = {
@@ -159,7 +159,7 @@ def test_settings_take_numpy_and_jax_numbers(tiny):
     assert answers[0] == answers[1]
 
 
-# -- 3: the edge of the context ---------------------------------------------------------------------------------------------------
+# -- the edge of the context ------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("length, max_tokens, generated", [(511, 5, 1), (505, 100, 7), (505, 10**12, 7), (505, None, 7), (505, 7, 7)])
 def test_a_completion_ends_at_the_edge_of_the_context(length, max_tokens, generated, tiny, expected):
@@ -169,7 +169,7 @@ def test_a_completion_ends_at_the_edge_of_the_context(length, max_tokens, genera
     assert run(tiny, beside) == expected
 
 
-# -- 4: values that mean something else -------------------------------------------------------------------------------------------
+# -- values that mean something else ----------------------------------------------------------------------------------------------
 
 def first_bits(llm: LLM, **settings) -> list[tuple]:
     return bits(llm.generate([TOKENS], SamplingParams(max_tokens=5, **settings), key=jax.random.key(3)))
@@ -219,7 +219,7 @@ def test_all_bits_of_a_seed_count(tiny):
     assert first_bits(tiny, key=jax.random.key(5)) == [seeded[5]]
 
 
-# -- 5: a full queue --------------------------------------------------------------------------------------------------------------
+# -- a full queue -----------------------------------------------------------------------------------------------------------------
 
 def test_a_full_queue_refuses_the_whole_call(tiny):
     llm = make_llm(tiny.config, tiny.params, max_waiting=6)
@@ -231,7 +231,7 @@ def test_a_full_queue_refuses_the_whole_call(tiny):
         llm.generate([[3]], SamplingParams(n=16_384))
 
 
-# -- 10: a request id in use ------------------------------------------------------------------------------------------------------
+# -- a request id in use ----------------------------------------------------------------------------------------------------------
 
 IDS = [f"mine {i}" for i in range(len(PROMPTS))]
 

@@ -1,4 +1,4 @@
-"""Faults 16 to 18: weights that do not fit, weights that come amid requests or at once, pause and resume."""
+"""Weights that do not fit, weights that come amid requests or at once, pause and resume."""
 import dataclasses
 import threading
 import time
@@ -50,7 +50,7 @@ def without_head(params):
     return dataclasses.replace(params, head=None)
 
 
-# -- 16: weights that do not fit -----------------------------------------------------------------------------------------------
+# -- weights that do not fit ---------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("broken, message", [
     (without_head, r"1 leaves differ:\n  head: given nothing, declared float32\[1, 1024, 96\]"),
@@ -137,7 +137,7 @@ def test_cast_rounds_a_trainers_weights(model):
     assert all(jax.tree.leaves(same))
 
 
-# -- 17: amid requests, and at once --------------------------------------------------------------------------------------------
+# -- amid requests, and at once ------------------------------------------------------------------------------------------------
 
 def test_two_updates_at_once_come_one_behind_the_other(model, other):
     llm = make_llm(*model, compile_patience=1_000_000)
@@ -220,7 +220,7 @@ def test_a_replay_knows_its_weights(model, other):
         llm.replay(output.outputs[0].coordinate)
 
 
-# -- 18: pause and resume ------------------------------------------------------------------------------------------------------
+# -- pause and resume ----------------------------------------------------------------------------------------------------------
 
 def test_pause_and_resume_are_idempotent_and_visible(llm, expected):
     llm.resume()

@@ -16,7 +16,7 @@ from jaxengine.rl.forward import hidden_states
 @functools.partial(jax.jit, static_argnames="config")
 def _logits(config: ModelConfig, params: Decoder, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
     x = hidden_states(config, XLA, params, tokens, jnp.full(tokens.shape[0], tokens.shape[1]))
-    head = params.embed if params.head is None else params.head
+    head = params.output_head
     rows = decoder.logits(config, XLA, params.norm, head, x.reshape(-1, config.hidden_size))
     return rows.reshape(*tokens.shape, -1)[..., : config.vocab_size]
 

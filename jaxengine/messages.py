@@ -1,0 +1,71 @@
+"""What a chat is given, as plain JSON values that a template may see. Errors name the place."""
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+MAX_DEPTH = 64  # of lists and objects in a message
+_ROLE = re.compile("[A-Za-z][A-Za-z0-9_-]{0,63}")
+
+
+def messages_of(messages: Any) -> list[dict[str, Any]]:
+    """Plain copies, without the keys that hold None; content that is a list of text parts becomes one string, joined by newlines."""
+    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
+        raise ValueError(f'messages must be a list of {{"role": …, "content": …}}, one at least, got {messages!r:.80}')
+    return [_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
+
+
+def _message(message: Any, where: str) -> dict[str, Any]:
+    if not isinstance(message, Mapping):
+        raise ValueError(f'{where} must be {{"role": …, "content": …}}, got {message!r:.80}')
+    found = {key: value for key, value in plain(message, where).items() if value is not None}
+    role, content = found.get("role"), found.get("content", "")
+    if not isinstance(role, str) or not _ROLE.fullmatch(role):
+        raise ValueError(f"{where}.role must be a word of at most 64 letters, digits, - and _, got {role!r:.80}")
+    if isinstance(content, list):
+        found["content"] = "\n".join(_part_text(part, f"{where}.content[{index}]") for index, part in enumerate(content))
+    elif not isinstance(content, str):
+        raise ValueError(f'{where}.content must be a string or a list of {{"type": "text", "text": …}}, got {content!r:.80}')
+    return found
+
+
+def _part_text(part: Any, where: str) -> str:
+    if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+        raise ValueError(f'{where} must be {{"type": "text", "text": …}}, got {part!r:.80}: the engine takes text only')
+    return part["text"]
+
+
+def plain(value: Any, where: str, depth: int = 0) -> Any:
+    """A copy of JSON values alone, so that a template can reach no object's methods."""
+    if depth > MAX_DEPTH:
+        raise ValueError(f"{where} is nested in more than {MAX_DEPTH} lists and objects")
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        check_characters(value, where)
+        return str.__str__(value)
+    if isinstance(value, int | float):
+        return int(value) if isinstance(value, int) else float(value)
+    if isinstance(value, Mapping):
+        return {plain(key, f"a key of {where}"): plain(item, f"{where}.{key}", depth + 1) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item, f"{where}[{index}]", depth + 1) for index, item in enumerate(value)]
+    raise ValueError(f"{where} must be a JSON value, got {value!r:.80} ({type(value).__name__})")
+
+
+def strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for item in (*value.keys(), *value.values()):
+            yield from strings(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from strings(item)
+
+
+def check_characters(text: str, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where} has a lone surrogate, U+{ord(text[error.start]):04X}, at position {error.start}: "
+                         "it is half a character and has no tokens") from None
