@@ -46,8 +46,10 @@ class LLM:
     """An engine for one model.
 
     `model` is the name of the model that ships ("calc"), a folder in Hugging Face format or a hub id. `dtype` is "auto" (the file's),
-    "float32", "bfloat16" or "float16". `num_pages` is sized from memory unless given. `seed` is the key of calls that bring none.
-    Further keywords are EngineConfig's: they change room and speed, never a bit but for `kernels`.
+    "float32", "bfloat16" or "float16". `tokenizer` is another folder's. `reduction_leaves` is the number of parts that every long sum is
+    cut into, and so the most devices that can ever share the model; it is in the bits. `num_pages` is sized from memory unless given.
+    `seed` is the key of calls that bring none. `progress` shows loading, compiling and tokens on stderr. Further keywords are
+    EngineConfig's: they change room and speed, never a bit but for `kernels`.
 
         llm = LLM("calc")
         outputs = llm.generate(["12+30=", "7*8="], SamplingParams(n=8, max_tokens=16), key=jax.random.key(0))
@@ -108,6 +110,10 @@ class LLM:
 
         The draws depend on (key, index of the prompt, index of the sample, position) alone. Without a key each call takes the next one
         of the LLM's seed. An interrupt aborts the call's requests and leaves the engine usable.
+
+        `sampling_params` are one for all prompts or one each; `request_ids`, one each, are what `abort` takes. Raises ValueError or
+        TypeError, naming the prompt and what is allowed, before anything is computed; what goes wrong later ends its own request with
+        finish reason "error".
         """
         return self._complete(self._requests(prompts_of(prompts), sampling_params, key, request_ids), use_tqdm)
 
@@ -139,7 +145,10 @@ class LLM:
     def chat(self, messages: Any, sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, *, key: Any = None,
              use_tqdm: bool | None = None, chat_template: str | None = None, add_generation_prompt: bool = True,
              tools: list[dict[str, Any]] | None = None, chat_template_kwargs: dict[str, Any] | None = None) -> RequestOutputs:
-        """Complete a conversation (a list of messages) or several, with the model's chat template in a sandbox."""
+        """Complete a conversation (a list of messages) or several, with the model's chat template in a sandbox; else as `generate`.
+
+        Raises ValueError where the model has no tokenizer or no template, and where the template refuses the messages or fails.
+        """
         if self.tokenizer is None:
             raise ValueError("the model has no tokenizer, so there is no chat: give token ids to generate")
         conversations = [messages] if messages and isinstance(messages[0], dict) else list(messages)

@@ -44,6 +44,8 @@ class CompletionOutput:
     logprobs: list[dict[int, Logprob]] | None = None
     raw_logprobs: np.ndarray | None = None  # of the model's own distribution at temperature 1
     entropies: np.ndarray | None = None  # of the processed distribution, in nats
+    token_texts: list[str] | None = dataclasses.field(default=None, repr=False)
+    coordinate: Coordinate | None = dataclasses.field(default=None, repr=False)  # what LLM.replay takes
 
     @property
     def cumulative_logprob(self) -> float:
@@ -54,9 +56,6 @@ class CompletionOutput:
         marks = self.token_logprobs if self.token_texts else [0.0]
         tokens = "".join(_colored(piece, logprob) for piece, logprob in zip(pieces, marks, strict=False))
         return f"<div><code style='white-space:pre-wrap'>{tokens}</code> <small>{html.escape(str(self.finish_reason))}</small></div>"
-
-    token_texts: list[str] | None = dataclasses.field(default=None, repr=False)
-    coordinate: Coordinate | None = dataclasses.field(default=None, repr=False)  # what LLM.replay takes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -122,7 +122,8 @@ class Trainer:
         return state, [{name: float(x) for name, x in values.items()} for values in jax.device_get(found)]
 
     def batch(self, state: TrainState, rollout: Rollout, rewards: Float[np.ndarray, " B"], *, reference: Decoder | None = None) -> Batch:
-        """A rollout with its advantages, and what else the objective asks for."""
+        """A rollout with its advantages, and what else the objective asks for. Raises ValueError where `rewards` are not one a sample, or
+        where the objective's penalty has no `reference`."""
         kind, rewards = self.config.objective.advantage, np.asarray(rewards, np.float32)
         if rewards.shape != rollout.group.shape:
             raise ValueError(f"rewards must be {list(rollout.group.shape)}, one a sample, got {list(rewards.shape)}")
