@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 from tqdm import tqdm
 
 from jaxengine.config import ModelConfig
+from jaxengine.keys import seeded
 from jaxengine.models import decoder, loading, params
 from jaxengine.models.params import Decoder
 from jaxengine.ops.kernels import XLA
@@ -120,7 +121,7 @@ def train(tokenizer: tokenizers.Tokenizer, *, seed: int, steps: int) -> Decoder:
         change, moments = update.update(gradient, moments, weights)
         return (optax.apply_updates(weights, change), moments), value
 
-    weights = params.initialise(CONFIG, jax.random.key(seed), scale=0.05)
+    weights = params.initialise(CONFIG, seeded(seed), scale=0.05)
     state = (weights, jax.jit(update.init)(weights))
     data = batches(packed_rows(tokenizer, examples(arithmetic.stream(seed))))
     watched = arithmetic.problems(seed + 1, 256, "held-out")  # another draw than the final measurement's

@@ -3,6 +3,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -58,17 +59,26 @@ def test_the_rate_rises_and_falls():
 
 
 @pytest.mark.parametrize("algorithm", [pytest.param("grpo", marks=pytest.mark.slow), pytest.param("ppo", marks=pytest.mark.long)])
-def test_the_same_bits_in_another_process_and_after_a_stop(tmp_path, algorithm):
-    def command(name: str, folder: str, *more: str) -> tuple[str, list[dict]]:
+def test_the_same_bits_in_another_process_and_after_a_stop(tmp_path, monkeypatch, capsys, algorithm):
+    def other_process(arguments: list[str]) -> str:
+        return subprocess.run([sys.executable, "-c", FEW_HELD_OUT, *arguments], check=True, capture_output=True, text=True).stdout
+
+    def here(arguments: list[str]) -> str:
+        monkeypatch.setattr(sys, "argv", ["learn_calc", *arguments])
+        learn_calc.main()
+        return capsys.readouterr().out
+
+    def command(run: Callable[[list[str]], str], name: str, folder: str, *more: str) -> tuple[str, list[dict]]:
         options = ["--algorithm", algorithm, "--snapshots", str(tmp_path / folder), "--json", str(tmp_path / f"{name}.json")]
-        found = subprocess.run([sys.executable, "-c", FEW_HELD_OUT, *SMALL, *options, *more], check=True, capture_output=True, text=True)
-        digest = re.search(r"weights \w{16}, state \w{16}", found.stdout)
-        assert digest is not None, found.stdout
+        printed = run([*SMALL, *options, *more])
+        digest = re.search(r"weights \w{16}, state \w{16}", printed)
+        assert digest is not None, printed
         return digest[0], json.loads((tmp_path / f"{name}.json").read_text())
 
-    whole, history = command("whole", "one")
-    _, before = command("stopped", "other", "--stop", "1")
-    resumed, after = command("resumed", "other")
+    monkeypatch.setattr(learn_calc, "HELD_OUT_PROBLEMS", 50)
+    whole, history = command(other_process, "whole", "one")
+    _, before = command(here, "stopped", "other", "--stop", "1")
+    resumed, after = command(here, "resumed", "other")
     assert resumed == whole
     bare = lambda iterations: [{k: v for k, v in each.items() if k not in ("generating", "learning")} for each in iterations]
     assert bare(before + after) == bare(history) and len(before) == 1 and len(history) == 3
