@@ -16,13 +16,13 @@ _PLAIN_NAME = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w][\w.-]*", re.ASCII)
 
 
-def resolve(model: str | os.PathLike[str]) -> Path:
+def resolve(model: str | os.PathLike[str], what: str = "model") -> Path:
     """The folder of `model`: a local folder, else a model that ships by its name, else a hub id "org/name", which is downloaded.
 
-    Raises FileNotFoundError that says what was tried, ValueError for what is neither text nor a path.
+    Raises FileNotFoundError that says what was tried, ValueError for what is neither text nor a path; `what` is asked for.
     """
     if not isinstance(model, (str, os.PathLike)) or not os.fspath(model):  # "" would be the working directory
-        raise ValueError(f"model must be a folder, a name or a hub id, got {model!r:.80}")
+        raise ValueError(f"{what} must be a folder, a name or a hub id, got {model!r:.80}")
     folder = os.path.expanduser(os.fspath(model))
     found = shipped(model) if isinstance(model, str) and _PLAIN_NAME.fullmatch(model) else None
     # A folder that only happens to be called like a shipped model is not one.
@@ -30,7 +30,7 @@ def resolve(model: str | os.PathLike[str]) -> Path:
         return Path(folder).absolute()  # absolute, since tensors are read later and a notebook may change its directory
     if not isinstance(model, str):
         raise FileNotFoundError(f"{folder} is not a folder")
-    return found if found is not None else _download(model)
+    return found if found is not None else _download(model, what)
 
 
 def shipped(name: str) -> Path | None:
@@ -70,23 +70,23 @@ def _package() -> Path:
     return Path(__file__).parent
 
 
-def _download(model: str) -> Path:
+def _download(model: str, what: str) -> Path:
     if not _HUB_ID.fullmatch(model):
-        raise FileNotFoundError(_tried(model, 'not asked, since its ids read "organisation/name"'))
+        raise FileNotFoundError(_tried(what, model, 'not asked, since its ids read "organisation/name"'))
     try:
         return Path(
             huggingface_hub.snapshot_download(model, allow_patterns=list(HUB_FILES), ignore_patterns=list(NOT_HUB_FILES))
         )
     except (RepositoryNotFoundError, HFValidationError) as error:
         reason = "no such repository, or a private one: log in with `hf auth login`"
-        raise FileNotFoundError(_tried(model, f"{reason} ({_first_line(error)})")) from error
+        raise FileNotFoundError(_tried(what, model, f"{reason} ({_first_line(error)})")) from error
     except (LocalEntryNotFoundError, HfHubHTTPError) as error:
-        raise FileNotFoundError(_tried(model, f"not reached, and not complete in its cache ({_first_line(error)})")) from error
+        raise FileNotFoundError(_tried(what, model, f"not reached, and not complete in its cache ({_first_line(error)})")) from error
 
 
-def _tried(model: str, hub: str) -> str:
+def _tried(what: str, model: str, hub: str) -> str:
     ships = ", ".join(shipped_names()) or "none"
-    return f"model {model!r:.200} was not found. Tried: a local folder (there is none) · the models that ship ({ships}) · the hub ({hub})"
+    return f"{what} {model!r:.200} was not found. Tried: a local folder (there is none) · the models that ship ({ships}) · the hub ({hub})"
 
 
 def _first_line(error: Exception) -> str:

@@ -9,6 +9,7 @@ from jax.core import Tracer
 
 from jaxengine.config import EngineConfig, ModelConfig
 from jaxengine.coordinate import Coordinate
+from jaxengine.detokenizer import Detokenizer
 from jaxengine.keys import key_data, key_of, seed_data
 from jaxengine.keywords import check_keywords
 from jaxengine.outputs import CompletionOutput, RequestOutput
@@ -16,6 +17,7 @@ from jaxengine.request import SamplingParams, token_ids_of
 from jaxengine.sequence import Earlier, Request
 from jaxengine.slots import MAX_STOPS, stop_token_ids
 from jaxengine.tokenizer import Tokenizer
+from jaxengine.values import flag
 
 PROMPT_KEYS = ("prompt", "prompt_token_ids", "allow_special_tokens", "cache_salt")
 
@@ -83,6 +85,16 @@ def extended(request_id: str, output: RequestOutput, params: SamplingParams | No
     request = make_request(request_id, prompt, 0, params.replace(key=None, seed=None), begun.key, model, engine, tokenizer)
     request.params, request.prompt_index = params, begun.key_folds[0]
     request.earlier = [_earlier(sample, request) for sample in output.outputs]
+    if params.prompt_logprobs is not None and output.outputs[0].token_ids:  # else they are found now
+        if output.prompt_logprobs is None:
+            raise ValueError(f"prompt_logprobs is asked for, but request {output.request_id} was begun without")
+        request.prompt_logprobs = output.prompt_logprobs
+    for sample, earlier in zip(output.outputs, request.earlier, strict=True):
+        if params.stop and tokenizer is not None and earlier.finish_reason is None:
+            found = Detokenizer(tokenizer, stop=params.stop, min_tokens=params.min_tokens).push(earlier.token_ids)
+            if found is not None:
+                raise ValueError(f"stop has {found[1]!r}, which ends at token {found[0] - 1} of sample {sample.index}, and that goes on: "
+                                 "leave it out, or cut the sample there")
     return request
 
 
@@ -98,7 +110,7 @@ def _earlier(sample: CompletionOutput, request: Request) -> Earlier:
     floats = lambda values: [] if values is None else values.tolist()
     return Earlier(
         list(sample.token_ids), sample.token_logprobs.tolist(), versions, floats(sample.raw_logprobs), floats(sample.entropies),
-        list(sample.logprobs or []), (sample.finish_reason if sample.finish_reason != "abort" else "length") if ended else None,
+        list(sample.logprobs or []), (sample.finish_reason if sample.finish_reason in ("stop", "error") else "length") if ended else None,
         sample.stop_reason if ended else None)
 
 
@@ -125,7 +137,10 @@ def _tokens(prompt: Any, index: int, model: ModelConfig, tokenizer: Tokenizer | 
     where, salt, special = f"prompts[{index}]", "", False
     if isinstance(prompt, Mapping):
         check_keywords(where, prompt, PROMPT_KEYS)
-        salt, special = str(prompt.get("cache_salt", "")), bool(prompt.get("allow_special_tokens", False))
+        special = flag(f"{where}['allow_special_tokens']", prompt.get("allow_special_tokens", False))
+        salt = "" if prompt.get("cache_salt") is None else prompt["cache_salt"]
+        if not isinstance(salt, str):
+            raise ValueError(f"{where}['cache_salt'] must be a string or None, got {salt!r:.80}")
         if prompt.get("prompt_token_ids") is not None:
             return prompt.get("prompt"), token_ids_of(prompt["prompt_token_ids"], model.vocab_size, f"{where}['prompt_token_ids']"), salt
         if not isinstance(prompt.get("prompt"), str):
@@ -136,7 +151,8 @@ def _tokens(prompt: Any, index: int, model: ModelConfig, tokenizer: Tokenizer | 
     if not prompt:
         raise ValueError(f"{where} is empty: at least one token is needed to predict the next one")
     if tokenizer is None:
-        raise ValueError(f"{where} is text, but the model has no tokenizer: give {{'prompt_token_ids': [...]}}")
+        raise ValueError(f"{where} is text, but the model has no tokenizer: give {{'prompt_token_ids': [...]}}, or give the "
+                         "LLM a folder with a tokenizer.json as tokenizer=")
     text = str(prompt)  # a numpy.str_ is a str too, and stays one in outputs otherwise
     return text, token_ids_of(tokenizer.encode(text, allow_special_tokens=special), model.vocab_size, where), salt
 

@@ -23,6 +23,7 @@ class BatchBuilder:
         self.config = config
         self.num_slots = config.max_num_seqs + 1
         self.tables = np.zeros((self.num_slots, config.pages_per_seq), np.int32)
+        self._num_written = np.zeros(self.num_slots, np.int64)  # pages of each slot's row that are up to date
         self.host_slots = empty_slots(self.num_slots)
         self._device_slots: Any = None
         self.decode_rows = _round_up(config.max_num_seqs, ROW_UNIT)
@@ -34,6 +35,7 @@ class BatchBuilder:
     def admit(self, sequence: Sequence) -> None:
         """Write a sequence's sampling parameters into its slot."""
         request, params = sequence.request, sequence.request.params
+        self._num_written[sequence.slot] = 0
         write_slot(
             self.host_slots, sequence.slot, params, request.stop_token_ids, prompt_length=sequence.prompt_length,
             first_stop=min(sequence.prompt_length + params.min_tokens, request.limit) if params.min_tokens else 0, limit=request.limit,
@@ -61,9 +63,12 @@ class BatchBuilder:
         return uploads
 
     def sync_tables(self, sequences: Seq[Sequence]) -> np.ndarray:
-        """Block tables, the given sequences' rows brought up to date."""
+        """Block tables, the given sequences' rows brought up to date. While it runs, a sequence's pages only grow in number."""
         for sequence in sequences:
-            self.tables[sequence.slot, : len(sequence.pages)] = sequence.pages
+            written, count = self._num_written[sequence.slot], len(sequence.pages)
+            if written < count:
+                self.tables[sequence.slot, written:count] = sequence.pages[written:]
+                self._num_written[sequence.slot] = count
         return self.tables.copy()  # the device may still be reading the last step's
 
     # -- steps -----------------------------------------------------------------------------------------------------------------

@@ -118,9 +118,7 @@ def open_model(model: str, *, dtype: str = "auto", progress: bool = False, **eng
     if model not in SHAPES:
         config = loading.read_model_config(resolve(model), dtype=dtype)
         return LLM(model, dtype=dtype, progress=progress, **_room(config) | engine)
-    if dtype not in ("auto", *loading.DTYPES):
-        raise ValueError(f"dtype must be 'auto' or one of {', '.join(loading.DTYPES)}, got {dtype!r}")
-    config = SHAPES[model] if dtype == "auto" else dataclasses.replace(SHAPES[model], dtype=dtype)
+    config = dataclasses.replace(SHAPES[model], dtype=loading.dtype_name(dtype, SHAPES[model].dtype))
     return LLM.from_params(config, initialise(config, jax.random.key(0)), progress=progress, **_room(config) | engine)
 
 

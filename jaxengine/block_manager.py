@@ -106,15 +106,21 @@ class BlockManager:
         """Forget every cached prefix."""
         self.discard(list(self._keys))
 
-    def match(self, tokens: Sequence[int], version: int, salt: str) -> list[int]:
-        """The longest run of cached pages that hold the front of `tokens`, at most all but the last token. Takes no holder."""
+    def match(self, tokens: Sequence[int], version: int, salt: str, known: list[tuple[bytes, bytes]] | None = None) -> list[int]:
+        """The longest run of cached pages that hold the front of `tokens`, at most all but the last token. Takes no holder.
+
+        `known` keeps digests and contents from one call to the next with the same version, salt and front of tokens.
+        """
         if not self.caching:
             return []
         pages: list[int] = []
+        known = [] if known is None else known
         parent = digest = root_digest(version, salt)
-        for start in range(0, len(tokens) - self.page_size, self.page_size):
-            content = _content(tokens[start : start + self.page_size])
-            digest = chain_digest(digest, content)
+        for index, start in enumerate(range(0, len(tokens) - self.page_size, self.page_size)):
+            if index == len(known):
+                content = _content(tokens[start : start + self.page_size])
+                known.append((chain_digest(digest, content), content))
+            digest, content = known[index]
             page = self._by_digest.get(digest)
             key = self._keys.get(page) if page is not None else None
             if page is None or key is None or key.tokens != content or key.parent != parent:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jaxengine.config import EngineConfig
+from jaxengine.config import DTYPES, EngineConfig
 from jaxengine.coordinate import Coordinate
 from jaxengine.options import add_fields, count, given_fields, sampling_params, token_ids
 from jaxengine.request import SamplingParams
@@ -26,7 +26,6 @@ USER_ERRORS = (ValueError, TypeError, OSError, MemoryError, NotImplementedError)
 LLM_DEFAULTS = {"max_model_len": "default: the model's own", "num_pages": "default: what memory allows",
                 "max_num_batched_tokens": "default: 512 on a CPU, 8192 elsewhere"}
 BENCH_DEFAULTS = LLM_DEFAULTS | {name: "default: room for the workloads" for name in ("max_model_len", "max_num_seqs", "num_pages")}
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -118,7 +117,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
 
 def _add_engine(parser: argparse.ArgumentParser, defaults: Mapping[str, str], dtype: str = "auto") -> None:
     group = parser.add_argument_group("engine", "room and habits: the fields of EngineConfig; only dtype and kernels change bits")
-    group.add_argument("--dtype", choices=DTYPES, default=dtype, help="auto: the file's")
+    group.add_argument("--dtype", choices=("auto", *DTYPES), default=dtype, help="auto: the file's")
     group.add_argument("--progress", action=argparse.BooleanOptionalAction, default=True, help="show long work on standard error")
     add_fields(group, EngineConfig, defaults)
 

@@ -3,12 +3,16 @@ import dataclasses
 from typing import Literal
 
 from jaxengine.keywords import nearest, strict_keywords
+from jaxengine.values import flag, integer, real
 from pallas_kernels.block_sizes import VOCAB_BLOCK
 from pallas_kernels.implementations import PLATFORMS
 
 QUERY_BLOCK = 16  # tokens of one sequence that prefill keeps together; page sizes and chunk starts are multiples of it
 PROBE_TOKENS = 128  # tokens on which a step's tile is proven before it serves (programs.py)
 KERNELS = ("auto", *PLATFORMS)  # ops/kernels.py says what they are
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+         "max_position_embeddings", "reduction_leaves")  # of a ModelConfig
+DTYPES = ("float32", "float16", "bfloat16")  # of weights
 KV_TILE = 64  # keys that attention takes in one step of its online softmax: fixed, whatever the page size
 
 
@@ -54,6 +58,16 @@ class ModelConfig:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
+        put = lambda name, value: object.__setattr__(self, name, value)
+        for name in SIZES:
+            put(name, integer(name, getattr(self, name), 1))
+        for name in ("tie_word_embeddings", "qk_norm", "qkv_bias", "out_bias"):
+            put(name, flag(name, getattr(self, name)))
+        put("rms_norm_eps", real("rms_norm_eps", self.rms_norm_eps, 0.0))
+        if self.bos_token_id is not None:
+            put("bos_token_id", integer("bos_token_id", self.bos_token_id, 0))
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r:.80}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(f"num_attention_heads={self.num_attention_heads} must be a multiple of "
                              f"num_key_value_heads={self.num_key_value_heads}")
@@ -86,7 +100,8 @@ class EngineConfig:
     max_num_batched_tokens: int = 512
     max_model_len: int = 2048
     page_size: int = 32
-    num_pages: int = 1024
+    num_pages: int = 1024  # page 0 is scratch, so two are the least
+    gpu_memory_utilization: float = 0.9  # of an accelerator's memory, what others use included: how the pool is sized
     enable_prefix_caching: bool = True
     decode_steps: int = 1  # decode steps that one dispatch runs
     overlap: bool = False  # schedule the next step before the last one's tokens are known
@@ -97,18 +112,16 @@ class EngineConfig:
     kernels: str = "auto"  # which code computes: one of KERNELS, whose bits differ; "auto" is the device's own
 
     def __post_init__(self) -> None:
-        for name, least in (("max_num_seqs", 1), ("max_model_len", 2), ("decode_steps", 1), ("max_waiting", 1), ("compile_patience", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if self.page_size % QUERY_BLOCK or KV_TILE % self.page_size:
-            allowed = [size for size in range(QUERY_BLOCK, KV_TILE + 1, QUERY_BLOCK) if KV_TILE % size == 0]
+        put = lambda name, value: object.__setattr__(self, name, value)
+        for name, least in (("max_num_seqs", 1), ("max_num_batched_tokens", QUERY_BLOCK), ("max_model_len", 2), ("page_size", None),
+                            ("num_pages", 2), ("decode_steps", 1), ("max_logprobs", 1), ("compile_patience", 0), ("max_waiting", 1)):
+            put(name, integer(name, getattr(self, name), least))
+        put("gpu_memory_utilization", real("gpu_memory_utilization", self.gpu_memory_utilization, 0.0, 1.0, open_low=True))
+        for name in ("enable_prefix_caching", "overlap", "canary"):
+            put(name, flag(name, getattr(self, name)))
+        allowed = [size for size in range(QUERY_BLOCK, KV_TILE + 1, QUERY_BLOCK) if KV_TILE % size == 0]
+        if self.page_size not in allowed:
             raise ValueError(f"page_size must be one of {allowed}, got {self.page_size}")
-        if self.max_num_batched_tokens < QUERY_BLOCK:
-            raise ValueError(f"max_num_batched_tokens must be at least {QUERY_BLOCK}, got {self.max_num_batched_tokens}")
-        if self.num_pages < 2:
-            raise ValueError(f"num_pages must be at least 2 (page 0 is scratch), got {self.num_pages}")
-        if self.max_logprobs < 1:
-            raise ValueError(f"max_logprobs must be at least 1, got {self.max_logprobs}")
         check_kernels(self.kernels)
 
     @property

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxengine import steps
+from jaxengine import machine, steps
 from jaxengine.config import KV_TILE, QUERY_BLOCK, VOCAB_BLOCK, ModelConfig
 from jaxengine.coordinate import Contract
 from jaxengine.models.params import Decoder
@@ -39,7 +39,8 @@ def _bytes(leaf: Any) -> np.ndarray:
 def contract(model: ModelConfig, kernels: Kernels, params: Decoder, version: int) -> Contract:
     """Equal contract and equal (key, prompt, sampling parameters) means equal bits."""
     return Contract({
-        "jax": jax.__version__, "jaxlib": importlib.metadata.version("jaxlib"), "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__, "jaxlib": importlib.metadata.version("jaxlib"), "device": machine.device(),
+        "compiler": machine.compiler_flags(),
         "weights_version": version, "weights": weights_digest(params), "model": dataclasses.asdict(model),
         "kernels": kernels.parts(),
         "tiles": {"rows": BASE.rows, "query_block": QUERY_BLOCK, "kv_tile": KV_TILE, "vocab_block": VOCAB_BLOCK}})

@@ -54,7 +54,7 @@ class Engine:
         self.programs = Programs(model, config, self.kernels, self.batch, report)
         self.canary = canary.Canary(self.kernels) if config.canary else None
         self.requests: dict[str, Request] = {}
-        self._make_detokenizer = make_detokenizer
+        self._make_detokenizer = make_detokenizer  # one that has read what the sequence has
         self._in_flight: InFlight | None = None
         self._broken = False  # whether something began and neither ended nor was recovered from
         self._settled: list[Request] = []  # that ended in this step before its plan was made
@@ -74,7 +74,6 @@ class Engine:
         if request.params.stop and self._make_detokenizer is not None:
             for sequence in request.samples:
                 sequence.detokenizer = self._make_detokenizer(sequence)
-                sequence.detokenizer.push(sequence.generated)
         self._retire(request)  # where all of its samples had ended before
 
     def abort(self, request_id: str) -> None:
@@ -133,6 +132,13 @@ class Engine:
             self.scheduler.change_version(version, keep)
             self.programs.forget()
             return ended
+
+    def forget(self) -> None:
+        """No weights, requests and cached prefixes, as at first: the next weights may have the same version."""
+        with self._whole():
+            self.weights, self.requests = Weights(None, 0), {}
+            self.programs.forget()
+            self._recover()
 
     def step(self) -> list[Request]:
         """One step; returns the requests that ended in it. After any error the engine is usable again.
@@ -267,7 +273,6 @@ class Engine:
         for sequence in unfinished:
             if sequence.detokenizer is not None and self._make_detokenizer is not None:
                 sequence.detokenizer = self._make_detokenizer(sequence)
-                sequence.detokenizer.push(sequence.generated)
         if self.canary:
             self.canary = canary.Canary(self.kernels)
         if kv_cache.is_lost(self.cache):

@@ -1,14 +1,15 @@
 """The functional face: weights in, outputs out; weights and tokens in, logprobs out."""
-import functools
 import threading
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from jaxengine.admission import check_scored, params_of, prompts_of
 from jaxengine.config import ModelConfig
-from jaxengine.llm import LLM
+from jaxengine.keywords import check_keywords
+from jaxengine.llm import ENGINE_KEYWORDS, LLM
 from jaxengine.models.decoder import Tile
 from jaxengine.models.params import Decoder
 from jaxengine.ops.kernels import resolve
@@ -19,6 +20,8 @@ from jaxengine.tokenizer import Tokenizer
 from jaxengine.weights import check_fits, placed
 
 POOLS_KEPT = 2  # engines whose pages and proofs are kept between calls
+_engines: dict[Any, tuple[LLM, threading.Lock]] = {}  # by settings, the latest last
+_choosing = threading.Lock()
 
 
 def generate(params: Decoder, prompts: Any, sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, *, key: Any,
@@ -29,14 +32,17 @@ def generate(params: Decoder, prompts: Any, sampling_params: SamplingParams | Se
     Prompts are lists of token ids, or text where a tokenizer is given. `key` is a typed JAX key; draws depend on it, on the index of the
     prompt and of the sample, and on the position. Engine keywords are EngineConfig's. Raises ValueError where params do not fit config.
     """
+    check_keywords("generate", engine, ("params", "prompts", "sampling_params", "key", "config", "tokenizer", *ENGINE_KEYWORDS))
     batch = prompts_of(prompts)
     params_of(sampling_params, len(batch))  # refused before an engine is built
     if not batch:
         return RequestOutputs()
     check_fits(params, config)
-    llm, lock = _engine_for(config, tokenizer, tuple(sorted(engine.items())))
+    params = placed(params)
+    llm, lock = _engine_for(params, config, tokenizer, engine)
     with lock:  # an engine runs one set of weights at a time
-        llm.engine.update_params(placed(params), version=0)
+        llm.forget()  # the last call's, where an interrupt kept that one from it: all weights here are version 0
+        llm.engine.update_params(params, version=0)
         try:
             return llm.generate(batch, sampling_params, key=key)
         finally:
@@ -65,6 +71,13 @@ def score(params: Decoder, tokens: Any, mask: Any, sampling_params: SamplingPara
     return (logprobs, entropies) if entropy else logprobs
 
 
-@functools.lru_cache(maxsize=POOLS_KEPT)
-def _engine_for(config: ModelConfig, tokenizer: Tokenizer | None, engine: tuple[tuple[str, Any], ...]) -> tuple[LLM, threading.Lock]:
-    return LLM.from_params(config, None, tokenizer=tokenizer, **dict(engine)), threading.Lock()
+def _engine_for(params: Decoder, config: ModelConfig, tokenizer: Tokenizer | None, engine: dict[str, Any]) -> tuple[LLM, threading.Lock]:
+    """The engine of the last call with these settings on these devices, or a new one, whose pool lies beside `params`; and its lock."""
+    devices = frozenset(device for leaf in jax.tree.leaves(params) for device in leaf.devices())
+    settings = config, tokenizer, devices, tuple(sorted(engine.items()))
+    with _choosing:  # two threads at once would build two
+        found = _engines.pop(settings, None)
+        while len(_engines) >= POOLS_KEPT:
+            del _engines[next(iter(_engines))]  # the one that is longest out of use
+        _engines[settings] = found or (LLM.from_params(config, params, tokenizer=tokenizer, **engine), threading.Lock())
+        return _engines[settings]

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxengine.request import SamplingParams
+from jaxengine.values import integer
 
 THREEFRY = "threefry2x32"
 
@@ -30,6 +31,7 @@ def key_data(key: Any) -> tuple[int, int]:
 
 def seed_data(seed: int) -> tuple[int, int]:
     """The words of jax.random.key(seed), with all 64 bits of the seed: JAX drops the upper half in its 32-bit mode."""
+    seed = integer("seed", seed, 0, 2**64 - 1)
     return seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF
 
 

@@ -21,10 +21,18 @@ class Cache:
     history: Int[Array, "slots max_len"]  # token ids of the sequence in each slot
 
 
+HISTORY = np.dtype(np.int32)  # of the token history
+
+
+def history_shape(engine: EngineConfig) -> tuple[int, int]:
+    """A row for each slot, and one for the probe."""
+    return engine.max_num_seqs + 1, engine.max_model_len
+
+
 def abstract(model: ModelConfig, engine: EngineConfig, kernels: Kernels) -> Any:
     """Shapes and dtypes of the cache, nothing allocated."""
     keys, values = kernels.pools(model, engine.num_pages + engine.probe_pages, engine.page_size)
-    history: Any = jax.ShapeDtypeStruct((engine.max_num_seqs + 1, engine.max_model_len), jnp.dtype(jnp.int32))
+    history: Any = jax.ShapeDtypeStruct(history_shape(engine), HISTORY)
     layers = model.num_hidden_layers
     return Cache((keys,) * layers, (values,) * layers, history)
 

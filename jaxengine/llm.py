@@ -2,6 +2,7 @@
 import dataclasses
 import itertools
 import os
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ from jaxengine.models.params import Decoder
 from jaxengine.ops.kernels import resolve as resolve_kernels
 from jaxengine.outputs import RequestOutput, RequestOutputs
 from jaxengine.progress import Progress
-from jaxengine.render import render
+from jaxengine.render import render, text_ids
 from jaxengine.request import SamplingParams
 from jaxengine.rl import forward, scoring
 from jaxengine.runner import Runner, ended
@@ -46,28 +47,29 @@ class LLM:
     """An engine for one model.
 
     `model` is the name of the model that ships ("calc"), a folder in Hugging Face format or a hub id. `dtype` is "auto" (the file's),
-    "float32", "bfloat16" or "float16". `tokenizer` is another folder's. `reduction_leaves` is the number of parts that every long sum is
-    cut into, and so the most devices that can ever share the model; it is in the bits. `num_pages` is sized from memory unless given.
-    `seed` is the key of calls that bring none. `progress` shows loading, compiling and tokens on stderr. Further keywords are
-    EngineConfig's: they change room and speed, never a bit but for `kernels`.
+    "float32", "bfloat16" or "float16", or numpy's or JAX's own. `tokenizer` is another folder's. `reduction_leaves` is the number of parts
+    that every long sum is cut into, and so the most devices that can ever share the model; it is in the bits. `num_pages` is sized from
+    memory unless given. `seed` is the key of calls that bring none. `progress` shows loading, compiling and tokens on stderr. Further
+    keywords are EngineConfig's: they change room and speed, never a bit but for `kernels`.
 
         llm = LLM("calc")
         outputs = llm.generate(["12+30=", "7*8="], SamplingParams(n=8, max_tokens=16), key=jax.random.key(0))
     """
 
-    def __init__(self, model: str | os.PathLike[str], *, dtype: str = "auto", tokenizer: str | os.PathLike[str] | None = None,
+    def __init__(self, model: str | os.PathLike[str], *, dtype: Any = "auto", tokenizer: str | os.PathLike[str] | None = None,
                  seed: int = 0, reduction_leaves: int = 1, tensor_parallel_size: int = 1, data_parallel_size: int = 1,
                  mesh: Any = None, progress: bool = True, **engine: Any) -> None:
         check_keywords("LLM", engine, (*OWN_KEYWORDS, *ENGINE_KEYWORDS))
         if tensor_parallel_size != 1 or data_parallel_size != 1 or mesh is not None:
             raise NotImplementedError("this version runs on one device: leave tensor_parallel_size and data_parallel_size at 1")
+        self._key = seeded(seed)
         folder = resolve(model)
         self.progress = Progress(progress)
         config = loading.read_model_config(folder, dtype=dtype, reduction_leaves=reduction_leaves)
-        config_of_engine = resolve_engine_config(config, engine)
+        config_of_engine, text = resolve_engine_config(config, engine), _load_tokenizer(tokenizer, folder)
         with memory.explained(config, config_of_engine, "loading the weights"):
             params = jax.block_until_ready(loading.load(folder, config, self.progress.counter("loading weights", "tensors")))
-        self._start(config, config_of_engine, params, _load_tokenizer(tokenizer, folder), seed)
+        self._start(config, config_of_engine, params, text)
 
     @classmethod
     def from_params(cls, config: ModelConfig, params: Decoder | None, *, tokenizer: Tokenizer | None = None, seed: int = 0,
@@ -75,16 +77,15 @@ class LLM:
         """An LLM over parameters that are already in memory; they are used as they are, not copied. None: they are set before each call."""
         check_keywords("LLM.from_params", engine, ("config", "params", "tokenizer", "seed", "progress", *ENGINE_KEYWORDS))
         self = cls.__new__(cls)
-        self.progress = Progress(progress)
-        self._start(config, resolve_engine_config(config, engine), params, tokenizer, seed)
+        self._key, self.progress = seeded(seed), Progress(progress)
+        self._start(config, resolve_engine_config(config, engine, params), params, tokenizer)
         return self
 
-    def _start(self, config: ModelConfig, engine: EngineConfig, params: Decoder | None, tokenizer: Tokenizer | None, seed: int) -> None:
+    def _start(self, config: ModelConfig, engine: EngineConfig, params: Decoder | None, tokenizer: Tokenizer | None) -> None:
         self.config, self.tokenizer = config, tokenizer
         with memory.explained(config, engine, "making room for the cache"):
             self.engine = Engine(config, engine, placed(params), make_detokenizer=self._detokenizer, report=self.progress.line)
             jax.block_until_ready(self.engine.cache)
-        self._key = seeded(seed)
         self._calls, self._ids = itertools.count(), itertools.count()
         self.runner = Runner(self.engine)
         self._contracts: dict[int, Contract] = {}
@@ -150,7 +151,7 @@ class LLM:
         Raises ValueError where the model has no tokenizer or no template, and where the template refuses the messages or fails.
         """
         if self.tokenizer is None:
-            raise ValueError("the model has no tokenizer, so there is no chat: give token ids to generate")
+            raise ValueError("the model has no tokenizer, so there is no chat: give LLM one as tokenizer=, or token ids to generate")
         conversations = [messages] if messages and isinstance(messages[0], dict) else list(messages)
         ids = [self.tokenizer.encode_chat(conversation, chat_template=chat_template, add_generation_prompt=add_generation_prompt,
                                           tools=tools, template_kwargs=chat_template_kwargs) for conversation in conversations]
@@ -261,13 +262,21 @@ class LLM:
         self.runner.check_process()
         if request_ids is not None and len(request_ids) != len(prompts):
             raise ValueError(f"{len(request_ids)} request_ids for {len(prompts)} prompts: give one each")
+        for index, request_id in enumerate(request_ids or ()):
+            if not isinstance(request_id, str):
+                raise ValueError(f"request_ids[{index}] must be a string, got {request_id!r:.80}")
         each = params_of(params, len(prompts))
         if not prompts:
             return []
-        data = key_data(jax.random.fold_in(self._key, next(self._calls)) if key is None else key)
+        data = (0, 0) if key is None else key_data(key)
         ids = request_ids if request_ids is not None else [self._new_id() for _ in prompts]
-        return [make_request(request_id, prompt, index, item, data, self.config, self.engine_config, self.tokenizer)
-                for index, (request_id, prompt, item) in enumerate(zip(ids, prompts, each, strict=True))]
+        requests = [make_request(request_id, prompt, index, item, data, self.config, self.engine_config, self.tokenizer)
+                    for index, (request_id, prompt, item) in enumerate(zip(ids, prompts, each, strict=True))]
+        if key is None:  # a call that was refused takes no number
+            data = key_data(jax.random.fold_in(self._key, next(self._calls)))
+            for request in requests:
+                request.key = data if request.prompt_index >= 0 else request.key
+        return requests
 
     def _new_id(self) -> str:
         """The next number that no caller took as an id of its own."""
@@ -277,8 +286,12 @@ class LLM:
         """Queue requests, run them to their ends and render them."""
         show = self.progress.enabled if use_tqdm is None else use_tqdm
         with Progress(show).bar(len(requests), "generating", "prompt") as bar:
+            shown = 0.0
             for _ in self._run(requests):
-                bar.update(sum(map(ended, requests)) - bar.n)
+                if show and time.monotonic() > shown + bar.mininterval:  # not with every step: requests may be many
+                    bar.update(sum(map(ended, requests)) - bar.n)
+                    shown = time.monotonic()
+            bar.update(len(requests) - bar.n)
         return RequestOutputs(self._output(request) for request in requests)
 
     def _run(self, requests: list[Request], streaming: bool = False) -> Iterator[None]:
@@ -295,8 +308,10 @@ class LLM:
     def _detokenizer(self, sample: Sample) -> Detokenizer:
         assert self.tokenizer is not None
         params = sample.request.params
-        return Detokenizer(self.tokenizer, stop=params.stop, include_stop_str_in_output=params.include_stop_str_in_output,
-                           skip_special_tokens=params.skip_special_tokens, min_tokens=params.min_tokens)
+        detokenizer = Detokenizer(self.tokenizer, stop=params.stop, include_stop_str_in_output=params.include_stop_str_in_output,
+                                  skip_special_tokens=params.skip_special_tokens, min_tokens=params.min_tokens)
+        detokenizer.push(text_ids(sample))
+        return detokenizer
 
     def _output(self, request: Request) -> RequestOutput:
         """The request as it stands, under the contract of the weights that drew its newest token."""
@@ -320,25 +335,28 @@ class LLM:
             self.engine.warm_up()
 
     def forget(self) -> None:
-        """Let go of the weights and of all that depends on them: cached prefixes and contracts."""
-        self.engine.update_params(None, version=0)
-        self.engine.scheduler.blocks.clear_cache()
+        """Let go of the weights and of all that depends on them: requests, cached prefixes and contracts."""
+        self.engine.forget()
         self._contracts.clear()
 
     def __reduce__(self) -> Any:
         raise TypeError("an LLM holds device memory and cannot be pickled or copied: build it anew from its model in each process")
 
 
-def resolve_engine_config(model: ModelConfig, given: dict[str, Any]) -> EngineConfig:
-    """EngineConfig from keywords; None means the default. The pool is sized from memory unless num_pages is given."""
+def resolve_engine_config(model: ModelConfig, given: dict[str, Any], params: Decoder | None = None) -> EngineConfig:
+    """EngineConfig from keywords; None means the default. The pool is sized from memory, where `params` may be already, unless num_pages
+    is given."""
     given = {name: value for name, value in given.items() if value is not None}
     on_cpu = jax.devices()[0].platform == "cpu"
-    length = given.setdefault("max_model_len", model.max_position_embeddings)
-    if length > model.max_position_embeddings:
-        raise ValueError(f"max_model_len={length} is more than the model's max_position_embeddings={model.max_position_embeddings}")
+    given.setdefault("max_model_len", model.max_position_embeddings)
     given.setdefault("max_num_batched_tokens", CPU_TOKENS if on_cpu else DEVICE_TOKENS)
     given["kernels"] = resolve_kernels(given.get("kernels", "auto"), model).name
-    config = EngineConfig(**given) if "num_pages" in given else memory.sized_pool(model, EngineConfig(**given))
+    config = EngineConfig(**given)
+    if config.max_model_len > model.max_position_embeddings:
+        raise ValueError(f"max_model_len={config.max_model_len} is more than the model's max_position_embeddings="
+                         f"{model.max_position_embeddings}")
+    if "num_pages" not in given:
+        config = memory.sized_pool(model, config, params)
     memory.check_fits(model, config)
     return config
 
@@ -346,6 +364,5 @@ def resolve_engine_config(model: ModelConfig, given: dict[str, Any]) -> EngineCo
 def _load_tokenizer(given: Any, folder: Any) -> Tokenizer | None:
     """The tokenizer asked for, else the model folder's; None where the folder has none (token ids work without)."""
     if given is not None:
-        return Tokenizer.load(resolve(given))
-    has_one = any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json"))
-    return Tokenizer.load(folder) if has_one else None
+        return Tokenizer.load(resolve(given, "tokenizer"))
+    return Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else None

@@ -43,7 +43,7 @@ def _coordinate(sample: Sequence, token_ids: list[int], logprobs: np.ndarray, co
 
 
 def _text(sample: Sequence, tokenizer: Tokenizer | None) -> str:
-    """The completion's text; a stop token that ended it is not part of it."""
+    """The completion's text so far."""
     params = sample.request.params
     if tokenizer is None or not params.detokenize:
         return ""
@@ -51,11 +51,14 @@ def _text(sample: Sequence, tokenizer: Tokenizer | None) -> str:
         if sample.status is Status.FINISHED:
             sample.detokenizer.finish()
         return sample.detokenizer.text
-    token_ids = sample.generated
+    return tokenizer.decode(text_ids(sample), skip_special_tokens=params.skip_special_tokens)
+
+
+def text_ids(sample: Sequence) -> list[int]:
+    """The tokens of the completion's text: all, but for a stop token that ended it, unless that is asked for."""
+    token_ids = list(sample.generated)
     ended = sample.finish_reason == "stop" and token_ids and token_ids[-1] in sample.request.stop_token_ids
-    if ended and not params.include_stop_str_in_output:
-        token_ids = token_ids[:-1]
-    return tokenizer.decode(token_ids, skip_special_tokens=params.skip_special_tokens)
+    return token_ids[:-1] if ended and not sample.request.params.include_stop_str_in_output else token_ids
 
 
 def _with_texts(entry: dict[int, Logprob], tokenizer: Tokenizer | None) -> dict[int, Logprob]:

@@ -1,19 +1,20 @@
 """What a caller asks for: prompts and SamplingParams. Plain Python, validated before anything is allocated."""
 import dataclasses
-import math
-import numbers
-import operator
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from jaxengine.keywords import strict_keywords
+from jaxengine.values import as_integer, flag, integer, items, real
 
 MAX_N = 16_384  # samples of one request
 MAX_STOP_STRINGS = 64
 MAX_STOP_CHARACTERS = 1_024
 MAX_STOP_TOKEN_IDS = 16  # room for them beside the model's own in the fixed array of a slot
 MAX_LOGIT_BIAS = 512
+LOGIT_BIAS = "a dict from token ids to numbers"
 GREEDY_BELOW = 1e-5  # a smaller temperature means greedy, as in vLLM
+FLAGS = ("ignore_eos", "include_stop_str_in_output", "raw_logprobs", "entropy", "detokenize", "skip_special_tokens")
 MOST = 1e6  # the largest factor that temperature and repetition_penalty may put on logits: float32 stays finite
 
 
@@ -57,17 +58,19 @@ class SamplingParams:
     def __post_init__(self) -> None:
         put = lambda name, value: object.__setattr__(self, name, value)
         for name, low, high in (("n", 1, MAX_N), ("min_tokens", 0, None)):
-            put(name, _integer(name, getattr(self, name), low, high))
+            put(name, integer(name, getattr(self, name), low, high))
         for name, low, high in (("max_tokens", 1, None), ("logprobs", 0, None), ("prompt_logprobs", 0, None), ("seed", 0, 2**64 - 1)):
             if getattr(self, name) is not None:
-                put(name, _integer(name, getattr(self, name), low, high))
-        put("top_k", max(_integer("top_k", self.top_k, -1, None), 0))
-        put("temperature", _real("temperature", self.temperature, 0.0, MOST))
-        put("top_p", _real("top_p", self.top_p, 0.0, 1.0, open_low=True))
-        put("min_p", _real("min_p", self.min_p, 0.0, 1.0))
-        put("repetition_penalty", _real("repetition_penalty", self.repetition_penalty, 1 / MOST, MOST))
-        put("presence_penalty", _real("presence_penalty", self.presence_penalty, -2.0, 2.0))
-        put("frequency_penalty", _real("frequency_penalty", self.frequency_penalty, -2.0, 2.0))
+                put(name, integer(name, getattr(self, name), low, high))
+        put("top_k", max(integer("top_k", self.top_k, -1), 0))
+        put("temperature", real("temperature", self.temperature, 0.0, MOST))
+        put("top_p", real("top_p", self.top_p, 0.0, 1.0, open_low=True))
+        put("min_p", real("min_p", self.min_p, 0.0, 1.0))
+        put("repetition_penalty", real("repetition_penalty", self.repetition_penalty, 1 / MOST, MOST))
+        put("presence_penalty", real("presence_penalty", self.presence_penalty, -2.0, 2.0))
+        put("frequency_penalty", real("frequency_penalty", self.frequency_penalty, -2.0, 2.0))
+        for name in FLAGS:
+            put(name, flag(name, getattr(self, name)))
         put("stop", _stop_strings(self.stop))
         put("stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKEN_IDS))
         put("logit_bias", _logit_bias(self.logit_bias))
@@ -103,7 +106,7 @@ def token_ids_of(ids: Any, vocab_size: int, where: str) -> list[int]:
         raise ValueError(f"{where} is empty: at least one token is needed to predict the next one")
     tokens = []
     for position, value in enumerate(array_ids):
-        token = _as_integer(value)
+        token = as_integer(value)
         if token is None:
             raise ValueError(f"{where} has {value!r} ({type(value).__name__}) at index {position}: token ids are integers")
         if not 0 <= token < vocab_size:
@@ -112,43 +115,8 @@ def token_ids_of(ids: Any, vocab_size: int, where: str) -> list[int]:
     return tokens
 
 
-def _as_integer(value: Any) -> int | None:
-    """value as an int, or None where it is no integer (bool is none: True is a flag, not a token)."""
-    if isinstance(value, bool) or getattr(getattr(value, "dtype", None), "kind", "i") not in "iu":
-        return None
-    try:
-        return operator.index(value)
-    except TypeError:
-        return None
-
-
-def _integer(name: str, value: Any, low: int | None, high: int | None) -> int:
-    number = _as_integer(value)
-    if number is None:
-        raise ValueError(f"{name} must be an integer, got {value!r}")
-    if (low is not None and number < low) or (high is not None and number > high):
-        raise ValueError(f"{name} must be {_range(low, high)}, got {number}")
-    return number
-
-
-def _real(name: str, value: Any, low: float, high: float | None, open_low: bool = False) -> float:
-    # `not isinstance(Real)` and not `try: float()`: a string or an array of one element is a mistake, not a number.
-    number = value.item() if getattr(value, "shape", None) == () and hasattr(value, "item") else value
-    if isinstance(number, bool) or not isinstance(number, numbers.Real) or not math.isfinite(number):
-        raise ValueError(f"{name} must be a finite number, got {value!r}")
-    number = float(number)
-    if number < low or (open_low and number == low) or (high is not None and number > high):
-        raise ValueError(f"{name} must be {_range(low, high, open_low)}, got {number}")
-    return number
-
-
-def _range(low: float | None, high: float | None, open_low: bool = False) -> str:
-    at_least = f"greater than {low}" if open_low else f"at least {low}"
-    return at_least if high is None else f"at most {high}" if low is None else f"{at_least} and at most {high}"
-
-
 def _stop_strings(stop: Any) -> tuple[str, ...]:
-    strings = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    strings = (stop,) if isinstance(stop, str) else () if stop is None else items("stop", stop, "a string or a list of strings")
     if len(strings) > MAX_STOP_STRINGS:
         raise ValueError(f"stop takes at most {MAX_STOP_STRINGS} strings, got {len(strings)}")
     for index, text in enumerate(strings):
@@ -158,19 +126,24 @@ def _stop_strings(stop: Any) -> tuple[str, ...]:
 
 
 def _token_ids(name: str, ids: Any, limit: int) -> tuple[int, ...]:
-    values = tuple(() if ids is None else ids)
+    values = () if ids is None else items(name, ids, "a list of token ids")
     if len(values) > limit:
         raise ValueError(f"{name} takes at most {limit} ids, got {len(values)}")
-    return tuple(_integer(f"{name}[{index}]", value, 0, None) for index, value in enumerate(values))
+    return tuple(integer(f"{name}[{index}]", value, 0) for index, value in enumerate(values))
 
 
 def _logit_bias(bias: Any) -> tuple[tuple[int, float], ...] | None:
-    if not bias:
+    if bias is None:
         return None
-    items = bias.items() if isinstance(bias, Mapping) else tuple(bias)
-    if len(items) > MAX_LOGIT_BIAS:
-        raise ValueError(f"logit_bias takes at most {MAX_LOGIT_BIAS} tokens, got {len(items)}")
+    given = bias.items() if isinstance(bias, Mapping) else items("logit_bias", bias, LOGIT_BIAS)
+    if len(given) > MAX_LOGIT_BIAS:
+        raise ValueError(f"logit_bias takes at most {MAX_LOGIT_BIAS} tokens, got {len(given)}")
+    if not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in given):
+        raise ValueError(f"logit_bias must be {LOGIT_BIAS}, got {bias!r:.80}")
     # JSON turns integer keys into strings, so "42" is accepted here and nowhere else.
-    pairs = [(_integer("logit_bias key", int(k) if isinstance(k, str) and k.isdigit() else k, 0, None),
-              _real("logit_bias value", v, -1e4, 1e4)) for k, v in items]
-    return tuple(sorted(pairs))
+    pairs = sorted((integer("logit_bias key", int(k) if isinstance(k, str) and k.isdecimal() else k, 0),
+                    real("logit_bias value", v, -1e4, 1e4)) for k, v in given)
+    for (token, _), (following, _) in itertools.pairwise(pairs):
+        if token == following:
+            raise ValueError(f"logit_bias names token {token} twice: give it one value")
+    return tuple(pairs) or None

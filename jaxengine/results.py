@@ -53,6 +53,7 @@ def extend(scheduler: Scheduler, sequence: Sequence, rows: HostRows, lane: Any) 
         sequence.logprobs.append(rows.likeliest(lane, params.logprobs))
     scheduler.register_pages(sequence)
     _stop(scheduler, sequence, token)
+    sequence.num_settled += 1
 
 
 def _stop(scheduler: Scheduler, sequence: Sequence, token: int) -> None:
@@ -60,6 +61,8 @@ def _stop(scheduler: Scheduler, sequence: Sequence, token: int) -> None:
     request = sequence.request
     num_generated = len(sequence.token_ids) - sequence.prompt_length
     if token in request.stop_token_ids and num_generated >= request.params.min_tokens:
+        if sequence.detokenizer is not None and request.params.include_stop_str_in_output:
+            sequence.detokenizer.push([token])
         scheduler.finish(sequence, "stop", token if token in request.params.stop_token_ids else None)
         return
     found = sequence.detokenizer.push([token]) if sequence.detokenizer is not None else None

@@ -21,7 +21,7 @@ class Runner:
         self._process = os.getpid()
         self._going = threading.Event()
         self._going.set()
-        self._paused_by: int | None = None
+        self._paused_by: threading.Thread | None = None
 
     def check_process(self) -> None:
         """Raises RuntimeError in a fork."""
@@ -31,17 +31,24 @@ class Runner:
 
     def run(self, requests: list[Request], prepare: Callable[[], None] = lambda: None) -> Iterator[None]:
         """Queue a call's requests, all or none, and step until they have ended; `prepare` runs as they are queued."""
+        left = collections.deque(requests)
+
+        def all_ended() -> bool:
+            while left and ended(left[0]):
+                left.popleft()  # looked at once, however many there are
+            return not left
+
         try:
             with self.lock:
                 self._end_left()  # their ids are free again
                 for request in requests:
                     self.engine.add(request)
                 prepare()
-            while not all(map(ended, requests)):
+            while not all_ended():
                 if not self._wait():
                     continue
                 with self.lock:
-                    if self._going.is_set() and not all(map(ended, requests)):
+                    if self._going.is_set() and not all_ended():
                         self.engine.step()
                 self.sweep()
                 yield
@@ -64,7 +71,7 @@ class Runner:
 
     def pause(self) -> None:
         """No step begins until `resume`; idempotent. A step that runs is waited for."""
-        self._paused_by = threading.get_ident()
+        self._paused_by = threading.current_thread()
         self._going.clear()
         with self.alone():
             pass
@@ -77,7 +84,7 @@ class Runner:
         """Wait while paused; True where the engine goes. Raises where the thread that would wait is the one that has to resume."""
         if self._going.is_set():
             return True
-        if self._paused_by == threading.get_ident():
+        if self._paused_by is threading.current_thread():
             raise RuntimeError("this LLM was paused by this very thread, which would wait for itself: call resume() first")
         return self._going.wait(WAKE)
 

@@ -11,12 +11,16 @@ one CDF over the whole vocabulary does not swallow its tail.
 """
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.extend.random import threefry_2x32
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from jaxengine.keys import key_of
 from jaxengine.step_inputs import SlotParams
 from pallas_kernels.pinned_math import exp, row_sum
 from pallas_kernels.sampling_reference import log_softmax
+
+ONE = np.float32(1).view(np.uint32)  # the bits of 1.0
 
 
 def fold_keys(key: UInt32[Array, "t 2"], folds: Int[Array, "t 2"], positions: Int[Array, " t"]) -> Array:
@@ -129,8 +133,17 @@ def _above(order: UInt32[Array, "t V"], edge: UInt32[Array, "t 1"], missing: Int
 
 
 def uniforms(keys: Array) -> Float[Array, "t 2"]:
-    """What each row's token is drawn with."""
-    return jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
+    """What each row's token is drawn with: jax.random.uniform(key, (2,)), written out, for that one follows the process's settings.
+
+    jax_threefry_partitionable is such a setting, and here always on; jax_enable_x64 another.
+    """
+
+    def one(key):
+        words = threefry_2x32(jax.random.key_data(key), jnp.array([0, 0, 0, 1], jnp.uint32)).reshape(2, 2)  # of the counts 0 and 1
+        mantissas = (words[0] ^ words[1]) >> (32 - jnp.finfo(jnp.float32).nmant)
+        return jax.lax.bitcast_convert_type(mantissas | ONE, jnp.float32) - 1
+
+    return jax.vmap(one)(keys)
 
 
 def entropy(logprobs: Float[Array, "t V"]) -> Float[Array, " t"]:

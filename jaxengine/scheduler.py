@@ -202,7 +202,9 @@ class Scheduler:
     def _cached_pages(self, sequence: Sequence) -> list[int]:
         if sequence.scores_prompt:
             return []  # every position's logits are wanted
-        return self.blocks.match(sequence.token_ids, self.version, sequence.request.cache_salt)
+        if sequence.known_pages is None or sequence.known_pages[0] != self.version:
+            sequence.known_pages = self.version, []
+        return self.blocks.match(sequence.token_ids, self.version, sequence.request.cache_salt, sequence.known_pages[1])
 
     def _enter(self, plan: Plan, sequence: Sequence, num_cached_pages: int) -> None:
         """Into the running set, in order of arrival."""

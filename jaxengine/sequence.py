@@ -69,11 +69,13 @@ class Sequence:
     num_registered: int = 0  # pages offered to the prefix cache
     has_old_pages: bool = False  # whether weights before `version` wrote some of its pages
     version: int = 0  # of the weights that run it
+    known_pages: tuple[int, list] | None = None  # version, and what BlockManager.match has found out: it may wait for many steps
     token_logprobs: list[float] = dataclasses.field(default_factory=list)
     raw_logprobs: list[float] = dataclasses.field(default_factory=list)
     entropies: list[float] = dataclasses.field(default_factory=list)
     logprobs: list[dict[int, Logprob]] = dataclasses.field(default_factory=list)
     token_versions: list[int] = dataclasses.field(default_factory=list)
+    num_settled: int = 0  # generated tokens that are written down with all that belongs to them, and did not end it
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     detokenizer: Any = None
@@ -86,18 +88,17 @@ class Sequence:
                    Status.WAITING if earlier.finish_reason is None else Status.FINISHED,
                    token_logprobs=list(earlier.token_logprobs), token_versions=list(earlier.token_versions),
                    raw_logprobs=list(earlier.raw_logprobs), entropies=list(earlier.entropies), logprobs=list(earlier.logprobs),
-                   finish_reason=earlier.finish_reason, stop_reason=earlier.stop_reason)
+                   num_settled=len(earlier.token_ids), finish_reason=earlier.finish_reason, stop_reason=earlier.stop_reason)
 
     def restart(self) -> None:
-        """Back to the queue with nothing computed. The last token goes too: an interrupt may have left it half written down, and it
-        is drawn again with the same bits."""
+        """Back to the queue with nothing computed. A token that an interrupt left half written down goes too: nobody saw it, and it is
+        drawn again."""
         self.status, self.slot, self.pages, self.request.prefilling = Status.WAITING, -1, [], None
         self.num_computed = self.num_pending = self.num_registered = 0
-        self.has_old_pages = False
-        kept = max(len(self.generated) - 1, 0)
-        del self.token_ids[self.prompt_length + kept :]
+        self.has_old_pages, self.known_pages = False, None
+        del self.token_ids[self.prompt_length + self.num_settled :]
         for values in (self.token_logprobs, self.raw_logprobs, self.entropies, self.logprobs, self.token_versions):
-            del values[kept:]
+            del values[self.num_settled :]
 
     @property
     def prompt_length(self) -> int:

@@ -54,7 +54,7 @@ def decode_step(params: Decoder, cache: Cache, tables: Array, slots: SlotParams,
     if num_steps == 1:
         cache, out = one(cache, rows)
         return cache, jax.tree.map(lambda x: x[None], out)
-    return jax.lax.scan(step, cache, jnp.arange(num_steps))
+    return jax.lax.scan(step, cache, jnp.arange(num_steps, dtype=jnp.int32))
 
 
 @functools.partial(jax.jit, donate_argnames="cache")

@@ -50,7 +50,7 @@ class Tokenizer:
         file = Path(folder) / "tokenizer.json"
         if not file.is_file():
             raise ValueError(f"{folder} has no tokenizer.json, so text can be neither read nor written: add the file (save_pretrained of a "
-                             "transformers tokenizer writes it), or give prompts as token ids with detokenize=False")
+                             "transformers tokenizer writes it), or leave tokenizer= out and give prompts as token ids")
         try:
             loaded = _fast_tokenizer_class().from_pretrained(str(folder), local_files_only=True)
         except Exception as error:  # the tokenizers library raises bare Exception for a broken file

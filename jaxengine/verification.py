@@ -44,7 +44,7 @@ class Verification:
     def _head(self) -> list[str]:
         parts, refused = self.contract.parts, ", ".join(self.refused)
         model, kernels = parts["model"], parts["kernels"]["name"]
-        return [f"{model['architecture']}, {model['dtype']}, kernels {kernels} on {parts['device']}, jax {parts['jax']}, "
+        return [f"{model['architecture']}, {model['dtype']}, kernels {kernels} on {parts['device']['kind']}, jax {parts['jax']}, "
                 f"jaxlib {parts['jaxlib']}, contract {self.contract.digest}",
                 f"steps refused on this machine: {refused}" if refused else "every compiled step gives the base step's bits"]
 

@@ -12,7 +12,7 @@ def unknown_zero(*arrays: Array) -> Int[Array, ""]:
     """0, computed from the arrays' first elements in a way that XLA does not see through: what is added to it waits for them, and is
     no constant unless all of them are."""
     bits = functools.reduce(jnp.bitwise_xor, (_bits_of_first(x) for x in arrays))
-    return jax.lax.shift_right_logical(bits & 0xFFFF, 16)
+    return jax.lax.shift_right_logical(bits & 0xFFFF, jnp.int32(16))
 
 
 def _bits_of_first(x: Array) -> Int[Array, ""]:

@@ -12,8 +12,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 # From the ground up; a module may import its own floor and those below.
 FLOORS = [
     ["pallas_kernels", "sharding", "checkpoints"],
-    ["jaxengine.keywords", "jaxengine.pytree", "jaxengine.config", "jaxengine.request", "jaxengine.outputs",
-     "jaxengine.coordinate", "jaxengine.step_inputs", "jaxengine.keys"],
+    ["jaxengine.keywords", "jaxengine.values", "jaxengine.pytree", "jaxengine.config", "jaxengine.request", "jaxengine.outputs",
+     "jaxengine.coordinate", "jaxengine.step_inputs", "jaxengine.keys", "jaxengine.machine"],
     ["jaxengine.ops", "jaxengine.sampler", "jaxengine.kv_cache", "jaxengine.tokenizer", "jaxengine.detokenizer", "jaxengine.chat_template",
      "jaxengine.template_code", "jaxengine.control_tokens", "jaxengine.messages",
      "jaxengine.progress"],
@@ -32,7 +32,7 @@ FLOORS = [
      "jaxengine.rl.tunix_rollout", "jaxengine.rl.loop", "jaxengine.rl.learn_calc"],
     ["jaxengine.demo", "jaxengine.workloads", "jaxengine.bench", "jaxengine.options", "jaxengine.cli", "jaxengine.__main__"],
 ]
-HOST_HALF = ["keywords", "request", "sequence", "block_manager", "scheduler"]
+HOST_HALF = ["keywords", "values", "request", "sequence", "block_manager", "scheduler"]
 FILES = [p for folder in ("jaxengine", "pallas_kernels", "sharding", "checkpoints") for p in sorted((ROOT / folder).rglob("*.py"))]
 
 

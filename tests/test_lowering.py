@@ -29,6 +29,8 @@ from sharding.topology import TARGETS, Compiled, compile_ahead, mesh_of, missing
 
 pytestmark = pytest.mark.aot
 NAMES = {name: f"{'tpu' if target.platform == 'tpu' else 'gpu'}-{name}" for name, target in TARGETS.items()}
+STEP_TARGETS = pytest.mark.parametrize(  # whole steps for v5p by hand, `-m 'aot and long'`: what differs from v5e are its kernels' tables
+    "target", [pytest.param(name, marks=pytest.mark.long if name == "v5p" else ()) for name in TARGETS], indirect=True, ids=NAMES.get)
 H100 = Path(__file__).parent / "targets" / "h100.pbtxt"
 
 MATMULS = (
@@ -119,6 +121,7 @@ def assert_kernels(compiled: Compiled) -> None:
     assert calls("sampling_") >= 1
 
 
+@STEP_TARGETS
 @pytest.mark.parametrize("kind", ["decode", "prefill"])
 def test_step(kind, mesh, kernels, report):
     """A whole step of a 4-layer model on the device's own kernels."""
@@ -131,6 +134,7 @@ def test_step(kind, mesh, kernels, report):
     assert_kernels(compiled)
 
 
+@STEP_TARGETS
 @pytest.mark.parametrize("kind", ["decode", "prefill"])
 def test_step_sharded(kind, target, kernels, report):
     """The same steps on four devices, each with a leaf of its own: they gather, and no sum of floats goes over the wire."""

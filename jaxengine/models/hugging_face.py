@@ -7,6 +7,7 @@ import numpy as np
 from checkpoints.key_table import Entry
 from jaxengine.config import ModelConfig, RopeConfig
 from jaxengine.keywords import nearest
+from jaxengine.values import flag, integer, items, real
 
 IGNORED_KEYS = ("*.rotary_emb.inv_freq",)  # buffers that old files carry
 ROPE_KINDS = ("default", "linear", "llama3", "yarn")
@@ -16,31 +17,32 @@ def model_config(hf: dict[str, Any], **differences: Any) -> ModelConfig:
     """ModelConfig from a parsed config.json. Raises ValueError for what this decoder does not compute."""
     for key, expected in (("hidden_act", "silu"), ("mlp_bias", False), ("use_sliding_window", False)):
         if hf.get(key, expected) != expected:
-            raise ValueError(f"config.json has {key}={hf[key]!r}: this decoder computes {key}={expected!r} only")
-    other_layers = sorted(set(hf.get("layer_types") or ()) - {"full_attention"})
+            raise ValueError(f"has {key}={hf[key]!r}: this decoder computes {key}={expected!r} only")
+    other_layers = sorted(set(map(str, items("layer_types", given(hf, "layer_types", ()), "a list of names"))) - {"full_attention"})
     if other_layers:
-        raise ValueError(f"config.json has layer_types with {', '.join(other_layers)}: this decoder computes full_attention only")
-    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
-    missing = [name for name in sizes if name not in hf]
+        raise ValueError(f"has layer_types with {', '.join(other_layers)}: this decoder computes full_attention only")
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+    missing = [name for name in names if name not in hf]
     if missing:
-        raise ValueError(f"config.json lacks {', '.join(missing)}")
-    heads = hf["num_attention_heads"]
+        raise ValueError(f"lacks {', '.join(missing)}")
+    sizes = {name: integer(name, hf[name], 1) for name in names}
+    heads = sizes["num_attention_heads"]
     return ModelConfig(
-        architecture=hf["architectures"][0], **{name: hf[name] for name in sizes},
-        num_key_value_heads=hf.get("num_key_value_heads") or heads, head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
-        rms_norm_eps=hf.get("rms_norm_eps", 1e-6), rope=rope_config(hf), tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
-        eos_token_ids=_ids(hf.get("eos_token_id")), bos_token_id=hf.get("bos_token_id"),
-        dtype=_dtype(hf.get("dtype") or hf.get("torch_dtype") or "float32"), **differences)
+        architecture=hf["architectures"][0], **sizes, num_key_value_heads=given(hf, "num_key_value_heads", heads),
+        head_dim=given(hf, "head_dim", sizes["hidden_size"] // heads), rms_norm_eps=hf.get("rms_norm_eps", 1e-6), rope=rope_config(hf),
+        tie_word_embeddings=given(hf, "tie_word_embeddings", False), eos_token_ids=end_tokens(hf.get("eos_token_id")),
+        bos_token_id=hf.get("bos_token_id"), dtype=hf.get("dtype") or hf.get("torch_dtype") or "float32", **differences)
 
 
-def _ids(value: int | list[int] | None) -> tuple[int, ...]:
-    return () if value is None else (value,) if isinstance(value, int) else tuple(value)
+def given(hf: dict[str, Any], key: str, default: Any) -> Any:
+    """What a configuration says, or the default where it says nothing or null."""
+    return default if hf.get(key) is None else hf[key]
 
 
-def _dtype(name: str) -> str:
-    if name not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"dtype must be float32, bfloat16 or float16, got {name!r}")
-    return name
+def end_tokens(eos_token_id: Any) -> tuple[int, ...]:
+    """The end tokens that config.json or generation_config.json names: none, one or a list."""
+    tokens = () if eos_token_id is None else eos_token_id if isinstance(eos_token_id, list) else (eos_token_id,)
+    return tuple(integer("eos_token_id", token, 0) for token in tokens)
 
 
 def rope_config(hf: dict[str, Any]) -> RopeConfig:
@@ -48,37 +50,42 @@ def rope_config(hf: dict[str, Any]) -> RopeConfig:
     scaling = _rope_parameters(hf)
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind not in ROPE_KINDS:
-        raise ValueError(f"rope type {kind!r} is not supported (supported: {', '.join(ROPE_KINDS)}){nearest(kind, ROPE_KINDS)}")
+        raise ValueError(f"rope type {kind!r} is not supported (supported: {', '.join(ROPE_KINDS)}){nearest(str(kind), ROPE_KINDS)}")
     if scaling.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0)) != 1.0:
         raise ValueError("partial_rotary_factor other than 1 is not supported")
-    theta = float(scaling.get("rope_theta") or hf.get("rope_theta") or 10_000.0)
-    length = hf.get("max_position_embeddings", 0)
+    number = lambda name, default: real(name, given(scaling, name, default), 0.0, open_low=True)
+    theta, length = number("rope_theta", given(hf, "rope_theta", 10_000.0)), hf["max_position_embeddings"]
     # In this order, as in transformers: some configurations name the number beside the rope's parameters.
     original = hf.get("original_max_position_embeddings") or scaling.get("original_max_position_embeddings") or length
-    factor = float(scaling.get("factor") or length / max(original, 1))
+    original = integer("original_max_position_embeddings", original, 1)
+    factor = number("factor", length / original)
     return RopeConfig(
         theta, kind, factor if kind != "default" else 1.0, original if kind in ("llama3", "yarn") else 0,
-        low_freq_factor=float(scaling.get("low_freq_factor") or 1.0), high_freq_factor=float(scaling.get("high_freq_factor") or 4.0),
-        beta_fast=float(scaling.get("beta_fast") or 32.0), beta_slow=float(scaling.get("beta_slow") or 1.0),
-        attention_factor=_yarn_attention_factor(scaling, factor) if kind == "yarn" else 1.0, truncate=bool(scaling.get("truncate", True)))
+        low_freq_factor=number("low_freq_factor", 1.0), high_freq_factor=number("high_freq_factor", 4.0),
+        beta_fast=number("beta_fast", 32.0), beta_slow=number("beta_slow", 1.0),
+        attention_factor=_yarn_attention_factor(scaling, factor) if kind == "yarn" else 1.0,
+        truncate=flag("truncate", given(scaling, "truncate", True)))
 
 
 def _rope_parameters(hf: dict[str, Any]) -> dict[str, Any]:
-    new, old = hf.get("rope_parameters") or {}, hf.get("rope_scaling") or {}
+    new, old = given(hf, "rope_parameters", {}), given(hf, "rope_scaling", {})
+    for key, value in (("rope_parameters", new), ("rope_scaling", old)):
+        if not isinstance(value, dict):
+            raise ValueError(f"{key} must be an object or null, got {value!r:.80}")
     if new and old and new != old:
-        raise ValueError(f"config.json has rope_parameters={new} and rope_scaling={old}: keep one of them")
+        raise ValueError(f"has rope_parameters={new} and rope_scaling={old}: keep one of them")
     found = new or old
     if any(isinstance(value, dict) for value in found.values()):
-        raise ValueError(f"config.json gives each kind of layer a rope of its own ({', '.join(found)}): this decoder has one for all")
+        raise ValueError(f"gives each kind of layer a rope of its own ({', '.join(found)}): this decoder has one for all")
     return found
 
 
 def _yarn_attention_factor(scaling: dict[str, Any], factor: float) -> float:
     """How much yarn scales the rotations. Peng et al. 2023, arXiv:2309.00071, equation 22."""
     if scaling.get("attention_factor") is not None:
-        return float(scaling["attention_factor"])
+        return real("attention_factor", scaling["attention_factor"], 0.0, open_low=True)
     scale = lambda m: 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0
-    mscale, all_dim = scaling.get("mscale"), scaling.get("mscale_all_dim")
+    mscale, all_dim = (real(name, given(scaling, name, 0.0), 0.0) for name in ("mscale", "mscale_all_dim"))
     return scale(mscale) / scale(all_dim) if mscale and all_dim else scale(1.0)
 
 

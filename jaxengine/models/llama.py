@@ -2,13 +2,14 @@
 from typing import Any
 
 from jaxengine.config import ModelConfig
-from jaxengine.models.hugging_face import model_config
+from jaxengine.models.hugging_face import given, model_config
+from jaxengine.values import flag
 
 MODEL_TYPE = "llama"
 
 
 def configure(hf: dict[str, Any]) -> ModelConfig:
-    biased = bool(hf.get("attention_bias", False))
+    biased = flag("attention_bias", given(hf, "attention_bias", False))
     return model_config(hf, qkv_bias=biased, out_bias=biased)
 
 

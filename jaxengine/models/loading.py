@@ -1,34 +1,61 @@
 """From a Hugging Face folder to parameters on the device and back, leaf by leaf: never two copies of a model in memory."""
+import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 
 from checkpoints import key_table
 from checkpoints.model_folder import read_config, read_generation_config
 from checkpoints.safetensors_files import open_folder
-from jaxengine.config import ModelConfig
+from jaxengine.config import DTYPES, ModelConfig
 from jaxengine.models import hugging_face, registry
 from jaxengine.models.params import Decoder, map_declared
 
-DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+OTHER_NAMES = {"half": "float16", "float": "float32"}  # of dtypes, in vLLM
 
 
-def read_model_config(folder: Path, *, dtype: str = "auto", reduction_leaves: int = 1) -> ModelConfig:
-    """The configuration of a model folder. End tokens are generation_config.json's where it names some."""
-    config = registry.configure(read_config(folder))
-    if dtype != "auto" and dtype not in DTYPES:
-        raise ValueError(f"dtype must be 'auto' or one of {', '.join(DTYPES)}, got {dtype!r}")
-    eos = read_generation_config(folder).get("eos_token_id")
-    ends = config.eos_token_ids if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
-    return dataclasses.replace(config, dtype=config.dtype if dtype == "auto" else dtype, eos_token_ids=ends,
-                               reduction_leaves=reduction_leaves)
+def read_model_config(folder: Path, *, dtype: Any = "auto", reduction_leaves: int = 1) -> ModelConfig:
+    """The configuration of a model folder. End tokens are generation_config.json's where it names some.
+
+    Raises FileNotFoundError or ValueError naming the file, what it says and what is allowed.
+    """
+    hf, generation = read_config(folder), read_generation_config(folder)
+    with _naming(folder / "config.json"):
+        config = registry.configure(hf)
+    if generation.get("eos_token_id") is not None:
+        with _naming(folder / "generation_config.json"):
+            config = dataclasses.replace(config, eos_token_ids=hugging_face.end_tokens(generation["eos_token_id"]))
+    return dataclasses.replace(config, dtype=dtype_name(dtype, config.dtype), reduction_leaves=reduction_leaves)
+
+
+@contextlib.contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def dtype_name(dtype: Any, auto: str) -> str:
+    """The name of a dtype: one of DTYPES, vLLM's "half" or "float", or numpy's or JAX's own; "auto" means `auto`.
+
+    Raises ValueError for every other.
+    """
+    known = {"auto": auto, **OTHER_NAMES}
+    try:
+        name = known[dtype] if isinstance(dtype, str) and dtype in known else jnp.dtype(dtype).name
+    except TypeError:  # no dtype at all
+        name = None
+    if name not in DTYPES:
+        raise ValueError(f"dtype must be 'auto' or one of {', '.join(DTYPES)}, got {dtype!r:.80}")
+    return name
 
 
 def load(folder: Path, config: ModelConfig, progress: Callable[[int, int], None] = lambda done, total: None) -> Decoder:
@@ -37,7 +64,7 @@ def load(folder: Path, config: ModelConfig, progress: Callable[[int, int], None]
     with open_folder(folder) as tensors:
         table = hugging_face.key_table(config)
         for target, array in key_table.read(tensors, table, ignore=hugging_face.ignored_keys(config)):
-            leaves[target] = jax.device_put(np.array(array, DTYPES[config.dtype], order="C"))  # a copy: the file may change or go
+            leaves[target] = jax.device_put(np.array(array, jnp.dtype(config.dtype), order="C"))  # a copy: the file may change or go
             progress(len(leaves), len(table))
     return map_declared(lambda path, _: leaves[path], config)
 
@@ -47,7 +74,7 @@ def save(folder: str | os.PathLike[str], config: ModelConfig, params: Decoder, *
     config = config if dtype is None else dataclasses.replace(config, dtype=dtype)
     paths: dict[str, Any] = {}
     jax.tree_util.tree_map_with_path(lambda path, x: paths.setdefault(jax.tree_util.keystr(path, simple=True, separator="."), x), params)
-    key_table.write(folder, hugging_face.key_table(config), lambda target: np.asarray(paths[target]).astype(DTYPES[config.dtype]))
+    key_table.write(folder, hugging_face.key_table(config), lambda target: np.asarray(paths[target]).astype(jnp.dtype(config.dtype)))
     family = registry.family(config.architecture)
     text = json.dumps(hugging_face.config_json(config, family.MODEL_TYPE) | family.differences(config), indent=2)
     Path(folder, "config.json").write_text(text + "\n")

@@ -21,5 +21,5 @@ def configure(hf: dict[str, Any]) -> ModelConfig:
     """ModelConfig of a parsed config.json, by its first architecture."""
     architectures = hf.get("architectures")
     if not isinstance(architectures, list) or not architectures or not isinstance(architectures[0], str):
-        raise ValueError(f"config.json names no architecture; supported: {', '.join(sorted(FAMILIES))}")
+        raise ValueError(f"names no architecture; supported: {', '.join(sorted(FAMILIES))}")
     return family(architectures[0]).configure(hf)

@@ -86,12 +86,12 @@ def generate_with_tools(llm: Generator, prompts: Any, tool: Tool, sampling_param
     batch = prompts_of(prompts)
     each = params_of(sampling_params, len(batch))
     first = llm.generate(batch, [_calling(params, tool) for params in each], key=key, use_tqdm=use_tqdm)
-    asked = [[_Running(params, own_key(key, params, i, j), output.prompt_token_ids, [turn]) for j, turn in enumerate(output.outputs)]
-             for i, (params, output) in enumerate(zip(each, first, strict=True))]
+    asked = [[_Running(params, own_key(key, params, i, j), output.prompt_token_ids, output.cache_salt, [turn])
+              for j, turn in enumerate(output.outputs)] for i, (params, output) in enumerate(zip(each, first, strict=True))]
     running = [one for samples in asked for one in samples]
     while running := [one for one in running if one.goes_on(tool, llm.tokenizer, max_calls, _room(llm.engine_config))]:
-        turns = llm.generate([{"prompt_token_ids": one.context} for one in running], [one.next_params(tool) for one in running],
-                             key=key, use_tqdm=use_tqdm)
+        prompts = [{"prompt_token_ids": one.context, "cache_salt": one.cache_salt} for one in running]
+        turns = llm.generate(prompts, [one.next_params(tool) for one in running], key=key, use_tqdm=use_tqdm)
         for one, output in zip(running, turns, strict=True):
             one.turns.append(output.outputs[0])
     return RequestOutputs(dataclasses.replace(output, outputs=[one.conversation(j, llm.tokenizer) for j, one in enumerate(samples)])
@@ -115,6 +115,7 @@ class _Running:
     params: SamplingParams
     key: Any
     prompt_token_ids: list[int]
+    cache_salt: str
     turns: list[CompletionOutput]
     replies: list[list[int]] = dataclasses.field(default_factory=list)
     room: int = 0  # tokens that the next turn may have

@@ -72,6 +72,8 @@ def test_what_is_no_hub_id_is_not_asked_for(model, asked, tmp_path, monkeypatch)
 def test_what_is_no_name_at_all_is_refused(model):
     with pytest.raises(ValueError, match="model must be a folder, a name or a hub id, got"):
         resolve(model)
+    with pytest.raises(ValueError, match="tokenizer must be a folder, a name or a hub id, got"):
+        resolve(model, "tokenizer")
 
 
 def test_a_path_is_never_taken_for_a_name(tmp_path, asked):

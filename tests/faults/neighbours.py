@@ -6,7 +6,8 @@ import jax
 from conftest import bits
 
 from jaxengine import LLM, SamplingParams
-from jaxengine.sequence import Request, Status
+from jaxengine.runner import ended
+from jaxengine.sequence import Request
 
 PROMPTS = [[3], list(range(56)), list(range(100, 190)), [9] * 20]  # the second and third come to want a page more
 PARAMS = [SamplingParams(max_tokens=12), SamplingParams(max_tokens=14, n=2, top_p=0.9), SamplingParams(max_tokens=9, temperature=0),
@@ -19,10 +20,6 @@ def start(llm: LLM, prompts=PROMPTS, params=PARAMS, ids: list[str] | None = None
     for request in requests:
         llm.engine.add(request)
     return requests
-
-
-def ended(request: Request) -> bool:
-    return all(sample.status is Status.FINISHED for sample in request.samples)
 
 
 def step(llm: LLM, held: list[int] | None = None) -> None:

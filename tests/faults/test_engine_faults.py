@@ -199,7 +199,7 @@ def test_ctrl_c_in_a_step(llm, name, when, expected, whole, monkeypatch):
 
 def interrupt_at(line: int, counter: list[int]):
     """A trace function that raises KeyboardInterrupt at the given line, counted over all that the engine's host half executes."""
-    names = ("engine.py", "scheduler.py", "block_manager.py", "batch.py", "sequence.py")
+    names = ("engine.py", "scheduler.py", "block_manager.py", "batch.py", "sequence.py", "results.py")
     files = {str(Path(jaxengine.__file__).parent / name) for name in names}
 
     def trace(frame, event, arg):
@@ -217,8 +217,8 @@ def interrupt_at(line: int, counter: list[int]):
 class Read:
     """A detokenizer that only remembers what it was given."""
 
-    def __init__(self) -> None:
-        self.token_ids: list[int] = []
+    def __init__(self, token_ids: list[int]) -> None:
+        self.token_ids = list(token_ids)
 
     def push(self, token_ids) -> None:
         self.token_ids += token_ids
@@ -228,13 +228,13 @@ class Read:
 @pytest.mark.parametrize("at", [0, 1, 5], ids=["prefill", "forks decode", "some end"])
 def test_ctrl_c_at_any_line_of_a_step(llm, at, expected):
     """Wherever it hits, no page is lost, no token is half written down, none is read twice, and the same bits come out."""
-    llm.engine._make_detokenizer = lambda sample: Read()
+    llm.engine._make_detokenizer = lambda sample: Read(sample.generated)
 
     def start_read() -> list[Request]:
         llm.engine.scheduler.blocks.clear_cache()
         requests = start(llm)
         for sample in (sample for request in requests for sample in request.samples):
-            sample.detokenizer = Read()
+            sample.detokenizer = Read([])
         return requests
 
     def interrupted_step(line: int) -> int:

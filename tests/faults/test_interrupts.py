@@ -157,7 +157,7 @@ def test_ctrl_c_between_two_steps(llm, expected, whole, monkeypatch):
     beside, updates = start(llm), itertools.count()
 
     class Bar:
-        n = 0
+        n, mininterval = 0, 0
 
         def update(self, count: int) -> None:
             if next(updates) == 3:
@@ -165,7 +165,7 @@ def test_ctrl_c_between_two_steps(llm, expected, whole, monkeypatch):
 
     monkeypatch.setattr(Progress, "bar", lambda *args: contextlib.nullcontext(Bar()))
     with pytest.raises(KeyboardInterrupt) as kept:
-        llm.generate([PROMPT, PROMPT], VICTIM)
+        llm.generate([PROMPT, PROMPT], VICTIM, use_tqdm=True)
     assert set(llm.engine.requests) == {request.request_id for request in beside}
     llm.engine.scheduler.check_integrity()
     assert run(llm, beside) == expected

@@ -5,6 +5,7 @@ import itertools
 import os
 import pickle
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -194,6 +195,32 @@ def test_a_fork_is_refused_and_the_parent_goes_on(tiny, expected, call):
     os.waitpid(child, 0)
     assert f"this LLM belongs to process {os.getpid()}, of which this one is a fork" in answer
     assert run(tiny, requests) == expected
+
+
+# -- compiled code on disk ---------------------------------------------------------------------------------------------------------
+
+ONE_TOKEN = """
+from jaxengine import LLM, SamplingParams
+llm = LLM("calc", progress=False, max_model_len=64, max_num_seqs=2, num_pages=8)
+(output,) = llm.generate("1+1=", SamplingParams(max_tokens=2))
+print(output.outputs[0].token_ids, output.outputs[0].token_logprobs.tobytes().hex())
+"""
+
+
+@pytest.mark.slow
+def test_a_broken_compilation_cache_is_compiled_around(tmp_path):
+    """JAX warns and compiles anew; the bits are the same."""
+    def run_with_cache() -> subprocess.CompletedProcess:
+        settings = dict(JAX_COMPILATION_CACHE_DIR=str(tmp_path), JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.5", PYTHONWARNINGS="default")
+        return subprocess.run([sys.executable, "-c", ONE_TOKEN], env=os.environ | settings, capture_output=True, text=True, check=True)
+
+    first = run_with_cache()
+    entries = [path for path in tmp_path.iterdir() if path.name.endswith("-cache")]
+    assert any("prefill_step" in path.name for path in entries) and any("decode_step" in path.name for path in entries)
+    for i, path in enumerate(entries):
+        path.write_bytes(path.read_bytes()[: 100 * (i % 2)])  # cut off, or empty
+    again = run_with_cache()
+    assert again.stdout == first.stdout and "compilation cache" in again.stderr
 
 
 # -- event loops and clocks -------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from conftest import bits, make_llm
 from neighbours import PARAMS, PROMPTS, answers, assert_idle, run, start, step
 
 from jaxengine import LLM, SamplingParams
+from jaxengine.request import FLAGS
 
 NAN, INF = float("nan"), float("inf")
 ONE = SamplingParams(max_tokens=1)
@@ -85,6 +86,19 @@ REFUSED = {
     "a stop string of a million characters": (want(stop="x" * 10**6), r"stop\[0\] must be a string of 1 to 1024 characters"),
     "a million stop tokens": (want(stop_token_ids=[1] * 10**6), "stop_token_ids takes at most 16 ids, got 1000000"),
     "a million biases": (want(logit_bias=dict.fromkeys(range(10**6), 1.0)), "logit_bias takes at most 512 tokens, got 1000000"),
+    # values of another kind
+    "a stop of no text": (want(stop=5), "stop must be a string or a list of strings, got 5"),
+    "a stop token alone": (want(stop_token_ids=5), "stop_token_ids must be a list of token ids, got 5"),
+    "a bias without values": (want(logit_bias=[1, 2]), r"logit_bias must be a dict from token ids to numbers, got \[1, 2\]"),
+    "a bias that is a number": (want(logit_bias=5), "logit_bias must be a dict from token ids to numbers, got 5"),
+    "a bias of one token twice": (want(logit_bias={"42": 1, 42: 2}), "logit_bias names token 42 twice: give it one value"),
+    "a bias of a superscript": (want(logit_bias={"²": 1}), "logit_bias key must be an integer, got '²'"),
+    **{f"{name} in words": (want(**{name: "false"}), f"{name} must be True or False, got 'false'") for name in FLAGS},
+    "a flag that is a number": (want(ignore_eos=1), "ignore_eos must be True or False, got 1"),
+    "a salt of no text": (ask({"prompt_token_ids": [1], "cache_salt": 7}), r"prompts\[0\]\['cache_salt'\] must be a string or None, got 7"),
+    "special tokens allowed in words": (ask({"prompt_token_ids": [1], "allow_special_tokens": "false"}),
+                                        r"prompts\[0\]\['allow_special_tokens'\] must be True or False, got 'false'"),
+    "an id of no text": (lambda llm: llm.generate([[1], [2]], ONE, request_ids=["a", 7]), r"request_ids\[1\] must be a string, got 7"),
     # what does not fit together
     "params for other prompts": (ask([[1], [2]], [ONE]), "1 sampling_params for 2 prompts"),
     "a stream of two": (lambda llm: next(llm.stream([[1], [2]], ONE)), "stream takes one prompt, got 2"),
@@ -157,6 +171,18 @@ def test_settings_take_numpy_and_jax_numbers(tiny):
     assert given == plain
     answers = [bits(tiny.generate([TOKENS], params, key=jax.random.key(1))) for params in (given, plain)]
     assert answers[0] == answers[1]
+
+
+def test_settings_take_numpy_bools_and_pairs():
+    given = SamplingParams(ignore_eos=np.True_, entropy=np.bool_(False), logit_bias={"5": 1, 6: 2.0}, stop=None, stop_token_ids=None)
+    assert given == SamplingParams(ignore_eos=True, logit_bias=[[6, 2.0], (5, 1.0)]) == given.replace(logit_bias=given.logit_bias)
+    assert SamplingParams(logit_bias={}) == SamplingParams()
+
+
+def test_a_salt_of_none_is_no_salt(tiny):
+    for salt in (None, ""):
+        (output,) = tiny.generate({"prompt_token_ids": TOKENS, "cache_salt": salt}, ONE)
+        assert output.cache_salt == ""
 
 
 # -- the edge of the context ------------------------------------------------------------------------------------------------------

@@ -46,6 +46,10 @@ def pointers(params) -> list[int]:
     return [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(params)]
 
 
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
 def without_head(params):
     return dataclasses.replace(params, head=None)
 
@@ -218,6 +222,23 @@ def test_a_replay_knows_its_weights(model, other):
         llm.replay(mixed.coordinate)
     with pytest.raises(ValueError, match="weights_version: 0, here 1"):
         llm.replay(output.outputs[0].coordinate)
+
+
+def test_what_was_delivered_is_never_drawn_again(llm, model, other, monkeypatch):
+    """A recovery behind an update would draw it from other weights: the tokens that a stream has shown stay, and who drew them."""
+    stream = llm.stream([PROMPTS[1]], SamplingParams(max_tokens=12), key=jax.random.key(3))
+    shown = [next(stream) for _ in range(5)][-1].outputs[0]
+    llm.update_params(other)
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.engine.programs, "run_prefill", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate([PROMPTS[0]])
+    for output in stream:
+        found = output.outputs[0]
+        assert found.token_ids[:5] == shown.token_ids and found.token_logprobs[:5].tobytes() == shown.token_logprobs.tobytes()
+    assert [(span.version, span.start, span.stop) for span in found.weight_versions] == [
+        (llm.weights_version - 1, 0, 5), (llm.weights_version, 5, 12)]
+    llm.update_params(model[1])
 
 
 # -- pause and resume ----------------------------------------------------------------------------------------------------------

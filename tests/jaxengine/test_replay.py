@@ -5,6 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from conftest import make_llm
 
 from jaxengine import SamplingParams
 from jaxengine.coordinate import Contract, Coordinate
@@ -52,6 +53,15 @@ def test_another_contract_is_refused_with_what_differs(tiny, samples):
     other = Contract(parts | {"jaxlib": "0.0.1", "model": parts["model"] | {"dtype": "float8"}})
     with pytest.raises(ValueError, match='jaxlib: "0.0.1", here ".*; model.dtype: "float8", here "float32"'):
         tiny.replay(dataclasses.replace(coordinate, contract=other))
+
+
+def test_other_code_from_the_compiler_is_another_contract(tiny, samples, monkeypatch):
+    coordinate = samples[0].coordinate
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_max_isa=SSE4_2 --xla_dump_to=/tmp/dumps")
+    here = make_llm(tiny.config, tiny.params)
+    assert here.contract().digest != coordinate.contract.digest
+    with pytest.raises(ValueError, match='another contract, .*: compiler.xla_cpu_max_isa: nothing, here "SSE4_2"$'):
+        here.replay(coordinate)
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", '{"contract": {}, "sampling_params": 3}', "null", "no json"])

@@ -1,4 +1,5 @@
 """The sampler against plain numpy: what is cut, penalised and biased, which keys draw, what is drawn, and the arithmetic underneath."""
+import contextlib
 import functools
 import math
 
@@ -244,6 +245,19 @@ def test_the_draw_is_the_documented_function():
         blocks = row.reshape(-1, VOCAB_BLOCK)
         block = first(blocks.sum(1), u)
         assert token == block * VOCAB_BLOCK + first(blocks[block], v)
+
+
+@pytest.mark.parametrize("setting", [contextlib.nullcontext, lambda: jax.threefry_partitionable(False), lambda: jax.enable_x64(True)],
+                         ids=["default", "original", "x64"])
+def test_uniforms_are_jaxs_whatever_the_settings_of_the_process(setting):
+    keys = jax.vmap(jax.random.key)(np.arange(10_000, dtype=np.uint32))
+    uniforms = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
+    folded = jax.vmap(lambda key, i: jax.random.fold_in(jax.random.fold_in(key, 3), i))(keys, np.arange(10_000))
+    words, folds = np.asarray(jax.random.key_data(keys)), np.tile(np.int32([3, -1]), (10_000, 1))
+    with setting():
+        assert same_bits(jax.jit(sampler.uniforms)(keys), uniforms)
+        found = jax.jit(sampler.fold_keys)(words, folds, np.arange(10_000, dtype=np.int32))
+    assert same_bits(jax.random.key_data(found), jax.random.key_data(folded))
 
 
 def test_the_same_key_draws_the_same_token_in_any_row_of_any_batch():

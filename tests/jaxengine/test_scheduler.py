@@ -461,7 +461,7 @@ def test_the_same_requests_give_the_same_plans():
 # -- the simulation itself --------------------------------------------------------------------------------------------------------
 
 def _matching_any_parent(blocks: BlockManager) -> None:
-    def match(tokens, version, salt):
+    def match(tokens, version, salt, known=None):
         pages = []
         for start in range(0, len(tokens) - PAGE, PAGE):
             content = array("i", tokens[start : start + PAGE]).tobytes()

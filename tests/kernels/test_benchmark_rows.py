@@ -29,7 +29,7 @@ def rows(monkeypatch):
     return kernel_rows
 
 
-@pytest.mark.parametrize("kind", [kind if kind in ("kv_write", "matmul") else pytest.param(kind, marks=pytest.mark.slow) for kind in CASES])
+@pytest.mark.parametrize("kind", [kind if kind in ("kv_write", "matmul") else pytest.param(kind, marks=pytest.mark.long) for kind in CASES])
 def test_both_sides_compute_the_same(rows, kind):
     for row in getattr(rows, f"{kind}_rows")(choose("pallas_interpret"), CASES[kind]):
         ours, theirs = jax.tree.leaves(row.ours(*row.operands)), jax.tree.leaves(row.theirs(*row.their_operands))

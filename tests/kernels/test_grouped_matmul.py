@@ -14,8 +14,8 @@ from pallas_kernels.grouped_matmul_gpu import grouped_matmul_gpu
 from pallas_kernels.grouped_matmul_reference import visits_of
 from pallas_kernels.implementations import choose
 
-SLOW = pytest.mark.slow
-CASES = [case if case in (SMALL[1], SMALL[6]) else pytest.param(case, marks=SLOW) for case in SMALL]
+LONG = pytest.mark.long
+CASES = [case if case in (SMALL[1], SMALL[6]) else pytest.param(case, marks=LONG) for case in SMALL]
 GPU_BLOCKS = MatmulBlocks(rows=16, columns=64, depth=64, shared_tiles=1, split=128)
 EPS = float(jnp.finfo(jnp.float32).eps)
 
@@ -61,7 +61,7 @@ class Body:
         expected, error = reference(case, x, w)
         assert (np.abs(np.asarray(self.jitted(case, x, w, sizes), np.float64) - expected) <= error).all()
 
-    @pytest.mark.parametrize("case", (pytest.param(SMALL[0], marks=SLOW), SMALL[1], pytest.param(SMALL[4], marks=SLOW)), ids=str)
+    @pytest.mark.parametrize("case", (pytest.param(SMALL[0], marks=LONG), SMALL[1], pytest.param(SMALL[4], marks=LONG)), ids=str)
     def test_a_row_has_the_same_bits_with_any_rows_beside_it(self, case):
         x, w, sizes = case.operands()
         whole = self.jitted(case, x, w, sizes)
@@ -85,7 +85,7 @@ class TestReference(Body):
     def run(self, case, x, w, sizes):
         return grouped_matmul(x, w, sizes, gated=case.gated, implementation=self.implementation)
 
-    @pytest.mark.parametrize("case", (pytest.param(SMALL[1], marks=SLOW), SMALL[6]), ids=str)
+    @pytest.mark.parametrize("case", (pytest.param(SMALL[1], marks=LONG), SMALL[6]), ids=str)
     def test_gradients_are_those_of_float32(self, case):
         x, w, sizes = case.operands()
         weight = jax.random.normal(jax.random.key(9), (case.rows, case.width))

@@ -93,12 +93,12 @@ class TestReference(Body):
         assert np.isnan(row[:, :32]).all() and not row[:, 32:].any()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 class TestTpuBody(TestReference):
     implementation = choose("pallas_interpret")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 class TestGpuBody(Body):
     def run(self, pages, k, v, blocks):
         with mock.patch.dict(BODIES, pallas_interpret=functools.partial(kv_write_gpu, interpret=True)):

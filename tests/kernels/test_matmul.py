@@ -16,7 +16,7 @@ from pallas_kernels.matmul_gpu import matmul_gpu
 GPU_BLOCKS = MatmulBlocks(rows=16, columns=64, depth=64, shared_tiles=1, split=128)  # three splits and more, of two steps each
 EPS = float(jnp.finfo(jnp.float32).eps)
 BATCHES = (slice(0, 1), slice(5, 6), slice(36, 37), slice(3, 19))
-CASES = [case if case in (SMALL[0], SMALL[3], SMALL[9]) else pytest.param(case, marks=pytest.mark.slow) for case in SMALL]
+CASES = [case if case in (SMALL[0], SMALL[3], SMALL[9]) else pytest.param(case, marks=pytest.mark.long) for case in SMALL]
 
 
 def same_bits(a, b) -> bool:
@@ -88,7 +88,7 @@ class TestReference(Body):
     def run(self, case, x, w, bias, residual):
         return matmul(x, w, bias=bias, residual=residual, gated=case.gated, implementation=self.implementation)
 
-    @pytest.mark.parametrize("case", [case if case is SMALL[3] else pytest.param(case, marks=pytest.mark.slow) for case in SMALL], ids=str)
+    @pytest.mark.parametrize("case", [case if case is SMALL[3] else pytest.param(case, marks=pytest.mark.long) for case in SMALL], ids=str)
     def test_gradients_are_those_of_float32(self, case):
         operands = case.operands()
         weight = jax.random.normal(jax.random.key(9), (case.rows, case.width))

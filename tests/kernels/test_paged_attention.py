@@ -45,8 +45,8 @@ def rounding(case: AttentionCase) -> float:
     return {"float32": 4e-6, "float16": 6e-3}.get(case.dtype, 5e-2)
 
 
-def slow(*values) -> list:
-    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+def long(*values) -> list:
+    return [pytest.param(value, marks=pytest.mark.long) for value in values]
 
 
 @functools.cache
@@ -85,26 +85,26 @@ class Body:
             error = np.abs(row - expected[slot][position]).max()
             assert error <= rounding(case), f"off by {error} at sequence {slot}, position {position}"
 
-    @pytest.mark.parametrize("case", [*slow(*DECODE[:3]), *DECODE[3:]], ids=str)
+    @pytest.mark.parametrize("case", [*long(*DECODE[:3]), *DECODE[3:]], ids=str)
     def test_decode_is_within_rounding_of_float64(self, case):
         self.check(case, 1)
 
-    @pytest.mark.parametrize("case", [*slow(PREFILL[0]), *PREFILL[1:]], ids=str)
+    @pytest.mark.parametrize("case", [*long(PREFILL[0]), *PREFILL[1:]], ids=str)
     def test_prefill_is_within_rounding_of_float64(self, case):
         self.check(case, 16)
 
-    @pytest.mark.parametrize("case", [GROUPS[0], GROUPS[6], *slow(*GROUPS[1:6], *GROUPS[7:])], ids=str)
+    @pytest.mark.parametrize("case", [GROUPS[0], GROUPS[6], *long(*GROUPS[1:6], *GROUPS[7:])], ids=str)
     def test_every_group_size(self, case):
         self.check(case, 1)
 
-    @pytest.mark.parametrize("case", [DECODE[1], *slow(DECODE[0], DECODE[2])], ids=str)
+    @pytest.mark.parametrize("case", [DECODE[1], *long(DECODE[0], DECODE[2])], ids=str)
     def test_a_query_alone_has_the_bits_of_a_batch(self, case):
         together = self.rows_of(case, 1)
         for slot in (1, 2, 9):
             assert_same_bits(self.rows_of(case, 1, (slot,)), together)
         assert_same_bits(self.rows_of(case, 1, (8, 3, 8, 4)), together)
 
-    @pytest.mark.parametrize("r", (24, *slow(4)))
+    @pytest.mark.parametrize("r", (24, *long(4)))
     def test_chunks_of_any_length_have_the_bits_of_decoding(self, r):
         assert_same_bits(self.rows_of(LONG, r), self.rows_of(LONG, 1))
 
@@ -130,7 +130,7 @@ class TestReference(Body):
         return paged_attention(q, pages, blocks, scoring=scoring, sinks=sinks, implementation=self.implementation)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 class TestTpuBody(TestReference):
     implementation = choose("pallas_interpret")
 
@@ -140,7 +140,7 @@ class TestTpuBody(TestReference):
             self.rows_of(case, 1)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 class TestGpuBody(Body):
     side_by_side = False
 

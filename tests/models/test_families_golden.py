@@ -88,7 +88,7 @@ def engine_cases():
 def test_the_engine_gives_the_same_logprobs_and_greedy_tokens(name, leaves, record_property):
     golden = expected(name)
     llm = LLM(model=GOLDEN / name, dtype="float32", reduction_leaves=leaves, max_model_len=128, max_num_seqs=4, num_pages=32,
-              max_num_batched_tokens=32, max_logprobs=ENGINE_LOGPROBS, progress=False)
+              max_num_batched_tokens=32, max_logprobs=ENGINE_LOGPROBS, compile_patience=1000, progress=False)
     params = SamplingParams(temperature=0, max_tokens=golden["generated"].shape[1], prompt_logprobs=ENGINE_LOGPROBS)
     outputs = llm.generate([{"prompt_token_ids": row.tolist()} for row in golden["tokens"]], params)
     assert [output.outputs[0].token_ids for output in outputs] == golden["generated"].tolist()

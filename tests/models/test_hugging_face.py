@@ -1,10 +1,12 @@
 """config.json and tensor names of Hugging Face: what is read, what is refused, and that a model comes back from a folder by bits."""
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -60,8 +62,8 @@ SUPPORTED = r"\(supported: LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM\
     ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types with sliding_attention: this decoder computes full_att"),
     ({"mlp_bias": True}, "mlp_bias=True: this decoder computes mlp_bias=False only"),
     ({"hidden_act": "gelu"}, "hidden_act='gelu': this decoder computes hidden_act='silu' only"),
-    ({"dtype": "float64"}, "dtype must be float32, bfloat16 or float16, got 'float64'"),
-    ({"torch_dtype": "int8"}, "dtype must be float32, bfloat16 or float16, got 'int8'"),
+    ({"dtype": "float64"}, "dtype must be one of float32, float16, bfloat16, got 'float64'"),
+    ({"torch_dtype": "int8"}, "dtype must be one of float32, float16, bfloat16, got 'int8'"),
     ({"head_dim": 21}, "head_dim must be even for rotary embeddings, got 21"),
     ({"num_key_value_heads": 3}, "num_attention_heads=4 must be a multiple of num_key_value_heads=3"),
 ])
@@ -73,14 +75,75 @@ def test_what_this_decoder_does_not_compute_is_refused(change, message):
 @pytest.mark.parametrize("name", ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                                   "max_position_embeddings"])
 def test_a_missing_size_is_named(name):
-    with pytest.raises(ValueError, match=f"config.json lacks {name}"):
+    with pytest.raises(ValueError, match=f"lacks {name}"):
         registry.configure({key: value for key, value in HF.items() if key != name})
 
 
-def test_the_callers_dtype_and_leaves_are_checked(tmp_path):
+@pytest.mark.parametrize("change, message", [
+    ({"hidden_size": "192"}, "hidden_size must be an integer, got '192'"),
+    ({"hidden_size": None}, "hidden_size must be an integer, got None"),
+    ({"num_attention_heads": 8.0}, "num_attention_heads must be an integer, got 8.0"),
+    ({"num_hidden_layers": True}, "num_hidden_layers must be an integer, got True"),
+    ({"vocab_size": 0}, "vocab_size must be at least 1, got 0"),
+    ({"max_position_embeddings": "512"}, "max_position_embeddings must be an integer, got '512'"),
+    ({"num_key_value_heads": "2"}, "num_key_value_heads must be an integer, got '2'"),
+    ({"head_dim": -20}, "head_dim must be at least 1, got -20"),
+    ({"hidden_size": 3, "head_dim": None}, "head_dim must be at least 1, got 0"),
+    ({"rms_norm_eps": None}, "rms_norm_eps must be a finite number, got None"),
+    ({"rms_norm_eps": "1e-6"}, "rms_norm_eps must be a finite number, got '1e-6'"),
+    ({"tie_word_embeddings": "false"}, "tie_word_embeddings must be True or False, got 'false'"),
+    ({"attention_bias": 1}, "attention_bias must be True or False, got 1"),
+    ({"eos_token_id": "ab"}, "eos_token_id must be an integer, got 'ab'"),
+    ({"eos_token_id": [2, None]}, "eos_token_id must be an integer, got None"),
+    ({"eos_token_id": -1}, "eos_token_id must be at least 0, got -1"),
+    ({"bos_token_id": [1]}, r"bos_token_id must be an integer, got \[1\]"),
+    ({"dtype": ["float32"]}, r"dtype must be one of float32, float16, bfloat16, got \['float32'\]"),
+    ({"layer_types": 5}, "layer_types must be a list of names, got 5"),
+    ({"layer_types": [["full_attention"]]}, "this decoder computes full_attention only"),
+    ({"rope_parameters": "x"}, "rope_parameters must be an object or null, got 'x'"),
+    ({"rope_scaling": [1]}, r"rope_scaling must be an object or null, got \[1\]"),
+    ({"rope_parameters": {"rope_type": 5}}, "rope type 5 is not supported"),
+    ({"rope_theta": "1e6"}, "rope_theta must be a finite number, got '1e6'"),
+    ({"rope_theta": 0}, "rope_theta must be greater than 0.0, got 0.0"),
+    ({"rope_scaling": ROPES["llama3"] | {"factor": "8"}}, "factor must be a finite number, got '8'"),
+    ({"rope_scaling": ROPES["yarn"] | {"mscale": "1"}}, "mscale must be a finite number, got '1'"),
+    ({"rope_scaling": ROPES["yarn"] | {"truncate": "no"}}, "truncate must be True or False, got 'no'"),
+    ({"rope_scaling": ROPES["yarn"] | {"original_max_position_embeddings": 128.5}}, "original_max_position_embeddings must be an integer"),
+])
+def test_a_value_of_another_kind_is_named_with_its_file(tmp_path, change, message):
+    with pytest.raises(ValueError, match=rf"{tmp_path}/config\.json: .*{message}"):
+        loading.read_model_config(write_configs(tmp_path, HF | change))
+
+
+@pytest.mark.parametrize("eos, got", [("ab", "'ab'"), ([2, 2.5], "2.5"), (True, "True"), ({"id": 2}, "{'id': 2}")])
+def test_a_wrong_end_token_of_the_generation_config_is_named_with_its_file(tmp_path, eos, got):
+    with pytest.raises(ValueError, match=rf"{tmp_path}/generation_config\.json: eos_token_id must be an integer, got {got}"):
+        loading.read_model_config(write_configs(tmp_path, HF, {"eos_token_id": eos}))
+
+
+def test_null_is_what_is_left_out_and_integers_are_numbers():
+    nulls = dict.fromkeys(("head_dim", "num_key_value_heads", "tie_word_embeddings", "attention_bias", "eos_token_id", "bos_token_id",
+                           "rope_scaling", "rope_parameters", "layer_types", "dtype", "torch_dtype", "original_max_position_embeddings"))
+    assert registry.configure(HF | nulls) == registry.configure({key: value for key, value in HF.items() if key not in nulls})
+    assert registry.configure(HF | {"rope_theta": 500_000, "rms_norm_eps": 0}).rope == RopeConfig(5e5)
+
+
+@pytest.mark.parametrize("dtype, name", [("auto", "float32"), ("half", "float16"), ("float", "float32"), ("bfloat16", "bfloat16"),
+                                         (jnp.bfloat16, "bfloat16"), (np.float16, "float16"), (np.dtype("float32"), "float32")], ids=str)
+def test_dtypes_by_their_names_vllms_names_and_as_objects(tmp_path, dtype, name):
+    assert loading.read_model_config(write_configs(tmp_path, HF), dtype=dtype).dtype == name
+
+
+@pytest.mark.parametrize("dtype", ["float8", "int8", "", None, 5, float, np.float64, np.dtype("float64"), ["float32"], {}], ids=repr)
+def test_other_dtypes_are_refused(tmp_path, dtype):
+    with pytest.raises(ValueError, match=rf"dtype must be 'auto' or one of float32, float16, bfloat16, got {re.escape(repr(dtype))}"):
+        loading.read_model_config(write_configs(tmp_path, HF), dtype=dtype)
+
+
+def test_the_callers_leaves_are_checked(tmp_path):
     folder = write_configs(tmp_path, HF)
-    with pytest.raises(ValueError, match="dtype must be 'auto' or one of float32, float16, bfloat16, got 'float8'"):
-        loading.read_model_config(folder, dtype="float8")
+    with pytest.raises(ValueError, match="reduction_leaves must be an integer, got '2'"):
+        loading.read_model_config(folder, reduction_leaves="2")
     with pytest.raises(ValueError, match="reduction_leaves=4 does not divide num_key_value_heads=2"):
         loading.read_model_config(folder, reduction_leaves=4)
     with pytest.raises(ValueError, match="reduction_leaves must be a power of two, got 3"):

@@ -48,6 +48,15 @@ def conversations(outputs):
     return [sample for output in outputs for sample in output.outputs]
 
 
+def test_every_turn_keeps_the_prompts_cache_salt(llm, sampling, monkeypatch):
+    """Else a tenant's conversation would be found by others from its second turn on."""
+    salts, generate = [], llm.generate
+    monkeypatch.setattr(llm, "generate", lambda prompts, *how, **more: salts.append([p["cache_salt"] for p in prompts]) or generate(
+        prompts, *how, **more))
+    generate_with_tools(llm, [{"prompt": PROMPTS[1], "cache_salt": "tenant"}], TOOL, sampling, key=KEY, max_calls=1)
+    assert len(salts) > 1 and {salt for each in salts for salt in each} == {"tenant"}
+
+
 def test_conversations_have_calls(outputs):
     """What the other tests look at is there: several turns, answers and errors, ends of both kinds."""
     samples = conversations(outputs)

@@ -63,7 +63,7 @@ def the_hash_leaves_out_the_parent(patch):
 
 @found_by("reads what is not its own|another version or salt")
 def a_hit_compares_the_tokens_alone(patch):
-    def match(blocks, tokens, version, salt):
+    def match(blocks, tokens, version, salt, known=None):
         pages, size = [], blocks.page_size
         for start in range(0, len(tokens) - size, size):
             content = block_manager._content(tokens[start : start + size])
@@ -98,7 +98,7 @@ def a_page_too_few_at_the_edge(patch):
 @found_by("a chunk that is empty")
 def a_hit_takes_the_last_token_too(patch):
     @around(patch, BlockManager, "match")
-    def match(original, blocks, tokens, version, salt):
+    def match(original, blocks, tokens, version, salt, known=None):
         return original(blocks, [*tokens, 0], version, salt)
 
 
@@ -170,6 +170,14 @@ def a_restart_keeps_the_token_that_is_half_written(patch):
         sequence.token_ids[:] = tokens
 
 
+@found_by("a token that was delivered has changed")
+def a_restart_drops_a_token_that_was_delivered(patch):
+    @around(patch, Sequence, "restart")
+    def restart(original, sequence):
+        sequence.num_settled = max(sequence.num_settled - 1, 0)
+        original(sequence)
+
+
 @found_by("a slot is lost")
 def a_slot_is_lost(patch):
     @around(patch, Scheduler, "finish")
@@ -204,7 +212,7 @@ def pages_that_were_kept_are_offered_to_others(patch):
         sequence.has_old_pages = kept
 
 
-@found_by("than alone|reads what is not its own")
+@found_by("than alone|reads what is not its own|holds other tokens")
 def a_prefill_goes_on_under_new_weights(patch):
     @around(patch, Scheduler, "change_version")
     def change_version(original, scheduler, version, keep):

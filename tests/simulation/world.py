@@ -15,7 +15,7 @@ from device import Fault
 from invariants import CacheCheck, Watch, Watched, check_step
 from model import STOP, Spans, check_answer
 
-from jaxengine import batch, block_manager, engine, scheduler, sequence
+from jaxengine import batch, block_manager, engine, results, scheduler, sequence
 from jaxengine.config import QUERY_BLOCK, EngineConfig, ModelConfig
 from jaxengine.request import SamplingParams
 from jaxengine.sequence import Request, Sequence, Status
@@ -23,7 +23,7 @@ from jaxengine.sequence import Request, Sequence, Status
 SALTS = ("", "salted")
 MODEL = ModelConfig("simulated", 40, 8, 8, 1, 1, 1, 8, 256)  # its sizes are named in errors, nothing is computed with it
 CUT = object()
-HOST_FILES = {module.__file__ for module in (batch, block_manager, engine, scheduler, sequence)}
+HOST_FILES = {module.__file__ for module in (batch, block_manager, engine, results, scheduler, sequence)}
 PARTS = dict(steps=device, kv_cache=device, Programs=device.Programs, BatchBuilder=device.HostSlots, Scheduler=Watched)
 
 
@@ -40,6 +40,7 @@ class World:
         self.live: dict[str, Request] = {}
         self.ended: list[Request] = []  # the last few: their tokens are the fronts of later prompts
         self.held: list[int] = []
+        self._delivered: dict[int, list[tuple[int, int]]] = {}  # by id of the sample, the tokens that a stream would have shown
         self._first_versions: dict[str, int] = {}
         self._kept: dict[int, tuple[Sequence, list[Spans]]] = {}  # samples that went on with their pages under other weights, by id
 
@@ -159,6 +160,10 @@ class World:
     def check(self) -> None:
         check_step(self.engine, self.held)
         self.cache_check.check(self.engine, SALTS)
+        for sample in self.samples:
+            tokens, before = [*zip(sample.generated, sample.token_versions, strict=False)], self._delivered.get(id(sample), [])
+            assert tokens[: len(before)] == before, "a token that was delivered has changed"
+            self._delivered[id(sample)] = tokens
 
     def drain(self) -> None:
         """To the end of all that is there. The oldest sequence comes forward with every step, which bounds their number."""
@@ -174,6 +179,8 @@ class World:
     def _judge(self, ended: list[Request]) -> None:
         for request in ended:
             del self.live[request.request_id]
+            for sample in request.samples:
+                self._delivered.pop(id(sample), None)
             kept = {sample.index: self._kept.pop(id(sample))[1] for sample in request.samples if id(sample) in self._kept}
             check_answer(request, self._first_versions.pop(request.request_id), kept)
             self.stats.update(f"ended by {sample.finish_reason}" for sample in request.samples)

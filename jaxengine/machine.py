@@ -1,0 +1,63 @@
+"""The machine underneath: its processor, what XLA was told about code for it, and the host's free memory."""
+import os
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+CPU_NAMES = ("vendor_id", "cpu family", "model", "model name", "CPU implementer", "CPU part")  # of x86 and of ARM, in /proc/cpuinfo
+CPU_FEATURES = ("sse4_2", "avx", "fma", "f16c", "amx", "asimd", "sve", "bf16", "i8mm")  # beginnings: XLA generates code for these
+FLAG_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
+HARMLESS_FLAGS = ("xla_force_host_platform_device_count", "xla_dump_", "xla_hlo_profile")  # beginnings of those that change no code
+
+
+def device() -> dict[str, Any]:
+    """The kind of the device; of a CPU also its model and the instruction sets that sums depend on."""
+    kind = jax.devices()[0].device_kind
+    return {"kind": kind} | (_cpu() if jax.devices()[0].platform == "cpu" else {})
+
+
+def _cpu() -> dict[str, Any]:
+    text = _read(PROC / "cpuinfo") or ""
+    pairs = [line.partition(":") for line in text.split("\n\n")[0].splitlines()]  # of the first processor
+    known = {name.strip(): value.strip() for name, _, value in pairs}
+    features = known.get("flags", known.get("Features", "")).split()
+    model = ", ".join(known[name] for name in CPU_NAMES if name in known)
+    return {"model": model or platform.processor() or platform.machine(),
+            "features": sorted(name for name in features if name.startswith(CPU_FEATURES))}
+
+
+def compiler_flags() -> dict[str, str]:
+    """What the environment, or a file that it names, tells XLA, but for what changes no code. The last of several of one name counts."""
+    texts = [os.environ.get(name, "").strip() for name in FLAG_VARIABLES]
+    words = [word for text in texts for word in (text if text.startswith("-") else _read(Path(text)) or "").split()]
+    pairs = [word.lstrip("-").partition("=") for word in words]
+    return {name: value for name, _, value in pairs if not name.startswith(HARMLESS_FLAGS)}
+
+
+def free_memory() -> int:
+    """Bytes that programs can have on this host without swapping: what Linux calls available, or what is left to the control group."""
+    lines = (_read(PROC / "meminfo") or "").splitlines()
+    kilobytes = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    unused = 1024 * kilobytes[0] if kilobytes else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    return max(0, min([unused, *_left_to_groups()]))
+
+
+def _left_to_groups() -> Iterator[int]:
+    """What each control group (version 2) over this process may still take; its cached files make room when asked to."""
+    own = [line.removeprefix("0::/") for line in (_read(PROC / "self/cgroup") or "").splitlines() if line.startswith("0::/")]
+    for group in (CGROUPS / own[0], *(CGROUPS / own[0]).parents) if own else ():
+        limit, current, stat = (_read(group / f"memory.{name}") for name in ("max", "current", "stat"))
+        if limit and current and limit.strip() != "max":
+            cached = [int(line.split()[1]) for line in (stat or "").splitlines() if line.startswith("inactive_file ")]
+            yield int(limit) - int(current) + sum(cached)
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text()
+    except OSError:
+        return None
