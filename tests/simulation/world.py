@@ -40,7 +40,7 @@ class World:
         self.live: dict[str, Request] = {}
         self.ended: list[Request] = []  # the last few: their tokens are the fronts of later prompts
         self.held: list[int] = []
-        self._delivered: dict[int, list[tuple[int, int]]] = {}  # by id of the sample, the tokens that a stream would have shown
+        self._delivered: dict[int, list[int]] = {}  # by id of the sample, the tokens that a stream would have shown, prompt included
         self._first_versions: dict[str, int] = {}
         self._kept: dict[int, tuple[Sequence, list[Spans]]] = {}  # samples that went on with their pages under other weights, by id
 
@@ -161,9 +161,9 @@ class World:
         check_step(self.engine, self.held)
         self.cache_check.check(self.engine, SALTS)
         for sample in self.samples:
-            tokens, before = [*zip(sample.generated, sample.token_versions, strict=False)], self._delivered.get(id(sample), [])
-            assert tokens[: len(before)] == before, "a token that was delivered has changed"
-            self._delivered[id(sample)] = tokens
+            shown = self._delivered.setdefault(id(sample), list(sample.token_ids))
+            assert sample.token_ids[len(shown) - 1 : len(shown)] == shown[-1:], "a token that was delivered has changed"  # _judge: all
+            shown += sample.token_ids[len(shown) :]
 
     def drain(self) -> None:
         """To the end of all that is there. The oldest sequence comes forward with every step, which bounds their number."""
@@ -180,7 +180,8 @@ class World:
         for request in ended:
             del self.live[request.request_id]
             for sample in request.samples:
-                self._delivered.pop(id(sample), None)
+                shown = self._delivered.pop(id(sample), [])
+                assert sample.token_ids[: len(shown)] == shown, "a token that was delivered has changed"
             kept = {sample.index: self._kept.pop(id(sample))[1] for sample in request.samples if id(sample) in self._kept}
             check_answer(request, self._first_versions.pop(request.request_id), kept)
             self.stats.update(f"ended by {sample.finish_reason}" for sample in request.samples)
