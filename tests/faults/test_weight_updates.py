@@ -10,7 +10,7 @@ import pytest
 from conftest import bits, make_llm, random_model
 from neighbours import PARAMS, PROMPTS, answers, run, start
 
-from jaxengine import LLM, SamplingParams, bench
+from jaxengine import LLM, SamplingParams, bench, programs
 from jaxengine.engine import Engine
 from jaxengine.models.params import initialise
 from jaxengine.scheduler import Scheduler
@@ -122,7 +122,8 @@ def test_an_update_compiles_nothing_and_copies_nothing(model, other):
     assert call() == before
 
 
-def test_a_step_proven_behind_an_update_is_measured_by_the_weights_that_run(model, other):
+def test_a_step_proven_behind_an_update_is_measured_by_the_weights_that_run(model, other, monkeypatch):
+    monkeypatch.setattr(programs, "TILES", {"decode": programs.TILES["decode"][:2], "prefill": programs.TILES["prefill"][:1]})
     llm = make_llm(*model, compile_patience=1_000_000)
     llm.generate([PROMPTS[0]], PARAMS[0])
     llm.update_params(other)

@@ -38,9 +38,9 @@ def test_the_first_call_compiles_each_step_once():
     assert not names
 
 
-@pytest.mark.parametrize("at", [1, 2])
 @pytest.mark.parametrize("behind", [False, True], ids=["before", "behind"])
-@pytest.mark.parametrize("home, name", [(Engine, "forget"), (Engine, "_recover"), (Engine, "update_params"), (LLM, "generate")])
+@pytest.mark.parametrize("home, name, at", [(Engine, "forget", 1), (Engine, "forget", 2), (Engine, "_recover", 2),
+                                            (Engine, "update_params", 1), (LLM, "generate", 1)])
 def test_an_interrupt_leaves_nothing_of_a_policy_to_the_next(home, name, behind, at, monkeypatch):
     """Before or behind each call of the method. All weights here are version 0, which pages and contracts are found by."""
     (expected,) = generate(OTHER)
