@@ -9,7 +9,7 @@ FOLDER = pathlib.Path(__file__).parent.parent.parent / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 MOST_LINES = 90  # of code
 LONGEST = 900  # seconds a notebook may take
-SHORTENED = {"02_grpo_calc": ("iterations=160", "iterations=6"),  # in CI; whole in `pytest -m long tests/notebooks`
+SHORTENED = {"02_grpo_calc": ("iterations=160", "iterations=10"),  # in CI; whole in `pytest -m long tests/notebooks`
              "03_correctness_before_corrections": ("LAG = 14, 24, 4", "LAG = 3, 24, 2")}
 
 
