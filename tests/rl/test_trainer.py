@@ -161,7 +161,7 @@ def test_ppo_moves_the_critic(drawn):
     assert np.abs(state.master.critic.weight).max() > 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_update_raises_what_was_rewarded(drawn):
     trainer = make("rloo")
     state = start(trainer)

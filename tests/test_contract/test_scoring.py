@@ -183,6 +183,7 @@ def test_what_is_no_batch_is_refused(small, tokens, mask, error):
         jaxengine.score(params, np.array(tokens), np.array(mask), config=config)
 
 
+@pytest.mark.long
 def test_llm_and_function_agree_on_the_model_that_ships():
     llm = LLM("calc", progress=False, max_model_len=128, max_num_seqs=8)
     params = SamplingParams(n=4, temperature=0.7, top_p=0.9, top_k=20, max_tokens=16, entropy=True)
