@@ -26,6 +26,7 @@ from checkpoints.model_folder import resolve
 from jaxengine import __version__
 from jaxengine.config import ModelConfig, RopeConfig
 from jaxengine.llm import LLM
+from jaxengine.machine import cpu_name
 from jaxengine.models import hugging_face, loading, registry
 from jaxengine.models.params import initialise
 from jaxengine.request import SamplingParams
@@ -194,17 +195,8 @@ def machine() -> dict[str, Any]:
     """Where the figures come from. `load` is what the machine had to do in the last minute."""
     device = jax.devices()[0]
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")}
-    return {"cpu": _cpu_name(), "cpus": os.cpu_count(), "load": os.getloadavg()[0], "device": device.device_kind,
+    return {"cpu": cpu_name(), "cpus": os.cpu_count(), "load": os.getloadavg()[0], "device": device.device_kind,
             "platform": device.platform, "python": platform.python_version(), "jaxengine": __version__, **versions}
-
-
-def _cpu_name() -> str:
-    """The processor's name where Linux tells it, else its architecture."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.machine()
 
 
 def table(results: Sequence[Result]) -> str:

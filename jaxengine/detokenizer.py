@@ -1,11 +1,11 @@
 """Tokens to text, one at a time: what each token adds, where a stop string ends, what is safe to show already.
 
-Text is the UTF-8 reading of the bytes that the tokens stand for, so it can be streamed without ever decoding a token twice. Three
-rules follow. Generated ids are read alone, never behind the prompt, so a tokenizer that strips the space
-before the first word strips it from the completion too. Bytes that are no UTF-8 become U+FFFD, as `bytes.decode` has it; for
-byte-level tokenizers that is what the tokenizers library writes, for byte-fallback ones (SentencePiece) the library turns the whole
-run of bytes around a bad one into U+FFFD, characters already shown included, which no stream can do. Stop strings match generated
-text alone and complete characters alone: the U+FFFD that ends a text cut within a character completes none.
+Text is the UTF-8 reading of the bytes that the tokens stand for, so it can be streamed without ever decoding a token twice. Three rules
+follow. Generated ids are read alone, never behind the prompt, so a tokenizer that strips the space before the first word strips it from
+the completion too. Bytes that are no UTF-8 become U+FFFD, as `bytes.decode` has it; for byte-level tokenizers that is what the
+tokenizers library writes, for byte-fallback ones (SentencePiece) the library turns the whole run of bytes around a bad one into U+FFFD,
+characters already shown included, which no stream can do. Stop strings match generated text alone and complete characters alone: the
+U+FFFD that ends a text cut within a character completes none.
 """
 import codecs
 import functools

@@ -20,10 +20,19 @@ def device() -> dict[str, Any]:
     return {"kind": kind} | (_cpu() if jax.devices()[0].platform == "cpu" else {})
 
 
+def cpu_name() -> str:
+    """The processor's name where Linux tells it, else its architecture."""
+    return _cpu_info().get("model name", platform.machine())
+
+
+def _cpu_info() -> dict[str, str]:
+    """What Linux tells of the first processor."""
+    pairs = [line.partition(":") for line in (_read(PROC / "cpuinfo") or "").split("\n\n")[0].splitlines()]
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
 def _cpu() -> dict[str, Any]:
-    text = _read(PROC / "cpuinfo") or ""
-    pairs = [line.partition(":") for line in text.split("\n\n")[0].splitlines()]  # of the first processor
-    known = {name.strip(): value.strip() for name, _, value in pairs}
+    known = _cpu_info()
     features = known.get("flags", known.get("Features", "")).split()
     model = ", ".join(known[name] for name in CPU_NAMES if name in known)
     return {"model": model or platform.processor() or platform.machine(),

@@ -12,13 +12,16 @@ import jax
 import numpy as np
 import pytest
 
+from checkpoints.model_folder import resolve
 from jaxengine import LLM, steps
 from jaxengine.batch import BatchBuilder, rows_of
 from jaxengine.config import QUERY_BLOCK, EngineConfig, ModelConfig, RopeConfig
 from jaxengine.kv_cache import Cache
 from jaxengine.models.decoder import Tile
 from jaxengine.models.params import Decoder, initialise
+from jaxengine.programs import TILES
 from jaxengine.step_inputs import Blocks, Copies
+from jaxengine.tokenizer import Tokenizer
 
 SIZES = dict(vocab_size=1000, hidden_size=96, intermediate_size=160, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4,
              head_dim=32, max_position_embeddings=4096)
@@ -28,6 +31,8 @@ FAMILIES = {
     "Llama": dict(architecture="LlamaForCausalLM", rope=RopeConfig(5e5, "llama3", 8.0, 256)),
 }
 
+
+FEW_TILES = {"decode": TILES["decode"][:2], "prefill": TILES["prefill"][:1]}  # in programs.TILES' place where a test compiles them all
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is born deaf to it, and tests of Ctrl-C send it
 MAPS = Path("/proc/self/maps")
@@ -93,3 +98,9 @@ def bits(outputs) -> list[tuple]:
 def tiny() -> LLM:
     """One small engine that tests share; they leave it as they found it. Its head is not the embedding: a row of that can be poisoned."""
     return make_llm(*random_model(num_hidden_layers=2, tie_word_embeddings=False), compile_patience=1_000_000)
+
+
+@pytest.fixture(scope="session")
+def tiny_with_text(tiny) -> LLM:
+    """The shared engine's model, so that nothing is compiled anew, with texts for its first 259 tokens."""
+    return make_llm(tiny.config, tiny.params, tokenizer=Tokenizer.load(resolve("calc")), compile_patience=1_000_000)

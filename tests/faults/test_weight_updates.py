@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import bits, make_llm, random_model
+from conftest import FEW_TILES, bits, make_llm, random_model
 from neighbours import PARAMS, PROMPTS, answers, run, start
 
 from jaxengine import LLM, SamplingParams, bench, programs
@@ -123,7 +123,7 @@ def test_an_update_compiles_nothing_and_copies_nothing(model, other):
 
 
 def test_a_step_proven_behind_an_update_is_measured_by_the_weights_that_run(model, other, monkeypatch):
-    monkeypatch.setattr(programs, "TILES", {"decode": programs.TILES["decode"][:2], "prefill": programs.TILES["prefill"][:1]})
+    monkeypatch.setattr(programs, "TILES", FEW_TILES)
     llm = make_llm(*model, compile_patience=1_000_000)
     llm.generate([PROMPTS[0]], PARAMS[0])
     llm.update_params(other)

@@ -7,7 +7,7 @@ import sys
 
 import jax
 import pytest
-from conftest import random_model
+from conftest import FEW_TILES, random_model
 
 from jaxengine import LLM, bench, cli, programs
 from jaxengine.models import loading
@@ -27,7 +27,7 @@ def folder(tmp_path_factory) -> str:
 def llm(folder) -> LLM:
     """With fewer tiles than usual: a warm-up compiles them all."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(programs, "TILES", {"decode": programs.TILES["decode"][:2], "prefill": programs.TILES["prefill"][:1]})
+        patch.setattr(programs, "TILES", FEW_TILES)
         return bench.open_model(folder, max_model_len=256, max_num_seqs=2, num_pages=100, max_num_batched_tokens=64)
 
 

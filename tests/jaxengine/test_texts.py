@@ -3,18 +3,15 @@ import jax
 import pytest
 from conftest import bits, make_llm
 
-from checkpoints.model_folder import resolve
 from jaxengine import LLM, SamplingParams
-from jaxengine.tokenizer import Tokenizer
 
 KEY = jax.random.key(5)
 PROMPT, OTHER = "12+30=", "7*8="
 
 
 @pytest.fixture(scope="module")
-def llm(tiny) -> LLM:
-    """The shared engine's model, so that nothing is compiled anew, with texts for its tokens."""
-    return make_llm(tiny.config, tiny.params, tokenizer=Tokenizer.load(resolve("calc")), compile_patience=1_000_000)
+def llm(tiny_with_text) -> LLM:
+    return tiny_with_text
 
 
 @pytest.fixture(scope="module")

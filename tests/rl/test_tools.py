@@ -4,15 +4,13 @@ import re
 import jax
 import numpy as np
 import pytest
-from conftest import bits, make_llm
+from conftest import bits
 
-from checkpoints.model_folder import resolve
 from jaxengine import LLM, Rollout, SamplingParams
 from jaxengine.keys import sample_key
 from jaxengine.outputs import UNDRAWN
 from jaxengine.rl.calculator import calculate
 from jaxengine.rl.tools import Tool, calculator, generate_with_tools
-from jaxengine.tokenizer import Tokenizer
 
 KEY = jax.random.key(5)
 BUDGET = 40
@@ -21,9 +19,8 @@ PROMPTS = ["1+1=2\n", "sum:", "go", "then 3*"]
 
 
 @pytest.fixture(scope="module")
-def llm(tiny) -> LLM:
-    """The shared engine's model, so that nothing is compiled anew, with texts for its first 259 tokens."""
-    return make_llm(tiny.config, tiny.params, tokenizer=Tokenizer.load(resolve("calc")), compile_patience=1_000_000)
+def llm(tiny_with_text) -> LLM:
+    return tiny_with_text
 
 
 @pytest.fixture(scope="module")
