@@ -15,8 +15,9 @@ from collections.abc import Iterator, Sequence
 from plain_engine import plain
 from stepping import drain, queue, reads_prompts
 
-from jaxengine import LLM, bench
-from jaxengine.workloads import Decode, Group, Prompts
+from jaxengine import LLM
+from jaxengine.command import bench
+from jaxengine.command.workloads import Decode, Group, Prompts
 
 
 @dataclasses.dataclass(frozen=True)

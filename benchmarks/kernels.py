@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from kernel_rows import ROWS, Row, size_of
 from stepping import drain, queue, reads_prompts
 
-from jaxengine import bench
+from jaxengine.command import bench
 from pallas_kernels.implementations import choose
 
 GIB = 2**30

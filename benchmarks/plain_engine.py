@@ -12,7 +12,8 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 
-from jaxengine import programs, sampler, steps
+from jaxengine.device import sampler, steps
+from jaxengine.engine import step_variants
 from jaxengine.models import decoder
 from jaxengine.models.decoder import Tile
 from jaxengine.ops import norm, regions, xla
@@ -44,8 +45,8 @@ def plain() -> Iterator[None]:
     pieces = [(decoder, "over_tiles", whole), (steps, "over_tiles", whole), (steps, "HEAD_TILE", HEAD_TILE), (norm, "row_sum", total),
               (xla, "silu", jax.nn.silu), (sampler, "row_sum", total), (sampler, "exp", jnp.exp),
               (sampling_reference, "row_sum", total), (sampling_reference, "exp", jnp.exp),
-              (sampling_reference, "row_cumsum", lambda x: jnp.cumsum(x, -1)), (programs, "TILES", TILES),
-              (programs, "BASE", TILES["decode"][1]), (programs.Programs, "_prove", lambda self, kind, tile, params, cache: (cache, True))]
+              (sampling_reference, "row_cumsum", lambda x: jnp.cumsum(x, -1)), (step_variants, "TILES", TILES),
+              (step_variants, "BASE", TILES["decode"][1]), (step_variants.Programs, "_prove", lambda self, kind, tile, params, cache: (cache, True))]
     with contextlib.ExitStack() as stack:
         for owner, name, piece in pieces:
             stack.enter_context(mock.patch.object(owner, name, piece))

@@ -2,8 +2,8 @@
 import jax
 
 from jaxengine import LLM
-from jaxengine.bench import exact_lengths
-from jaxengine.workloads import Prompts
+from jaxengine.command.bench import exact_lengths
+from jaxengine.command.workloads import Prompts
 
 
 def queue(llm: LLM, prompts: Prompts, lengths: list[int]) -> None:

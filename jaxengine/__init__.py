@@ -2,7 +2,7 @@
 import importlib
 import importlib.util
 
-_HOMES = {"LLM": "llm", "SamplingParams": "request", "RequestOutput": "outputs", "CompletionOutput": "outputs", "Logprob": "outputs",
+_HOMES = {"LLM": "llm", "SamplingParams": "sampling_params", "RequestOutput": "outputs", "CompletionOutput": "outputs", "Logprob": "outputs",
           "generate": "functional", "score": "functional", "Rollout": "rl.rollout", "ModelConfig": "config", "EngineConfig": "config"}
 __all__ = [*_HOMES]
 __version__ = "0.1.0"

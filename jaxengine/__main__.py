@@ -1,4 +1,4 @@
 """`python -m jaxengine`: the command line."""
-from jaxengine.cli import main
+from jaxengine.command.main import main
 
 raise SystemExit(main())

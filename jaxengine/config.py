@@ -2,10 +2,9 @@
 import dataclasses
 from typing import Literal
 
-from jaxengine.keywords import nearest, strict_keywords
-from jaxengine.values import flag, integer, real
-from pallas_kernels.block_sizes import VOCAB_BLOCK
+from jaxengine.base.arguments import flag, integer, nearest, real, strict_keywords
 from pallas_kernels.implementations import PLATFORMS
+from pallas_kernels.sizes import VOCAB_BLOCK
 
 QUERY_BLOCK = 16  # tokens of one sequence that prefill keeps together; page sizes and chunk starts are multiples of it
 PROBE_TOKENS = 128  # tokens on which a step's tile is proven before it serves (programs.py)

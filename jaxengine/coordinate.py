@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxengine.request import SamplingParams
+from jaxengine.sampling_params import SamplingParams
 
 # Fields of SamplingParams that a replay does not need: the coordinate has the key, and the rest only ends or reports.
 WITHOUT_BITS = ("n", "key", "seed", "stop", "include_stop_str_in_output", "logprobs", "prompt_logprobs", "raw_logprobs", "entropy",

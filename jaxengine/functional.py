@@ -6,18 +6,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxengine.admission import check_scored, params_of, prompts_of
+from jaxengine.base.arguments import check_keywords
 from jaxengine.config import ModelConfig
-from jaxengine.keywords import check_keywords
+from jaxengine.device import scoring, trunk
+from jaxengine.engine.weights import check_fits, placed
+from jaxengine.host.admission import check_scored, params_of, prompts_of
 from jaxengine.llm import ENGINE_KEYWORDS, LLM
 from jaxengine.models.decoder import Tile
 from jaxengine.models.params import Decoder
 from jaxengine.ops.kernels import resolve
 from jaxengine.outputs import RequestOutputs
-from jaxengine.request import SamplingParams
-from jaxengine.rl import forward, scoring
-from jaxengine.tokenizer import Tokenizer
-from jaxengine.weights import check_fits, placed
+from jaxengine.sampling_params import SamplingParams
+from jaxengine.text.tokenizer import Tokenizer
 
 POOLS_KEPT = 2  # engines whose pages and proofs are kept between calls
 _engines: dict[Any, tuple[LLM, threading.Lock]] = {}  # by settings, the latest last
@@ -50,7 +50,7 @@ def generate(params: Decoder, prompts: Any, sampling_params: SamplingParams | Se
 
 
 def score(params: Decoder, tokens: Any, mask: Any, sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, *,
-          config: ModelConfig, entropy: bool = False, kernels: str = "auto", tile: Tile = forward.WIDE) -> Any:
+          config: ModelConfig, entropy: bool = False, kernels: str = "auto", tile: Tile = trunk.WIDE) -> Any:
     """float32 logprobs `[B, T]` of the tokens under `mask`, equal by bits to those that `generate` reported for them; 0 elsewhere.
 
     tokens `[B, T]` are prompt then completion, padded on the right with anything; mask `[B, T]` is True on generated tokens: the layout of

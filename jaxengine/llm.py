@@ -10,31 +10,30 @@ import jax
 import numpy as np
 
 from checkpoints.model_folder import resolve
-from jaxengine import memory
-from jaxengine.admission import check_scored, extended, make_request, params_of, prompts_of, replayed
-from jaxengine.compare import Comparison, compare
+from jaxengine.base.arguments import check_keywords
+from jaxengine.base.keys import key_data, seeded
+from jaxengine.base.progress import Progress
 from jaxengine.config import EngineConfig, ModelConfig
-from jaxengine.contract import contract
+from jaxengine.contract.compare import Comparison, compare
+from jaxengine.contract.report import Verification
+from jaxengine.contract.verify import verify
 from jaxengine.coordinate import Contract, Coordinate
-from jaxengine.detokenizer import Detokenizer
-from jaxengine.engine import Engine
-from jaxengine.keys import key_data, seeded
-from jaxengine.keywords import check_keywords
+from jaxengine.device import scoring, trunk
+from jaxengine.engine.contract_digest import contract
+from jaxengine.engine.engine import Engine, memory
+from jaxengine.engine.runner import Runner, ended
+from jaxengine.engine.to_outputs import render, text_ids
+from jaxengine.engine.weights import check_alive, placed, prepared
+from jaxengine.host.admission import check_scored, extended, make_request, params_of, prompts_of, replayed
+from jaxengine.host.sample import Request
+from jaxengine.host.sample import Sequence as Sample
 from jaxengine.models import loading
 from jaxengine.models.params import Decoder
 from jaxengine.ops.kernels import resolve as resolve_kernels
 from jaxengine.outputs import RequestOutput, RequestOutputs
-from jaxengine.progress import Progress
-from jaxengine.render import render, text_ids
-from jaxengine.request import SamplingParams
-from jaxengine.rl import forward, scoring
-from jaxengine.runner import Runner, ended
-from jaxengine.sequence import Request
-from jaxengine.sequence import Sequence as Sample
-from jaxengine.tokenizer import Tokenizer
-from jaxengine.verification import Verification
-from jaxengine.verify import verify
-from jaxengine.weights import check_alive, placed, prepared
+from jaxengine.sampling_params import SamplingParams
+from jaxengine.text.detokenizer import Detokenizer
+from jaxengine.text.tokenizer import Tokenizer
 
 CPU_TOKENS, DEVICE_TOKENS = 512, 8192  # default budget of a step
 IN_FLIGHT = ("recompute", "keep", "drain")
@@ -229,7 +228,7 @@ class LLM:
         slots = scoring.slot_params(params_of(sampling_params, tokens.shape[0]), self.config)
         with self.runner.alone():
             assert self.params is not None
-            tile = self.engine.proven(forward.WIDE)
+            tile = self.engine.proven(trunk.WIDE)
             logprobs, entropies = scoring.in_batches(self.params, tokens, mask, slots, config=self.config, kernels=self.engine.kernels,
                                                       entropy=entropy, tile=tile)
         return (logprobs, entropies) if entropy else logprobs

@@ -6,11 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.block_sizes import matmul_blocks
 from pallas_kernels.grouped_matmul_gpu import grouped_matmul_gpu
 from pallas_kernels.grouped_matmul_reference import grouped_matmul_reference, grouped_plain
 from pallas_kernels.grouped_matmul_tpu import grouped_matmul_tpu
 from pallas_kernels.implementations import Implementation
+from pallas_kernels.sizes import matmul_blocks
 
 BODIES = {"xla": grouped_matmul_reference, "pallas_tpu": grouped_matmul_tpu, "pallas_gpu": grouped_matmul_gpu,
           "pallas_interpret": functools.partial(grouped_matmul_tpu, interpret=True)}

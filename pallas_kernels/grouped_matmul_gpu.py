@@ -7,10 +7,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.block_sizes import MatmulBlocks
 from pallas_kernels.grouped_matmul_reference import visits_of, without_rest
 from pallas_kernels.matmul_gpu import split_sums, zeros
 from pallas_kernels.matmul_reference import finish
+from pallas_kernels.sizes import MatmulBlocks
 
 
 def _kernel(tiles, experts, starts, ends, x_ref, w_ref, out_ref, *, blocks: MatmulBlocks) -> None:

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.block_sizes import MatmulBlocks
 from pallas_kernels.matmul_reference import dot, finish
+from pallas_kernels.sizes import MatmulBlocks
 from pallas_kernels.tiles import padded_rows
 
 

@@ -7,10 +7,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.block_sizes import MatmulBlocks
 from pallas_kernels.grouped_matmul_reference import rows_of_visit, visits_of, without_rest
 from pallas_kernels.matmul_reference import finish
 from pallas_kernels.matmul_tpu import VMEM_LIMIT, add_block
+from pallas_kernels.sizes import MatmulBlocks
 
 
 def _kernel(tiles, experts, starts, ends, x_ref, w_ref, out_ref, sum_ref, *, blocks: MatmulBlocks, inputs: int) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import logging
 
-from pallas_kernels.block_sizes import INTERPRETED, device_family
+from pallas_kernels.sizes import INTERPRETED, device_family
 
 PLATFORMS = {"xla": None, "pallas_tpu": "tpu", "pallas_gpu": "gpu", "pallas_interpret": None}  # None: any
 log = logging.getLogger("pallas_kernels")

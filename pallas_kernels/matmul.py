@@ -5,11 +5,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.block_sizes import matmul_blocks
 from pallas_kernels.implementations import Implementation
 from pallas_kernels.matmul_gpu import matmul_gpu
 from pallas_kernels.matmul_reference import matmul_reference, plain
 from pallas_kernels.matmul_tpu import matmul_tpu
+from pallas_kernels.sizes import matmul_blocks
 
 BODIES = {"xla": matmul_reference, "pallas_tpu": matmul_tpu, "pallas_gpu": matmul_gpu,
           "pallas_interpret": functools.partial(matmul_tpu, interpret=True)}

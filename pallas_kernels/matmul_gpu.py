@@ -12,8 +12,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.block_sizes import MatmulBlocks
 from pallas_kernels.matmul_reference import dot, finish
+from pallas_kernels.sizes import MatmulBlocks
 
 PROCESSORS = 132  # of an H100; a grid with fewer programs leaves some idle
 

@@ -3,8 +3,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.block_sizes import MatmulBlocks
 from pallas_kernels.pinned_math import silu
+from pallas_kernels.sizes import MatmulBlocks
 from pallas_kernels.tiles import by_tiles
 
 

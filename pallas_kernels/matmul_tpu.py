@@ -7,8 +7,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.block_sizes import MatmulBlocks
 from pallas_kernels.matmul_reference import dot, finish
+from pallas_kernels.sizes import MatmulBlocks
 
 VMEM_LIMIT = 48 * 2**20  # bytes: above the compiler's own 16 MiB, below every generation's VMEM
 

@@ -4,12 +4,12 @@ import functools
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.block_sizes_attention import AttentionBlocks, attention_blocks
 from pallas_kernels.implementations import Implementation
 from pallas_kernels.paged_attention_gpu import paged_attention_gpu
 from pallas_kernels.paged_attention_inputs import EIGHT_BIT, Blocks, Pages, Scoring
 from pallas_kernels.paged_attention_reference import paged_attention_reference
 from pallas_kernels.paged_attention_tpu import paged_attention_tpu
+from pallas_kernels.sizes_attention import AttentionBlocks, attention_blocks
 
 BODIES = {"xla": paged_attention_reference, "pallas_tpu": paged_attention_tpu, "pallas_gpu": paged_attention_gpu,
           "pallas_interpret": functools.partial(paged_attention_tpu, interpret=True)}

@@ -12,9 +12,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.block_sizes_attention import AttentionBlocks
 from pallas_kernels.paged_attention_inputs import NO_TOKEN, Blocks, Pages, Scoring, arrange, restore, sinks_of_rows, tokens_of_rows
 from pallas_kernels.paged_attention_softmax import Partial, combine, empty, finish, fold, key_range, scores_of, visible
+from pallas_kernels.sizes_attention import AttentionBlocks
 
 WHOLE = pl.BlockSpec(memory_space=pl.ANY)
 

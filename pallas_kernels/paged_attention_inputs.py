@@ -5,8 +5,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.block_sizes_attention import AttentionBlocks
 from pallas_kernels.pinned_math import LOG2_E
+from pallas_kernels.sizes_attention import AttentionBlocks
 
 EIGHT_BIT = ("int8", "float8_e4m3fn")
 NO_TOKEN = 2**30  # the token of a row that only fills a tile: behind every count

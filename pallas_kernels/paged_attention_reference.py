@@ -3,7 +3,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.block_sizes_attention import AttentionBlocks
 from pallas_kernels.paged_attention_inputs import (
     Blocks,
     Pages,
@@ -16,6 +15,7 @@ from pallas_kernels.paged_attention_inputs import (
 )
 from pallas_kernels.paged_attention_softmax import Partial, combine, empty, finish, fold, key_range, scores_of, visible
 from pallas_kernels.pinned_math import row_sum
+from pallas_kernels.sizes_attention import AttentionBlocks
 
 
 def paged_attention_reference(q: Float[Array, "B r H h"], pages: Pages, blocks: Blocks, sinks: Float[Array, " H"] | None,

@@ -8,8 +8,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.block_sizes import LANES
-from pallas_kernels.block_sizes_attention import AttentionBlocks
 from pallas_kernels.paged_attention_inputs import (
     Blocks,
     Pages,
@@ -21,6 +19,8 @@ from pallas_kernels.paged_attention_inputs import (
     tokens_of_rows,
 )
 from pallas_kernels.paged_attention_softmax import Partial, combine, empty, finish, fold, key_range, scores_of, visible
+from pallas_kernels.sizes import LANES
+from pallas_kernels.sizes_attention import AttentionBlocks
 
 VMEM_LIMIT = 64 * 2**20  # bytes: above the compiler's own 16 MiB, below every generation's VMEM
 SUBLANE_BYTES = 32  # rows of a tile in memory times bytes of a number

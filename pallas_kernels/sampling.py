@@ -6,11 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.block_sizes import VOCAB_BLOCK
 from pallas_kernels.implementations import Implementation
 from pallas_kernels.sampling_gpu import sampling_gpu
 from pallas_kernels.sampling_reference import Tail, sampling_reference
 from pallas_kernels.sampling_tpu import sampling_tpu
+from pallas_kernels.sizes import VOCAB_BLOCK
 
 BODIES = {"xla": sampling_reference, "pallas_tpu": sampling_tpu, "pallas_gpu": sampling_gpu,
           "pallas_interpret": functools.partial(sampling_tpu, interpret=True)}

@@ -7,9 +7,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.block_sizes import VOCAB_BLOCK
 from pallas_kernels.pinned_math import exp
 from pallas_kernels.sampling_reference import Tail, first_above
+from pallas_kernels.sizes import VOCAB_BLOCK
 
 BLOCKS_AT_ONCE = 16  # of one program
 LOWEST_HIGH = -1e30  # stands for the maximum of a block that is -inf throughout, so that no difference is NaN

@@ -5,8 +5,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.block_sizes import VOCAB_BLOCK
 from pallas_kernels.pinned_math import exp, row_cumsum, row_sum
+from pallas_kernels.sizes import VOCAB_BLOCK
 from pallas_kernels.tiles import by_tiles
 
 TILE = 8  # rows

@@ -9,10 +9,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.block_sizes import VOCAB_BLOCK
 from pallas_kernels.matmul_tpu import VMEM_LIMIT
 from pallas_kernels.pinned_math import exp
 from pallas_kernels.sampling_reference import Tail, first_above
+from pallas_kernels.sizes import VOCAB_BLOCK
 
 CHUNK = 128  # blocks
 SUBLANES = 8

@@ -13,15 +13,16 @@ import numpy as np
 import pytest
 
 from checkpoints.model_folder import resolve
-from jaxengine import LLM, steps
-from jaxengine.batch import BatchBuilder, rows_of
+from jaxengine import LLM
 from jaxengine.config import QUERY_BLOCK, EngineConfig, ModelConfig, RopeConfig
-from jaxengine.kv_cache import Cache
+from jaxengine.device import steps
+from jaxengine.device.kv_cache import Cache
+from jaxengine.device.step_inputs import Blocks, Copies
+from jaxengine.engine.batch import BatchBuilder, rows_of
+from jaxengine.engine.step_variants import TILES
 from jaxengine.models.decoder import Tile
 from jaxengine.models.params import Decoder, initialise
-from jaxengine.programs import TILES
-from jaxengine.step_inputs import Blocks, Copies
-from jaxengine.tokenizer import Tokenizer
+from jaxengine.text.tokenizer import Tokenizer
 
 SIZES = dict(vocab_size=1000, hidden_size=96, intermediate_size=160, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4,
              head_dim=32, max_position_embeddings=4096)

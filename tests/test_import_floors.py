@@ -12,25 +12,25 @@ ROOT = pathlib.Path(__file__).parent.parent
 # From the ground up; a module may import its own floor and those below.
 FLOORS = [
     ["pallas_kernels", "sharding", "checkpoints"],
-    ["jaxengine.keywords", "jaxengine.values", "jaxengine.pytree", "jaxengine.config", "jaxengine.request", "jaxengine.outputs",
-     "jaxengine.coordinate", "jaxengine.step_inputs", "jaxengine.keys", "jaxengine.machine"],
-    ["jaxengine.ops", "jaxengine.sampler", "jaxengine.kv_cache", "jaxengine.tokenizer", "jaxengine.detokenizer", "jaxengine.chat_template",
-     "jaxengine.template_code", "jaxengine.control_tokens", "jaxengine.messages",
-     "jaxengine.progress"],
+    ["jaxengine.base.arguments", "jaxengine.base.arguments", "jaxengine.base.pytree", "jaxengine.config", "jaxengine.sampling_params", "jaxengine.outputs",
+     "jaxengine.coordinate", "jaxengine.device.step_inputs", "jaxengine.base.keys", "jaxengine.base.machine"],
+    ["jaxengine.ops", "jaxengine.device.sampler", "jaxengine.device.kv_cache", "jaxengine.text.tokenizer", "jaxengine.text.detokenizer", "jaxengine.text.chat_template",
+     "jaxengine.text.template_code", "jaxengine.text.control_tokens", "jaxengine.text.chat_messages",
+     "jaxengine.base.progress"],
     ["jaxengine.models"],
-    ["jaxengine.sequence", "jaxengine.block_manager", "jaxengine.scheduler", "jaxengine.slots", "jaxengine.compare", "jaxengine.render",
-     "jaxengine.admission", "jaxengine.results"],
-    ["jaxengine.batch", "jaxengine.steps", "jaxengine.programs", "jaxengine.memory", "jaxengine.canary", "jaxengine.contract"],
-    ["jaxengine.weights", "jaxengine.engine"],
-    ["jaxengine.runner"],
-    ["jaxengine.rl.forward", "jaxengine.rl.scoring", "jaxengine.rl.arithmetic",
-     "jaxengine.rl.train_calc", "jaxengine.rl.rollout", "jaxengine.rl.bounded", "jaxengine.rl.reward_worker", "jaxengine.rl.isolation",
-     "jaxengine.rl.reward_functions", "jaxengine.rl.math_reward", "jaxengine.rl.program_supervisor", "jaxengine.rl.program_check",
-     "jaxengine.rl.rewards", "jaxengine.rl.calculator", "jaxengine.rl.tools", "jaxengine.rl.advantages", "jaxengine.rl.losses",
+    ["jaxengine.host.sample", "jaxengine.host.page_pool", "jaxengine.host.scheduler", "jaxengine.device.sampling_arrays", "jaxengine.contract.compare", "jaxengine.engine.to_outputs",
+     "jaxengine.host.admission", "jaxengine.engine.collect"],
+    ["jaxengine.engine.batch", "jaxengine.device.steps", "jaxengine.engine.step_variants", "jaxengine.engine.memory", "jaxengine.engine.page_checksums", "jaxengine.contract"],
+    ["jaxengine.engine.weights", "jaxengine.engine"],
+    ["jaxengine.engine.runner"],
+    ["jaxengine.device.trunk", "jaxengine.device.scoring", "jaxengine.rl.calc.arithmetic",
+     "jaxengine.rl.calc.train", "jaxengine.rl.rollout", "jaxengine.rl.rewards.bounded", "jaxengine.rl.rewards.reward_worker", "jaxengine.rl.rewards.isolation",
+     "jaxengine.rl.rewards.reward_functions", "jaxengine.rl.rewards.math_reward", "jaxengine.rl.rewards.program_supervisor", "jaxengine.rl.rewards.program_check",
+     "jaxengine.rl.rewards", "jaxengine.rl.loops.calculator", "jaxengine.rl.loops.tools", "jaxengine.rl.advantages", "jaxengine.rl.losses",
      "jaxengine.rl.metrics", "jaxengine.rl.critic", "jaxengine.rl.trainer"],
-    ["jaxengine.verification", "jaxengine.verify", "jaxengine.llm", "jaxengine.functional", "jaxengine.rl.nnx_policy",
-     "jaxengine.rl.tunix_rollout", "jaxengine.rl.loop", "jaxengine.rl.learn_calc"],
-    ["jaxengine.demo", "jaxengine.workloads", "jaxengine.bench", "jaxengine.options", "jaxengine.cli", "jaxengine.__main__"],
+    ["jaxengine.contract.report", "jaxengine.contract.verify", "jaxengine.llm", "jaxengine.functional", "jaxengine.rl.integrations.nnx_policy",
+     "jaxengine.rl.integrations.tunix_rollout", "jaxengine.rl.loops.loop", "jaxengine.rl.calc.learn"],
+    ["jaxengine.command.demo", "jaxengine.command.workloads", "jaxengine.command.bench", "jaxengine.command.options", "jaxengine.command.main", "jaxengine.__main__"],
 ]
 HOST_HALF = ["keywords", "values", "request", "sequence", "block_manager", "scheduler"]
 FILES = [p for folder in ("jaxengine", "pallas_kernels", "sharding", "checkpoints") for p in sorted((ROOT / folder).rglob("*.py"))]
@@ -82,7 +82,7 @@ def test_the_host_half_knows_no_jax(name):
 
 def test_jit_stands_in_one_place():
     inside = [module_of(p) for p in FILES if "jax.jit" in p.read_text() and not module_of(p).startswith("jaxengine.rl")]
-    assert inside == ["jaxengine.steps"]
+    assert inside == ["jaxengine.device.steps"]
 
 
 def test_import_touches_no_device():

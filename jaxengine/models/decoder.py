@@ -11,13 +11,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxengine.config import ModelConfig
-from jaxengine.kv_cache import Cache
+from jaxengine.device.kv_cache import Cache
+from jaxengine.device.step_inputs import Blocks
 from jaxengine.models.params import Decoder, Layer
 from jaxengine.ops.kernels import Kernels
 from jaxengine.ops.norm import rms_norm
 from jaxengine.ops.regions import over_tiles
 from jaxengine.ops.rope import cos_sin, rotate
-from jaxengine.step_inputs import Blocks
 
 
 @dataclasses.dataclass(frozen=True)

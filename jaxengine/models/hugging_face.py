@@ -5,9 +5,8 @@ from typing import Any
 import numpy as np
 
 from checkpoints.key_table import Entry
+from jaxengine.base.arguments import flag, integer, items, nearest, real
 from jaxengine.config import ModelConfig, RopeConfig
-from jaxengine.keywords import nearest
-from jaxengine.values import flag, integer, items, real
 
 IGNORED_KEYS = ("*.rotary_emb.inv_freq",)  # buffers that old files carry
 ROPE_KINDS = ("default", "linear", "llama3", "yarn")

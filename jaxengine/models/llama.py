@@ -1,9 +1,9 @@
 """Llama 3.x: no norms on heads; biases only where the configuration asks for them."""
 from typing import Any
 
+from jaxengine.base.arguments import flag
 from jaxengine.config import ModelConfig
 from jaxengine.models.hugging_face import given, model_config
-from jaxengine.values import flag
 
 MODEL_TYPE = "llama"
 

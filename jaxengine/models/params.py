@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from jaxengine.base.pytree import pytree
 from jaxengine.config import ModelConfig
-from jaxengine.pytree import pytree
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """Qwen3: norms on queries and keys, biases only where the configuration asks for them."""
 from typing import Any
 
+from jaxengine.base.arguments import flag
 from jaxengine.config import ModelConfig
 from jaxengine.models.hugging_face import given, model_config
-from jaxengine.values import flag
 
 MODEL_TYPE = "qwen3"
 

@@ -2,8 +2,8 @@
 from types import ModuleType
 from typing import Any
 
+from jaxengine.base.arguments import nearest
 from jaxengine.config import ModelConfig
-from jaxengine.keywords import nearest
 from jaxengine.models import llama, qwen2, qwen3
 
 FAMILIES: dict[str, ModuleType] = {"Qwen3ForCausalLM": qwen3, "Qwen2ForCausalLM": qwen2, "LlamaForCausalLM": llama}

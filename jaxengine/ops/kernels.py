@@ -11,9 +11,9 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from jaxengine.config import ModelConfig, check_kernels
+from jaxengine.device.step_inputs import Blocks
 from jaxengine.ops.pallas import Pallas
 from jaxengine.ops.xla import Xla
-from jaxengine.step_inputs import Blocks
 from pallas_kernels import implementations
 from pallas_kernels.sampling_reference import Tail
 

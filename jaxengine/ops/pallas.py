@@ -12,16 +12,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxengine.config import ModelConfig
-from jaxengine.step_inputs import Blocks
+from jaxengine.device.step_inputs import Blocks
 from pallas_kernels import paged_attention_inputs as inputs
-from pallas_kernels.block_sizes import LANES, MATMUL
-from pallas_kernels.block_sizes_attention import ATTENTION, attention_blocks
 from pallas_kernels.implementations import Implementation
 from pallas_kernels.kv_write import kv_write
 from pallas_kernels.matmul import matmul
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.sampling import sampling_tail
 from pallas_kernels.sampling_reference import Tail
+from pallas_kernels.sizes import LANES, MATMUL
+from pallas_kernels.sizes_attention import ATTENTION, attention_blocks
 from sharding.leaves import tree_sum
 
 GPU_WIDTHS = (16, 32, 64, 128, 256)  # of heads in pages: Triton's arrays are powers of two

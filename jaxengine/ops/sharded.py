@@ -9,8 +9,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jaxengine.config import ModelConfig
+from jaxengine.device.step_inputs import Blocks
 from jaxengine.ops.pallas import Pallas
-from jaxengine.step_inputs import Blocks
 from pallas_kernels.sampling_reference import Tail
 from sharding.leaves import tree_sum
 

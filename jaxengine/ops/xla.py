@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxengine.config import KV_TILE, ModelConfig
+from jaxengine.device.step_inputs import Blocks
 from jaxengine.ops.linear import dot, split_outputs
 from jaxengine.ops.regions import over_tiles
-from jaxengine.step_inputs import Blocks
 from pallas_kernels.paged_attention_cpu import paged_attention
 from pallas_kernels.pinned_math import silu
 from pallas_kernels.sampling_reference import Tail, plain_tail

@@ -3,17 +3,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxengine.base.pytree import pytree
 from jaxengine.config import ModelConfig
+from jaxengine.device import scoring
+from jaxengine.device.scoring import HEAD_ROWS
+from jaxengine.device.step_inputs import SlotParams
+from jaxengine.device.trunk import WIDE
 from jaxengine.models.decoder import Tile
 from jaxengine.models.params import Decoder
 from jaxengine.ops.kernels import Kernels
 from jaxengine.ops.norm import rms_norm
 from jaxengine.ops.regions import over_tiles
-from jaxengine.pytree import pytree
-from jaxengine.rl import scoring
-from jaxengine.rl.forward import WIDE
-from jaxengine.rl.scoring import HEAD_ROWS
-from jaxengine.step_inputs import SlotParams
 from pallas_kernels.pinned_math import row_sum
 from pallas_kernels.tiles import unknown_zero
 

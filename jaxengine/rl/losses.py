@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxengine.keywords import strict_keywords
+from jaxengine.base.arguments import strict_keywords
 from pallas_kernels.pinned_math import exp
 
 Advantage = Literal["scaled", "centred", "leave-one-out", "generalized"]

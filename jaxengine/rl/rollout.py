@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from checkpoints.tensor_file import read_tensors, write_tensors
 from jaxengine.coordinate import Contract, Coordinate, changed_params, params_of_changes
 from jaxengine.outputs import UNDRAWN, CompletionOutput, RequestOutput
-from jaxengine.request import SamplingParams
+from jaxengine.sampling_params import SamplingParams
 
 Array = Any  # numpy as it is built, jax.Array inside a trainer's step
 FORMAT = "jaxengine.Rollout/1"

@@ -13,21 +13,21 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from jaxengine.base.arguments import strict_keywords
+from jaxengine.base.keys import key_data, key_of
+from jaxengine.base.pytree import pytree
 from jaxengine.config import ModelConfig
-from jaxengine.keys import key_data, key_of
-from jaxengine.keywords import strict_keywords
+from jaxengine.device.scoring import slot_params, token_logprobs
+from jaxengine.device.trunk import WIDE
 from jaxengine.models.decoder import Tile
 from jaxengine.models.params import Decoder
 from jaxengine.ops.kernels import resolve
-from jaxengine.pytree import pytree
-from jaxengine.request import SamplingParams
 from jaxengine.rl import advantages as estimators
 from jaxengine.rl import critic, metrics
 from jaxengine.rl.critic import ActorCritic
-from jaxengine.rl.forward import WIDE
 from jaxengine.rl.losses import ALGORITHMS, Objective, policy_loss, token_shares, token_weights, value_loss
 from jaxengine.rl.rollout import Rollout
-from jaxengine.rl.scoring import slot_params, token_logprobs
+from jaxengine.sampling_params import SamplingParams
 
 DRAWS, SHUFFLES = 0, 1  # what the state's key is folded with for completions, and for the order of mini-batches
 

@@ -11,12 +11,12 @@ from cases import Batch, Case
 from naive import LENGTH
 from test_equivalence import check, few_flips
 
-from jaxengine import SamplingParams, sampler
+from jaxengine import SamplingParams
 from jaxengine.config import KV_TILE, EngineConfig, ModelConfig
+from jaxengine.device import sampler, scoring
 from jaxengine.models import decoder
 from jaxengine.ops import xla
 from jaxengine.ops.rope import cos_sin
-from jaxengine.rl import scoring
 
 MODEL = ModelConfig(
     architecture="Qwen3ForCausalLM", vocab_size=300, hidden_size=44, intermediate_size=60, num_hidden_layers=1, num_attention_heads=6,

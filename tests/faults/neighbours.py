@@ -6,8 +6,8 @@ import jax
 from conftest import bits
 
 from jaxengine import LLM, SamplingParams
-from jaxengine.runner import ended
-from jaxengine.sequence import Request
+from jaxengine.engine.runner import ended
+from jaxengine.host.sample import Request
 
 PROMPTS = [[3], list(range(56)), list(range(100, 190)), [9] * 20]  # the second and third come to want a page more
 PARAMS = [SamplingParams(max_tokens=12), SamplingParams(max_tokens=14, n=2, top_p=0.9), SamplingParams(max_tokens=9, temperature=0),

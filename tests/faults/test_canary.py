@@ -8,11 +8,12 @@ import pytest
 from conftest import make_llm
 from neighbours import answers, assert_idle, ended, run, start, step
 
-from jaxengine import LLM, SamplingParams, steps
-from jaxengine.canary import CAUSE
-from jaxengine.kv_cache import Cache
+from jaxengine import LLM, SamplingParams
+from jaxengine.device import steps
+from jaxengine.device.kv_cache import Cache
+from jaxengine.engine.page_checksums import CAUSE
+from jaxengine.host.sample import Request
 from jaxengine.ops.kernels import XLA
-from jaxengine.sequence import Request
 
 PROMPT = list(range(200, 320))  # three full pages, and most of a fourth
 VICTIM = SamplingParams(max_tokens=30, seed=5)

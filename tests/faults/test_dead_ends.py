@@ -4,7 +4,7 @@ from conftest import make_llm, random_model
 from neighbours import assert_idle, run, start
 
 from jaxengine import LLM, SamplingParams
-from jaxengine.results import DEAD_END
+from jaxengine.engine.collect import DEAD_END
 
 VOCAB = 24  # as many as a request can rule out: stop tokens, the model's own included, before min_tokens
 PROMPTS = [[3], list(range(20)), [1, 2] * 20]

@@ -11,8 +11,9 @@ from conftest import bits, make_llm
 from neighbours import answers, assert_idle, ended, run, start, step
 
 import jaxengine
-from jaxengine import LLM, SamplingParams, block_manager
-from jaxengine.sequence import Request, Status
+from jaxengine import LLM, SamplingParams
+from jaxengine.host import page_pool
+from jaxengine.host.sample import Request, Status
 
 PROMPT = list(range(200, 320))  # a page more is wanted after eight tokens; more than a chunk of the small budget below
 VICTIM = SamplingParams(max_tokens=30, seed=5)
@@ -398,7 +399,7 @@ def test_a_prefix_hash_collision_serves_nobody_elses_pages(llm, expected, monkey
     prompts = [[i] * 40 for i in range(1, 5)]
     alone = [bits(llm.generate([prompt], params, key=key)) for prompt in prompts]
     llm.engine.scheduler.blocks.clear_cache()
-    monkeypatch.setattr(block_manager, "chain_digest", lambda parent, tokens: b"all the same")
+    monkeypatch.setattr(page_pool, "chain_digest", lambda parent, tokens: b"all the same")
     for prompt, right in zip(prompts, alone, strict=True):
         for cached in (0, 32):
             (output,) = llm.generate([prompt], params, key=key)

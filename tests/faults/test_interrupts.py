@@ -16,8 +16,9 @@ from conftest import bits, make_llm
 from neighbours import PARAMS, PROMPTS, assert_idle, ended, run, start, step
 
 import jaxengine
-from jaxengine import LLM, SamplingParams, steps
-from jaxengine.progress import Progress
+from jaxengine import LLM, SamplingParams
+from jaxengine.base.progress import Progress
+from jaxengine.device import steps
 
 PROMPT = list(range(200, 320))
 VICTIM = SamplingParams(max_tokens=30, seed=5)

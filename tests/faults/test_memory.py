@@ -9,8 +9,10 @@ import pytest
 from conftest import make_llm
 from neighbours import answers, assert_idle, ended, run, start, step
 
-from jaxengine import LLM, SamplingParams, kv_cache, memory, steps
-from jaxengine.sequence import Request
+from jaxengine import LLM, SamplingParams
+from jaxengine.device import kv_cache, steps
+from jaxengine.engine import memory
+from jaxengine.host.sample import Request
 
 WANTED = r"weights \d+\.\d\d GB, cache \d+\.\d\d GB \(\d+ pages of \d+\.\d\d MB\), workspace about \d+\.\d\d GB, together .* GB; "
 SETTINGS = ("lower num_pages, max_num_seqs or max_model_len for the cache, max_num_batched_tokens for the workspace, "

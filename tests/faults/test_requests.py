@@ -9,7 +9,7 @@ from conftest import bits, make_llm
 from neighbours import PARAMS, PROMPTS, answers, assert_idle, run, start, step
 
 from jaxengine import LLM, SamplingParams
-from jaxengine.request import FLAGS
+from jaxengine.sampling_params import FLAGS
 
 NAN, INF = float("nan"), float("inf")
 ONE = SamplingParams(max_tokens=1)

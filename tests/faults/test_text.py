@@ -10,9 +10,10 @@ import tokenizers
 from conftest import make_llm
 from tokenizers import decoders, models, pre_tokenizers
 
-from jaxengine import SamplingParams, chat_template
-from jaxengine.detokenizer import Detokenizer
-from jaxengine.tokenizer import Tokenizer
+from jaxengine import SamplingParams
+from jaxengine.text import chat_template
+from jaxengine.text.detokenizer import Detokenizer
+from jaxengine.text.tokenizer import Tokenizer
 
 CHAT = [{"role": "user", "content": "hi"}]
 PLAIN = "{% for message in messages %}<|user|>{{ message.content }}<|end|>{% endfor %}"

@@ -10,10 +10,12 @@ import pytest
 from conftest import FEW_TILES, bits, make_llm, random_model
 from neighbours import PARAMS, PROMPTS, answers, run, start
 
-from jaxengine import LLM, SamplingParams, bench, programs
-from jaxengine.engine import Engine
+from jaxengine import LLM, SamplingParams
+from jaxengine.command import bench
+from jaxengine.engine import step_variants
+from jaxengine.engine.engine import Engine
+from jaxengine.host.scheduler import Scheduler
 from jaxengine.models.params import initialise
-from jaxengine.scheduler import Scheduler
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +125,7 @@ def test_an_update_compiles_nothing_and_copies_nothing(model, other):
 
 
 def test_a_step_proven_behind_an_update_is_measured_by_the_weights_that_run(model, other, monkeypatch):
-    monkeypatch.setattr(programs, "TILES", FEW_TILES)
+    monkeypatch.setattr(step_variants, "TILES", FEW_TILES)
     llm = make_llm(*model, compile_patience=1_000_000)
     llm.generate([PROMPTS[0]], PARAMS[0])
     llm.update_params(other)

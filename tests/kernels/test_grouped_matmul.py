@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.block_sizes import MatmulBlocks
 from pallas_kernels.cases.grouped_matmul import SMALL, GroupedCase
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.grouped_matmul_gpu import grouped_matmul_gpu
 from pallas_kernels.grouped_matmul_reference import visits_of
 from pallas_kernels.implementations import choose
+from pallas_kernels.sizes import MatmulBlocks
 
 LONG = pytest.mark.long
 CASES = [case if case in (SMALL[1], SMALL[6]) else pytest.param(case, marks=LONG) for case in SMALL]

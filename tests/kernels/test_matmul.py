@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.block_sizes import MatmulBlocks, matmul_blocks
 from pallas_kernels.cases.matmul import SMALL, MatmulCase
 from pallas_kernels.implementations import choose
 from pallas_kernels.matmul import matmul
 from pallas_kernels.matmul_gpu import matmul_gpu
+from pallas_kernels.sizes import MatmulBlocks, matmul_blocks
 
 GPU_BLOCKS = MatmulBlocks(rows=16, columns=64, depth=64, shared_tiles=1, split=128)  # three splits and more, of two steps each
 EPS = float(jnp.finfo(jnp.float32).eps)

@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.block_sizes import INTERPRETED
-from pallas_kernels.block_sizes_attention import attention_blocks
 from pallas_kernels.cases.attention import DECODE, GROUPS, PREFILL, AttentionCase
 from pallas_kernels.implementations import choose
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.paged_attention_gpu import paged_attention_gpu
 from pallas_kernels.paged_attention_inputs import Blocks, Pages, Scoring
 from pallas_kernels.paged_attention_softmax import combine, empty, fold
+from pallas_kernels.sizes import INTERPRETED
+from pallas_kernels.sizes_attention import attention_blocks
 
 LONG = AttentionCase((131, 20), chunk=24, dtype="bfloat16", num_heads=6)
 

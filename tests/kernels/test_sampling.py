@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxengine import sampler
+from jaxengine.device import sampler
 from jaxengine.ops.kernels import XLA
-from pallas_kernels.block_sizes import VOCAB_BLOCK
 from pallas_kernels.cases.sampling import SMALL, SamplingCase
 from pallas_kernels.implementations import choose
 from pallas_kernels.sampling import sampling_tail
 from pallas_kernels.sampling_gpu import sampling_gpu
+from pallas_kernels.sizes import VOCAB_BLOCK
 
 CASES = [case if case is SMALL[1] else pytest.param(case, marks=pytest.mark.long) for case in SMALL]
 DRAW = functools.partial(jnp.full, fill_value=-1, dtype=jnp.int32)

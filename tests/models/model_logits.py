@@ -7,10 +7,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxengine.config import ModelConfig
+from jaxengine.device.trunk import hidden_states
 from jaxengine.models import decoder
 from jaxengine.models.params import Decoder
 from jaxengine.ops.kernels import XLA
-from jaxengine.rl.forward import hidden_states
 
 
 @functools.partial(jax.jit, static_argnames="config")

@@ -8,9 +8,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from jaxengine.rl import learn_calc
-from jaxengine.rl.arithmetic import is_held_out
-from jaxengine.rl.learn_calc import Run
+from jaxengine.rl.calc import learn as learn_calc
+from jaxengine.rl.calc.arithmetic import is_held_out
+from jaxengine.rl.calc.learn import Run
 
 SMALL = ["--iterations", "3", "--prompts", "8", "--samples", "4", "--epochs", "2", "--mini-batches", "2", "--digits", "1", "--every", "1"]
 FEW_HELD_OUT = "from jaxengine.rl import learn_calc; learn_calc.HELD_OUT_PROBLEMS = 50; learn_calc.main()"

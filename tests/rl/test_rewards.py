@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from jaxengine.outputs import CompletionOutput, RequestOutput
-from jaxengine.rl import rewards
 from jaxengine.rl.rewards import (
     Isolated,
     ProgramLimits,
     Rewards,
     compute_rewards,
     exact_match,
+    judging,
     math_equivalence,
     python_program,
     regular_expression,
@@ -181,7 +181,7 @@ def test_math_that_explodes_fails_alone():
 def test_without_math_verify_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install 'jaxengine\[rl\]'"):
-        rewards.math_equivalence()
+        judging.math_equivalence()
 
 
 # -- programs --------------------------------------------------------------------------------------------------------------------------

@@ -7,10 +7,10 @@ import pytest
 from conftest import bits
 
 from jaxengine import LLM, Rollout, SamplingParams
-from jaxengine.keys import sample_key
+from jaxengine.base.keys import sample_key
 from jaxengine.outputs import UNDRAWN
-from jaxengine.rl.calculator import calculate
-from jaxengine.rl.tools import Tool, calculator, generate_with_tools
+from jaxengine.rl.loops.calculator import calculate
+from jaxengine.rl.loops.tools import Tool, calculator, generate_with_tools
 
 KEY = jax.random.key(5)
 BUDGET = 40

@@ -13,7 +13,7 @@ import jaxengine
 from checkpoints import snapshots
 from jaxengine import Rollout, SamplingParams
 from jaxengine.rl import critic
-from jaxengine.rl.loop import Loop, judged_by
+from jaxengine.rl.loops.loop import Loop, judged_by
 from jaxengine.rl.losses import ALGORITHMS, policy_loss, token_shares, token_weights
 from jaxengine.rl.trainer import Trainer, TrainerConfig
 

@@ -12,8 +12,9 @@ from conftest import random_model
 from flax import nnx
 
 from checkpoints.model_folder import resolve
-from jaxengine import LLM, steps
-from jaxengine.rl import arithmetic
+from jaxengine import LLM
+from jaxengine.device import steps
+from jaxengine.rl.calc import arithmetic
 
 pytestmark = [
     pytest.mark.tunix,
@@ -34,7 +35,7 @@ def tunix():
     from tunix.rl.grpo import grpo_learner
     from tunix.rl.rollout import base_rollout
 
-    from jaxengine.rl import tunix_rollout
+    from jaxengine.rl.integrations import tunix_rollout
 
     class Names:
         compute_per_token_logps = staticmethod(common.compute_per_token_logps)
@@ -169,7 +170,7 @@ def test_what_would_go_wrong_in_silence_is_refused(tunix, cluster, policy):
         cluster.rollout.generate(["12*(3+4)="], config)
     with pytest.raises(ValueError, match="holds the pad token"):
         cluster.rollout.generate(["<|endoftext|>"], config)
-    with pytest.raises(TypeError, match="must be a jaxengine.rl.tunix_rollout.TunixPolicy, got Linear"):
+    with pytest.raises(TypeError, match="must be a jaxengine.rl.integrations.tunix_rollout.TunixPolicy, got Linear"):
         tunix.ours.JaxEngineRollout(rollout_actor=nnx.Linear(1, 1, rngs=nnx.Rngs(0)), tokenizer=None, mesh=None, rollout_config=config)
     tokens = jnp.ones((1, 4), jnp.int32)
     with pytest.raises(ValueError, match="packed sequences"):

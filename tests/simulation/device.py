@@ -13,10 +13,10 @@ import jax
 import numpy as np
 from model import UNKNOWN, draw, link, root, score, turn
 
-from jaxengine.batch import BatchBuilder
 from jaxengine.config import QUERY_BLOCK, EngineConfig
+from jaxengine.device.step_inputs import Blocks, Copies, RowOutputs, Rows, SlotParams
+from jaxengine.engine.batch import BatchBuilder
 from jaxengine.models.decoder import Tile
-from jaxengine.step_inputs import Blocks, Copies, RowOutputs, Rows, SlotParams
 
 GARBAGE = -1  # what a query block writes behind its last token, and what nobody wrote
 

@@ -4,11 +4,11 @@ from collections.abc import Iterable
 
 from model import link, root
 
-from jaxengine.block_manager import BlockManager, PageKey, root_digest
 from jaxengine.config import QUERY_BLOCK
-from jaxengine.engine import Engine
-from jaxengine.scheduler import Chunk, MustSettle, Plan, Scheduler
-from jaxengine.sequence import Request, Sequence, Status
+from jaxengine.engine.engine import Engine
+from jaxengine.host.page_pool import BlockManager, PageKey, root_digest
+from jaxengine.host.sample import Request, Sequence, Status
+from jaxengine.host.scheduler import Chunk, MustSettle, Plan, Scheduler
 
 
 class Watched(Scheduler):

@@ -2,8 +2,8 @@
 import itertools
 from collections.abc import Iterable, Sequence
 
-from jaxengine.sequence import Request
-from jaxengine.sequence import Sequence as Sample
+from jaxengine.host.sample import Request
+from jaxengine.host.sample import Sequence as Sample
 
 VOCAB = 40
 STOP = 1

@@ -3,10 +3,10 @@ from collections.abc import Callable
 
 import pytest
 
-from jaxengine import block_manager
-from jaxengine.block_manager import BlockManager, chain_digest, root_digest
-from jaxengine.scheduler import Scheduler
-from jaxengine.sequence import Sequence
+from jaxengine.host import page_pool
+from jaxengine.host.page_pool import BlockManager, chain_digest, root_digest
+from jaxengine.host.sample import Sequence
+from jaxengine.host.scheduler import Scheduler
 
 PLANTED: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {}
 
@@ -58,7 +58,7 @@ def a_failed_page_stays_in_the_cache(patch):
 @found_by("one digest names two prefixes")
 def the_hash_leaves_out_the_parent(patch):
     """The comparison of parents behind the hash still saves every answer, so only the names tell."""
-    patch.setattr(block_manager, "chain_digest", lambda parent, tokens: chain_digest(b"", tokens))
+    patch.setattr(page_pool, "chain_digest", lambda parent, tokens: chain_digest(b"", tokens))
 
 
 @found_by("reads what is not its own|another version or salt")
@@ -66,7 +66,7 @@ def a_hit_compares_the_tokens_alone(patch):
     def match(blocks, tokens, version, salt, known=None):
         pages, size = [], blocks.page_size
         for start in range(0, len(tokens) - size, size):
-            content = block_manager._content(tokens[start : start + size])
+            content = page_pool._content(tokens[start : start + size])
             found = [page for page, key in blocks._keys.items() if key.tokens == content]
             if not blocks.caching or not found:
                 break
@@ -78,12 +78,12 @@ def a_hit_compares_the_tokens_alone(patch):
 
 @found_by("another version or salt|starts nowhere|holds other tokens")
 def the_hash_leaves_out_the_version(patch):
-    patch.setattr(block_manager, "root_digest", lambda version, salt: root_digest(0, salt))
+    patch.setattr(page_pool, "root_digest", lambda version, salt: root_digest(0, salt))
 
 
 @found_by("another version or salt")
 def the_hash_leaves_out_the_salt(patch):
-    patch.setattr(block_manager, "root_digest", lambda version, salt: root_digest(version, ""))
+    patch.setattr(page_pool, "root_digest", lambda version, salt: root_digest(version, ""))
 
 
 # -- edges of pages ---------------------------------------------------------------------------------------------------------------

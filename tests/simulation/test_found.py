@@ -4,7 +4,7 @@ from device import Fuse
 from world import World
 
 from jaxengine.config import EngineConfig
-from jaxengine.scheduler import MustSettle
+from jaxengine.host.scheduler import MustSettle
 
 
 def test_a_request_whose_end_was_settled_is_returned_though_memory_runs_out(monkeypatch):

@@ -15,15 +15,16 @@ from device import Fault
 from invariants import CacheCheck, Watch, Watched, check_step
 from model import STOP, Spans, check_answer
 
-from jaxengine import batch, block_manager, engine, results, scheduler, sequence
 from jaxengine.config import QUERY_BLOCK, EngineConfig, ModelConfig
-from jaxengine.request import SamplingParams
-from jaxengine.sequence import Request, Sequence, Status
+from jaxengine.engine import batch, engine
+from jaxengine.host import scheduler
+from jaxengine.host.sample import Request, Sequence, Status
+from jaxengine.sampling_params import SamplingParams
 
 SALTS = ("", "salted")
 MODEL = ModelConfig("simulated", 40, 8, 8, 1, 1, 1, 8, 256)  # its sizes are named in errors, nothing is computed with it
 CUT = object()
-HOST_FILES = {module.__file__ for module in (batch, block_manager, engine, results, scheduler, sequence)}
+HOST_FILES = {module.__file__ for module in (batch, page_pool, engine, collect, scheduler, sample)}
 PARTS = dict(steps=device, kv_cache=device, Programs=device.Programs, BatchBuilder=device.HostSlots, Scheduler=Watched)
 
 

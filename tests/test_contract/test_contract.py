@@ -14,10 +14,10 @@ import pytest
 from conftest import FAMILIES, bits, make_llm, random_model
 
 from jaxengine import LLM, SamplingParams
-from jaxengine.bench import compilations
-from jaxengine.keys import sample_key
+from jaxengine.base.keys import sample_key
+from jaxengine.command.bench import compilations
+from jaxengine.engine.step_variants import TILES
 from jaxengine.models.decoder import Tile
-from jaxengine.programs import TILES
 
 KEY = 7
 LENGTHS = (1, 2, 5, 15, 16, 17, 31, 32, 33, 47, 48, 63, 64, 65, 80, 95, 96, 97, 110, 127, 128, 129, 160, 200)
@@ -224,7 +224,7 @@ def test_a_tile_of_other_bits_is_refused(monkeypatch):
 def test_without_the_proof_bits_move(monkeypatch):
     """The control: with single-row steps trusted unproven, a request alone no longer has the bits that it has in a batch."""
     monkeypatch.setitem(TILES, "decode", (Tile(1, 1), Tile(1, 8)))
-    monkeypatch.setattr("jaxengine.programs.Programs._prove", lambda self, kind, tile, params, cache: (cache, True))
+    monkeypatch.setattr("jaxengine.engine.step_variants.Programs._prove", lambda self, kind, tile, params, cache: (cache, True))
     config, params = random_model("Qwen3", dtype="float32", num_hidden_layers=2)
     llm = make_llm(config, params, compile_patience=0)
     prompts = [list(range(1, 20)), list(range(5, 40))]

@@ -10,9 +10,9 @@ import pytest
 from conftest import bits, make_llm, random_model
 
 from jaxengine import LLM, SamplingParams
-from jaxengine.keys import sample_key
+from jaxengine.base.keys import sample_key
+from jaxengine.engine.runner import ended
 from jaxengine.models.params import initialise
-from jaxengine.runner import ended
 
 PROMPTS = [[3], list(range(56)), list(range(100, 190)), [9] * 20]
 PARAMS = SamplingParams(max_tokens=40, temperature=0.8, top_p=0.9, n=2, repetition_penalty=1.1)

@@ -11,10 +11,11 @@ import pytest
 from conftest import bits, make_llm, random_model
 
 import jaxengine
-from jaxengine import LLM, SamplingParams, steps
+from jaxengine import LLM, SamplingParams
+from jaxengine.base.keys import sample_key
 from jaxengine.config import EngineConfig
-from jaxengine.keys import sample_key
-from jaxengine.kv_cache import Cache
+from jaxengine.device import steps
+from jaxengine.device.kv_cache import Cache
 from jaxengine.models.decoder import Tile
 from jaxengine.ops.kernels import XLA, resolve
 from jaxengine.ops.pallas import Pallas

@@ -10,8 +10,8 @@ from conftest import bits, make_llm, random_model
 
 from benchmarks.drift import LIMIT, drift, small_llm
 from jaxengine import Rollout, SamplingParams
+from jaxengine.base.keys import sample_key
 from jaxengine.config import RopeConfig
-from jaxengine.keys import sample_key
 from jaxengine.models import plain
 
 LENGTHS = [4096, pytest.param(16_384, marks=pytest.mark.long), pytest.param(40_960, marks=pytest.mark.long)]

@@ -8,9 +8,9 @@ import pytest
 from position_models import CLASSES, counting, counts, needle
 
 from jaxengine import LLM, SamplingParams
-from jaxengine.batch import BatchBuilder
-from jaxengine.block_manager import BlockManager
 from jaxengine.config import KV_TILE
+from jaxengine.engine.batch import BatchBuilder
+from jaxengine.host.page_pool import BlockManager
 from jaxengine.ops import xla
 
 EDGES = (1, 2, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 127, 128, 129, 191, 192, 193, 511, 512, 513)

@@ -8,9 +8,9 @@ from test_contract import FULL, Case, answered
 
 import jaxengine
 from jaxengine import LLM, Rollout, SamplingParams
+from jaxengine.device import scoring
+from jaxengine.engine.step_variants import BASE
 from jaxengine.models import plain
-from jaxengine.programs import BASE
-from jaxengine.rl import scoring
 
 
 class Scored:

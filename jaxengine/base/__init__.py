@@ -1,0 +1,1 @@
+"""Small helpers under everything: arguments, keys, pytrees, progress, the machine."""

@@ -1,0 +1,78 @@
+"""What the host hands to a step, as pytrees of small arrays. `B` query blocks, `R` rows that want a token or its logprob."""
+from typing import Any
+
+from jaxtyping import Bool, Float, Int, UInt32
+
+from jaxengine.base.pytree import pytree
+
+Array = Any  # numpy on the host, jax.Array inside a step
+
+
+@pytree
+class Blocks:
+    """Query blocks: `counts[b]` tokens of the sequence in `slots[b]`, the first at position `starts[b]`. Padding has count 0."""
+
+    slots: Int[Array, " B"]
+    starts: Int[Array, " B"]
+    counts: Int[Array, " B"]
+    num_blocks: Int[Array, ""]
+
+
+@pytree
+class Rows:
+    """Positions whose next token is drawn, or scored where `scored`: row `indices[i]` of the flattened blocks, for `slots[i]`.
+
+    Several rows may share an index: the samples of a group draw their first tokens from one hidden state.
+    """
+
+    indices: Int[Array, " R"]
+    slots: Int[Array, " R"]
+    positions: Int[Array, " R"]
+    scored: Bool[Array, " R"]  # the next token is the history's own, nothing is drawn
+    num_rows: Int[Array, ""]
+
+
+@pytree
+class Copies:
+    """Pages to copy after a prefill."""
+
+    sources: Int[Array, " C"]
+    targets: Int[Array, " C"]
+    num_copies: Int[Array, ""]
+
+
+@pytree
+class SlotParams:
+    """Sampling parameters of the sequence in each slot; changes when a slot does, not from step to step."""
+
+    temperature: Float[Array, " slots"]  # 0 means greedy
+    top_p: Float[Array, " slots"]
+    min_p: Float[Array, " slots"]
+    repetition_penalty: Float[Array, " slots"]
+    presence_penalty: Float[Array, " slots"]
+    frequency_penalty: Float[Array, " slots"]
+    top_k: Int[Array, " slots"]  # 0 means off
+    prompt_length: Int[Array, " slots"]
+    first_stop: Int[Array, " slots"]  # stop tokens are ruled out at positions before this one (min_tokens)
+    stop_ids: Int[Array, "slots stops"]  # padded with -1
+    bias_ids: Int[Array, "slots biases"]  # padded with -1
+    bias_values: Float[Array, "slots biases"]
+    limit: Int[Array, " slots"]  # no token is generated at this position or behind it
+    key: UInt32[Array, "slots 2"]
+    key_folds: Int[Array, "slots 2"]  # prompt and sample index to fold in; -1 means no fold
+    num_logprobs: Int[Array, " slots"]  # likeliest tokens asked for; 0 means none
+    details: Bool[Array, " slots"]  # entropy or raw logprob asked for
+
+
+@pytree
+class RowOutputs:
+    """What a step says of each row."""
+
+    tokens: Int[Array, " R"]  # -1 where every token is ruled out
+    logprobs: Float[Array, " R"]  # of the distribution the token was drawn from (scored rows: of the model's own)
+    raw_logprobs: Float[Array, " R"]  # of the model's own distribution; 0 where not asked for
+    entropies: Float[Array, " R"]  # in nats; 0 where not asked for
+    ranks: Int[Array, " R"]  # 1 is the likeliest; 0 where not asked for
+    top_ids: Int[Array, "R n"]
+    top_logprobs: Float[Array, "R n"]
+    finite: Bool[Array, " R"]  # all logits were finite, and a token could be drawn

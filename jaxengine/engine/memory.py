@@ -1,0 +1,145 @@
+"""What weights, cache and workspace take, how large a pool fits, and what to say when memory ran out all the same."""
+import bisect
+import contextlib
+import dataclasses
+import math
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from jaxengine.base import machine
+from jaxengine.config import EngineConfig, ModelConfig
+from jaxengine.device import kv_cache
+from jaxengine.models import params as model_params
+from jaxengine.ops.kernels import resolve
+
+CPU_SHARE = 0.25  # of the host's free memory, for the pool: other programs live there too
+ROW_BYTES = 4
+LOGIT_ROWS = 128  # of the widest tile that a decode step draws for
+LOGIT_COPIES = 4  # raw, penalised, processed, and what the sampler works on
+OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory")  # what XLA says at once; and what it says once results are read
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes on the device."""
+
+    weights: int
+    cache: int
+    workspace: int  # activations and logits of the widest step: an estimate
+    num_pages: int
+    page_bytes: int
+    available: int  # all that the device has, or what is free on the host
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.workspace
+
+    def __str__(self) -> str:
+        gigabytes = lambda size: f"{size / 1e9:.2f} GB"
+        return (f"weights {gigabytes(self.weights)}, cache {gigabytes(self.cache)} ({self.num_pages} pages of "
+                f"{self.page_bytes / 1e6:.2f} MB), workspace about {gigabytes(self.workspace)}, "
+                f"together {gigabytes(self.total)} of {gigabytes(self.available)}")
+
+
+def memory_plan(model: ModelConfig, engine: EngineConfig) -> MemoryPlan:
+    """The plan of an engine as configured."""
+    size = lambda tree: sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    cache = kv_cache.abstract(model, engine, resolve(engine.kernels, model))
+    return MemoryPlan(size(model_params.abstract(model)), size(cache), _workspace(model, engine), engine.num_pages,
+                      _page_bytes(model, engine), _device_memory()[0])
+
+
+def sized_pool(model: ModelConfig, engine: EngineConfig, params: Any = None) -> EngineConfig:
+    """`engine` with the number of pages that memory allows, and no more than all slots can fill. `params` are weights that are loaded
+    already.
+
+    Raises MemoryError naming weights, cache and workspace where not even one whole context fits, and the longest that does.
+    """
+    plan = memory_plan(model, dataclasses.replace(engine, num_pages=2))
+    taken, on_cpu = _device_memory()[1], jax.local_devices()[0].platform == "cpu"
+    if on_cpu:
+        room = int(plan.available * CPU_SHARE)
+    else:
+        room = int(plan.available * engine.gpu_memory_utilization) - taken - max(0, plan.weights - _resident(params)) - plan.workspace
+    num_pages = min(engine.max_num_seqs * (_whole_context(engine) - 1) + 1, _pages_in(room, engine, plan.page_bytes))
+    if num_pages < _whole_context(engine):
+        shorter = lambda length: dataclasses.replace(engine, max_model_len=length)
+        too_long = lambda length: _pages_in(room, shorter(length), plan.page_bytes) < _whole_context(shorter(length))
+        longest = 1 + bisect.bisect_left(range(2, engine.max_model_len), True, key=too_long)
+        advice = f"max_model_len={longest} fits; or" if longest > 1 else "there is no room for any;"
+        others = "" if on_cpu else f", {taken / 1e9:.2f} GB are in use: raise gpu_memory_utilization={engine.gpu_memory_utilization}"
+        raise MemoryError(f"one context of max_model_len={engine.max_model_len} tokens needs {_whole_context(engine)} pages, "
+                          f"{max(num_pages, 0)} fit: {plan}{others}; {advice} lower max_num_batched_tokens or max_num_seqs, or give "
+                          "num_pages")
+    return dataclasses.replace(engine, num_pages=num_pages)
+
+
+def _whole_context(engine: EngineConfig) -> int:
+    """Pages that a pool must have for one sequence of max_model_len tokens."""
+    return -(-engine.max_model_len // engine.page_size) + 1
+
+
+def _pages_in(room: int, engine: EngineConfig, page_bytes: int) -> int:
+    """num_pages of the largest cache that takes `room` bytes."""
+    history = kv_cache.HISTORY.itemsize * math.prod(kv_cache.history_shape(engine))
+    return (room - history) // page_bytes - engine.probe_pages
+
+
+def _resident(params: Any) -> int:
+    """Bytes of the weights that are on the first device, and so among those in use."""
+    shards = (shard for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array) for shard in leaf.addressable_shards)
+    return sum(shard.data.nbytes for shard in shards if shard.device == jax.local_devices()[0])
+
+
+def check_fits(model: ModelConfig, engine: EngineConfig) -> None:
+    """Raises MemoryError where weights and cache are more than the whole machine has: the system would grant them, and end some process
+    once they are written. An accelerator refuses by itself."""
+    plan = memory_plan(model, engine)
+    installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if jax.devices()[0].platform == "cpu" and plan.weights + plan.cache > installed:
+        raise MemoryError(f"this machine has {installed / 1e9:.2f} GB of memory in all: {advice(model, engine)}")
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an error says that the host or the device has no memory left."""
+    of_device = isinstance(error, jax.errors.JaxRuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
+    return isinstance(error, MemoryError) or of_device
+
+
+def advice(model: ModelConfig, engine: EngineConfig) -> str:
+    """What memory is wanted for, and which settings want less."""
+    return (f"{memory_plan(model, engine)}; lower num_pages, max_num_seqs or max_model_len for the cache, max_num_batched_tokens for the "
+            f"workspace, or take a dtype smaller than {model.dtype} for the weights")
+
+
+@contextlib.contextmanager
+def explained(model: ModelConfig, engine: EngineConfig, doing: str) -> Iterator[None]:
+    """Where memory runs out in here, MemoryError says what was wanted for what, and which setting to change."""
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if not ran_out(error):
+            raise
+        raise MemoryError(f"out of memory while {doing}: {advice(model, engine)}") from error
+
+
+def _page_bytes(model: ModelConfig, engine: EngineConfig) -> int:
+    pools = resolve(engine.kernels, model).pools(model, 1, engine.page_size)
+    return model.num_hidden_layers * sum(math.prod(pool.shape) * pool.dtype.itemsize for pool in pools)
+
+
+def _workspace(model: ModelConfig, engine: EngineConfig) -> int:
+    """Rows of the residual stream, projections and attention of a whole step, and the logits of one tile."""
+    rows = max(engine.max_num_batched_tokens, engine.max_num_seqs)
+    heads = (2 * model.num_attention_heads + 2 * model.num_key_value_heads) * model.head_dim
+    return ROW_BYTES * (rows * (2 * model.hidden_size + heads) + LOGIT_COPIES * LOGIT_ROWS * model.padded_vocab_size)
+
+
+def _device_memory() -> tuple[int, int]:
+    """(bytes of the first device, those of them in use); of a CPU (the host's free memory, 0)."""
+    device = jax.local_devices()[0]
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    return (stats["bytes_limit"], stats.get("bytes_in_use", 0)) if stats and "bytes_limit" in stats else (machine.free_memory(), 0)

@@ -1,0 +1,183 @@
+"""Which compiled step serves a plan, and the proof that it may.
+
+A step is compiled for a few tile shapes. The bits of BASE, the decode step on tiles of eight rows, are the definition; a wider or
+narrower tile serves only after it has answered PROBE_TOKENS random tokens, with the engine's own weights and program, with the same
+bits: logprobs, the likeliest tokens at every position, keys and values of every layer. Where one differs the base tile stays: fail closed.
+"""
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+
+from jaxengine.config import PROBE_TOKENS, QUERY_BLOCK, EngineConfig, ModelConfig
+from jaxengine.device import steps
+from jaxengine.device.kv_cache import Cache
+from jaxengine.device.step_inputs import Blocks, Copies, RowOutputs
+from jaxengine.engine.batch import BatchBuilder, rows_of
+from jaxengine.models.decoder import Tile
+from jaxengine.models.params import Decoder
+from jaxengine.ops.kernels import Kernels
+
+BASE = Tile(tokens=1, blocks=8)
+TILES = {"decode": (Tile(1, 2), BASE, Tile(1, 32)), "prefill": (Tile(QUERY_BLOCK, 2), Tile(QUERY_BLOCK, 8), Tile(QUERY_BLOCK, 32))}
+
+Report = Callable[[str], None]
+
+
+class Programs:
+    """The steps of one engine by tile, compiled at first use and proven before they serve."""
+
+    def __init__(self, model: ModelConfig, config: EngineConfig, kernels: Kernels, batch: BatchBuilder, report: Report = lambda text: None
+                 ) -> None:
+        self.model, self.config, self.kernels, self.batch, self.report = model, config, kernels, batch, report
+        self._max_logprobs = min(config.max_logprobs, model.vocab_size)
+        wide = tuple(Tile(1, rows) for rows in kernels.wide_rows if batch.decode_rows % rows == 0)
+        self._tiles = {"decode": TILES["decode"] + wide, "prefill": tuple(t for t in TILES["prefill"] if t.blocks <= batch.prefill_blocks)}
+        self._trusted: dict[tuple[str, Tile], bool] = {("decode", BASE): True}
+        self._wishes: Counter[tuple[str, Tile]] = Counter()
+        self._expected: list[np.ndarray] | None = None
+        self._compiled: set[tuple[str, Tile]] = set()
+
+    @property
+    def refused(self) -> list[tuple[str, Tile]]:
+        """Steps whose bits differed from the base tile's on this machine."""
+        return [step for step, trusted in self._trusted.items() if not trusted]
+
+    def forget(self) -> None:
+        """Other weights run from now on: what the base step said under the old ones is no measure for them. Proofs stay good: whether
+        XLA adds in the same order is a matter of shapes."""
+        self._expected = None
+
+    # -- serving ---------------------------------------------------------------------------------------------------------------
+
+    def choose(self, kind: str, num_blocks: int, params: Decoder, cache: Cache) -> tuple[Cache, Tile]:
+        """The tile for a step over num_blocks query blocks: the narrowest that holds them, or the widest.
+
+        One that is not compiled yet has to be wanted compile_patience times while another can serve: compiling takes longer than the
+        last steps of a batch, in which few rows are left.
+        """
+        tiles = self._tiles[kind]
+        wanted = next((tile for tile in tiles if tile.blocks >= num_blocks), tiles[-1])
+        if (kind, wanted) not in self._trusted:
+            self._wishes[kind, wanted] += 1
+            ready = [tile for tile in tiles if self._trusted.get((kind, tile))]
+            if ready and self._wishes[kind, wanted] <= self.config.compile_patience:
+                return cache, min(ready, key=lambda tile: abs(tile.blocks - wanted.blocks))
+            cache, self._trusted[kind, wanted] = self._prove(kind, wanted, params, cache)
+        return cache, wanted if self._trusted[kind, wanted] else BASE
+
+    def warm_up(self, params: Decoder, cache: Cache) -> Cache:
+        """Compile and prove every step that can serve."""
+        for kind, tiles in self._tiles.items():
+            for tile in tiles:
+                if (kind, tile) not in self._trusted:
+                    cache, self._trusted[kind, tile] = self._prove(kind, tile, params, cache)
+            if not all(self._trusted[kind, tile] for tile in tiles):
+                cache, _ = self._probe(kind, BASE, params, cache)
+        return cache
+
+    def proven(self, tile: Tile, params: Decoder, cache: Cache) -> tuple[Cache, Tile]:
+        """A prefill tile if it gives the base tile's bits, else the base tile."""
+        step = ("prefill", tile)
+        if step not in self._trusted:
+            cache, self._trusted[step] = self._prove(*step, params, cache)
+        return cache, tile if self._trusted[step] else BASE
+
+    def run_decode(self, params, cache, tables, slots, rows, tile: Tile) -> tuple[Cache, RowOutputs]:
+        with self._first_use("decode", tile):
+            return steps.decode_step(params, cache, tables, slots, rows, config=self.model, kernels=self.kernels, tile=tile,
+                                     max_logprobs=self._max_logprobs, num_steps=self.config.decode_steps)
+
+    def run_prefill(self, params, cache, tables, slots, blocks, rows, copies, tile: Tile) -> tuple[Cache, RowOutputs]:
+        with self._first_use("prefill", tile):
+            return steps.prefill_step(params, cache, tables, slots, blocks, rows, copies, config=self.model, kernels=self.kernels,
+                                      tile=tile, max_logprobs=self._max_logprobs)
+
+    @contextlib.contextmanager
+    def _first_use(self, kind: str, tile: Tile) -> Iterator[None]:
+        if (kind, tile) in self._compiled:
+            yield
+            return
+        start = time.monotonic()
+        self.report(f"compiling the {kind} step for {tile.rows} rows …")
+        yield
+        self._compiled.add((kind, tile))
+        self.report(f"compiled the {kind} step for {tile.rows} rows in {time.monotonic() - start:.1f} s")
+
+    # -- proof -----------------------------------------------------------------------------------------------------------------
+
+    def _prove(self, kind: str, tile: Tile, params: Decoder, cache: Cache) -> tuple[Cache, bool]:
+        if self._expected is None:
+            cache, self._expected = self._probe("decode", BASE, params, cache)
+        cache, found = self._probe(kind, tile, params, cache)
+        same = all(np.array_equal(_bits(a), _bits(b)) for a, b in zip(self._expected, found, strict=True))
+        if not same:
+            self.report(f"the {kind} step for {tile.rows} rows gives other bits than the base tile on this machine: it will not be used")
+        return cache, same
+
+    def _probe(self, kind: str, tile: Tile, params: Decoder, cache: Cache) -> tuple[Cache, list[np.ndarray]]:
+        """Everything that a step says of the probe's tokens: outputs of each row, then the pages it wrote."""
+        count = min(PROBE_TOKENS, self.config.max_model_len) - 1
+        slot, tables, slots, history = self._probe_inputs(count + 1)
+        cache = steps.write_history(cache, *history)
+        run = self._probe_decode if kind == "decode" else self._probe_prefill
+        cache, outputs = run(tile, params, cache, tables, slots, slot, count)
+        pages = steps.read_pages(cache, tables[slot, : self.config.probe_pages])
+        written = [_written_part(pool, count) for keys, values in zip(pages.keys, pages.values, strict=True)
+                   for pool in self.kernels.by_token(np.asarray(keys), np.asarray(values))]
+        return cache, outputs + written
+
+    def _probe_inputs(self, num_tokens: int):
+        slot = self.batch.num_slots - 1
+        tables, slots = np.zeros_like(self.batch.tables), jax.tree.map(np.copy, self.batch.host_slots)
+        tables[slot, : self.config.probe_pages] = self.config.num_pages + np.arange(self.config.probe_pages)
+        slots.limit[slot], slots.num_logprobs[slot] = self.config.max_model_len + 1, self._max_logprobs
+        tokens = np.zeros((8, self.config.max_model_len), np.int32)
+        tokens[0, :num_tokens] = np.random.RandomState(0).randint(0, self.model.vocab_size, num_tokens)
+        upload_slots = np.full(8, self.batch.num_slots, np.int32)
+        upload_slots[0] = slot
+        return slot, tables, slots, (upload_slots, tokens)
+
+    def _probe_decode(self, tile, params, cache, tables, slots, slot, count):
+        answers = []
+        for first in range(0, count, self.batch.decode_rows):
+            positions = range(first, min(first + self.batch.decode_rows, count))
+            size = len(positions)
+            rows = rows_of(self.batch.decode_rows, range(size), [slot] * size, positions, [True] * size)
+            cache, out = self.run_decode(params, cache, tables, slots, rows, tile)
+            answers.append([np.asarray(x)[0, :size] for x in _fields(out)])
+        return cache, [np.concatenate(parts) for parts in zip(*answers, strict=True)]
+
+    def _probe_prefill(self, tile, params, cache, tables, slots, slot, count):
+        answers, batch = [], self.batch
+        room = self.config.prefill_blocks * QUERY_BLOCK
+        for first in range(0, count, room):
+            size = min(room, count - first)
+            once = np.arange(first, first + size, tile.tokens, dtype=np.int32)
+            starts = np.tile(once, max(tile.blocks // len(once), 1))  # a tile that holds more is full, and its last rows are looked at
+            capacity = batch.prefill_blocks * (QUERY_BLOCK // tile.tokens)
+            pad = lambda x, capacity=capacity: np.pad(x, (0, capacity - len(x))).astype(np.int32)
+            blocks = Blocks(pad(np.full_like(starts, slot)), pad(starts), pad(np.minimum(tile.tokens, first + size - starts)),
+                            np.int32(len(starts)))
+            last = (len(starts) - len(once)) * tile.tokens
+            rows = rows_of(batch.prefill_rows, range(last, last + size), [slot] * size, range(first, first + size), [True] * size)
+            nothing = np.zeros(self.config.max_num_seqs, np.int32)
+            cache, out = self.run_prefill(params, cache, tables, slots, blocks, rows, Copies(nothing, nothing, np.int32(0)), tile)
+            answers.append([np.asarray(x)[:size] for x in _fields(out)])
+        return cache, [np.concatenate(parts) for parts in zip(*answers, strict=True)]
+
+
+def _fields(out: RowOutputs) -> tuple:
+    return out.tokens, out.logprobs, out.ranks, out.top_ids, out.top_logprobs, out.finite
+
+
+def _written_part(tokens: np.ndarray, count: int) -> np.ndarray:
+    """The first `count` tokens of pages [n, p, …]: what lies behind them differs from step to step, and nobody reads it."""
+    return tokens.reshape(-1, *tokens.shape[2:])[:count]
+
+
+def _bits(x: np.ndarray) -> np.ndarray:
+    return x if x.dtype.kind in "biu" else x.view(f"u{x.itemsize}")

@@ -1,0 +1,77 @@
+"""New weights for a running engine: checked whole before anything changes, and copied only where they lie elsewhere."""
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxengine.config import ModelConfig
+from jaxengine.device import steps
+from jaxengine.models.params import Decoder, abstract
+
+SHOWN = 10  # differences that an error lists
+
+
+def check_fits(params: Decoder, config: ModelConfig) -> None:
+    """Raises ValueError listing the first ten leaves whose presence, shape or dtype is not what `config` declares."""
+    given, declared = _named(params), _named(abstract(config))
+    wrong = [f"{path}: given {given.get(path, 'nothing')}, declared {declared.get(path, 'nothing')}"
+             for path in sorted(given.keys() | declared.keys()) if given.get(path) != declared.get(path)]
+    if wrong:
+        raise ValueError(f"params do not fit config, {len(wrong)} leaves differ:\n  " + "\n  ".join(wrong[:SHOWN]))
+
+
+def placed(params: Any, like: Decoder | None = None) -> Any:
+    """`params` where the weights `like` lie, or where they are. Leaves that are there already share their memory, nothing is copied:
+    JAX only notes that they have to stay there, without which a step would be compiled anew for weights that came another way."""
+    home = lambda leaf: leaf.sharding if isinstance(leaf, jax.Array) else jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    homes = jax.tree.map(home, params) if like is None else jax.tree.map(home, like)
+    return jax.device_put(params, homes)
+
+
+def prepared(params: Any, config: ModelConfig, like: Decoder | None, *, cast: bool = False) -> Decoder:
+    """`params` checked, and placed where the weights `like` lie.
+
+    With `cast`, floating leaves are rounded to the declared dtype first. Raises ValueError, listing the first ten leaves, where leaves are
+    missing, misnamed, of another shape or dtype, or not finite; TypeError for what is no pytree of arrays.
+    """
+    if cast:
+        params = _cast(params, config)
+    check_fits(params, config)
+    ready = placed(params, like)
+    finite = jax.device_get(steps.all_finite(ready))
+    wrong = [path for path, good in zip(_named(ready), jax.tree.leaves(finite), strict=True) if not good]
+    if wrong:
+        raise ValueError(f"{len(wrong)} leaves hold NaN or infinity, so the weights stay as they were:\n  " + "\n  ".join(wrong[:SHOWN]))
+    return ready
+
+
+def check_alive(params: Decoder | None) -> None:
+    """Raises RuntimeError where a leaf was donated to another computation."""
+    gone = [path for path, leaf in _leaves(params) if getattr(leaf, "is_deleted", bool)()]
+    if gone:
+        raise RuntimeError(f"the weights are gone, {gone[0]} and {len(gone) - 1} others: they were donated to another computation "
+                           "(a training step with donate_argnums?). Give live ones to update_params first")
+
+
+def _leaves(params: Any) -> list[tuple[str, Any]]:
+    return [(jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
+
+
+def _named(params: Any) -> dict[str, str]:
+    """Each leaf's name, and its dtype and shape as text."""
+    named = {}
+    for path, leaf in _leaves(params):
+        if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
+            raise TypeError(f"params must be a pytree of arrays, {path or 'params'} is {type(leaf).__name__}")
+        named[path] = f"{leaf.dtype}{list(leaf.shape)}"
+    return named
+
+
+def _cast(params: Any, config: ModelConfig) -> Any:
+    declared = {path: leaf.dtype for path, leaf in _leaves(abstract(config))}
+
+    def cast(path, leaf):
+        dtype = declared.get(jax.tree_util.keystr(path, simple=True, separator="."))
+        return leaf.astype(dtype) if dtype is not None and jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+    return jax.tree_util.tree_map_with_path(cast, params)

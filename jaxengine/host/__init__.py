@@ -1,0 +1,1 @@
+"""The host half: requests, pages, scheduling, in plain Python. Imports neither jax nor numpy."""

@@ -1,0 +1,1 @@
+"""The model that ships: its problems, how it was made, and how reward teaches it."""

@@ -1,0 +1,1 @@
+"""Loops around generating and learning."""

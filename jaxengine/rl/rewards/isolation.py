@@ -1,0 +1,126 @@
+"""Rewards in worker processes: what hangs there is killed, and what dies there dies alone."""
+import contextlib
+import importlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jaxengine.rl.rewards.bounded import Bounded, took_too_long
+
+WORKER = Path(__file__).with_name("reward_worker.py")
+START_SECONDS = 120.0  # for a worker to import what it runs, on a busy machine
+WORKER_MEMORY = 4 << 30  # bytes of address space
+
+
+class Isolated(Bounded):
+    """A reward that runs `function(prompt, completion, answer, **options)` in worker processes of its own.
+
+    `function` stands at the top level of a module that can be imported, and its module is imported there anew; arguments and options
+    cross as JSON. A worker has at most `memory` bytes of address space. Workers are started when samples come, as many as are called at
+    once, and kept for the next ones; `close`, or the end of this object, ends them.
+    """
+
+    def __init__(self, function: Callable[..., Any], *, memory: int = WORKER_MEMORY, **options: Any) -> None:
+        self._setup = {"module": function.__module__, "name": function.__qualname__, "options": options, "memory": memory}
+        json.dumps(options)  # refused here, not in a worker
+        home = importlib.import_module(function.__module__)
+        if function.__module__ == "__main__" or getattr(home, function.__qualname__, None) is not function:
+            raise ValueError(f"a worker process cannot import {function.__module__}.{function.__qualname__}: put the function at the top "
+                             "level of a module, or give it to compute_rewards as it is, to run in a thread")
+        self._idle: list[_Worker] = []
+        self._lock = threading.Lock()
+        self._finalizer = weakref.finalize(self, _kill_all, self._idle)
+
+    def within(self, timeout: float, prompt: Any, completion: str, answer: Any) -> float:
+        line = json.dumps([timeout, prompt, completion, answer])
+        with self._lock:
+            worker = self._idle.pop() if self._idle else None
+        worker = worker or _Worker(self._setup)
+        try:
+            reply = worker.ask(line, timeout)
+        except BaseException:
+            worker.kill()
+            raise
+        with self._lock:
+            self._idle.append(worker)
+        if "error" in reply:
+            raise RewardError(reply["error"])
+        return reply["value"]
+
+    def close(self) -> None:
+        """End the workers that wait. The next sample starts a new one."""
+        with self._lock:
+            _kill_all(self._idle)
+
+
+class RewardError(Exception):
+    """What a reward raised in its worker process, as text."""
+
+    def __str__(self) -> str:
+        return self.args[0]
+
+
+class _Worker:
+    """One process, and the pipe to it."""
+
+    def __init__(self, setup: dict[str, Any]) -> None:
+        self._process = subprocess.Popen([sys.executable, str(WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
+                                         start_new_session=True)
+        try:
+            reply = self.ask(json.dumps(setup | {"path": sys.path}), START_SECONDS)
+        except BaseException:
+            self.kill()
+            raise
+        if "error" in reply:
+            self.kill()
+            raise RuntimeError(f"a worker process could not import the reward: {reply['error']}")
+
+    def ask(self, line: str, timeout: float) -> dict[str, Any]:
+        """The reply to one line. Raises TimeoutError, and ChildProcessError where the process ends."""
+        assert self._process.stdin is not None
+        deadline = time.monotonic() + timeout
+        with contextlib.suppress(BrokenPipeError):  # it is dead: reading says so
+            self._process.stdin.write(line.encode() + b"\n")
+        reply = b""
+        while not reply.endswith(b"\n"):
+            reply += self._read(deadline, timeout)
+        return json.loads(reply)
+
+    def _read(self, deadline: float, timeout: float) -> bytes:
+        assert self._process.stdout is not None
+        ready = select.poll()
+        ready.register(self._process.stdout, select.POLLIN)
+        if not ready.poll(max(deadline - time.monotonic(), 0) * 1000):
+            raise took_too_long(timeout)
+        part = os.read(self._process.stdout.fileno(), 1 << 16)
+        if not part:
+            raise ChildProcessError(f"the reward's process ended with {how_it_ended(self._process.wait())}")
+        return part
+
+    def kill(self) -> None:
+        """End the process and its children."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            pipe.close()
+
+
+def how_it_ended(code: int) -> str:
+    """A return code as subprocess has it, in words."""
+    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+
+
+def _kill_all(workers: list[_Worker]) -> None:
+    while workers:
+        workers.pop().kill()

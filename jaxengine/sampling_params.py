@@ -1,0 +1,148 @@
+"""What a caller asks for: prompts and SamplingParams. Plain Python, validated before anything is allocated."""
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from jaxengine.base.arguments import as_integer, flag, integer, items, real, strict_keywords
+
+MAX_N = 16_384  # samples of one request
+MAX_STOP_STRINGS = 64
+MAX_STOP_CHARACTERS = 1_024
+MAX_STOP_TOKEN_IDS = 16  # room for them beside the model's own in the fixed array of a slot
+MAX_LOGIT_BIAS = 512
+LOGIT_BIAS = "a dict from token ids to numbers"
+GREEDY_BELOW = 1e-5  # a smaller temperature means greedy, as in vLLM
+FLAGS = ("ignore_eos", "include_stop_str_in_output", "raw_logprobs", "entropy", "detokenize", "skip_special_tokens")
+MOST = 1e6  # the largest factor that temperature and repetition_penalty may put on logits: float32 stays finite
+
+
+@strict_keywords
+@dataclasses.dataclass(frozen=True)
+class SamplingParams:
+    """How to draw completions; names and meanings are vLLM's wherever vLLM has them.
+
+    `max_tokens=None` means up to the context. `key` (a typed JAX key) or `seed` makes the request's draws its own: with n=1 the
+    key takes the place of `fold_in(fold_in(call key, prompt index), sample index)`; with n>1 sample i uses `fold_in(key, i)`.
+    `logprobs=k` returns the k likeliest tokens at each position, `prompt_logprobs=k` the same for the prompt; the logprob of each
+    sampled token is always returned. Ours alone: `raw_logprobs` also returns the sampled tokens' logprobs under the model's own
+    distribution at temperature 1, `entropy` the entropy of the distribution at each token, in nats.
+    Raises ValueError naming the field, the value and what is allowed.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = None
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    stop: str | Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    seed: int | None = None
+    key: Any = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    raw_logprobs: bool = False
+    entropy: bool = False
+    detokenize: bool = True
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        put = lambda name, value: object.__setattr__(self, name, value)
+        for name, low, high in (("n", 1, MAX_N), ("min_tokens", 0, None)):
+            put(name, integer(name, getattr(self, name), low, high))
+        for name, low, high in (("max_tokens", 1, None), ("logprobs", 0, None), ("prompt_logprobs", 0, None), ("seed", 0, 2**64 - 1)):
+            if getattr(self, name) is not None:
+                put(name, integer(name, getattr(self, name), low, high))
+        put("top_k", max(integer("top_k", self.top_k, -1), 0))
+        put("temperature", real("temperature", self.temperature, 0.0, MOST))
+        put("top_p", real("top_p", self.top_p, 0.0, 1.0, open_low=True))
+        put("min_p", real("min_p", self.min_p, 0.0, 1.0))
+        put("repetition_penalty", real("repetition_penalty", self.repetition_penalty, 1 / MOST, MOST))
+        put("presence_penalty", real("presence_penalty", self.presence_penalty, -2.0, 2.0))
+        put("frequency_penalty", real("frequency_penalty", self.frequency_penalty, -2.0, 2.0))
+        for name in FLAGS:
+            put(name, flag(name, getattr(self, name)))
+        put("stop", _stop_strings(self.stop))
+        put("stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKEN_IDS))
+        put("logit_bias", _logit_bias(self.logit_bias))
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens must be at most max_tokens={self.max_tokens}, got {self.min_tokens}")
+        if self.seed is not None and self.key is not None:
+            raise ValueError("give seed or key, not both: each of them alone decides the draws of the request")
+        if self.stop and not self.detokenize:
+            raise ValueError("stop strings need the text: leave detokenize=True or use stop_token_ids")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature < GREEDY_BELOW
+
+    @property
+    def biases(self) -> tuple[tuple[int, float], ...]:
+        """logit_bias as (token id, value) pairs in order of the ids."""
+        return cast(Any, self.logit_bias) or ()
+
+    def replace(self, **changes: Any) -> "SamplingParams":
+        return dataclasses.replace(self, **changes)
+
+
+def token_ids_of(ids: Any, vocab_size: int, where: str) -> list[int]:
+    """`ids` as a list of Python ints in [0, vocab_size). Integers of any kind, numpy's and JAX's included, are accepted.
+
+    Raises ValueError with the index and the value: a JAX gather would clamp a wrong id and answer garbage.
+    """
+    array_ids = ids.tolist() if hasattr(ids, "tolist") else ids
+    if not isinstance(array_ids, Sequence) or isinstance(array_ids, (str, bytes)):
+        raise ValueError(f"{where} must be a list of token ids, got {type(ids).__name__}")
+    if len(array_ids) == 0:
+        raise ValueError(f"{where} is empty: at least one token is needed to predict the next one")
+    tokens = []
+    for position, value in enumerate(array_ids):
+        token = as_integer(value)
+        if token is None:
+            raise ValueError(f"{where} has {value!r} ({type(value).__name__}) at index {position}: token ids are integers")
+        if not 0 <= token < vocab_size:
+            raise ValueError(f"{where} has token id {token} at index {position}: the vocabulary is 0 … {vocab_size - 1}")
+        tokens.append(token)
+    return tokens
+
+
+def _stop_strings(stop: Any) -> tuple[str, ...]:
+    strings = (stop,) if isinstance(stop, str) else () if stop is None else items("stop", stop, "a string or a list of strings")
+    if len(strings) > MAX_STOP_STRINGS:
+        raise ValueError(f"stop takes at most {MAX_STOP_STRINGS} strings, got {len(strings)}")
+    for index, text in enumerate(strings):
+        if not isinstance(text, str) or not text or len(text) > MAX_STOP_CHARACTERS:
+            raise ValueError(f"stop[{index}] must be a string of 1 to {MAX_STOP_CHARACTERS} characters, got {text!r:.80}")
+    return strings
+
+
+def _token_ids(name: str, ids: Any, limit: int) -> tuple[int, ...]:
+    values = () if ids is None else items(name, ids, "a list of token ids")
+    if len(values) > limit:
+        raise ValueError(f"{name} takes at most {limit} ids, got {len(values)}")
+    return tuple(integer(f"{name}[{index}]", value, 0) for index, value in enumerate(values))
+
+
+def _logit_bias(bias: Any) -> tuple[tuple[int, float], ...] | None:
+    if bias is None:
+        return None
+    given = bias.items() if isinstance(bias, Mapping) else items("logit_bias", bias, LOGIT_BIAS)
+    if len(given) > MAX_LOGIT_BIAS:
+        raise ValueError(f"logit_bias takes at most {MAX_LOGIT_BIAS} tokens, got {len(given)}")
+    if not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in given):
+        raise ValueError(f"logit_bias must be {LOGIT_BIAS}, got {bias!r:.80}")
+    # JSON turns integer keys into strings, so "42" is accepted here and nowhere else.
+    pairs = sorted((integer("logit_bias key", int(k) if isinstance(k, str) and k.isdecimal() else k, 0),
+                    real("logit_bias value", v, -1e4, 1e4)) for k, v in given)
+    for (token, _), (following, _) in itertools.pairwise(pairs):
+        if token == following:
+            raise ValueError(f"logit_bias names token {token} twice: give it one value")
+    return tuple(pairs) or None

@@ -1,0 +1,48 @@
+"""Block sizes of paged attention, one table: keyed by device, dtype and head geometry, never by batch.
+
+Tile and split lengths are part of the result's bits. So may be the number of rows of a dot (a GPU takes other instructions for 16 rows than
+for 64), which is why one number serves decoding and prefill.
+None of these figures was measured on its device yet: they are what fits on-chip memory twice over.
+"""
+import dataclasses
+
+import jax.numpy as jnp
+
+from pallas_kernels.sizes import INTERPRETED
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionBlocks:
+    """One dot is [rows, h] x [kv_tile, h]."""
+
+    rows: int  # queries (token and head of a group) of one key-value head, padded to a multiple of this
+    kv_tile: int  # keys of one tile, a multiple of the page size
+    split_tiles: int  # tiles of one split
+
+    @property
+    def split(self) -> int:
+        """Keys of one split."""
+        return self.kv_tile * self.split_tiles
+
+
+ATTENTION = {
+    ("TPU v5e", "wide"): AttentionBlocks(32, 128, 16),
+    ("TPU v5e", "narrow"): AttentionBlocks(32, 256, 8),
+    ("TPU v5p", "wide"): AttentionBlocks(32, 128, 16),
+    ("TPU v5p", "narrow"): AttentionBlocks(32, 256, 8),
+    ("TPU v6e", "wide"): AttentionBlocks(32, 128, 16),
+    ("TPU v6e", "narrow"): AttentionBlocks(32, 256, 8),
+    ("Hopper", "wide"): AttentionBlocks(64, 32, 32),
+    ("Hopper", "narrow"): AttentionBlocks(64, 64, 16),
+    (INTERPRETED, "wide"): AttentionBlocks(16, 32, 2),
+    (INTERPRETED, "narrow"): AttentionBlocks(16, 32, 2),
+}
+TPU_KEY_BYTES = 8 * 128 * 2  # of one position's keys, all heads: wider ones take the shorter tile
+GPU_KEY_BYTES = 128 * 2  # of one head's key: a GPU's block takes one head
+
+
+def attention_blocks(device: str, dtype: jnp.dtype, num_kv_heads: int, head_dim: int) -> AttentionBlocks:
+    """Blocks for a cache of that dtype and geometry on a device of the table."""
+    head_bytes = jnp.dtype(dtype).itemsize * head_dim
+    is_wide = head_bytes > GPU_KEY_BYTES if device == "Hopper" else head_bytes * num_kv_heads > TPU_KEY_BYTES
+    return ATTENTION[device, "wide" if is_wide else "narrow"]

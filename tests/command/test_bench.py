@@ -1,0 +1,171 @@
+"""The bench: what it counts and what it compiles. Peers are stand-ins that speak the lines of benchmarks/lines.py."""
+import dataclasses
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+from conftest import FEW_TILES, random_model
+
+from jaxengine import LLM
+from jaxengine.command import bench, main
+from jaxengine.command.workloads import PEERS
+from jaxengine.engine import step_variants
+from jaxengine.models import loading
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("model")
+    loading.save(path, *random_model(num_hidden_layers=1))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def llm(folder) -> LLM:
+    """With fewer tiles than usual: a warm-up compiles them all."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step_variants, "TILES", FEW_TILES)
+        return bench.open_model(folder, max_model_len=256, max_num_seqs=2, num_pages=100, max_num_batched_tokens=64)
+
+
+class Clock:
+    """A system whose time is a second a call and a tenth of a second a token."""
+
+    name, vocab_size, workloads = "clock", 50, ("decode", "group")
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[list[list[int]], list[int]]] = []
+
+    def warm_up(self) -> None:
+        pass
+
+    def seconds(self, prompts, lengths, logprobs) -> float:
+        self.calls.append((prompts, lengths))
+        self.wants_logprobs = logprobs
+        return 1.0 + 0.1 * sum(lengths)
+
+
+def test_decode_is_measured_beyond_the_first_token():
+    clock = Clock()
+    assert bench.Decode(4, prompt_tokens=10, new_tokens=5).rate(clock, 0) == pytest.approx(10.0)
+    assert [(len(prompts), len(prompts[0]), lengths) for prompts, lengths in clock.calls] == [(4, 10, [1] * 4), (4, 10, [5] * 4)]
+    assert (bench.Decode(8).new_tokens, bench.Decode(64).new_tokens, bench.Decode(64, new_tokens=3).new_tokens) == (32, 16, 3)
+
+
+def test_a_group_repeats_its_prompts_and_draws_lengths():
+    clock = Clock()
+    rate = bench.Group(3, 4, prompt_tokens=10, shortest=2, longest=9).rate(clock, 0)
+    ((prompts, lengths),) = clock.calls
+    assert len({tuple(prompt) for prompt in prompts}) == 3 and prompts[0] == prompts[3] != prompts[4]
+    assert len(lengths) == 12 and set(lengths) <= set(range(2, 10)) and len(set(lengths)) > 1
+    assert rate == pytest.approx(sum(lengths) / (1 + 0.1 * sum(lengths))) and clock.wants_logprobs
+
+
+def test_no_prompt_comes_twice_and_systems_get_the_same():
+    first, second = Clock(), Clock()
+    results = bench.measure([first, second], [bench.Decode(2, 20, 3), bench.Group(2, 2, 20, 2, 4)], repeats=2)
+    assert first.calls == second.calls and [result.system for result in results] == ["clock"] * 4
+    drawn = [prompt for prompts, _ in first.calls for prompt in dict.fromkeys(map(tuple, prompts))]
+    assert len(drawn) == len(set(drawn)) == 2 * (1 + 2 * 2) + 2 * 3
+    assert [len(result.rates) for result in results] == [2] * 4 and "1.00 times as fast" in bench.table(results)
+
+
+def test_compilations_are_counted():
+    with bench.compilations() as names:
+        jax.jit(lambda x: x * 3 + 1)(2.0)
+    assert len(names) >= 1
+    with bench.compilations() as names:
+        pass
+    jax.jit(lambda x: x * 5 + 1)(2.0)
+    assert names == []
+
+
+def test_nothing_is_compiled_while_the_clock_runs(llm):
+    workloads = [bench.Decode(1, 20, 3), bench.Decode(4, 20, 3), bench.Group(2, 3, 40, 2, 5)]
+    results = bench.measure([bench.Ours(llm)], workloads, repeats=2)
+    assert [result.compilations for result in results] == [0, 0, 0] and all(len(result.rates) == 2 for result in results)
+    record = json.loads(json.dumps(bench.record(llm, "tiny", bench.machine(), results, {}), allow_nan=False))
+    assert record["engine"]["max_num_seqs"] == 2 and len(record["results"]) == 3 and record["machine"]["jax"] == jax.__version__
+
+
+def test_too_small_a_context_is_told(llm):
+    with pytest.raises(ValueError, match="raise max_model_len"):
+        bench.Ours(llm).seconds([[1] * 200], [100], logprobs=True)
+
+
+def test_the_command_prints_and_writes(folder, llm, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(bench, "open_model", lambda model, **_: llm)
+    file = tmp_path / "figures.json"
+    assert main.main(["bench", "--model", folder, "--batch", "2", "--workloads", "decode", "--repeats=1", f"--json={file}"]) == 0
+    captured = capsys.readouterr()
+    assert "decode B=2      jaxengine" in captured.out and f"jax {jax.__version__}" in captured.out
+    assert json.loads(file.read_text())["results"][0]["workload"] == "decode B=2"
+
+
+def test_a_shape_is_a_model(monkeypatch):
+    config, _ = random_model(num_hidden_layers=1, dtype="bfloat16")
+    monkeypatch.setitem(bench.SHAPES, "small-shape", config)
+    opened = bench.open_model("small-shape", dtype="float32", num_pages=80, max_num_seqs=8)
+    assert opened.config == dataclasses.replace(config, dtype="float32") and opened.engine_config.num_pages == 80
+    with pytest.raises(ValueError, match="dtype must be 'auto' or one of"):
+        bench.open_model("small-shape", dtype="int8")
+
+
+STAND_IN = """
+import sys
+sys.path.insert(0, {benchmarks!r})
+import lines
+write = lines.own_stdout()
+print("noise that must not reach the answers")
+lines.serve(["decode"], {{"stand-in": "1"}}, lambda prompts, lengths, logprobs: {seconds}, write)
+"""
+
+
+def stand_in(monkeypatch, tmp_path, seconds: str) -> bench.Peer:
+    script = tmp_path / "stand_in.py"
+    script.write_text(STAND_IN.format(benchmarks=str(ROOT / "benchmarks"), seconds=seconds))
+    monkeypatch.setitem(PEERS, "stand-in", str(script))
+    return bench.Peer("stand-in", sys.executable, "folder", "float32", 50)
+
+
+def test_a_peer_answers_line_by_line(monkeypatch, tmp_path, capfd):
+    peer = stand_in(monkeypatch, tmp_path, "1.0 + 0.1 * sum(lengths)")
+    try:
+        results = bench.measure([peer], [bench.Decode(4, 10, 5), bench.Group()], repeats=1)
+    finally:
+        peer.close()
+    assert [(result.workload, result.system, result.compilations) for result in results] == [("decode B=4", "stand-in", None)]
+    assert results[0].median == pytest.approx(10.0) and peer.versions == {"stand-in": "1"}
+    assert "noise" in capfd.readouterr().err
+
+
+def test_a_peer_that_ends_is_told(monkeypatch, tmp_path, capfd):
+    peer = stand_in(monkeypatch, tmp_path, "sys.exit(3)")
+    with pytest.raises(ValueError, match="the peer 'stand-in' ended with code 3: has .* what benchmarks/README.md asks for"):
+        peer.seconds([[1]], [1], logprobs=False)
+    peer.close()
+
+
+@pytest.mark.reference
+def test_transformers_is_a_peer(folder, tmp_path):
+    bench.write_config(tmp_path, random_model(num_hidden_layers=1)[0])  # no weights beside it: they are made
+    for place in (folder, str(tmp_path)):
+        peer = bench.Peer("transformers", sys.executable, place, "float32", 1000)
+        assert peer.seconds([[1, 2, 3], [4, 5, 6]], [4, 4], logprobs=False) > 0 and "transformers" in peer.versions
+        peer.close()
+
+
+@pytest.mark.reference
+def test_torchs_attention_answers():
+    """The peer of benchmarks/kernels.py."""
+    pytest.importorskip("torch", reason="needs torch")
+    task = dict(sequences=2, context=40, chunk=3, heads=4, kv_heads=2, head_dim=8, dtype="float32", window=5)
+    found = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "torch_attention.py")], input=json.dumps(task) + "\n",
+                           capture_output=True, text=True, check=True)
+    hello, answer = map(json.loads, found.stdout.splitlines())
+    assert hello["device"] == "cpu" and answer["seconds"] > 0

@@ -1,0 +1,96 @@
+"""jaxengine.generate: one engine behind calls with any weights, whatever cuts a call off."""
+import contextlib
+import itertools
+import threading
+
+import jax
+import pytest
+from conftest import bits, random_model
+
+import jaxengine
+from jaxengine import LLM, SamplingParams, functional
+from jaxengine.command.bench import compilations
+from jaxengine.engine.engine import Engine
+from jaxengine.models.params import initialise
+
+PROMPTS, PARAMS = [[5, 6, 7] * 20], SamplingParams(max_tokens=6, ignore_eos=True)
+CONFIG, POLICY = random_model(num_hidden_layers=1, rms_norm_eps=1e-5)  # of a shape that no other test compiles for
+OTHER = initialise(CONFIG, jax.random.key(9), scale=0.1)
+
+
+@pytest.fixture(autouse=True)
+def no_engines(monkeypatch):
+    monkeypatch.setattr(functional, "_engines", {})
+
+
+def generate(policy, **engine):
+    return jaxengine.generate(policy, PROMPTS, PARAMS, key=jax.random.key(0), config=CONFIG,
+                              **dict(max_model_len=128, max_num_seqs=4, num_pages=40) | engine)
+
+
+def test_the_first_call_compiles_each_step_once():
+    with compilations() as names:
+        first = generate(POLICY, max_num_seqs=3)
+    steps = [name for name in names if "step" in name or "history" in name or "pages" in name]
+    assert len(steps) == len(set(steps)) == 4, steps
+    with compilations() as names:
+        assert bits(generate(OTHER, max_num_seqs=3)) != bits(first) == bits(generate(POLICY, max_num_seqs=3))
+    assert not names
+
+
+@pytest.mark.parametrize("behind", [False, True], ids=["before", "behind"])
+@pytest.mark.parametrize("home, name, at", [(Engine, "forget", 1), (Engine, "forget", 2), (Engine, "_recover", 2),
+                                            (Engine, "update_params", 1), (LLM, "generate", 1)])
+def test_an_interrupt_leaves_nothing_of_a_policy_to_the_next(home, name, behind, at, monkeypatch):
+    """Before or behind each call of the method. All weights here are version 0, which pages and contracts are found by."""
+    (expected,) = generate(OTHER)
+    real, calls = getattr(home, name), itertools.count(1)
+
+    def interrupted(*args, **kwargs):
+        now = next(calls) == at
+        if now and not behind:
+            raise KeyboardInterrupt
+        out = real(*args, **kwargs)
+        if now:
+            raise KeyboardInterrupt
+        return out
+
+    with monkeypatch.context() as patched, contextlib.suppress(KeyboardInterrupt):
+        patched.setattr(home, name, interrupted)
+        generate(POLICY)
+    (found,) = generate(OTHER)
+    assert bits([found]) == bits([expected]) and found.digest == expected.digest
+    assert found.num_cached_tokens == expected.num_cached_tokens == 0
+    ((llm, _),) = functional._engines.values()
+    llm.engine.scheduler.check_integrity()
+    assert llm.params is None and not llm.engine.requests and not llm._contracts
+
+
+def test_two_threads_that_call_first_share_an_engine(monkeypatch):
+    made, real, both = [], LLM.from_params, threading.Barrier(2)
+
+    def counted(*args, **kwargs):
+        made.append(real(*args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(LLM, "from_params", counted)
+    answers: list = [None, None]
+
+    def call(index: int) -> None:
+        both.wait()
+        answers[index] = bits(generate((POLICY, OTHER)[index]))
+
+    threads = [threading.Thread(target=call, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 1 and answers == [bits(generate(POLICY)), bits(generate(OTHER))]
+
+
+def test_two_pools_are_kept():
+    engines = []
+    for max_waiting in (40, 41, 40, 42, 40):
+        generate(POLICY, max_waiting=max_waiting)
+        engines.append(next(reversed(functional._engines.values()))[0])
+    assert len(functional._engines) == 2 and engines[0] is engines[2] is engines[4]
