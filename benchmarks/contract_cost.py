@@ -85,8 +85,8 @@ def main() -> None:
             if chosen := [step for step in steps if step.reads_prompts == reads]:
                 print(row(f"{workload}, steps {kind}", chosen), flush=True)
         print(row(f"{workload}, all", steps) + (f" {len(compiled)} functions were compiled meanwhile" if compiled else ""), flush=True)
-    if pinned.engine.programs.refused:
-        print("refused, so not in use:", pinned.engine.programs.refused)
+    if pinned.engine.step_variants.refused:
+        print("refused, so not in use:", pinned.engine.step_variants.refused)
 
 
 if __name__ == "__main__":

@@ -21,9 +21,9 @@ from pallas_kernels.kv_write import kv_write
 from pallas_kernels.matmul import matmul
 from pallas_kernels.matmul_reference import plain
 from pallas_kernels.paged_attention import paged_attention
-from pallas_kernels.paged_attention_inputs import EIGHT_BIT, Blocks, Pages
-from pallas_kernels.sampling import sampling_tail
-from pallas_kernels.sampling_reference import plain_tail
+from pallas_kernels.paged_attention_inputs import EIGHT_BIT, PagedBlocks, Pages
+from pallas_kernels.sampling import draw_and_score
+from pallas_kernels.sampling_reference import plain_draw
 
 WRITES = 100  # of one call, so that bringing the pools into the call is no part of the time
 
@@ -75,13 +75,13 @@ def grouped_rows(implementation: Implementation, cases: Sequence = grouped_cases
 def sampling_rows(implementation: Implementation, cases: Sequence = sampling_cases.DECODER) -> Iterator[Row]:
     for case in cases:
         logits, uniforms = case.operands()
-        ours = jax.jit(functools.partial(sampling_tail, implementation=implementation))
-        yield row(f"sampling {case}", ours, jax.jit(plain_tail), (logits, jnp.full(case.rows, -1), uniforms), 0)
+        ours = jax.jit(functools.partial(draw_and_score, implementation=implementation))
+        yield row(f"sampling {case}", ours, jax.jit(plain_draw), (logits, jnp.full(case.rows, -1), uniforms), 0)
 
 
 # -- attention -----------------------------------------------------------------------------------------------------------------
 
-def attention_operands(case: AttentionCase) -> tuple[Array, Pages, Blocks]:
+def attention_operands(case: AttentionCase) -> tuple[Array, Pages, PagedBlocks]:
     """(queries, a pool of random pages, blocks), made on the device: a case's own pool would be filled on the host, token by token."""
     r = 1 if case.chunk == 1 else QUERY_BLOCK
     blocks, rows = case.blocks(r)
@@ -155,7 +155,7 @@ def many_times(write: Callable) -> Callable:
     return jax.jit(lambda pages, k, v, blocks: jax.lax.fori_loop(0, WRITES, lambda _, pages: write(pages, k, v, blocks), pages))
 
 
-def scatter(pages: Pages, k: Array, v: Array, blocks: Blocks) -> Pages:
+def scatter(pages: Pages, k: Array, v: Array, blocks: PagedBlocks) -> Pages:
     positions = blocks.starts[:, None] + jnp.arange(k.shape[1])
     size = pages.keys.shape[2]
     ids = jnp.take_along_axis(blocks.tables[blocks.slots], positions // size, axis=1)

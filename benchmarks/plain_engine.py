@@ -46,7 +46,7 @@ def plain() -> Iterator[None]:
               (xla, "silu", jax.nn.silu), (sampler, "row_sum", total), (sampler, "exp", jnp.exp),
               (sampling_reference, "row_sum", total), (sampling_reference, "exp", jnp.exp),
               (sampling_reference, "row_cumsum", lambda x: jnp.cumsum(x, -1)), (step_variants, "TILES", TILES),
-              (step_variants, "BASE", TILES["decode"][1]), (step_variants.Programs, "_prove", lambda self, kind, tile, params, cache: (cache, True))]
+              (step_variants, "BASE", TILES["decode"][1]), (step_variants.StepVariants, "_prove", lambda self, kind, tile, params, cache: (cache, True))]
     with contextlib.ExitStack() as stack:
         for owner, name, piece in pieces:
             stack.enter_context(mock.patch.object(owner, name, piece))

@@ -16,7 +16,7 @@ _PLAIN_NAME = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w][\w.-]*", re.ASCII)
 
 
-def resolve(model: str | os.PathLike[str], what: str = "model") -> Path:
+def find_folder(model: str | os.PathLike[str], what: str = "model") -> Path:
     """The folder of `model`: a local folder, else a model that ships by its name, else a hub id "org/name", which is downloaded.
 
     Raises FileNotFoundError that says what was tried, ValueError for what is neither text nor a path; `what` is asked for.

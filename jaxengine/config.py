@@ -107,7 +107,7 @@ class EngineConfig:
     max_logprobs: int = 20
     compile_patience: int = 16  # steps that a better fitting tile is wanted before it is compiled
     max_waiting: int = 100_000
-    canary: bool = False  # look after every step for pages that changed behind the engine's back (canary.py); slow
+    page_checksums: bool = False  # look after every step for pages that changed behind the engine's back (engine/page_checksums.py); slow
     kernels: str = "auto"  # which code computes: one of KERNELS, whose bits differ; "auto" is the device's own
 
     def __post_init__(self) -> None:
@@ -116,7 +116,7 @@ class EngineConfig:
                             ("num_pages", 2), ("decode_steps", 1), ("max_logprobs", 1), ("compile_patience", 0), ("max_waiting", 1)):
             put(name, integer(name, getattr(self, name), least))
         put("gpu_memory_utilization", real("gpu_memory_utilization", self.gpu_memory_utilization, 0.0, 1.0, open_low=True))
-        for name in ("enable_prefix_caching", "overlap", "canary"):
+        for name in ("enable_prefix_caching", "overlap", "page_checksums"):
             put(name, flag(name, getattr(self, name)))
         allowed = [size for size in range(QUERY_BLOCK, KV_TILE + 1, QUERY_BLOCK) if KV_TILE % size == 0]
         if self.page_size not in allowed:
@@ -134,7 +134,7 @@ class EngineConfig:
         return -(-min(PROBE_TOKENS, self.max_model_len) // self.page_size)
 
     @property
-    def prefill_blocks(self) -> int:
+    def prefill_query_blocks(self) -> int:
         """Query blocks that one prefill step can carry."""
         return self.max_num_batched_tokens // QUERY_BLOCK
 

@@ -63,7 +63,7 @@ class Coordinate:
     def to_json(self) -> str:
         bits = np.asarray(self.token_logprobs, np.float32).view(np.uint32).tolist()
         return json.dumps({"contract": self.contract.parts, "key": self.key, "key_folds": self.key_folds,
-                           "prompt_token_ids": self.prompt_token_ids, "sampling_params": changed_params(self.sampling_params),
+                           "prompt_token_ids": self.prompt_token_ids, "sampling_params": changed_sampling(self.sampling_params),
                            "token_ids": self.token_ids, "token_logprob_bits": bits})
 
     @classmethod
@@ -74,18 +74,18 @@ class Coordinate:
             logprobs = np.array(saved["token_logprob_bits"], np.uint32).view(np.float32)
             (high, low), (prompt, sample) = saved["key"], saved["key_folds"]
             return cls(Contract(saved["contract"]), (high, low), (prompt, sample), saved["prompt_token_ids"],
-                       params_of_changes(saved["sampling_params"]), saved["token_ids"], logprobs)
+                       sampling_of_changes(saved["sampling_params"]), saved["token_ids"], logprobs)
         except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"this is no coordinate that Coordinate.to_json wrote: {type(error).__name__}: {error}") from error
 
 
-def changed_params(params: SamplingParams) -> dict[str, Any]:
+def changed_sampling(params: SamplingParams) -> dict[str, Any]:
     """What of the sampling parameters bits depend on and is not the default, ready for JSON."""
     given = {field.name: getattr(params, field.name) for field in dataclasses.fields(SamplingParams) if field.name not in WITHOUT_BITS}
     return {name: value for name, value in given.items() if value != getattr(SamplingParams(), name)}
 
 
-def params_of_changes(changed: dict[str, Any]) -> SamplingParams:
+def sampling_of_changes(changed: dict[str, Any]) -> SamplingParams:
     """The sampling parameters that `changed_params` wrote down."""
     given: dict[str, Any] = {name: [tuple(pair) for pair in value] if name == "logit_bias" else value for name, value in changed.items()}
     return SamplingParams(**given)

@@ -10,11 +10,11 @@ from jaxengine.base.arguments import check_keywords
 from jaxengine.config import ModelConfig
 from jaxengine.device import scoring, trunk
 from jaxengine.engine.weights import check_fits, placed
-from jaxengine.host.admission import check_scored, params_of, prompts_of
+from jaxengine.host.admission import check_scored, prompts_of, sampling_of
 from jaxengine.llm import ENGINE_KEYWORDS, LLM
 from jaxengine.models.decoder import Tile
 from jaxengine.models.params import Decoder
-from jaxengine.ops.kernels import resolve
+from jaxengine.ops.kernels import choose_kernels
 from jaxengine.outputs import RequestOutputs
 from jaxengine.sampling_params import SamplingParams
 from jaxengine.text.tokenizer import Tokenizer
@@ -34,7 +34,7 @@ def generate(params: Decoder, prompts: Any, sampling_params: SamplingParams | Se
     """
     check_keywords("generate", engine, ("params", "prompts", "sampling_params", "key", "config", "tokenizer", *ENGINE_KEYWORDS))
     batch = prompts_of(prompts)
-    params_of(sampling_params, len(batch))  # refused before an engine is built
+    sampling_of(sampling_params, len(batch))  # refused before an engine is built
     if not batch:
         return RequestOutputs()
     check_fits(params, config)
@@ -59,14 +59,14 @@ def score(params: Decoder, tokens: Any, mask: Any, sampling_params: SamplingPara
 
     Differentiable in params by reverse mode, and the same bits under jit and inside `jax.value_and_grad`, at any batch size and padding.
     `kernels` as in EngineConfig: those that generated, whose bits they are. `tile` is the shape of the pinned regions: leave it, unless
-    `llm.engine.programs.refused` names the wide prefill step on your machine.
+    `llm.engine.step_variants.refused` names the wide prefill step on your machine.
     Raises ValueError where shapes do not fit each other or params do not fit config, and for a token outside the vocabulary.
     """
     tokens, mask = jnp.asarray(tokens), jnp.asarray(mask)
     check_scored(tokens, mask, config)
     check_fits(params, config)
-    slots = scoring.slot_params(params_of(sampling_params, tokens.shape[0]), config)
-    logprobs, entropies = scoring.token_logprobs(params, tokens, mask, slots, config=config, kernels=resolve(kernels, config),
+    slots = scoring.sampling_arrays_of(sampling_of(sampling_params, tokens.shape[0]), config)
+    logprobs, entropies = scoring.token_logprobs(params, tokens, mask, slots, model_config=config, kernels=choose_kernels(kernels, config),
                                                  entropy=entropy, tile=tile)
     return (logprobs, entropies) if entropy else logprobs
 

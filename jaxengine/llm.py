@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from checkpoints.model_folder import resolve
+from checkpoints.model_folder import find_folder
 from jaxengine.base.arguments import check_keywords
 from jaxengine.base.keys import key_data, seeded
 from jaxengine.base.progress import Progress
@@ -24,12 +24,11 @@ from jaxengine.engine.engine import Engine, memory
 from jaxengine.engine.runner import Runner, ended
 from jaxengine.engine.to_outputs import render, text_ids
 from jaxengine.engine.weights import check_alive, placed, prepared
-from jaxengine.host.admission import check_scored, extended, make_request, params_of, prompts_of, replayed
-from jaxengine.host.sample import Request
-from jaxengine.host.sample import Sequence as Sample
+from jaxengine.host.admission import check_scored, extended, make_request, prompts_of, replayed, sampling_of
+from jaxengine.host.sample import Request, Sample
 from jaxengine.models import loading
 from jaxengine.models.params import Decoder
-from jaxengine.ops.kernels import resolve as resolve_kernels
+from jaxengine.ops.kernels import choose_kernels
 from jaxengine.outputs import RequestOutput, RequestOutputs
 from jaxengine.sampling_params import SamplingParams
 from jaxengine.text.detokenizer import Detokenizer
@@ -62,7 +61,7 @@ class LLM:
         if tensor_parallel_size != 1 or data_parallel_size != 1 or mesh is not None:
             raise NotImplementedError("this version runs on one device: leave tensor_parallel_size and data_parallel_size at 1")
         self._key = seeded(seed)
-        folder = resolve(model)
+        folder = find_folder(model)
         self.progress = Progress(progress)
         config = loading.read_model_config(folder, dtype=dtype, reduction_leaves=reduction_leaves)
         config_of_engine, text = resolve_engine_config(config, engine), _load_tokenizer(tokenizer, folder)
@@ -96,7 +95,7 @@ class LLM:
 
     @property
     def engine_config(self) -> EngineConfig:
-        return self.engine.config
+        return self.engine.engine_config
 
     def memory_plan(self) -> memory.MemoryPlan:
         """What weights, cache and workspace take on the device."""
@@ -225,11 +224,11 @@ class LLM:
         """
         tokens, mask = np.asarray(tokens), np.asarray(mask)
         check_scored(tokens, mask, self.config)
-        slots = scoring.slot_params(params_of(sampling_params, tokens.shape[0]), self.config)
+        slots = scoring.sampling_arrays_of(sampling_of(sampling_params, tokens.shape[0]), self.config)
         with self.runner.alone():
             assert self.params is not None
             tile = self.engine.proven(trunk.WIDE)
-            logprobs, entropies = scoring.in_batches(self.params, tokens, mask, slots, config=self.config, kernels=self.engine.kernels,
+            logprobs, entropies = scoring.in_batches(self.params, tokens, mask, slots, model_config=self.config, kernels=self.engine.kernels,
                                                       entropy=entropy, tile=tile)
         return (logprobs, entropies) if entropy else logprobs
 
@@ -264,7 +263,7 @@ class LLM:
         for index, request_id in enumerate(request_ids or ()):
             if not isinstance(request_id, str):
                 raise ValueError(f"request_ids[{index}] must be a string, got {request_id!r:.80}")
-        each = params_of(params, len(prompts))
+        each = sampling_of(params, len(prompts))
         if not prompts:
             return []
         data = (0, 0) if key is None else key_data(key)
@@ -306,7 +305,7 @@ class LLM:
 
     def _detokenizer(self, sample: Sample) -> Detokenizer:
         assert self.tokenizer is not None
-        params = sample.request.params
+        params = sample.request.sampling
         detokenizer = Detokenizer(self.tokenizer, stop=params.stop, include_stop_str_in_output=params.include_stop_str_in_output,
                                   skip_special_tokens=params.skip_special_tokens, min_tokens=params.min_tokens)
         detokenizer.push(text_ids(sample))
@@ -349,7 +348,7 @@ def resolve_engine_config(model: ModelConfig, given: dict[str, Any], params: Dec
     on_cpu = jax.devices()[0].platform == "cpu"
     given.setdefault("max_model_len", model.max_position_embeddings)
     given.setdefault("max_num_batched_tokens", CPU_TOKENS if on_cpu else DEVICE_TOKENS)
-    given["kernels"] = resolve_kernels(given.get("kernels", "auto"), model).name
+    given["kernels"] = choose_kernels(given.get("kernels", "auto"), model).name
     config = EngineConfig(**given)
     if config.max_model_len > model.max_position_embeddings:
         raise ValueError(f"max_model_len={config.max_model_len} is more than the model's max_position_embeddings="
@@ -363,5 +362,5 @@ def resolve_engine_config(model: ModelConfig, given: dict[str, Any], params: Dec
 def _load_tokenizer(given: Any, folder: Any) -> Tokenizer | None:
     """The tokenizer asked for, else the model folder's; None where the folder has none (token ids work without)."""
     if given is not None:
-        return Tokenizer.load(resolve(given, "tokenizer"))
+        return Tokenizer.load(find_folder(given, "tokenizer"))
     return Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else None

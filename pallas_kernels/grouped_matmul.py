@@ -10,7 +10,7 @@ from pallas_kernels.grouped_matmul_gpu import grouped_matmul_gpu
 from pallas_kernels.grouped_matmul_reference import grouped_matmul_reference, grouped_plain
 from pallas_kernels.grouped_matmul_tpu import grouped_matmul_tpu
 from pallas_kernels.implementations import Implementation
-from pallas_kernels.sizes import matmul_blocks
+from pallas_kernels.sizes import matmul_sizes
 
 BODIES = {"xla": grouped_matmul_reference, "pallas_tpu": grouped_matmul_tpu, "pallas_gpu": grouped_matmul_gpu,
           "pallas_interpret": functools.partial(grouped_matmul_tpu, interpret=True)}
@@ -39,7 +39,7 @@ def grouped_matmul(x: Float[Array, "M K"], w: Float[Array, "E N K"], group_sizes
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _grouped(implementation: Implementation, out_dtype: jnp.dtype, x, w, group_sizes):
-    blocks = matmul_blocks(implementation.device, w.dtype, w.shape[2], w.shape[3])
+    blocks = matmul_sizes(implementation.device, w.dtype, w.shape[2], w.shape[3])
     return BODIES[implementation.name](x, w, group_sizes, blocks, out_dtype)
 
 

@@ -10,10 +10,10 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.grouped_matmul_reference import visits_of, without_rest
 from pallas_kernels.matmul_gpu import split_sums, zeros
 from pallas_kernels.matmul_reference import finish
-from pallas_kernels.sizes import MatmulBlocks
+from pallas_kernels.sizes import MatmulSizes
 
 
-def _kernel(tiles, experts, starts, ends, x_ref, w_ref, out_ref, *, blocks: MatmulBlocks) -> None:
+def _kernel(tiles, experts, starts, ends, x_ref, w_ref, out_ref, *, blocks: MatmulSizes) -> None:
     visit = pl.program_id(0)
     row, column = tiles[visit] * blocks.rows, pl.program_id(1) * blocks.columns
     (m, inputs), outputs = x_ref.shape, out_ref.shape[1]
@@ -27,7 +27,7 @@ def _kernel(tiles, experts, starts, ends, x_ref, w_ref, out_ref, *, blocks: Matm
     plgpu.store(out_ref.at[pl.ds(row, blocks.rows), pl.ds(column, blocks.columns)], finish(sums, [], None).astype(out_ref.dtype), mask=mine)
 
 
-def grouped_matmul_gpu(x: Float[Array, "M K"], w: Float[Array, "E parts N K"], group_sizes: Int[Array, " E"], blocks: MatmulBlocks,
+def grouped_matmul_gpu(x: Float[Array, "M K"], w: Float[Array, "E parts N K"], group_sizes: Int[Array, " E"], blocks: MatmulSizes,
                        out_dtype: jnp.dtype, *, interpret: bool = False) -> Float[Array, "M N"]:
     """The product visit by visit, all side by side: two visits of a tile store different rows."""
     (m, _), outputs = x.shape, w.shape[2]

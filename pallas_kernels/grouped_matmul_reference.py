@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.matmul_reference import dot, finish
-from pallas_kernels.sizes import MatmulBlocks
+from pallas_kernels.sizes import MatmulSizes
 from pallas_kernels.tiles import padded_rows
 
 
@@ -62,7 +62,7 @@ def grouped_plain(x: Float[Array, "M K"], w: Float[Array, "E parts N K"], group_
 
 
 def grouped_matmul_reference(x: Float[Array, "M K"], w: Float[Array, "E parts N K"], group_sizes: Int[Array, " E"],
-                             blocks: MatmulBlocks, out_dtype: jnp.dtype) -> Float[Array, "M N"]:
+                             blocks: MatmulSizes, out_dtype: jnp.dtype) -> Float[Array, "M N"]:
     """The product visit by visit: a tile of rows times one expert's weights in one dot, of which the expert's own rows are kept."""
     (m, _), (_, parts, outputs, inputs), tile = x.shape, w.shape, blocks.rows
     visits = visits_of(group_sizes, m, tile)

@@ -10,10 +10,10 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.grouped_matmul_reference import rows_of_visit, visits_of, without_rest
 from pallas_kernels.matmul_reference import finish
 from pallas_kernels.matmul_tpu import VMEM_LIMIT, add_block
-from pallas_kernels.sizes import MatmulBlocks
+from pallas_kernels.sizes import MatmulSizes
 
 
-def _kernel(tiles, experts, starts, ends, x_ref, w_ref, out_ref, sum_ref, *, blocks: MatmulBlocks, inputs: int) -> None:
+def _kernel(tiles, experts, starts, ends, x_ref, w_ref, out_ref, sum_ref, *, blocks: MatmulSizes, inputs: int) -> None:
     add_block(x_ref, w_ref, sum_ref, blocks, inputs)
     visit = pl.program_id(1)
 
@@ -25,7 +25,7 @@ def _kernel(tiles, experts, starts, ends, x_ref, w_ref, out_ref, sum_ref, *, blo
         out_ref[...] = jnp.where(rows_of_visit(tiles[visit], blocks.rows, starts[visit], ends[visit]), y, others)
 
 
-def grouped_matmul_tpu(x: Float[Array, "M K"], w: Float[Array, "E parts N K"], group_sizes: Int[Array, " E"], blocks: MatmulBlocks,
+def grouped_matmul_tpu(x: Float[Array, "M K"], w: Float[Array, "E parts N K"], group_sizes: Int[Array, " E"], blocks: MatmulSizes,
                        out_dtype: jnp.dtype, *, interpret: bool = False) -> Float[Array, "M N"]:
     """The product visit by visit. Visits of one tile follow each other, and its result stays in VMEM in between."""
     (m, inputs), (_, parts, outputs, _) = x.shape, w.shape

@@ -8,13 +8,13 @@ from pallas_kernels.implementations import Implementation
 from pallas_kernels.kv_write_gpu import kv_write_gpu
 from pallas_kernels.kv_write_reference import kv_write_reference
 from pallas_kernels.kv_write_tpu import kv_write_tpu
-from pallas_kernels.paged_attention_inputs import EIGHT_BIT, Blocks, Pages, widen
+from pallas_kernels.paged_attention_inputs import EIGHT_BIT, PagedBlocks, Pages, widen
 
 BODIES = {"xla": kv_write_reference, "pallas_tpu": kv_write_tpu, "pallas_gpu": kv_write_gpu,
           "pallas_interpret": functools.partial(kv_write_tpu, interpret=True)}
 
 
-def kv_write(pages: Pages, k: Float[Array, "B r K h"], v: Float[Array, "B r K h"], blocks: Blocks, *,
+def kv_write(pages: Pages, k: Float[Array, "B r K h"], v: Float[Array, "B r K h"], blocks: PagedBlocks, *,
              implementation: Implementation) -> Pages:
     """The pages with k and v of each block's first `counts[b]` tokens at their positions. No two blocks may hold the same position.
 
@@ -30,7 +30,7 @@ def kv_write(pages: Pages, k: Float[Array, "B r K h"], v: Float[Array, "B r K h"
     return pages._replace(keys=keys, values=values)
 
 
-def _check(pages: Pages, k: Array, v: Array, blocks: Blocks) -> None:
+def _check(pages: Pages, k: Array, v: Array, blocks: PagedBlocks) -> None:
     _, num_kv_heads, _, h = pages.keys.shape
     if k.shape != v.shape or k.ndim != 4 or k.shape[2] != num_kv_heads or k.shape[3] > h:
         raise ValueError(f"k and v must be [B, r, {num_kv_heads}, h] with h at most the pages' width of {h}, got {k.shape} and {v.shape}")
@@ -42,7 +42,7 @@ def _check(pages: Pages, k: Array, v: Array, blocks: Blocks) -> None:
         raise ValueError(f"slots, starts and counts must be [{k.shape[0]}] as k, got {[x.shape for x in blocks[1:]]}")
 
 
-def _page_ids(pages: Pages, blocks: Blocks, r: int) -> Array:
+def _page_ids(pages: Pages, blocks: PagedBlocks, r: int) -> Array:
     """The page of each token, [B, r]; any for tokens behind the count."""
     columns = jnp.minimum((blocks.starts[:, None] + jnp.arange(r)) // pages.keys.shape[2], blocks.tables.shape[1] - 1)
     return blocks.tables[blocks.slots[:, None], columns]

@@ -6,10 +6,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array
 
-from pallas_kernels.paged_attention_inputs import Blocks
+from pallas_kernels.paged_attention_inputs import PagedBlocks
 
 
-def kv_write_gpu(keys: Array, values: Array, k: Array, v: Array, blocks: Blocks, *, interpret: bool = False) -> tuple[Array, Array]:
+def kv_write_gpu(keys: Array, values: Array, k: Array, v: Array, blocks: PagedBlocks, *, interpret: bool = False) -> tuple[Array, Array]:
     """Pools `[P, K, p, h]` with the blocks' `[B, r, K, h]` written, in place.
 
     Raises ValueError for a head width that is no power of two: Triton's arrays have such sizes.

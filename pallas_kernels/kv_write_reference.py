@@ -2,10 +2,10 @@
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from pallas_kernels.paged_attention_inputs import Blocks
+from pallas_kernels.paged_attention_inputs import PagedBlocks
 
 
-def kv_write_reference(keys: Array, values: Array, k: Array, v: Array, blocks: Blocks) -> tuple[Array, Array]:
+def kv_write_reference(keys: Array, values: Array, k: Array, v: Array, blocks: PagedBlocks) -> tuple[Array, Array]:
     """Pools `[P, K, p, h]` with the blocks' `[B, r, K, h]` written; tokens behind a count go to no page."""
     num_pages, _, page_size, _ = keys.shape
     tokens = jnp.arange(k.shape[1])

@@ -9,13 +9,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Int
 
-from pallas_kernels.paged_attention_inputs import Blocks
+from pallas_kernels.paged_attention_inputs import PagedBlocks
 from pallas_kernels.paged_attention_tpu import SUBLANE_BYTES, check_pool
 
 AT_ONCE = 8  # tiles under way
 
 
-def kv_write_tpu(keys: Array, values: Array, k: Array, v: Array, blocks: Blocks, *, interpret: bool = False) -> tuple[Array, Array]:
+def kv_write_tpu(keys: Array, values: Array, k: Array, v: Array, blocks: PagedBlocks, *, interpret: bool = False) -> tuple[Array, Array]:
     """Pools `[P, K, p, h]` with the blocks' `[B, r, K, h]` written, in place.
 
     Raises ValueError for pools that a TPU cannot copy tile by tile (paged_attention_tpu.check_pool).
@@ -48,7 +48,7 @@ def kv_write_tpu(keys: Array, values: Array, k: Array, v: Array, blocks: Blocks,
     return keys, values
 
 
-def _touched(blocks: Blocks, r: int, height: int) -> tuple[Int[Array, " E"], Int[Array, " E"], Bool[Array, " E"]]:
+def _touched(blocks: PagedBlocks, r: int, height: int) -> tuple[Int[Array, " E"], Int[Array, " E"], Bool[Array, " E"]]:
     """(slot, tile of its sequence, whether it is one) for every memory tile that a block may touch, padded to a multiple of AT_ONCE."""
     most = (r + height - 2) // height + 1
     tiles = (blocks.starts // height)[:, None] + jnp.arange(most)
@@ -57,7 +57,7 @@ def _touched(blocks: Blocks, r: int, height: int) -> tuple[Int[Array, " E"], Int
     return tuple(jnp.pad(x, (0, -x.shape[0] % AT_ONCE)) for x in flat)  # pyright: ignore
 
 
-def _tokens_of_tiles(blocks: Blocks, slots: Array, tiles: Array, height: int) -> tuple[Array, Array, Bool[Array, "E height"]]:
+def _tokens_of_tiles(blocks: PagedBlocks, slots: Array, tiles: Array, height: int) -> tuple[Array, Array, Bool[Array, "E height"]]:
     """(block, token of the block, whether there is one) for every row of the tiles."""
     positions = (tiles[:, None] * height + jnp.arange(height))[..., None]
     holds = (blocks.slots == slots[:, None, None]) & (positions >= blocks.starts) & (positions < blocks.starts + blocks.counts)

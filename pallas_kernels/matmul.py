@@ -9,7 +9,7 @@ from pallas_kernels.implementations import Implementation
 from pallas_kernels.matmul_gpu import matmul_gpu
 from pallas_kernels.matmul_reference import matmul_reference, plain
 from pallas_kernels.matmul_tpu import matmul_tpu
-from pallas_kernels.sizes import matmul_blocks
+from pallas_kernels.sizes import matmul_sizes
 
 BODIES = {"xla": matmul_reference, "pallas_tpu": matmul_tpu, "pallas_gpu": matmul_gpu,
           "pallas_interpret": functools.partial(matmul_tpu, interpret=True)}
@@ -42,7 +42,7 @@ def _check(x: Array, w: Array, bias: Array | None, residual: Array | None, parts
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _matmul(implementation: Implementation, out_dtype: jnp.dtype, x, w, bias, residual):
-    blocks = matmul_blocks(implementation.device, w.dtype, w.shape[1], w.shape[2])
+    blocks = matmul_sizes(implementation.device, w.dtype, w.shape[1], w.shape[2])
     return BODIES[implementation.name](x, w, bias, residual, blocks, out_dtype)
 
 

@@ -13,7 +13,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.matmul_reference import dot, finish
-from pallas_kernels.sizes import MatmulBlocks
+from pallas_kernels.sizes import MatmulSizes
 
 PROCESSORS = 132  # of an H100; a grid with fewer programs leaves some idle
 
@@ -25,7 +25,7 @@ def load_block(ref, index: tuple, starts: tuple[Array | int, Array | int], shape
     return plgpu.load(ref.at[(*index, *window)], mask=inside[0][:, None] & inside[1][None, :], other=0)
 
 
-def split_sums(x_ref, w_ref, w_index: tuple, row: Array, column: Array, split: Array, blocks: MatmulBlocks, rows_end: int) -> list[Array]:
+def split_sums(x_ref, w_ref, w_index: tuple, row: Array, column: Array, split: Array, blocks: MatmulSizes, rows_end: int) -> list[Array]:
     """The sums over one split of K, a [rows, columns] array for each of the weights' parts."""
     parts, outputs, inputs = w_ref.shape[-3:]
 
@@ -39,7 +39,7 @@ def split_sums(x_ref, w_ref, w_index: tuple, row: Array, column: Array, split: A
     return jax.lax.fori_loop(0, blocks.split // blocks.depth, step, zeros(parts, blocks))
 
 
-def zeros(parts: int, blocks: MatmulBlocks) -> list[Array]:
+def zeros(parts: int, blocks: MatmulSizes) -> list[Array]:
     return [jnp.zeros((blocks.rows, blocks.columns), jnp.float32) for _ in range(parts)]
 
 
@@ -54,7 +54,7 @@ def _finish_tile(sums: list[Array], bias_ref, residual_ref, out_ref, row: Array,
     plgpu.store(out_ref.at[pl.ds(row, rows), pl.ds(column, columns)], y, mask=inside)
 
 
-def _whole(x_ref, w_ref, *refs, blocks: MatmulBlocks, has_bias: bool, has_residual: bool) -> None:
+def _whole(x_ref, w_ref, *refs, blocks: MatmulSizes, has_bias: bool, has_residual: bool) -> None:
     bias_ref, residual_ref, out_ref = _named(refs, has_bias, has_residual)
     row, column = pl.program_id(0) * blocks.rows, pl.program_id(1) * blocks.columns
     num_splits = pl.cdiv(x_ref.shape[1], blocks.split)
@@ -66,7 +66,7 @@ def _whole(x_ref, w_ref, *refs, blocks: MatmulBlocks, has_bias: bool, has_residu
     _finish_tile(sums, bias_ref, residual_ref, out_ref, row, column)
 
 
-def _one_split(x_ref, w_ref, out_ref, *, blocks: MatmulBlocks) -> None:
+def _one_split(x_ref, w_ref, out_ref, *, blocks: MatmulSizes) -> None:
     row, column, split = pl.program_id(0) * blocks.rows, pl.program_id(1) * blocks.columns, pl.program_id(2)
     m, outputs = out_ref.shape[-2:]
     inside = (row + jnp.arange(blocks.rows) < m)[:, None] & (column + jnp.arange(blocks.columns) < outputs)[None, :]
@@ -74,7 +74,7 @@ def _one_split(x_ref, w_ref, out_ref, *, blocks: MatmulBlocks) -> None:
         plgpu.store(out_ref.at[split, np.int32(part), pl.ds(row, blocks.rows), pl.ds(column, blocks.columns)], total, mask=inside)
 
 
-def _add_splits(partial_ref, *refs, blocks: MatmulBlocks, has_bias: bool, has_residual: bool) -> None:
+def _add_splits(partial_ref, *refs, blocks: MatmulSizes, has_bias: bool, has_residual: bool) -> None:
     bias_ref, residual_ref, out_ref = _named(refs, has_bias, has_residual)
     row, column = pl.program_id(0) * blocks.rows, pl.program_id(1) * blocks.columns
     num_splits, parts = partial_ref.shape[:2]
@@ -92,7 +92,7 @@ def _named(refs: tuple, has_bias: bool, has_residual: bool) -> tuple:
 
 
 def matmul_gpu(x: Float[Array, "M K"], w: Float[Array, "parts N K"], bias: Float[Array, "parts N"] | None,
-               residual: Float[Array, "M N"] | None, blocks: MatmulBlocks, out_dtype: jnp.dtype, *, interpret: bool = False,
+               residual: Float[Array, "M N"] | None, blocks: MatmulSizes, out_dtype: jnp.dtype, *, interpret: bool = False,
                side_by_side: bool | None = None) -> Float[Array, "M N"]:
     """The product by tiles. `side_by_side` runs the splits of K in parallel; by default where the tiles alone leave processors idle."""
     (m, inputs), (parts, outputs, _) = x.shape, w.shape

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.pinned_math import silu
-from pallas_kernels.sizes import MatmulBlocks
+from pallas_kernels.sizes import MatmulSizes
 from pallas_kernels.tiles import by_tiles
 
 
@@ -29,7 +29,7 @@ def plain(x: Float[Array, "M K"], w: Float[Array, "parts N K"], bias: Float[Arra
 
 
 def matmul_reference(x: Float[Array, "M K"], w: Float[Array, "parts N K"], bias: Float[Array, "parts N"] | None,
-                     residual: Float[Array, "M N"] | None, blocks: MatmulBlocks, out_dtype: jnp.dtype) -> Float[Array, "M N"]:
+                     residual: Float[Array, "M N"] | None, blocks: MatmulSizes, out_dtype: jnp.dtype) -> Float[Array, "M N"]:
     """The product tile by tile of rows, each tile's sum over K in one dot."""
     extra = () if residual is None else (residual,)
     body = lambda x, *extra: plain(x, w, bias, *extra, *(None,) * (1 - len(extra))).astype(out_dtype)

@@ -8,7 +8,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.matmul_reference import dot, finish
-from pallas_kernels.sizes import MatmulBlocks
+from pallas_kernels.sizes import MatmulSizes
 
 VMEM_LIMIT = 48 * 2**20  # bytes: above the compiler's own 16 MiB, below every generation's VMEM
 
@@ -19,7 +19,7 @@ def within(x: Array, first: Array, size: int) -> Array:
     return jnp.where(columns < size, x, jnp.zeros_like(x))
 
 
-def add_block(x_ref, w_ref, sum_ref, blocks: MatmulBlocks, inputs: int) -> None:
+def add_block(x_ref, w_ref, sum_ref, blocks: MatmulSizes, inputs: int) -> None:
     """sum_ref [parts, rows, columns] += the products of one block, a dot of one fixed shape for each row tile and part."""
     k = pl.program_id(2)
 
@@ -35,7 +35,7 @@ def add_block(x_ref, w_ref, sum_ref, blocks: MatmulBlocks, inputs: int) -> None:
             sum_ref[part, rows] += dot(cut(x_ref[rows]), w)
 
 
-def _kernel(*refs, blocks: MatmulBlocks, inputs: int, has_bias: bool, has_residual: bool) -> None:
+def _kernel(*refs, blocks: MatmulSizes, inputs: int, has_bias: bool, has_residual: bool) -> None:
     refs = list(refs)
     x_ref, w_ref = refs.pop(0), refs.pop(0)
     bias_ref = refs.pop(0) if has_bias else None
@@ -52,7 +52,7 @@ def _kernel(*refs, blocks: MatmulBlocks, inputs: int, has_bias: bool, has_residu
 
 
 def matmul_tpu(x: Float[Array, "M K"], w: Float[Array, "parts N K"], bias: Float[Array, "parts N"] | None,
-               residual: Float[Array, "M N"] | None, blocks: MatmulBlocks, out_dtype: jnp.dtype, *, interpret: bool = False
+               residual: Float[Array, "M N"] | None, blocks: MatmulSizes, out_dtype: jnp.dtype, *, interpret: bool = False
                ) -> Float[Array, "M N"]:
     """The product by blocks. Row tiles that share a fetched block of weights: as many as M has, up to the table's."""
     (m, inputs), (parts, outputs, _) = x.shape, w.shape

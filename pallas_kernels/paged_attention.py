@@ -6,17 +6,17 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.implementations import Implementation
 from pallas_kernels.paged_attention_gpu import paged_attention_gpu
-from pallas_kernels.paged_attention_inputs import EIGHT_BIT, Blocks, Pages, Scoring
+from pallas_kernels.paged_attention_inputs import EIGHT_BIT, PagedBlocks, Pages, Scoring
 from pallas_kernels.paged_attention_reference import paged_attention_reference
 from pallas_kernels.paged_attention_tpu import paged_attention_tpu
-from pallas_kernels.sizes_attention import AttentionBlocks, attention_blocks
+from pallas_kernels.sizes_attention import AttentionSizes, attention_sizes
 
 BODIES = {"xla": paged_attention_reference, "pallas_tpu": paged_attention_tpu, "pallas_gpu": paged_attention_gpu,
           "pallas_interpret": functools.partial(paged_attention_tpu, interpret=True)}
 DTYPES = ("bfloat16", "float16", "float32", *EIGHT_BIT)
 
 
-def paged_attention(q: Float[Array, "B r H h"], pages: Pages, blocks: Blocks, *, scoring: Scoring, implementation: Implementation,
+def paged_attention(q: Float[Array, "B r H h"], pages: Pages, blocks: PagedBlocks, *, scoring: Scoring, implementation: Implementation,
                     sinks: Float[Array, " H"] | None = None) -> Float[Array, "B r H h"]:
     """Causal attention of query blocks over their sequences' pages, in float32; 0 for tokens behind a block's count.
 
@@ -27,12 +27,12 @@ def paged_attention(q: Float[Array, "B r H h"], pages: Pages, blocks: Blocks, *,
     """
     _check(q, pages, blocks, sinks)
     _, num_kv_heads, page_size, head_dim = pages.keys.shape
-    sizes = attention_blocks(implementation.device, pages.keys.dtype, num_kv_heads, head_dim)
+    sizes = attention_sizes(implementation.device, pages.keys.dtype, num_kv_heads, head_dim)
     _check_page_size(page_size, sizes)
     return BODIES[implementation.name](q, pages, blocks, sinks, scoring, sizes)
 
 
-def _check(q: Array, pages: Pages, blocks: Blocks, sinks: Array | None) -> None:
+def _check(q: Array, pages: Pages, blocks: PagedBlocks, sinks: Array | None) -> None:
     keys, values = pages.keys, pages.values
     if keys.ndim != 4 or keys.shape != values.shape or keys.dtype != values.dtype:
         found = " and ".join(f"{x.dtype}{x.shape}" for x in (keys, values))
@@ -53,7 +53,7 @@ def _check(q: Array, pages: Pages, blocks: Blocks, sinks: Array | None) -> None:
         raise ValueError(f"sinks must be [{q.shape[2]}], one for each query head, got {sinks.shape}")
 
 
-def _check_page_size(page_size: int, sizes: AttentionBlocks) -> None:
+def _check_page_size(page_size: int, sizes: AttentionSizes) -> None:
     if sizes.kv_tile % page_size:
         allowed = [n for n in range(1, sizes.kv_tile + 1) if sizes.kv_tile % n == 0]
         raise ValueError(f"the page size must divide the tile of {sizes.kv_tile} keys, got {page_size}; allowed are {allowed}")

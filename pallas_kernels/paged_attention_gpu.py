@@ -12,15 +12,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.paged_attention_inputs import NO_TOKEN, Blocks, Pages, Scoring, arrange, restore, sinks_of_rows, tokens_of_rows
+from pallas_kernels.paged_attention_inputs import NO_TOKEN, PagedBlocks, Pages, Scoring, arrange, restore, sinks_of_rows, tokens_of_rows
 from pallas_kernels.paged_attention_softmax import Partial, combine, empty, finish, fold, key_range, scores_of, visible
-from pallas_kernels.sizes_attention import AttentionBlocks
+from pallas_kernels.sizes_attention import AttentionSizes
 
 WHOLE = pl.BlockSpec(memory_space=pl.ANY)
 
 
-def paged_attention_gpu(q: Float[Array, "B r H h"], pages: Pages, blocks: Blocks, sinks: Float[Array, " H"] | None, scoring: Scoring,
-                        sizes: AttentionBlocks, *, interpret: bool = False, side_by_side: bool | None = None) -> Float[Array, "B r H h"]:
+def paged_attention_gpu(q: Float[Array, "B r H h"], pages: Pages, blocks: PagedBlocks, sinks: Float[Array, " H"] | None, scoring: Scoring,
+                        sizes: AttentionSizes, *, interpret: bool = False, side_by_side: bool | None = None) -> Float[Array, "B r H h"]:
     """Attention over pages. `side_by_side`: whether splits are programs of their own; unless given, when decoding.
 
     Raises ValueError for a head width that is no power of two from 16 on: Triton's arrays have such sizes.
@@ -46,7 +46,7 @@ def paged_attention_gpu(q: Float[Array, "B r H h"], pages: Pages, blocks: Blocks
     return restore(out, q)
 
 
-def _call(rows: Array, sizes: AttentionBlocks, interpret: bool, kernel, name: str, more_programs: tuple[int, ...], inputs, out_shape=None):
+def _call(rows: Array, sizes: AttentionSizes, interpret: bool, kernel, name: str, more_programs: tuple[int, ...], inputs, out_shape=None):
     """`kernel(*inputs' refs, out's refs)` for every block, key-value head and tile of rows."""
     out_shape = jax.ShapeDtypeStruct(rows.shape, jnp.float32) if out_shape is None else out_shape
     return pl.pallas_call(
@@ -61,12 +61,12 @@ def _call(rows: Array, sizes: AttentionBlocks, interpret: bool, kernel, name: st
     )(*inputs)
 
 
-def _at(sizes: AttentionBlocks) -> tuple:
+def _at(sizes: AttentionSizes) -> tuple:
     """The (block, key-value head, rows) of this program."""
     return pl.program_id(0), pl.program_id(1), pl.ds(pl.program_id(2) * sizes.rows, sizes.rows)
 
 
-def _in_turn(blocks: Blocks, tokens, rows, pages: Pages, sinks, out, *, scoring: Scoring, sizes: AttentionBlocks) -> None:
+def _in_turn(blocks: PagedBlocks, tokens, rows, pages: Pages, sinks, out, *, scoring: Scoring, sizes: AttentionSizes) -> None:
     """All of a context's splits, then the attention."""
     at = _at(sizes)
     attend, first, end = _reader(blocks, tokens, rows, pages, at, scoring, sizes)
@@ -75,7 +75,7 @@ def _in_turn(blocks: Blocks, tokens, rows, pages: Pages, sinks, out, *, scoring:
     out[at] = finish(done, sinks[0][at[1:]] if sinks else None)
 
 
-def _one_split(blocks: Blocks, tokens, rows, pages: Pages, *out, scoring: Scoring, sizes: AttentionBlocks) -> None:
+def _one_split(blocks: PagedBlocks, tokens, rows, pages: Pages, *out, scoring: Scoring, sizes: AttentionSizes) -> None:
     """One split's partial result, where the context has it."""
     at, s = _at(sizes), pl.program_id(3)
     attend, first, end = _reader(blocks, tokens, rows, pages, at, scoring, sizes)
@@ -96,7 +96,7 @@ def _cells(at: tuple, tokens, shape: tuple[int, int], s) -> tuple[tuple, Array]:
     return (s, b, k, rows, columns), mask
 
 
-def _join(blocks: Blocks, tokens, partials: Partial, sinks, out, *, scoring: Scoring, sizes: AttentionBlocks) -> None:
+def _join(blocks: PagedBlocks, tokens, partials: Partial, sinks, out, *, scoring: Scoring, sizes: AttentionSizes) -> None:
     """The splits' partial results in their order. Rows that only fill a tile were not written and are not read back."""
     at = _at(sizes)
     first, end = key_range(blocks.starts[at[0]], blocks.counts[at[0]], scoring.window)
@@ -111,7 +111,7 @@ def _join(blocks: Blocks, tokens, partials: Partial, sinks, out, *, scoring: Sco
     out[at] = finish(done, sinks[0][at[1:]] if sinks else None)
 
 
-def _reader(blocks: Any, tokens: Any, rows: Any, pages: Any, at: tuple, scoring: Scoring, sizes: AttentionBlocks):
+def _reader(blocks: Any, tokens: Any, rows: Any, pages: Any, at: tuple, scoring: Scoring, sizes: AttentionSizes):
     """(split -> its partial result, first and end of the positions whose keys the block sees)."""
     b, k, m = at
     slot, start, count = blocks.slots[b], blocks.starts[b], blocks.counts[b]

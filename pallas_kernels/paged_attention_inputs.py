@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.pinned_math import LOG2_E
-from pallas_kernels.sizes_attention import AttentionBlocks
+from pallas_kernels.sizes_attention import AttentionSizes
 
 EIGHT_BIT = ("int8", "float8_e4m3fn")
 NO_TOKEN = 2**30  # the token of a row that only fills a tile: behind every count
@@ -24,7 +24,7 @@ class Pages(NamedTuple):
     value_scales: Float[Array, "P K"] | None = None
 
 
-class Blocks(NamedTuple):
+class PagedBlocks(NamedTuple):
     """Query blocks: `counts[b]` consecutive tokens of the sequence in `slots[b]`, the first at position `starts[b]`.
 
     Decoding is one token to a block; a chunk of a prompt is cut into blocks, of which the last may be short. Padding has count 0.
@@ -96,6 +96,6 @@ def restore(out: Float[Array, "B K m h"], like: Float[Array, "B r H _"]) -> Floa
     return out.transpose(0, 2, 1, 3, 4).reshape(batch, r, num_heads, h)[..., :width]
 
 
-def cover_tiles(tables: Int[Array, "S n"], page_size: int, blocks: AttentionBlocks) -> Int[Array, "S n2"]:
+def cover_tiles(tables: Int[Array, "S n"], page_size: int, blocks: AttentionSizes) -> Int[Array, "S n2"]:
     """Tables widened to whole tiles of keys. What is added lies behind every context and is never followed."""
     return jnp.pad(tables, ((0, 0), (0, -tables.shape[1] % (blocks.kv_tile // page_size))))

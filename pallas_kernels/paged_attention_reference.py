@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.paged_attention_inputs import (
-    Blocks,
+    PagedBlocks,
     Pages,
     Scoring,
     arrange,
@@ -15,11 +15,11 @@ from pallas_kernels.paged_attention_inputs import (
 )
 from pallas_kernels.paged_attention_softmax import Partial, combine, empty, finish, fold, key_range, scores_of, visible
 from pallas_kernels.pinned_math import row_sum
-from pallas_kernels.sizes_attention import AttentionBlocks
+from pallas_kernels.sizes_attention import AttentionSizes
 
 
-def paged_attention_reference(q: Float[Array, "B r H h"], pages: Pages, blocks: Blocks, sinks: Float[Array, " H"] | None,
-                              scoring: Scoring, sizes: AttentionBlocks) -> Float[Array, "B r H h"]:
+def paged_attention_reference(q: Float[Array, "B r H h"], pages: Pages, blocks: PagedBlocks, sinks: Float[Array, " H"] | None,
+                              scoring: Scoring, sizes: AttentionSizes) -> Float[Array, "B r H h"]:
     """Attention over pages. Loops over tiles and splits have bounds known at run time only, so that XLA compiles their bodies apart."""
     batch, r, num_heads, _ = q.shape
     _, num_kv_heads, page_size, _ = pages.keys.shape
@@ -40,7 +40,7 @@ def paged_attention_reference(q: Float[Array, "B r H h"], pages: Pages, blocks: 
     return restore(out.reshape(rows.shape), q)
 
 
-def _attend(q, tokens, pages: Pages, k, table, start, count, scoring: Scoring, sizes: AttentionBlocks) -> Partial:
+def _attend(q, tokens, pages: Pages, k, table, start, count, scoring: Scoring, sizes: AttentionSizes) -> Partial:
     """One tile of rows over all keys that its block sees."""
     first, end = key_range(start, count, scoring.window)
     rows, h = q.shape

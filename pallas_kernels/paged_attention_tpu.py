@@ -9,7 +9,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.paged_attention_inputs import (
-    Blocks,
+    PagedBlocks,
     Pages,
     Scoring,
     arrange,
@@ -20,14 +20,14 @@ from pallas_kernels.paged_attention_inputs import (
 )
 from pallas_kernels.paged_attention_softmax import Partial, combine, empty, finish, fold, key_range, scores_of, visible
 from pallas_kernels.sizes import LANES
-from pallas_kernels.sizes_attention import AttentionBlocks
+from pallas_kernels.sizes_attention import AttentionSizes
 
 VMEM_LIMIT = 64 * 2**20  # bytes: above the compiler's own 16 MiB, below every generation's VMEM
 SUBLANE_BYTES = 32  # rows of a tile in memory times bytes of a number
 
 
-def paged_attention_tpu(q: Float[Array, "B r H h"], pages: Pages, blocks: Blocks, sinks: Float[Array, " H"] | None, scoring: Scoring,
-                        sizes: AttentionBlocks, *, interpret: bool = False) -> Float[Array, "B r H h"]:
+def paged_attention_tpu(q: Float[Array, "B r H h"], pages: Pages, blocks: PagedBlocks, sinks: Float[Array, " H"] | None, scoring: Scoring,
+                        sizes: AttentionSizes, *, interpret: bool = False) -> Float[Array, "B r H h"]:
     """Attention over pages; slots, starts and counts are read as scalars before the queries come, and a block's table with it: all
     tables of an engine with long contexts are more than the scalar memory holds.
 
@@ -88,13 +88,13 @@ def _scales_of_positions(pages: Pages, tables: Array, page_size: int) -> list[Ar
     return [spread(pool) for pool in (pages.key_scales, pages.value_scales) if pool is not None]
 
 
-def _buffers(pools: list[Array], num_kv_heads: int, sizes: AttentionBlocks) -> list:
+def _buffers(pools: list[Array], num_kv_heads: int, sizes: AttentionSizes) -> list:
     """Two tiles of every pool: one is used while the other is copied."""
     tile = lambda pool: (num_kv_heads, sizes.kv_tile, *pool.shape[3:])
     return [pltpu.VMEM((2, *tile(pool)), pool.dtype) for pool in pools]
 
 
-def _kernel(slots, starts, counts, table, q, tokens, *refs, has_sinks: bool, scoring: Scoring, sizes: AttentionBlocks, page_size: int):
+def _kernel(slots, starts, counts, table, q, tokens, *refs, has_sinks: bool, scoring: Scoring, sizes: AttentionSizes, page_size: int):
     refs = list(refs)
     sinks = refs.pop(0) if has_sinks else None
     num_pools = (len(refs) - 8) // 2
@@ -138,7 +138,7 @@ def _kernel(slots, starts, counts, table, q, tokens, *refs, has_sinks: bool, sco
     _each_tile_of_rows(q, sizes.rows, write)
 
 
-def _fold_tile(q, tokens, buffers, partial: Partial, in_context, sees, scoring: Scoring, sizes: AttentionBlocks) -> None:
+def _fold_tile(q, tokens, buffers, partial: Partial, in_context, sees, scoring: Scoring, sizes: AttentionSizes) -> None:
     """One tile of keys into the partial results of every head and tile of rows."""
     keys, values, *scales = buffers
     dtype = q.dtype

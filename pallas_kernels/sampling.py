@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.implementations import Implementation
 from pallas_kernels.sampling_gpu import sampling_gpu
-from pallas_kernels.sampling_reference import Tail, sampling_reference
+from pallas_kernels.sampling_reference import Draw, sampling_reference
 from pallas_kernels.sampling_tpu import sampling_tpu
 from pallas_kernels.sizes import VOCAB_BLOCK
 
@@ -16,8 +16,8 @@ BODIES = {"xla": sampling_reference, "pallas_tpu": sampling_tpu, "pallas_gpu": s
           "pallas_interpret": functools.partial(sampling_tpu, interpret=True)}
 
 
-def sampling_tail(logits: Float[Array, "t V"], given: Int[Array, " t"], uniforms: Float[Array, "t 2"] | None = None, *,
-                  implementation: Implementation) -> Tail:
+def draw_and_score(logits: Float[Array, "t V"], given: Int[Array, " t"], uniforms: Float[Array, "t 2"] | None = None, *,
+                  implementation: Implementation) -> Draw:
     """A token for each row and its logprob under softmax(logits), the same bits whether the token is drawn or given.
 
     logits are those of the distribution to draw from; -inf is never drawn, and a row should hold a finite one. uniforms in [0, 1) pick a

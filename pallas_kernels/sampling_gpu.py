@@ -8,7 +8,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.pinned_math import exp
-from pallas_kernels.sampling_reference import Tail, first_above
+from pallas_kernels.sampling_reference import Draw, first_above
 from pallas_kernels.sizes import VOCAB_BLOCK
 
 BLOCKS_AT_ONCE = 16  # of one program
@@ -43,7 +43,7 @@ def _draw(high_ref, mass_ref, x_ref, uniform_ref, given_ref, token_ref, logprob_
 
 
 def sampling_gpu(logits: Float[Array, "t V"], uniforms: Float[Array, "t 2"], given: Int[Array, " t"], *, interpret: bool = False
-                 ) -> Tail:
+                 ) -> Draw:
     """A program a row, and before it one for every BLOCKS_AT_ONCE blocks."""
     t, vocab = logits.shape
     width = max(pl.next_power_of_2(vocab // VOCAB_BLOCK), BLOCKS_AT_ONCE)  # Triton's arrays are powers of two; blocks behind V have no mass
@@ -52,4 +52,4 @@ def sampling_gpu(logits: Float[Array, "t V"], uniforms: Float[Array, "t 2"], giv
     highs, masses = call(functools.partial(_measure, vocab=vocab), grid=(t, width // BLOCKS_AT_ONCE), out_shape=[of_blocks, of_blocks],
                          name="sampling_gpu_masses")(logits)
     out = [jax.ShapeDtypeStruct((t,), dtype) for dtype in (jnp.int32, jnp.float32, jnp.float32, jnp.float32)]
-    return Tail(*call(_draw, grid=(t,), out_shape=out, name="sampling_gpu_draw")(highs, masses, logits, uniforms, given))
+    return Draw(*call(_draw, grid=(t,), out_shape=out, name="sampling_gpu_draw")(highs, masses, logits, uniforms, given))

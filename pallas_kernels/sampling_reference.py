@@ -13,7 +13,7 @@ TILE = 8  # rows
 NEVER = 2**30  # behind every index
 
 
-class Tail(NamedTuple):
+class Draw(NamedTuple):
     """What the end of a step says of each row; the last two are what all its logprobs follow from."""
 
     tokens: Int[Array, " t"]
@@ -66,14 +66,14 @@ def first_above(weights: Float[Array, "r c"], cumulative: Float[Array, "r c"], i
     return jnp.where(first < NEVER, first, jnp.maximum(jnp.max(jnp.where(positive, index, -1)), 0))
 
 
-def plain_tail(logits: Float[Array, "t V"], given: Int[Array, " t"], uniforms: Float[Array, "t 2"] | None = None) -> Tail:
+def plain_draw(logits: Float[Array, "t V"], given: Int[Array, " t"], uniforms: Float[Array, "t 2"] | None = None) -> Draw:
     """All rows at once. Their bits are their own within a pinned tile of rows."""
     highs, log_masses = _normaliser(logits)
     logprobs = (logits - highs[:, None]) - log_masses[:, None]
     tokens = given if uniforms is None else jnp.where(given >= 0, given, draw_blocks(logprobs, uniforms))
-    return Tail(tokens, jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0], highs, log_masses)
+    return Draw(tokens, jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0], highs, log_masses)
 
 
-def sampling_reference(logits: Float[Array, "t V"], uniforms: Float[Array, "t 2"], given: Int[Array, " t"]) -> Tail:
+def sampling_reference(logits: Float[Array, "t V"], uniforms: Float[Array, "t 2"], given: Int[Array, " t"]) -> Draw:
     """TILE rows at a time."""
-    return by_tiles(plain_tail, TILE, logits, given, uniforms)
+    return by_tiles(plain_draw, TILE, logits, given, uniforms)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.matmul_tpu import VMEM_LIMIT
 from pallas_kernels.pinned_math import exp
-from pallas_kernels.sampling_reference import Tail, first_above
+from pallas_kernels.sampling_reference import Draw, first_above
 from pallas_kernels.sizes import VOCAB_BLOCK
 
 CHUNK = 128  # blocks
@@ -84,7 +84,7 @@ def _kernel(uniform_ref, given_ref, x_ref, token_ref, logprob_ref, high_ref, log
 
 
 def sampling_tpu(logits: Float[Array, "t V"], uniforms: Float[Array, "t 2"], given: Int[Array, " t"], *, interpret: bool = False
-                 ) -> Tail:
+                 ) -> Draw:
     """A row at a time."""
     t, num_blocks = logits.shape[0], logits.shape[1] // VOCAB_BLOCK
     chunks = pl.cdiv(num_blocks, CHUNK)
@@ -101,4 +101,4 @@ def sampling_tpu(logits: Float[Array, "t V"], uniforms: Float[Array, "t 2"], giv
         name="sampling_tpu",
         interpret=interpret,
     )(uniforms, given, logits.reshape(t, num_blocks, VOCAB_BLOCK))
-    return Tail(*(x[:, 0, 0] for x in found))
+    return Draw(*(x[:, 0, 0] for x in found))

@@ -22,7 +22,7 @@ FAMILIES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class MatmulBlocks:
+class MatmulSizes:
     """One dot is [rows, depth] x [columns, depth]; along K the dots' results are added one after the other."""
 
     rows: int
@@ -33,16 +33,16 @@ class MatmulBlocks:
 
 
 MATMUL = {
-    ("TPU v5e", "bfloat16"): MatmulBlocks(128, 512, 512, 4, 0),
-    ("TPU v5e", "float32"): MatmulBlocks(128, 256, 512, 4, 0),
-    ("TPU v5p", "bfloat16"): MatmulBlocks(128, 512, 512, 4, 0),
-    ("TPU v5p", "float32"): MatmulBlocks(128, 256, 512, 4, 0),
-    ("TPU v6e", "bfloat16"): MatmulBlocks(128, 512, 512, 8, 0),
-    ("TPU v6e", "float32"): MatmulBlocks(128, 256, 512, 8, 0),
-    ("Hopper", "bfloat16"): MatmulBlocks(64, 64, 64, 1, 512),
-    ("Hopper", "float32"): MatmulBlocks(32, 32, 32, 1, 512),
-    (INTERPRETED, "bfloat16"): MatmulBlocks(16, 128, 128, 2, 0),
-    (INTERPRETED, "float32"): MatmulBlocks(16, 128, 128, 2, 0),
+    ("TPU v5e", "bfloat16"): MatmulSizes(128, 512, 512, 4, 0),
+    ("TPU v5e", "float32"): MatmulSizes(128, 256, 512, 4, 0),
+    ("TPU v5p", "bfloat16"): MatmulSizes(128, 512, 512, 4, 0),
+    ("TPU v5p", "float32"): MatmulSizes(128, 256, 512, 4, 0),
+    ("TPU v6e", "bfloat16"): MatmulSizes(128, 512, 512, 8, 0),
+    ("TPU v6e", "float32"): MatmulSizes(128, 256, 512, 8, 0),
+    ("Hopper", "bfloat16"): MatmulSizes(64, 64, 64, 1, 512),
+    ("Hopper", "float32"): MatmulSizes(32, 32, 32, 1, 512),
+    (INTERPRETED, "bfloat16"): MatmulSizes(16, 128, 128, 2, 0),
+    (INTERPRETED, "float32"): MatmulSizes(16, 128, 128, 2, 0),
 }
 
 
@@ -55,7 +55,7 @@ def device_family(kind: str) -> tuple[str, str]:
     return FAMILIES[names[0]]
 
 
-def matmul_blocks(device: str, dtype: np.dtype, outputs: int, inputs: int) -> MatmulBlocks:
+def matmul_sizes(device: str, dtype: np.dtype, outputs: int, inputs: int) -> MatmulSizes:
     """Blocks for weights [outputs, inputs] of a dtype on a device of the table.
 
     Raises ValueError for a dtype without a row. A depth that divides K needs no mask: the largest such one is taken, if it is no less

@@ -12,7 +12,7 @@ from pallas_kernels.sizes import INTERPRETED
 
 
 @dataclasses.dataclass(frozen=True)
-class AttentionBlocks:
+class AttentionSizes:
     """One dot is [rows, h] x [kv_tile, h]."""
 
     rows: int  # queries (token and head of a group) of one key-value head, padded to a multiple of this
@@ -26,22 +26,22 @@ class AttentionBlocks:
 
 
 ATTENTION = {
-    ("TPU v5e", "wide"): AttentionBlocks(32, 128, 16),
-    ("TPU v5e", "narrow"): AttentionBlocks(32, 256, 8),
-    ("TPU v5p", "wide"): AttentionBlocks(32, 128, 16),
-    ("TPU v5p", "narrow"): AttentionBlocks(32, 256, 8),
-    ("TPU v6e", "wide"): AttentionBlocks(32, 128, 16),
-    ("TPU v6e", "narrow"): AttentionBlocks(32, 256, 8),
-    ("Hopper", "wide"): AttentionBlocks(64, 32, 32),
-    ("Hopper", "narrow"): AttentionBlocks(64, 64, 16),
-    (INTERPRETED, "wide"): AttentionBlocks(16, 32, 2),
-    (INTERPRETED, "narrow"): AttentionBlocks(16, 32, 2),
+    ("TPU v5e", "wide"): AttentionSizes(32, 128, 16),
+    ("TPU v5e", "narrow"): AttentionSizes(32, 256, 8),
+    ("TPU v5p", "wide"): AttentionSizes(32, 128, 16),
+    ("TPU v5p", "narrow"): AttentionSizes(32, 256, 8),
+    ("TPU v6e", "wide"): AttentionSizes(32, 128, 16),
+    ("TPU v6e", "narrow"): AttentionSizes(32, 256, 8),
+    ("Hopper", "wide"): AttentionSizes(64, 32, 32),
+    ("Hopper", "narrow"): AttentionSizes(64, 64, 16),
+    (INTERPRETED, "wide"): AttentionSizes(16, 32, 2),
+    (INTERPRETED, "narrow"): AttentionSizes(16, 32, 2),
 }
 TPU_KEY_BYTES = 8 * 128 * 2  # of one position's keys, all heads: wider ones take the shorter tile
 GPU_KEY_BYTES = 128 * 2  # of one head's key: a GPU's block takes one head
 
 
-def attention_blocks(device: str, dtype: jnp.dtype, num_kv_heads: int, head_dim: int) -> AttentionBlocks:
+def attention_sizes(device: str, dtype: jnp.dtype, num_kv_heads: int, head_dim: int) -> AttentionSizes:
     """Blocks for a cache of that dtype and geometry on a device of the table."""
     head_bytes = jnp.dtype(dtype).itemsize * head_dim
     is_wide = head_bytes > GPU_KEY_BYTES if device == "Hopper" else head_bytes * num_kv_heads > TPU_KEY_BYTES

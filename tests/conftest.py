@@ -12,12 +12,12 @@ import jax
 import numpy as np
 import pytest
 
-from checkpoints.model_folder import resolve
+from checkpoints.model_folder import find_folder
 from jaxengine import LLM
 from jaxengine.config import QUERY_BLOCK, EngineConfig, ModelConfig, RopeConfig
 from jaxengine.device import steps
 from jaxengine.device.kv_cache import Cache
-from jaxengine.device.step_inputs import Blocks, Copies
+from jaxengine.device.step_inputs import Copies, QueryBlocks
 from jaxengine.engine.batch import BatchBuilder, rows_of
 from jaxengine.engine.step_variants import TILES
 from jaxengine.models.decoder import Tile
@@ -79,8 +79,8 @@ def step_call(kind: str, engine: EngineConfig, num_steps: int = 1) -> tuple[Call
     if kind == "decode":
         inputs = batch.tables, slots, rows_of(batch.decode_rows, [0], [0], [0], [False])
         return steps.decode_step, inputs, dict(tile=Tile(1, 8), max_logprobs=20, num_steps=num_steps)
-    ints = np.zeros(batch.prefill_blocks, np.int32)
-    inputs = (batch.tables, slots, Blocks(ints, ints, ints, np.int32(1)), rows_of(batch.prefill_rows, [0], [0], [0], [False]),
+    ints = np.zeros(batch.prefill_query_blocks, np.int32)
+    inputs = (batch.tables, slots, QueryBlocks(ints, ints, ints, np.int32(1)), rows_of(batch.prefill_rows, [0], [0], [0], [False]),
               Copies(nothing, nothing, np.int32(0)))
     return steps.prefill_step, inputs, dict(tile=Tile(QUERY_BLOCK, 8), max_logprobs=20)
 
@@ -104,4 +104,4 @@ def tiny() -> LLM:
 @pytest.fixture(scope="session")
 def tiny_with_text(tiny) -> LLM:
     """The shared engine's model, so that nothing is compiled anew, with texts for its first 259 tokens."""
-    return make_llm(tiny.config, tiny.params, tokenizer=Tokenizer.load(resolve("calc")), compile_patience=1_000_000)
+    return make_llm(tiny.config, tiny.params, tokenizer=Tokenizer.load(find_folder("calc")), compile_patience=1_000_000)

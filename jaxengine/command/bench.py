@@ -22,7 +22,7 @@ from typing import Any
 
 import jax
 
-from checkpoints.model_folder import resolve
+from checkpoints.model_folder import find_folder
 from jaxengine import __version__
 from jaxengine.base.machine import cpu_name
 from jaxengine.command.workloads import PEERS, Decode, Group, Prompts, System, Workload
@@ -117,7 +117,7 @@ class Peer:
 def open_model(model: str, *, dtype: str = "auto", progress: bool = False, **engine: Any) -> LLM:
     """An LLM with room for the workloads; `model` as LLM takes it, or a name in SHAPES for random weights of that shape."""
     if model not in SHAPES:
-        config = loading.read_model_config(resolve(model), dtype=dtype)
+        config = loading.read_model_config(find_folder(model), dtype=dtype)
         return LLM(model, dtype=dtype, progress=progress, **_room(config) | engine)
     config = dataclasses.replace(SHAPES[model], dtype=loading.dtype_name(dtype, SHAPES[model].dtype))
     return LLM.from_params(config, initialise(config, jax.random.key(0)), progress=progress, **_room(config) | engine)

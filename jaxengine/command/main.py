@@ -259,14 +259,14 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 def _peer(stack: contextlib.ExitStack, llm: Any, arguments: argparse.Namespace) -> Any:
     """The peer asked for, on the same model, or on random weights of the same shape."""
-    from checkpoints.model_folder import resolve
+    from checkpoints.model_folder import find_folder
     from jaxengine.command import bench
 
     if arguments.model in bench.SHAPES:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         bench.write_config(folder, llm.config)
     else:
-        folder = resolve(arguments.model)
+        folder = find_folder(arguments.model)
     peer = bench.Peer(arguments.peer, arguments.peer_python, str(folder), llm.config.dtype, llm.config.vocab_size)
     stack.callback(peer.close)
     return peer

@@ -40,7 +40,7 @@ def verify(llm: Any, *, quick: bool = False, samples: int | None = None, seed: i
         start = time.perf_counter()
         holds, found = run()
         checks.append(Check(axis, what, holds, found, time.perf_counter() - start))
-    refused = [f"{kind} on {tile.rows} rows" for kind, tile in llm.engine.programs.refused]
+    refused = [f"{kind} on {tile.rows} rows" for kind, tile in llm.engine.step_variants.refused]
     return Verification(llm.contract(), refused, checks)
 
 
@@ -110,7 +110,7 @@ class Traffic:
     # -- the axes that change how the same requests run --------------------------------------------------------------------------
 
     def again(self, adjusted: Any) -> tuple[bool, str]:
-        self.llm.engine.scheduler.blocks.clear_cache()
+        self.llm.engine.scheduler.page_pool.clear_cache()
         with adjusted:
             return said(compare("bit-equal", self.expected, self.run(self.requests)))
 
@@ -151,7 +151,7 @@ class Traffic:
         params = SamplingParams(max_tokens=max(length - size + 2, 1), ignore_eos=True, detokenize=False)
         requests = [(self.prompt(max(min(size - 2, length - 1), 1)), params.replace(key=sample_key(self.key, 6, i))) for i in range(8)]
         expected, before = self.run(requests), scheduler.num_preemptions
-        scheduler.blocks.clear_cache()
+        scheduler.page_pool.clear_cache()
         with self.llm.engine.adjusted(held_pages=max(pages - -(-length // size) - 6, 0), enable_prefix_caching=False):
             found = compare("bit-equal", expected, self.run(requests))
         return found.holds, f"{found}, {scheduler.num_preemptions - before} preemptions"
@@ -201,7 +201,7 @@ def drift(traffic: Traffic, count: int) -> tuple[bool, str]:
     requests = [(tokens, SamplingParams(max_tokens=traffic.new_tokens, ignore_eos=True, detokenize=False, key=params.key))
                 for tokens, params in traffic.requests[-count:]]
     rollout = _rollout(requests, traffic.run(requests))
-    reference = np.stack([plain_logprobs(traffic.llm.params, tokens, config=traffic.llm.config) for tokens in rollout.tokens])
+    reference = np.stack([plain_logprobs(traffic.llm.params, tokens, model_config=traffic.llm.config) for tokens in rollout.tokens])
     off = (reference - rollout.logprobs)[rollout.mask].astype(np.float64)
     # Unbiased and never negative: Schulman, "Approximating KL Divergence", 2020, k3.
     kl = float(np.mean(np.expm1(off) - off))

@@ -24,26 +24,26 @@ class Cache:
 HISTORY = np.dtype(np.int32)  # of the token history
 
 
-def history_shape(engine: EngineConfig) -> tuple[int, int]:
+def history_shape(engine_config: EngineConfig) -> tuple[int, int]:
     """A row for each slot, and one for the probe."""
-    return engine.max_num_seqs + 1, engine.max_model_len
+    return engine_config.max_num_seqs + 1, engine_config.max_model_len
 
 
-def abstract(model: ModelConfig, engine: EngineConfig, kernels: Kernels) -> Any:
+def abstract(model_config: ModelConfig, engine_config: EngineConfig, kernels: Kernels) -> Any:
     """Shapes and dtypes of the cache, nothing allocated."""
-    keys, values = kernels.pools(model, engine.num_pages + engine.probe_pages, engine.page_size)
-    history: Any = jax.ShapeDtypeStruct(history_shape(engine), HISTORY)
-    layers = model.num_hidden_layers
+    keys, values = kernels.pools(model_config, engine_config.num_pages + engine_config.probe_pages, engine_config.page_size)
+    history: Any = jax.ShapeDtypeStruct(history_shape(engine_config), HISTORY)
+    layers = model_config.num_hidden_layers
     return Cache((keys,) * layers, (values,) * layers, history)
 
 
-def allocate(model: ModelConfig, engine: EngineConfig, kernels: Kernels, beside: Any) -> Cache:
+def allocate(model_config: ModelConfig, engine_config: EngineConfig, kernels: Kernels, beside: Any) -> Cache:
     """An empty cache, committed to the one device where the arrays `beside` lie: that is how steps give it back, and JAX would compile
     the first step once more for a cache that is not."""
     homes = {x.sharding for x in jax.tree.leaves(beside)}
     one = len(homes) == 1 and isinstance(next(iter(homes)), jax.sharding.SingleDeviceSharding)
     home = homes.pop() if one else None
-    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, device=s.sharding or home), abstract(model, engine, kernels))
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, device=s.sharding or home), abstract(model_config, engine_config, kernels))
 
 
 def is_lost(cache: Cache) -> bool:
@@ -57,11 +57,11 @@ def is_lost(cache: Cache) -> bool:
     return False
 
 
-def rebuild(cache: Cache, model: ModelConfig, engine: EngineConfig, kernels: Kernels) -> Cache:
+def rebuild(cache: Cache, model_config: ModelConfig, engine_config: EngineConfig, kernels: Kernels) -> Cache:
     """An empty cache in the place of a lost one, whose memory goes first: there is no room for two."""
     for array in jax.tree.leaves(cache):
         array.delete()
-    return allocate(model, engine, kernels, beside=cache)
+    return allocate(model_config, engine_config, kernels, beside=cache)
 
 
 def token_sums(cache: Cache, pages: Int[Array, " A"], *, kernels: Kernels) -> UInt32[Array, "A p"]:

@@ -16,7 +16,7 @@ from jax.extend.random import threefry_2x32
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from jaxengine.base.keys import key_of
-from jaxengine.device.step_inputs import SlotParams
+from jaxengine.device.step_inputs import SamplingArrays
 from pallas_kernels.pinned_math import exp, row_sum
 from pallas_kernels.sampling_reference import log_softmax
 
@@ -33,7 +33,7 @@ def fold_keys(key: UInt32[Array, "t 2"], folds: Int[Array, "t 2"], positions: In
     return jax.vmap(one)(key, jnp.column_stack([folds, positions]))
 
 
-def process(logits: Float[Array, "t V"], row: SlotParams, history: Int[Array, "slots max_len"], slots: Int[Array, " t"],
+def process(logits: Float[Array, "t V"], row: SamplingArrays, history: Int[Array, "slots max_len"], slots: Int[Array, " t"],
             positions: Int[Array, " t"]) -> tuple[Float[Array, "t V"], Float[Array, "t V"]]:
     """(logits after bias and penalties, logits of the processed distribution) for tokens at `positions`; what is cut off is -inf.
 
@@ -68,7 +68,7 @@ def process(logits: Float[Array, "t V"], row: SlotParams, history: Int[Array, "s
                                 lambda x: x, scaled)
 
 
-def distribution(logits: Float[Array, "t V"], row: SlotParams, history: Int[Array, "slots max_len"], slots: Int[Array, " t"],
+def distribution(logits: Float[Array, "t V"], row: SamplingArrays, history: Int[Array, "slots max_len"], slots: Int[Array, " t"],
                  positions: Int[Array, " t"], raw: Bool[Array, " t"]) -> tuple[Float[Array, "t V"], Float[Array, "t V"]]:
     """(logits after bias and penalties, logits of the distribution that tokens at `positions` are drawn from).
 

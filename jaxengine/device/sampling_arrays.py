@@ -4,14 +4,14 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from jaxengine.device.step_inputs import SlotParams
+from jaxengine.device.step_inputs import SamplingArrays
 from jaxengine.sampling_params import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS, SamplingParams
 
 MAX_STOPS = MAX_STOP_TOKEN_IDS + 16  # the request's own and the model's
 MAX_TOP_K = 2**31 - 1  # more than any vocabulary, and an int32
 
 
-def empty_slots(n: int) -> SlotParams:
+def empty_slots(n: int) -> SamplingArrays:
     """Parameters under which nothing is changed, cut or asked for."""
     zeros = lambda dtype, *shape: np.zeros((n, *shape), dtype)
     ones = lambda: np.ones(n, np.float32)
@@ -21,11 +21,11 @@ def empty_slots(n: int) -> SlotParams:
         frequency_penalty=zeros(np.float32), top_k=zeros(np.int32), prompt_length=zeros(np.int32), first_stop=zeros(np.int32),
         stop_ids=missing(MAX_STOPS), bias_ids=missing(MAX_LOGIT_BIAS), bias_values=zeros(np.float32, MAX_LOGIT_BIAS),
         limit=zeros(np.int32), key=zeros(np.uint32, 2), key_folds=missing(2), num_logprobs=zeros(np.int32), details=zeros(bool))
-    assert set(fields) == {field.name for field in dataclasses.fields(SlotParams)}
-    return SlotParams(**fields)
+    assert set(fields) == {field.name for field in dataclasses.fields(SamplingArrays)}
+    return SamplingArrays(**fields)
 
 
-def write_slot(slots: SlotParams, i: int, params: SamplingParams, stop_token_ids: Iterable[int], **more: object) -> None:
+def write_slot(slots: SamplingArrays, i: int, params: SamplingParams, stop_token_ids: Iterable[int], **more: object) -> None:
     """Put a request's parameters into slot i; `more` are the fields that depend on where it stands."""
     values = dict(
         temperature=0.0 if params.greedy else params.temperature, top_p=params.top_p, min_p=params.min_p,

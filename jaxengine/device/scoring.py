@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxengine.config import KV_TILE, ModelConfig
 from jaxengine.device import sampler
 from jaxengine.device.sampling_arrays import empty_slots, stop_token_ids, write_slot
-from jaxengine.device.step_inputs import SlotParams
+from jaxengine.device.step_inputs import SamplingArrays
 from jaxengine.device.trunk import WIDE, hidden_states
 from jaxengine.models import decoder, plain
 from jaxengine.models.decoder import Tile
@@ -28,37 +28,37 @@ BATCH_TOKENS = 8192  # that one call scores, padding included, where a caller ha
 HEAD_ROWS = 32  # rows of the head to a tile, as in the widest decode step
 
 
-def slot_params(params: Sequence[SamplingParams], config: ModelConfig) -> SlotParams:
+def sampling_arrays_of(params: Sequence[SamplingParams], model_config: ModelConfig) -> SamplingArrays:
     """Sampling parameters of B sequences. `prompt_length` is left at 0 and `first_stop` at min_tokens: the mask says the rest."""
     slots = empty_slots(len(params))
     for i, each in enumerate(params):
-        write_slot(slots, i, each, stop_token_ids(each, config.eos_token_ids), first_stop=each.min_tokens)
+        write_slot(slots, i, each, stop_token_ids(each, model_config.eos_token_ids), first_stop=each.min_tokens)
     return slots
 
 
-@functools.partial(jax.jit, static_argnames=("config", "kernels", "entropy", "tile"))
-def token_logprobs(params: Decoder, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], slots: SlotParams, *, config: ModelConfig,
+@functools.partial(jax.jit, static_argnames=("model_config", "kernels", "entropy", "tile"))
+def token_logprobs(params: Decoder, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], slots: SamplingArrays, *, model_config: ModelConfig,
                    kernels: Kernels, entropy: bool = False, tile: Tile = WIDE) -> tuple[Float[Array, "B T"], Float[Array, "B T"] | None]:
     """(logprobs, entropies if asked) of the tokens under `mask`, each at its own position, 0 elsewhere. Differentiable in params.
 
     A run of tokens under the mask is a completion, and all that stands before it its prompt. What stands behind the last token under
     the mask is never read; nothing predicts the first token, which is 0 too.
     """
-    x, tokens = trunk(params, tokens, mask, config=config, kernels=kernels, tile=tile)
-    return head_logprobs(params, x, tokens, mask, slots, config=config, kernels=kernels, entropy=entropy)
+    x, tokens = trunk(params, tokens, mask, model_config=model_config, kernels=kernels, tile=tile)
+    return head_logprobs(params, x, tokens, mask, slots, model_config=model_config, kernels=kernels, entropy=entropy)
 
 
-def trunk(params: Decoder, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], *, config: ModelConfig, kernels: Kernels,
+def trunk(params: Decoder, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], *, model_config: ModelConfig, kernels: Kernels,
           tile: Tile = WIDE) -> tuple[Float[Array, "B T D"], Int[Array, "B T"]]:
     """(residual stream behind the last layer, as far as tokens under `mask` are predicted by it; tokens, those that are none as 0)."""
-    tokens = jnp.where((tokens >= 0) & (tokens < config.vocab_size), tokens, 0).astype(jnp.int32)
+    tokens = jnp.where((tokens >= 0) & (tokens < model_config.vocab_size), tokens, 0).astype(jnp.int32)
     wanted = mask.at[:, 0].set(False)
     lengths = jnp.where(wanted, jnp.arange(tokens.shape[1]), 0).max(-1)  # the last token is predicted, and needs no forward pass of its own
-    return hidden_states(config, kernels, params, tokens, lengths, tile), tokens
+    return hidden_states(model_config, kernels, params, tokens, lengths, tile), tokens
 
 
-def head_logprobs(params: Decoder, x: Float[Array, "B T D"], tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], slots: SlotParams, *,
-                  config: ModelConfig, kernels: Kernels, entropy: bool = False) -> tuple[Float[Array, "B T"], Float[Array, "B T"] | None]:
+def head_logprobs(params: Decoder, x: Float[Array, "B T D"], tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], slots: SamplingArrays, *,
+                  model_config: ModelConfig, kernels: Kernels, entropy: bool = False) -> tuple[Float[Array, "B T"], Float[Array, "B T"] | None]:
     """token_logprobs from what `trunk` gives: a critic shares the trunk (critic.py)."""
     batch, length = tokens.shape
     where, wanted = jnp.arange(length), mask.at[:, 0].set(False)
@@ -70,30 +70,30 @@ def head_logprobs(params: Decoder, x: Float[Array, "B T D"], tokens: Int[Array, 
     sequences, positions = order // length, order % length
     rows = (x[sequences, jnp.maximum(positions - 1, 0)], sequences, positions, prompts.reshape(-1)[order])
     weights = (params.norm, params.output_head, _opaque(slots, params, tokens), tokens)
-    body = functools.partial(_row_scores, config, kernels, entropy)
+    body = functools.partial(_row_scores, model_config, kernels, entropy)
     found = over_tiles(body, HEAD_ROWS, weights, rows, wanted.sum(dtype=jnp.int32) + unknown_zero(params.norm, tokens))
     placed = [jnp.where(wanted, each[jnp.argsort(order[: batch * length])].reshape(batch, length), 0.0) for each in found]
     return placed[0], placed[1] if entropy else None
 
 
-def _row_scores(config: ModelConfig, kernels: Kernels, entropy: bool, weights: tuple, rows: tuple) -> tuple[Float[Array, " t"], ...]:
+def _row_scores(model_config: ModelConfig, kernels: Kernels, entropy: bool, weights: tuple, rows: tuple) -> tuple[Float[Array, " t"], ...]:
     norm, head, slots, tokens = weights
     x, sequences, positions, prompts = rows
-    row: SlotParams = jax.tree.map(lambda a: a[sequences], slots)
+    row: SamplingArrays = jax.tree.map(lambda a: a[sequences], slots)
     row = dataclasses.replace(row, prompt_length=prompts, first_stop=jnp.where(row.first_stop > 0, prompts + row.first_stop, 0))
-    logits = decoder.logits(config, kernels, norm, head, x)
+    logits = decoder.logits(model_config, kernels, norm, head, x)
     _, drawn_from = sampler.distribution(logits, row, tokens, sequences, positions, jnp.zeros(x.shape[0], bool))
-    out = kernels.tail(drawn_from, tokens[sequences, positions])
+    out = kernels.draw_and_score(drawn_from, tokens[sequences, positions])
     return (out.logprobs, sampler.entropy(out.all_logprobs(drawn_from))) if entropy else (out.logprobs,)
 
 
-def _opaque(slots: SlotParams, params: Decoder, tokens: Array) -> SlotParams:
+def _opaque(slots: SamplingArrays, params: Decoder, tokens: Array) -> SamplingArrays:
     """The same parameters as numbers of run time: XLA divides by a constant in another way than by a number it does not know."""
     zero = unknown_zero(params.norm, tokens)
     return jax.tree.map(lambda x: jnp.where(zero == 0, x, jnp.zeros_like(x)), slots)
 
 
-def in_batches(params: Decoder, tokens: np.ndarray, mask: np.ndarray, slots: SlotParams, **how) -> tuple[np.ndarray, np.ndarray | None]:
+def in_batches(params: Decoder, tokens: np.ndarray, mask: np.ndarray, slots: SamplingArrays, **how) -> tuple[np.ndarray, np.ndarray | None]:
     """token_logprobs over batches of bounded size, as numpy arrays. Shapes are powers of two, so that few of them are ever compiled."""
     length = max(_power_of_two(tokens.shape[1]), KV_TILE)
     rows = max(min(BATCH_TOKENS // length, _power_of_two(tokens.shape[0])), 1)
@@ -115,8 +115,8 @@ def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def plain_logprobs(params: Decoder, tokens: Int[Array, " T"], *, config: ModelConfig) -> Float[Array, " T"]:
+@functools.partial(jax.jit, static_argnames="model_config")
+def plain_logprobs(params: Decoder, tokens: Int[Array, " T"], *, model_config: ModelConfig) -> Float[Array, " T"]:
     """Of each token, 0 for the first, under a plain float32 forward pass (models/plain.py): what drift is measured against."""
-    logprobs = jax.nn.log_softmax(plain.logits(config, params, tokens[:-1]))
+    logprobs = jax.nn.log_softmax(plain.logits(model_config, params, tokens[:-1]))
     return jnp.pad(jnp.take_along_axis(logprobs, tokens[1:, None], axis=-1)[:, 0], (1, 0))

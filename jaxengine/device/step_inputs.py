@@ -9,7 +9,7 @@ Array = Any  # numpy on the host, jax.Array inside a step
 
 
 @pytree
-class Blocks:
+class QueryBlocks:
     """Query blocks: `counts[b]` tokens of the sequence in `slots[b]`, the first at position `starts[b]`. Padding has count 0."""
 
     slots: Int[Array, " B"]
@@ -42,7 +42,7 @@ class Copies:
 
 
 @pytree
-class SlotParams:
+class SamplingArrays:
     """Sampling parameters of the sequence in each slot; changes when a slot does, not from step to step."""
 
     temperature: Float[Array, " slots"]  # 0 means greedy

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxengine.base.pytree import pytree
 from jaxengine.config import KV_TILE, QUERY_BLOCK, ModelConfig
-from jaxengine.device.step_inputs import Blocks
+from jaxengine.device.step_inputs import QueryBlocks
 from jaxengine.models import decoder
 from jaxengine.models.decoder import Tile
 from jaxengine.models.params import Decoder, Layer
@@ -39,7 +39,7 @@ class Plan:
     count: Int[Array, ""]  # blocks that are asked for
 
 
-def hidden_states(config: ModelConfig, kernels: Kernels, params: Decoder, tokens: Int[Array, "B T"], lengths: Int[Array, " B"],
+def hidden_states(model_config: ModelConfig, kernels: Kernels, params: Decoder, tokens: Int[Array, "B T"], lengths: Int[Array, " B"],
                   tile: Tile = WIDE) -> Float[Array, "B T D"]:
     """The residual stream behind the last layer, of the first `lengths[b]` tokens of each sequence; undefined behind them."""
     batch, length = tokens.shape
@@ -47,11 +47,11 @@ def hidden_states(config: ModelConfig, kernels: Kernels, params: Decoder, tokens
     count, num_blocks = plan.count * (QUERY_BLOCK // tile.tokens), plan.tokens.shape[0]
     parts = lambda x: jnp.repeat(x, QUERY_BLOCK // tile.tokens, axis=0)
     starts = parts(plan.starts) + jnp.tile(jnp.arange(0, QUERY_BLOCK, tile.tokens), num_blocks)
-    embed = functools.partial(decoder.embed, config, kernels)
+    embed = functools.partial(decoder.embed, model_config, kernels)
     x = over_tiles(embed, tile.blocks, params.embed, plan.tokens.reshape(-1, tile.tokens), count)
     tables = parts(plan.tables)
     for layer in params.layers:
-        x = _layer(config, kernels, tile, layer, x, starts, tables, count)
+        x = _layer(model_config, kernels, tile, layer, x, starts, tables, count)
     whole = x.reshape(-1, QUERY_BLOCK, x.shape[-1])[plan.places]
     return whole.reshape(batch, -1, x.shape[-1])[:, :length]
 
@@ -72,27 +72,27 @@ def plan_blocks(params: Decoder, tokens: Int[Array, "B T"], lengths: Int[Array, 
                 wanted.sum(dtype=jnp.int32) + unknown_zero(params.norm, tokens))
 
 
-def _layer_of_regions(config: ModelConfig, kernels: Kernels, tile: Tile, layer: Layer, x: Array, starts: Array, tables: Array,
+def _layer_of_regions(model_config: ModelConfig, kernels: Kernels, tile: Tile, layer: Layer, x: Array, starts: Array, tables: Array,
                       count: Array) -> Array:
-    q, k, v = over_tiles(functools.partial(decoder.project, config, kernels), tile.blocks, layer, (x, starts), count)
-    attended = _attention(config, kernels, q, k, v, tables, starts, count)
-    return over_tiles(functools.partial(decoder.mix, config, kernels), tile.blocks, layer, (x, attended), count)
+    q, k, v = over_tiles(functools.partial(decoder.project, model_config, kernels), tile.blocks, layer, (x, starts), count)
+    attended = _attention(model_config, kernels, q, k, v, tables, starts, count)
+    return over_tiles(functools.partial(decoder.mix, model_config, kernels), tile.blocks, layer, (x, attended), count)
 
 
 _layer = jax.custom_vjp(_layer_of_regions, nondiff_argnums=(0, 1, 2))
 
 
-def _layer_forward(config, kernels, tile, layer, x, *where):
-    return _layer(config, kernels, tile, layer, x, *where), (layer, x, where)
+def _layer_forward(model_config, kernels, tile, layer, x, *where):
+    return _layer(model_config, kernels, tile, layer, x, *where), (layer, x, where)
 
 
-def _layer_backward(config, kernels, tile, saved, cotangent):
+def _layer_backward(model_config, kernels, tile, saved, cotangent):
     (layer, x, where), cotangent = jax.lax.optimization_barrier((saved, cotangent))
     # The trip counts follow from the cotangent, so that no layer is computed again before its turn, and kept. (jax.checkpoint ties a
     # layer to its turn with a barrier, which XLA on CPU drops before it schedules.)
     starts, tables, count = where
     count += unknown_zero(cotangent)
-    _, pullback = jax.vjp(lambda layer, x: _layer_of_regions(config, kernels, tile, layer, x, starts, tables, count), layer, x)
+    _, pullback = jax.vjp(lambda layer, x: _layer_of_regions(model_config, kernels, tile, layer, x, starts, tables, count), layer, x)
     return *pullback(cotangent), *_no_gradients(where)
 
 
@@ -105,22 +105,22 @@ def _no_gradients(integers: Iterable[Array]) -> list[np.ndarray]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attention(config: ModelConfig, kernels: Kernels, q: Array, k: Array, v: Array, tables: Array, starts: Array, count: Array) -> Array:
+def _attention(model_config: ModelConfig, kernels: Kernels, q: Array, k: Array, v: Array, tables: Array, starts: Array, count: Array) -> Array:
     """The engine's paged attention. q `[NB, r, H, h]`, k and v `[NB, r, K, h]`; returns `[NB, r, Hh]`."""
     each, r = jnp.arange(q.shape[0], dtype=jnp.int32), q.shape[1]
-    blocks = Blocks(each, starts, jnp.where(each < count, r, 0), count)  # every block brings its own table
-    return kernels.attend(config, *kernels.as_pages(_whole_blocks(k), _whole_blocks(v)), q, tables, blocks)
+    blocks = QueryBlocks(each, starts, jnp.where(each < count, r, 0), count)  # every block brings its own table
+    return kernels.attend(model_config, *kernels.as_pages(_whole_blocks(k), _whole_blocks(v)), q, tables, blocks)
 
 
 def _whole_blocks(x: Array) -> Array:
     return x.reshape(-1, QUERY_BLOCK, *x.shape[2:])
 
 
-def _attention_forward(config, kernels, q, k, v, tables, starts, count):
-    return _attention(config, kernels, q, k, v, tables, starts, count), (q, k, v, tables, starts, count)
+def _attention_forward(model_config, kernels, q, k, v, tables, starts, count):
+    return _attention(model_config, kernels, q, k, v, tables, starts, count), (q, k, v, tables, starts, count)
 
 
-def _attention_backward(config, kernels, saved, cotangent):
+def _attention_backward(model_config, kernels, saved, cotangent):
     """Gradient of plain attention in float32, a block of queries at a time: nothing of size T × T is kept."""
     q, k, v, tables, starts, count = jax.lax.optimization_barrier(saved)
     keys, values = (_whole_blocks(x).astype(jnp.float32) for x in (k, v))
@@ -129,7 +129,7 @@ def _attention_backward(config, kernels, saved, cotangent):
     def step(i, gradients):
         of_q, of_k, of_v = gradients
         table = tables[i]
-        plain = functools.partial(_plain_attention, config, start=starts[i])
+        plain = functools.partial(_plain_attention, model_config, start=starts[i])
         _, pullback = jax.vjp(plain, q[i], context(keys, table), context(values, table))
         dq, dk, dv = pullback(cotangent[i].astype(jnp.float32))
         put = lambda total, part: total.at[table].add(part.reshape(-1, *total.shape[1:]))
@@ -142,12 +142,12 @@ def _attention_backward(config, kernels, saved, cotangent):
             *_no_gradients((tables, starts, count)))
 
 
-def _plain_attention(config: ModelConfig, q: Float[Array, "r H h"], k: Float[Array, "S K h"], v: Float[Array, "S K h"], start: Any
+def _plain_attention(model_config: ModelConfig, q: Float[Array, "r H h"], k: Float[Array, "S K h"], v: Float[Array, "S K h"], start: Any
                      ) -> Float[Array, "r Hh"]:
     """Causal attention of r queries from position `start` on, written for its gradient."""
     r = q.shape[0]
-    grouped = q.reshape(r, -1, config.group_size, config.head_dim)
-    scores = jnp.einsum("tkgh,skh->kgts", grouped, k, precision="highest") * config.head_dim**-0.5
+    grouped = q.reshape(r, -1, model_config.group_size, model_config.head_dim)
+    scores = jnp.einsum("tkgh,skh->kgts", grouped, k, precision="highest") * model_config.head_dim**-0.5
     causal = (start + jnp.arange(r))[:, None] >= jnp.arange(k.shape[0])
     weights = jax.nn.softmax(jnp.where(causal, scores, -jnp.inf), axis=-1)
     return jnp.einsum("kgts,skh->tkgh", weights, v, precision="highest").reshape(r, -1)

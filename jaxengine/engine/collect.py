@@ -4,7 +4,7 @@ from typing import Any
 import numpy as np
 
 from jaxengine.device.step_inputs import RowOutputs
-from jaxengine.host.sample import Sequence, Status
+from jaxengine.host.sample import Sample, Status
 from jaxengine.host.scheduler import Scheduler
 from jaxengine.outputs import Logprob
 
@@ -30,62 +30,62 @@ class HostRows:
         return chosen | {int(t): Logprob(float(v), i + 1) for i, (t, v) in enumerate(zip(ids, values, strict=True))}
 
 
-def extend(scheduler: Scheduler, sequence: Sequence, rows: HostRows, lane: Any) -> None:
+def extend(scheduler: Scheduler, sample: Sample, rows: HostRows, lane: Any) -> None:
     """Append the token in a lane of the results, unless the sequence ended in the meantime."""
-    if sequence.status is Status.FINISHED:
+    if sample.status is Status.FINISHED:
         return
-    sequence.num_pending -= 1
+    sample.num_pending -= 1
     if rows.tokens[lane] < 0:
-        scheduler.finish(sequence, "error", DEAD_END)
+        scheduler.finish(sample, "error", DEAD_END)
         return
     if not rows.finite[lane]:
-        _fail_not_finite(scheduler, sequence)
+        _fail_not_finite(scheduler, sample)
         return
-    token, params = int(rows.tokens[lane]), sequence.request.params
-    sequence.token_ids.append(token)
-    sequence.token_logprobs.append(float(rows.logprobs[lane]))
-    sequence.token_versions.append(sequence.version)
+    token, params = int(rows.tokens[lane]), sample.request.sampling
+    sample.token_ids.append(token)
+    sample.token_logprobs.append(float(rows.logprobs[lane]))
+    sample.token_versions.append(sample.version)
     if params.raw_logprobs:
-        sequence.raw_logprobs.append(rows.raw_logprobs[lane])
+        sample.raw_logprobs.append(rows.raw_logprobs[lane])
     if params.entropy:
-        sequence.entropies.append(rows.entropies[lane])
+        sample.entropies.append(rows.entropies[lane])
     if params.logprobs is not None:
-        sequence.logprobs.append(rows.likeliest(lane, params.logprobs))
-    scheduler.register_pages(sequence)
-    _stop(scheduler, sequence, token)
-    sequence.num_settled += 1
+        sample.logprobs.append(rows.likeliest(lane, params.logprobs))
+    scheduler.register_pages(sample)
+    _stop(scheduler, sample, token)
+    sample.num_settled += 1
 
 
-def _stop(scheduler: Scheduler, sequence: Sequence, token: int) -> None:
+def _stop(scheduler: Scheduler, sample: Sample, token: int) -> None:
     """End the sequence where its last token says so: a stop token, a stop string, or the edge."""
-    request = sequence.request
-    num_generated = len(sequence.token_ids) - sequence.prompt_length
-    if token in request.stop_token_ids and num_generated >= request.params.min_tokens:
-        if sequence.detokenizer is not None and request.params.include_stop_str_in_output:
-            sequence.detokenizer.push([token])
-        scheduler.finish(sequence, "stop", token if token in request.params.stop_token_ids else None)
+    request = sample.request
+    num_generated = len(sample.token_ids) - sample.prompt_length
+    if token in request.stop_token_ids and num_generated >= request.sampling.min_tokens:
+        if sample.detokenizer is not None and request.sampling.include_stop_str_in_output:
+            sample.detokenizer.push([token])
+        scheduler.finish(sample, "stop", token if token in request.sampling.stop_token_ids else None)
         return
-    found = sequence.detokenizer.push([token]) if sequence.detokenizer is not None else None
+    found = sample.detokenizer.push([token]) if sample.detokenizer is not None else None
     if found is not None:
-        scheduler.finish(sequence, "stop", found[1])
-    elif len(sequence.token_ids) >= request.limit:
-        scheduler.finish(sequence, "length")
+        scheduler.finish(sample, "stop", found[1])
+    elif len(sample.token_ids) >= request.limit:
+        scheduler.finish(sample, "length")
 
 
-def _fail_not_finite(scheduler: Scheduler, sequence: Sequence) -> None:
-    scheduler.blocks.discard(sequence.pages)
-    scheduler.finish(sequence, "error", "the model's logits were not finite")
+def _fail_not_finite(scheduler: Scheduler, sample: Sample) -> None:
+    scheduler.page_pool.discard(sample.pages)
+    scheduler.finish(sample, "error", "the model's logits were not finite")
 
 
-def score_prompt(scheduler: Scheduler, sequence: Sequence, rows: HostRows, lane: int, position: int) -> None:
+def score_prompt(scheduler: Scheduler, sample: Sample, rows: HostRows, lane: int, position: int) -> None:
     """Write down the logprob of the prompt's token at `position`."""
-    request = sequence.request
-    count = request.params.prompt_logprobs
-    if sequence.status is Status.FINISHED or count is None:
+    request = sample.request
+    count = request.sampling.prompt_logprobs
+    if sample.status is Status.FINISHED or count is None:
         return
     if not rows.finite[lane]:
-        _fail_not_finite(scheduler, sequence)
+        _fail_not_finite(scheduler, sample)
         return
-    entries: Any = request.prompt_logprobs or [None] * sequence.prompt_length
+    entries: Any = request.prompt_logprobs or [None] * sample.prompt_length
     entries[position] = rows.likeliest(lane, count)
     request.prompt_logprobs = entries

@@ -37,11 +37,11 @@ def _bytes(leaf: Any) -> np.ndarray:
     return np.ascontiguousarray(np.asarray(leaf)).reshape(-1).view(np.uint8)
 
 
-def contract(model: ModelConfig, kernels: Kernels, params: Decoder, version: int) -> Contract:
+def contract(model_config: ModelConfig, kernels: Kernels, params: Decoder, version: int) -> Contract:
     """Equal contract and equal (key, prompt, sampling parameters) means equal bits."""
     return Contract({
         "jax": jax.__version__, "jaxlib": importlib.metadata.version("jaxlib"), "device": machine.device(),
         "compiler": machine.compiler_flags(),
-        "weights_version": version, "weights": weights_digest(params), "model": dataclasses.asdict(model),
+        "weights_version": version, "weights": weights_digest(params), "model": dataclasses.asdict(model_config),
         "kernels": kernels.parts(),
         "tiles": {"rows": BASE.rows, "query_block": QUERY_BLOCK, "kv_tile": KV_TILE, "vocab_block": VOCAB_BLOCK}})

@@ -13,7 +13,7 @@ from jaxengine.base import machine
 from jaxengine.config import EngineConfig, ModelConfig
 from jaxengine.device import kv_cache
 from jaxengine.models import params as model_params
-from jaxengine.ops.kernels import resolve
+from jaxengine.ops.kernels import choose_kernels
 
 CPU_SHARE = 0.25  # of the host's free memory, for the pool: other programs live there too
 ROW_BYTES = 4
@@ -44,48 +44,48 @@ class MemoryPlan:
                 f"together {gigabytes(self.total)} of {gigabytes(self.available)}")
 
 
-def memory_plan(model: ModelConfig, engine: EngineConfig) -> MemoryPlan:
+def memory_plan(model_config: ModelConfig, engine_config: EngineConfig) -> MemoryPlan:
     """The plan of an engine as configured."""
     size = lambda tree: sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
-    cache = kv_cache.abstract(model, engine, resolve(engine.kernels, model))
-    return MemoryPlan(size(model_params.abstract(model)), size(cache), _workspace(model, engine), engine.num_pages,
-                      _page_bytes(model, engine), _device_memory()[0])
+    cache = kv_cache.abstract(model_config, engine_config, choose_kernels(engine_config.kernels, model_config))
+    return MemoryPlan(size(model_params.abstract(model_config)), size(cache), _workspace(model_config, engine_config), engine_config.num_pages,
+                      _page_bytes(model_config, engine_config), _device_memory()[0])
 
 
-def sized_pool(model: ModelConfig, engine: EngineConfig, params: Any = None) -> EngineConfig:
+def sized_pool(model_config: ModelConfig, engine_config: EngineConfig, params: Any = None) -> EngineConfig:
     """`engine` with the number of pages that memory allows, and no more than all slots can fill. `params` are weights that are loaded
     already.
 
     Raises MemoryError naming weights, cache and workspace where not even one whole context fits, and the longest that does.
     """
-    plan = memory_plan(model, dataclasses.replace(engine, num_pages=2))
+    plan = memory_plan(model_config, dataclasses.replace(engine_config, num_pages=2))
     taken, on_cpu = _device_memory()[1], jax.local_devices()[0].platform == "cpu"
     if on_cpu:
         room = int(plan.available * CPU_SHARE)
     else:
-        room = int(plan.available * engine.gpu_memory_utilization) - taken - max(0, plan.weights - _resident(params)) - plan.workspace
-    num_pages = min(engine.max_num_seqs * (_whole_context(engine) - 1) + 1, _pages_in(room, engine, plan.page_bytes))
-    if num_pages < _whole_context(engine):
-        shorter = lambda length: dataclasses.replace(engine, max_model_len=length)
+        room = int(plan.available * engine_config.gpu_memory_utilization) - taken - max(0, plan.weights - _resident(params)) - plan.workspace
+    num_pages = min(engine_config.max_num_seqs * (_whole_context(engine_config) - 1) + 1, _pages_in(room, engine_config, plan.page_bytes))
+    if num_pages < _whole_context(engine_config):
+        shorter = lambda length: dataclasses.replace(engine_config, max_model_len=length)
         too_long = lambda length: _pages_in(room, shorter(length), plan.page_bytes) < _whole_context(shorter(length))
-        longest = 1 + bisect.bisect_left(range(2, engine.max_model_len), True, key=too_long)
+        longest = 1 + bisect.bisect_left(range(2, engine_config.max_model_len), True, key=too_long)
         advice = f"max_model_len={longest} fits; or" if longest > 1 else "there is no room for any;"
-        others = "" if on_cpu else f", {taken / 1e9:.2f} GB are in use: raise gpu_memory_utilization={engine.gpu_memory_utilization}"
-        raise MemoryError(f"one context of max_model_len={engine.max_model_len} tokens needs {_whole_context(engine)} pages, "
+        others = "" if on_cpu else f", {taken / 1e9:.2f} GB are in use: raise gpu_memory_utilization={engine_config.gpu_memory_utilization}"
+        raise MemoryError(f"one context of max_model_len={engine_config.max_model_len} tokens needs {_whole_context(engine_config)} pages, "
                           f"{max(num_pages, 0)} fit: {plan}{others}; {advice} lower max_num_batched_tokens or max_num_seqs, or give "
                           "num_pages")
-    return dataclasses.replace(engine, num_pages=num_pages)
+    return dataclasses.replace(engine_config, num_pages=num_pages)
 
 
-def _whole_context(engine: EngineConfig) -> int:
+def _whole_context(engine_config: EngineConfig) -> int:
     """Pages that a pool must have for one sequence of max_model_len tokens."""
-    return -(-engine.max_model_len // engine.page_size) + 1
+    return -(-engine_config.max_model_len // engine_config.page_size) + 1
 
 
-def _pages_in(room: int, engine: EngineConfig, page_bytes: int) -> int:
+def _pages_in(room: int, engine_config: EngineConfig, page_bytes: int) -> int:
     """num_pages of the largest cache that takes `room` bytes."""
-    history = kv_cache.HISTORY.itemsize * math.prod(kv_cache.history_shape(engine))
-    return (room - history) // page_bytes - engine.probe_pages
+    history = kv_cache.HISTORY.itemsize * math.prod(kv_cache.history_shape(engine_config))
+    return (room - history) // page_bytes - engine_config.probe_pages
 
 
 def _resident(params: Any) -> int:
@@ -94,13 +94,13 @@ def _resident(params: Any) -> int:
     return sum(shard.data.nbytes for shard in shards if shard.device == jax.local_devices()[0])
 
 
-def check_fits(model: ModelConfig, engine: EngineConfig) -> None:
+def check_fits(model_config: ModelConfig, engine_config: EngineConfig) -> None:
     """Raises MemoryError where weights and cache are more than the whole machine has: the system would grant them, and end some process
     once they are written. An accelerator refuses by itself."""
-    plan = memory_plan(model, engine)
+    plan = memory_plan(model_config, engine_config)
     installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if jax.devices()[0].platform == "cpu" and plan.weights + plan.cache > installed:
-        raise MemoryError(f"this machine has {installed / 1e9:.2f} GB of memory in all: {advice(model, engine)}")
+        raise MemoryError(f"this machine has {installed / 1e9:.2f} GB of memory in all: {advice(model_config, engine_config)}")
 
 
 def ran_out(error: BaseException) -> bool:
@@ -109,33 +109,33 @@ def ran_out(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or of_device
 
 
-def advice(model: ModelConfig, engine: EngineConfig) -> str:
+def advice(model_config: ModelConfig, engine_config: EngineConfig) -> str:
     """What memory is wanted for, and which settings want less."""
-    return (f"{memory_plan(model, engine)}; lower num_pages, max_num_seqs or max_model_len for the cache, max_num_batched_tokens for the "
-            f"workspace, or take a dtype smaller than {model.dtype} for the weights")
+    return (f"{memory_plan(model_config, engine_config)}; lower num_pages, max_num_seqs or max_model_len for the cache, max_num_batched_tokens for the "
+            f"workspace, or take a dtype smaller than {model_config.dtype} for the weights")
 
 
 @contextlib.contextmanager
-def explained(model: ModelConfig, engine: EngineConfig, doing: str) -> Iterator[None]:
+def explained(model_config: ModelConfig, engine_config: EngineConfig, doing: str) -> Iterator[None]:
     """Where memory runs out in here, MemoryError says what was wanted for what, and which setting to change."""
     try:
         yield
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         if not ran_out(error):
             raise
-        raise MemoryError(f"out of memory while {doing}: {advice(model, engine)}") from error
+        raise MemoryError(f"out of memory while {doing}: {advice(model_config, engine_config)}") from error
 
 
-def _page_bytes(model: ModelConfig, engine: EngineConfig) -> int:
-    pools = resolve(engine.kernels, model).pools(model, 1, engine.page_size)
-    return model.num_hidden_layers * sum(math.prod(pool.shape) * pool.dtype.itemsize for pool in pools)
+def _page_bytes(model_config: ModelConfig, engine_config: EngineConfig) -> int:
+    pools = choose_kernels(engine_config.kernels, model_config).pools(model_config, 1, engine_config.page_size)
+    return model_config.num_hidden_layers * sum(math.prod(pool.shape) * pool.dtype.itemsize for pool in pools)
 
 
-def _workspace(model: ModelConfig, engine: EngineConfig) -> int:
+def _workspace(model_config: ModelConfig, engine_config: EngineConfig) -> int:
     """Rows of the residual stream, projections and attention of a whole step, and the logits of one tile."""
-    rows = max(engine.max_num_batched_tokens, engine.max_num_seqs)
-    heads = (2 * model.num_attention_heads + 2 * model.num_key_value_heads) * model.head_dim
-    return ROW_BYTES * (rows * (2 * model.hidden_size + heads) + LOGIT_COPIES * LOGIT_ROWS * model.padded_vocab_size)
+    rows = max(engine_config.max_num_batched_tokens, engine_config.max_num_seqs)
+    heads = (2 * model_config.num_attention_heads + 2 * model_config.num_key_value_heads) * model_config.head_dim
+    return ROW_BYTES * (rows * (2 * model_config.hidden_size + heads) + LOGIT_COPIES * LOGIT_ROWS * model_config.padded_vocab_size)
 
 
 def _device_memory() -> tuple[int, int]:

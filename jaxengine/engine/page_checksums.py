@@ -7,15 +7,15 @@ that many share, and in pages that lay in the prefix cache since. Not covered: w
 gone again when the step ends, weights, token history and block tables. It reads all pages in use once more a step, and waits for the sums.
 """
 import dataclasses
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 
 from jaxengine.device import steps
 from jaxengine.device.kv_cache import Cache
-from jaxengine.host.page_pool import BlockManager
-from jaxengine.host.sample import Sequence
+from jaxengine.host.page_pool import PagePool
+from jaxengine.host.sample import Sample
 from jaxengine.ops.kernels import Kernels
 
 PAGES = 64  # that one call sums up: the shape is fixed, so that it is compiled once
@@ -31,23 +31,23 @@ class Watch:
     sums: list[jax.Array]
 
 
-class Canary:
+class PageChecksums:
     """What every watched page summed up to: one number a token."""
 
     def __init__(self, kernels: Kernels) -> None:
         self.kernels = kernels
         self._known: dict[int, tuple[int, np.ndarray]] = {}  # page -> births, sums
 
-    def watch(self, cache: Cache, sequences: Seq[Sequence], blocks: BlockManager) -> Watch:
+    def watch(self, cache: Cache, samples: Sequence[Sample], blocks: PagePool) -> Watch:
         """Start summing up what the sequences hold, those tokens included that the step under way writes."""
-        filled = {page: min(s.num_computed - i * blocks.page_size, blocks.page_size) for s in sequences for i, page in enumerate(s.pages)}
+        filled = {page: min(s.num_computed - i * blocks.page_size, blocks.page_size) for s in samples for i, page in enumerate(s.pages)}
         pages = [(page, blocks.births[page], count) for page, count in filled.items() if count > 0]
         ids = np.zeros(-(-len(pages) // PAGES) * PAGES, np.int32)
         ids[: len(pages)] = [page for page, *_ in pages]
         sums = [steps.token_sums(cache, part, kernels=self.kernels) for part in ids.reshape(-1, PAGES)]
-        return Watch([list(s.pages) for s in sequences], pages, sums)
+        return Watch([list(s.pages) for s in samples], pages, sums)
 
-    def damaged(self, watch: Watch, blocks: BlockManager) -> set[int]:
+    def damaged(self, watch: Watch, blocks: PagePool) -> set[int]:
         """The pages that lost a token since they were watched before; what is new in the others is remembered."""
         found = set()
         for (page, births, count), sums in zip(watch.pages, (row for part in watch.sums for row in np.asarray(part)), strict=False):

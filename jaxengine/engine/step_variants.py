@@ -15,7 +15,7 @@ import numpy as np
 from jaxengine.config import PROBE_TOKENS, QUERY_BLOCK, EngineConfig, ModelConfig
 from jaxengine.device import steps
 from jaxengine.device.kv_cache import Cache
-from jaxengine.device.step_inputs import Blocks, Copies, RowOutputs
+from jaxengine.device.step_inputs import Copies, QueryBlocks, RowOutputs
 from jaxengine.engine.batch import BatchBuilder, rows_of
 from jaxengine.models.decoder import Tile
 from jaxengine.models.params import Decoder
@@ -27,15 +27,15 @@ TILES = {"decode": (Tile(1, 2), BASE, Tile(1, 32)), "prefill": (Tile(QUERY_BLOCK
 Report = Callable[[str], None]
 
 
-class Programs:
+class StepVariants:
     """The steps of one engine by tile, compiled at first use and proven before they serve."""
 
-    def __init__(self, model: ModelConfig, config: EngineConfig, kernels: Kernels, batch: BatchBuilder, report: Report = lambda text: None
+    def __init__(self, model_config: ModelConfig, engine_config: EngineConfig, kernels: Kernels, batch: BatchBuilder, report: Report = lambda text: None
                  ) -> None:
-        self.model, self.config, self.kernels, self.batch, self.report = model, config, kernels, batch, report
-        self._max_logprobs = min(config.max_logprobs, model.vocab_size)
+        self.model_config, self.engine_config, self.kernels, self.batch, self.report = model_config, engine_config, kernels, batch, report
+        self._max_logprobs = min(engine_config.max_logprobs, model_config.vocab_size)
         wide = tuple(Tile(1, rows) for rows in kernels.wide_rows if batch.decode_rows % rows == 0)
-        self._tiles = {"decode": TILES["decode"] + wide, "prefill": tuple(t for t in TILES["prefill"] if t.blocks <= batch.prefill_blocks)}
+        self._tiles = {"decode": TILES["decode"] + wide, "prefill": tuple(t for t in TILES["prefill"] if t.blocks <= batch.prefill_query_blocks)}
         self._trusted: dict[tuple[str, Tile], bool] = {("decode", BASE): True}
         self._wishes: Counter[tuple[str, Tile]] = Counter()
         self._expected: list[np.ndarray] | None = None
@@ -64,7 +64,7 @@ class Programs:
         if (kind, wanted) not in self._trusted:
             self._wishes[kind, wanted] += 1
             ready = [tile for tile in tiles if self._trusted.get((kind, tile))]
-            if ready and self._wishes[kind, wanted] <= self.config.compile_patience:
+            if ready and self._wishes[kind, wanted] <= self.engine_config.compile_patience:
                 return cache, min(ready, key=lambda tile: abs(tile.blocks - wanted.blocks))
             cache, self._trusted[kind, wanted] = self._prove(kind, wanted, params, cache)
         return cache, wanted if self._trusted[kind, wanted] else BASE
@@ -88,12 +88,12 @@ class Programs:
 
     def run_decode(self, params, cache, tables, slots, rows, tile: Tile) -> tuple[Cache, RowOutputs]:
         with self._first_use("decode", tile):
-            return steps.decode_step(params, cache, tables, slots, rows, config=self.model, kernels=self.kernels, tile=tile,
-                                     max_logprobs=self._max_logprobs, num_steps=self.config.decode_steps)
+            return steps.decode_step(params, cache, tables, slots, rows, model_config=self.model_config, kernels=self.kernels, tile=tile,
+                                     max_logprobs=self._max_logprobs, num_steps=self.engine_config.decode_steps)
 
     def run_prefill(self, params, cache, tables, slots, blocks, rows, copies, tile: Tile) -> tuple[Cache, RowOutputs]:
         with self._first_use("prefill", tile):
-            return steps.prefill_step(params, cache, tables, slots, blocks, rows, copies, config=self.model, kernels=self.kernels,
+            return steps.prefill_step(params, cache, tables, slots, blocks, rows, copies, model_config=self.model_config, kernels=self.kernels,
                                       tile=tile, max_logprobs=self._max_logprobs)
 
     @contextlib.contextmanager
@@ -120,12 +120,12 @@ class Programs:
 
     def _probe(self, kind: str, tile: Tile, params: Decoder, cache: Cache) -> tuple[Cache, list[np.ndarray]]:
         """Everything that a step says of the probe's tokens: outputs of each row, then the pages it wrote."""
-        count = min(PROBE_TOKENS, self.config.max_model_len) - 1
+        count = min(PROBE_TOKENS, self.engine_config.max_model_len) - 1
         slot, tables, slots, history = self._probe_inputs(count + 1)
         cache = steps.write_history(cache, *history)
         run = self._probe_decode if kind == "decode" else self._probe_prefill
         cache, outputs = run(tile, params, cache, tables, slots, slot, count)
-        pages = steps.read_pages(cache, tables[slot, : self.config.probe_pages])
+        pages = steps.read_pages(cache, tables[slot, : self.engine_config.probe_pages])
         written = [_written_part(pool, count) for keys, values in zip(pages.keys, pages.values, strict=True)
                    for pool in self.kernels.by_token(np.asarray(keys), np.asarray(values))]
         return cache, outputs + written
@@ -133,10 +133,10 @@ class Programs:
     def _probe_inputs(self, num_tokens: int):
         slot = self.batch.num_slots - 1
         tables, slots = np.zeros_like(self.batch.tables), jax.tree.map(np.copy, self.batch.host_slots)
-        tables[slot, : self.config.probe_pages] = self.config.num_pages + np.arange(self.config.probe_pages)
-        slots.limit[slot], slots.num_logprobs[slot] = self.config.max_model_len + 1, self._max_logprobs
-        tokens = np.zeros((8, self.config.max_model_len), np.int32)
-        tokens[0, :num_tokens] = np.random.RandomState(0).randint(0, self.model.vocab_size, num_tokens)
+        tables[slot, : self.engine_config.probe_pages] = self.engine_config.num_pages + np.arange(self.engine_config.probe_pages)
+        slots.limit[slot], slots.num_logprobs[slot] = self.engine_config.max_model_len + 1, self._max_logprobs
+        tokens = np.zeros((8, self.engine_config.max_model_len), np.int32)
+        tokens[0, :num_tokens] = np.random.RandomState(0).randint(0, self.model_config.vocab_size, num_tokens)
         upload_slots = np.full(8, self.batch.num_slots, np.int32)
         upload_slots[0] = slot
         return slot, tables, slots, (upload_slots, tokens)
@@ -153,18 +153,18 @@ class Programs:
 
     def _probe_prefill(self, tile, params, cache, tables, slots, slot, count):
         answers, batch = [], self.batch
-        room = self.config.prefill_blocks * QUERY_BLOCK
+        room = self.engine_config.prefill_query_blocks * QUERY_BLOCK
         for first in range(0, count, room):
             size = min(room, count - first)
             once = np.arange(first, first + size, tile.tokens, dtype=np.int32)
             starts = np.tile(once, max(tile.blocks // len(once), 1))  # a tile that holds more is full, and its last rows are looked at
-            capacity = batch.prefill_blocks * (QUERY_BLOCK // tile.tokens)
+            capacity = batch.prefill_query_blocks * (QUERY_BLOCK // tile.tokens)
             pad = lambda x, capacity=capacity: np.pad(x, (0, capacity - len(x))).astype(np.int32)
-            blocks = Blocks(pad(np.full_like(starts, slot)), pad(starts), pad(np.minimum(tile.tokens, first + size - starts)),
+            blocks = QueryBlocks(pad(np.full_like(starts, slot)), pad(starts), pad(np.minimum(tile.tokens, first + size - starts)),
                             np.int32(len(starts)))
             last = (len(starts) - len(once)) * tile.tokens
             rows = rows_of(batch.prefill_rows, range(last, last + size), [slot] * size, range(first, first + size), [True] * size)
-            nothing = np.zeros(self.config.max_num_seqs, np.int32)
+            nothing = np.zeros(self.engine_config.max_num_seqs, np.int32)
             cache, out = self.run_prefill(params, cache, tables, slots, blocks, rows, Copies(nothing, nothing, np.int32(0)), tile)
             answers.append([np.asarray(x)[:size] for x in _fields(out)])
         return cache, [np.concatenate(parts) for parts in zip(*answers, strict=True)]

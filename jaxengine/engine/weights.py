@@ -11,9 +11,9 @@ from jaxengine.models.params import Decoder, abstract
 SHOWN = 10  # differences that an error lists
 
 
-def check_fits(params: Decoder, config: ModelConfig) -> None:
+def check_fits(params: Decoder, model_config: ModelConfig) -> None:
     """Raises ValueError listing the first ten leaves whose presence, shape or dtype is not what `config` declares."""
-    given, declared = _named(params), _named(abstract(config))
+    given, declared = _named(params), _named(abstract(model_config))
     wrong = [f"{path}: given {given.get(path, 'nothing')}, declared {declared.get(path, 'nothing')}"
              for path in sorted(given.keys() | declared.keys()) if given.get(path) != declared.get(path)]
     if wrong:
@@ -28,15 +28,15 @@ def placed(params: Any, like: Decoder | None = None) -> Any:
     return jax.device_put(params, homes)
 
 
-def prepared(params: Any, config: ModelConfig, like: Decoder | None, *, cast: bool = False) -> Decoder:
+def prepared(params: Any, model_config: ModelConfig, like: Decoder | None, *, cast: bool = False) -> Decoder:
     """`params` checked, and placed where the weights `like` lie.
 
     With `cast`, floating leaves are rounded to the declared dtype first. Raises ValueError, listing the first ten leaves, where leaves are
     missing, misnamed, of another shape or dtype, or not finite; TypeError for what is no pytree of arrays.
     """
     if cast:
-        params = _cast(params, config)
-    check_fits(params, config)
+        params = _cast(params, model_config)
+    check_fits(params, model_config)
     ready = placed(params, like)
     finite = jax.device_get(steps.all_finite(ready))
     wrong = [path for path, good in zip(_named(ready), jax.tree.leaves(finite), strict=True) if not good]
@@ -67,8 +67,8 @@ def _named(params: Any) -> dict[str, str]:
     return named
 
 
-def _cast(params: Any, config: ModelConfig) -> Any:
-    declared = {path: leaf.dtype for path, leaf in _leaves(abstract(config))}
+def _cast(params: Any, model_config: ModelConfig) -> Any:
+    declared = {path: leaf.dtype for path, leaf in _leaves(abstract(model_config))}
 
     def cast(path, leaf):
         dtype = declared.get(jax.tree_util.keystr(path, simple=True, separator="."))

@@ -32,7 +32,7 @@ def prompts_of(prompts: Any) -> list[Any]:
     return [batch] if batch and all(map(is_token, batch)) else batch
 
 
-def params_of(params: Any, count: int) -> list[SamplingParams]:
+def sampling_of(params: Any, count: int) -> list[SamplingParams]:
     """One SamplingParams a prompt: one for all, or one each."""
     if params is None:
         params = SamplingParams()
@@ -48,31 +48,31 @@ def params_of(params: Any, count: int) -> list[SamplingParams]:
     return list(params)
 
 
-def make_request(request_id: str, prompt: Any, index: int, params: SamplingParams, key: tuple[int, int], model: ModelConfig,
-                 engine: EngineConfig, tokenizer: Tokenizer | None) -> Request:
+def make_request(request_id: str, prompt: Any, index: int, params: SamplingParams, key: tuple[int, int], model_config: ModelConfig,
+                 engine_config: EngineConfig, tokenizer: Tokenizer | None) -> Request:
     """A checked Request; errors name the prompt's index."""
-    text, ids, salt = _tokens(prompt, index, model, tokenizer)
-    _check_params(params, index, model, engine)
-    stops = stop_token_ids(params, model.eos_token_ids)
+    text, ids, salt = _tokens(prompt, index, model_config, tokenizer)
+    _check_params(params, index, model_config, engine_config)
+    stops = stop_token_ids(params, model_config.eos_token_ids)
     if len(stops) > MAX_STOPS:
         raise ValueError(f"prompts[{index}] has {len(stops)} stop token ids, end tokens included: at most {MAX_STOPS} are possible")
     if params.stop and tokenizer is None:
         raise ValueError(f"prompts[{index}] has stop strings, but the model has no tokenizer: use stop_token_ids")
     own = key_data(params.key) if params.key is not None else seed_data(params.seed) if params.seed is not None else None
     return Request(request_id, ids, params, own or key, -1 if own else index, stops,
-                   _limit(len(ids), index, params, engine), text, salt)
+                   _limit(len(ids), index, params, engine_config), text, salt)
 
 
-def replayed(request_id: str, coordinate: Coordinate, model: ModelConfig, engine: EngineConfig) -> Request:
+def replayed(request_id: str, coordinate: Coordinate, model_config: ModelConfig, engine_config: EngineConfig) -> Request:
     """The request that draws a coordinate's sample again, alone."""
     params, (prompt, sample) = coordinate.request_params(), coordinate.key_folds
     key = key_of(coordinate.key)
     for fold in (prompt, sample):
         key = jax.random.fold_in(key, fold) if fold >= 0 else key
-    return make_request(request_id, coordinate.prompt_token_ids, 0, params.replace(key=key), (0, 0), model, engine, None)
+    return make_request(request_id, coordinate.prompt_token_ids, 0, params.replace(key=key), (0, 0), model_config, engine_config, None)
 
 
-def extended(request_id: str, output: RequestOutput, params: SamplingParams | None, model: ModelConfig, engine: EngineConfig,
+def extended(request_id: str, output: RequestOutput, params: SamplingParams | None, model_config: ModelConfig, engine_config: EngineConfig,
              tokenizer: Tokenizer | None) -> Request:
     """The request that goes on where the samples of an output stand; those that a stop or an error ended stay as they are."""
     begun = output.outputs[0].coordinate
@@ -81,8 +81,8 @@ def extended(request_id: str, output: RequestOutput, params: SamplingParams | No
     if params.n != len(output.outputs):
         raise ValueError(f"request {output.request_id} has {len(output.outputs)} samples, sampling_params has n={params.n}")
     prompt = {"prompt": output.prompt, "prompt_token_ids": output.prompt_token_ids, "cache_salt": output.cache_salt}
-    request = make_request(request_id, prompt, 0, params.replace(key=None, seed=None), begun.key, model, engine, tokenizer)
-    request.params, request.prompt_index = params, begun.key_folds[0]
+    request = make_request(request_id, prompt, 0, params.replace(key=None, seed=None), begun.key, model_config, engine_config, tokenizer)
+    request.sampling, request.prompt_index = params, begun.key_folds[0]
     request.earlier = [_earlier(sample, request) for sample in output.outputs]
     if params.prompt_logprobs is not None and output.outputs[0].token_ids:  # else they are found now
         if output.prompt_logprobs is None:
@@ -98,7 +98,7 @@ def extended(request_id: str, output: RequestOutput, params: SamplingParams | No
 
 
 def _earlier(sample: CompletionOutput, request: Request) -> Earlier:
-    params = request.params
+    params = request.sampling
     for name, wanted, have in (("raw_logprobs", params.raw_logprobs, sample.raw_logprobs), ("entropy", params.entropy, sample.entropies),
                                ("logprobs", params.logprobs is not None, sample.logprobs)):
         if wanted and have is None:
@@ -131,7 +131,7 @@ def check_scored(tokens: Any, mask: Any, config: ModelConfig) -> None:
         raise ValueError(f"mask[{int(mask[:, 0].argmax())}, 0] is True: the first token has nothing before it that could predict it")
 
 
-def _tokens(prompt: Any, index: int, model: ModelConfig, tokenizer: Tokenizer | None) -> tuple[str | None, list[int], str]:
+def _tokens(prompt: Any, index: int, model_config: ModelConfig, tokenizer: Tokenizer | None) -> tuple[str | None, list[int], str]:
     """(text, token ids, cache salt) of one prompt."""
     where, salt, special = f"prompts[{index}]", "", False
     if isinstance(prompt, Mapping):
@@ -141,42 +141,42 @@ def _tokens(prompt: Any, index: int, model: ModelConfig, tokenizer: Tokenizer | 
         if not isinstance(salt, str):
             raise ValueError(f"{where}['cache_salt'] must be a string or None, got {salt!r:.80}")
         if prompt.get("prompt_token_ids") is not None:
-            return prompt.get("prompt"), token_ids_of(prompt["prompt_token_ids"], model.vocab_size, f"{where}['prompt_token_ids']"), salt
+            return prompt.get("prompt"), token_ids_of(prompt["prompt_token_ids"], model_config.vocab_size, f"{where}['prompt_token_ids']"), salt
         if not isinstance(prompt.get("prompt"), str):
             raise ValueError(f"{where} needs 'prompt' or 'prompt_token_ids', got the keys {sorted(prompt)}")
         prompt = prompt["prompt"]
     if not isinstance(prompt, str):
-        return None, token_ids_of(prompt, model.vocab_size, where), salt
+        return None, token_ids_of(prompt, model_config.vocab_size, where), salt
     if not prompt:
         raise ValueError(f"{where} is empty: at least one token is needed to predict the next one")
     if tokenizer is None:
         raise ValueError(f"{where} is text, but the model has no tokenizer: give {{'prompt_token_ids': [...]}}, or give the "
                          "LLM a folder with a tokenizer.json as tokenizer=")
     text = str(prompt)  # a numpy.str_ is a str too, and stays one in outputs otherwise
-    return text, token_ids_of(tokenizer.encode(text, allow_special_tokens=special), model.vocab_size, where), salt
+    return text, token_ids_of(tokenizer.encode(text, allow_special_tokens=special), model_config.vocab_size, where), salt
 
 
-def _check_params(params: SamplingParams, index: int, model: ModelConfig, engine: EngineConfig) -> None:
+def _check_params(params: SamplingParams, index: int, model_config: ModelConfig, engine_config: EngineConfig) -> None:
     for name in ("logprobs", "prompt_logprobs"):
         value = getattr(params, name)
-        if value is not None and value > engine.max_logprobs:
-            raise ValueError(f"{name}={value} of prompts[{index}] is more than max_logprobs={engine.max_logprobs} of this engine")
+        if value is not None and value > engine_config.max_logprobs:
+            raise ValueError(f"{name}={value} of prompts[{index}] is more than max_logprobs={engine_config.max_logprobs} of this engine")
     for name, tokens in (("logit_bias", [token for token, _ in params.biases]), ("stop_token_ids", params.stop_token_ids)):
-        if any(token >= model.vocab_size for token in tokens):
-            raise ValueError(f"{name} of prompts[{index}] names token {max(tokens)}: the vocabulary is 0 … {model.vocab_size - 1}")
+        if any(token >= model_config.vocab_size for token in tokens):
+            raise ValueError(f"{name} of prompts[{index}] names token {max(tokens)}: the vocabulary is 0 … {model_config.vocab_size - 1}")
 
 
-def _limit(prompt_length: int, index: int, params: SamplingParams, engine: EngineConfig) -> int:
+def _limit(prompt_length: int, index: int, params: SamplingParams, engine_config: EngineConfig) -> int:
     """Where the sequence ends; raises where the prompt leaves no room, or where it could never fit the pool."""
-    if prompt_length >= engine.max_model_len:
-        raise ValueError(f"prompts[{index}] has {prompt_length} tokens, the context is max_model_len={engine.max_model_len}: "
+    if prompt_length >= engine_config.max_model_len:
+        raise ValueError(f"prompts[{index}] has {prompt_length} tokens, the context is max_model_len={engine_config.max_model_len}: "
                          "no room for one token more")
-    limit = engine.max_model_len if params.max_tokens is None else min(prompt_length + params.max_tokens, engine.max_model_len)
-    room = (engine.num_pages - 1) * engine.page_size
+    limit = engine_config.max_model_len if params.max_tokens is None else min(prompt_length + params.max_tokens, engine_config.max_model_len)
+    room = (engine_config.num_pages - 1) * engine_config.page_size
     if params.max_tokens is None and prompt_length < room:
         return min(limit, room)
     if limit > room:
-        pages = lambda tokens: -(-tokens // engine.page_size)
-        raise ValueError(f"prompts[{index}] needs {pages(limit)} pages of {engine.page_size} tokens, the pool has {engine.num_pages - 1}: "
+        pages = lambda tokens: -(-tokens // engine_config.page_size)
+        raise ValueError(f"prompts[{index}] needs {pages(limit)} pages of {engine_config.page_size} tokens, the pool has {engine_config.num_pages - 1}: "
                          "raise num_pages, or lower max_tokens")
     return limit

@@ -35,7 +35,7 @@ def root_digest(version: int, salt: str) -> bytes:
     return hashlib.blake2b(f"{version}:{salt}".encode(), digest_size=16).digest()
 
 
-class BlockManager:
+class PagePool:
     """Reference counts, free pages and the prefix cache. Page 0 is scratch and never handed out."""
 
     def __init__(self, num_pages: int, page_size: int, enable_prefix_caching: bool = True) -> None:

@@ -1,7 +1,7 @@
 """A request in flight and its samples, as the scheduler sees them. Plain Python."""
 import dataclasses
 import enum
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from typing import Any
 
 from jaxengine.outputs import Logprob
@@ -34,7 +34,7 @@ class Request:
 
     request_id: str
     prompt_token_ids: list[int]
-    params: SamplingParams
+    sampling: SamplingParams
     key: tuple[int, int]
     prompt_index: int  # -1 where the request carries its own key
     stop_token_ids: frozenset[int]
@@ -42,19 +42,19 @@ class Request:
     prompt: str | None = None
     cache_salt: str = ""
     earlier: list[Earlier] = dataclasses.field(default_factory=list)  # of each sample, where an earlier call began them
-    samples: list["Sequence"] = dataclasses.field(default_factory=list)
-    prefilling: "Sequence | None" = None  # the sample that computes the prompt; the others wait to share its pages
+    samples: list["Sample"] = dataclasses.field(default_factory=list)
+    prefilling: "Sample | None" = None  # the sample that computes the prompt; the others wait to share its pages
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     num_cached_tokens: int | None = None
 
     def key_folds(self, sample_index: int) -> tuple[int, int]:
         """What is folded into the key for one sample; -1 means nothing."""
-        own, alone = self.prompt_index < 0, self.params.n == 1
+        own, alone = self.prompt_index < 0, self.sampling.n == 1
         return self.prompt_index, -1 if own and alone else sample_index
 
 
 @dataclasses.dataclass(eq=False)
-class Sequence:
+class Sample:
     """One sample: its tokens, its pages and how far it has come."""
 
     request: Request
@@ -81,7 +81,7 @@ class Sequence:
     detokenizer: Any = None
 
     @classmethod
-    def of(cls, request: Request, index: int, arrival: int) -> "Sequence":
+    def of(cls, request: Request, index: int, arrival: int) -> "Sample":
         """A sample that waits, behind what an earlier call drew for it."""
         earlier = request.earlier[index] if request.earlier else Earlier()
         return cls(request, index, request.prompt_token_ids + earlier.token_ids, arrival,
@@ -110,13 +110,13 @@ class Sequence:
         return len(self.token_ids) + self.num_pending
 
     @property
-    def generated(self) -> Seq[int]:
+    def generated(self) -> Sequence[int]:
         return self.token_ids[self.prompt_length :]
 
     @property
     def scores_prompt(self) -> bool:
         """Whether its prefill owes the prompt's logprobs: the first sample's does, once."""
-        return self.request.params.prompt_logprobs is not None and self.index == 0 and not self.generated
+        return self.request.sampling.prompt_logprobs is not None and self.index == 0 and not self.generated
 
     @property
     def is_decoding(self) -> bool:

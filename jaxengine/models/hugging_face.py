@@ -12,7 +12,7 @@ IGNORED_KEYS = ("*.rotary_emb.inv_freq",)  # buffers that old files carry
 ROPE_KINDS = ("default", "linear", "llama3", "yarn")
 
 
-def model_config(hf: dict[str, Any], **differences: Any) -> ModelConfig:
+def model_config_of(hf: dict[str, Any], **differences: Any) -> ModelConfig:
     """ModelConfig from a parsed config.json. Raises ValueError for what this decoder does not compute."""
     for key, expected in (("hidden_act", "silu"), ("mlp_bias", False), ("use_sliding_window", False)):
         if hf.get(key, expected) != expected:
@@ -88,9 +88,9 @@ def _yarn_attention_factor(scaling: dict[str, Any], factor: float) -> float:
     return scale(mscale) / scale(all_dim) if mscale and all_dim else scale(1.0)
 
 
-def config_json(config: ModelConfig, model_type: str) -> dict[str, Any]:
+def config_json(model_config: ModelConfig, model_type: str) -> dict[str, Any]:
     """config.json of a model with this configuration, as transformers reads it."""
-    rope = config.rope
+    rope = model_config.rope
     parameters: dict[str, Any] = {"rope_theta": rope.theta, "rope_type": rope.kind}
     if rope.kind != "default":
         parameters["factor"] = rope.factor
@@ -102,71 +102,71 @@ def config_json(config: ModelConfig, model_type: str) -> dict[str, Any]:
         parameters |= {name: getattr(rope, name) for name in ("beta_fast", "beta_slow", "attention_factor", "truncate")}
     same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
             "head_dim", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "bos_token_id", "dtype")
-    eos = config.eos_token_ids
-    return {"architectures": [config.architecture], "model_type": model_type, "hidden_act": "silu", "rope_parameters": parameters,
-            "eos_token_id": (eos[0] if len(eos) == 1 else list(eos)) if eos else None, **{name: getattr(config, name) for name in same}}
+    eos = model_config.eos_token_ids
+    return {"architectures": [model_config.architecture], "model_type": model_type, "hidden_act": "silu", "rope_parameters": parameters,
+            "eos_token_id": (eos[0] if len(eos) == 1 else list(eos)) if eos else None, **{name: getattr(model_config, name) for name in same}}
 
 
-def key_table(config: ModelConfig) -> list[Entry]:
+def key_table(model_config: ModelConfig) -> list[Entry]:
     """Where each of our leaves comes from. Our matrices pack Hugging Face's by leaf: `[leaf, N, K]`."""
-    width, h = config.hidden_size, config.head_dim
-    query, key_value = config.num_attention_heads * h, config.num_key_value_heads * h
-    attention, mlp = "self_attn", config.intermediate_size
-    entries = [_vocabulary(config, "embed", "model.embed_tokens.weight")]
-    for i in range(config.num_hidden_layers):
+    width, h = model_config.hidden_size, model_config.head_dim
+    query, key_value = model_config.num_attention_heads * h, model_config.num_key_value_heads * h
+    attention, mlp = "self_attn", model_config.intermediate_size
+    entries = [_vocabulary(model_config, "embed", "model.embed_tokens.weight")]
+    for i in range(model_config.num_hidden_layers):
         ours, theirs = f"layers.{i}", f"model.layers.{i}"
         names = [f"{theirs}.{attention}.{p}_proj" for p in "qkv"]
         entries += [
             _vector(f"{ours}.input_norm", f"{theirs}.input_layernorm.weight", width),
-            _outputs(config, f"{ours}.attention.qkv", [f"{n}.weight" for n in names], [(n, width) for n in (query, key_value, key_value)]),
-            _inputs(config, f"{ours}.attention.out", f"{theirs}.{attention}.o_proj.weight", (width, query)),
+            _outputs(model_config, f"{ours}.attention.qkv", [f"{n}.weight" for n in names], [(n, width) for n in (query, key_value, key_value)]),
+            _inputs(model_config, f"{ours}.attention.out", f"{theirs}.{attention}.o_proj.weight", (width, query)),
             _vector(f"{ours}.post_norm", f"{theirs}.post_attention_layernorm.weight", width),
-            _outputs(config, f"{ours}.mlp.gate_up", [f"{theirs}.mlp.{p}_proj.weight" for p in ("gate", "up")], [(mlp, width)] * 2),
-            _inputs(config, f"{ours}.mlp.down", f"{theirs}.mlp.down_proj.weight", (width, mlp)),
+            _outputs(model_config, f"{ours}.mlp.gate_up", [f"{theirs}.mlp.{p}_proj.weight" for p in ("gate", "up")], [(mlp, width)] * 2),
+            _inputs(model_config, f"{ours}.mlp.down", f"{theirs}.mlp.down_proj.weight", (width, mlp)),
         ]
-        if config.qkv_bias:
+        if model_config.qkv_bias:
             biases = [f"{n}.bias" for n in names]
-            entries.append(_outputs(config, f"{ours}.attention.qkv_bias", biases, [(query,), (key_value,), (key_value,)]))
-        if config.out_bias:
+            entries.append(_outputs(model_config, f"{ours}.attention.qkv_bias", biases, [(query,), (key_value,), (key_value,)]))
+        if model_config.out_bias:
             entries.append(_vector(f"{ours}.attention.out_bias", f"{theirs}.{attention}.o_proj.bias", width))
-        if config.qk_norm:
+        if model_config.qk_norm:
             entries += [_vector(f"{ours}.attention.{p}_norm", f"{theirs}.{attention}.{p}_norm.weight", h) for p in "qk"]
     entries.append(_vector("norm", "model.norm.weight", width))
-    return entries if config.tie_word_embeddings else [*entries, _vocabulary(config, "head", "lm_head.weight")]
+    return entries if model_config.tie_word_embeddings else [*entries, _vocabulary(model_config, "head", "lm_head.weight")]
 
 
-def ignored_keys(config: ModelConfig) -> tuple[str, ...]:
+def ignored_keys(model_config: ModelConfig) -> tuple[str, ...]:
     """Keys that a file may carry without being read: a tied model's head is its embedding."""
-    return (*IGNORED_KEYS, "lm_head.weight") if config.tie_word_embeddings else IGNORED_KEYS
+    return (*IGNORED_KEYS, "lm_head.weight") if model_config.tie_word_embeddings else IGNORED_KEYS
 
 
 def _vector(target: str, source: str, size: int) -> Entry:
     return Entry(target, (source,), ((size,),))
 
 
-def _vocabulary(config: ModelConfig, target: str, source: str) -> Entry:
+def _vocabulary(model_config: ModelConfig, target: str, source: str) -> Entry:
     """[V, D] padded with zero rows, then cut into leaves."""
-    size, padded, width = config.vocab_size, config.padded_vocab_size, config.hidden_size
+    size, padded, width = model_config.vocab_size, model_config.padded_vocab_size, model_config.hidden_size
 
     def pack(sources):
         out = np.zeros((padded, width), sources[0].dtype)
         out[:size] = sources[0]
-        return out.reshape(config.reduction_leaves, -1, width)
+        return out.reshape(model_config.reduction_leaves, -1, width)
 
     return Entry(target, (source,), ((size, width),), pack, lambda leaf: (leaf.reshape(-1, width)[:size],))
 
 
-def _outputs(config: ModelConfig, target: str, sources: list[str], shapes: list[tuple[int, ...]]) -> Entry:
+def _outputs(model_config: ModelConfig, target: str, sources: list[str], shapes: list[tuple[int, ...]]) -> Entry:
     """Matrices [N, K] (or biases [N]) cut along N into leaves, and joined leaf by leaf."""
-    leaves = config.reduction_leaves
+    leaves = model_config.reduction_leaves
     cut = lambda x: x.reshape(leaves, x.shape[0] // leaves, *x.shape[1:])
     edges = np.cumsum([shape[0] // leaves for shape in shapes])[:-1]
     unpack = lambda leaf: [part.reshape(-1, *part.shape[2:]) for part in np.split(leaf, edges, axis=1)]
     return Entry(target, tuple(sources), tuple(shapes), lambda parts: np.concatenate([cut(x) for x in parts], axis=1), unpack)
 
 
-def _inputs(config: ModelConfig, target: str, source: str, shape: tuple[int, int]) -> Entry:
+def _inputs(model_config: ModelConfig, target: str, source: str, shape: tuple[int, int]) -> Entry:
     """[N, K] cut along K into leaves."""
-    leaves, (n, k) = config.reduction_leaves, shape
+    leaves, (n, k) = model_config.reduction_leaves, shape
     pack = lambda sources: np.ascontiguousarray(sources[0].reshape(n, leaves, k // leaves).swapaxes(0, 1))
     return Entry(target, (source,), (shape,), pack, lambda leaf: (leaf.swapaxes(0, 1).reshape(n, k),))

@@ -3,15 +3,15 @@ from typing import Any
 
 from jaxengine.base.arguments import flag
 from jaxengine.config import ModelConfig
-from jaxengine.models.hugging_face import given, model_config
+from jaxengine.models.hugging_face import given, model_config_of
 
 MODEL_TYPE = "llama"
 
 
 def configure(hf: dict[str, Any]) -> ModelConfig:
     biased = flag("attention_bias", given(hf, "attention_bias", False))
-    return model_config(hf, qkv_bias=biased, out_bias=biased)
+    return model_config_of(hf, qkv_bias=biased, out_bias=biased)
 
 
-def differences(config: ModelConfig) -> dict[str, Any]:
-    return {"attention_bias": config.qkv_bias, "mlp_bias": False}
+def differences(model_config: ModelConfig) -> dict[str, Any]:
+    return {"attention_bias": model_config.qkv_bias, "mlp_bias": False}

@@ -16,28 +16,28 @@ QUERIES = 64  # that attention takes at once: at 40,000 positions their weights 
 dot = functools.partial(jnp.einsum, precision="highest")
 
 
-def logits(config: ModelConfig, params: Decoder, tokens: Int[Array, " T"]) -> Float[Array, "T V"]:
+def logits(model_config: ModelConfig, params: Decoder, tokens: Int[Array, " T"]) -> Float[Array, "T V"]:
     """Logits of the token behind each position."""
-    x = hidden_states(config, params, tokens)
+    x = hidden_states(model_config, params, tokens)
     head = params.output_head
-    return dot("td,vd->tv", x, _joined(head))[:, : config.vocab_size]
+    return dot("td,vd->tv", x, _joined(head))[:, : model_config.vocab_size]
 
 
-def hidden_states(config: ModelConfig, params: Decoder, tokens: Int[Array, " T"]) -> Float[Array, "T D"]:
+def hidden_states(model_config: ModelConfig, params: Decoder, tokens: Int[Array, " T"]) -> Float[Array, "T D"]:
     """The normalised residual stream that the head reads."""
     x = _joined(params.embed)[tokens]
     for layer in params.layers:
-        x = x + _attention(config, layer, _norm(config, x, layer.input_norm))
-        x = x + _mlp(layer, _norm(config, x, layer.post_norm))
-    return _norm(config, x, params.norm)
+        x = x + _attention(model_config, layer, _norm(model_config, x, layer.input_norm))
+        x = x + _mlp(layer, _norm(model_config, x, layer.post_norm))
+    return _norm(model_config, x, params.norm)
 
 
 def _joined(w: Float[Array, "leaf N K"]) -> Float[Array, "leaf*N K"]:
     return w.astype(jnp.float32).reshape(-1, w.shape[-1])
 
 
-def _norm(config: ModelConfig, x: Array, scale: Array) -> Array:
-    return x / jnp.sqrt(jnp.mean(x * x, -1, keepdims=True) + config.rms_norm_eps) * scale.astype(jnp.float32)
+def _norm(model_config: ModelConfig, x: Array, scale: Array) -> Array:
+    return x / jnp.sqrt(jnp.mean(x * x, -1, keepdims=True) + model_config.rms_norm_eps) * scale.astype(jnp.float32)
 
 
 def _mlp(layer: Layer, y: Float[Array, "T D"]) -> Float[Array, "T D"]:
@@ -45,24 +45,24 @@ def _mlp(layer: Layer, y: Float[Array, "T D"]) -> Float[Array, "T D"]:
     return dot("tlf,ldf->td", jax.nn.silu(gate) * up, layer.mlp.down.astype(jnp.float32))
 
 
-def _attention(config: ModelConfig, layer: Layer, y: Float[Array, "T D"]) -> Float[Array, "T D"]:
-    attention, h, leaves, length = layer.attention, config.head_dim, config.reduction_leaves, y.shape[0]
+def _attention(model_config: ModelConfig, layer: Layer, y: Float[Array, "T D"]) -> Float[Array, "T D"]:
+    attention, h, leaves, length = layer.attention, model_config.head_dim, model_config.reduction_leaves, y.shape[0]
     packed = dot("td,lnd->ltn", y, attention.qkv.astype(jnp.float32))
     if attention.qkv_bias is not None:
         packed += attention.qkv_bias.astype(jnp.float32)[:, None]
     heads = packed.reshape(leaves, length, -1, h)
-    each = config.num_attention_heads // leaves, config.num_key_value_heads // leaves
+    each = model_config.num_attention_heads // leaves, model_config.num_key_value_heads // leaves
     q, k, v = (part.transpose(1, 0, 2, 3).reshape(length, -1, h) for part in jnp.split(heads, [each[0], sum(each)], axis=2))
     if attention.q_norm is not None and attention.k_norm is not None:
-        q, k = _norm(config, q, attention.q_norm), _norm(config, k, attention.k_norm)
-    mixed = _causal(_rotated(config, q), _rotated(config, k), v)
+        q, k = _norm(model_config, q, attention.q_norm), _norm(model_config, k, attention.k_norm)
+    mixed = _causal(_rotated(model_config, q), _rotated(model_config, k), v)
     out = dot("tln,ldn->td", mixed.reshape(length, leaves, -1), attention.out.astype(jnp.float32))
     return out if attention.out_bias is None else out + attention.out_bias.astype(jnp.float32)
 
 
-def _rotated(config: ModelConfig, x: Float[Array, "T heads h"]) -> Float[Array, "T heads h"]:
-    angles = jnp.arange(x.shape[0], dtype=jnp.float32)[:, None, None] * inverse_frequencies(config.rope, config.head_dim)
-    cos, sin = jnp.cos(angles) * config.rope.attention_factor, jnp.sin(angles) * config.rope.attention_factor
+def _rotated(model_config: ModelConfig, x: Float[Array, "T heads h"]) -> Float[Array, "T heads h"]:
+    angles = jnp.arange(x.shape[0], dtype=jnp.float32)[:, None, None] * inverse_frequencies(model_config.rope, model_config.head_dim)
+    cos, sin = jnp.cos(angles) * model_config.rope.attention_factor, jnp.sin(angles) * model_config.rope.attention_factor
     a, b = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 

@@ -2,14 +2,14 @@
 from typing import Any
 
 from jaxengine.config import ModelConfig
-from jaxengine.models.hugging_face import model_config
+from jaxengine.models.hugging_face import model_config_of
 
 MODEL_TYPE = "qwen2"
 
 
 def configure(hf: dict[str, Any]) -> ModelConfig:
-    return model_config(hf, qkv_bias=True)
+    return model_config_of(hf, qkv_bias=True)
 
 
-def differences(config: ModelConfig) -> dict[str, Any]:
+def differences(model_config: ModelConfig) -> dict[str, Any]:
     return {}

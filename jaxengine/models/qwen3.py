@@ -3,7 +3,7 @@ from typing import Any
 
 from jaxengine.base.arguments import flag
 from jaxengine.config import ModelConfig
-from jaxengine.models.hugging_face import given, model_config
+from jaxengine.models.hugging_face import given, model_config_of
 
 MODEL_TYPE = "qwen3"
 
@@ -11,8 +11,8 @@ MODEL_TYPE = "qwen3"
 def configure(hf: dict[str, Any]) -> ModelConfig:
     biased = flag("attention_bias", given(hf, "attention_bias", False))
     hf = {"head_dim": 128} | hf  # transformers' default, whatever the hidden size
-    return model_config(hf, qk_norm=True, qkv_bias=biased, out_bias=biased)
+    return model_config_of(hf, qk_norm=True, qkv_bias=biased, out_bias=biased)
 
 
-def differences(config: ModelConfig) -> dict[str, Any]:
-    return {"attention_bias": config.qkv_bias}
+def differences(model_config: ModelConfig) -> dict[str, Any]:
+    return {"attention_bias": model_config.qkv_bias}

@@ -11,11 +11,11 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from jaxengine.config import ModelConfig, check_kernels
-from jaxengine.device.step_inputs import Blocks
+from jaxengine.device.step_inputs import QueryBlocks
 from jaxengine.ops.pallas import Pallas
 from jaxengine.ops.xla import Xla
 from pallas_kernels import implementations
-from pallas_kernels.sampling_reference import Tail
+from pallas_kernels.sampling_reference import Draw
 
 XLA = Xla()
 OF_PLATFORM = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}
@@ -55,14 +55,14 @@ class Kernels(Protocol):
         """Sum over leaves of x @ w.T, in the fixed order of the tree (vLLM: row parallel)."""
         ...
 
-    def tail(self, logits: Float[Array, "t V"], given: Int[Array, " t"], uniforms: Float[Array, "t 2"] | None = None) -> Tail:
+    def draw_and_score(self, logits: Float[Array, "t V"], given: Int[Array, " t"], uniforms: Float[Array, "t 2"] | None = None) -> Draw:
         """A token of each row and its logprob under softmax(logits): given ≥ 0 is scored, else one is drawn.
 
         Without uniforms all are given.
         """
         ...
 
-    def pools(self, model: ModelConfig, num_pages: int, page_size: int) -> tuple[Any, Any]:
+    def pools(self, model_config: ModelConfig, num_pages: int, page_size: int) -> tuple[Any, Any]:
         """Shapes and dtypes of one layer's keys and values."""
         ...
 
@@ -74,11 +74,11 @@ class Kernels(Protocol):
         """Pools, or pages of them, as `[P, p, K, _]`; jax's or numpy's."""
         ...
 
-    def tables(self, tables: Int[Array, "slots n"], blocks: Blocks) -> Array:
+    def tables(self, tables: Int[Array, "slots n"], blocks: QueryBlocks) -> Array:
         """A step's block tables as `write` and `attend` take them."""
         ...
 
-    def write(self, keys: Array, values: Array, k: Float[Array, "B r K h"], v: Float[Array, "B r K h"], tables: Array, blocks: Blocks
+    def write(self, keys: Array, values: Array, k: Float[Array, "B r K h"], v: Float[Array, "B r K h"], tables: Array, blocks: QueryBlocks
               ) -> tuple[Array, Array]:
         """The pools with k and v of each block in the page that its table names. Copies bits, so it needs no pinning.
 
@@ -86,14 +86,14 @@ class Kernels(Protocol):
         """
         ...
 
-    def attend(self, model: ModelConfig, keys: Array, values: Array, q: Float[Array, "B r H h"], tables: Array, blocks: Blocks
+    def attend(self, model_config: ModelConfig, keys: Array, values: Array, q: Float[Array, "B r H h"], tables: Array, blocks: QueryBlocks
                ) -> Float[Array, "B r Hh"]:
         """Causal attention of the blocks over their sequences' pages, in the model's dtype. The same bits whatever else is attended."""
         ...
 
 
 @functools.cache
-def resolve(name: str, model: ModelConfig) -> Kernels:
+def choose_kernels(name: str, model_config: ModelConfig) -> Kernels:
     """The kernels of that name for a model on the first device; logged.
 
     "auto" is the device's own, or "xla", with a warning that says why, where they do not take this device or model; on a CPU it is "xla".
@@ -101,19 +101,19 @@ def resolve(name: str, model: ModelConfig) -> Kernels:
     """
     check_kernels(name)
     if name != "auto":
-        return _named(name, model)
+        return _named(name, model_config)
     wanted = OF_PLATFORM.get(jax.devices()[0].platform, "xla")
     try:
-        return _named(wanted, model)
+        return _named(wanted, model_config)
     except ValueError as error:
         log.warning("kernels: 'xla' in the place of %r: %s", wanted, error)
-        return _named("xla", model)
+        return _named("xla", model_config)
 
 
-def _named(name: str, model: ModelConfig) -> Kernels:
+def _named(name: str, model_config: ModelConfig) -> Kernels:
     if name == "xla":
         log.info("kernels: xla")
         return XLA
     kernels = Pallas(implementations.choose(name))
-    kernels.check(model)
+    kernels.check(model_config)
     return kernels

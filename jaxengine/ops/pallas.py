@@ -12,16 +12,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxengine.config import ModelConfig
-from jaxengine.device.step_inputs import Blocks
+from jaxengine.device.step_inputs import QueryBlocks
 from pallas_kernels import paged_attention_inputs as inputs
 from pallas_kernels.implementations import Implementation
 from pallas_kernels.kv_write import kv_write
 from pallas_kernels.matmul import matmul
 from pallas_kernels.paged_attention import paged_attention
-from pallas_kernels.sampling import sampling_tail
-from pallas_kernels.sampling_reference import Tail
+from pallas_kernels.sampling import draw_and_score
+from pallas_kernels.sampling_reference import Draw
 from pallas_kernels.sizes import LANES, MATMUL
-from pallas_kernels.sizes_attention import ATTENTION, attention_blocks
+from pallas_kernels.sizes_attention import ATTENTION, attention_sizes
 from sharding.leaves import tree_sum
 
 GPU_WIDTHS = (16, 32, 64, 128, 256)  # of heads in pages: Triton's arrays are powers of two
@@ -48,14 +48,14 @@ class Pallas:
         of_device = lambda table: {kind: dataclasses.asdict(blocks) for (family, kind), blocks in table.items() if family == device}
         return {"name": self.name, "device": device, "matmul": of_device(MATMUL), "attention": of_device(ATTENTION)}
 
-    def check(self, model: ModelConfig) -> None:
+    def check(self, model_config: ModelConfig) -> None:
         """Raises ValueError for a model whose dtype or heads the kernels do not take."""
         allowed = [dtype for family, dtype in MATMUL if family == self.implementation.device]
-        if model.dtype not in allowed:
-            raise ValueError(f"kernels {self.name!r} take weights in {' or '.join(allowed)}, got {model.dtype}: give another dtype, "
+        if model_config.dtype not in allowed:
+            raise ValueError(f"kernels {self.name!r} take weights in {' or '.join(allowed)}, got {model_config.dtype}: give another dtype, "
                              "or take kernels 'xla'")
-        if self.name == "pallas_gpu" and model.head_dim > GPU_WIDTHS[-1]:
-            raise ValueError(f"kernels {self.name!r} take heads of at most {GPU_WIDTHS[-1]}, got head_dim={model.head_dim}: "
+        if self.name == "pallas_gpu" and model_config.head_dim > GPU_WIDTHS[-1]:
+            raise ValueError(f"kernels {self.name!r} take heads of at most {GPU_WIDTHS[-1]}, got head_dim={model_config.head_dim}: "
                              "take kernels 'xla'")
 
     # -- rows ------------------------------------------------------------------------------------------------------------------
@@ -80,15 +80,15 @@ class Pallas:
             return run(x if shared else x[0], w[0])[None]
         return jax.vmap(run, in_axes=(None if shared else 0, 0))(x, w)
 
-    def tail(self, logits: Float[Array, "t V"], given: Int[Array, " t"], uniforms: Float[Array, "t 2"] | None = None) -> Tail:
-        return sampling_tail(logits, given, uniforms, implementation=self.implementation)
+    def draw_and_score(self, logits: Float[Array, "t V"], given: Int[Array, " t"], uniforms: Float[Array, "t 2"] | None = None) -> Draw:
+        return draw_and_score(logits, given, uniforms, implementation=self.implementation)
 
     # -- pages -----------------------------------------------------------------------------------------------------------------
 
-    def pools(self, model: ModelConfig, num_pages: int, page_size: int) -> tuple[Any, Any]:
+    def pools(self, model_config: ModelConfig, num_pages: int, page_size: int) -> tuple[Any, Any]:
         """Raises ValueError for a page size that does not divide the kernel's tile of keys."""
-        dtype, heads, width = jnp.dtype(model.dtype), model.num_key_value_heads, self._width(model.head_dim)
-        tile = attention_blocks(self.implementation.device, dtype, heads, width).kv_tile
+        dtype, heads, width = jnp.dtype(model_config.dtype), model_config.num_key_value_heads, self._width(model_config.head_dim)
+        tile = attention_sizes(self.implementation.device, dtype, heads, width).kv_tile
         if tile % page_size:
             raise ValueError(f"kernels {str(self.implementation)!r} take {tile} keys of this model at a time, and whole pages: page_size "
                              f"must divide that, got {page_size}")
@@ -107,22 +107,22 @@ class Pallas:
     def by_token(self, keys: Any, values: Any) -> tuple[Any, Any]:
         return keys.transpose(0, 2, 1, 3), values.transpose(0, 2, 1, 3)
 
-    def tables(self, tables: Int[Array, "slots n"], blocks: Blocks) -> Int[Array, "slots n"]:
+    def tables(self, tables: Int[Array, "slots n"], blocks: QueryBlocks) -> Int[Array, "slots n"]:
         """All of them: kernels look up a block's own by its slot."""
         return tables
 
     def write(self, keys: Array, values: Array, k: Float[Array, "B r K h"], v: Float[Array, "B r K h"], tables: Int[Array, "slots n"],
-              blocks: Blocks) -> tuple[Array, Array]:
+              blocks: QueryBlocks) -> tuple[Array, Array]:
         """Where two blocks hold the same tokens, as those of a probe do, they hold the same bits, and it does not matter whose stay."""
         pages = kv_write(inputs.Pages(keys, values), k, v, _located(tables, blocks), implementation=self.implementation)
         return pages.keys, pages.values
 
-    def attend(self, model: ModelConfig, keys: Array, values: Array, q: Float[Array, "B r H h"], tables: Int[Array, "slots n"],
-               blocks: Blocks) -> Float[Array, "B r Hh"]:
-        out = paged_attention(q, inputs.Pages(keys, values), _located(tables, blocks), scoring=inputs.Scoring(model.head_dim**-0.5),
+    def attend(self, model_config: ModelConfig, keys: Array, values: Array, q: Float[Array, "B r H h"], tables: Int[Array, "slots n"],
+               blocks: QueryBlocks) -> Float[Array, "B r Hh"]:
+        out = paged_attention(q, inputs.Pages(keys, values), _located(tables, blocks), scoring=inputs.Scoring(model_config.head_dim**-0.5),
                               implementation=self.implementation)
-        return out.reshape(*out.shape[:2], -1).astype(model.dtype)
+        return out.reshape(*out.shape[:2], -1).astype(model_config.dtype)
 
 
-def _located(tables: Int[Array, "slots n"], blocks: Blocks) -> inputs.Blocks:
-    return inputs.Blocks(tables, blocks.slots, blocks.starts, blocks.counts)
+def _located(tables: Int[Array, "slots n"], blocks: QueryBlocks) -> inputs.PagedBlocks:
+    return inputs.PagedBlocks(tables, blocks.slots, blocks.starts, blocks.counts)

@@ -9,9 +9,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jaxengine.config import ModelConfig
-from jaxengine.device.step_inputs import Blocks
+from jaxengine.device.step_inputs import QueryBlocks
 from jaxengine.ops.pallas import Pallas
-from pallas_kernels.sampling_reference import Tail
+from pallas_kernels.sampling_reference import Draw
 from sharding.leaves import tree_sum
 
 WHOLE = PartitionSpec()
@@ -85,18 +85,18 @@ class Sharded:
         own = lambda x, w: tree_sum(self._gathered(self.own.summed(x, w)[None]))
         return self._on_each(own, (self.leaves, self.leaves), WHOLE)(x, w)
 
-    def tail(self, logits: Float[Array, "t V"], given: Int[Array, " t"], uniforms: Float[Array, "t 2"] | None = None) -> Tail:
+    def draw_and_score(self, logits: Float[Array, "t V"], given: Int[Array, " t"], uniforms: Float[Array, "t 2"] | None = None) -> Draw:
         """Each device draws from all logits, which it has, and all come to the same token."""
-        return self._on_each(self.own.tail, (WHOLE, WHOLE, WHOLE), WHOLE)(logits, given, uniforms)
+        return self._on_each(self.own.draw_and_score, (WHOLE, WHOLE, WHOLE), WHOLE)(logits, given, uniforms)
 
     def _gathered(self, x: Float[Array, "leaf ..."]) -> Float[Array, "all ..."]:
         return jax.lax.all_gather(x, self.axis, tiled=True)
 
     # -- pages -----------------------------------------------------------------------------------------------------------------
 
-    def pools(self, model: ModelConfig, num_pages: int, page_size: int) -> tuple[Any, Any]:
+    def pools(self, model_config: ModelConfig, num_pages: int, page_size: int) -> tuple[Any, Any]:
         place = lambda pool: jax.ShapeDtypeStruct(pool.shape, pool.dtype, sharding=NamedSharding(self.mesh, self.pages))
-        keys, values = self.own.pools(model, num_pages, page_size)
+        keys, values = self.own.pools(model_config, num_pages, page_size)
         return place(keys), place(values)
 
     def as_pages(self, k: Float[Array, "B r K h"], v: Float[Array, "B r K h"]) -> tuple[Array, Array]:
@@ -105,15 +105,15 @@ class Sharded:
     def by_token(self, keys: Any, values: Any) -> tuple[Any, Any]:
         return self.own.by_token(keys, values)
 
-    def tables(self, tables: Int[Array, "slots n"], blocks: Blocks) -> Array:
+    def tables(self, tables: Int[Array, "slots n"], blocks: QueryBlocks) -> Array:
         return self.own.tables(tables, blocks)
 
-    def write(self, keys: Array, values: Array, k: Float[Array, "B r K h"], v: Float[Array, "B r K h"], tables: Array, blocks: Blocks
+    def write(self, keys: Array, values: Array, k: Float[Array, "B r K h"], v: Float[Array, "B r K h"], tables: Array, blocks: QueryBlocks
               ) -> tuple[Array, Array]:
         inputs = self.pages, self.pages, self.heads, self.heads, WHOLE, WHOLE
         return self._on_each(self.own.write, inputs, (self.pages, self.pages))(keys, values, k, v, tables, blocks)
 
-    def attend(self, model: ModelConfig, keys: Array, values: Array, q: Float[Array, "B r H h"], tables: Array, blocks: Blocks
+    def attend(self, model_config: ModelConfig, keys: Array, values: Array, q: Float[Array, "B r H h"], tables: Array, blocks: QueryBlocks
                ) -> Float[Array, "B r Hh"]:
-        attend = lambda *args: self.own.attend(model, *args)
+        attend = lambda *args: self.own.attend(model_config, *args)
         return self._on_each(attend, (self.pages, self.pages, self.heads, WHOLE, WHOLE), self.heads)(keys, values, q, tables, blocks)

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxengine.config import KV_TILE, ModelConfig
-from jaxengine.device.step_inputs import Blocks
+from jaxengine.device.step_inputs import QueryBlocks
 from jaxengine.ops.linear import dot, split_outputs
 from jaxengine.ops.regions import over_tiles
 from pallas_kernels.paged_attention_cpu import paged_attention
 from pallas_kernels.pinned_math import silu
-from pallas_kernels.sampling_reference import Tail, plain_tail
+from pallas_kernels.sampling_reference import Draw, plain_draw
 from sharding.leaves import tree_sum
 
 # Query blocks that attention takes together, in every step: more do not stay in a CPU's cache, and with fewer XLA compiles
@@ -49,13 +49,13 @@ class Xla:
     def summed(self, x: Float[Array, "leaf t K"], w: Float[Array, "leaf N K"]) -> Float[Array, "t N"]:
         return tree_sum(dot(x, w))
 
-    def tail(self, logits: Float[Array, "t V"], given: Int[Array, " t"], uniforms: Float[Array, "t 2"] | None = None) -> Tail:
-        return plain_tail(logits, given, uniforms)
+    def draw_and_score(self, logits: Float[Array, "t V"], given: Int[Array, " t"], uniforms: Float[Array, "t 2"] | None = None) -> Draw:
+        return plain_draw(logits, given, uniforms)
 
     # -- pages -----------------------------------------------------------------------------------------------------------------
 
-    def pools(self, model: ModelConfig, num_pages: int, page_size: int) -> tuple[Any, Any]:
-        heads, h, dtype = model.num_key_value_heads, model.head_dim, storage_dtype(jnp.dtype(model.dtype))
+    def pools(self, model_config: ModelConfig, num_pages: int, page_size: int) -> tuple[Any, Any]:
+        heads, h, dtype = model_config.num_key_value_heads, model_config.head_dim, storage_dtype(jnp.dtype(model_config.dtype))
         return (jax.ShapeDtypeStruct((num_pages, heads, h, page_size), dtype),
                 jax.ShapeDtypeStruct((num_pages, heads, page_size, h), dtype))
 
@@ -67,12 +67,12 @@ class Xla:
     def by_token(self, keys: Any, values: Any) -> tuple[Any, Any]:
         return keys.transpose(0, 3, 1, 2), values.transpose(0, 2, 1, 3)
 
-    def tables(self, tables: Int[Array, "slots n"], blocks: Blocks) -> Int[Array, "B n"]:
+    def tables(self, tables: Int[Array, "slots n"], blocks: QueryBlocks) -> Int[Array, "B n"]:
         """Each block's own."""
         return tables[blocks.slots]
 
     def write(self, keys: Array, values: Array, k: Float[Array, "B r K h"], v: Float[Array, "B r K h"], tables: Int[Array, "B n"],
-              blocks: Blocks) -> tuple[Array, Array]:
+              blocks: QueryBlocks) -> tuple[Array, Array]:
         """The rows behind a block's count are written as they are: nothing attends to them before their own token overwrites them."""
         page_size = values.shape[2]
         k, v = self.as_pages(k, v)
@@ -87,9 +87,9 @@ class Xla:
 
         return jax.lax.fori_loop(0, blocks.num_blocks, step, (keys, values))
 
-    def attend(self, model: ModelConfig, keys: Array, values: Array, q: Float[Array, "B r H h"], tables: Int[Array, "B n"], blocks: Blocks
+    def attend(self, model_config: ModelConfig, keys: Array, values: Array, q: Float[Array, "B r H h"], tables: Int[Array, "B n"], blocks: QueryBlocks
                ) -> Float[Array, "B r Hh"]:
-        return over_tiles(functools.partial(attend_tile, model), ATTENTION_TILE, (keys, values), (q, tables, blocks.starts),
+        return over_tiles(functools.partial(attend_tile, model_config), ATTENTION_TILE, (keys, values), (q, tables, blocks.starts),
                           blocks.num_blocks)
 
 
@@ -108,8 +108,8 @@ def slice_widened(x: Array, start: Array, size: int, axis: int, step: Array) -> 
     return jax.lax.dynamic_slice_in_dim(x, start, size, axis).astype(jnp.float32)
 
 
-def attend_tile(model: ModelConfig, pages: tuple[Array, Array], rows: tuple[Array, Array, Array]) -> Float[Array, "B r Hh"]:
+def attend_tile(model_config: ModelConfig, pages: tuple[Array, Array], rows: tuple[Array, Array, Array]) -> Float[Array, "B r Hh"]:
     """Attention of ATTENTION_TILE blocks over their sequences' pages."""
     q, tables, starts = rows
-    out = paged_attention(q, *pages, tables, starts, scale=model.head_dim**-0.5, kv_tile=KV_TILE, dtype=jnp.dtype(model.dtype))
-    return out.reshape(*out.shape[:2], -1).astype(model.dtype)
+    out = paged_attention(q, *pages, tables, starts, scale=model_config.head_dim**-0.5, kv_tile=KV_TILE, dtype=jnp.dtype(model_config.dtype))
+    return out.reshape(*out.shape[:2], -1).astype(model_config.dtype)

@@ -7,7 +7,7 @@ from jaxengine.base.pytree import pytree
 from jaxengine.config import ModelConfig
 from jaxengine.device import scoring
 from jaxengine.device.scoring import HEAD_ROWS
-from jaxengine.device.step_inputs import SlotParams
+from jaxengine.device.step_inputs import SamplingArrays
 from jaxengine.device.trunk import WIDE
 from jaxengine.models.decoder import Tile
 from jaxengine.models.params import Decoder
@@ -34,23 +34,23 @@ class ActorCritic:
     critic: Critic | None
 
 
-def initialise(config: ModelConfig) -> Critic:
+def initialise(model_config: ModelConfig) -> Critic:
     """A critic that says 0 everywhere. Its first gradients are not zero, since they are those of a linear function's weights."""
-    return Critic(jnp.zeros(config.hidden_size, jnp.float32), jnp.zeros((), jnp.float32))
+    return Critic(jnp.zeros(model_config.hidden_size, jnp.float32), jnp.zeros((), jnp.float32))
 
 
-def logprobs_and_values(model: ActorCritic, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], slots: SlotParams, *, config: ModelConfig,
+def logprobs_and_values(model: ActorCritic, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], slots: SamplingArrays, *, model_config: ModelConfig,
                         kernels: Kernels, tile: Tile = WIDE) -> tuple[Float[Array, "B T"], Float[Array, "B T"] | None]:
     """(logprobs of the tokens under `mask`, values of the states they were drawn in), from one pass through the trunk; 0 elsewhere.
 
     The logprobs are those of scoring.token_logprobs, by bits. Values are None without a critic. Differentiable in `model`.
     """
-    x, tokens = scoring.trunk(model.policy, tokens, mask, config=config, kernels=kernels, tile=tile)
-    logprobs, _ = scoring.head_logprobs(model.policy, x, tokens, mask, slots, config=config, kernels=kernels)
-    return logprobs, None if model.critic is None else _values(config, model.critic, model.policy.norm, x, mask)
+    x, tokens = scoring.trunk(model.policy, tokens, mask, model_config=model_config, kernels=kernels, tile=tile)
+    logprobs, _ = scoring.head_logprobs(model.policy, x, tokens, mask, slots, model_config=model_config, kernels=kernels)
+    return logprobs, None if model.critic is None else _values(model_config, model.critic, model.policy.norm, x, mask)
 
 
-def _values(config: ModelConfig, critic: Critic, norm: Float[Array, " D"], x: Float[Array, "B T D"], mask: Bool[Array, "B T"]
+def _values(model_config: ModelConfig, critic: Critic, norm: Float[Array, " D"], x: Float[Array, "B T D"], mask: Bool[Array, "B T"]
             ) -> Float[Array, "B T"]:
     """In a pinned region in float32, as the logits are."""
     batch, length, width = x.shape
@@ -59,19 +59,19 @@ def _values(config: ModelConfig, critic: Critic, norm: Float[Array, " D"], x: Fl
 
     def body(weights: tuple[Array, Critic], rows: Float[Array, "t D"]) -> Float[Array, " t"]:
         norm, critic = weights
-        return row_sum(rms_norm(rows, norm, config.rms_norm_eps) * critic.weight) + critic.bias
+        return row_sum(rms_norm(rows, norm, model_config.rms_norm_eps) * critic.weight) + critic.bias
 
     found = over_tiles(body, HEAD_ROWS, (norm, critic), rows, count)[: batch * length].reshape(batch, length)
     behind = jnp.pad(found[:, :-1], ((0, 0), (1, 0)))  # the state in front of token t is that behind token t - 1
     return jnp.where(mask.at[:, 0].set(False), behind, 0.0)
 
 
-def cast(model: ActorCritic, config: ModelConfig) -> ActorCritic:
+def cast(model: ActorCritic, model_config: ModelConfig) -> ActorCritic:
     """The float32 master copy as it runs: the policy in the dtype of the configuration, the critic in float32. Always a new copy.
 
     Rounded by reduce_precision: a plain conversion and the widening that a region begins with cancel in XLA's eyes, and the region would
     see weights that were never rounded, which the engine does not have.
     """
-    numbers = jnp.finfo(config.dtype)
-    rounded = lambda x: jax.lax.reduce_precision(x, numbers.nexp, numbers.nmant).astype(config.dtype)
+    numbers = jnp.finfo(model_config.dtype)
+    rounded = lambda x: jax.lax.reduce_precision(x, numbers.nexp, numbers.nmant).astype(model_config.dtype)
     return ActorCritic(jax.tree.map(rounded, model.policy), jax.tree.map(jnp.copy, model.critic))

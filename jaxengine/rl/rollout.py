@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from checkpoints.tensor_file import read_tensors, write_tensors
-from jaxengine.coordinate import Contract, Coordinate, changed_params, params_of_changes
+from jaxengine.coordinate import Contract, Coordinate, changed_sampling, sampling_of_changes
 from jaxengine.outputs import UNDRAWN, CompletionOutput, RequestOutput
 from jaxengine.sampling_params import SamplingParams
 
@@ -123,9 +123,9 @@ def _origins(coordinates: tuple[Coordinate, ...] | None) -> dict[str, Any] | Non
     if coordinates is None:
         return None
     contracts = {coordinate.contract.digest: coordinate.contract.parts for coordinate in coordinates}
-    params = {json.dumps(changed_params(coordinate.sampling_params)): None for coordinate in coordinates}
+    params = {json.dumps(changed_sampling(coordinate.sampling_params)): None for coordinate in coordinates}
     digests, kinds = list(contracts), list(params)
-    rows = [(digests.index(c.contract.digest), kinds.index(json.dumps(changed_params(c.sampling_params))), *c.key, *c.key_folds)
+    rows = [(digests.index(c.contract.digest), kinds.index(json.dumps(changed_sampling(c.sampling_params))), *c.key, *c.key_folds)
             for c in coordinates]
     return {"contracts": list(contracts.values()), "sampling_params": [json.loads(kind) for kind in kinds], "rows": rows}
 
@@ -133,7 +133,7 @@ def _origins(coordinates: tuple[Coordinate, ...] | None) -> dict[str, Any] | Non
 def _coordinates(rollout: Rollout, origins: dict[str, Any] | None) -> tuple[Coordinate, ...] | None:
     if origins is None:
         return None
-    contracts, params = [*map(Contract, origins["contracts"])], [*map(params_of_changes, origins["sampling_params"])]
+    contracts, params = [*map(Contract, origins["contracts"])], [*map(sampling_of_changes, origins["sampling_params"])]
     counts = rollout.mask.sum(1)
     found = []
     for row, (contract, kind, high, low, prompt, sample) in enumerate(origins["rows"]):

@@ -17,11 +17,11 @@ from jaxengine.base.arguments import strict_keywords
 from jaxengine.base.keys import key_data, key_of
 from jaxengine.base.pytree import pytree
 from jaxengine.config import ModelConfig
-from jaxengine.device.scoring import slot_params, token_logprobs
+from jaxengine.device.scoring import sampling_arrays_of, token_logprobs
 from jaxengine.device.trunk import WIDE
 from jaxengine.models.decoder import Tile
 from jaxengine.models.params import Decoder
-from jaxengine.ops.kernels import resolve
+from jaxengine.ops.kernels import choose_kernels
 from jaxengine.rl import advantages as estimators
 from jaxengine.rl import critic, metrics
 from jaxengine.rl.critic import ActorCritic
@@ -90,8 +90,8 @@ class Trainer:
 
     def __init__(self, model: ModelConfig, optimizer: optax.GradientTransformation, config: TrainerConfig | None = None, *,
                  kernels: str = "auto", tile: Tile = WIDE) -> None:
-        self.model, self.optimizer, self.config, self.tile = model, optimizer, config or TrainerConfig(), tile
-        self.kernels = resolve(kernels, model)
+        self.model_config, self.optimizer, self.config, self.tile = model, optimizer, config or TrainerConfig(), tile
+        self.kernels = choose_kernels(kernels, model)
         self.update = jax.jit(self._update, donate_argnums=0)  # (state, batch) -> (state, metrics)
         self.policy = jax.jit(lambda state: critic.cast(state.master, model).policy)  # what the engine runs; a copy, the state may go
         self._forward = jax.jit(lambda master, tokens, mask: self._run(critic.cast(master, model), tokens, mask))
@@ -103,7 +103,7 @@ class Trainer:
     def start(self, params: Decoder, key: Array) -> TrainState:
         """The state before the first update: `params` in float32, an optimiser that has seen nothing."""
         widened = jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)
-        master = ActorCritic(widened, critic.initialise(self.model) if self.has_critic else None)
+        master = ActorCritic(widened, critic.initialise(self.model_config) if self.has_critic else None)
         zero = lambda: jnp.zeros((), jnp.int32)
         return TrainState(master, jax.jit(self.optimizer.init)(master), zero(), zero(), jnp.array(key_data(key), jnp.uint32))
 
@@ -145,7 +145,7 @@ class Trainer:
         if params is None:
             raise ValueError(f"kl_coefficient={self.config.objective.kl_coefficient} asks for a penalty: give reference, the weights of "
                              "the policy to stay near")
-        return token_logprobs(params, tokens, mask, self._slots(tokens), config=self.model, kernels=self.kernels, tile=self.tile)[0]
+        return token_logprobs(params, tokens, mask, self._slots(tokens), model_config=self.model_config, kernels=self.kernels, tile=self.tile)[0]
 
     def _with_values(self, state: TrainState, batch: Batch, rewards: Float[Array, " B"]) -> Batch:
         _, values = self._forward(state.master, batch.tokens, batch.mask)
@@ -168,7 +168,7 @@ class Trainer:
         """One step of the optimiser on the gradient of the whole batch."""
         weights = token_weights(batch.mask, self.config.objective), token_shares(batch.mask)
         batch = dataclasses.replace(batch, mask=batch.mask & self._needed(batch)[:, None])
-        gradient, losses, (logprobs, values) = self.gradient(critic.cast(state.master, self.model), batch, weights)
+        gradient, losses, (logprobs, values) = self.gradient(critic.cast(state.master, self.model_config), batch, weights)
         change, moments = self.optimizer.update(gradient, state.moments, state.master)
         state = dataclasses.replace(state, master=optax.apply_updates(state.master, change), moments=moments, step=state.step + 1)
         found = losses | metrics.mismatch(logprobs, batch.old_logprobs, batch.mask, batch.advantages, self.config.objective)
@@ -212,7 +212,7 @@ class Trainer:
         return loss + self.config.value_coefficient * error, ({"loss": loss, "value_loss": error}, (logprobs, values))
 
     def _run(self, model: ActorCritic, tokens: Array, mask: Array) -> tuple[Array, Array | None]:
-        return critic.logprobs_and_values(model, tokens, mask, self._slots(tokens), config=self.model, kernels=self.kernels, tile=self.tile)
+        return critic.logprobs_and_values(model, tokens, mask, self._slots(tokens), model_config=self.model_config, kernels=self.kernels, tile=self.tile)
 
     def _slots(self, tokens: Array) -> Any:
-        return slot_params([self.config.sampling] * tokens.shape[0], self.model)
+        return sampling_arrays_of([self.config.sampling] * tokens.shape[0], self.model_config)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from pallas_kernels.paged_attention_inputs import EIGHT_BIT, Blocks, Pages, Scoring
+from pallas_kernels.paged_attention_inputs import EIGHT_BIT, PagedBlocks, Pages, Scoring
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,23 +82,23 @@ class AttentionCase:
         stored = np.nan_to_num(np.rint(scaled), nan=127).clip(-127, 127) if self.dtype == "int8" else scaled
         return Pages(*(jnp.asarray(side).astype(dtype) for side in stored), *map(jnp.asarray, scales))
 
-    def blocks(self, r: int, slots: tuple[int, ...] | None = None) -> tuple[Blocks, np.ndarray]:
+    def blocks(self, r: int, slots: tuple[int, ...] | None = None) -> tuple[PagedBlocks, np.ndarray]:
         """The queries of some sequences cut into blocks of r, and each block's (slot, start, count)."""
         cut = []
         for slot in range(len(self.lengths)) if slots is None else slots:
             begin, end = max(self.lengths[slot] - self.chunk, 0), self.lengths[slot]
             cut += [(slot, start, min(r, end - start)) for start in range(begin, end, r)] or [(slot, 0, 0)]
         rows = np.array(cut, np.int32)
-        return Blocks(jnp.asarray(self.tables()), *map(jnp.asarray, rows.T)), rows
+        return PagedBlocks(jnp.asarray(self.tables()), *map(jnp.asarray, rows.T)), rows
 
-    def abstract(self, r: int, num_pages: int = 4096) -> tuple[jax.ShapeDtypeStruct, Pages, Blocks, jax.ShapeDtypeStruct | None]:
+    def abstract(self, r: int, num_pages: int = 4096) -> tuple[jax.ShapeDtypeStruct, Pages, PagedBlocks, jax.ShapeDtypeStruct | None]:
         """(queries, pool, blocks, sinks) of the case cut into blocks of r, as shapes: nothing is allocated."""
         shape: Any = lambda sizes, dtype="float32": jax.ShapeDtypeStruct(sizes, jnp.dtype(dtype))
         slots, context, heads, h = self.shape
         batch = slots * -(-self.chunk // r)
         pool = shape((num_pages, heads, self.page_size, self.page_width or h), self.dtype)
         scales = [shape((num_pages, heads))] * 2 if self.dtype in EIGHT_BIT else []
-        blocks = Blocks(shape((slots, -(-context // self.page_size)), "int32"), *[shape((batch,), "int32")] * 3)
+        blocks = PagedBlocks(shape((slots, -(-context // self.page_size)), "int32"), *[shape((batch,), "int32")] * 3)
         sinks = shape((self.num_heads,)) if self.has_sinks else None
         return shape((batch, r, self.num_heads, h)), Pages(pool, pool, *scales), blocks, sinks
 

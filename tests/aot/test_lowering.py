@@ -24,7 +24,7 @@ from pallas_kernels.cases.sampling import SamplingCase
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.implementations import choose
 from pallas_kernels.matmul import matmul
-from pallas_kernels.sampling import sampling_tail
+from pallas_kernels.sampling import draw_and_score
 from sharding.topology import TARGETS, Compiled, compile_ahead, mesh_of, missing
 
 pytestmark = pytest.mark.aot
@@ -104,13 +104,13 @@ def test_grouped_matmul(case, mesh, kernels, report):
 def test_sampling_tail(case, mesh, kernels, report):
     logits, uniforms = jax.eval_shape(case.operands)
     given = jax.ShapeDtypeStruct((case.rows,), jnp.int32)
-    run = functools.partial(sampling_tail, implementation=kernels)
+    run = functools.partial(draw_and_score, implementation=kernels)
     assert any(name.startswith("sampling_") for name in report(compile_ahead(mesh, jax.jit(run), logits, given, uniforms)).kernels)
 
 
 def compiled_step(kind: str, mesh: Mesh, ops: Kernels, state: tuple) -> Compiled:
     step, inputs, static = step_call(kind, ENGINE)
-    return compile_ahead(mesh, step, *state, *inputs, config=MODEL, kernels=ops, **static)
+    return compile_ahead(mesh, step, *state, *inputs, model_config=MODEL, kernels=ops, **static)
 
 
 def assert_kernels(compiled: Compiled) -> None:

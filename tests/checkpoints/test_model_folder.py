@@ -12,7 +12,7 @@ import pytest
 from huggingface_hub.utils import filter_repo_objects
 
 from checkpoints import model_folder
-from checkpoints.model_folder import read_config, read_generation_config, resolve, shipped, shipped_names
+from checkpoints.model_folder import find_folder, read_config, read_generation_config, shipped, shipped_names
 
 
 @pytest.fixture
@@ -34,20 +34,20 @@ def run_python(program: str, cwd: Path, **environment: str) -> str:
 def test_a_local_folder_comes_first(tmp_path, monkeypatch, asked):
     (tmp_path / "org" / "name").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    assert resolve("org/name") == resolve(tmp_path / "org" / "name") == tmp_path / "org" / "name"
+    assert find_folder("org/name") == find_folder(tmp_path / "org" / "name") == tmp_path / "org" / "name"
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert resolve("~/org") == tmp_path / "org"
+    assert find_folder("~/org") == tmp_path / "org"
     assert asked == []
 
 
 def test_a_local_folder_stays_the_same_when_the_working_directory_changes(tmp_path, monkeypatch):
     (tmp_path / "mine").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert resolve("mine").is_absolute()
+    assert find_folder("mine").is_absolute()
 
 
 def test_a_hub_id_is_downloaded_without_pickles_and_code(tmp_path, asked):
-    assert resolve("org/name-1.5") == tmp_path
+    assert find_folder("org/name-1.5") == tmp_path
     (name, options), = asked
     assert name == "org/name-1.5"
     wanted = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.json", "tokenizer.model",
@@ -64,29 +64,29 @@ def test_what_is_no_hub_id_is_not_asked_for(model, asked, tmp_path, monkeypatch)
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")  # so that nobody's ../calc is found
     with pytest.raises(FileNotFoundError, match='was not found. Tried: a local folder .* models that ship .* hub .*"organisation/name"'):
-        resolve(model)
+        find_folder(model)
     assert asked == []
 
 
 @pytest.mark.parametrize("model", ["", None, 7])
 def test_what_is_no_name_at_all_is_refused(model):
     with pytest.raises(ValueError, match="model must be a folder, a name or a hub id, got"):
-        resolve(model)
+        find_folder(model)
     with pytest.raises(ValueError, match="tokenizer must be a folder, a name or a hub id, got"):
-        resolve(model, "tokenizer")
+        find_folder(model, "tokenizer")
 
 
 def test_a_path_is_never_taken_for_a_name(tmp_path, asked):
     with pytest.raises(FileNotFoundError, match="is not a folder"):
-        resolve(Path("org/name"))
+        find_folder(Path("org/name"))
     (tmp_path / "file").write_text("")
     with pytest.raises(FileNotFoundError, match="file is not a folder"):
-        resolve(tmp_path / "file")
+        find_folder(tmp_path / "file")
     assert asked == []
 
 
 def test_an_unreachable_hub_is_reported_with_what_was_tried(tmp_path):
-    program = "from checkpoints.model_folder import resolve\ntry: resolve('org/name')\nexcept FileNotFoundError as error: print(error)"
+    program = "from checkpoints.model_folder import resolve\ntry: find_folder('org/name')\nexcept FileNotFoundError as error: print(error)"
     text = run_python(program, Path(model_folder.__file__).parents[1], HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
     assert text.startswith("model 'org/name' was not found. Tried: a local folder (there is none)")
     assert "the hub (not reached, and not complete in its cache (Cannot find" in text
@@ -99,12 +99,12 @@ def test_a_missing_repository_is_reported_with_what_was_tried(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     with pytest.raises(FileNotFoundError, match=r"Tried: .* the hub \(no such repository, or a private one: log in .*404 for org/name"):
-        resolve("org/name")
+        find_folder("org/name")
 
 
 def test_an_id_that_the_hub_finds_invalid_is_reported_with_what_was_tried():
     with pytest.raises(FileNotFoundError, match="the hub .no such repository"):
-        resolve("org/two--dashes")
+        find_folder("org/two--dashes")
 
 
 def test_shipped_names_cannot_leave_the_package():
@@ -116,7 +116,7 @@ def test_shipped_names_cannot_leave_the_package():
 
 def test_each_shipped_name_resolves_to_its_folder():
     for name in shipped_names():
-        assert resolve(name) == shipped(name) and read_config(resolve(name))
+        assert find_folder(name) == shipped(name) and read_config(find_folder(name))
 
 
 def test_an_installed_copy_finds_what_ships_in_it_and_needs_no_accelerator_library(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 from jaxengine.config import VOCAB_BLOCK, EngineConfig
 from jaxengine.device import sampler
 from jaxengine.engine.batch import BatchBuilder
-from jaxengine.host.sample import Request, Sequence
+from jaxengine.host.sample import Request, Sample
 from jaxengine.sampling_params import SamplingParams
 from pallas_kernels import pinned_math, sampling_reference
 from pallas_kernels.sampling_reference import draw_blocks, log_softmax
@@ -101,7 +101,7 @@ def processed(logits: np.ndarray, rows: list[tuple[SamplingParams, list[int], li
     slots, positions = np.arange(size, dtype=np.int32), np.zeros(size, np.int32)
     for slot, (params, prompt, generated) in enumerate(rows):
         request = Request(str(slot), prompt, params, (0, 0), slot, stops | set(params.stop_token_ids), ENGINE.max_model_len)
-        batch.admit(Sequence(request, 0, prompt + generated, slot, slot=slot))
+        batch.admit(Sample(request, 0, prompt + generated, slot, slot=slot))
         positions[slot] = len(prompt) + len(generated)
         history[slot, : positions[slot]] = prompt + generated
     row = jax.tree.map(lambda x: x[slots], batch.host_slots)

@@ -18,7 +18,7 @@ ENGINE = EngineConfig(max_num_seqs=32, max_model_len=512, num_pages=50_000)
 def test_a_step_copies_neither_cache_nor_weights(kind, more):
     step, inputs, static = step_call(kind, ENGINE, **more)
     weights, cache = params.abstract(MODEL), kv_cache.abstract(MODEL, ENGINE, XLA)
-    memory = step.lower(weights, cache, *inputs, config=MODEL, kernels=XLA, **static).compile().memory_analysis()
+    memory = step.lower(weights, cache, *inputs, model_config=MODEL, kernels=XLA, **static).compile().memory_analysis()
     assert memory.alias_size_in_bytes == sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
     down = weights.layers[0].mlp.down  # a layer's smaller matrix
     assert memory.temp_size_in_bytes < min(down.size * down.dtype.itemsize, pool_bytes(cache) / 10)

@@ -39,7 +39,7 @@ def llm_of(model: ModelConfig, engine: EngineConfig) -> LLM:
 def check(case: Case, tally: collections.Counter) -> None:
     """Every batch of a case, in one engine; `tally` counts tokens, and those on which rounding decided."""
     llm = llm_of(case.model, case.engine)
-    llm.engine.scheduler.blocks.clear_cache()
+    llm.engine.scheduler.page_pool.clear_cache()
     for batch in case.batches:
         outputs = run(llm, batch)
         if case.model.dtype == "float32":

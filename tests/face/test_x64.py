@@ -17,8 +17,8 @@ def test_no_bit_changes_under_x64(tiny):
     rollout = jaxengine.Rollout.from_outputs(expected)
     each = [PARAMS[i] for i in rollout.group]
     with jax.enable_x64(True):
-        llm = make_llm(tiny.config, tiny.params, decode_steps=2, canary=True, overlap=True, compile_patience=1_000_000)
+        llm = make_llm(tiny.config, tiny.params, decode_steps=2, page_checksums=True, overlap=True, compile_patience=1_000_000)
         found = generate(llm)
         logprobs = jaxengine.score(llm.params, rollout.tokens, rollout.mask, each, config=tiny.config)
-    assert bits(found) == bits(expected) and found[0].digest == expected[0].digest and not llm.engine.programs.refused
+    assert bits(found) == bits(expected) and found[0].digest == expected[0].digest and not llm.engine.step_variants.refused
     assert np.asarray(logprobs).tobytes() == rollout.logprobs.tobytes()

@@ -28,7 +28,7 @@ def step(llm: LLM, held: list[int] | None = None) -> None:
     if held is None:
         llm.engine.scheduler.check_integrity()
     else:
-        llm.engine.scheduler.blocks.check_integrity([held, *(s.pages for s in llm.engine.scheduler.running)])
+        llm.engine.scheduler.page_pool.check_integrity([held, *(s.pages for s in llm.engine.scheduler.running)])
 
 
 def run(llm: LLM, requests: list[Request], fault: Callable[[], object] | None = None, at: int = 3,
@@ -53,5 +53,5 @@ def assert_idle(llm: LLM) -> None:
     """Nothing is left of any request."""
     scheduler = llm.engine.scheduler
     assert not llm.engine.requests and not scheduler.running and not scheduler.waiting
-    assert scheduler.blocks.num_available == llm.engine_config.num_pages - 1, "pages are still held"
+    assert scheduler.page_pool.num_available == llm.engine_config.num_pages - 1, "pages are still held"
     scheduler.check_integrity()

@@ -38,7 +38,7 @@ def whole_pair(tiny) -> list[tuple]:
 
 @pytest.fixture(params=[False, True], ids=["plain", "overlapped"])
 def llm(request, tiny, expected) -> LLM:
-    llm = make_llm(tiny.config, tiny.params, overlap=request.param, canary=True, compile_patience=1_000_000)
+    llm = make_llm(tiny.config, tiny.params, overlap=request.param, page_checksums=True, compile_patience=1_000_000)
     assert run(llm, start(llm)) == expected, "watching moves no bit"
     return llm
 
@@ -75,7 +75,7 @@ def assert_failed(llm: LLM, request: Request, whole: list[tuple]) -> None:
 
 def cached(llm: LLM) -> int:
     """Pages that a request with the victim's prompt would be served."""
-    return len(llm.engine.scheduler.blocks.match([*PROMPT, 1], 0, ""))
+    return len(llm.engine.scheduler.page_pool.match([*PROMPT, 1], 0, ""))
 
 
 @pytest.mark.parametrize("place", [0, 2, 3], ids=["first page", "full page", "partly filled page"])
@@ -85,7 +85,7 @@ def test_an_overwritten_page_is_found_and_dropped(llm, place, expected, whole):
     assert cached(llm) == 3
     overwrite(llm, page)
     step(llm), step(llm)
-    assert ended(request) and cached(llm) == 0 and page in llm.engine.scheduler.blocks._free
+    assert ended(request) and cached(llm) == 0 and page in llm.engine.scheduler.page_pool._free
     assert run(llm, beside) == expected
     assert_failed(llm, request, whole)
     assert run(llm, start(llm, [PROMPT], VICTIM)) == whole, "computed anew"
@@ -109,7 +109,7 @@ def test_all_who_hold_the_page_fail_and_nobody_else(llm, expected, whole_pair):
 def test_a_page_that_is_overwritten_in_the_prefix_cache_is_served_to_nobody(llm, expected, whole):
     """It is found when it would be used: that request fails before it has a token, and the next one computes the prompt anew."""
     assert run(llm, start(llm, [PROMPT], VICTIM)) == whole and cached(llm) == 3
-    overwrite(llm, llm.engine.scheduler.blocks.match([*PROMPT, 1], 0, "")[1])
+    overwrite(llm, llm.engine.scheduler.page_pool.match([*PROMPT, 1], 0, "")[1])
     (request,), beside = start(llm, [PROMPT], VICTIM), start(llm)
     assert run(llm, beside) == expected
     assert answers(llm, [request]) == [DAMAGED] and request.num_cached_tokens == 96
@@ -122,7 +122,7 @@ def test_one_flipped_bit_is_found_wherever_it_is(llm, whole):
     """In any layer, of keys or values, of any token that was written; what lies behind the last token is nobody's."""
     p = llm.engine_config.page_size
     for side, layer, place, token, bit in (("keys", 0, 0, 0, 0), ("values", 1, 1, 31, 31), ("values", 0, 3, 20, 7), ("keys", 1, 3, 27, 13)):
-        llm.engine.scheduler.blocks.clear_cache()
+        llm.engine.scheduler.page_pool.clear_cache()
         request = victim(llm)
         page = request.samples[0].pages[place]
         index = (page, 3, 31, token) if side == "keys" else (page, 3, token, 31)
@@ -154,11 +154,11 @@ def test_sums_change_with_each_stored_word():
 def test_a_page_that_is_handed_out_anew_is_no_damage(llm, expected):
     """Aborted, preempted, evicted: pages change hands, and many times."""
     for at in range(0, 12, 3):
-        llm.engine.scheduler.blocks.clear_cache()
+        llm.engine.scheduler.page_pool.clear_cache()
         requests = start(llm)
         run(llm, requests, lambda some=requests[at % 2 :: 2]: [llm.abort(r.request_id) for r in some], at)
         assert {reason for *_, reason, _ in answers(llm, requests)} <= {"abort", "length", "stop"}
-    blocks = llm.engine.scheduler.blocks
+    blocks = llm.engine.scheduler.page_pool
     blocks.clear_cache()
     grow = lambda: start(llm, [[i] * 20 for i in range(1, 7)], [SamplingParams(max_tokens=60, temperature=i % 2) for i in range(6)])
     right, held = run(llm, grow()), blocks.allocate(blocks.num_available - 5)
@@ -171,7 +171,7 @@ def test_a_page_that_is_handed_out_anew_is_no_damage(llm, expected):
 
 def test_an_interrupt_is_no_damage(llm, expected, monkeypatch):
     """All pages are given back at once, and filled again with the same tokens or with others."""
-    run_decode = llm.engine.programs.run_decode
+    run_decode = llm.engine.step_variants.run_decode
 
     def interrupted(*args):
         run_decode(*args)
@@ -180,7 +180,7 @@ def test_an_interrupt_is_no_damage(llm, expected, monkeypatch):
     requests = start(llm)
     step(llm), step(llm), step(llm)
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(llm.engine.programs, "run_decode", interrupted)
+        patched.setattr(llm.engine.step_variants, "run_decode", interrupted)
         llm.engine.step()
     start(llm, [[7] * 200], SamplingParams(max_tokens=3))
     assert run(llm, requests) == expected
@@ -194,13 +194,13 @@ def test_the_watch_compiles_once(llm):
 
 def test_without_the_canary_nothing_is_summed_up_and_nothing_found(tiny, expected, whole, monkeypatch):
     """Off by default, and then free; and the fault of these tests does move bits."""
-    assert tiny.engine.canary is None
+    assert tiny.engine.page_checksums is None
     monkeypatch.setattr(steps, "token_sums", lambda *args, **how: pytest.fail("it was summed up"))
-    tiny.engine.scheduler.blocks.clear_cache()
+    tiny.engine.scheduler.page_pool.clear_cache()
     request, beside = victim(tiny), start(tiny)
     overwrite(tiny, request.samples[0].pages[0])
     assert run(tiny, beside) == expected
     ((*_, reason, _),) = found = run(tiny, [request])
     assert reason == "length" and found != whole
-    tiny.engine.scheduler.blocks.clear_cache()
+    tiny.engine.scheduler.page_pool.clear_cache()
     assert_idle(tiny)

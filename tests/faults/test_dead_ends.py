@@ -63,7 +63,7 @@ def test_a_request_with_every_token_ruled_out_ends_in_error(llm, settings):
     assert found[:4] == alone
     assert found[4:] == [([], b"", "error", DEAD_END)] * (2 * params.n), "nothing is drawn"
     assert_idle(llm)
-    assert len(llm.engine.scheduler.blocks.match([*[8] * 40, 1], 0, "")) == 1, "pages that it shared are sound and stay"
+    assert len(llm.engine.scheduler.page_pool.match([*[8] * 40, 1], 0, "")) == 1, "pages that it shared are sound and stay"
 
 
 @pytest.mark.parametrize("temperature", [0, 1])

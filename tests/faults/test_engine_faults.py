@@ -99,8 +99,8 @@ def test_abort_before_it_was_scheduled(llm, expected, whole):
 
 @OVERLAP
 def test_abort_in_the_middle_of_a_prompt(llm, expected, whole, monkeypatch):
-    monkeypatch.setattr(llm.engine.scheduler, "config", dataclasses.replace(llm.engine_config, max_num_batched_tokens=32))
-    llm.engine.scheduler.blocks.clear_cache()
+    monkeypatch.setattr(llm.engine.scheduler, "engine_config", dataclasses.replace(llm.engine_config, max_num_batched_tokens=32))
+    llm.engine.scheduler.page_pool.clear_cache()
     beside, request = start(llm), victim(llm)
     step_until(llm, lambda: 0 < request.samples[0].num_computed < len(PROMPT))
     llm.abort("victim")
@@ -113,7 +113,7 @@ def test_abort_in_the_middle_of_a_prompt(llm, expected, whole, monkeypatch):
 def test_abort_while_preempted(llm, expected, whole):
     beside, request = start(llm), victim(llm)
     step_until(llm, lambda: len(request.samples[1].generated) >= 3)
-    blocks, held = llm.engine.scheduler.blocks, []
+    blocks, held = llm.engine.scheduler.page_pool, []
     while request.samples[1].status is Status.RUNNING:
         held += blocks.allocate(blocks.num_available)
         step(llm, held)
@@ -175,7 +175,7 @@ def test_a_stream_that_was_never_started_asks_for_nothing(llm):
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_ctrl_c_in_a_step(llm, name, when, expected, whole, monkeypatch):
     """The call ends with KeyboardInterrupt and none of it is left; the step's donated buffers are built anew and others go on."""
-    original, calls = getattr(llm.engine.programs, name), []
+    original, calls = getattr(llm.engine.step_variants, name), []
 
     def interrupted(*args):
         calls.append(args)
@@ -188,7 +188,7 @@ def test_ctrl_c_in_a_step(llm, name, when, expected, whole, monkeypatch):
 
     beside = start(llm)
     step(llm), step(llm)
-    monkeypatch.setattr(llm.engine.programs, name, interrupted)
+    monkeypatch.setattr(llm.engine.step_variants, name, interrupted)
     with pytest.raises(KeyboardInterrupt):
         llm.generate([PROMPT, [1, 2]], VICTIM)
     assert set(llm.engine.requests) == {request.request_id for request in beside}
@@ -232,7 +232,7 @@ def test_ctrl_c_at_any_line_of_a_step(llm, at, expected):
     llm.engine._make_detokenizer = lambda sample: Read(sample.generated)
 
     def start_read() -> list[Request]:
-        llm.engine.scheduler.blocks.clear_cache()
+        llm.engine.scheduler.page_pool.clear_cache()
         requests = start(llm)
         for sample in (sample for request in requests for sample in request.samples):
             sample.detokenizer = Read([])
@@ -267,7 +267,7 @@ def test_ctrl_c_at_any_line_of_a_step(llm, at, expected):
 def test_without_pages_the_newest_is_preempted_and_recomputed(llm, spare, expected):
     """Six requests that grow to four pages each, and four or seven pages for all of them. With four they run one by one."""
     grow = lambda: start(llm, [[i] * 20 for i in range(1, 7)], [SamplingParams(max_tokens=100, temperature=i % 2) for i in range(6)])
-    right, blocks, preempted = run(llm, grow()), llm.engine.scheduler.blocks, []
+    right, blocks, preempted = run(llm, grow()), llm.engine.scheduler.page_pool, []
     blocks.clear_cache()
     held, preempt = blocks.allocate(blocks.num_available - spare), llm.engine.scheduler.preempt
 
@@ -340,7 +340,7 @@ def test_a_drawn_token_may_lead_to_nan(poisoned, expected):
 
 def test_pages_with_nan_may_be_used_again(poisoned, expected):
     """The pages of a failed request go to the next one, which reads nothing of what was in them."""
-    poisoned.engine.scheduler.blocks.clear_cache()
+    poisoned.engine.scheduler.page_pool.clear_cache()
     (request,) = start(poisoned, [[BAD] * 300], SamplingParams(max_tokens=9))
     plan = poisoned.engine.scheduler.schedule
     seen: list[set[int]] = []
@@ -358,7 +358,7 @@ def test_pages_with_nan_may_be_used_again(poisoned, expected):
 def test_pages_of_a_failed_request_leave_the_prefix_cache(poisoned, expected):
     front = list(range(400, 464))
     (clean,) = poisoned.generate([[*front, 1]], SamplingParams(max_tokens=2), key=jax.random.key(0))
-    match = lambda tokens: poisoned.engine.scheduler.blocks.match([*tokens, 1], 0, "")
+    match = lambda tokens: poisoned.engine.scheduler.page_pool.match([*tokens, 1], 0, "")
     assert len(match(front)) == 2
     for _ in range(2):
         (output,) = poisoned.generate([[*front, BAD, *front]], SamplingParams(max_tokens=2))
@@ -398,7 +398,7 @@ def test_a_prefix_hash_collision_serves_nobody_elses_pages(llm, expected, monkey
     params, key = SamplingParams(max_tokens=6), jax.random.key(1)
     prompts = [[i] * 40 for i in range(1, 5)]
     alone = [bits(llm.generate([prompt], params, key=key)) for prompt in prompts]
-    llm.engine.scheduler.blocks.clear_cache()
+    llm.engine.scheduler.page_pool.clear_cache()
     monkeypatch.setattr(page_pool, "chain_digest", lambda parent, tokens: b"all the same")
     for prompt, right in zip(prompts, alone, strict=True):
         for cached in (0, 32):
@@ -408,4 +408,4 @@ def test_a_prefix_hash_collision_serves_nobody_elses_pages(llm, expected, monkey
         (output,) = llm.generate({"prompt_token_ids": prompts[0], "cache_salt": salt}, params, key=key)
         assert (output.num_cached_tokens, bits([output])) == (cached, alone[0])
     assert run(llm, start(llm)) == expected
-    llm.engine.scheduler.blocks.clear_cache()
+    llm.engine.scheduler.page_pool.clear_cache()

@@ -53,7 +53,7 @@ def generate(llm: LLM) -> list[tuple]:
 
 def amid_a_step(llm: LLM, monkeypatch, fault) -> None:
     """`fault()` once, while the next decode is under way."""
-    run_decode, calls = llm.engine.programs.run_decode, itertools.count()
+    run_decode, calls = llm.engine.step_variants.run_decode, itertools.count()
 
     def called(*args):
         out = run_decode(*args)
@@ -61,7 +61,7 @@ def amid_a_step(llm: LLM, monkeypatch, fault) -> None:
             fault()
         return out
 
-    monkeypatch.setattr(llm.engine.programs, "run_decode", called)
+    monkeypatch.setattr(llm.engine.step_variants, "run_decode", called)
 
 
 # -- while compiling --------------------------------------------------------------------------------------------------------------
@@ -77,7 +77,7 @@ def test_ctrl_c_while_steps_are_compiled_and_proven(tiny, overlap, expected):
     """At each line that an engine reports before its first answer; the last round is not interrupted."""
     for at in itertools.count(1):
         llm, lines = fresh(tiny, overlap), []
-        llm.engine.programs.report = functools.partial(interrupted_report, lines, at)
+        llm.engine.step_variants.report = functools.partial(interrupted_report, lines, at)
         with contextlib.suppress(KeyboardInterrupt):
             assert generate(llm) == expected
             break

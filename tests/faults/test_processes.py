@@ -111,7 +111,7 @@ def test_a_thread_may_abort_what_another_one_waits_for(llm, seeded):
 
 def test_an_error_in_one_threads_step_leaves_the_others_bits(llm, seeded, monkeypatch):
     """The thread whose step fails gets the error; what the others wait for is computed again."""
-    run_decode, calls = llm.engine.programs.run_decode, itertools.count()
+    run_decode, calls = llm.engine.step_variants.run_decode, itertools.count()
 
     def failing(*args):
         out = run_decode(*args)
@@ -119,7 +119,7 @@ def test_an_error_in_one_threads_step_leaves_the_others_bits(llm, seeded, monkey
             raise RuntimeError("a device error, planted")
         return out
 
-    monkeypatch.setattr(llm.engine.programs, "run_decode", failing)
+    monkeypatch.setattr(llm.engine.step_variants, "run_decode", failing)
 
     def call():
         try:

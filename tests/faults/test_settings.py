@@ -43,7 +43,7 @@ def test_what_is_no_integer_is_refused(name, value):
     (dict(max_num_batched_tokens=15), "max_num_batched_tokens must be at least 16, got 15"),
     (dict(max_logprobs=0), "max_logprobs must be at least 1, got 0"), (dict(decode_steps=0), "decode_steps must be at least 1, got 0"),
     (dict(compile_patience=-1), "compile_patience must be at least 0, got -1"),
-    (dict(overlap="false"), "overlap must be True or False, got 'false'"), (dict(canary=1), "canary must be True or False, got 1"),
+    (dict(overlap="false"), "overlap must be True or False, got 'false'"), (dict(page_checksums=1), "canary must be True or False, got 1"),
     (dict(enable_prefix_caching=None), "enable_prefix_caching must be True or False, got None"),
     (dict(kernels=5), "kernels must be one of auto, .*, got 5"),
 ], ids=str)

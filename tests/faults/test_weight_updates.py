@@ -130,7 +130,7 @@ def test_a_step_proven_behind_an_update_is_measured_by_the_weights_that_run(mode
     llm.generate([PROMPTS[0]], PARAMS[0])
     llm.update_params(other)
     llm.warm_up()
-    assert llm.engine.programs.refused == []
+    assert llm.engine.step_variants.refused == []
 
 
 def test_cast_rounds_a_trainers_weights(model):
@@ -233,7 +233,7 @@ def test_what_was_delivered_is_never_drawn_again(llm, model, other, monkeypatch)
     shown = [next(stream) for _ in range(5)][-1].outputs[0]
     llm.update_params(other)
     with monkeypatch.context() as patch:
-        patch.setattr(llm.engine.programs, "run_prefill", interrupt)
+        patch.setattr(llm.engine.step_variants, "run_prefill", interrupt)
         with pytest.raises(KeyboardInterrupt):
             llm.generate([PROMPTS[0]])
     for output in stream:

@@ -4,16 +4,16 @@ import random
 import pytest
 
 from jaxengine.host import page_pool
-from jaxengine.host.page_pool import BlockManager, OutOfPages
+from jaxengine.host.page_pool import OutOfPages, PagePool
 
 SIZE = 4
 
 
-def manager(num_pages: int = 9, **options) -> BlockManager:
-    return BlockManager(num_pages, SIZE, **options)
+def manager(num_pages: int = 9, **options) -> PagePool:
+    return PagePool(num_pages, SIZE, **options)
 
 
-def put(blocks: BlockManager, tokens: list[int], version: int = 0, salt: str = "") -> list[int]:
+def put(blocks: PagePool, tokens: list[int], version: int = 0, salt: str = "") -> list[int]:
     """What a sequence does: take the cached front, allocate the rest, register what is full. Returns its block table."""
     pages = blocks.match(tokens, version, salt)
     blocks.share(pages)

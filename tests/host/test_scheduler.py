@@ -12,8 +12,8 @@ from collections import deque
 import pytest
 
 from jaxengine.config import QUERY_BLOCK, EngineConfig
-from jaxengine.host.page_pool import BlockManager
-from jaxengine.host.sample import Request, Sequence, Status
+from jaxengine.host.page_pool import PagePool
+from jaxengine.host.sample import Request, Sample, Status
 from jaxengine.host.scheduler import MustSettle, Plan, Scheduler
 from jaxengine.sampling_params import SamplingParams
 
@@ -43,14 +43,14 @@ class Loop:
     def __init__(self, overlap: bool = False, **config) -> None:
         sizes = dict(max_num_seqs=8, max_num_batched_tokens=64, max_model_len=256, page_size=PAGE, num_pages=64)
         self.config = EngineConfig(**sizes | config)
-        self.blocks = BlockManager(self.config.num_pages, self.config.page_size, self.config.enable_prefix_caching)
+        self.blocks = PagePool(self.config.num_pages, self.config.page_size, self.config.enable_prefix_caching)
         self.scheduler = Scheduler(self.config, self.blocks)
         self.overlap, self.num_settled, self.num_steps = overlap, 0, 0
         self.pages = [[0] * self.config.page_size for _ in range(self.config.num_pages)]
         self.written: set[tuple[int, int, int]] = set()  # (page, births, offset)
         self.history: dict[int, list[int]] = {}
         self._ids = itertools.count()
-        self._in_flight: deque[list[tuple[Sequence, int]]] = deque()
+        self._in_flight: deque[list[tuple[Sample, int]]] = deque()
 
     def add(self, prompt: list[int], max_tokens: int = 10, n: int = 1, stops: bool = False) -> Request:
         limit = min(len(prompt) + max_tokens, self.config.max_model_len, (self.config.num_pages - 1) * self.config.page_size)
@@ -84,7 +84,7 @@ class Loop:
         while self._in_flight:
             self._collect()
 
-    def _check(self, plan: Plan, running: list[Sequence]) -> None:
+    def _check(self, plan: Plan, running: list[Sample]) -> None:
         """What holds for every plan."""
         assert plan or self._in_flight or not (self.scheduler.running or self.scheduler.waiting), "a step without progress"
         stayed = [s for s in running if s.status is Status.RUNNING and s not in plan.admitted]  # some were preempted, and may be back
@@ -96,53 +96,53 @@ class Loop:
         first_waiting = min((s.arrival for s in self.scheduler.waiting), default=self.scheduler._arrivals)
         assert all(s.arrival < first_waiting for s in self.scheduler.running), "a sequence was overtaken"
 
-    def _run(self, plan: Plan) -> list[tuple[Sequence, int]]:
+    def _run(self, plan: Plan) -> list[tuple[Sample, int]]:
         """What the device does, in the order in which it does it; returns the drawn tokens."""
-        for sequence in plan.admitted:
-            self.history[sequence.slot] = list(sequence.token_ids)
+        for sample in plan.admitted:
+            self.history[sample.slot] = list(sample.token_ids)
         rows = []
-        for sequence, position, count in zip(plan.decode, plan.decode_positions, plan.decode_counts, strict=True):
+        for sample, position, count in zip(plan.decode, plan.decode_positions, plan.decode_counts, strict=True):
             for at in range(position, position + count):
-                self._write(sequence, at, at + 1)
-                rows.append(self._draw(sequence, at))
+                self._write(sample, at, at + 1)
+                rows.append(self._draw(sample, at))
         for chunk in plan.chunks:
-            self._write(chunk.sequence, chunk.start, chunk.stop)
+            self._write(chunk.sample, chunk.start, chunk.stop)
         for source, target in plan.copies:
             self.pages[target] = list(self.pages[source])
         for chunk in plan.chunks:
-            rows += [self._draw(s, chunk.stop - 1) for s in (chunk.sequence, *chunk.forks) if chunk.is_last]
+            rows += [self._draw(s, chunk.stop - 1) for s in (chunk.sample, *chunk.forks) if chunk.is_last]
         return rows
 
-    def _write(self, sequence: Sequence, start: int, stop: int) -> None:
+    def _write(self, sample: Sample, start: int, stop: int) -> None:
         """Keys and values of tokens [start, stop), which see those before them."""
-        hashes, size = prefix_hashes(self.history[sequence.slot][:stop]), self.config.page_size
+        hashes, size = prefix_hashes(self.history[sample.slot][:stop]), self.config.page_size
         assert len(hashes) == stop, "the token to run is not known"
         for at in range(start):
-            assert self.pages[sequence.pages[at // size]][at % size] == hashes[at], f"position {at} holds another prefix"
+            assert self.pages[sample.pages[at // size]][at % size] == hashes[at], f"position {at} holds another prefix"
         for at in range(start, stop):
-            page = sequence.pages[at // size]
+            page = sample.pages[at // size]
             place = page, self.blocks.births[page], at % size
             assert place not in self.written, "a place in a page is written twice: somebody else's page"
             self.written.add(place)
             self.pages[page][at % size] = hashes[at]
 
-    def _draw(self, sequence: Sequence, position: int) -> tuple[Sequence, int]:
-        history = self.history[sequence.slot]
+    def _draw(self, sample: Sample, position: int) -> tuple[Sample, int]:
+        history = self.history[sample.slot]
         del history[position + 1 :]
-        history.append(drawn(history, sequence.index))
-        return sequence, history[-1]
+        history.append(drawn(history, sample.index))
+        return sample, history[-1]
 
     def _collect(self) -> None:
-        for sequence, token in self._in_flight.popleft() if self._in_flight else ():
-            if sequence.status is Status.FINISHED:
+        for sample, token in self._in_flight.popleft() if self._in_flight else ():
+            if sample.status is Status.FINISHED:
                 continue
-            sequence.num_pending -= 1
-            sequence.token_ids.append(token)
-            self.scheduler.register_pages(sequence)
-            if token in sequence.request.stop_token_ids:
-                self.scheduler.finish(sequence, "stop")
-            elif len(sequence.token_ids) >= sequence.request.limit:
-                self.scheduler.finish(sequence, "length")
+            sample.num_pending -= 1
+            sample.token_ids.append(token)
+            self.scheduler.register_pages(sample)
+            if token in sample.request.stop_token_ids:
+                self.scheduler.finish(sample, "stop")
+            elif len(sample.token_ids) >= sample.request.limit:
+                self.scheduler.finish(sample, "length")
 
 
 def assert_answered(*requests: Request) -> None:
@@ -196,7 +196,7 @@ def test_decoding_alone_leaves_prefill_a_block():
 def test_requests_are_admitted_in_order_while_slots_last():
     loop = Loop(max_num_seqs=2)
     requests = [loop.add([i + 1] * 3, max_tokens=3) for i in range(4)]
-    assert [c.sequence.request for c in loop.step().chunks] == requests[:2]
+    assert [c.sample.request for c in loop.step().chunks] == requests[:2]
     assert [s.request for s in loop.scheduler.waiting] == requests[2:]
     loop.run()
     assert_answered(*requests)
@@ -206,7 +206,7 @@ def test_a_large_request_at_the_head_is_not_overtaken():
     loop = Loop(num_pages=6)
     first, large, small = loop.add([1] * 90, max_tokens=5), loop.add([2] * 100, max_tokens=5), loop.add([3], max_tokens=5)
     plan = loop.step()
-    assert [c.sequence.request for c in plan.chunks] == [first]
+    assert [c.sample.request for c in plan.chunks] == [first]
     while not first.samples[0].finish_reason:
         assert not small.samples[0].generated
         loop.step()
@@ -221,7 +221,7 @@ def test_forks_share_full_pages_and_copy_the_last_one(length):
     plan = loop.step()
     (chunk,) = plan.chunks
     first, *others = request.samples
-    assert chunk.sequence is first and chunk.forks == others, "one prefill for all four"
+    assert chunk.sample is first and chunk.forks == others, "one prefill for all four"
     full, partly = length // PAGE, length % PAGE > 0
     for other in others:
         assert other.pages[:full] == first.pages[:full]
@@ -291,7 +291,7 @@ def test_prompt_logprobs_compute_every_position():
     loop.add(list(range(1, 71)))
     loop.run()
     request = loop.add(list(range(1, 71)))
-    request.params = SamplingParams(prompt_logprobs=0)
+    request.sampling = SamplingParams(prompt_logprobs=0)
     assert [(c.start, c.stop) for c in loop.step().chunks] == [(0, 70)]
 
 
@@ -303,10 +303,10 @@ def test_the_newest_is_preempted_first_and_recomputed(overlap):
     preempted = []
     original = loop.scheduler.preempt
 
-    def preempt(sequence):
-        preempted.append(sequence)
-        assert sequence is loop.scheduler.running[-1], "the newest of all that run"
-        original(sequence)
+    def preempt(sample):
+        preempted.append(sample)
+        assert sample is loop.scheduler.running[-1], "the newest of all that run"
+        original(sample)
 
     loop.scheduler.preempt = preempt
     loop.run()
@@ -452,7 +452,7 @@ def test_the_same_requests_give_the_same_plans():
             loop.add([i % 3 + 1] * (10 + 7 * i), n=1 + i % 3)
         for _ in range(300):
             plan = loop.step()
-            chunks = [(chunk.sequence.arrival, chunk.start, chunk.stop) for chunk in plan.chunks]
+            chunks = [(chunk.sample.arrival, chunk.start, chunk.stop) for chunk in plan.chunks]
             yield [(s.arrival, list(s.pages), s.slot) for s in plan.decode], chunks, plan.copies
 
     assert list(plans()) == list(plans())
@@ -460,7 +460,7 @@ def test_the_same_requests_give_the_same_plans():
 
 # -- the simulation itself --------------------------------------------------------------------------------------------------------
 
-def _matching_any_parent(blocks: BlockManager) -> None:
+def _matching_any_parent(blocks: PagePool) -> None:
     def match(tokens, version, salt, known=None):
         pages = []
         for start in range(0, len(tokens) - PAGE, PAGE):
@@ -473,16 +473,16 @@ def _matching_any_parent(blocks: BlockManager) -> None:
     blocks.match = match
 
 
-def _sharing_without_counting(blocks: BlockManager) -> None:
+def _sharing_without_counting(blocks: PagePool) -> None:
     blocks.share = lambda pages: None
 
 
-def _registering_other_tokens(blocks: BlockManager) -> None:
+def _registering_other_tokens(blocks: PagePool) -> None:
     register = blocks.register
     blocks.register = lambda page, parent, tokens, *home: register(page, parent, [*tokens[:-1], tokens[-1] % 4 + 1], *home)
 
 
-def _registering_too_early(blocks: BlockManager) -> None:
+def _registering_too_early(blocks: PagePool) -> None:
     """A page can be found when it is allocated, before anything is written to it."""
     allocate = blocks.allocate
 
@@ -495,7 +495,7 @@ def _registering_too_early(blocks: BlockManager) -> None:
     blocks.allocate = allocate_and_register
 
 
-def _releasing_one_too_few(blocks: BlockManager) -> None:
+def _releasing_one_too_few(blocks: PagePool) -> None:
     release = blocks.release
     blocks.release = lambda pages: release(pages[:-1])
 

@@ -12,11 +12,11 @@ from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.grouped_matmul_gpu import grouped_matmul_gpu
 from pallas_kernels.grouped_matmul_reference import visits_of
 from pallas_kernels.implementations import choose
-from pallas_kernels.sizes import MatmulBlocks
+from pallas_kernels.sizes import MatmulSizes
 
 LONG = pytest.mark.long
 CASES = [case if case in (SMALL[1], SMALL[6]) else pytest.param(case, marks=LONG) for case in SMALL]
-GPU_BLOCKS = MatmulBlocks(rows=16, columns=64, depth=64, shared_tiles=1, split=128)
+GPU_BLOCKS = MatmulSizes(rows=16, columns=64, depth=64, shared_tiles=1, split=128)
 EPS = float(jnp.finfo(jnp.float32).eps)
 
 

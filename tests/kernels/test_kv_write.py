@@ -12,7 +12,7 @@ from pallas_kernels.cases.attention import AttentionCase
 from pallas_kernels.implementations import Implementation, choose
 from pallas_kernels.kv_write import BODIES, kv_write
 from pallas_kernels.kv_write_gpu import kv_write_gpu
-from pallas_kernels.paged_attention_inputs import EIGHT_BIT, Blocks, Pages
+from pallas_kernels.paged_attention_inputs import EIGHT_BIT, PagedBlocks, Pages
 
 DTYPES = ("bfloat16", "float32", "float16", *EIGHT_BIT)
 CASES = tuple(AttentionCase((33, 0, 1, 70), chunk=chunk, page_size=32, dtype=dtype) for chunk, dtype in
@@ -47,7 +47,7 @@ def stored(x: np.ndarray, dtype: jnp.dtype, scales: np.ndarray | None) -> np.nda
 class Body:
     """What every implementation must hold. A subclass says how it runs."""
 
-    def run(self, pages: Pages, k, v, blocks: Blocks) -> Pages:
+    def run(self, pages: Pages, k, v, blocks: PagedBlocks) -> Pages:
         raise NotImplementedError
 
     def check(self, case: AttentionCase, r: int) -> None:

@@ -11,9 +11,9 @@ from pallas_kernels.cases.matmul import SMALL, MatmulCase
 from pallas_kernels.implementations import choose
 from pallas_kernels.matmul import matmul
 from pallas_kernels.matmul_gpu import matmul_gpu
-from pallas_kernels.sizes import MatmulBlocks, matmul_blocks
+from pallas_kernels.sizes import MatmulSizes, matmul_sizes
 
-GPU_BLOCKS = MatmulBlocks(rows=16, columns=64, depth=64, shared_tiles=1, split=128)  # three splits and more, of two steps each
+GPU_BLOCKS = MatmulSizes(rows=16, columns=64, depth=64, shared_tiles=1, split=128)  # three splits and more, of two steps each
 EPS = float(jnp.finfo(jnp.float32).eps)
 BATCHES = (slice(0, 1), slice(5, 6), slice(36, 37), slice(3, 19))
 CASES = [case if case in (SMALL[0], SMALL[3], SMALL[9]) else pytest.param(case, marks=pytest.mark.long) for case in SMALL]
@@ -167,6 +167,6 @@ class TestErrors:
         assert caplog.messages == ["kernels: pallas_tpu with the block sizes of TPU v5e"]
 
     def test_blocks_follow_geometry_and_never_the_batch(self):
-        blocks = matmul_blocks("TPU v5e", jnp.dtype("bfloat16"), 4096, 3 * 384)
+        blocks = matmul_sizes("TPU v5e", jnp.dtype("bfloat16"), 4096, 3 * 384)
         assert (blocks.columns, blocks.depth) == (512, 384), "a depth that divides K is taken"
-        assert matmul_blocks("TPU v5e", jnp.dtype("bfloat16"), 100, 100).columns == 128
+        assert matmul_sizes("TPU v5e", jnp.dtype("bfloat16"), 100, 100).columns == 128

@@ -11,10 +11,10 @@ from pallas_kernels.cases.attention import DECODE, GROUPS, PREFILL, AttentionCas
 from pallas_kernels.implementations import choose
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.paged_attention_gpu import paged_attention_gpu
-from pallas_kernels.paged_attention_inputs import Blocks, Pages, Scoring
+from pallas_kernels.paged_attention_inputs import PagedBlocks, Pages, Scoring
 from pallas_kernels.paged_attention_softmax import combine, empty, fold
 from pallas_kernels.sizes import INTERPRETED
-from pallas_kernels.sizes_attention import attention_blocks
+from pallas_kernels.sizes_attention import attention_sizes
 
 LONG = AttentionCase((131, 20), chunk=24, dtype="bfloat16", num_heads=6)
 
@@ -69,7 +69,7 @@ def computed(body: type, case: AttentionCase, r: int, slots: tuple[int, ...] | N
 class Body:
     """What every implementation must hold. A subclass says how it runs."""
 
-    def run(self, scoring: Scoring, q, pages: Pages, blocks: Blocks, sinks):
+    def run(self, scoring: Scoring, q, pages: Pages, blocks: PagedBlocks, sinks):
         raise NotImplementedError
 
     def rows_of(self, case: AttentionCase, r: int, slots: tuple[int, ...] | None = None) -> dict:
@@ -145,7 +145,7 @@ class TestGpuBody(Body):
     side_by_side = False
 
     def run(self, scoring, q, pages, blocks, sinks):
-        sizes = attention_blocks(INTERPRETED, pages.keys.dtype, *pages.keys.shape[1::2])
+        sizes = attention_sizes(INTERPRETED, pages.keys.dtype, *pages.keys.shape[1::2])
         return paged_attention_gpu(q, pages, blocks, sinks, scoring, sizes, interpret=True, side_by_side=self.side_by_side)
 
     def test_head_widths_that_triton_has_not_are_refused(self):

@@ -11,7 +11,7 @@ from jaxengine.device import sampler
 from jaxengine.ops.kernels import XLA
 from pallas_kernels.cases.sampling import SMALL, SamplingCase
 from pallas_kernels.implementations import choose
-from pallas_kernels.sampling import sampling_tail
+from pallas_kernels.sampling import draw_and_score
 from pallas_kernels.sampling_gpu import sampling_gpu
 from pallas_kernels.sizes import VOCAB_BLOCK
 
@@ -102,7 +102,7 @@ class TestReference(Body):
     implementation = choose("xla")
 
     def run(self, logits, uniforms, given):
-        return sampling_tail(logits, given, uniforms, implementation=self.implementation)
+        return draw_and_score(logits, given, uniforms, implementation=self.implementation)
 
     def test_gradient_is_that_of_log_softmax(self):
         logits, uniforms = SMALL[3].operands()
@@ -138,7 +138,7 @@ def test_the_twin_is_the_engines_sampler():
     logits, _ = SMALL[1].operands()
     keys = jax.random.split(jax.random.key(3), 37)
     uniforms = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
-    twin = jax.jit(functools.partial(sampling_tail, implementation=choose("xla")))(logits[:8], DRAW(8), uniforms[:8])
+    twin = jax.jit(functools.partial(draw_and_score, implementation=choose("xla")))(logits[:8], DRAW(8), uniforms[:8])
     engines = jax.jit(lambda x, k: XLA.tail(x, DRAW(8), sampler.uniforms(k)))(logits[:8], keys[:8])
     assert bits(engines) == bits(twin) and np.array_equal(engines.all_logprobs(logits[:8]), twin.all_logprobs(logits[:8]))
 
@@ -149,4 +149,4 @@ def test_errors():
                                     (r"got bfloat16 \(2, 128\)", jnp.ones((2, 128), jnp.bfloat16), jnp.ones((2, 2))),
                                     (r"got float32 \(2, 128\), \(2,\) and \(3, 2\)", jnp.ones((2, 128)), jnp.ones((3, 2)))):
         with pytest.raises(ValueError, match=found):
-            sampling_tail(logits, DRAW(2), uniforms, implementation=xla)
+            draw_and_score(logits, DRAW(2), uniforms, implementation=xla)

@@ -55,7 +55,7 @@ def on_policy(update: dict[str, float]) -> dict[str, float]:
 def _gradient(trainer: Trainer):
     def found(state, batch):
         weights = token_weights(batch.mask, trainer.config.objective), token_shares(batch.mask)
-        return trainer.gradient(critic.cast(state.master, trainer.model), batch, weights)
+        return trainer.gradient(critic.cast(state.master, trainer.model_config), batch, weights)
 
     return jax.jit(found)
 
@@ -167,7 +167,7 @@ def test_an_update_raises_what_was_rewarded(drawn):
     state = start(trainer)
     batch = trainer.batch(state, drawn, REWARDS)
     state, _ = trainer.train(state, drawn, REWARDS)
-    after = jaxengine.score(trainer.policy(state), drawn.tokens, drawn.mask, SAMPLING.replace(n=1), config=trainer.model)
+    after = jaxengine.score(trainer.policy(state), drawn.tokens, drawn.mask, SAMPLING.replace(n=1), config=trainer.model_config)
     gain = np.asarray(batch.advantages) * (np.asarray(after) - drawn.logprobs)
     assert gain[drawn.mask].sum() > 0
 
@@ -227,7 +227,7 @@ def test_a_reference_holds_back(drawn):
     _, moved = trainer.update(state, batch)
     without = lambda old: policy_loss(old, drawn.logprobs, drawn.mask, batch.advantages, ALGORITHMS["grpo"])
     assert float(here["loss"]) == pytest.approx(float(without(drawn.logprobs)), abs=1e-6)
-    after = jaxengine.score(policy, drawn.tokens, drawn.mask, SAMPLING.replace(n=1), config=trainer.model)
+    after = jaxengine.score(policy, drawn.tokens, drawn.mask, SAMPLING.replace(n=1), config=trainer.model_config)
     assert float(moved["loss"]) > float(without(np.asarray(after))) + 1e-6
 
 

@@ -11,7 +11,7 @@ import pytest
 from conftest import random_model
 from flax import nnx
 
-from checkpoints.model_folder import resolve
+from checkpoints.model_folder import find_folder
 from jaxengine import LLM
 from jaxengine.device import steps
 from jaxengine.rl.calc import arithmetic
@@ -64,7 +64,7 @@ def cluster(tunix, policy):
         rollout_config=tunix.rollout.RolloutConfig(max_tokens_to_generate=TOKENS, max_prompt_length=PROMPT_LENGTH, temperature=0.9,
                                                    kv_cache_size=64))
     return tunix.cluster.RLCluster(actor=policy(), reference=policy(), cluster_config=config,
-                                   tokenizer=PreTrainedTokenizerFast.from_pretrained(str(resolve("calc"))))
+                                   tokenizer=PreTrainedTokenizerFast.from_pretrained(str(find_folder("calc"))))
 
 
 def padded(output, pad_id: int) -> np.ndarray:
@@ -92,13 +92,13 @@ def test_grpo_steps(tunix, cluster, capsys):
 
     def watched(original, prompts, config, **more):
         output = original(prompts, config, **more)
-        seen.append((prompts, output, of_tunix(tunix, cluster, cluster.actor_trainer.model, output), rollout._llm.weights_version))
+        seen.append((prompts, output, of_tunix(tunix, cluster, cluster.actor_trainer.model_config, output), rollout._llm.weights_version))
         return output
 
     def reward(prompts, completions, answers, **kwargs):
         return [float(text == answer) - 0.1 * len(text) for text, answer in zip(completions, answers, strict=True)]
 
-    before = jax.tree.map(np.asarray, cluster.actor_trainer.model.params)
+    before = jax.tree.map(np.asarray, cluster.actor_trainer.model_config.params)
     rollout.generate = functools.partial(watched, rollout.generate)
     problems = arithmetic.problems(0, 4 * STEPS)
     batches = [{"prompts": np.array([p.prompt for p in part]), "answers": np.array([p.answer for p in part])}
@@ -110,7 +110,7 @@ def test_grpo_steps(tunix, cluster, capsys):
     del rollout.generate
 
     assert cluster.global_steps == STEPS == rollout._llm.weights_version and len(seen) == STEPS
-    trained = cluster.actor_trainer.model.params
+    trained = cluster.actor_trainer.model_config.params
     assert all(a is b for a, b in zip(jax.tree.leaves(rollout.model().params), jax.tree.leaves(rollout._llm.params), strict=True))
     same = [np.array_equal(a, b) for a, b in zip(jax.tree.leaves(trained), jax.tree.leaves(rollout._llm.params), strict=True)]
     moved = [not np.array_equal(a, b) for a, b in zip(jax.tree.leaves(trained), jax.tree.leaves(before), strict=True)]

@@ -14,7 +14,7 @@ import numpy as np
 from model import UNKNOWN, draw, link, root, score, turn
 
 from jaxengine.config import QUERY_BLOCK, EngineConfig
-from jaxengine.device.step_inputs import Blocks, Copies, RowOutputs, Rows, SlotParams
+from jaxengine.device.step_inputs import Copies, QueryBlocks, RowOutputs, Rows, SamplingArrays
 from jaxengine.engine.batch import BatchBuilder
 from jaxengine.models.decoder import Tile
 
@@ -106,11 +106,11 @@ def write_history(cache: Cache, slots: np.ndarray, tokens: np.ndarray) -> Cache:
 class HostSlots(BatchBuilder):
     """The engine's own arrays, which this device reads where they are."""
 
-    def device_slots(self) -> SlotParams:
+    def device_slots(self) -> SamplingArrays:
         return self.host_slots
 
 
-class Programs:
+class StepVariants:
     """In place of the compiled steps. `params` is the version of the weights.
 
     A `trusting` device draws from whatever it reads, right or wrong, as a real one does: then the answers alone tell.
@@ -127,7 +127,7 @@ class Programs:
     def choose(self, kind: str, num_blocks: int, params: int, cache: Cache) -> tuple[Cache, Tile]:
         return cache, Tile(self.tokens_per_block if kind == "prefill" else 1, 8)
 
-    def run_decode(self, params: int, cache: Cache, tables: np.ndarray, slots: SlotParams, rows: Rows, tile: Tile):
+    def run_decode(self, params: int, cache: Cache, tables: np.ndarray, slots: SamplingArrays, rows: Rows, tile: Tile):
         out, count = Answers(self.config.decode_steps, len(rows.slots)), int(rows.num_rows)
         lanes = list(enumerate(zip(rows.slots[:count].tolist(), rows.positions[:count].tolist(), strict=True)))
         with self._fault(cache):
@@ -140,7 +140,7 @@ class Programs:
                     self._draw(cache, slots, slot, at, state, out, (step, lane))
         return cache, out.rows()
 
-    def run_prefill(self, params: int, cache: Cache, tables: np.ndarray, slots: SlotParams, blocks: Blocks, rows: Rows, copies: Copies,
+    def run_prefill(self, params: int, cache: Cache, tables: np.ndarray, slots: SamplingArrays, blocks: QueryBlocks, rows: Rows, copies: Copies,
                     tile: Tile):
         out, count = Answers(len(rows.slots)), int(rows.num_rows)
         with self._fault(cache):
@@ -157,7 +157,7 @@ class Programs:
                 answer(cache, slots, int(slot), int(at), hidden[lane], out, lane)
         return cache, out.rows()
 
-    def _write_blocks(self, params: int, cache: Cache, tables: np.ndarray, blocks: Blocks, tile: Tile) -> list[tuple[int, int, int]]:
+    def _write_blocks(self, params: int, cache: Cache, tables: np.ndarray, blocks: QueryBlocks, tile: Tile) -> list[tuple[int, int, int]]:
         """All blocks are written before one is read; returns their slots, starts and counts."""
         owners = [tuple(map(int, owner)) for owner in zip(blocks.slots, blocks.starts, blocks.counts, strict=True)][: blocks.num_blocks]
         for slot, start, size in owners:
@@ -179,14 +179,14 @@ class Programs:
         assert self.trusting, f"position {position} reads what is not its own, at {wrong}"
         return hash(tuple(found))
 
-    def _draw(self, cache: Cache, slots: SlotParams, slot: int, at: int, state: int, out: "Answers", lane: Any) -> None:
+    def _draw(self, cache: Cache, slots: SamplingArrays, slot: int, at: int, state: int, out: "Answers", lane: Any) -> None:
         token, logprob = draw(state, slots.key[slot].tolist(), slots.key_folds[slot].tolist())
         cache.append(slot, at + 1, token)
         out.tokens[lane], out.logprobs[lane] = token, logprob
         self.rows_until_nan -= 1
         out.finite[lane] = self.rows_until_nan != 0
 
-    def _score(self, cache: Cache, slots: SlotParams, slot: int, at: int, state: int, out: "Answers", lane: Any) -> None:
+    def _score(self, cache: Cache, slots: SamplingArrays, slot: int, at: int, state: int, out: "Answers", lane: Any) -> None:
         token = cache.history[slot][at + 1]
         out.tokens[lane], out.logprobs[lane] = token, score(state, token)
 

@@ -6,8 +6,8 @@ from model import link, root
 
 from jaxengine.config import QUERY_BLOCK
 from jaxengine.engine.engine import Engine
-from jaxengine.host.page_pool import BlockManager, PageKey, root_digest
-from jaxengine.host.sample import Request, Sequence, Status
+from jaxengine.host.page_pool import PageKey, PagePool, root_digest
+from jaxengine.host.sample import Request, Sample, Status
 from jaxengine.host.scheduler import Chunk, MustSettle, Plan, Scheduler
 
 
@@ -26,10 +26,10 @@ class Watched(Scheduler):
         self.watch.see(self, plan, ready)
         return plan
 
-    def finish(self, sequence: Sequence, reason: str, stop_reason: int | str | None = None) -> None:
-        found = [page for page in sequence.pages if page in self.blocks._keys]
+    def finish(self, sample: Sample, reason: str, stop_reason: int | str | None = None) -> None:
+        found = [page for page in sample.pages if page in self.page_pool._keys]
         assert not found or reason != "error", "a failed sequence's pages can still be found"
-        super().finish(sequence, reason, stop_reason)
+        super().finish(sample, reason, stop_reason)
 
 
 class Watch:
@@ -39,9 +39,9 @@ class Watch:
         self.stats, self.trace = stats, 0
         self._homes: dict[int, tuple[int, str]] = {}  # page -> weights version and salt of its last writer
         self._filled: dict[int, tuple[int, int]] = {}  # page -> its births, and how much of it is written since
-        self._blocks: BlockManager | None = None
+        self._blocks: PagePool | None = None
 
-    def see(self, scheduler: Scheduler, plan: Plan, ready: list[Sequence]) -> None:
+    def see(self, scheduler: Scheduler, plan: Plan, ready: list[Sample]) -> None:
         _check_budget(scheduler, plan)
         _check_reasons(scheduler, plan, ready)
         forks = [s for chunk in plan.chunks for s in chunk.forks]
@@ -51,46 +51,46 @@ class Watch:
         self.stats["prefill tokens"] += sum(chunk.stop - chunk.start for chunk in plan.chunks)
         self.stats["decode tokens"] += sum(plan.decode_counts)
         self.trace = hash((self.trace, *((s.arrival, s.slot, *s.pages) for s in plan.decode), *plan.copies,
-                           *((c.sequence.arrival, c.start, c.stop, *c.sequence.pages) for c in plan.chunks)))
+                           *((c.sample.arrival, c.start, c.stop, *c.sample.pages) for c in plan.chunks)))
 
     def _see_hit(self, scheduler: Scheduler, chunk: Chunk) -> None:
-        sequence, size = chunk.sequence, scheduler.config.page_size
+        sample, size = chunk.sample, scheduler.engine_config.page_size
         assert chunk.start % size == 0, "a hit ends within a page"
-        home = (scheduler.version, sequence.request.cache_salt)
-        found = [self._homes.get(page) for page in sequence.pages[: chunk.start // size]]
+        home = (scheduler.version, sample.request.cache_salt)
+        found = [self._homes.get(page) for page in sample.pages[: chunk.start // size]]
         assert all(other == home for other in found), f"a hit for {home} was written by {found}: another version or salt"
         self.stats["hits"] += bool(found)
         self.stats["hits under new weights"] += bool(found) and scheduler.version > 0
-        self.stats["hits of recomputed sequences"] += bool(found) and bool(sequence.generated)
+        self.stats["hits of recomputed sequences"] += bool(found) and bool(sample.generated)
 
     def _see_writes(self, scheduler: Scheduler, plan: Plan) -> None:
-        if self._blocks is not scheduler.blocks:
-            self._blocks, self._filled = scheduler.blocks, {}
-        for sequence, at, count in zip(plan.decode, plan.decode_positions, plan.decode_counts, strict=True):
-            self._see_write(scheduler, sequence, at, at + count)
+        if self._blocks is not scheduler.page_pool:
+            self._blocks, self._filled = scheduler.page_pool, {}
+        for sample, at, count in zip(plan.decode, plan.decode_positions, plan.decode_counts, strict=True):
+            self._see_write(scheduler, sample, at, at + count)
         for chunk in plan.chunks:
-            if chunk.sequence in plan.admitted:
+            if chunk.sample in plan.admitted:
                 self._see_hit(scheduler, chunk)
-            self._see_write(scheduler, chunk.sequence, chunk.start, chunk.stop)
+            self._see_write(scheduler, chunk.sample, chunk.start, chunk.stop)
         for source, target in plan.copies:
-            assert scheduler.blocks._holders[target] == 1, "a copy goes to a shared page"
+            assert scheduler.page_pool._holders[target] == 1, "a copy goes to a shared page"
             self._homes[target] = self._homes[source]
-            self._filled[target] = scheduler.blocks.births[target], self._filled[source][1]
+            self._filled[target] = scheduler.page_pool.births[target], self._filled[source][1]
 
-    def _see_write(self, scheduler: Scheduler, sequence: Sequence, start: int, stop: int) -> None:
+    def _see_write(self, scheduler: Scheduler, sample: Sample, start: int, stop: int) -> None:
         """A place in a page is written once: whoever shares the page reads it."""
-        size, births = scheduler.config.page_size, scheduler.blocks.births
-        assert stop <= sequence.request.limit, "a position behind the limit is computed"
-        for index, page in enumerate(sequence.pages[start // size : (stop - 1) // size + 1], start // size):
+        size, births = scheduler.engine_config.page_size, scheduler.page_pool.births
+        assert stop <= sample.request.limit, "a position behind the limit is computed"
+        for index, page in enumerate(sample.pages[start // size : (stop - 1) // size + 1], start // size):
             first, last = max(start - index * size, 0), min(stop - index * size, size)
             known, filled = self._filled.get(page, (0, 0))
             assert known != births[page] or first >= filled, "a place in a page is written twice"
             self._filled[page] = births[page], last
-            self._homes[page] = scheduler.version, sequence.request.cache_salt
+            self._homes[page] = scheduler.version, sample.request.cache_salt
 
 
 def _budget_left(scheduler: Scheduler, plan: Plan) -> int:
-    budget = max(scheduler.config.max_num_batched_tokens - len(plan.decode), QUERY_BLOCK)
+    budget = max(scheduler.engine_config.max_num_batched_tokens - len(plan.decode), QUERY_BLOCK)
     return budget - QUERY_BLOCK * sum(chunk.num_blocks for chunk in plan.chunks)
 
 
@@ -98,33 +98,33 @@ def _check_budget(scheduler: Scheduler, plan: Plan) -> None:
     assert _budget_left(scheduler, plan) >= 0, "more tokens than the budget"
     for chunk in plan.chunks:
         assert chunk.start % QUERY_BLOCK == 0 and chunk.start < chunk.stop, "a chunk that is empty or starts within a block"
-        assert chunk.is_last == (chunk.stop == len(chunk.sequence.token_ids)), "a last chunk that is not, or the other way round"
+        assert chunk.is_last == (chunk.stop == len(chunk.sample.token_ids)), "a last chunk that is not, or the other way round"
         assert chunk.is_last or chunk.stop % QUERY_BLOCK == 0, "a chunk ends within a block"
 
 
-def _check_reasons(scheduler: Scheduler, plan: Plan, ready: list[Sequence]) -> None:
+def _check_reasons(scheduler: Scheduler, plan: Plan, ready: list[Sample]) -> None:
     """Every sequence is served or waits for a reason that can be named; the oldest one has none but its own results."""
-    served = {*plan.decode, *(s for chunk in plan.chunks for s in (chunk.sequence, *chunk.forks))}
+    served = {*plan.decode, *(s for chunk in plan.chunks for s in (chunk.sample, *chunk.forks))}
     gone = {s for s in ready if s.status is Status.WAITING} | set(plan.admitted)
     assert [s for s in ready if s not in gone] == plan.decode, "a sequence that decodes was left out"
     short = _budget_left(scheduler, plan) < QUERY_BLOCK
-    for index, sequence in enumerate(scheduler.running):
-        ending = sequence.num_pending > 0 and sequence.length >= sequence.request.limit
-        assert sequence in served or ending or (short and index > 0 and not sequence.is_decoding), "a running sequence is not served"
+    for index, sample in enumerate(scheduler.running):
+        ending = sample.num_pending > 0 and sample.length >= sample.request.limit
+        assert sample in served or ending or (short and index > 0 and not sample.is_decoding), "a running sequence is not served"
     assert not scheduler.waiting or short or _head_waits(scheduler, scheduler.waiting[0]), "the first in the queue waits for nothing"
 
 
-def _head_waits(scheduler: Scheduler, head: Sequence) -> bool:
+def _head_waits(scheduler: Scheduler, head: Sample) -> bool:
     """Whether the head of the queue lacks a slot, a sibling's prompt or pages."""
-    if len(scheduler.running) == scheduler.config.max_num_seqs:
+    if len(scheduler.running) == scheduler.engine_config.max_num_seqs:
         return True
     if head.request.prefilling in scheduler.running and not head.generated:
         return True
-    found = [] if head.scores_prompt else scheduler.blocks.match(head.token_ids, scheduler.version, head.request.cache_salt)
-    needed = -(-len(head.token_ids) // scheduler.config.page_size) - len(found)
-    revived = sum(page in scheduler.blocks._cached for page in found)
-    reserve = min(len(scheduler.running), scheduler.config.num_pages // 8)
-    return needed > scheduler.blocks.num_available - revived - reserve
+    found = [] if head.scores_prompt else scheduler.page_pool.match(head.token_ids, scheduler.version, head.request.cache_salt)
+    needed = -(-len(head.token_ids) // scheduler.engine_config.page_size) - len(found)
+    revived = sum(page in scheduler.page_pool._cached for page in found)
+    reserve = min(len(scheduler.running), scheduler.engine_config.num_pages // 8)
+    return needed > scheduler.page_pool.num_available - revived - reserve
 
 
 # -- behind a step ----------------------------------------------------------------------------------------------------------------
@@ -135,19 +135,19 @@ def check_step(engine: Engine, held: list[int]) -> None:
     _check_queues(engine)
     tables = [s.pages for s in scheduler.running]
     assert all(len(set(table)) == len(table) for table in tables), "a page stands twice in one block table"
-    scheduler.blocks.check_integrity([*tables, held])
+    scheduler.page_pool.check_integrity([*tables, held])
     under_way = _rows_under_way(engine)
-    for sequence in scheduler.running:
-        assert sequence.num_pending == under_way[sequence], "tokens under way are not those that the device owes"
-        _check_running(sequence, scheduler.config.page_size)
+    for sample in scheduler.running:
+        assert sample.num_pending == under_way[sample], "tokens under way are not those that the device owes"
+        _check_running(sample, scheduler.engine_config.page_size)
 
 
-def _rows_under_way(engine: Engine) -> Counter[Sequence]:
-    rows: Counter[Sequence] = Counter()
+def _rows_under_way(engine: Engine) -> Counter[Sample]:
+    rows: Counter[Sample] = Counter()
     if engine._in_flight is not None:
-        for sequence, count in zip(engine._in_flight.decode, engine._in_flight.decode_counts, strict=True):
-            rows[sequence] += count
-        rows.update(sequence for sequence, _, scored in engine._in_flight.prefill if not scored)
+        for sample, count in zip(engine._in_flight.decode, engine._in_flight.decode_counts, strict=True):
+            rows[sample] += count
+        rows.update(sample for sample, _, scored in engine._in_flight.prefill if not scored)
     return rows
 
 
@@ -159,7 +159,7 @@ def _check_queues(engine: Engine) -> None:
     arrivals = [s.arrival for s in [*running, *waiting]]
     assert arrivals == sorted(arrivals), "a sequence was overtaken"
     slots = [s.slot for s in running] + scheduler._free_slots
-    assert sorted(slots) == list(range(scheduler.config.max_num_seqs)), "a slot is lost or in two places"
+    assert sorted(slots) == list(range(scheduler.engine_config.max_num_seqs)), "a slot is lost or in two places"
     assert all(not s.pages and s.slot < 0 and not s.num_pending + s.num_computed for s in waiting), "one that waits holds something"
     for request in engine.requests.values():
         _check_prefilling(request)
@@ -171,11 +171,11 @@ def _check_prefilling(request: Request) -> None:
         "samples wait for a sibling that does not compute their prompt"
 
 
-def _check_running(sequence: Sequence, size: int) -> None:
-    pages, known = len(sequence.pages), max(sequence.num_computed, len(sequence.token_ids))
-    assert -(-sequence.num_computed // size) <= pages <= -(-known // size), "pages too few or too many for the tokens"
-    assert sequence.num_computed <= sequence.length <= sequence.request.limit, "more is computed than there are tokens"
-    assert sequence.num_registered <= min(sequence.num_computed, len(sequence.token_ids)) // size, "a page is offered too early"
+def _check_running(sample: Sample, size: int) -> None:
+    pages, known = len(sample.pages), max(sample.num_computed, len(sample.token_ids))
+    assert -(-sample.num_computed // size) <= pages <= -(-known // size), "pages too few or too many for the tokens"
+    assert sample.num_computed <= sample.length <= sample.request.limit, "more is computed than there are tokens"
+    assert sample.num_registered <= min(sample.num_computed, len(sample.token_ids)) // size, "a page is offered too early"
 
 
 class CacheCheck:
@@ -187,7 +187,7 @@ class CacheCheck:
         self._blocks: object = None
 
     def check(self, engine: Engine, salts: Iterable[str]) -> None:
-        blocks, cache = engine.scheduler.blocks, engine.cache
+        blocks, cache = engine.scheduler.page_pool, engine.cache
         if blocks is not self._blocks:
             self._blocks, self._expected, self._names = blocks, {}, {}
         for page, key in blocks._keys.items():

@@ -2,8 +2,7 @@
 import itertools
 from collections.abc import Iterable, Sequence
 
-from jaxengine.host.sample import Request
-from jaxengine.host.sample import Sequence as Sample
+from jaxengine.host.sample import Request, Sample
 
 VOCAB = 40
 STOP = 1
@@ -69,7 +68,7 @@ def check_answer(request: Request, oldest_version: int, kept: dict[int, list[Spa
 
 
 def _check_lengths(sample: Sample) -> None:
-    params, count = sample.request.params, len(sample.generated)
+    params, count = sample.request.sampling, len(sample.generated)
     assert list(sample.token_ids[: sample.prompt_length]) == sample.request.prompt_token_ids, "the prompt was changed"
     assert len(sample.token_logprobs) == len(sample.token_versions) == count, "tokens and their logprobs are not aligned"
     for asked, values in ((params.raw_logprobs, sample.raw_logprobs), (params.entropy, sample.entropies),
@@ -89,7 +88,7 @@ def _check_end(sample: Sample) -> None:
 def _check_prompt_scores(request: Request) -> None:
     """The scores belong to the weights that drew the first token: whatever came before them was computed again."""
     first, prompt = request.samples[0], request.prompt_token_ids
-    if request.params.prompt_logprobs is None or not first.generated or len(prompt) == 1:
+    if request.sampling.prompt_logprobs is None or not first.generated or len(prompt) == 1:
         return
     states = states_of(prompt, first.token_versions[0])
     expected = [None] + [{token: score(state, token)} for state, token in zip(states, prompt[1:], strict=False)]

@@ -4,8 +4,8 @@ from collections.abc import Callable
 import pytest
 
 from jaxengine.host import page_pool
-from jaxengine.host.page_pool import BlockManager, chain_digest, root_digest
-from jaxengine.host.sample import Sequence
+from jaxengine.host.page_pool import PagePool, chain_digest, root_digest
+from jaxengine.host.sample import Sample
 from jaxengine.host.scheduler import Scheduler
 
 PLANTED: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {}
@@ -29,7 +29,7 @@ def around(patch: pytest.MonkeyPatch, owner: type, name: str):
 
 @found_by("reference counts differ|released more often")
 def a_reference_count_is_skipped(patch):
-    @around(patch, BlockManager, "share")
+    @around(patch, PagePool, "share")
     def share(original, blocks, pages):
         original(blocks, list(pages)[:-1])
 
@@ -37,7 +37,7 @@ def a_reference_count_is_skipped(patch):
 @found_by("in two places")
 def a_page_is_freed_twice(patch):
     """Discarding frees a page that is held, and its holder frees it again."""
-    @around(patch, BlockManager, "discard")
+    @around(patch, PagePool, "discard")
     def discard(original, blocks, pages):
         original(blocks, pages)
         blocks._free += [page for page in pages if blocks._holders[page]]
@@ -45,12 +45,12 @@ def a_page_is_freed_twice(patch):
 
 @found_by("content is known|holds other tokens")
 def an_evicted_page_can_still_be_found(patch):
-    patch.setattr(BlockManager, "_evict", lambda blocks: blocks._cached.popitem(last=False)[0])
+    patch.setattr(PagePool, "_evict", lambda blocks: blocks._cached.popitem(last=False)[0])
 
 
 @found_by("failed sequence's pages")
 def a_failed_page_stays_in_the_cache(patch):
-    patch.setattr(BlockManager, "discard", lambda blocks, pages: None)
+    patch.setattr(PagePool, "discard", lambda blocks, pages: None)
 
 
 # -- hashes -----------------------------------------------------------------------------------------------------------------------
@@ -73,7 +73,7 @@ def a_hit_compares_the_tokens_alone(patch):
             pages.append(found[0])
         return pages
 
-    patch.setattr(BlockManager, "match", match)
+    patch.setattr(PagePool, "match", match)
 
 
 @found_by("another version or salt|starts nowhere|holds other tokens")
@@ -91,13 +91,13 @@ def the_hash_leaves_out_the_salt(patch):
 @found_by("has no page|reads what is not its own|too few or too many")
 def a_page_too_few_at_the_edge(patch):
     @around(patch, Scheduler, "_grow")
-    def grow(original, scheduler, sequence, num_tokens):
-        return original(scheduler, sequence, num_tokens - 1)
+    def grow(original, scheduler, sample, num_tokens):
+        return original(scheduler, sample, num_tokens - 1)
 
 
 @found_by("a chunk that is empty")
 def a_hit_takes_the_last_token_too(patch):
-    @around(patch, BlockManager, "match")
+    @around(patch, PagePool, "match")
     def match(original, blocks, tokens, version, salt, known=None):
         return original(blocks, [*tokens, 0], version, salt)
 
@@ -105,10 +105,10 @@ def a_hit_takes_the_last_token_too(patch):
 @found_by("holds other tokens|offered too early")
 def a_page_is_offered_before_its_last_token_is_computed(patch):
     @around(patch, Scheduler, "register_pages")
-    def register_pages(original, scheduler, sequence):
-        sequence.num_computed += 1
-        original(scheduler, sequence)
-        sequence.num_computed -= 1
+    def register_pages(original, scheduler, sample):
+        sample.num_computed += 1
+        original(scheduler, sample)
+        sample.num_computed -= 1
 
 
 # -- forks ------------------------------------------------------------------------------------------------------------------------
@@ -118,10 +118,10 @@ def forks_share_the_page_that_is_partly_filled(patch):
     @around(patch, Scheduler, "_fork")
     def fork(original, scheduler, plan, chunk):
         original(scheduler, plan, chunk)
-        for sequence in chunk.forks if plan.copies else ():
-            own, sequence.pages[-1] = sequence.pages[-1], chunk.sequence.pages[-1]
-            scheduler.blocks.release([own])
-            scheduler.blocks.share(sequence.pages[-1:])
+        for sample in chunk.forks if plan.copies else ():
+            own, sample.pages[-1] = sample.pages[-1], chunk.sample.pages[-1]
+            scheduler.page_pool.release([own])
+            scheduler.page_pool.share(sample.pages[-1:])
         plan.copies.clear()
 
 
@@ -136,10 +136,10 @@ def the_copy_for_a_fork_is_left_out(patch):
 @found_by("samples wait for a sibling|waits for nothing")
 def siblings_wait_for_one_that_left(patch):
     @around(patch, Scheduler, "_leave")
-    def leave(original, scheduler, sequence):
-        leader = sequence.request.prefilling
-        original(scheduler, sequence)
-        sequence.request.prefilling = leader
+    def leave(original, scheduler, sample):
+        leader = sample.request.prefilling
+        original(scheduler, sample)
+        sample.request.prefilling = leader
 
 
 # -- preemption and recovery ------------------------------------------------------------------------------------------------------
@@ -147,42 +147,42 @@ def siblings_wait_for_one_that_left(patch):
 @found_by("overtaken|was left out")
 def the_oldest_is_preempted(patch):
     @around(patch, Scheduler, "preempt")
-    def preempt(original, scheduler, sequence):
+    def preempt(original, scheduler, sample):
         oldest = scheduler.running[0]
-        original(scheduler, sequence if oldest.num_pending else oldest)
+        original(scheduler, sample if oldest.num_pending else oldest)
 
 
 @found_by("tokens under way|another than alone|must be|computed than|written twice")
 def results_under_way_are_forgotten_by_a_preemption(patch):
     @around(patch, Scheduler, "_grow")
-    def grow(original, scheduler, sequence, num_tokens):
+    def grow(original, scheduler, sample, num_tokens):
         for victim in scheduler.running:
-            victim.num_pending = 0 if victim.arrival > sequence.arrival else victim.num_pending
-        return original(scheduler, sequence, num_tokens)
+            victim.num_pending = 0 if victim.arrival > sample.arrival else victim.num_pending
+        return original(scheduler, sample, num_tokens)
 
 
 @found_by("not aligned")
 def a_restart_keeps_the_token_that_is_half_written(patch):
-    @around(patch, Sequence, "restart")
-    def restart(original, sequence):
-        tokens = list(sequence.token_ids)
-        original(sequence)
-        sequence.token_ids[:] = tokens
+    @around(patch, Sample, "restart")
+    def restart(original, sample):
+        tokens = list(sample.token_ids)
+        original(sample)
+        sample.token_ids[:] = tokens
 
 
 @found_by("a token that was delivered has changed")
 def a_restart_drops_a_token_that_was_delivered(patch):
-    @around(patch, Sequence, "restart")
-    def restart(original, sequence):
-        sequence.num_settled = max(sequence.num_settled - 1, 0)
-        original(sequence)
+    @around(patch, Sample, "restart")
+    def restart(original, sample):
+        sample.num_settled = max(sample.num_settled - 1, 0)
+        original(sample)
 
 
 @found_by("a slot is lost")
 def a_slot_is_lost(patch):
     @around(patch, Scheduler, "finish")
-    def finish(original, scheduler, sequence, reason, stop_reason=None):
-        original(scheduler, sequence, reason, stop_reason)
+    def finish(original, scheduler, sample, reason, stop_reason=None):
+        original(scheduler, sample, reason, stop_reason)
         if reason == "abort" and len(scheduler._free_slots) > 1:
             scheduler._free_slots.pop()
 
@@ -206,10 +206,10 @@ def a_long_prompt_starves_beside_the_decodes(patch):
 @found_by("than alone|holds other tokens")
 def pages_that_were_kept_are_offered_to_others(patch):
     @around(patch, Scheduler, "register_pages")
-    def register_pages(original, scheduler, sequence):
-        kept, sequence.has_old_pages = sequence.has_old_pages, False
-        original(scheduler, sequence)
-        sequence.has_old_pages = kept
+    def register_pages(original, scheduler, sample):
+        kept, sample.has_old_pages = sample.has_old_pages, False
+        original(scheduler, sample)
+        sample.has_old_pages = kept
 
 
 @found_by("than alone|reads what is not its own|holds other tokens")
@@ -220,8 +220,8 @@ def a_prefill_goes_on_under_new_weights(patch):
         scheduler.running = [s for s in scheduler.running if s.is_decoding]
         original(scheduler, version, keep)
         scheduler.running = sorted([*scheduler.running, *halfway], key=lambda s: s.arrival)
-        for sequence in halfway:
-            sequence.version = version
+        for sample in halfway:
+            sample.version = version
 
 
 @found_by("than alone|a token of weights")
@@ -230,5 +230,5 @@ def a_token_names_the_weights_before(patch):
     def change_version(original, scheduler, version, keep):
         versions = {id(s): s.version for s in scheduler.running}
         original(scheduler, version, keep)
-        for sequence in scheduler.running:
-            sequence.version = versions[id(sequence)]
+        for sample in scheduler.running:
+            sample.version = versions[id(sample)]

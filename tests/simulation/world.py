@@ -16,16 +16,17 @@ from invariants import CacheCheck, Watch, Watched, check_step
 from model import STOP, Spans, check_answer
 
 from jaxengine.config import QUERY_BLOCK, EngineConfig, ModelConfig
-from jaxengine.engine import batch, engine
-from jaxengine.host import scheduler
-from jaxengine.host.sample import Request, Sequence, Status
+from jaxengine.engine import batch, collect, engine
+from jaxengine.host import page_pool, scheduler
+from jaxengine.host import sample as host_sample
+from jaxengine.host.sample import Request, Sample, Status
 from jaxengine.sampling_params import SamplingParams
 
 SALTS = ("", "salted")
 MODEL = ModelConfig("simulated", 40, 8, 8, 1, 1, 1, 8, 256)  # its sizes are named in errors, nothing is computed with it
 CUT = object()
-HOST_FILES = {module.__file__ for module in (batch, page_pool, engine, collect, scheduler, sample)}
-PARTS = dict(steps=device, kv_cache=device, Programs=device.Programs, BatchBuilder=device.HostSlots, Scheduler=Watched)
+HOST_FILES = {module.__file__ for module in (batch, page_pool, engine, collect, scheduler, host_sample)}
+PARTS = dict(steps=device, kv_cache=device, StepVariants=device.StepVariants, BatchBuilder=device.HostSlots, Scheduler=Watched)
 
 
 class World:
@@ -43,18 +44,18 @@ class World:
         self.held: list[int] = []
         self._delivered: dict[int, list[int]] = {}  # by id of the sample, the tokens that a stream would have shown, prompt included
         self._first_versions: dict[str, int] = {}
-        self._kept: dict[int, tuple[Sequence, list[Spans]]] = {}  # samples that went on with their pages under other weights, by id
+        self._kept: dict[int, tuple[Sample, list[Spans]]] = {}  # samples that went on with their pages under other weights, by id
 
     @property
     def scheduler(self) -> Watched:
         return self.engine.scheduler
 
     @property
-    def device(self) -> device.Programs:
-        return self.engine.programs
+    def device(self) -> device.StepVariants:
+        return self.engine.step_variants
 
     @property
-    def samples(self) -> list[Sequence]:
+    def samples(self) -> list[Sample]:
         return [sample for request in self.live.values() for sample in request.samples]
 
     # -- what happens ----------------------------------------------------------------------------------------------------------
@@ -83,10 +84,10 @@ class World:
 
     def squeeze(self, num_pages: int) -> None:
         """Take pages away from the scheduler."""
-        self.held += self.scheduler.blocks.allocate(min(num_pages, self.scheduler.blocks.num_available))
+        self.held += self.scheduler.page_pool.allocate(min(num_pages, self.scheduler.page_pool.num_available))
 
     def relax(self) -> None:
-        self.scheduler.blocks.release(self.held)
+        self.scheduler.page_pool.release(self.held)
         self.held = []
 
     def preempt_newest(self) -> None:
@@ -139,7 +140,7 @@ class World:
 
     def _cut_off(self, call: Callable[[], Any], interrupt_after: int) -> Any:
         """What a call returns, or CUT where a fault or an interrupt ended it."""
-        blocks = self.scheduler.blocks
+        blocks = self.scheduler.page_pool
         try:
             with self._plugged(), interrupted(interrupt_after):
                 return call()
@@ -148,7 +149,7 @@ class World:
             self._mend()
             return CUT
         finally:
-            if self.scheduler.blocks is not blocks:  # made anew, and nothing is held in there
+            if self.scheduler.page_pool is not blocks:  # made anew, and nothing is held in there
                 self.held = []
                 self.stats["restarts"] += 1
 
@@ -175,7 +176,7 @@ class World:
             self.step()
         self.step()
         assert not self.live and not self.scheduler.running and not self.scheduler.waiting, "a request was lost"
-        assert self.scheduler.blocks.num_available == self.config.num_pages - 1, "a page is still held"
+        assert self.scheduler.page_pool.num_available == self.config.num_pages - 1, "a page is still held"
 
     def _judge(self, ended: list[Request]) -> None:
         for request in ended:
@@ -198,7 +199,7 @@ class World:
             yield
 
 
-def state_of(sample: Sequence) -> str:
+def state_of(sample: Sample) -> str:
     """Where a sequence is in its life."""
     if sample.status is Status.FINISHED:
         return "ended"

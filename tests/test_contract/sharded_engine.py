@@ -13,7 +13,7 @@ from conftest import bits, make_llm, random_model  # noqa: E402
 
 from jaxengine import SamplingParams  # noqa: E402
 from jaxengine.models.params import map_declared  # noqa: E402
-from jaxengine.ops.kernels import resolve  # noqa: E402
+from jaxengine.ops.kernels import choose_kernels  # noqa: E402
 from jaxengine.ops.sharded import Sharded  # noqa: E402
 
 SMALL = dict(vocab_size=250, hidden_size=64, intermediate_size=128, num_attention_heads=8, num_key_value_heads=4, num_hidden_layers=1)
@@ -22,7 +22,7 @@ PROMPTS = [list(range(3)), list(range(40, 57)), list(range(200, 240))]
 
 def answers(degree: int) -> list[tuple]:
     config, params = random_model("Qwen3", reduction_leaves=4, **SMALL)
-    kernels = resolve("pallas_interpret", config)
+    kernels = choose_kernels("pallas_interpret", config)
     if degree > 1:
         mesh = Mesh(np.array(jax.devices()[:degree]), ("leaves",))
         kernels = Sharded(kernels, mesh, "leaves")
@@ -34,7 +34,7 @@ def answers(degree: int) -> list[tuple]:
     found = bits(llm.generate(PROMPTS, SamplingParams(max_tokens=4, ignore_eos=True), key=jax.random.key(0)))
     pool = llm.engine.cache.keys[0]
     assert pool.addressable_shards[0].data.shape[1] == pool.shape[1] // degree
-    assert not llm.engine.programs.refused
+    assert not llm.engine.step_variants.refused
     return [(list(tokens), logprobs.hex()) for tokens, logprobs, *_ in found]
 
 

@@ -134,12 +134,12 @@ def test_c4_hits_of_generated_pages(case):
 def test_c5_preempted(case):
     """A pool so small that requests lose their pages and are recomputed."""
     llm = case.engine(enable_prefix_caching=False)
-    held = llm.engine.scheduler.blocks.allocate(llm.engine_config.num_pages - 1 - 12)
+    held = llm.engine.scheduler.page_pool.allocate(llm.engine_config.num_pages - 1 - 12)
     long = [p.replace(max_tokens=40, ignore_eos=True) for p in case.sampling]
     run = lambda llm: bits(llm.generate(case.prompts, long, key=jax.random.key(4)))
     assert run(llm) == run(case.engine())
     assert llm.engine.scheduler.num_preemptions > 0
-    llm.engine.scheduler.blocks.release(held)
+    llm.engine.scheduler.page_pool.release(held)
     llm.engine.scheduler.check_integrity()
 
 
@@ -216,7 +216,7 @@ def test_a_tile_of_other_bits_is_refused(monkeypatch):
     config, params = random_model("Qwen3", dtype="float32", num_hidden_layers=2)
     llm = make_llm(config, params, compile_patience=0)
     outputs = bits(llm.generate([[1, 2, 3]], SamplingParams(max_tokens=8, temperature=0)))
-    assert llm.engine.programs.refused == [("decode", single)]
+    assert llm.engine.step_variants.refused == [("decode", single)]
     monkeypatch.undo()
     assert outputs == bits(make_llm(config, params).generate([[1, 2, 3]], SamplingParams(max_tokens=8, temperature=0)))
 

@@ -17,7 +17,7 @@ from jaxengine.config import EngineConfig
 from jaxengine.device import steps
 from jaxengine.device.kv_cache import Cache
 from jaxengine.models.decoder import Tile
-from jaxengine.ops.kernels import XLA, resolve
+from jaxengine.ops.kernels import XLA, choose_kernels
 from jaxengine.ops.pallas import Pallas
 from jaxengine.rl.rollout import Rollout
 from pallas_kernels.implementations import Implementation
@@ -44,7 +44,7 @@ class Case:
         self.rollout = Rollout.from_outputs(self.outputs)
 
     def again(self, **adjusted) -> list[tuple]:
-        self.llm.engine.scheduler.blocks.clear_cache()
+        self.llm.engine.scheduler.page_pool.clear_cache()
         with self.llm.engine.adjusted(**adjusted):
             return bits(self.llm.generate(self.prompts, self.sampling))
 
@@ -134,7 +134,7 @@ def test_the_contract_names_the_kernels(case):
 
 
 def test_every_step_serves(case):
-    assert case.llm.engine.programs.refused == []
+    assert case.llm.engine.step_variants.refused == []
 
 
 @pytest.mark.long
@@ -152,7 +152,7 @@ def test_a_wide_decode_step(case):
     requests = [(prompt[:8], params) for prompt, params in zip(case.prompts, case.sampling, strict=True)]
     expected = [bits(case.llm.generate([prompt], params))[0] for prompt, params in requests]
     assert bits(llm.generate([prompt for prompt, _ in requests * 8], [params for _, params in requests * 8])) == expected * 8
-    assert llm.engine.programs._trusted["decode", Tile(1, 128)]
+    assert llm.engine.step_variants._trusted["decode", Tile(1, 128)]
 
 
 # -- the choice --------------------------------------------------------------------------------------------------------------------------
@@ -169,7 +169,7 @@ def on_a(monkeypatch, platform: str, kind: str) -> None:
     ("gpu", "NVIDIA H100 80GB HBM3", Pallas(Implementation("pallas_gpu", "Hopper")))])
 def test_auto_is_the_devices_own(platform, kind, chosen, monkeypatch):
     on_a(monkeypatch, platform, kind)
-    assert resolve.__wrapped__("auto", MODEL) == chosen
+    assert choose_kernels.__wrapped__("auto", MODEL) == chosen
 
 
 @pytest.mark.parametrize(("platform", "kind", "model", "why"), [
@@ -179,15 +179,15 @@ def test_auto_is_the_devices_own(platform, kind, chosen, monkeypatch):
 def test_where_they_do_not_fit_auto_says_so_and_a_name_is_refused(platform, kind, model, why, monkeypatch, caplog):
     on_a(monkeypatch, platform, kind)
     with caplog.at_level(logging.WARNING):
-        assert resolve.__wrapped__("auto", model) is XLA
+        assert choose_kernels.__wrapped__("auto", model) is XLA
     assert f"kernels: 'xla' in the place of 'pallas_{platform}'" in caplog.text and why in caplog.text
     with pytest.raises(ValueError, match=why):
-        resolve.__wrapped__(f"pallas_{platform}", model)
+        choose_kernels.__wrapped__(f"pallas_{platform}", model)
 
 
 def test_names_that_are_refused():
     for make in (lambda: EngineConfig(kernels="palas_gpu"), lambda: LLM.from_params(MODEL, None, kernels="palas_gpu"),
-                 lambda: resolve("palas_gpu", MODEL)):
+                 lambda: choose_kernels("palas_gpu", MODEL)):
         with pytest.raises(ValueError, match="kernels must be one of auto, xla, .*, got 'palas_gpu', did you mean 'pallas_gpu'"):
             make()
     with pytest.raises(ValueError, match="no block sizes for device 'cpu'"):
@@ -201,7 +201,7 @@ def test_a_page_size_that_the_tile_has_not_is_refused():
 
 @pytest.mark.parametrize("side", ["keys", "values"])
 def test_the_canary_sees_each_word(side):
-    kernels = resolve(INTERPRETED, dataclasses.replace(MODEL, dtype="bfloat16"))
+    kernels = choose_kernels(INTERPRETED, dataclasses.replace(MODEL, dtype="bfloat16"))
     pools = [jnp.ones(pool.shape, pool.dtype) for pool in kernels.pools(dataclasses.replace(MODEL, dtype="bfloat16"), 3, 32)]
     cache = Cache((pools[0],), (pools[1],), jnp.zeros((1, 1), jnp.int32))
     sums = lambda cache: np.asarray(steps.token_sums(cache, jnp.array([1, 2]), kernels=kernels))

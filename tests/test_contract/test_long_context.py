@@ -56,7 +56,7 @@ def test_c3_other_chunks(long):
 
 def test_c4_hits(long):
     """A first run finds one prompt's pages in another's, a second one finds all."""
-    long.llm.engine.scheduler.blocks.clear_cache()
+    long.llm.engine.scheduler.page_pool.clear_cache()
     assert bits(long.run()) == long.expected
     again = long.run()
     assert bits(again) == long.expected

@@ -10,7 +10,7 @@ from position_models import CLASSES, counting, counts, needle
 from jaxengine import LLM, SamplingParams
 from jaxengine.config import KV_TILE
 from jaxengine.engine.batch import BatchBuilder
-from jaxengine.host.page_pool import BlockManager
+from jaxengine.host.page_pool import PagePool
 from jaxengine.ops import xla
 
 EDGES = (1, 2, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 127, 128, 129, 191, 192, 193, 511, 512, 513)
@@ -26,7 +26,7 @@ def llm_of(config, params, page_size=32, chunk=256, longest=LONGEST) -> LLM:
     num_pages = sum(-(-(n + 2 * NEW) // page_size) for n in (*EDGES, longest)) + 16
     llm = LLM.from_params(config, params, max_model_len=longest + 2 * NEW, page_size=page_size, num_pages=num_pages, max_num_seqs=32,
                           max_num_batched_tokens=chunk, compile_patience=10**6)
-    np.random.default_rng(0).shuffle(llm.engine.scheduler.blocks._free)
+    np.random.default_rng(0).shuffle(llm.engine.scheduler.page_pool._free)
     return llm
 
 
@@ -157,7 +157,7 @@ PLANTS = {
     "a tile is dropped": (xla, "paged_attention", attention(lambda t, positions: (t.at[:, PAGES : 2 * PAGES].set(0), positions))),
     "a tile is read twice": (xla, "paged_attention", attention(lambda t, p: (t.at[:, PAGES : 2 * PAGES].set(t[:, :PAGES]), p))),
     "a page is in a table twice": (BatchBuilder, "sync_tables", of_tables(page_twice)),
-    "a cached page in place of others": (BlockManager, "match", lambda real: lambda self, *request: real(self, *request)[:1] * 5),
+    "a cached page in place of others": (PagePool, "match", lambda real: lambda self, *request: real(self, *request)[:1] * 5),
 }
 
 

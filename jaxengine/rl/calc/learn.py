@@ -20,7 +20,7 @@ import optax
 from tqdm import tqdm
 
 from checkpoints import snapshots
-from checkpoints.model_folder import resolve
+from checkpoints.model_folder import find_folder
 from jaxengine.base.keys import seeded
 from jaxengine.config import ModelConfig
 from jaxengine.engine.contract_digest import weights_digest
@@ -68,7 +68,7 @@ def build(run: Run) -> tuple[Loop, TrainState]:
         raise ValueError(f"kinds must be some of {', '.join(arithmetic.KINDS)}, with spaces between them, got {run.kinds!r}")
     if run.digits < 2 and "mixed" not in run.kinds:
         raise ValueError(f"of numbers with one digit only mixed problems are held out: give digits ≥ 2, or mixed among kinds={run.kinds!r}")
-    folder = resolve(MODEL)
+    folder = find_folder(MODEL)
     config = loading.read_model_config(folder)
     params = loading.load(folder, config)
     objective = dataclasses.replace(ALGORITHMS[run.algorithm], kl_coefficient=run.kl)
@@ -164,7 +164,7 @@ def main() -> None:
     if arguments.out:
         arguments.out.mkdir(parents=True)  # before the training, lest it find its place taken
     loop, state = build(run)
-    model, start, history = loop.trainer.model, time.monotonic(), []
+    model, start, history = loop.trainer.model_config, time.monotonic(), []
     mean_reward = lambda: np.mean([iteration.reward for iteration in history[-RECENT:]]) if history else np.nan
     print("held out, before: greedy {:.3f}, sampled {:.3f}".format(*held_out(model, loop.trainer.policy(state), run)), flush=True)
     with tqdm(total=run.iterations, desc=run.algorithm, unit="iteration") as bar:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from jaxengine.base.keys import seeded
 from jaxengine.config import ModelConfig
-from jaxengine.device.scoring import slot_params, token_logprobs
+from jaxengine.device.scoring import sampling_arrays_of, token_logprobs
 from jaxengine.device.trunk import hidden_states
 from jaxengine.models import decoder, loading, params
 from jaxengine.models.params import Decoder
@@ -108,10 +108,10 @@ def optimizer(steps: int) -> optax.GradientTransformation:
 
 def train(tokenizer: tokenizers.Tokenizer, *, seed: int, steps: int) -> Decoder:
     """float32 parameters after `steps` batches; everything random comes from `seed`. Progress shows held-out accuracy on the way."""
-    update, plain = optimizer(steps), slot_params([SamplingParams()] * ROWS, CONFIG)
+    update, plain = optimizer(steps), sampling_arrays_of([SamplingParams()] * ROWS, CONFIG)
 
     def loss(weights: Decoder, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, ""]:
-        logprobs, _ = token_logprobs(weights, tokens, mask, plain, config=CONFIG, kernels=XLA)
+        logprobs, _ = token_logprobs(weights, tokens, mask, plain, model_config=CONFIG, kernels=XLA)
         return -logprobs.sum() / mask.sum()
 
     @functools.partial(jax.jit, donate_argnums=0)

@@ -19,7 +19,7 @@ from jaxengine.functional import score
 from jaxengine.models import decoder
 from jaxengine.models.decoder import Tile
 from jaxengine.models.params import Decoder, Parameter, declare
-from jaxengine.ops.kernels import Kernels, resolve
+from jaxengine.ops.kernels import Kernels, choose_kernels
 from jaxengine.ops.regions import over_tiles
 from jaxengine.sampling_params import SamplingParams
 from pallas_kernels.tiles import unknown_zero
@@ -34,7 +34,7 @@ class Policy(nnx.Module):
 
     def __init__(self, config: ModelConfig, params: Decoder, *, kernels: str = "auto", tile: Tile = WIDE) -> None:
         check_fits(params, config)
-        self.config, self.kernels, self.tile = config, resolve(kernels, config), tile
+        self.config, self.kernels, self.tile = config, choose_kernels(kernels, config), tile
         _spread(self, params)
 
     @property

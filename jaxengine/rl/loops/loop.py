@@ -63,7 +63,7 @@ class Loop:
     def generate(self, state: TrainState, prompts: Sequence[Any]) -> Sequence[RequestOutput]:
         """Completions under the state's weights, with the key of its version."""
         key = jax.random.fold_in(jax.random.fold_in(key_of(state.key), DRAWS), state.version)
-        return generate(self.trainer.policy(state), prompts, self.trainer.config.sampling, key=key, config=self.trainer.model,
+        return generate(self.trainer.policy(state), prompts, self.trainer.config.sampling, key=key, config=self.trainer.model_config,
                         tokenizer=self.tokenizer, **{"kernels": self.trainer.kernels.name} | self.engine)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxengine.base.keys import own_key
 from jaxengine.config import EngineConfig
-from jaxengine.host.admission import params_of, prompts_of
+from jaxengine.host.admission import prompts_of, sampling_of
 from jaxengine.outputs import UNDRAWN, CompletionOutput, RequestOutputs, VersionSpan
 from jaxengine.rl.loops.calculator import calculate
 from jaxengine.sampling_params import SamplingParams
@@ -84,7 +84,7 @@ def generate_with_tools(llm: Generator, prompts: Any, tool: Tool, sampling_param
     if llm.tokenizer is None:
         raise ValueError("tools read and write text, and the model has no tokenizer: give LLM one")
     batch = prompts_of(prompts)
-    each = params_of(sampling_params, len(batch))
+    each = sampling_of(sampling_params, len(batch))
     first = llm.generate(batch, [_calling(params, tool) for params in each], key=key, use_tqdm=use_tqdm)
     asked = [[_Running(params, own_key(key, params, i, j), output.prompt_token_ids, output.cache_salt, [turn])
               for j, turn in enumerate(output.outputs)] for i, (params, output) in enumerate(zip(each, first, strict=True))]
