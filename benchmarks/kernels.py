@@ -2,9 +2,9 @@
 
     python benchmarks/kernels.py [--repeats 20] [--torch-python PEER/bin/python] [--only attention matmul …]
 
-A share of "copy" is of the bandwidth of copying a GiB on this device, a share of "peak" of the best bf16 dot of 8192 x 8192 x 8192, both
-measured in the same run. With --torch-python attention also stands beside torch's (torch_attention.py). A CPU is refused: the kernels
-only run interpreted there.
+A share of "copy" is of the bandwidth of copying a GiB on this device, a share of "peak" of the best bf16 dot of
+8192 x 8192 x 8192, both measured in the same run. With --torch-python attention also stands beside torch's
+(peers/peer_torch_attention.py). A CPU is refused: the kernels only run interpreted there.
 """
 import argparse
 import json
@@ -52,13 +52,14 @@ def dot_peak(repeats: int) -> float:
 
 
 class Torch:
-    """torch_attention.py in another interpreter; without one it has no figures."""
+    """peers/peer_torch_attention.py in another interpreter; without one it has no figures."""
 
     def __init__(self, python: str | None) -> None:
         self._process = None
         if python:
-            script = pathlib.Path(__file__).parent / "torch_attention.py"
-            self._process = subprocess.Popen([python, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            script = pathlib.Path(__file__).parent / "peers" / "peer_torch_attention.py"
+            self._process = subprocess.Popen([python, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                             text=True)
             print("beside", self._line())
 
     def seconds(self, row: Row) -> float | None:

@@ -77,9 +77,10 @@ class Peer:
     """Another engine in an interpreter of its own, which answers tasks line by line (benchmarks/README.md)."""
 
     def __init__(self, name: str, python: str, folder: str, dtype: str, vocab_size: int) -> None:
-        script = Path(__file__).parent.parent / "benchmarks" / PEERS[name]
+        script = Path(__file__).parent.parent / "benchmarks" / "peers" / PEERS[name]
         if not script.is_file():
-            raise ValueError(f"the peer {name!r} is run by {script}, which is not there: run the bench from a checkout of the repository")
+            raise ValueError(f"the peer {name!r} is run by {script}, which is not there: run the bench from a checkout "
+                             "of the repository")
         self.name, self.vocab_size, self._python = name, vocab_size, python
         # In a session of its own, so that Ctrl-C reaches us alone and we end it.
         self._process = subprocess.Popen([python, str(script), folder, "--dtype", dtype], stdin=subprocess.PIPE, stdout=subprocess.PIPE,

@@ -4,7 +4,7 @@ import math
 import random
 from typing import Protocol
 
-PEERS = {"transformers": "transformers_decode.py", "vllm": "vllm_workloads.py"}  # other systems, and their scripts in benchmarks/
+PEERS = {"transformers": "peer_transformers.py", "vllm": "peer_vllm.py"}  # other systems: scripts in benchmarks/peers/
 Prompts = list[list[int]]
 
 

@@ -1,4 +1,4 @@
-"""The bench: what it counts and what it compiles. Peers are stand-ins that speak the lines of benchmarks/lines.py."""
+"""The bench: what it counts and what it compiles. Peers are stand-ins that speak the lines of benchmarks/peers/peer_lines.py."""
 import dataclasses
 import json
 import pathlib
@@ -117,16 +117,16 @@ def test_a_shape_is_a_model(monkeypatch):
 STAND_IN = """
 import sys
 sys.path.insert(0, {benchmarks!r})
-import lines
-write = lines.own_stdout()
+import peer_lines
+write = peer_lines.own_stdout()
 print("noise that must not reach the answers")
-lines.serve(["decode"], {{"stand-in": "1"}}, lambda prompts, lengths, logprobs: {seconds}, write)
+peer_lines.serve(["decode"], {{"stand-in": "1"}}, lambda prompts, lengths, logprobs: {seconds}, write)
 """
 
 
 def stand_in(monkeypatch, tmp_path, seconds: str) -> bench.Peer:
     script = tmp_path / "stand_in.py"
-    script.write_text(STAND_IN.format(benchmarks=str(ROOT / "benchmarks"), seconds=seconds))
+    script.write_text(STAND_IN.format(benchmarks=str(ROOT / "benchmarks" / "peers"), seconds=seconds))
     monkeypatch.setitem(PEERS, "stand-in", str(script))
     return bench.Peer("stand-in", sys.executable, "folder", "float32", 50)
 
@@ -163,7 +163,7 @@ def test_torchs_attention_answers():
     """The peer of benchmarks/kernels.py."""
     pytest.importorskip("torch", reason="needs torch")
     task = dict(sequences=2, context=40, chunk=3, heads=4, kv_heads=2, head_dim=8, dtype="float32", window=5)
-    found = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "torch_attention.py")], input=json.dumps(task) + "\n",
+    found = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "peers" / "peer_torch_attention.py")], input=json.dumps(task) + "\n",
                            capture_output=True, text=True, check=True)
     hello, answer = map(json.loads, found.stdout.splitlines())
     assert hello["device"] == "cpu" and answer["seconds"] > 0
