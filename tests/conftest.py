@@ -2,6 +2,7 @@
 import gc
 import os
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -37,6 +38,11 @@ FEW_TILES = {"decode": TILES["decode"][:2], "prefill": TILES["prefill"][:1]}  # 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is born deaf to it, and tests of Ctrl-C send it
 MAPS = Path("/proc/self/maps")
 MANY_MAPS = 25_000  # Linux ends a process that asks for more than 65,530
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--peer-python", metavar="PATH", default=sys.executable,
+                     help="the interpreter whose installed peers of `jaxengine bench` are run (default: this one)")
 
 
 @pytest.hookimpl(optionalhook=True)  # where xdist is
