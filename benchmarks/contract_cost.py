@@ -5,6 +5,7 @@
 The engines take turns step by step, and their order swaps with each step: what else the machine does falls on both. A cost is the pinned
 engine's time beyond the plain one's; beside it stands the middle half of the single steps' costs. plain_engine.py says what is taken out.
 """
+
 import argparse
 import dataclasses
 import functools
@@ -51,7 +52,9 @@ def lockstep(pinned: LLM, bare: LLM, prompts: Prompts, lengths: list[int]) -> It
 
 def row(name: str, steps: Sequence[Step]) -> str:
     pinned, bare = sum(step.pinned for step in steps), sum(step.plain for step in steps)
-    low, middle, high = statistics.quantiles([step.cost for step in steps], n=4) if len(steps) > 1 else [steps[0].cost] * 3
+    low, middle, high = (
+        statistics.quantiles([step.cost for step in steps], n=4) if len(steps) > 1 else [steps[0].cost] * 3
+    )
     return f"| {name} | {len(steps)} | {pinned:.1f} | {bare:.1f} | {pinned / bare - 1:+.1%} | {low:+.1%} … {middle:+.1%} … {high:+.1%} |"
 
 
@@ -59,19 +62,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="qwen3-0.6b-shape")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--layers", type=int, help="of a named shape, in place of its own: quicker, and the head's share grows")
+    parser.add_argument(
+        "--layers", type=int, help="of a named shape, in place of its own: quicker, and the head's share grows"
+    )
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32, 64])
     parser.add_argument("--workloads", nargs="+", choices=("decode", "group"), default=("decode", "group"))
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     if arguments.layers:
-        bench.SHAPES[arguments.model] = dataclasses.replace(bench.SHAPES[arguments.model], num_hidden_layers=arguments.layers)
+        bench.SHAPES[arguments.model] = dataclasses.replace(
+            bench.SHAPES[arguments.model], num_hidden_layers=arguments.layers
+        )
     pinned = bench.open_model(arguments.model, dtype=arguments.dtype, compile_patience=0)
     with plain():
         bare = LLM.from_params(pinned.config, pinned.params, **dataclasses.asdict(pinned.engine_config))
     each = {"decode": [*map(Decode, arguments.batch)], "group": [Group()]}
     print(", ".join(f"{name} {value}" for name, value in bench.machine().items()), flush=True)
-    print("| workload | steps | pinned, s | plain, s | cost | cost of a step: quartiles |\n|---|---|---|---|---|---|", flush=True)
+    print(
+        "| workload | steps | pinned, s | plain, s | cost | cost of a step: quartiles |\n|---|---|---|---|---|---|",
+        flush=True,
+    )
     for workload in (workload for name in arguments.workloads for workload in each[name]):
         drawn = functools.partial(workload.requests, vocab_size=pinned.config.vocab_size)
         queue(pinned, *drawn(-1))
@@ -84,7 +94,11 @@ def main() -> None:
         for kind, reads in (("with prompts", True), ("decode alone", False)):
             if chosen := [step for step in steps if step.reads_prompts == reads]:
                 print(row(f"{workload}, steps {kind}", chosen), flush=True)
-        print(row(f"{workload}, all", steps) + (f" {len(compiled)} functions were compiled meanwhile" if compiled else ""), flush=True)
+        print(
+            row(f"{workload}, all", steps)
+            + (f" {len(compiled)} functions were compiled meanwhile" if compiled else ""),
+            flush=True,
+        )
     if pinned.engine.step_variants.refused:
         print("refused, so not in use:", pinned.engine.step_variants.refused)
 

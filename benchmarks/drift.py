@@ -8,6 +8,7 @@ A prompt of random tokens is completed at temperature 1. The reference is jaxeng
 KL is estimated without bias, and never below 0, from d = log p_ref - log p as the mean of e^d - 1 - d: Schulman, "Approximating KL
 Divergence", 2020, k3.
 """
+
 import argparse
 import dataclasses
 import functools
@@ -44,14 +45,32 @@ class Drift:
 def small_llm(length: int, scale: float = SCALE) -> LLM:
     """A random bfloat16 model that a CPU can run at 40,000 tokens, with room for a completion behind `length` and for others beside it."""
     config = ModelConfig(
-        architecture="Qwen3ForCausalLM", vocab_size=500, hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=32, max_position_embeddings=length + NEW, rope=RopeConfig(1e6), qk_norm=True,
-        tie_word_embeddings=True, dtype="bfloat16")
+        architecture="Qwen3ForCausalLM",
+        vocab_size=500,
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=length + NEW,
+        rope=RopeConfig(1e6),
+        qk_norm=True,
+        tie_word_embeddings=True,
+        dtype="bfloat16",
+    )
     weights = {"q_norm": PEAKED, "k_norm": PEAKED, "norm": DECIDED}
     scaled = lambda path, x: x * weights.get(path[-1].name, 1.0) if hasattr(path[-1], "name") else x
     params = jax.tree_util.tree_map_with_path(scaled, initialise(config, jax.random.key(0), scale))
-    return LLM.from_params(config, params, page_size=64, num_pages=2 * length // 64 + 8, max_num_seqs=8, max_num_batched_tokens=STEP,
-                           compile_patience=10**6)
+    return LLM.from_params(
+        config,
+        params,
+        page_size=64,
+        num_pages=2 * length // 64 + 8,
+        max_num_seqs=8,
+        max_num_batched_tokens=STEP,
+        compile_patience=10**6,
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("config", "count"))
@@ -82,7 +101,9 @@ def main() -> None:
     print("| context | tokens | mean difference | largest | KL | entropy |\n|---|---|---|---|---|---|")
     for length in arguments.length:
         d = drift(length, arguments.scale)
-        print(f"| {d.length} | {d.tokens} | {d.mean:.1e} | {d.largest:.1e} | {d.kl:.1e} | {d.entropy:.1f} |", flush=True)
+        print(
+            f"| {d.length} | {d.tokens} | {d.mean:.1e} | {d.largest:.1e} | {d.kl:.1e} | {d.entropy:.1f} |", flush=True
+        )
 
 
 if __name__ == "__main__":

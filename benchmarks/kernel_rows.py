@@ -1,4 +1,5 @@
 """What kernels.py measures: each kernel at decoders' own shapes, XLA's own operation on the same numbers, and the work that both do."""
+
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -57,8 +58,12 @@ def matmul_rows(implementation: Implementation, cases: Sequence = matmul_cases.D
         x, w, bias, residual = case.operands()
         parts = 2 if case.gated else 1
         in_parts = lambda a, parts=parts: None if a is None else a.reshape(parts, -1, *a.shape[1:])
-        ours = jax.jit(functools.partial(lambda x, w, b, r, gated: matmul(x, w, bias=b, residual=r, gated=gated,
-                                                                          implementation=implementation), gated=case.gated))
+        ours = jax.jit(
+            functools.partial(
+                lambda x, w, b, r, gated: matmul(x, w, bias=b, residual=r, gated=gated, implementation=implementation),
+                gated=case.gated,
+            )
+        )
         theirs = jax.jit(lambda x, w, b, r, in_parts=in_parts: plain(x, in_parts(w), in_parts(b), r))
         yield row(f"matmul {case}", ours, theirs, (x, w, bias, residual), 2 * case.rows * case.inputs * case.outputs)
 
@@ -81,6 +86,7 @@ def sampling_rows(implementation: Implementation, cases: Sequence = sampling_cas
 
 # -- attention -----------------------------------------------------------------------------------------------------------------
 
+
 def attention_operands(case: AttentionCase) -> tuple[Array, Pages, PagedBlocks]:
     """(queries, a pool of random pages, blocks), made on the device: a case's own pool would be filled on the host, token by token."""
     r = 1 if case.chunk == 1 else QUERY_BLOCK
@@ -99,8 +105,11 @@ def attention_operands(case: AttentionCase) -> tuple[Array, Pages, PagedBlocks]:
 
 def seen_keys(case: AttentionCase) -> int:
     """Pairs of a query and a key that it sees."""
-    each = (min(position + 1, case.window or position + 1)
-            for length in case.lengths for position in range(max(length - case.chunk, 0), length))
+    each = (
+        min(position + 1, case.window or position + 1)
+        for length in case.lengths
+        for position in range(max(length - case.chunk, 0), length)
+    )
     return sum(each)
 
 
@@ -123,36 +132,75 @@ def plain_attention(case: AttentionCase, q: Array, k: Array, v: Array) -> Array:
 
 def in_a_row(case: AttentionCase, pool: Array, tables: Array) -> Array:
     """Contexts of one length out of their pages, [S, C, K, h]."""
-    return pool[tables].swapaxes(2, 3).reshape(len(case.lengths), -1, *pool.shape[1::2])[:, : case.lengths[0], :, : case.head_dim]
+    return (
+        pool[tables]
+        .swapaxes(2, 3)
+        .reshape(len(case.lengths), -1, *pool.shape[1::2])[:, : case.lengths[0], :, : case.head_dim]
+    )
 
 
-def attention_rows(implementation: Implementation, cases: Sequence[AttentionCase] = attention_cases.DECODER) -> Iterator[Row]:
+def attention_rows(
+    implementation: Implementation, cases: Sequence[AttentionCase] = attention_cases.DECODER
+) -> Iterator[Row]:
     for case in cases:
         q, pages, blocks = attention_operands(case)
         sinks = case.sinks()
-        ours = jax.jit(functools.partial(paged_attention, sinks=sinks, scoring=case.scoring, implementation=implementation))
+        ours = jax.jit(
+            functools.partial(paged_attention, sinks=sinks, scoring=case.scoring, implementation=implementation)
+        )
         theirs, sdpa, their_operands = None, None, ()
         if case.dtype not in EIGHT_BIT and not case.has_sinks and case.soft_cap is None and len(set(case.lengths)) == 1:
             chunks = q.reshape(len(case.lengths), -1, *q.shape[2:])[:, : case.chunk]
-            their_operands = chunks.astype(case.dtype), *(in_a_row(case, pool, blocks.tables) for pool in (pages.keys, pages.values))
+            their_operands = (
+                chunks.astype(case.dtype),
+                *(in_a_row(case, pool, blocks.tables) for pool in (pages.keys, pages.values)),
+            )
             theirs = jax.jit(functools.partial(plain_attention, case))
-            sdpa = dict(sequences=len(case.lengths), context=case.lengths[0], chunk=case.chunk, heads=case.num_heads,
-                        kv_heads=case.num_kv_heads, head_dim=case.head_dim, dtype=case.dtype, window=case.window)
-        yield Row(f"attention {case}", ours, theirs, (q, pages, blocks), their_operands,
-                  4 * seen_keys(case) * case.num_heads * case.head_dim, attention_moved(case, q), sdpa=sdpa)
+            sdpa = dict(
+                sequences=len(case.lengths),
+                context=case.lengths[0],
+                chunk=case.chunk,
+                heads=case.num_heads,
+                kv_heads=case.num_kv_heads,
+                head_dim=case.head_dim,
+                dtype=case.dtype,
+                window=case.window,
+            )
+        yield Row(
+            f"attention {case}",
+            ours,
+            theirs,
+            (q, pages, blocks),
+            their_operands,
+            4 * seen_keys(case) * case.num_heads * case.head_dim,
+            attention_moved(case, q),
+            sdpa=sdpa,
+        )
 
 
-def kv_write_rows(implementation: Implementation, cases: Sequence[AttentionCase] = attention_cases.DECODER) -> Iterator[Row]:
+def kv_write_rows(
+    implementation: Implementation, cases: Sequence[AttentionCase] = attention_cases.DECODER
+) -> Iterator[Row]:
     """In place, WRITES times in a call; XLA's own is a scatter."""
     for case in (case for case in cases if case.dtype not in EIGHT_BIT and not case.page_width):
         q, pages, blocks = attention_operands(case)
         k, v = (q[:, :, : case.num_kv_heads].astype(case.dtype) + part for part in (0, 1))
-        yield Row(f"kv_write {case}", many_times(functools.partial(kv_write, implementation=implementation)), many_times(scatter),
-                  (pages, k, v, blocks), (pages, k, v, blocks), 0, 2 * size_of((k, v)), calls=WRITES)
+        yield Row(
+            f"kv_write {case}",
+            many_times(functools.partial(kv_write, implementation=implementation)),
+            many_times(scatter),
+            (pages, k, v, blocks),
+            (pages, k, v, blocks),
+            0,
+            2 * size_of((k, v)),
+            calls=WRITES,
+        )
 
 
 def many_times(write: Callable) -> Callable:
-    return jax.jit(lambda pages, k, v, blocks: jax.lax.fori_loop(0, WRITES, lambda _, pages: write(pages, k, v, blocks), pages))
+    return jax.jit(
+        lambda pages, k, v, blocks: jax.lax.fori_loop(0, WRITES, lambda _, pages: write(pages, k, v, blocks), pages)
+    )
 
 
 def scatter(pages: Pages, k: Array, v: Array, blocks: PagedBlocks) -> Pages:

@@ -2,10 +2,11 @@
 
     python benchmarks/kernels.py [--repeats 20] [--torch-python PEER/bin/python] [--only attention matmul …]
 
-A share of "copy" is of the bandwidth of copying a GiB on this device, a share of "peak" of the best bf16 dot of 8192 x 8192 x 8192, both
-measured in the same run. With --torch-python attention also stands beside torch's (torch_attention.py). A CPU is refused: the kernels
-only run interpreted there.
+A share of "copy" is of the bandwidth of copying a GiB on this device, a share of "peak" of the best bf16 dot of
+8192 x 8192 x 8192, both measured in the same run. With --torch-python attention also stands beside torch's
+(peers/peer_torch_attention.py). A CPU is refused: the kernels only run interpreted there.
 """
+
 import argparse
 import json
 import os
@@ -23,7 +24,15 @@ from jaxengine.command import bench
 from pallas_kernels.implementations import choose
 
 GIB = 2**30
-COLUMNS = ("kernel and shape", "µs", "share of copy", "share of peak", "XLA's own, µs", "kernel / XLA speed", "torch, µs")
+COLUMNS = (
+    "kernel and shape",
+    "µs",
+    "share of copy",
+    "share of peak",
+    "XLA's own, µs",
+    "kernel / XLA speed",
+    "torch, µs",
+)
 
 
 def seconds(function: Callable, operands: tuple, repeats: int) -> float:
@@ -52,13 +61,15 @@ def dot_peak(repeats: int) -> float:
 
 
 class Torch:
-    """torch_attention.py in another interpreter; without one it has no figures."""
+    """peers/peer_torch_attention.py in another interpreter; without one it has no figures."""
 
     def __init__(self, python: str | None) -> None:
         self._process = None
         if python:
-            script = pathlib.Path(__file__).parent / "torch_attention.py"
-            self._process = subprocess.Popen([python, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            script = pathlib.Path(__file__).parent / "peers" / "peer_torch_attention.py"
+            self._process = subprocess.Popen(
+                [python, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            )
             print("beside", self._line())
 
     def seconds(self, row: Row) -> float | None:
@@ -79,8 +90,10 @@ def measured(row: Row, repeats: int, bandwidth: float, peak: float, torch: Torch
     xla = None if row.theirs is None else seconds(row.theirs, row.their_operands, repeats) / row.calls
     other = torch.seconds(row)
     us = lambda x: "" if x is None else f"{x * 1e6:.1f}"
-    return (f"| {row.name} | {us(mine)} | {row.moved / mine / bandwidth:.0%} | {row.flops / mine / peak:.0%} | {us(xla)} | "
-            f"{'' if xla is None else f'{xla / mine:.2f}'} | {us(other)} |")
+    return (
+        f"| {row.name} | {us(mine)} | {row.moved / mine / bandwidth:.0%} | {row.flops / mine / peak:.0%} | {us(xla)} | "
+        f"{'' if xla is None else f'{xla / mine:.2f}'} | {us(other)} |"
+    )
 
 
 def decode_steps(batches: list[int], repeats: int, bandwidth: float) -> Iterator[str]:
@@ -116,8 +129,11 @@ def main() -> None:
     torch = Torch(arguments.torch_python)
     bandwidth, peak = copy_bandwidth(arguments.repeats), dot_peak(arguments.repeats)
     header = f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|"
-    print(f"{device.device_kind}, jax {jax.__version__}, {implementation}; "
-          f"copy {bandwidth / 1e9:.0f} GB/s, peak {peak / 1e12:.0f} Tflop/s\n\n{header}", flush=True)
+    print(
+        f"{device.device_kind}, jax {jax.__version__}, {implementation}; "
+        f"copy {bandwidth / 1e9:.0f} GB/s, peak {peak / 1e12:.0f} Tflop/s\n\n{header}",
+        flush=True,
+    )
     for rows in ROWS:
         kind = rows.__name__.removesuffix("_rows")
         if arguments.only and kind not in arguments.only:

@@ -4,6 +4,7 @@ The plain engine is the same code with these pieces replaced: a region is one ca
 tiles (decode in buckets of 2, 8, 32 and 64 rows, prefill of 32, 128 and 512), sums, exponentials, softmax and SiLU are XLA's own, and no
 step has to be proven. Not replaced: attention (both engines loop over the same tiles of blocks), the float32 head, the embedding's loop.
 """
+
 import contextlib
 import dataclasses
 from collections.abc import Iterator
@@ -25,7 +26,10 @@ class PlainTile(Tile):
     """Not equal to a Tile, so that steps traced with it are compiled anew."""
 
 
-TILES = {"decode": tuple(PlainTile(1, rows) for rows in (2, 8, 32, 64)), "prefill": tuple(PlainTile(16, blocks) for blocks in (2, 8, 32))}
+TILES = {
+    "decode": tuple(PlainTile(1, rows) for rows in (2, 8, 32, 64)),
+    "prefill": tuple(PlainTile(16, blocks) for blocks in (2, 8, 32)),
+}
 HEAD_TILE = 16  # of a prefill, where it stays a loop; no bucket of decode has this size
 
 
@@ -42,11 +46,21 @@ def whole(body, tile, weights, rows, count):
 def plain() -> Iterator[None]:
     """Pinning taken out of what is traced inside."""
     total = lambda x: jnp.sum(x, -1)
-    pieces = [(decoder, "over_tiles", whole), (steps, "over_tiles", whole), (steps, "HEAD_TILE", HEAD_TILE), (norm, "row_sum", total),
-              (xla, "silu", jax.nn.silu), (sampler, "row_sum", total), (sampler, "exp", jnp.exp),
-              (sampling_reference, "row_sum", total), (sampling_reference, "exp", jnp.exp),
-              (sampling_reference, "row_cumsum", lambda x: jnp.cumsum(x, -1)), (step_variants, "TILES", TILES),
-              (step_variants, "BASE", TILES["decode"][1]), (step_variants.StepVariants, "_prove", lambda self, kind, tile, params, cache: (cache, True))]
+    pieces = [
+        (decoder, "over_tiles", whole),
+        (steps, "over_tiles", whole),
+        (steps, "HEAD_TILE", HEAD_TILE),
+        (norm, "row_sum", total),
+        (xla, "silu", jax.nn.silu),
+        (sampler, "row_sum", total),
+        (sampler, "exp", jnp.exp),
+        (sampling_reference, "row_sum", total),
+        (sampling_reference, "exp", jnp.exp),
+        (sampling_reference, "row_cumsum", lambda x: jnp.cumsum(x, -1)),
+        (step_variants, "TILES", TILES),
+        (step_variants, "BASE", TILES["decode"][1]),
+        (step_variants.StepVariants, "_prove", lambda self, kind, tile, params, cache: (cache, True)),
+    ]
     with contextlib.ExitStack() as stack:
         for owner, name, piece in pieces:
             stack.enter_context(mock.patch.object(owner, name, piece))

@@ -1,4 +1,5 @@
 """Requests that a benchmark serves a step at a time."""
+
 import jax
 
 from jaxengine import LLM
@@ -8,7 +9,9 @@ from jaxengine.command.workloads import Prompts
 
 def queue(llm: LLM, prompts: Prompts, lengths: list[int]) -> None:
     """Queue prompts with exactly so many new tokens each, without running them."""
-    requests = llm._requests([{"prompt_token_ids": prompt} for prompt in prompts], exact_lengths(lengths), jax.random.key(0), None)
+    requests = llm._requests(
+        [{"prompt_token_ids": prompt} for prompt in prompts], exact_lengths(lengths), jax.random.key(0), None
+    )
     for request in requests:
         llm.engine.add(request)
 

@@ -1,4 +1,5 @@
 """JSON objects of a model folder: bounded in size, and every error names the file."""
+
 import json
 from collections import Counter
 from pathlib import Path
@@ -34,6 +35,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     # The last of two equal keys would win silently, and another reader may take the first.
     value = dict(pairs)
     if len(value) < len(pairs):
-        (key, _), = Counter(key for key, _ in pairs).most_common(1)
+        ((key, _),) = Counter(key for key, _ in pairs).most_common(1)
         raise ValueError(f"key {key!r} is given twice")
     return value

@@ -1,4 +1,5 @@
 """A table between Hugging Face's tensor names and our leaves, strict both ways: each key used once, each leaf filled, shapes checked."""
+
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -37,10 +38,14 @@ class Entry:
 
     def __post_init__(self) -> None:
         if not self.sources or len(self.sources) != len(self.shapes):
-            raise ValueError(f"{self.target} has {len(self.sources)} sources and {len(self.shapes)} shapes: give one shape for each")
+            raise ValueError(
+                f"{self.target} has {len(self.sources)} sources and {len(self.shapes)} shapes: give one shape for each"
+            )
 
 
-def read(folder: TensorFolder, entries: Sequence[Entry], ignore: Sequence[str] = ()) -> Iterator[tuple[str, np.ndarray]]:
+def read(
+    folder: TensorFolder, entries: Sequence[Entry], ignore: Sequence[str] = ()
+) -> Iterator[tuple[str, np.ndarray]]:
     """Yields (target, packed array) for each entry, in order; at most one leaf is in memory here.
 
     `ignore` holds fnmatch patterns of keys that may be present and unused ("*.rotary_emb.inv_freq"). Everything is checked at the call,
@@ -73,13 +78,19 @@ def write(
 def _check_table(entries: Sequence[Entry]) -> None:
     targets = Counter(entry.target for entry in entries)
     sources = Counter(source for entry in entries for source in entry.sources)
-    twice = [f"{name!r} is named {count} times" for name, count in (targets + sources).items() if max(targets[name], sources[name]) > 1]
+    twice = [
+        f"{name!r} is named {count} times"
+        for name, count in (targets + sources).items()
+        if max(targets[name], sources[name]) > 1
+    ]
     if twice:
         raise ValueError(_listed("the key table must name each target and each source once", twice))
 
 
 def _differences(folder: TensorFolder, entries: Sequence[Entry], ignore: Sequence[str]) -> list[str]:
-    expected = {source: tuple(shape) for entry in entries for source, shape in zip(entry.sources, entry.shapes, strict=True)}
+    expected = {
+        source: tuple(shape) for entry in entries for source, shape in zip(entry.sources, entry.shapes, strict=True)
+    }
     present = set(folder.names)
     missing = [f"missing {name!r} {shape}" for name, shape in expected.items() if name not in present]
     misshapen = [
@@ -105,5 +116,7 @@ def _unpacked(entry: Entry, leaf: np.ndarray) -> Iterator[tuple[str, np.ndarray]
     arrays = tuple(entry.unpack(leaf))
     shapes = tuple(tuple(np.shape(array)) for array in arrays)
     if shapes != tuple(tuple(shape) for shape in entry.shapes):
-        raise ValueError(f"{entry.target} {np.shape(leaf)} unpacks to shapes {shapes}: {entry.sources} have {entry.shapes}")
+        raise ValueError(
+            f"{entry.target} {np.shape(leaf)} unpacks to shapes {shapes}: {entry.sources} have {entry.shapes}"
+        )
     return zip(entry.sources, arrays, strict=True)

@@ -1,4 +1,5 @@
 """Finds the folder of a model and reads its configuration. Names become paths only inside this package; no code of a folder is ever run."""
+
 import os
 import re
 from pathlib import Path
@@ -38,7 +39,9 @@ def shipped(name: str) -> Path | None:
     if not _PLAIN_NAME.fullmatch(name):
         raise ValueError(f"{name!r:.80} is not the name of a shipped model: letters, digits, '_', '.' and '-' only")
     folder = _package() / name
-    return folder if os.path.isfile(folder / "config.json") else None  # os.path: a name too long for the system is none, no OSError
+    return (
+        folder if os.path.isfile(folder / "config.json") else None
+    )  # os.path: a name too long for the system is none, no OSError
 
 
 def shipped_names() -> list[str]:
@@ -75,13 +78,17 @@ def _download(model: str, what: str) -> Path:
         raise FileNotFoundError(_tried(what, model, 'not asked, since its ids read "organisation/name"'))
     try:
         return Path(
-            huggingface_hub.snapshot_download(model, allow_patterns=list(HUB_FILES), ignore_patterns=list(NOT_HUB_FILES))
+            huggingface_hub.snapshot_download(
+                model, allow_patterns=list(HUB_FILES), ignore_patterns=list(NOT_HUB_FILES)
+            )
         )
     except (RepositoryNotFoundError, HFValidationError) as error:
         reason = "no such repository, or a private one: log in with `hf auth login`"
         raise FileNotFoundError(_tried(what, model, f"{reason} ({_first_line(error)})")) from error
     except (LocalEntryNotFoundError, HfHubHTTPError) as error:
-        raise FileNotFoundError(_tried(what, model, f"not reached, and not complete in its cache ({_first_line(error)})")) from error
+        raise FileNotFoundError(
+            _tried(what, model, f"not reached, and not complete in its cache ({_first_line(error)})")
+        ) from error
 
 
 def _tried(what: str, model: str, hub: str) -> str:

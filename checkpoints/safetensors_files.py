@@ -1,4 +1,5 @@
 """The tensors of a model folder: opened strictly and read lazily, written shard by shard. Only safetensors; a pickle is never opened."""
+
 import json
 import os
 import tempfile
@@ -68,7 +69,9 @@ class TensorFolder:
         if header.path not in self._maps:
             mapped = np.memmap(header.path, np.uint8, mode="r")
             if mapped.size != header.num_bytes:  # reading past the end of a mapped file kills the process
-                raise ValueError(f"{header.path} changed since it was opened: it had {header.num_bytes} bytes, now {mapped.size}")
+                raise ValueError(
+                    f"{header.path} changed since it was opened: it had {header.num_bytes} bytes, now {mapped.size}"
+                )
             self._maps[header.path] = mapped
         return self._maps[header.path]
 
@@ -101,9 +104,14 @@ def save_folder(
     folder.mkdir(parents=True, exist_ok=True)
     present = [entry.name for entry in folder.iterdir() if entry.suffix == ".safetensors" or entry.name == INDEX_FILE]
     if present:  # replacing several files cannot be done at once, and half of each model would open
-        raise FileExistsError(f"{folder} already holds {sorted(present)[0]}: save into a new folder or remove the old tensors")
+        raise FileExistsError(
+            f"{folder} already holds {sorted(present)[0]}: save into a new folder or remove the old tensors"
+        )
     with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder) as scratch:
-        shards = [_write_shard(Path(scratch) / str(number), shard) for number, shard in enumerate(_shards(tensors, max_shard_bytes))]
+        shards = [
+            _write_shard(Path(scratch) / str(number), shard)
+            for number, shard in enumerate(_shards(tensors, max_shard_bytes))
+        ]
         _publish(folder, Path(scratch), shards)
 
 
@@ -133,9 +141,13 @@ def _writable(name: str, tensor: np.ndarray) -> np.ndarray:
     if not isinstance(name, str) or name == "__metadata__":
         raise ValueError(f"{name!r} cannot be the name of a tensor")
     if array.dtype not in DTYPES.values():
-        raise ValueError(f"tensor {name!r} has dtype {array.dtype}: supported are {', '.join(str(dtype) for dtype in DTYPES.values())}")
+        raise ValueError(
+            f"tensor {name!r} has dtype {array.dtype}: supported are {', '.join(str(dtype) for dtype in DTYPES.values())}"
+        )
     if array.size == 0 or array.ndim > MAX_DIMENSIONS:
-        raise ValueError(f"tensor {name!r} has shape {array.shape}: expected at most {MAX_DIMENSIONS} positive integers")
+        raise ValueError(
+            f"tensor {name!r} has shape {array.shape}: expected at most {MAX_DIMENSIONS} positive integers"
+        )
     return array
 
 

@@ -3,6 +3,7 @@
 Format: https://huggingface.co/docs/safetensors - 8 bytes of header length (little endian), a JSON header, then the tensors' bytes,
 which cover the rest of the file without overlap and without gaps.
 """
+
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,12 +66,16 @@ def _entries(path: Path, num_bytes: int) -> tuple[dict[str, Any], int]:
         if len(prefix) < 8:
             raise ValueError(f"{path} is truncated: expected at least 8 bytes, got {num_bytes}")
         if prefix == GIT_LFS_POINTER:
-            raise ValueError(f"{path} is a git-lfs pointer and not the tensors themselves: fetch them with `git lfs pull`")
+            raise ValueError(
+                f"{path} is a git-lfs pointer and not the tensors themselves: fetch them with `git lfs pull`"
+            )
         length = int.from_bytes(prefix, "little")
         if not 2 <= length <= MAX_HEADER_BYTES:  # before anything of that size is allocated
             raise ValueError(f"{path} is corrupt: header length {length}, allowed are 2 to {MAX_HEADER_BYTES} bytes")
         if 8 + length > num_bytes:
-            raise ValueError(f"{path} is truncated: expected at least {8 + length} bytes (the header alone), got {num_bytes}")
+            raise ValueError(
+                f"{path} is truncated: expected at least {8 + length} bytes (the header alone), got {num_bytes}"
+            )
         text = file.read(length)
     if not text.startswith(b"{"):
         raise ValueError(f"{path} is corrupt: the header must begin with '{{', got {text[:1]!r}")
@@ -110,9 +115,13 @@ def _check_coverage(path: Path, slots: dict[str, Slot], start: int, num_bytes: i
     position, before = start, ""
     for name, slot in slots.items():
         if slot.start < position:
-            raise ValueError(f"{path} is corrupt: tensors {before!r} and {name!r} overlap by {position - slot.start} bytes")
+            raise ValueError(
+                f"{path} is corrupt: tensors {before!r} and {name!r} overlap by {position - slot.start} bytes"
+            )
         if slot.start > position:
-            raise ValueError(f"{path} is corrupt: {slot.start - position} bytes before tensor {name!r} belong to no tensor")
+            raise ValueError(
+                f"{path} is corrupt: {slot.start - position} bytes before tensor {name!r} belong to no tensor"
+            )
         position, before = slot.end, name
     if position > num_bytes:
         raise ValueError(f"{path} is truncated: expected {position} bytes, got {num_bytes}")

@@ -1,4 +1,5 @@
 """Which files hold the tensors of a folder: one file, or the shards that an index names. Checked both ways."""
+
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,7 +22,9 @@ def headers_of(folder: Path) -> list[Header]:
         return [read_header(_only_file(folder))]
     weight_map = _weight_map(index)
     if (folder / SINGLE_FILE).exists() and SINGLE_FILE not in weight_map.values():
-        raise ValueError(f"{folder} has both {SINGLE_FILE} and {INDEX_FILE}, which does not name it: remove the one that is not meant")
+        raise ValueError(
+            f"{folder} has both {SINGLE_FILE} and {INDEX_FILE}, which does not name it: remove the one that is not meant"
+        )
     headers = [_shard_header(index, shard) for shard in sorted(set(weight_map.values()))]
     _check_index(index, weight_map, headers)
     return headers
@@ -36,10 +39,14 @@ def _only_file(folder: Path) -> Path:
     if shards:
         raise FileNotFoundError(f"{folder / INDEX_FILE} is missing: {shards[0]} is one of several shards")
     if len(files) > 1:
-        raise ValueError(f"{folder} has {len(files)} safetensors files, {files[0].name} and others, and no {INDEX_FILE} to tell them apart")
+        raise ValueError(
+            f"{folder} has {len(files)} safetensors files, {files[0].name} and others, and no {INDEX_FILE} to tell them apart"
+        )
     if not files:
         _refuse_pickles(folder)
-        raise FileNotFoundError(f"{folder} has no tensors: expected {SINGLE_FILE}, or {INDEX_FILE} with shards; only safetensors are read")
+        raise FileNotFoundError(
+            f"{folder} has no tensors: expected {SINGLE_FILE}, or {INDEX_FILE} with shards; only safetensors are read"
+        )
     return files[0]
 
 
@@ -58,7 +65,9 @@ def _weight_map(index: Path) -> dict[str, str]:
         raise ValueError(f"{index} must have a weight_map from tensor names to shards, got {weight_map!r:.80}")
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not _SHARD_NAME.fullmatch(shard):
-            raise ValueError(f"{index} puts {name!r} into {shard!r:.80}: expected the plain name of a safetensors file in the folder")
+            raise ValueError(
+                f"{index} puts {name!r} into {shard!r:.80}: expected the plain name of a safetensors file in the folder"
+            )
     return weight_map
 
 
@@ -77,4 +86,6 @@ def _check_index(index: Path, weight_map: dict[str, str], headers: Iterable[Head
     if absent:
         raise ValueError(f"{index} is wrong: {absent[0][1]} has no tensor {absent[0][0]!r} ({len(absent)} such)")
     if unnamed:
-        raise ValueError(f"{index} is wrong: it does not put {unnamed[0][0]!r} into {unnamed[0][1]}, which has it ({len(unnamed)} such)")
+        raise ValueError(
+            f"{index} is wrong: it does not put {unnamed[0][0]!r} into {unnamed[0][1]}, which has it ({len(unnamed)} such)"
+        )

@@ -1,4 +1,5 @@
 """Snapshots of a run's state, any pytree of arrays, through orbax: written whole or not at all, read back to the same bits."""
+
 import os
 import re
 import shutil
@@ -21,7 +22,9 @@ def save(folder: str | os.PathLike[str], step: int, state: Any, *, keep: int = 2
     if keep < 1:
         raise ValueError(f"keep must be at least 1, got {keep}")
     if step in steps(folder):
-        raise ValueError(f"{folder} has a snapshot of step {step} already: give another folder, or continue from that one")
+        raise ValueError(
+            f"{folder} has a snapshot of step {step} already: give another folder, or continue from that one"
+        )
     path = _path(folder, step)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path, state)
@@ -38,7 +41,9 @@ def restore(folder: str | os.PathLike[str], like: Any, step: int | None = None) 
     """
     found = steps(folder)
     if not found or (step is not None and step not in found):
-        raise FileNotFoundError(f"{folder} has no snapshot{'' if step is None else f' of step {step}'}; it has steps {found}")
+        raise FileNotFoundError(
+            f"{folder} has no snapshot{'' if step is None else f' of step {step}'}; it has steps {found}"
+        )
     path = _path(folder, found[-1] if step is None else step)
     with ocp.StandardCheckpointer() as checkpointer:
         _check_fits(path, checkpointer.metadata(path).item_metadata.tree, like)
@@ -55,11 +60,16 @@ def steps(folder: str | os.PathLike[str]) -> list[int]:
 
 def _check_fits(path: Path, stored: Any, like: Any) -> None:
     """orbax would convert another dtype without a word."""
-    named = lambda tree: {jax.tree_util.keystr(p, simple=True, separator="."): f"{x.dtype}{list(x.shape)}"
-                          for p, x in jax.tree_util.tree_leaves_with_path(tree)}
+    named = lambda tree: {
+        jax.tree_util.keystr(p, simple=True, separator="."): f"{x.dtype}{list(x.shape)}"
+        for p, x in jax.tree_util.tree_leaves_with_path(tree)
+    }
     have, want = named(stored), named(like)
-    wrong = [f"{name}: {have.get(name, 'nothing')} in the snapshot, {want.get(name, 'nothing')} asked for"
-             for name in sorted(have.keys() | want.keys()) if have.get(name) != want.get(name)]
+    wrong = [
+        f"{name}: {have.get(name, 'nothing')} in the snapshot, {want.get(name, 'nothing')} asked for"
+        for name in sorted(have.keys() | want.keys())
+        if have.get(name) != want.get(name)
+    ]
     if wrong:
         raise ValueError(f"{path} does not fit, {len(wrong)} arrays differ:\n  " + "\n  ".join(wrong[:10]))
 

@@ -1,4 +1,5 @@
 """One safetensors file of arrays of any dtype, with text beside them: what is recorded, not what a model is made of."""
+
 import os
 import tempfile
 from pathlib import Path

@@ -1,9 +1,20 @@
 """jaxengine: a bitwise-deterministic LLM inference engine for JAX reinforcement learning. Importing it touches no device."""
+
 import importlib
 import importlib.util
 
-_HOMES = {"LLM": "llm", "SamplingParams": "sampling_params", "RequestOutput": "outputs", "CompletionOutput": "outputs", "Logprob": "outputs",
-          "generate": "functional", "score": "functional", "Rollout": "rl.rollout", "ModelConfig": "config", "EngineConfig": "config"}
+_HOMES = {
+    "LLM": "llm",
+    "SamplingParams": "sampling_params",
+    "RequestOutput": "outputs",
+    "CompletionOutput": "outputs",
+    "Logprob": "outputs",
+    "generate": "functional",
+    "score": "functional",
+    "Rollout": "rl.rollout",
+    "ModelConfig": "config",
+    "EngineConfig": "config",
+}
 __all__ = [*_HOMES]
 __version__ = "0.1.0"
 
@@ -15,8 +26,10 @@ def _check_neighbours() -> None:
         if _find(module) is None:
             found = importlib.import_module(name)
             where = getattr(found, "__file__", None) or ", ".join(getattr(found, "__path__", []))
-            raise ImportError(f"`import {name}` found {where}, which hides the package of the same name that jaxengine brings: "
-                              "rename that file or folder, or run from another directory")
+            raise ImportError(
+                f"`import {name}` found {where}, which hides the package of the same name that jaxengine brings: "
+                "rename that file or folder, or run from another directory"
+            )
 
 
 def _find(module: str) -> object:

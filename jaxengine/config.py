@@ -1,4 +1,5 @@
 """Configuration: small, frozen, resolved once. ModelConfig says what is computed, EngineConfig with what room."""
+
 import dataclasses
 from typing import Literal
 
@@ -9,8 +10,17 @@ from pallas_kernels.sizes import VOCAB_BLOCK
 QUERY_BLOCK = 16  # tokens of one sequence that prefill keeps together; page sizes and chunk starts are multiples of it
 PROBE_TOKENS = 128  # tokens on which a step's tile is proven before it serves (programs.py)
 KERNELS = ("auto", *PLATFORMS)  # ops/kernels.py says what they are
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-         "max_position_embeddings", "reduction_leaves")  # of a ModelConfig
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "reduction_leaves",
+)  # of a ModelConfig
 DTYPES = ("float32", "float16", "bfloat16")  # of weights
 KV_TILE = 64  # keys that attention takes in one step of its online softmax: fixed, whatever the page size
 
@@ -68,11 +78,16 @@ class ModelConfig:
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r:.80}")
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(f"num_attention_heads={self.num_attention_heads} must be a multiple of "
-                             f"num_key_value_heads={self.num_key_value_heads}")
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} must be a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}"
+            )
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary embeddings, got {self.head_dim}")
-        for name, size in (("num_key_value_heads", self.num_key_value_heads), ("intermediate_size", self.intermediate_size)):
+        for name, size in (
+            ("num_key_value_heads", self.num_key_value_heads),
+            ("intermediate_size", self.intermediate_size),
+        ):
             if size % self.reduction_leaves:
                 raise ValueError(f"reduction_leaves={self.reduction_leaves} does not divide {name}={size}")
         if self.reduction_leaves & (self.reduction_leaves - 1):
@@ -107,15 +122,29 @@ class EngineConfig:
     max_logprobs: int = 20
     compile_patience: int = 16  # steps that a better fitting tile is wanted before it is compiled
     max_waiting: int = 100_000
-    page_checksums: bool = False  # look after every step for pages that changed behind the engine's back (engine/page_checksums.py); slow
+    page_checksums: bool = (
+        False  # look after every step for pages that changed behind the engine's back (engine/page_checksums.py); slow
+    )
     kernels: str = "auto"  # which code computes: one of KERNELS, whose bits differ; "auto" is the device's own
 
     def __post_init__(self) -> None:
         put = lambda name, value: object.__setattr__(self, name, value)
-        for name, least in (("max_num_seqs", 1), ("max_num_batched_tokens", QUERY_BLOCK), ("max_model_len", 2), ("page_size", None),
-                            ("num_pages", 2), ("decode_steps", 1), ("max_logprobs", 1), ("compile_patience", 0), ("max_waiting", 1)):
+        for name, least in (
+            ("max_num_seqs", 1),
+            ("max_num_batched_tokens", QUERY_BLOCK),
+            ("max_model_len", 2),
+            ("page_size", None),
+            ("num_pages", 2),
+            ("decode_steps", 1),
+            ("max_logprobs", 1),
+            ("compile_patience", 0),
+            ("max_waiting", 1),
+        ):
             put(name, integer(name, getattr(self, name), least))
-        put("gpu_memory_utilization", real("gpu_memory_utilization", self.gpu_memory_utilization, 0.0, 1.0, open_low=True))
+        put(
+            "gpu_memory_utilization",
+            real("gpu_memory_utilization", self.gpu_memory_utilization, 0.0, 1.0, open_low=True),
+        )
         for name in ("enable_prefix_caching", "overlap", "page_checksums"):
             put(name, flag(name, getattr(self, name)))
         allowed = [size for size in range(QUERY_BLOCK, KV_TILE + 1, QUERY_BLOCK) if KV_TILE % size == 0]

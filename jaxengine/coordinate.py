@@ -1,4 +1,5 @@
 """Contract and replay coordinate: what has to be equal for bits to be equal, and one sample's place in it."""
+
 import dataclasses
 import functools
 import hashlib
@@ -10,8 +11,19 @@ import numpy as np
 from jaxengine.sampling_params import SamplingParams
 
 # Fields of SamplingParams that a replay does not need: the coordinate has the key, and the rest only ends or reports.
-WITHOUT_BITS = ("n", "key", "seed", "stop", "include_stop_str_in_output", "logprobs", "prompt_logprobs", "raw_logprobs", "entropy",
-                "detokenize", "skip_special_tokens")
+WITHOUT_BITS = (
+    "n",
+    "key",
+    "seed",
+    "stop",
+    "include_stop_str_in_output",
+    "logprobs",
+    "prompt_logprobs",
+    "raw_logprobs",
+    "entropy",
+    "detokenize",
+    "skip_special_tokens",
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -27,8 +39,11 @@ class Contract:
     def differences(self, other: "Contract") -> list[str]:
         """Each part that differs, as "jaxlib: 0.10.2, here 0.11.0"; `other` is what is here."""
         mine, here = _flat(self.parts), _flat(other.parts)
-        return [f"{name}: {mine.get(name, 'nothing')}, here {here.get(name, 'nothing')}" for name in sorted(mine.keys() | here.keys())
-                if mine.get(name) != here.get(name)]
+        return [
+            f"{name}: {mine.get(name, 'nothing')}, here {here.get(name, 'nothing')}"
+            for name in sorted(mine.keys() | here.keys())
+            if mine.get(name) != here.get(name)
+        ]
 
 
 def _flat(parts: dict[str, Any], prefix: str = "") -> dict[str, str]:
@@ -62,9 +77,17 @@ class Coordinate:
 
     def to_json(self) -> str:
         bits = np.asarray(self.token_logprobs, np.float32).view(np.uint32).tolist()
-        return json.dumps({"contract": self.contract.parts, "key": self.key, "key_folds": self.key_folds,
-                           "prompt_token_ids": self.prompt_token_ids, "sampling_params": changed_sampling(self.sampling_params),
-                           "token_ids": self.token_ids, "token_logprob_bits": bits})
+        return json.dumps(
+            {
+                "contract": self.contract.parts,
+                "key": self.key,
+                "key_folds": self.key_folds,
+                "prompt_token_ids": self.prompt_token_ids,
+                "sampling_params": changed_sampling(self.sampling_params),
+                "token_ids": self.token_ids,
+                "token_logprob_bits": bits,
+            }
+        )
 
     @classmethod
     def from_json(cls, text: str) -> "Coordinate":
@@ -73,19 +96,34 @@ class Coordinate:
             saved = json.loads(text)
             logprobs = np.array(saved["token_logprob_bits"], np.uint32).view(np.float32)
             (high, low), (prompt, sample) = saved["key"], saved["key_folds"]
-            return cls(Contract(saved["contract"]), (high, low), (prompt, sample), saved["prompt_token_ids"],
-                       sampling_of_changes(saved["sampling_params"]), saved["token_ids"], logprobs)
+            return cls(
+                Contract(saved["contract"]),
+                (high, low),
+                (prompt, sample),
+                saved["prompt_token_ids"],
+                sampling_of_changes(saved["sampling_params"]),
+                saved["token_ids"],
+                logprobs,
+            )
         except (KeyError, TypeError, AttributeError, OverflowError) as error:
-            raise ValueError(f"this is no coordinate that Coordinate.to_json wrote: {type(error).__name__}: {error}") from error
+            raise ValueError(
+                f"this is no coordinate that Coordinate.to_json wrote: {type(error).__name__}: {error}"
+            ) from error
 
 
 def changed_sampling(params: SamplingParams) -> dict[str, Any]:
     """What of the sampling parameters bits depend on and is not the default, ready for JSON."""
-    given = {field.name: getattr(params, field.name) for field in dataclasses.fields(SamplingParams) if field.name not in WITHOUT_BITS}
+    given = {
+        field.name: getattr(params, field.name)
+        for field in dataclasses.fields(SamplingParams)
+        if field.name not in WITHOUT_BITS
+    }
     return {name: value for name, value in given.items() if value != getattr(SamplingParams(), name)}
 
 
 def sampling_of_changes(changed: dict[str, Any]) -> SamplingParams:
     """The sampling parameters that `changed_params` wrote down."""
-    given: dict[str, Any] = {name: [tuple(pair) for pair in value] if name == "logit_bias" else value for name, value in changed.items()}
+    given: dict[str, Any] = {
+        name: [tuple(pair) for pair in value] if name == "logit_bias" else value for name, value in changed.items()
+    }
     return SamplingParams(**given)

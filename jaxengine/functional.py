@@ -1,4 +1,5 @@
 """The functional face: weights in, outputs out; weights and tokens in, logprobs out."""
+
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -24,15 +25,25 @@ _engines: dict[Any, tuple[LLM, threading.Lock]] = {}  # by settings, the latest 
 _choosing = threading.Lock()
 
 
-def generate(params: Decoder, prompts: Any, sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, *, key: Any,
-             config: ModelConfig, tokenizer: Tokenizer | None = None, **engine: Any) -> RequestOutputs:
+def generate(
+    params: Decoder,
+    prompts: Any,
+    sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    *,
+    key: Any,
+    config: ModelConfig,
+    tokenizer: Tokenizer | None = None,
+    **engine: Any,
+) -> RequestOutputs:
     """Complete prompts under `params`. Nothing is kept but compiled code and empty pages, both of which depend on `config` and the engine
     keywords alone: a call with other weights compiles nothing and sees nothing of an earlier one.
 
     Prompts are lists of token ids, or text where a tokenizer is given. `key` is a typed JAX key; draws depend on it, on the index of the
     prompt and of the sample, and on the position. Engine keywords are EngineConfig's. Raises ValueError where params do not fit config.
     """
-    check_keywords("generate", engine, ("params", "prompts", "sampling_params", "key", "config", "tokenizer", *ENGINE_KEYWORDS))
+    check_keywords(
+        "generate", engine, ("params", "prompts", "sampling_params", "key", "config", "tokenizer", *ENGINE_KEYWORDS)
+    )
     batch = prompts_of(prompts)
     sampling_of(sampling_params, len(batch))  # refused before an engine is built
     if not batch:
@@ -49,8 +60,17 @@ def generate(params: Decoder, prompts: Any, sampling_params: SamplingParams | Se
             llm.forget()
 
 
-def score(params: Decoder, tokens: Any, mask: Any, sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, *,
-          config: ModelConfig, entropy: bool = False, kernels: str = "auto", tile: Tile = trunk.WIDE) -> Any:
+def score(
+    params: Decoder,
+    tokens: Any,
+    mask: Any,
+    sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    *,
+    config: ModelConfig,
+    entropy: bool = False,
+    kernels: str = "auto",
+    tile: Tile = trunk.WIDE,
+) -> Any:
     """float32 logprobs `[B, T]` of the tokens under `mask`, equal by bits to those that `generate` reported for them; 0 elsewhere.
 
     tokens `[B, T]` are prompt then completion, padded on the right with anything; mask `[B, T]` is True on generated tokens: the layout of
@@ -66,12 +86,22 @@ def score(params: Decoder, tokens: Any, mask: Any, sampling_params: SamplingPara
     check_scored(tokens, mask, config)
     check_fits(params, config)
     slots = scoring.sampling_arrays_of(sampling_of(sampling_params, tokens.shape[0]), config)
-    logprobs, entropies = scoring.token_logprobs(params, tokens, mask, slots, model_config=config, kernels=choose_kernels(kernels, config),
-                                                 entropy=entropy, tile=tile)
+    logprobs, entropies = scoring.token_logprobs(
+        params,
+        tokens,
+        mask,
+        slots,
+        model_config=config,
+        kernels=choose_kernels(kernels, config),
+        entropy=entropy,
+        tile=tile,
+    )
     return (logprobs, entropies) if entropy else logprobs
 
 
-def _engine_for(params: Decoder, config: ModelConfig, tokenizer: Tokenizer | None, engine: dict[str, Any]) -> tuple[LLM, threading.Lock]:
+def _engine_for(
+    params: Decoder, config: ModelConfig, tokenizer: Tokenizer | None, engine: dict[str, Any]
+) -> tuple[LLM, threading.Lock]:
     """The engine of the last call with these settings on these devices, or a new one, whose pool lies beside `params`; and its lock."""
     devices = frozenset(device for leaf in jax.tree.leaves(params) for device in leaf.devices())
     settings = config, tokenizer, devices, tuple(sorted(engine.items()))

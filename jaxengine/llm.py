@@ -1,4 +1,5 @@
 """LLM: a model, its tokenizer and an engine behind the names that vLLM's users know."""
+
 import dataclasses
 import itertools
 import os
@@ -38,7 +39,17 @@ CPU_TOKENS, DEVICE_TOKENS = 512, 8192  # default budget of a step
 IN_FLIGHT = ("recompute", "keep", "drain")
 CONTRACTS_KEPT = 16  # of earlier versions of the weights, for outputs that are rendered after an update
 ENGINE_KEYWORDS = tuple(field.name for field in dataclasses.fields(EngineConfig))
-OWN_KEYWORDS = ("model", "dtype", "tokenizer", "seed", "reduction_leaves", "tensor_parallel_size", "data_parallel_size", "mesh", "progress")
+OWN_KEYWORDS = (
+    "model",
+    "dtype",
+    "tokenizer",
+    "seed",
+    "reduction_leaves",
+    "tensor_parallel_size",
+    "data_parallel_size",
+    "mesh",
+    "progress",
+)
 
 
 class LLM:
@@ -54,35 +65,64 @@ class LLM:
         outputs = llm.generate(["12+30=", "7*8="], SamplingParams(n=8, max_tokens=16), key=jax.random.key(0))
     """
 
-    def __init__(self, model: str | os.PathLike[str], *, dtype: Any = "auto", tokenizer: str | os.PathLike[str] | None = None,
-                 seed: int = 0, reduction_leaves: int = 1, tensor_parallel_size: int = 1, data_parallel_size: int = 1,
-                 mesh: Any = None, progress: bool = True, **engine: Any) -> None:
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        *,
+        dtype: Any = "auto",
+        tokenizer: str | os.PathLike[str] | None = None,
+        seed: int = 0,
+        reduction_leaves: int = 1,
+        tensor_parallel_size: int = 1,
+        data_parallel_size: int = 1,
+        mesh: Any = None,
+        progress: bool = True,
+        **engine: Any,
+    ) -> None:
         check_keywords("LLM", engine, (*OWN_KEYWORDS, *ENGINE_KEYWORDS))
         if tensor_parallel_size != 1 or data_parallel_size != 1 or mesh is not None:
-            raise NotImplementedError("this version runs on one device: leave tensor_parallel_size and data_parallel_size at 1")
+            raise NotImplementedError(
+                "this version runs on one device: leave tensor_parallel_size and data_parallel_size at 1"
+            )
         self._key = seeded(seed)
         folder = find_folder(model)
         self.progress = Progress(progress)
         config = loading.read_model_config(folder, dtype=dtype, reduction_leaves=reduction_leaves)
         config_of_engine, text = resolve_engine_config(config, engine), _load_tokenizer(tokenizer, folder)
         with memory.explained(config, config_of_engine, "loading the weights"):
-            params = jax.block_until_ready(loading.load(folder, config, self.progress.counter("loading weights", "tensors")))
+            params = jax.block_until_ready(
+                loading.load(folder, config, self.progress.counter("loading weights", "tensors"))
+            )
         self._start(config, config_of_engine, params, text)
 
     @classmethod
-    def from_params(cls, config: ModelConfig, params: Decoder | None, *, tokenizer: Tokenizer | None = None, seed: int = 0,
-                    progress: bool = False, **engine: Any) -> "LLM":
+    def from_params(
+        cls,
+        config: ModelConfig,
+        params: Decoder | None,
+        *,
+        tokenizer: Tokenizer | None = None,
+        seed: int = 0,
+        progress: bool = False,
+        **engine: Any,
+    ) -> "LLM":
         """An LLM over parameters that are already in memory; they are used as they are, not copied. None: they are set before each call."""
-        check_keywords("LLM.from_params", engine, ("config", "params", "tokenizer", "seed", "progress", *ENGINE_KEYWORDS))
+        check_keywords(
+            "LLM.from_params", engine, ("config", "params", "tokenizer", "seed", "progress", *ENGINE_KEYWORDS)
+        )
         self = cls.__new__(cls)
         self._key, self.progress = seeded(seed), Progress(progress)
         self._start(config, resolve_engine_config(config, engine, params), params, tokenizer)
         return self
 
-    def _start(self, config: ModelConfig, engine: EngineConfig, params: Decoder | None, tokenizer: Tokenizer | None) -> None:
+    def _start(
+        self, config: ModelConfig, engine: EngineConfig, params: Decoder | None, tokenizer: Tokenizer | None
+    ) -> None:
         self.config, self.tokenizer = config, tokenizer
         with memory.explained(config, engine, "making room for the cache"):
-            self.engine = Engine(config, engine, placed(params), make_detokenizer=self._detokenizer, report=self.progress.line)
+            self.engine = Engine(
+                config, engine, placed(params), make_detokenizer=self._detokenizer, report=self.progress.line
+            )
             jax.block_until_ready(self.engine.cache)
         self._calls, self._ids = itertools.count(), itertools.count()
         self.runner = Runner(self.engine)
@@ -103,8 +143,15 @@ class LLM:
 
     # -- generation ------------------------------------------------------------------------------------------------------------
 
-    def generate(self, prompts: Any, sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, *, key: Any = None,
-                 use_tqdm: bool | None = None, request_ids: Sequence[str] | None = None) -> RequestOutputs:
+    def generate(
+        self,
+        prompts: Any,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        key: Any = None,
+        use_tqdm: bool | None = None,
+        request_ids: Sequence[str] | None = None,
+    ) -> RequestOutputs:
         """Complete prompts: strings, lists of token ids or dicts with `prompt` or `prompt_token_ids`; outputs in their order.
 
         The draws depend on (key, index of the prompt, index of the sample, position) alone. Without a key each call takes the next one
@@ -116,18 +163,27 @@ class LLM:
         """
         return self._complete(self._requests(prompts_of(prompts), sampling_params, key, request_ids), use_tqdm)
 
-    def extend(self, outputs: Sequence[RequestOutput], sampling_params: SamplingParams | None = None, *,
-               use_tqdm: bool | None = None) -> RequestOutputs:
+    def extend(
+        self,
+        outputs: Sequence[RequestOutput],
+        sampling_params: SamplingParams | None = None,
+        *,
+        use_tqdm: bool | None = None,
+    ) -> RequestOutputs:
         """Go on where samples stopped that came to their end by "length" or "abort", under the weights that run now: partial rollouts.
 
         The outputs hold all tokens from the first on, and `weight_versions` says which weights drew which. `sampling_params` are those of
         the whole samples (`max_tokens` counts from the prompt), by default their own. Where the weights are the same, so are the bits.
         """
         self.runner.check_process()
-        going_on = lambda output: extended(self._new_id(), output, sampling_params, self.config, self.engine_config, self.tokenizer)
+        going_on = lambda output: extended(
+            self._new_id(), output, sampling_params, self.config, self.engine_config, self.tokenizer
+        )
         return self._complete([*map(going_on, outputs)], use_tqdm)
 
-    def stream(self, prompt: Any, sampling_params: SamplingParams | None = None, *, key: Any = None) -> Iterator[RequestOutput]:
+    def stream(
+        self, prompt: Any, sampling_params: SamplingParams | None = None, *, key: Any = None
+    ) -> Iterator[RequestOutput]:
         """The output of one prompt again and again as it grows; the last one is finished. Closing the iterator aborts the request."""
         prompts = prompts_of(prompt)
         if len(prompts) != 1:
@@ -141,19 +197,40 @@ class LLM:
         if output is None or not output.finished:  # another call's step brought the end
             yield self._output(request)
 
-    def chat(self, messages: Any, sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, *, key: Any = None,
-             use_tqdm: bool | None = None, chat_template: str | None = None, add_generation_prompt: bool = True,
-             tools: list[dict[str, Any]] | None = None, chat_template_kwargs: dict[str, Any] | None = None) -> RequestOutputs:
+    def chat(
+        self,
+        messages: Any,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        key: Any = None,
+        use_tqdm: bool | None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        tools: list[dict[str, Any]] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> RequestOutputs:
         """Complete a conversation (a list of messages) or several, with the model's chat template in a sandbox; else as `generate`.
 
         Raises ValueError where the model has no tokenizer or no template, and where the template refuses the messages or fails.
         """
         if self.tokenizer is None:
-            raise ValueError("the model has no tokenizer, so there is no chat: give LLM one as tokenizer=, or token ids to generate")
+            raise ValueError(
+                "the model has no tokenizer, so there is no chat: give LLM one as tokenizer=, or token ids to generate"
+            )
         conversations = [messages] if messages and isinstance(messages[0], dict) else list(messages)
-        ids = [self.tokenizer.encode_chat(conversation, chat_template=chat_template, add_generation_prompt=add_generation_prompt,
-                                          tools=tools, template_kwargs=chat_template_kwargs) for conversation in conversations]
-        return self.generate([{"prompt_token_ids": tokens} for tokens in ids], sampling_params, key=key, use_tqdm=use_tqdm)
+        ids = [
+            self.tokenizer.encode_chat(
+                conversation,
+                chat_template=chat_template,
+                add_generation_prompt=add_generation_prompt,
+                tools=tools,
+                template_kwargs=chat_template_kwargs,
+            )
+            for conversation in conversations
+        ]
+        return self.generate(
+            [{"prompt_token_ids": tokens} for tokens in ids], sampling_params, key=key, use_tqdm=use_tqdm
+        )
 
     def abort(self, request_id: str) -> None:
         """End a request from another thread; its tokens so far are returned with finish reason "abort". Idempotent.
@@ -166,7 +243,9 @@ class LLM:
 
     # -- weights ---------------------------------------------------------------------------------------------------------------
 
-    def update_params(self, params: Decoder, *, in_flight: str = "recompute", version: int | None = None, cast: bool = False) -> int:
+    def update_params(
+        self, params: Decoder, *, in_flight: str = "recompute", version: int | None = None, cast: bool = False
+    ) -> int:
         """Run other weights from the next token on; returns their version, which every token of theirs carries.
 
         All or nothing: where leaves are missing, misnamed, of another shape or dtype or not finite, ValueError lists them and the old
@@ -209,14 +288,22 @@ class LLM:
 
     def _drain(self) -> None:
         if self.is_paused and self.engine.has_work:
-            raise RuntimeError('in_flight="drain" waits for requests, and the LLM is paused: call resume() first, or recompute or keep')
+            raise RuntimeError(
+                'in_flight="drain" waits for requests, and the LLM is paused: call resume() first, or recompute or keep'
+            )
         while self.engine.has_work:
             self.engine.step()
 
     # -- the contract ----------------------------------------------------------------------------------------------------------
 
-    def score(self, tokens: Any, mask: Any, sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, *,
-              entropy: bool = False) -> Any:
+    def score(
+        self,
+        tokens: Any,
+        mask: Any,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        entropy: bool = False,
+    ) -> Any:
         """float32 logprobs `[B, T]` of the tokens under `mask`: `jaxengine.score` under this LLM's weights, as a numpy array.
 
         Rows go through in batches of bounded size. Where the wide tile does not hold on this machine the base tile is used: the bits are
@@ -228,8 +315,16 @@ class LLM:
         with self.runner.alone():
             assert self.params is not None
             tile = self.engine.proven(trunk.WIDE)
-            logprobs, entropies = scoring.in_batches(self.params, tokens, mask, slots, model_config=self.config, kernels=self.engine.kernels,
-                                                      entropy=entropy, tile=tile)
+            logprobs, entropies = scoring.in_batches(
+                self.params,
+                tokens,
+                mask,
+                slots,
+                model_config=self.config,
+                kernels=self.engine.kernels,
+                entropy=entropy,
+                tile=tile,
+            )
         return (logprobs, entropies) if entropy else logprobs
 
     def replay(self, coordinate: Coordinate) -> Comparison:
@@ -243,12 +338,19 @@ class LLM:
             raise ValueError("this coordinate's sample ended before its first token: there is nothing to draw again")
         differences = coordinate.contract.differences(self.contract())
         if differences:
-            raise ValueError("this coordinate belongs to another contract, its bits cannot be expected here: " + "; ".join(differences))
+            raise ValueError(
+                "this coordinate belongs to another contract, its bits cannot be expected here: "
+                + "; ".join(differences)
+            )
         request = replayed(self._new_id(), coordinate, self.config, self.engine_config)
         for _ in self.runner.run([request]):
             pass
         drawn = self._output(request).outputs[0]
-        return compare("drawn again", [(coordinate.token_ids, coordinate.token_logprobs)], [(drawn.token_ids, drawn.token_logprobs)])
+        return compare(
+            "drawn again",
+            [(coordinate.token_ids, coordinate.token_logprobs)],
+            [(drawn.token_ids, drawn.token_logprobs)],
+        )
 
     def verify(self, *, quick: bool = False, samples: int | None = None, seed: int = 0) -> Verification:
         """Run the contract on this machine with this model (verify.py); shows a table in a notebook, and is True where every axis held."""
@@ -268,8 +370,10 @@ class LLM:
             return []
         data = (0, 0) if key is None else key_data(key)
         ids = request_ids if request_ids is not None else [self._new_id() for _ in prompts]
-        requests = [make_request(request_id, prompt, index, item, data, self.config, self.engine_config, self.tokenizer)
-                    for index, (request_id, prompt, item) in enumerate(zip(ids, prompts, each, strict=True))]
+        requests = [
+            make_request(request_id, prompt, index, item, data, self.config, self.engine_config, self.tokenizer)
+            for index, (request_id, prompt, item) in enumerate(zip(ids, prompts, each, strict=True))
+        ]
         if key is None:  # a call that was refused takes no number
             data = key_data(jax.random.fold_in(self._key, next(self._calls)))
             for request in requests:
@@ -306,8 +410,13 @@ class LLM:
     def _detokenizer(self, sample: Sample) -> Detokenizer:
         assert self.tokenizer is not None
         params = sample.request.sampling
-        detokenizer = Detokenizer(self.tokenizer, stop=params.stop, include_stop_str_in_output=params.include_stop_str_in_output,
-                                  skip_special_tokens=params.skip_special_tokens, min_tokens=params.min_tokens)
+        detokenizer = Detokenizer(
+            self.tokenizer,
+            stop=params.stop,
+            include_stop_str_in_output=params.include_stop_str_in_output,
+            skip_special_tokens=params.skip_special_tokens,
+            min_tokens=params.min_tokens,
+        )
         detokenizer.push(text_ids(sample))
         return detokenizer
 
@@ -322,7 +431,9 @@ class LLM:
         weights = self.engine.weights
         if weights.version not in self._contracts:
             assert weights.params is not None
-            self._contracts[weights.version] = contract(self.config, self.engine.kernels, weights.params, weights.version)
+            self._contracts[weights.version] = contract(
+                self.config, self.engine.kernels, weights.params, weights.version
+            )
             for old in sorted(self._contracts)[:-CONTRACTS_KEPT]:
                 del self._contracts[old]
         return self._contracts[weights.version]
@@ -338,7 +449,9 @@ class LLM:
         self._contracts.clear()
 
     def __reduce__(self) -> Any:
-        raise TypeError("an LLM holds device memory and cannot be pickled or copied: build it anew from its model in each process")
+        raise TypeError(
+            "an LLM holds device memory and cannot be pickled or copied: build it anew from its model in each process"
+        )
 
 
 def resolve_engine_config(model: ModelConfig, given: dict[str, Any], params: Decoder | None = None) -> EngineConfig:
@@ -351,8 +464,10 @@ def resolve_engine_config(model: ModelConfig, given: dict[str, Any], params: Dec
     given["kernels"] = choose_kernels(given.get("kernels", "auto"), model).name
     config = EngineConfig(**given)
     if config.max_model_len > model.max_position_embeddings:
-        raise ValueError(f"max_model_len={config.max_model_len} is more than the model's max_position_embeddings="
-                         f"{model.max_position_embeddings}")
+        raise ValueError(
+            f"max_model_len={config.max_model_len} is more than the model's max_position_embeddings="
+            f"{model.max_position_embeddings}"
+        )
     if "num_pages" not in given:
         config = memory.sized_pool(model, config, params)
     memory.check_fits(model, config)

@@ -1,4 +1,5 @@
 """What a caller gets: RequestOutput and its CompletionOutputs, named as in vLLM, with an HTML form for notebooks."""
+
 import dataclasses
 import html
 import math

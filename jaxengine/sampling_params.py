@@ -1,4 +1,5 @@
 """What a caller asks for: prompts and SamplingParams. Plain Python, validated before anything is allocated."""
+
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
@@ -58,7 +59,12 @@ class SamplingParams:
         put = lambda name, value: object.__setattr__(self, name, value)
         for name, low, high in (("n", 1, MAX_N), ("min_tokens", 0, None)):
             put(name, integer(name, getattr(self, name), low, high))
-        for name, low, high in (("max_tokens", 1, None), ("logprobs", 0, None), ("prompt_logprobs", 0, None), ("seed", 0, 2**64 - 1)):
+        for name, low, high in (
+            ("max_tokens", 1, None),
+            ("logprobs", 0, None),
+            ("prompt_logprobs", 0, None),
+            ("seed", 0, 2**64 - 1),
+        ):
             if getattr(self, name) is not None:
                 put(name, integer(name, getattr(self, name), low, high))
         put("top_k", max(integer("top_k", self.top_k, -1), 0))
@@ -107,20 +113,32 @@ def token_ids_of(ids: Any, vocab_size: int, where: str) -> list[int]:
     for position, value in enumerate(array_ids):
         token = as_integer(value)
         if token is None:
-            raise ValueError(f"{where} has {value!r} ({type(value).__name__}) at index {position}: token ids are integers")
+            raise ValueError(
+                f"{where} has {value!r} ({type(value).__name__}) at index {position}: token ids are integers"
+            )
         if not 0 <= token < vocab_size:
-            raise ValueError(f"{where} has token id {token} at index {position}: the vocabulary is 0 … {vocab_size - 1}")
+            raise ValueError(
+                f"{where} has token id {token} at index {position}: the vocabulary is 0 … {vocab_size - 1}"
+            )
         tokens.append(token)
     return tokens
 
 
 def _stop_strings(stop: Any) -> tuple[str, ...]:
-    strings = (stop,) if isinstance(stop, str) else () if stop is None else items("stop", stop, "a string or a list of strings")
+    strings = (
+        (stop,)
+        if isinstance(stop, str)
+        else ()
+        if stop is None
+        else items("stop", stop, "a string or a list of strings")
+    )
     if len(strings) > MAX_STOP_STRINGS:
         raise ValueError(f"stop takes at most {MAX_STOP_STRINGS} strings, got {len(strings)}")
     for index, text in enumerate(strings):
         if not isinstance(text, str) or not text or len(text) > MAX_STOP_CHARACTERS:
-            raise ValueError(f"stop[{index}] must be a string of 1 to {MAX_STOP_CHARACTERS} characters, got {text!r:.80}")
+            raise ValueError(
+                f"stop[{index}] must be a string of 1 to {MAX_STOP_CHARACTERS} characters, got {text!r:.80}"
+            )
     return strings
 
 
@@ -140,8 +158,13 @@ def _logit_bias(bias: Any) -> tuple[tuple[int, float], ...] | None:
     if not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in given):
         raise ValueError(f"logit_bias must be {LOGIT_BIAS}, got {bias!r:.80}")
     # JSON turns integer keys into strings, so "42" is accepted here and nowhere else.
-    pairs = sorted((integer("logit_bias key", int(k) if isinstance(k, str) and k.isdecimal() else k, 0),
-                    real("logit_bias value", v, -1e4, 1e4)) for k, v in given)
+    pairs = sorted(
+        (
+            integer("logit_bias key", int(k) if isinstance(k, str) and k.isdecimal() else k, 0),
+            real("logit_bias value", v, -1e4, 1e4),
+        )
+        for k, v in given
+    )
     for (token, _), (following, _) in itertools.pairwise(pairs):
         if token == following:
             raise ValueError(f"logit_bias names token {token} twice: give it one value")

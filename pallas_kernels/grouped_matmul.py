@@ -1,4 +1,5 @@
 """Matrix products of a mixture of experts: rows sorted by expert, a row's bits free of the rows and experts beside it."""
+
 import functools
 
 import jax
@@ -12,12 +13,23 @@ from pallas_kernels.grouped_matmul_tpu import grouped_matmul_tpu
 from pallas_kernels.implementations import Implementation
 from pallas_kernels.sizes import matmul_sizes
 
-BODIES = {"xla": grouped_matmul_reference, "pallas_tpu": grouped_matmul_tpu, "pallas_gpu": grouped_matmul_gpu,
-          "pallas_interpret": functools.partial(grouped_matmul_tpu, interpret=True)}
+BODIES = {
+    "xla": grouped_matmul_reference,
+    "pallas_tpu": grouped_matmul_tpu,
+    "pallas_gpu": grouped_matmul_gpu,
+    "pallas_interpret": functools.partial(grouped_matmul_tpu, interpret=True),
+}
 
 
-def grouped_matmul(x: Float[Array, "M K"], w: Float[Array, "E N K"], group_sizes: Int[Array, " E"], *, implementation: Implementation,
-                   gated: bool = False, out_dtype: jnp.dtype = jnp.float32) -> Float[Array, "M R"]:
+def grouped_matmul(
+    x: Float[Array, "M K"],
+    w: Float[Array, "E N K"],
+    group_sizes: Int[Array, " E"],
+    *,
+    implementation: Implementation,
+    gated: bool = False,
+    out_dtype: jnp.dtype = jnp.float32,
+) -> Float[Array, "M R"]:
     """x @ w[e].T in float32 for the `group_sizes[e]` rows of each expert e in turn, rounded once to `out_dtype`; zeros behind them.
 
     x is rounded to the weights' dtype first. Rows behind the last group may hold anything. Gated: the first half of an expert's N outputs
@@ -26,8 +38,10 @@ def grouped_matmul(x: Float[Array, "M K"], w: Float[Array, "E N K"], group_sizes
     Raises ValueError for shapes that do not fit and for weights in a dtype that the device has no block sizes for.
     """
     if x.ndim != 2 or w.ndim != 3 or x.shape[1] != w.shape[2] or group_sizes.shape != w.shape[:1]:
-        raise ValueError("grouped_matmul takes x [M, K], w [E, N, K] and group_sizes [E], "
-                         f"got {x.shape}, {w.shape} and {group_sizes.shape}")
+        raise ValueError(
+            "grouped_matmul takes x [M, K], w [E, N, K] and group_sizes [E], "
+            f"got {x.shape}, {w.shape} and {group_sizes.shape}"
+        )
     if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
         raise ValueError(f"group_sizes must be integers, got {group_sizes.dtype}")
     parts = 2 if gated else 1

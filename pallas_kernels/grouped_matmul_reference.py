@@ -3,6 +3,7 @@
 Rows are sorted by expert. A tile that several experts share is visited once by each, and each keeps its own rows: a row's dot has the same
 shape whoever stands beside it.
 """
+
 from typing import NamedTuple
 
 import jax
@@ -37,7 +38,13 @@ def visits_of(group_sizes: Int[Array, " E"], num_rows: int, tile: int) -> Visits
     expert = jnp.minimum(jnp.searchsorted(behind, visit, side="right"), group_sizes.shape[0] - 1).astype(jnp.int32)
     live = jnp.arange(most) < count
     tiles = first[expert] + visit - (behind - number)[expert]
-    return Visits(jnp.where(count > 0, tiles, 0), expert, jnp.where(live, starts[expert], 0), jnp.where(live, ends[expert], 0), count)
+    return Visits(
+        jnp.where(count > 0, tiles, 0),
+        expert,
+        jnp.where(live, starts[expert], 0),
+        jnp.where(live, ends[expert], 0),
+        count,
+    )
 
 
 def rows_of_visit(tile: Array, size: int, start: Array, end: Array) -> Array:
@@ -51,18 +58,27 @@ def without_rest(out: Float[Array, "M N"], group_sizes: Int[Array, " E"]) -> Flo
     return jnp.where(jnp.arange(out.shape[0])[:, None] < group_sizes.sum(), out, jnp.zeros_like(out))
 
 
-def grouped_plain(x: Float[Array, "M K"], w: Float[Array, "E parts N K"], group_sizes: Int[Array, " E"]) -> Float[Array, "M N"]:
+def grouped_plain(
+    x: Float[Array, "M K"], w: Float[Array, "E parts N K"], group_sizes: Int[Array, " E"]
+) -> Float[Array, "M N"]:
     """The product by XLA's own grouped dot: gradients come from here."""
     experts, parts, outputs, inputs = w.shape
     x = without_rest(x, group_sizes)
     precision = jax.lax.Precision.HIGHEST if w.dtype == jnp.float32 else None
     by_inputs = w.reshape(experts, parts * outputs, inputs).swapaxes(1, 2)
-    sums = jax.lax.ragged_dot(x, by_inputs, group_sizes.astype(jnp.int32), precision=precision, preferred_element_type=jnp.float32)
+    sums = jax.lax.ragged_dot(
+        x, by_inputs, group_sizes.astype(jnp.int32), precision=precision, preferred_element_type=jnp.float32
+    )
     return without_rest(finish(jnp.split(sums, parts, axis=1), [], None), group_sizes)
 
 
-def grouped_matmul_reference(x: Float[Array, "M K"], w: Float[Array, "E parts N K"], group_sizes: Int[Array, " E"],
-                             blocks: MatmulSizes, out_dtype: jnp.dtype) -> Float[Array, "M N"]:
+def grouped_matmul_reference(
+    x: Float[Array, "M K"],
+    w: Float[Array, "E parts N K"],
+    group_sizes: Int[Array, " E"],
+    blocks: MatmulSizes,
+    out_dtype: jnp.dtype,
+) -> Float[Array, "M N"]:
     """The product visit by visit: a tile of rows times one expert's weights in one dot, of which the expert's own rows are kept."""
     (m, _), (_, parts, outputs, inputs), tile = x.shape, w.shape, blocks.rows
     visits = visits_of(group_sizes, m, tile)

@@ -1,4 +1,5 @@
 """The grouped product's TPU body: which block of weights is fetched follows from the visits, known before the kernel starts."""
+
 import functools
 
 import jax
@@ -25,8 +26,15 @@ def _kernel(tiles, experts, starts, ends, x_ref, w_ref, out_ref, sum_ref, *, blo
         out_ref[...] = jnp.where(rows_of_visit(tiles[visit], blocks.rows, starts[visit], ends[visit]), y, others)
 
 
-def grouped_matmul_tpu(x: Float[Array, "M K"], w: Float[Array, "E parts N K"], group_sizes: Int[Array, " E"], blocks: MatmulSizes,
-                       out_dtype: jnp.dtype, *, interpret: bool = False) -> Float[Array, "M N"]:
+def grouped_matmul_tpu(
+    x: Float[Array, "M K"],
+    w: Float[Array, "E parts N K"],
+    group_sizes: Int[Array, " E"],
+    blocks: MatmulSizes,
+    out_dtype: jnp.dtype,
+    *,
+    interpret: bool = False,
+) -> Float[Array, "M N"]:
     """The product visit by visit. Visits of one tile follow each other, and its result stays in VMEM in between."""
     (m, inputs), (_, parts, outputs, _) = x.shape, w.shape
     visits = visits_of(group_sizes, m, blocks.rows)
@@ -36,12 +44,19 @@ def grouped_matmul_tpu(x: Float[Array, "M K"], w: Float[Array, "E parts N K"], g
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
             grid=grid,
-            in_specs=[pl.BlockSpec((blocks.rows, blocks.depth), lambda j, v, k, tiles, *_: (tiles[v], k)),
-                      pl.BlockSpec((None, parts, blocks.columns, blocks.depth), lambda j, v, k, _, experts, *__: (experts[v], 0, j, k))],
+            in_specs=[
+                pl.BlockSpec((blocks.rows, blocks.depth), lambda j, v, k, tiles, *_: (tiles[v], k)),
+                pl.BlockSpec(
+                    (None, parts, blocks.columns, blocks.depth), lambda j, v, k, _, experts, *__: (experts[v], 0, j, k)
+                ),
+            ],
             out_specs=pl.BlockSpec((blocks.rows, blocks.columns), lambda j, v, k, tiles, *_: (tiles[v], j)),
-            scratch_shapes=[pltpu.VMEM((parts, blocks.rows, blocks.columns), jnp.float32)]),
+            scratch_shapes=[pltpu.VMEM((parts, blocks.rows, blocks.columns), jnp.float32)],
+        ),
         out_shape=jax.ShapeDtypeStruct((m, outputs), out_dtype),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
+        ),
         name="grouped_matmul_tpu",
         interpret=interpret,
     )(*visits[:4], x, w)

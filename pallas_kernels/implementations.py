@@ -2,6 +2,7 @@
 
 jax is imported once a device is asked for: the command line lists the names without it.
 """
+
 import dataclasses
 import difflib
 import logging
@@ -31,15 +32,19 @@ def choose(name: str, device_kind: str | None = None) -> Implementation:
     """
     if name not in PLATFORMS:
         close = difflib.get_close_matches(str(name), PLATFORMS, n=1)
-        raise ValueError(f"unknown implementation {name!r}{f', did you mean {close[0]!r}?' if close else ''} Known: {', '.join(PLATFORMS)}")
+        raise ValueError(
+            f"unknown implementation {name!r}{f', did you mean {close[0]!r}?' if close else ''} Known: {', '.join(PLATFORMS)}"
+        )
     if name in ("xla", "pallas_interpret"):
         chosen = Implementation(name, INTERPRETED)
     else:
         kind = device_kind or _first_device_kind()
         platform, family = device_family(kind)
         if platform != PLATFORMS[name]:
-            raise ValueError(f"implementation {name!r} needs a {PLATFORMS[name]}, the device is {kind!r}: "
-                             f"take 'xla' or 'pallas_{platform}'")
+            raise ValueError(
+                f"implementation {name!r} needs a {PLATFORMS[name]}, the device is {kind!r}: "
+                f"take 'xla' or 'pallas_{platform}'"
+            )
         chosen = Implementation(name, family)
     log.info("kernels: %s", chosen)
     return chosen
@@ -47,4 +52,5 @@ def choose(name: str, device_kind: str | None = None) -> Implementation:
 
 def _first_device_kind() -> str:
     import jax
+
     return jax.devices()[0].device_kind

@@ -1,4 +1,5 @@
 """New keys and values into pages, in place: only bits are copied, and only rows of tokens change."""
+
 import functools
 
 import jax.numpy as jnp
@@ -10,12 +11,22 @@ from pallas_kernels.kv_write_reference import kv_write_reference
 from pallas_kernels.kv_write_tpu import kv_write_tpu
 from pallas_kernels.paged_attention_inputs import EIGHT_BIT, PagedBlocks, Pages, widen
 
-BODIES = {"xla": kv_write_reference, "pallas_tpu": kv_write_tpu, "pallas_gpu": kv_write_gpu,
-          "pallas_interpret": functools.partial(kv_write_tpu, interpret=True)}
+BODIES = {
+    "xla": kv_write_reference,
+    "pallas_tpu": kv_write_tpu,
+    "pallas_gpu": kv_write_gpu,
+    "pallas_interpret": functools.partial(kv_write_tpu, interpret=True),
+}
 
 
-def kv_write(pages: Pages, k: Float[Array, "B r K h"], v: Float[Array, "B r K h"], blocks: PagedBlocks, *,
-             implementation: Implementation) -> Pages:
+def kv_write(
+    pages: Pages,
+    k: Float[Array, "B r K h"],
+    v: Float[Array, "B r K h"],
+    blocks: PagedBlocks,
+    *,
+    implementation: Implementation,
+) -> Pages:
     """The pages with k and v of each block's first `counts[b]` tokens at their positions. No two blocks may hold the same position.
 
     The pools are updated in place where they are donated. For 8-bit pages, numbers are divided by the scale of their page and head, which
@@ -33,9 +44,15 @@ def kv_write(pages: Pages, k: Float[Array, "B r K h"], v: Float[Array, "B r K h"
 def _check(pages: Pages, k: Array, v: Array, blocks: PagedBlocks) -> None:
     _, num_kv_heads, _, h = pages.keys.shape
     if k.shape != v.shape or k.ndim != 4 or k.shape[2] != num_kv_heads or k.shape[3] > h:
-        raise ValueError(f"k and v must be [B, r, {num_kv_heads}, h] with h at most the pages' width of {h}, got {k.shape} and {v.shape}")
-    if (pages.keys.dtype.name in EIGHT_BIT) != (pages.key_scales is not None) or (pages.key_scales is None) != (pages.value_scales is None):
-        raise ValueError(f"pages of 8 bits take key_scales and value_scales [P, K], others neither; the pages are {pages.keys.dtype}")
+        raise ValueError(
+            f"k and v must be [B, r, {num_kv_heads}, h] with h at most the pages' width of {h}, got {k.shape} and {v.shape}"
+        )
+    if (pages.keys.dtype.name in EIGHT_BIT) != (pages.key_scales is not None) or (pages.key_scales is None) != (
+        pages.value_scales is None
+    ):
+        raise ValueError(
+            f"pages of 8 bits take key_scales and value_scales [P, K], others neither; the pages are {pages.keys.dtype}"
+        )
     if pages.key_scales is None and not k.dtype == v.dtype == pages.keys.dtype:
         raise ValueError(f"k and v must have the pages' dtype {pages.keys.dtype}, got {k.dtype} and {v.dtype}")
     if any(x.shape != k.shape[:1] for x in (blocks.slots, blocks.starts, blocks.counts)):

@@ -1,4 +1,5 @@
 """The KV write's GPU body, in Triton: a program stores one token's key and value of one head."""
+
 import functools
 
 import jax
@@ -9,14 +10,18 @@ from jaxtyping import Array
 from pallas_kernels.paged_attention_inputs import PagedBlocks
 
 
-def kv_write_gpu(keys: Array, values: Array, k: Array, v: Array, blocks: PagedBlocks, *, interpret: bool = False) -> tuple[Array, Array]:
+def kv_write_gpu(
+    keys: Array, values: Array, k: Array, v: Array, blocks: PagedBlocks, *, interpret: bool = False
+) -> tuple[Array, Array]:
     """Pools `[P, K, p, h]` with the blocks' `[B, r, K, h]` written, in place.
 
     Raises ValueError for a head width that is no power of two: Triton's arrays have such sizes.
     """
     batch, r, num_kv_heads, h = k.shape
     if h & (h - 1):
-        raise ValueError(f"the GPU's KV write takes head widths that are powers of two, got {h}: take implementation 'xla'")
+        raise ValueError(
+            f"the GPU's KV write takes head widths that are powers of two, got {h}: take implementation 'xla'"
+        )
     whole, num_inputs = pl.BlockSpec(memory_space=pl.ANY), len(blocks) + 4
     keys, values = pl.pallas_call(
         functools.partial(_kernel, page_size=keys.shape[2]),

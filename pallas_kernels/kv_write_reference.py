@@ -1,4 +1,5 @@
 """The KV write's XLA twin: one scatter."""
+
 import jax.numpy as jnp
 from jaxtyping import Array
 

@@ -3,6 +3,7 @@
 A TPU copies whole memory tiles (8 rows of 32 bits, 16 of 16, 32 of 8). Many are under way at once, so two blocks whose tokens share a tile
 must not undo each other: each writes the tokens of all blocks that lie in the tile, hence the same bits, in whatever order.
 """
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -15,7 +16,9 @@ from pallas_kernels.paged_attention_tpu import SUBLANE_BYTES, check_pool
 AT_ONCE = 8  # tiles under way
 
 
-def kv_write_tpu(keys: Array, values: Array, k: Array, v: Array, blocks: PagedBlocks, *, interpret: bool = False) -> tuple[Array, Array]:
+def kv_write_tpu(
+    keys: Array, values: Array, k: Array, v: Array, blocks: PagedBlocks, *, interpret: bool = False
+) -> tuple[Array, Array]:
     """Pools `[P, K, p, h]` with the blocks' `[B, r, K, h]` written, in place.
 
     Raises ValueError for pools that a TPU cannot copy tile by tile (paged_attention_tpu.check_pool).
@@ -57,10 +60,16 @@ def _touched(blocks: PagedBlocks, r: int, height: int) -> tuple[Int[Array, " E"]
     return tuple(jnp.pad(x, (0, -x.shape[0] % AT_ONCE)) for x in flat)  # pyright: ignore
 
 
-def _tokens_of_tiles(blocks: PagedBlocks, slots: Array, tiles: Array, height: int) -> tuple[Array, Array, Bool[Array, "E height"]]:
+def _tokens_of_tiles(
+    blocks: PagedBlocks, slots: Array, tiles: Array, height: int
+) -> tuple[Array, Array, Bool[Array, "E height"]]:
     """(block, token of the block, whether there is one) for every row of the tiles."""
     positions = (tiles[:, None] * height + jnp.arange(height))[..., None]
-    holds = (blocks.slots == slots[:, None, None]) & (positions >= blocks.starts) & (positions < blocks.starts + blocks.counts)
+    holds = (
+        (blocks.slots == slots[:, None, None])
+        & (positions >= blocks.starts)
+        & (positions < blocks.starts + blocks.counts)
+    )
     owners = holds.argmax(-1)
     new = holds.any(-1)
     return owners, jnp.where(new, positions[..., 0] - blocks.starts[owners], 0), new

@@ -1,4 +1,5 @@
 """Matrix products with one fixed order along K at any number of rows: a row's bits depend on the row and the weights alone."""
+
 import functools
 
 import jax
@@ -11,12 +12,24 @@ from pallas_kernels.matmul_reference import matmul_reference, plain
 from pallas_kernels.matmul_tpu import matmul_tpu
 from pallas_kernels.sizes import matmul_sizes
 
-BODIES = {"xla": matmul_reference, "pallas_tpu": matmul_tpu, "pallas_gpu": matmul_gpu,
-          "pallas_interpret": functools.partial(matmul_tpu, interpret=True)}
+BODIES = {
+    "xla": matmul_reference,
+    "pallas_tpu": matmul_tpu,
+    "pallas_gpu": matmul_gpu,
+    "pallas_interpret": functools.partial(matmul_tpu, interpret=True),
+}
 
 
-def matmul(x: Float[Array, "M K"], w: Float[Array, "N K"], *, implementation: Implementation, bias: Float[Array, " N"] | None = None,
-           residual: Float[Array, "M R"] | None = None, gated: bool = False, out_dtype: jnp.dtype = jnp.float32) -> Float[Array, "M R"]:
+def matmul(
+    x: Float[Array, "M K"],
+    w: Float[Array, "N K"],
+    *,
+    implementation: Implementation,
+    bias: Float[Array, " N"] | None = None,
+    residual: Float[Array, "M R"] | None = None,
+    gated: bool = False,
+    out_dtype: jnp.dtype = jnp.float32,
+) -> Float[Array, "M R"]:
     """residual + (x @ w.T + bias) in float32, rounded once to `out_dtype`. x is rounded to the weights' dtype first.
 
     Gated: the first half of the N outputs are gates, and silu(gate) · up is returned, N / 2 wide; otherwise R is N.
@@ -26,7 +39,14 @@ def matmul(x: Float[Array, "M K"], w: Float[Array, "N K"], *, implementation: Im
     parts = 2 if gated else 1
     _check(x, w, bias, residual, parts)
     in_parts = lambda a: a.reshape(parts, a.shape[0] // parts, *a.shape[1:])
-    return _matmul(implementation, jnp.dtype(out_dtype), x.astype(w.dtype), in_parts(w), None if bias is None else in_parts(bias), residual)
+    return _matmul(
+        implementation,
+        jnp.dtype(out_dtype),
+        x.astype(w.dtype),
+        in_parts(w),
+        None if bias is None else in_parts(bias),
+        residual,
+    )
 
 
 def _check(x: Array, w: Array, bias: Array | None, residual: Array | None, parts: int) -> None:

@@ -1,4 +1,5 @@
 """The matrix product's twin in plain XLA, and the arithmetic that all bodies share."""
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -21,15 +22,25 @@ def finish(sums: list[Array], bias: list[Array], residual: Array | None) -> Floa
     return y if residual is None else residual.astype(jnp.float32) + y
 
 
-def plain(x: Float[Array, "M K"], w: Float[Array, "parts N K"], bias: Float[Array, "parts N"] | None, residual: Float[Array, "M N"] | None
-          ) -> Float[Array, "M N"]:
+def plain(
+    x: Float[Array, "M K"],
+    w: Float[Array, "parts N K"],
+    bias: Float[Array, "parts N"] | None,
+    residual: Float[Array, "M N"] | None,
+) -> Float[Array, "M N"]:
     """The product in one piece: what is computed, in whatever order XLA takes. Gradients come from here."""
     sums = jnp.split(dot(x, w.reshape(-1, w.shape[-1])), w.shape[0], axis=1)
     return finish(sums, [] if bias is None else [b[None] for b in bias], residual)
 
 
-def matmul_reference(x: Float[Array, "M K"], w: Float[Array, "parts N K"], bias: Float[Array, "parts N"] | None,
-                     residual: Float[Array, "M N"] | None, blocks: MatmulSizes, out_dtype: jnp.dtype) -> Float[Array, "M N"]:
+def matmul_reference(
+    x: Float[Array, "M K"],
+    w: Float[Array, "parts N K"],
+    bias: Float[Array, "parts N"] | None,
+    residual: Float[Array, "M N"] | None,
+    blocks: MatmulSizes,
+    out_dtype: jnp.dtype,
+) -> Float[Array, "M N"]:
     """The product tile by tile of rows, each tile's sum over K in one dot."""
     extra = () if residual is None else (residual,)
     body = lambda x, *extra: plain(x, w, bias, *extra, *(None,) * (1 - len(extra))).astype(out_dtype)

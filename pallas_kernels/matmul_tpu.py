@@ -1,4 +1,5 @@
 """The matrix product's TPU body: one grid step adds one dot per row tile to a float32 sum in VMEM, in order along K."""
+
 import functools
 
 import jax
@@ -51,18 +52,29 @@ def _kernel(*refs, blocks: MatmulSizes, inputs: int, has_bias: bool, has_residua
         out_ref[...] = y.astype(out_ref.dtype)
 
 
-def matmul_tpu(x: Float[Array, "M K"], w: Float[Array, "parts N K"], bias: Float[Array, "parts N"] | None,
-               residual: Float[Array, "M N"] | None, blocks: MatmulSizes, out_dtype: jnp.dtype, *, interpret: bool = False
-               ) -> Float[Array, "M N"]:
+def matmul_tpu(
+    x: Float[Array, "M K"],
+    w: Float[Array, "parts N K"],
+    bias: Float[Array, "parts N"] | None,
+    residual: Float[Array, "M N"] | None,
+    blocks: MatmulSizes,
+    out_dtype: jnp.dtype,
+    *,
+    interpret: bool = False,
+) -> Float[Array, "M N"]:
     """The product by blocks. Row tiles that share a fetched block of weights: as many as M has, up to the table's."""
     (m, inputs), (parts, outputs, _) = x.shape, w.shape
     rows = blocks.rows * min(blocks.shared_tiles, pl.cdiv(m, blocks.rows))
     of_out = pl.BlockSpec((rows, blocks.columns), lambda i, j, k: (i, j))
-    specs = [pl.BlockSpec((rows, blocks.depth), lambda i, j, k: (i, k)),
-             pl.BlockSpec((parts, blocks.columns, blocks.depth), lambda i, j, k: (0, j, k))]
+    specs = [
+        pl.BlockSpec((rows, blocks.depth), lambda i, j, k: (i, k)),
+        pl.BlockSpec((parts, blocks.columns, blocks.depth), lambda i, j, k: (0, j, k)),
+    ]
     specs += [] if bias is None else [pl.BlockSpec((parts, blocks.columns), lambda i, j, k: (0, j))]
     specs += [] if residual is None else [of_out]
-    kernel = functools.partial(_kernel, blocks=blocks, inputs=inputs, has_bias=bias is not None, has_residual=residual is not None)
+    kernel = functools.partial(
+        _kernel, blocks=blocks, inputs=inputs, has_bias=bias is not None, has_residual=residual is not None
+    )
     return pl.pallas_call(
         kernel,
         grid=(pl.cdiv(m, rows), pl.cdiv(outputs, blocks.columns), pl.cdiv(inputs, blocks.depth)),
@@ -70,7 +82,9 @@ def matmul_tpu(x: Float[Array, "M K"], w: Float[Array, "parts N K"], bias: Float
         out_specs=of_out,
         out_shape=jax.ShapeDtypeStruct((m, outputs), out_dtype),
         scratch_shapes=[pltpu.VMEM((parts, rows, blocks.columns), jnp.float32)],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
+        ),
         name="matmul_tpu",
         interpret=interpret,
     )(x, w, *(a for a in (bias, residual) if a is not None))

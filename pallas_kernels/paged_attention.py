@@ -1,4 +1,5 @@
 """Attention over pages with one fixed order along the context: a query's bits depend on its own sequence and position alone."""
+
 import functools
 
 import jax.numpy as jnp
@@ -11,13 +12,24 @@ from pallas_kernels.paged_attention_reference import paged_attention_reference
 from pallas_kernels.paged_attention_tpu import paged_attention_tpu
 from pallas_kernels.sizes_attention import AttentionSizes, attention_sizes
 
-BODIES = {"xla": paged_attention_reference, "pallas_tpu": paged_attention_tpu, "pallas_gpu": paged_attention_gpu,
-          "pallas_interpret": functools.partial(paged_attention_tpu, interpret=True)}
+BODIES = {
+    "xla": paged_attention_reference,
+    "pallas_tpu": paged_attention_tpu,
+    "pallas_gpu": paged_attention_gpu,
+    "pallas_interpret": functools.partial(paged_attention_tpu, interpret=True),
+}
 DTYPES = ("bfloat16", "float16", "float32", *EIGHT_BIT)
 
 
-def paged_attention(q: Float[Array, "B r H h"], pages: Pages, blocks: PagedBlocks, *, scoring: Scoring, implementation: Implementation,
-                    sinks: Float[Array, " H"] | None = None) -> Float[Array, "B r H h"]:
+def paged_attention(
+    q: Float[Array, "B r H h"],
+    pages: Pages,
+    blocks: PagedBlocks,
+    *,
+    scoring: Scoring,
+    implementation: Implementation,
+    sinks: Float[Array, " H"] | None = None,
+) -> Float[Array, "B r H h"]:
     """Causal attention of query blocks over their sequences' pages, in float32; 0 for tokens behind a block's count.
 
     The blocks' own keys and values are already in the pages. Queries are rounded to the cache's dtype (bfloat16 for 8-bit ones) after
@@ -40,10 +52,16 @@ def _check(q: Array, pages: Pages, blocks: PagedBlocks, sinks: Array | None) -> 
     if keys.dtype.name not in DTYPES:
         raise ValueError(f"pages must be one of {', '.join(DTYPES)}, got {keys.dtype}")
     if q.ndim != 4 or q.shape[3] > keys.shape[3] or q.shape[2] % keys.shape[1]:
-        raise ValueError(f"q must be [B, r, H, h] with H a multiple of the pages' {keys.shape[1]} heads and h at most their width of "
-                         f"{keys.shape[3]}, got {q.shape}")
-    if (keys.dtype.name in EIGHT_BIT) != (pages.key_scales is not None) or (pages.key_scales is None) != (pages.value_scales is None):
-        raise ValueError(f"pages of 8 bits take key_scales and value_scales [P, K], others neither; the pages are {keys.dtype}")
+        raise ValueError(
+            f"q must be [B, r, H, h] with H a multiple of the pages' {keys.shape[1]} heads and h at most their width of "
+            f"{keys.shape[3]}, got {q.shape}"
+        )
+    if (keys.dtype.name in EIGHT_BIT) != (pages.key_scales is not None) or (pages.key_scales is None) != (
+        pages.value_scales is None
+    ):
+        raise ValueError(
+            f"pages of 8 bits take key_scales and value_scales [P, K], others neither; the pages are {keys.dtype}"
+        )
     for scales in (pages.key_scales, pages.value_scales):
         if scales is not None and (scales.shape != keys.shape[:2] or scales.dtype != jnp.float32):
             raise ValueError(f"scales must be float32{keys.shape[:2]}, got {scales.dtype}{scales.shape}")
@@ -56,4 +74,6 @@ def _check(q: Array, pages: Pages, blocks: PagedBlocks, sinks: Array | None) -> 
 def _check_page_size(page_size: int, sizes: AttentionSizes) -> None:
     if sizes.kv_tile % page_size:
         allowed = [n for n in range(1, sizes.kv_tile + 1) if sizes.kv_tile % n == 0]
-        raise ValueError(f"the page size must divide the tile of {sizes.kv_tile} keys, got {page_size}; allowed are {allowed}")
+        raise ValueError(
+            f"the page size must divide the tile of {sizes.kv_tile} keys, got {page_size}; allowed are {allowed}"
+        )

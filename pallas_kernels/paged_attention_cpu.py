@@ -1,4 +1,5 @@
 """Paged attention as the CPU likes it, in plain XLA. Its pools differ from the kernels', whose twin is paged_attention_reference.py."""
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -42,7 +43,9 @@ def paged_attention(
     num_kv_heads, page_size = v_pages.shape[1], v_pages.shape[2]
     group, pages_per_tile = num_heads // num_kv_heads, kv_tile // page_size
     # [B, K, r * group, h]: the queries that share a key-value head are rows of one dot
-    queries = q.reshape(batch, r, num_kv_heads, group, h).transpose(0, 2, 1, 3, 4).reshape(batch, num_kv_heads, r * group, h)
+    queries = (
+        q.reshape(batch, r, num_kv_heads, group, h).transpose(0, 2, 1, 3, 4).reshape(batch, num_kv_heads, r * group, h)
+    )
     queries = queries.astype(jnp.float32) * (scale * LOG2_E)
     rows = max(r * group, 2)  # a dot with one row takes another path in XLA: other bits, and slow
     queries = jnp.pad(queries, ((0, 0), (0, 0), (0, rows - r * group), (0, 0)))
@@ -62,7 +65,11 @@ def paged_attention(
         scores = jnp.where(visible, dot("bkmh,bkhs->bkms", queries, keys.astype(jnp.float32)), MASKED)
         new_high = jnp.maximum(high, jnp.ceil(scores.max(-1)))
         shrink, weights = exp2(high - new_high), exp2(scores - new_high[..., None])
-        return new_high, total * shrink + row_sum(weights), out * shrink[..., None] + dot("bkms,bksh->bkmh", weights, values)
+        return (
+            new_high,
+            total * shrink + row_sum(weights),
+            out * shrink[..., None] + dot("bkms,bksh->bkmh", weights, values),
+        )
 
     num_tiles = (positions.max() + r - 1) // kv_tile + 1
     start = jnp.full((batch, num_kv_heads, rows), MASKED, jnp.float32)

@@ -1,4 +1,5 @@
 """What paged attention takes, and how it is laid out for kernels: rows of one dot are the queries that share a key-value head."""
+
 import dataclasses
 from typing import NamedTuple
 

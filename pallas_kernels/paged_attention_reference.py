@@ -1,4 +1,5 @@
 """Paged attention's XLA twin: the same tiles in the same order, one query block and key-value head after the other."""
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -18,8 +19,14 @@ from pallas_kernels.pinned_math import row_sum
 from pallas_kernels.sizes_attention import AttentionSizes
 
 
-def paged_attention_reference(q: Float[Array, "B r H h"], pages: Pages, blocks: PagedBlocks, sinks: Float[Array, " H"] | None,
-                              scoring: Scoring, sizes: AttentionSizes) -> Float[Array, "B r H h"]:
+def paged_attention_reference(
+    q: Float[Array, "B r H h"],
+    pages: Pages,
+    blocks: PagedBlocks,
+    sinks: Float[Array, " H"] | None,
+    scoring: Scoring,
+    sizes: AttentionSizes,
+) -> Float[Array, "B r H h"]:
     """Attention over pages. Loops over tiles and splits have bounds known at run time only, so that XLA compiles their bodies apart."""
     batch, r, num_heads, _ = q.shape
     _, num_kv_heads, page_size, _ = pages.keys.shape
@@ -55,7 +62,9 @@ def _attend(q, tokens, pages: Pages, k, table, start, count, scoring: Scoring, s
 
     def split(s, done):
         begin, stop = jnp.maximum(first // sizes.kv_tile, s * sizes.split_tiles), -(-end // sizes.kv_tile)
-        return combine(done, jax.lax.fori_loop(begin, jnp.minimum(stop, (s + 1) * sizes.split_tiles), tile, empty(rows, h)))
+        return combine(
+            done, jax.lax.fori_loop(begin, jnp.minimum(stop, (s + 1) * sizes.split_tiles), tile, empty(rows, h))
+        )
 
     return jax.lax.fori_loop(first // sizes.split, -(-end // sizes.split), split, empty(rows, h))
 

@@ -7,6 +7,7 @@ The softmax is to base 2 and its running maximum is rounded up to a whole number
 so it makes no difference whether a compiler fuses it into the addition behind it, nor whether a tile or split that holds nothing for a row
 is folded or left out. Online softmax: Milakov and Gimelshein 2018, arXiv:1805.02867; splits: Dao et al. 2023, Flash-Decoding.
 """
+
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -31,7 +32,9 @@ class Partial(NamedTuple):
 
 
 def empty(rows: int, h: int) -> Partial:
-    return Partial(jnp.full((rows, 1), MASKED, jnp.float32), jnp.zeros((rows, 1), jnp.float32), jnp.zeros((rows, h), jnp.float32))
+    return Partial(
+        jnp.full((rows, 1), MASKED, jnp.float32), jnp.zeros((rows, 1), jnp.float32), jnp.zeros((rows, h), jnp.float32)
+    )
 
 
 def dot(a: Array, b: Array, contract: int) -> Float[Array, "m n"]:
@@ -46,15 +49,18 @@ def key_range(start: Bound, count: Bound, window: int | None) -> tuple[Bound, Bo
     return first, jnp.where(count > 0, start + count, first)
 
 
-def visible(tokens: Int[Array, "m 1"], keys: Int[Array, "1 s"], start: Bound, count: Bound, window: int | None) -> Bool[Array, "m s"]:
+def visible(
+    tokens: Int[Array, "m 1"], keys: Int[Array, "1 s"], start: Bound, count: Bound, window: int | None
+) -> Bool[Array, "m s"]:
     """Which rows see which key positions: causal, within the window, and nothing for rows of no token."""
     queries = start + tokens
     seen = (keys <= queries) & (tokens < count)
     return seen if window is None else seen & (keys > queries - window)
 
 
-def scores_of(q: Float[Array, "m h"], keys: Float[Array, "s h"], scales: Float[Array, "1 s"] | None, scoring: Scoring
-              ) -> Float[Array, "m s"]:
+def scores_of(
+    q: Float[Array, "m h"], keys: Float[Array, "s h"], scales: Float[Array, "1 s"] | None, scoring: Scoring
+) -> Float[Array, "m s"]:
     """Scores to base 2 of scaled queries. Keys of 8 bits: their scales multiply the sums, not the keys."""
     scores = dot(q, keys, 1)
     if scales is not None:
@@ -66,15 +72,25 @@ def scores_of(q: Float[Array, "m h"], keys: Float[Array, "s h"], scales: Float[A
     return (scoring.soft_cap * LOG2_E) * (1.0 - 2.0 / (exp2(doubled) + 1.0))
 
 
-def fold(partial: Partial, scores: Float[Array, "m s"], seen: Bool[Array, "m s"], values: Float[Array, "s h"],
-         scales: Float[Array, "1 s"] | None, row_sum: Callable[[Array], Array]) -> Partial:
+def fold(
+    partial: Partial,
+    scores: Float[Array, "m s"],
+    seen: Bool[Array, "m s"],
+    values: Float[Array, "s h"],
+    scales: Float[Array, "1 s"] | None,
+    row_sum: Callable[[Array], Array],
+) -> Partial:
     """One tile of keys into a partial result. `values` must be finite where no row sees the key: 0 · NaN is NaN."""
     scores = jnp.where(seen, scores, MASKED)
     high = jnp.maximum(partial.high, jnp.ceil(scores.max(-1, keepdims=True)))
     weights = jnp.where(seen, exp2(scores - high), 0.0)
     shrink = exp2(partial.high - high)
     scaled = weights if scales is None else jnp.where(seen, weights * scales, 0.0)  # a page outside has any scale
-    return Partial(high, partial.total * shrink + row_sum(weights), partial.out * shrink + dot(scaled.astype(values.dtype), values, 0))
+    return Partial(
+        high,
+        partial.total * shrink + row_sum(weights),
+        partial.out * shrink + dot(scaled.astype(values.dtype), values, 0),
+    )
 
 
 def combine(before: Partial, after: Partial) -> Partial:

@@ -1,4 +1,5 @@
 """Paged attention's TPU body: one grid step attends one query block; tiles of keys are copied page by page ahead of their use."""
+
 import functools
 from collections.abc import Iterator
 
@@ -26,8 +27,16 @@ VMEM_LIMIT = 64 * 2**20  # bytes: above the compiler's own 16 MiB, below every g
 SUBLANE_BYTES = 32  # rows of a tile in memory times bytes of a number
 
 
-def paged_attention_tpu(q: Float[Array, "B r H h"], pages: Pages, blocks: PagedBlocks, sinks: Float[Array, " H"] | None, scoring: Scoring,
-                        sizes: AttentionSizes, *, interpret: bool = False) -> Float[Array, "B r H h"]:
+def paged_attention_tpu(
+    q: Float[Array, "B r H h"],
+    pages: Pages,
+    blocks: PagedBlocks,
+    sinks: Float[Array, " H"] | None,
+    scoring: Scoring,
+    sizes: AttentionSizes,
+    *,
+    interpret: bool = False,
+) -> Float[Array, "B r H h"]:
     """Attention over pages; slots, starts and counts are read as scalars before the queries come, and a block's table with it: all
     tables of an engine with long contexts are more than the scalar memory holds.
 
@@ -58,7 +67,11 @@ def paged_attention_tpu(q: Float[Array, "B r H h"], pages: Pages, blocks: PagedB
             grid=(batch,),
             in_specs=[*specs, *[anywhere] * len(pools)],
             out_specs=of_block,
-            scratch_shapes=[*map(state, (1, 1, h) * 2), pltpu.SemaphoreType.DMA((2,)), *_buffers(pools, num_kv_heads, sizes)],
+            scratch_shapes=[
+                *map(state, (1, 1, h) * 2),
+                pltpu.SemaphoreType.DMA((2,)),
+                *_buffers(pools, num_kv_heads, sizes),
+            ],
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=VMEM_LIMIT),
         name="paged_attention_tpu",
@@ -75,11 +88,17 @@ def check_pool(pool: Array, interpret: bool) -> None:
     page_size, h, dtype = *pool.shape[2:], pool.dtype
     unit = SUBLANE_BYTES // dtype.itemsize
     if page_size % unit:
-        raise ValueError(f"on a TPU the page size of a {dtype.name} cache must be a multiple of {unit}, got {page_size}")
+        raise ValueError(
+            f"on a TPU the page size of a {dtype.name} cache must be a multiple of {unit}, got {page_size}"
+        )
     if not interpret and h % LANES:
-        raise ValueError(f"on a TPU pages must be a multiple of {LANES} wide, got {h}: allocate them wider than the heads, with zeros")
+        raise ValueError(
+            f"on a TPU pages must be a multiple of {LANES} wide, got {h}: allocate them wider than the heads, with zeros"
+        )
     if not interpret and dtype == jnp.float16:
-        raise ValueError("the TPU's kernels do not read float16 pages: keep the cache in bfloat16 or float32, or take implementation 'xla'")
+        raise ValueError(
+            "the TPU's kernels do not read float16 pages: keep the cache in bfloat16 or float32, or take implementation 'xla'"
+        )
 
 
 def _scales_of_positions(pages: Pages, tables: Array, page_size: int) -> list[Array]:
@@ -94,7 +113,19 @@ def _buffers(pools: list[Array], num_kv_heads: int, sizes: AttentionSizes) -> li
     return [pltpu.VMEM((2, *tile(pool)), pool.dtype) for pool in pools]
 
 
-def _kernel(slots, starts, counts, table, q, tokens, *refs, has_sinks: bool, scoring: Scoring, sizes: AttentionSizes, page_size: int):
+def _kernel(
+    slots,
+    starts,
+    counts,
+    table,
+    q,
+    tokens,
+    *refs,
+    has_sinks: bool,
+    scoring: Scoring,
+    sizes: AttentionSizes,
+    page_size: int,
+):
     refs = list(refs)
     sinks = refs.pop(0) if has_sinks else None
     num_pools = (len(refs) - 8) // 2
@@ -120,8 +151,16 @@ def _kernel(slots, starts, counts, table, q, tokens, *refs, has_sinks: bool, sco
         _wait(copies(i))
         positions = i * sizes.kv_tile + jax.lax.broadcasted_iota(jnp.int32, (1, sizes.kv_tile), 1)
         column = i * sizes.kv_tile + jax.lax.broadcasted_iota(jnp.int32, (sizes.kv_tile, 1), 0)
-        _fold_tile(q, tokens, [buffer.at[i % 2] for buffer in buffers], partial, (column >= first) & (column < end),
-                   lambda t: visible(t, positions, start, count, scoring.window), scoring, sizes)
+        _fold_tile(
+            q,
+            tokens,
+            [buffer.at[i % 2] for buffer in buffers],
+            partial,
+            (column >= first) & (column < end),
+            lambda t: visible(t, positions, start, count, scoring.window),
+            scoring,
+            sizes,
+        )
 
         @pl.when(((i + 1) % sizes.split_tiles == 0) | (i + 1 == stop))
         def _():
@@ -148,7 +187,11 @@ def _fold_tile(q, tokens, buffers, partial: Partial, in_context, sees, scoring: 
         v = jnp.where(in_context, _widen(values[k], dtype), jnp.zeros((), dtype))
         key_scale, value_scale = (scale[pl.ds(k, 1)] for scale in scales) if scales else (None, None)
         scores = scores_of(q[0, *at], _widen(keys[k], dtype), key_scale, scoring)
-        _put(partial, at, fold(_take(partial, at), scores, sees(tokens[rows]), v, value_scale, lambda x: x.sum(-1, keepdims=True)))
+        _put(
+            partial,
+            at,
+            fold(_take(partial, at), scores, sees(tokens[rows]), v, value_scale, lambda x: x.sum(-1, keepdims=True)),
+        )
 
     _each_tile_of_rows(q, sizes.rows, one)
 
@@ -184,7 +227,9 @@ def _clear(refs: Partial) -> None:
         ref[...] = jnp.broadcast_to(x[None], ref.shape)
 
 
-def _copies(pools, buffers, semaphores, table, slot, first, end, page_size: int, kv_tile: int, i) -> Iterator[tuple[Array, list]]:
+def _copies(
+    pools, buffers, semaphores, table, slot, first, end, page_size: int, kv_tile: int, i
+) -> Iterator[tuple[Array, list]]:
     """(whether a query sees any of it, the copies) for each page of tile i, from the pool to one of the two buffers."""
     keys, values, *scales = pools
     key_buffer, value_buffer, *scale_buffers = buffers
@@ -192,14 +237,20 @@ def _copies(pools, buffers, semaphores, table, slot, first, end, page_size: int,
     for j in range(kv_tile // page_size):
         position = i * kv_tile + j * page_size
         page, rows = table[0, 0, i * (kv_tile // page_size) + j], pl.ds(j * page_size, page_size)
-        yield (position < end) & (position + page_size > first), [
-            copy(keys.at[page], key_buffer.at[i % 2, :, rows]), copy(values.at[page], value_buffer.at[i % 2, :, rows])]
+        yield (
+            (position < end) & (position + page_size > first),
+            [
+                copy(keys.at[page], key_buffer.at[i % 2, :, rows]),
+                copy(values.at[page], value_buffer.at[i % 2, :, rows]),
+            ],
+        )
     for pool, buffer in zip(scales, scale_buffers, strict=True):
         yield i >= 0, [copy(pool.at[slot, :, pl.ds(pl.multiple_of(i * kv_tile, kv_tile), kv_tile)], buffer.at[i % 2])]
 
 
 def _start(copies: Iterator[tuple[Array, list]]) -> None:
     for wanted, some in copies:
+
         @pl.when(wanted)
         def _(some=some):
             for copy in some:
@@ -208,6 +259,7 @@ def _start(copies: Iterator[tuple[Array, list]]) -> None:
 
 def _wait(copies: Iterator[tuple[Array, list]]) -> None:
     for wanted, some in copies:
+
         @pl.when(wanted)
         def _(some=some):
             for copy in some:

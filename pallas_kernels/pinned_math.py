@@ -8,6 +8,7 @@ Sums along the last axis are dots with ones: XLA's own reduce changes its order 
 2, 8 and 128 rows), a dot whose right side is `[N, K]`, as every weight is, does not; with `[K, N]` it does too. Rows are summed in blocks
 of SUM_BLOCK, then the block sums are, which also keeps the rounding small.
 """
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float

@@ -1,4 +1,5 @@
 """The end of a step: float32 log-softmax over the vocabulary, the draw, and the logprob of the token that was drawn or given."""
+
 import functools
 
 import jax
@@ -12,12 +13,21 @@ from pallas_kernels.sampling_reference import Draw, sampling_reference
 from pallas_kernels.sampling_tpu import sampling_tpu
 from pallas_kernels.sizes import VOCAB_BLOCK
 
-BODIES = {"xla": sampling_reference, "pallas_tpu": sampling_tpu, "pallas_gpu": sampling_gpu,
-          "pallas_interpret": functools.partial(sampling_tpu, interpret=True)}
+BODIES = {
+    "xla": sampling_reference,
+    "pallas_tpu": sampling_tpu,
+    "pallas_gpu": sampling_gpu,
+    "pallas_interpret": functools.partial(sampling_tpu, interpret=True),
+}
 
 
-def draw_and_score(logits: Float[Array, "t V"], given: Int[Array, " t"], uniforms: Float[Array, "t 2"] | None = None, *,
-                  implementation: Implementation) -> Draw:
+def draw_and_score(
+    logits: Float[Array, "t V"],
+    given: Int[Array, " t"],
+    uniforms: Float[Array, "t 2"] | None = None,
+    *,
+    implementation: Implementation,
+) -> Draw:
     """A token for each row and its logprob under softmax(logits), the same bits whether the token is drawn or given.
 
     logits are those of the distribution to draw from; -inf is never drawn, and a row should hold a finite one. uniforms in [0, 1) pick a
@@ -32,8 +42,10 @@ def draw_and_score(logits: Float[Array, "t V"], given: Int[Array, " t"], uniform
     if uniforms is None:
         uniforms = jnp.zeros((t, 2), jnp.float32)
     if logits.dtype != jnp.float32 or uniforms.shape != (t, 2) or given.shape != (t,):
-        raise ValueError(f"sampling_tail takes float32 logits [t, V], given [t] and uniforms [t, 2], "
-                         f"got {logits.dtype} {logits.shape}, {given.shape} and {uniforms.shape}")
+        raise ValueError(
+            f"sampling_tail takes float32 logits [t, V], given [t] and uniforms [t, 2], "
+            f"got {logits.dtype} {logits.shape}, {given.shape} and {uniforms.shape}"
+        )
     return _tail(implementation, logits, uniforms, given.astype(jnp.int32))
 
 
@@ -51,7 +63,10 @@ def _backward(implementation, saved, cotangents):
     """d logprob / d logits = one-hot(token) - softmax(logits); d log-mass / d logits = softmax(logits)."""
     logits, uniforms, out = saved
     here, softmax = jnp.arange(logits.shape[1]) == out.tokens[:, None], jnp.exp(out.all_logprobs(logits))
-    gradient = jnp.where(here, cotangents.logprobs[:, None], 0.0) + (cotangents.log_masses - cotangents.logprobs)[:, None] * softmax
+    gradient = (
+        jnp.where(here, cotangents.logprobs[:, None], 0.0)
+        + (cotangents.log_masses - cotangents.logprobs)[:, None] * softmax
+    )
     return gradient, jnp.zeros_like(uniforms), np.zeros(out.tokens.shape, jax.dtypes.float0)
 
 

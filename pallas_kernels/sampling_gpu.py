@@ -1,4 +1,5 @@
 """The sampling tail's GPU body (Triton), two kernels: masses of all blocks side by side, each to its own maximum; then a row's draw."""
+
 import functools
 
 import jax
@@ -33,7 +34,9 @@ def _draw(high_ref, mass_ref, x_ref, uniform_ref, given_ref, token_ref, logprob_
     total = masses.sum()
     block = first_above(masses, jnp.cumsum(masses), jnp.arange(masses.shape[0]), uniform_ref[row, 0] * total)
     weights = exp(x_ref[row, pl.ds(block * VOCAB_BLOCK, VOCAB_BLOCK)] - high)
-    drawn = block * VOCAB_BLOCK + first_above(weights, jnp.cumsum(weights), jnp.arange(VOCAB_BLOCK), uniform_ref[row, 1] * weights.sum())
+    drawn = block * VOCAB_BLOCK + first_above(
+        weights, jnp.cumsum(weights), jnp.arange(VOCAB_BLOCK), uniform_ref[row, 1] * weights.sum()
+    )
     given = given_ref[row]
     token = jnp.where(given >= 0, given, drawn)
     token_ref[row] = token
@@ -42,14 +45,25 @@ def _draw(high_ref, mass_ref, x_ref, uniform_ref, given_ref, token_ref, logprob_
     top_ref[row], log_mass_ref[row] = high, log_mass
 
 
-def sampling_gpu(logits: Float[Array, "t V"], uniforms: Float[Array, "t 2"], given: Int[Array, " t"], *, interpret: bool = False
-                 ) -> Draw:
+def sampling_gpu(
+    logits: Float[Array, "t V"], uniforms: Float[Array, "t 2"], given: Int[Array, " t"], *, interpret: bool = False
+) -> Draw:
     """A program a row, and before it one for every BLOCKS_AT_ONCE blocks."""
     t, vocab = logits.shape
-    width = max(pl.next_power_of_2(vocab // VOCAB_BLOCK), BLOCKS_AT_ONCE)  # Triton's arrays are powers of two; blocks behind V have no mass
+    width = max(
+        pl.next_power_of_2(vocab // VOCAB_BLOCK), BLOCKS_AT_ONCE
+    )  # Triton's arrays are powers of two; blocks behind V have no mass
     of_blocks = jax.ShapeDtypeStruct((t, width), jnp.float32)
-    call = functools.partial(pl.pallas_call, interpret=interpret, compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1))
-    highs, masses = call(functools.partial(_measure, vocab=vocab), grid=(t, width // BLOCKS_AT_ONCE), out_shape=[of_blocks, of_blocks],
-                         name="sampling_gpu_masses")(logits)
+    call = functools.partial(
+        pl.pallas_call, interpret=interpret, compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1)
+    )
+    highs, masses = call(
+        functools.partial(_measure, vocab=vocab),
+        grid=(t, width // BLOCKS_AT_ONCE),
+        out_shape=[of_blocks, of_blocks],
+        name="sampling_gpu_masses",
+    )(logits)
     out = [jax.ShapeDtypeStruct((t,), dtype) for dtype in (jnp.int32, jnp.float32, jnp.float32, jnp.float32)]
-    return Draw(*call(_draw, grid=(t,), out_shape=out, name="sampling_gpu_draw")(highs, masses, logits, uniforms, given))
+    return Draw(
+        *call(_draw, grid=(t,), out_shape=out, name="sampling_gpu_draw")(highs, masses, logits, uniforms, given)
+    )

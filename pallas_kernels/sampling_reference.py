@@ -1,4 +1,5 @@
 """The sampling tail's twin in plain XLA: log-softmax, the draw, and a token's logprob."""
+
 from typing import NamedTuple
 
 import jax
@@ -38,7 +39,9 @@ def _normaliser(x: Float[Array, "... n"]) -> tuple[Float[Array, "..."], Float[Ar
     return high, jnp.log(row_sum(exp(x - high[..., None])))
 
 
-def draw_blocks(logprobs: Float[Array, "t V"], uniforms: Float[Array, "t 2"], block_size: int = VOCAB_BLOCK) -> Int[Array, " t"]:
+def draw_blocks(
+    logprobs: Float[Array, "t V"], uniforms: Float[Array, "t 2"], block_size: int = VOCAB_BLOCK
+) -> Int[Array, " t"]:
     """One token a row from the distribution exp(logprobs): the first uniform picks a block by inverse CDF, the second an id within it."""
     batch, vocab = logprobs.shape
     blocks = exp(logprobs).reshape(batch, vocab // block_size, block_size)
@@ -56,7 +59,9 @@ def _inverse_cdf(weights: Float[Array, "t n"], u: Float[Array, " t"]) -> Int[Arr
     return jnp.where(hit.any(-1), jnp.argmax(hit, axis=-1), last).astype(jnp.int32)
 
 
-def first_above(weights: Float[Array, "r c"], cumulative: Float[Array, "r c"], index: Int[Array, "r c"], threshold: Array) -> Array:
+def first_above(
+    weights: Float[Array, "r c"], cumulative: Float[Array, "r c"], index: Int[Array, "r c"], threshold: Array
+) -> Array:
     """The lowest index of positive weight whose cumulative weight exceeds the threshold; the highest positive one where none does.
 
     For kernels: it is max, min and compare over one row's weights, in whatever shape they lie.
@@ -66,7 +71,9 @@ def first_above(weights: Float[Array, "r c"], cumulative: Float[Array, "r c"], i
     return jnp.where(first < NEVER, first, jnp.maximum(jnp.max(jnp.where(positive, index, -1)), 0))
 
 
-def plain_draw(logits: Float[Array, "t V"], given: Int[Array, " t"], uniforms: Float[Array, "t 2"] | None = None) -> Draw:
+def plain_draw(
+    logits: Float[Array, "t V"], given: Int[Array, " t"], uniforms: Float[Array, "t 2"] | None = None
+) -> Draw:
     """All rows at once. Their bits are their own within a pinned tile of rows."""
     highs, log_masses = _normaliser(logits)
     logprobs = (logits - highs[:, None]) - log_masses[:, None]

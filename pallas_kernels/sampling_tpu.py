@@ -3,6 +3,7 @@
 Sums are dots with ones or triangles, of one shape each, so that their order is the matrix unit's own. Blocks are taken CHUNK at a time, and
 their masses lie in VMEM as [chunks, CHUNK].
 """
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -44,8 +45,9 @@ def _pick_block(masses: Float[Array, "C CHUNK"], u: Array) -> tuple[Array, Array
     row, lane = (jax.lax.broadcasted_iota(jnp.int32, masses.shape, axis) for axis in (0, 1))
     inside = _dot(masses, _upper_triangle(CHUNK, strict=False), 0)
     totals = _dot(masses, jnp.ones((CHUNK, CHUNK), jnp.float32), 0)
-    before = jax.lax.dot_general(_upper_triangle(chunks, strict=True), totals, (((0,), (0,)), ((), ())), jax.lax.Precision.HIGHEST,
-                                 jnp.float32)
+    before = jax.lax.dot_general(
+        _upper_triangle(chunks, strict=True), totals, (((0,), (0,)), ((), ())), jax.lax.Precision.HIGHEST, jnp.float32
+    )
     cumulative = before + inside
     total = jnp.max(jnp.where((row == chunks - 1) & (lane == CHUNK - 1), cumulative, 0.0))
     return first_above(masses, cumulative, row * CHUNK + lane, u * total), total
@@ -58,10 +60,16 @@ def _pick_in_block(weights: Float[Array, "SUBLANES VOCAB_BLOCK"], u: Array) -> A
     return first_above(weights, cumulative, lane, u * total)
 
 
-def _kernel(uniform_ref, given_ref, x_ref, token_ref, logprob_ref, high_ref, log_mass_ref, mass_ref, *, num_blocks: int) -> None:
+def _kernel(
+    uniform_ref, given_ref, x_ref, token_ref, logprob_ref, high_ref, log_mass_ref, mass_ref, *, num_blocks: int
+) -> None:
     row, chunks = pl.program_id(0), pl.cdiv(num_blocks, CHUNK)
-    high = jax.lax.fori_loop(0, chunks, lambda i, m: jnp.maximum(m, jnp.max(_chunk(x_ref, i, num_blocks), axis=0, keepdims=True)),
-                             jnp.full((1, VOCAB_BLOCK), -jnp.inf))
+    high = jax.lax.fori_loop(
+        0,
+        chunks,
+        lambda i, m: jnp.maximum(m, jnp.max(_chunk(x_ref, i, num_blocks), axis=0, keepdims=True)),
+        jnp.full((1, VOCAB_BLOCK), -jnp.inf),
+    )
     high = jnp.max(high)
     mass_ref[...] = jnp.zeros_like(mass_ref)
 
@@ -83,8 +91,9 @@ def _kernel(uniform_ref, given_ref, x_ref, token_ref, logprob_ref, high_ref, log
     logprob_ref[...] = (chosen - high) - log_mass_ref[...]
 
 
-def sampling_tpu(logits: Float[Array, "t V"], uniforms: Float[Array, "t 2"], given: Int[Array, " t"], *, interpret: bool = False
-                 ) -> Draw:
+def sampling_tpu(
+    logits: Float[Array, "t V"], uniforms: Float[Array, "t 2"], given: Int[Array, " t"], *, interpret: bool = False
+) -> Draw:
     """A row at a time."""
     t, num_blocks = logits.shape[0], logits.shape[1] // VOCAB_BLOCK
     chunks = pl.cdiv(num_blocks, CHUNK)
@@ -92,8 +101,11 @@ def sampling_tpu(logits: Float[Array, "t V"], uniforms: Float[Array, "t 2"], giv
     found = pl.pallas_call(
         lambda *refs: _kernel(*refs, num_blocks=num_blocks),
         grid=(t,),
-        in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM), pl.BlockSpec(memory_space=pltpu.SMEM),
-                  pl.BlockSpec((None, chunks * CHUNK, VOCAB_BLOCK), lambda i: (i, 0, 0))],
+        in_specs=[
+            pl.BlockSpec(memory_space=pltpu.SMEM),
+            pl.BlockSpec(memory_space=pltpu.SMEM),
+            pl.BlockSpec((None, chunks * CHUNK, VOCAB_BLOCK), lambda i: (i, 0, 0)),
+        ],
         out_specs=[pl.BlockSpec((None, 1, VOCAB_BLOCK), lambda i: (i, 0, 0))] * 4,
         out_shape=[out(jnp.int32), out(jnp.float32), out(jnp.float32), out(jnp.float32)],
         scratch_shapes=[pltpu.VMEM((-(-chunks // SUBLANES) * SUBLANES, CHUNK), jnp.float32)],

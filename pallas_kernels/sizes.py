@@ -4,6 +4,7 @@ The split along K is part of the result's bits, so it is here and nowhere else. 
 such tiles share one fetched block of weights follows M and changes no dot's shape.
 None of these figures was measured on its device yet: they are what fits on-chip memory twice over and fills the matrix unit.
 """
+
 import dataclasses
 
 import numpy as np
@@ -14,10 +15,15 @@ VOCAB_BLOCK = 128  # token ids that a draw takes together: part of which token a
 
 # What a device calls itself -> (platform, row of the table).
 FAMILIES = {
-    "TPU v5 lite": ("tpu", "TPU v5e"), "TPU v5e": ("tpu", "TPU v5e"),
-    "TPU v5": ("tpu", "TPU v5p"), "TPU v5p": ("tpu", "TPU v5p"),
-    "TPU v6 lite": ("tpu", "TPU v6e"), "TPU v6e": ("tpu", "TPU v6e"),
-    "NVIDIA H100": ("gpu", "Hopper"), "NVIDIA H200": ("gpu", "Hopper"), "NVIDIA GH200": ("gpu", "Hopper"),
+    "TPU v5 lite": ("tpu", "TPU v5e"),
+    "TPU v5e": ("tpu", "TPU v5e"),
+    "TPU v5": ("tpu", "TPU v5p"),
+    "TPU v5p": ("tpu", "TPU v5p"),
+    "TPU v6 lite": ("tpu", "TPU v6e"),
+    "TPU v6e": ("tpu", "TPU v6e"),
+    "NVIDIA H100": ("gpu", "Hopper"),
+    "NVIDIA H200": ("gpu", "Hopper"),
+    "NVIDIA GH200": ("gpu", "Hopper"),
 }
 
 
@@ -50,8 +56,10 @@ def device_family(kind: str) -> tuple[str, str]:
     """(platform, row of the table) of a device kind. Raises ValueError where the table has none: add one, do not guess."""
     names = [name for name in FAMILIES if kind == name or name.startswith("NVIDIA") and kind.startswith(name + " ")]
     if not names:
-        raise ValueError(f"no block sizes for device {kind!r}; there are some for {', '.join(FAMILIES)}. Take implementation 'xla', "
-                         "or add the device to pallas_kernels/block_sizes.py")
+        raise ValueError(
+            f"no block sizes for device {kind!r}; there are some for {', '.join(FAMILIES)}. Take implementation 'xla', "
+            "or add the device to pallas_kernels/block_sizes.py"
+        )
     return FAMILIES[names[0]]
 
 
@@ -63,7 +71,9 @@ def matmul_sizes(device: str, dtype: np.dtype, outputs: int, inputs: int) -> Mat
     """
     name = np.dtype(dtype).name
     if (device, name) not in MATMUL:
-        raise ValueError(f"a matmul on {device} takes weights in {' or '.join(d for kind, d in MATMUL if kind == device)}, got {name}")
+        raise ValueError(
+            f"a matmul on {device} takes weights in {' or '.join(d for kind, d in MATMUL if kind == device)}, got {name}"
+        )
     table = MATMUL[device, name]
     if device == "Hopper":
         return table

@@ -4,6 +4,7 @@ Tile and split lengths are part of the result's bits. So may be the number of ro
 for 64), which is why one number serves decoding and prefill.
 None of these figures was measured on its device yet: they are what fits on-chip memory twice over.
 """
+
 import dataclasses
 
 import jax.numpy as jnp

@@ -1,4 +1,5 @@
 """Tiles of rows: the unit in which every kernel's twin works, so that a row's bits do not depend on the other rows."""
+
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +18,9 @@ def unknown_zero(*arrays: Array) -> Int[Array, ""]:
 
 def _bits_of_first(x: Array) -> Int[Array, ""]:
     first = x[(0,) * x.ndim]
-    return jax.lax.bitcast_convert_type(first.astype(jnp.float32), jnp.int32) if is_float(x) else first.astype(jnp.int32)
+    return (
+        jax.lax.bitcast_convert_type(first.astype(jnp.float32), jnp.int32) if is_float(x) else first.astype(jnp.int32)
+    )
 
 
 def is_float(x: Array) -> bool:

@@ -4,6 +4,7 @@ The hidden, head and vocabulary axes of the weights are cut into `reduction_leav
 Each partial result is computed per leaf at one shape, and partial sums are added here, in one balanced binary tree in float32.
 A device that owns a run of leaves owns a subtree, so the order does not depend on how many devices share the work.
 """
+
 from jaxtyping import Array, Float
 
 

@@ -3,6 +3,7 @@
 It tells whether a program compiles, which kernels are in it, its memory and its cost; it runs nothing. The TPU compiler comes with
 `jax[tpu]`, the GPU one with `jax[cuda13]`.
 """
+
 import dataclasses
 import importlib.util
 import os
@@ -50,9 +51,11 @@ class Compiled:
 
     def __str__(self) -> str:
         mib = lambda size: f"{size / 2**20:.2f}"
-        return (f"{self.seconds:.1f} s to compile; MiB: {mib(self.argument_bytes)} in, {mib(self.output_bytes)} out, "
-                f"{mib(self.workspace_bytes)} workspace, {mib(self.bytes_accessed)} moved; {self.flops / 1e6:.1f} Mflop outside kernels; "
-                f"kernels: {', '.join(self.kernels) or 'none'}")
+        return (
+            f"{self.seconds:.1f} s to compile; MiB: {mib(self.argument_bytes)} in, {mib(self.output_bytes)} out, "
+            f"{mib(self.workspace_bytes)} workspace, {mib(self.bytes_accessed)} moved; {self.flops / 1e6:.1f} Mflop outside kernels; "
+            f"kernels: {', '.join(self.kernels) or 'none'}"
+        )
 
 
 def missing(target: str) -> str | None:
@@ -90,20 +93,31 @@ def compile_ahead(mesh: Mesh, jitted: Any, *args: Any, **static: Any) -> Compile
 
     def placed(x: Any) -> jax.ShapeDtypeStruct:
         sharding = getattr(x, "sharding", None)
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding if isinstance(sharding, NamedSharding) else replicated)
+        return jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=sharding if isinstance(sharding, NamedSharding) else replicated
+        )
 
     with jax.set_mesh(mesh):
         start = time.monotonic()
         compiled = jitted.lower(*jax.tree.map(placed, args), **static).compile()
         seconds = time.monotonic() - start
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
-    return Compiled(seconds, memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.temp_size_in_bytes,
-                    cost.get("flops", 0.0), cost.get("bytes accessed", 0.0), kernels_of(compiled.as_text()))
+    return Compiled(
+        seconds,
+        memory.argument_size_in_bytes,
+        memory.output_size_in_bytes,
+        memory.temp_size_in_bytes,
+        cost.get("flops", 0.0),
+        cost.get("bytes accessed", 0.0),
+        kernels_of(compiled.as_text()),
+    )
 
 
 def kernels_of(program: str) -> tuple[str, ...]:
     """Names of the Pallas kernels that a compiled program calls, one for each call: the `name` that pallas_call
     was given, without the transformations around it."""
-    calls = [line for line in program.splitlines() if any(f'custom_call_target="{name}"' in line for name in KERNEL_CALLS)]
+    calls = [
+        line for line in program.splitlines() if any(f'custom_call_target="{name}"' in line for name in KERNEL_CALLS)
+    ]
     named = (re.search(r'op_name="[^"]*?([^/"()]+)\)*/pallas_call', line) for line in calls)
     return tuple(sorted(found[1] if found else "unnamed" for found in named))

@@ -1,7 +1,9 @@
 """Shared by all tests: small random models, and bits."""
+
 import gc
 import os
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,8 +26,16 @@ from jaxengine.models.decoder import Tile
 from jaxengine.models.params import Decoder, initialise
 from jaxengine.text.tokenizer import Tokenizer
 
-SIZES = dict(vocab_size=1000, hidden_size=96, intermediate_size=160, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4,
-             head_dim=32, max_position_embeddings=4096)
+SIZES = dict(
+    vocab_size=1000,
+    hidden_size=96,
+    intermediate_size=160,
+    num_hidden_layers=4,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    head_dim=32,
+    max_position_embeddings=4096,
+)
 FAMILIES = {
     "Qwen3": dict(architecture="Qwen3ForCausalLM", qk_norm=True, tie_word_embeddings=True),
     "Qwen2": dict(architecture="Qwen2ForCausalLM", qkv_bias=True),
@@ -33,11 +43,25 @@ FAMILIES = {
 }
 
 
-FEW_TILES = {"decode": TILES["decode"][:2], "prefill": TILES["prefill"][:1]}  # in programs.TILES' place where a test compiles them all
+FEW_TILES = {
+    "decode": TILES["decode"][:2],
+    "prefill": TILES["prefill"][:1],
+}  # in programs.TILES' place where a test compiles them all
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is born deaf to it, and tests of Ctrl-C send it
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # a job in the background is born deaf to it, and tests of Ctrl-C send it
 MAPS = Path("/proc/self/maps")
 MANY_MAPS = 25_000  # Linux ends a process that asks for more than 65,530
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--peer-python",
+        metavar="PATH",
+        default=sys.executable,
+        help="the interpreter whose installed peers of `jaxengine bench` are run (default: this one)",
+    )
 
 
 @pytest.hookimpl(optionalhook=True)  # where xdist is
@@ -64,7 +88,11 @@ def random_model(family: str = "Qwen3", **changes) -> tuple[ModelConfig, Decoder
     if config.qkv_bias:  # zeros would not show a bias that is left out
         keys = iter(jax.random.split(jax.random.key(1), 1000))
         params = jax.tree_util.tree_map_with_path(
-            lambda path, x: jax.random.normal(next(keys), x.shape).astype(x.dtype) if "bias" in jax.tree_util.keystr(path) else x, params)
+            lambda path, x: (
+                jax.random.normal(next(keys), x.shape).astype(x.dtype) if "bias" in jax.tree_util.keystr(path) else x
+            ),
+            params,
+        )
     return config, params
 
 
@@ -80,8 +108,13 @@ def step_call(kind: str, engine: EngineConfig, num_steps: int = 1) -> tuple[Call
         inputs = batch.tables, slots, rows_of(batch.decode_rows, [0], [0], [0], [False])
         return steps.decode_step, inputs, dict(tile=Tile(1, 8), max_logprobs=20, num_steps=num_steps)
     ints = np.zeros(batch.prefill_query_blocks, np.int32)
-    inputs = (batch.tables, slots, QueryBlocks(ints, ints, ints, np.int32(1)), rows_of(batch.prefill_rows, [0], [0], [0], [False]),
-              Copies(nothing, nothing, np.int32(0)))
+    inputs = (
+        batch.tables,
+        slots,
+        QueryBlocks(ints, ints, ints, np.int32(1)),
+        rows_of(batch.prefill_rows, [0], [0], [0], [False]),
+        Copies(nothing, nothing, np.int32(0)),
+    )
     return steps.prefill_step, inputs, dict(tile=Tile(QUERY_BLOCK, 8), max_logprobs=20)
 
 
@@ -92,7 +125,9 @@ def pool_bytes(cache: Cache) -> int:
 
 def bits(outputs) -> list[tuple]:
     """What must not move: tokens, the bits of their logprobs, and how each sample ended."""
-    return [(s.token_ids, s.token_logprobs.tobytes(), s.finish_reason, s.stop_reason) for o in outputs for s in o.outputs]
+    return [
+        (s.token_ids, s.token_logprobs.tobytes(), s.finish_reason, s.stop_reason) for o in outputs for s in o.outputs
+    ]
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,5 @@
 """Imports point down only, the host half knows no jax, and importing the package touches no device."""
+
 import ast
 import pathlib
 import subprocess
@@ -12,28 +13,98 @@ ROOT = pathlib.Path(__file__).parent.parent
 # From the ground up; a module may import its own floor and those below.
 FLOORS = [
     ["pallas_kernels", "sharding", "checkpoints"],
-    ["jaxengine.base.arguments", "jaxengine.base.arguments", "jaxengine.base.pytree", "jaxengine.config", "jaxengine.sampling_params", "jaxengine.outputs",
-     "jaxengine.coordinate", "jaxengine.device.step_inputs", "jaxengine.base.keys", "jaxengine.base.machine"],
-    ["jaxengine.ops", "jaxengine.device.sampler", "jaxengine.device.kv_cache", "jaxengine.text.tokenizer", "jaxengine.text.detokenizer", "jaxengine.text.chat_template",
-     "jaxengine.text.template_code", "jaxengine.text.control_tokens", "jaxengine.text.chat_messages",
-     "jaxengine.base.progress"],
+    [
+        "jaxengine.base.arguments",
+        "jaxengine.base.arguments",
+        "jaxengine.base.pytree",
+        "jaxengine.config",
+        "jaxengine.sampling_params",
+        "jaxengine.outputs",
+        "jaxengine.coordinate",
+        "jaxengine.device.step_inputs",
+        "jaxengine.base.keys",
+        "jaxengine.base.machine",
+    ],
+    [
+        "jaxengine.ops",
+        "jaxengine.device.sampler",
+        "jaxengine.device.kv_cache",
+        "jaxengine.text.tokenizer",
+        "jaxengine.text.detokenizer",
+        "jaxengine.text.chat_template",
+        "jaxengine.text.template_code",
+        "jaxengine.text.control_tokens",
+        "jaxengine.text.chat_messages",
+        "jaxengine.base.progress",
+    ],
     ["jaxengine.models"],
-    ["jaxengine.host.sample", "jaxengine.host.page_pool", "jaxengine.host.scheduler", "jaxengine.device.sampling_arrays", "jaxengine.contract.compare", "jaxengine.engine.to_outputs",
-     "jaxengine.host.admission", "jaxengine.engine.collect"],
-    ["jaxengine.engine.batch", "jaxengine.device.steps", "jaxengine.engine.step_variants", "jaxengine.engine.memory", "jaxengine.engine.page_checksums", "jaxengine.contract"],
+    [
+        "jaxengine.host.sample",
+        "jaxengine.host.page_pool",
+        "jaxengine.host.scheduler",
+        "jaxengine.device.sampling_arrays",
+        "jaxengine.contract.compare",
+        "jaxengine.engine.to_outputs",
+        "jaxengine.host.admission",
+        "jaxengine.engine.collect",
+    ],
+    [
+        "jaxengine.engine.batch",
+        "jaxengine.device.steps",
+        "jaxengine.engine.step_variants",
+        "jaxengine.engine.memory",
+        "jaxengine.engine.page_checksums",
+        "jaxengine.contract",
+    ],
     ["jaxengine.engine.weights", "jaxengine.engine"],
     ["jaxengine.engine.runner"],
-    ["jaxengine.device.trunk", "jaxengine.device.scoring", "jaxengine.rl.calc.arithmetic",
-     "jaxengine.rl.calc.train", "jaxengine.rl.rollout", "jaxengine.rl.rewards.bounded", "jaxengine.rl.rewards.reward_worker", "jaxengine.rl.rewards.isolation",
-     "jaxengine.rl.rewards.reward_functions", "jaxengine.rl.rewards.math_reward", "jaxengine.rl.rewards.program_supervisor", "jaxengine.rl.rewards.program_check",
-     "jaxengine.rl.rewards", "jaxengine.rl.loops.calculator", "jaxengine.rl.loops.tools", "jaxengine.rl.advantages", "jaxengine.rl.losses",
-     "jaxengine.rl.metrics", "jaxengine.rl.critic", "jaxengine.rl.trainer"],
-    ["jaxengine.contract.report", "jaxengine.contract.verify", "jaxengine.llm", "jaxengine.functional", "jaxengine.rl.integrations.nnx_policy",
-     "jaxengine.rl.integrations.tunix_rollout", "jaxengine.rl.loops.loop", "jaxengine.rl.calc.learn"],
-    ["jaxengine.command.demo", "jaxengine.command.workloads", "jaxengine.command.bench", "jaxengine.command.options", "jaxengine.command.main", "jaxengine.__main__"],
+    [
+        "jaxengine.device.trunk",
+        "jaxengine.device.scoring",
+        "jaxengine.rl.calc.arithmetic",
+        "jaxengine.rl.calc.train",
+        "jaxengine.rl.rollout",
+        "jaxengine.rl.rewards.bounded",
+        "jaxengine.rl.rewards.reward_worker",
+        "jaxengine.rl.rewards.isolation",
+        "jaxengine.rl.rewards.reward_functions",
+        "jaxengine.rl.rewards.math_reward",
+        "jaxengine.rl.rewards.program_supervisor",
+        "jaxengine.rl.rewards.program_check",
+        "jaxengine.rl.rewards",
+        "jaxengine.rl.loops.calculator",
+        "jaxengine.rl.loops.tools",
+        "jaxengine.rl.advantages",
+        "jaxengine.rl.losses",
+        "jaxengine.rl.metrics",
+        "jaxengine.rl.critic",
+        "jaxengine.rl.trainer",
+    ],
+    [
+        "jaxengine.contract.report",
+        "jaxengine.contract.verify",
+        "jaxengine.llm",
+        "jaxengine.functional",
+        "jaxengine.rl.integrations.nnx_policy",
+        "jaxengine.rl.integrations.tunix_rollout",
+        "jaxengine.rl.loops.loop",
+        "jaxengine.rl.calc.learn",
+    ],
+    [
+        "jaxengine.command.demo",
+        "jaxengine.command.workloads",
+        "jaxengine.command.bench",
+        "jaxengine.command.options",
+        "jaxengine.command.main",
+        "jaxengine.__main__",
+    ],
 ]
 HOST_HALF = ["keywords", "values", "request", "sequence", "block_manager", "scheduler"]
-FILES = [p for folder in ("jaxengine", "pallas_kernels", "sharding", "checkpoints") for p in sorted((ROOT / folder).rglob("*.py"))]
+FILES = [
+    p
+    for folder in ("jaxengine", "pallas_kernels", "sharding", "checkpoints")
+    for p in sorted((ROOT / folder).rglob("*.py"))
+]
 
 
 def module_of(path: pathlib.Path) -> str:
@@ -41,7 +112,12 @@ def module_of(path: pathlib.Path) -> str:
 
 
 def floor_of(module: str) -> int | None:
-    found = [(len(name), level) for level, names in enumerate(FLOORS) for name in names if module == name or module.startswith(name + ".")]
+    found = [
+        (len(name), level)
+        for level, names in enumerate(FLOORS)
+        for name in names
+        if module == name or module.startswith(name + ".")
+    ]
     return max(found)[1] if found else None
 
 

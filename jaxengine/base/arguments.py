@@ -2,6 +2,7 @@
 
 ValueError names the field, what is allowed and what was given; TypeError names an unknown keyword and the nearest known one.
 """
+
 import dataclasses
 import difflib
 import math
@@ -11,7 +12,12 @@ from collections.abc import Iterable
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-STRUCTURED = ("structured_output", "guided_", "response_format", "json_schema")  # beginnings of other engines' keywords for grammars
+STRUCTURED = (
+    "structured_output",
+    "guided_",
+    "response_format",
+    "json_schema",
+)  # beginnings of other engines' keywords for grammars
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -25,10 +31,14 @@ def check_keywords(owner: str, given: Iterable[str], known: Iterable[str]) -> No
     known = list(known)
     for name in given:
         if name not in known and str(name).startswith(STRUCTURED):
-            raise TypeError(f"{owner} has no keyword {name!r}: output that follows a grammar, schema, regular expression or choice is not "
-                            "supported. Leave it out and check the text, or steer with logit_bias, stop and stop_token_ids")
+            raise TypeError(
+                f"{owner} has no keyword {name!r}: output that follows a grammar, schema, regular expression or choice is not "
+                "supported. Leave it out and check the text, or steer with logit_bias, stop and stop_token_ids"
+            )
         if name not in known:
-            raise TypeError(f"{owner} has no keyword {name!r}{nearest(name, known) or '.'} It takes: {', '.join(known)}")
+            raise TypeError(
+                f"{owner} has no keyword {name!r}{nearest(name, known) or '.'} It takes: {', '.join(known)}"
+            )
 
 
 def strict_keywords(cls: type[T]) -> type[T]:
@@ -43,7 +53,6 @@ def strict_keywords(cls: type[T]) -> type[T]:
     __init__.__doc__, __init__.__wrapped__ = original.__doc__, original  # type: ignore[attr-defined]
     cls.__init__ = __init__  # type: ignore[method-assign]
     return cls
-
 
 
 def as_integer(value: Any) -> int | None:

@@ -1,4 +1,5 @@
 """Which key draws a sample. Keys are threefry's, whatever the default of the process is: others would draw other tokens."""
+
 from typing import Any
 
 import jax
@@ -20,11 +21,15 @@ def key_of(words: Any) -> Array:
 def key_data(key: Any) -> tuple[int, int]:
     """The two words of a typed threefry key; raises for anything else."""
     if not (isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
-        raise TypeError(f"key must be a typed key such as jax.random.key(0), got {type(key).__name__}"
-                        f"{f' of {key.dtype}{list(key.shape)}' if hasattr(key, 'dtype') else ''}")
+        raise TypeError(
+            f"key must be a typed key such as jax.random.key(0), got {type(key).__name__}"
+            f"{f' of {key.dtype}{list(key.shape)}' if hasattr(key, 'dtype') else ''}"
+        )
     if key.shape != () or jax.random.key_impl(key) not in ("fry", THREEFRY):
-        raise ValueError(f"key must be one threefry key, got {jax.random.key_impl(key)} of shape {key.shape}: "
-                         f"jax.random.key(0, impl={THREEFRY!r}) is one")
+        raise ValueError(
+            f"key must be one threefry key, got {jax.random.key_impl(key)} of shape {key.shape}: "
+            f"jax.random.key(0, impl={THREEFRY!r}) is one"
+        )
     high, low = np.asarray(jax.random.key_data(key)).tolist()
     return high, low
 

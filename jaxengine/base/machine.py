@@ -1,4 +1,5 @@
 """The machine underneath: its processor, what XLA was told about code for it, and the host's free memory."""
+
 import os
 import platform
 from collections.abc import Iterator
@@ -8,10 +9,31 @@ from typing import Any
 import jax
 
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
-CPU_NAMES = ("vendor_id", "cpu family", "model", "model name", "CPU implementer", "CPU part")  # of x86 and of ARM, in /proc/cpuinfo
-CPU_FEATURES = ("sse4_2", "avx", "fma", "f16c", "amx", "asimd", "sve", "bf16", "i8mm")  # beginnings: XLA generates code for these
+CPU_NAMES = (
+    "vendor_id",
+    "cpu family",
+    "model",
+    "model name",
+    "CPU implementer",
+    "CPU part",
+)  # of x86 and of ARM, in /proc/cpuinfo
+CPU_FEATURES = (
+    "sse4_2",
+    "avx",
+    "fma",
+    "f16c",
+    "amx",
+    "asimd",
+    "sve",
+    "bf16",
+    "i8mm",
+)  # beginnings: XLA generates code for these
 FLAG_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
-HARMLESS_FLAGS = ("xla_force_host_platform_device_count", "xla_dump_", "xla_hlo_profile")  # beginnings of those that change no code
+HARMLESS_FLAGS = (
+    "xla_force_host_platform_device_count",
+    "xla_dump_",
+    "xla_hlo_profile",
+)  # beginnings of those that change no code
 
 
 def device() -> dict[str, Any]:
@@ -35,8 +57,10 @@ def _cpu() -> dict[str, Any]:
     known = _cpu_info()
     features = known.get("flags", known.get("Features", "")).split()
     model = ", ".join(known[name] for name in CPU_NAMES if name in known)
-    return {"model": model or platform.processor() or platform.machine(),
-            "features": sorted(name for name in features if name.startswith(CPU_FEATURES))}
+    return {
+        "model": model or platform.processor() or platform.machine(),
+        "features": sorted(name for name in features if name.startswith(CPU_FEATURES)),
+    }
 
 
 def compiler_flags() -> dict[str, str]:
@@ -57,7 +81,11 @@ def free_memory() -> int:
 
 def _left_to_groups() -> Iterator[int]:
     """What each control group (version 2) over this process may still take; its cached files make room when asked to."""
-    own = [line.removeprefix("0::/") for line in (_read(PROC / "self/cgroup") or "").splitlines() if line.startswith("0::/")]
+    own = [
+        line.removeprefix("0::/")
+        for line in (_read(PROC / "self/cgroup") or "").splitlines()
+        if line.startswith("0::/")
+    ]
     for group in (CGROUPS / own[0], *(CGROUPS / own[0]).parents) if own else ():
         limit, current, stat = (_read(group / f"memory.{name}") for name in ("max", "current", "stat"))
         if limit and current and limit.strip() != "max":

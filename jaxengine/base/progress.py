@@ -1,4 +1,5 @@
 """Progress on long work, on standard error or as a notebook's widget."""
+
 import sys
 from collections.abc import Callable
 

@@ -1,4 +1,5 @@
 """Frozen dataclasses of arrays that JAX takes as arguments."""
+
 import dataclasses
 from typing import TypeVar, dataclass_transform
 

@@ -6,6 +6,7 @@ In a notebook:
     results = bench.measure([bench.Ours(llm)], [bench.Decode(8), bench.Group()])
     print(bench.table(results))
 """
+
 import contextlib
 import dataclasses
 import importlib.metadata
@@ -34,15 +35,27 @@ from jaxengine.sampling_params import SamplingParams
 
 __all__ = ["Decode", "Group", "Ours", "Peer", "compilations", "machine", "measure", "open_model", "record", "table"]
 QWEN3_06B = ModelConfig(
-    architecture="Qwen3ForCausalLM", vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28,
-    num_attention_heads=16, num_key_value_heads=8, head_dim=128, max_position_embeddings=40960, rope=RopeConfig(1e6),
-    tie_word_embeddings=True, qk_norm=True, dtype="bfloat16")
+    architecture="Qwen3ForCausalLM",
+    vocab_size=151936,
+    hidden_size=1024,
+    intermediate_size=3072,
+    num_hidden_layers=28,
+    num_attention_heads=16,
+    num_key_value_heads=8,
+    head_dim=128,
+    max_position_embeddings=40960,
+    rope=RopeConfig(1e6),
+    tie_word_embeddings=True,
+    qk_norm=True,
+    dtype="bfloat16",
+)
 SHAPES = {"qwen3-0.6b-shape": QWEN3_06B}  # random weights, made in place
 ENGINE = dict(max_model_len=2048, max_num_seqs=64, num_pages=1025)  # room for either workload at 64 sequences
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 # -- systems -------------------------------------------------------------------------------------------------------------------
+
 
 class Ours:
     """An LLM as a system."""
@@ -77,13 +90,21 @@ class Peer:
     """Another engine in an interpreter of its own, which answers tasks line by line (benchmarks/README.md)."""
 
     def __init__(self, name: str, python: str, folder: str, dtype: str, vocab_size: int) -> None:
-        script = Path(__file__).parent.parent / "benchmarks" / PEERS[name]
+        script = Path(__file__).parents[2] / "benchmarks" / "peers" / PEERS[name]
         if not script.is_file():
-            raise ValueError(f"the peer {name!r} is run by {script}, which is not there: run the bench from a checkout of the repository")
+            raise ValueError(
+                f"the peer {name!r} is run by {script}, which is not there: run the bench from a checkout "
+                "of the repository"
+            )
         self.name, self.vocab_size, self._python = name, vocab_size, python
         # In a session of its own, so that Ctrl-C reaches us alone and we end it.
-        self._process = subprocess.Popen([python, str(script), folder, "--dtype", dtype], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                         text=True, start_new_session=True)
+        self._process = subprocess.Popen(
+            [python, str(script), folder, "--dtype", dtype],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
         try:
             hello = self._answer()
         except BaseException:
@@ -105,8 +126,10 @@ class Peer:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()  # its messages come on standard error
         if not line:
-            raise ValueError(f"the peer {self.name!r} ended with code {self._process.wait()}: has {self._python} what benchmarks/README.md "
-                             "asks for?")
+            raise ValueError(
+                f"the peer {self.name!r} ended with code {self._process.wait()}: has {self._python} what benchmarks/README.md "
+                "asks for?"
+            )
         return json.loads(line)
 
     def close(self) -> None:
@@ -135,6 +158,7 @@ def write_config(folder: Path, config: ModelConfig) -> None:
 
 
 # -- measuring -----------------------------------------------------------------------------------------------------------------
+
 
 @dataclasses.dataclass(frozen=True)
 class Result:
@@ -166,8 +190,12 @@ def compilations() -> Iterator[list[str]]:
         jax.monitoring.unregister_event_duration_listener(listener)
 
 
-def measure(systems: Sequence[System], workloads: Sequence[Workload], repeats: int = 3, report: Callable[[str], None] = lambda text: None
-            ) -> list[Result]:
+def measure(
+    systems: Sequence[System],
+    workloads: Sequence[Workload],
+    repeats: int = 3,
+    report: Callable[[str], None] = lambda text: None,
+) -> list[Result]:
     """Each workload on each system: a warm-up that does not count, then `repeats`, the systems in turns. Prompts are fresh in every run."""
     results = []
     for system in systems:
@@ -186,8 +214,10 @@ def measure(systems: Sequence[System], workloads: Sequence[Workload], repeats: i
                     rates[index].append(workload.rate(system, repeat))
                 report(f"{workload} on {system.name}, run {repeat + 1} of {repeats}: {rates[index][-1]:.1f} tok/s")
                 compiled[index] += len(names)
-        results += [Result(str(workload), system.name, own, count if isinstance(system, Ours) else None)
-                    for system, own, count in zip(able, rates, compiled, strict=True)]
+        results += [
+            Result(str(workload), system.name, own, count if isinstance(system, Ours) else None)
+            for system, own, count in zip(able, rates, compiled, strict=True)
+        ]
     return results
 
 
@@ -195,8 +225,16 @@ def machine() -> dict[str, Any]:
     """Where the figures come from. `load` is what the machine had to do in the last minute."""
     device = jax.devices()[0]
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")}
-    return {"cpu": cpu_name(), "cpus": os.cpu_count(), "load": os.getloadavg()[0], "device": device.device_kind,
-            "platform": device.platform, "python": platform.python_version(), "jaxengine": __version__, **versions}
+    return {
+        "cpu": cpu_name(),
+        "cpus": os.cpu_count(),
+        "load": os.getloadavg()[0],
+        "device": device.device_kind,
+        "platform": device.platform,
+        "python": platform.python_version(),
+        "jaxengine": __version__,
+        **versions,
+    }
 
 
 def table(results: Sequence[Result]) -> str:
@@ -208,12 +246,24 @@ def table(results: Sequence[Result]) -> str:
         ratio = "" if base is result else f"{base.median / result.median:.2f} times as fast"
         compiled = "" if result.compilations is None else result.compilations
         between = f"({min(result.rates):.1f} - {max(result.rates):.1f})"
-        lines.append(f"{result.workload:<16}{result.system:<16}{result.median:>10.1f}  {between:<22}{compiled:>8}  {ratio}".rstrip())
+        lines.append(
+            f"{result.workload:<16}{result.system:<16}{result.median:>10.1f}  {between:<22}{compiled:>8}  {ratio}".rstrip()
+        )
     return "\n".join(lines)
 
 
-def record(llm: LLM, model: str, where: dict[str, Any], results: Sequence[Result], peers: dict[str, Any]) -> dict[str, Any]:
+def record(
+    llm: LLM, model: str, where: dict[str, Any], results: Sequence[Result], peers: dict[str, Any]
+) -> dict[str, Any]:
     """Everything that a reader of the figures has to know, ready for JSON. `where` is `machine()`, `peers` the versions of each."""
     number = lambda rate: rate if math.isfinite(rate) else None
-    return {"machine": where, "model": model, "dtype": llm.config.dtype, "engine": dataclasses.asdict(llm.engine_config), "peers": peers,
-            "results": [dataclasses.asdict(r) | {"rates": [*map(number, r.rates)], "median": number(r.median)} for r in results]}
+    return {
+        "machine": where,
+        "model": model,
+        "dtype": llm.config.dtype,
+        "engine": dataclasses.asdict(llm.engine_config),
+        "peers": peers,
+        "results": [
+            dataclasses.asdict(r) | {"rates": [*map(number, r.rates)], "median": number(r.median)} for r in results
+        ],
+    }

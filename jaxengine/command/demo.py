@@ -1,4 +1,5 @@
 """What ships, in one command: arithmetic sampled and graded, and every sample drawn again, alone and among others, bit for bit."""
+
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -26,14 +27,22 @@ Say = Callable[[str], None]
 
 def draw_alone(llm: LLM, prompts: Sequence[str], samples: int, key: jax.Array) -> list[CompletionOutput]:
     """Every sample of `generate(prompts, n=samples, key=key)` by itself: a call each, nothing beside it."""
-    return [llm.generate([prompt], _own(sample_key(key, p, i)), use_tqdm=False)[0].outputs[0]
-            for p, prompt in enumerate(prompts) for i in range(samples)]
+    return [
+        llm.generate([prompt], _own(sample_key(key, p, i)), use_tqdm=False)[0].outputs[0]
+        for p, prompt in enumerate(prompts)
+        for i in range(samples)
+    ]
 
 
-def draw_among_others(llm: LLM, prompts: Sequence[str], samples: int, key: jax.Array, seed: int) -> list[CompletionOutput]:
+def draw_among_others(
+    llm: LLM, prompts: Sequence[str], samples: int, key: jax.Array, seed: int
+) -> list[CompletionOutput]:
     """The same samples in one batch, each a request of its own, shuffled and with other requests between them."""
     wanted = [(prompt, sample_key(key, p, i)) for p, prompt in enumerate(prompts) for i in range(samples)]
-    others = [(problem.prompt, sample_key(seeded(seed + 1), i, 0)) for i, problem in enumerate(arithmetic.problems(seed, OTHERS))]
+    others = [
+        (problem.prompt, sample_key(seeded(seed + 1), i, 0))
+        for i, problem in enumerate(arithmetic.problems(seed, OTHERS))
+    ]
     batch = list(enumerate(wanted + others))
     random.Random(seed).shuffle(batch)
     outputs = llm.generate([prompt for _, (prompt, _) in batch], [_own(own) for _, (_, own) in batch], use_tqdm=False)
@@ -45,29 +54,46 @@ def _own(key: jax.Array) -> SamplingParams:
     return SamplingParams(key=key, max_tokens=MAX_TOKENS)
 
 
-def demo(model: str = "calc", *, samples: int = 8, problems: int = 6, seed: int = 0, color: bool = False, say: Say = print) -> bool:
+def demo(
+    model: str = "calc", *, samples: int = 8, problems: int = 6, seed: int = 0, color: bool = False, say: Say = print
+) -> bool:
     """Sample problems, show and grade the answers, and draw them all again; True where every bit was the same."""
     say(f"Loading {model}. The first call compiles the steps of the engine, which takes most of this demo's time.")
     llm = LLM(model, max_model_len=CONTEXT)
     asked, key = arithmetic.problems(seed, problems, "held-out"), seeded(seed)
     prompts, params = [problem.prompt for problem in asked], SamplingParams(n=samples, max_tokens=MAX_TOKENS)
-    say(f"{_size(llm)}. {problems} problems that it was not trained on, {samples} samples each, temperature 1, key {seed}:")
-    draw = lambda: [sample for request in llm.generate(prompts, params, key=key, use_tqdm=False) for sample in request.outputs]
+    say(
+        f"{_size(llm)}. {problems} problems that it was not trained on, {samples} samples each, temperature 1, key {seed}:"
+    )
+    draw = lambda: [
+        sample for request in llm.generate(prompts, params, key=key, use_tqdm=False) for sample in request.outputs
+    ]
     first, compiling = _timed(draw)
     _show(asked, first, samples, color, say)
     again, seconds = _timed(draw)
     tokens = sum(len(sample.token_ids) for sample in again)
-    say(f"\n{tokens} tokens in {seconds:.2f} s: {tokens / seconds:.0f} tokens/s (the first call, with compilation, took {compiling:.1f} s)")
-    say(f"\nThe same call again; each sample alone, with its own key; all in one batch, shuffled among {OTHERS} other requests …")
-    comparisons = [compare("in the same call again", first, again), compare("alone", first, draw_alone(llm, prompts, samples, key)),
-                   compare("among others", first, draw_among_others(llm, prompts, samples, key, seed))]
+    say(
+        f"\n{tokens} tokens in {seconds:.2f} s: {tokens / seconds:.0f} tokens/s (the first call, with compilation, took {compiling:.1f} s)"
+    )
+    say(
+        f"\nThe same call again; each sample alone, with its own key; all in one batch, shuffled among {OTHERS} other requests …"
+    )
+    comparisons = [
+        compare("in the same call again", first, again),
+        compare("alone", first, draw_alone(llm, prompts, samples, key)),
+        compare("among others", first, draw_among_others(llm, prompts, samples, key, seed)),
+    ]
     return _verdict(comparisons, say)
 
 
 def _verdict(comparisons: Sequence[Comparison], say: Say) -> bool:
     """Print what held; True where everything did."""
     holds = all(comparison.holds for comparison in comparisons)
-    say(("bit-equal: " if holds else "BITS DIFFER: ") + ", ".join(map(str, comparisons)) + " (tokens, and logprobs as uint32)")
+    say(
+        ("bit-equal: " if holds else "BITS DIFFER: ")
+        + ", ".join(map(str, comparisons))
+        + " (tokens, and logprobs as uint32)"
+    )
     return holds
 
 
@@ -82,6 +108,7 @@ def _size(llm: LLM) -> str:
 
 
 # -- text ----------------------------------------------------------------------------------------------------------------------
+
 
 def _show(asked: Sequence[Problem], drawn: Sequence[CompletionOutput], samples: int, color: bool, say: Say) -> None:
     """A line a problem: its answer, how many samples are right, and the samples token by token."""

@@ -1,4 +1,5 @@
 """Command-line options made from the fields of a dataclass, and the readers of their values. A new field appears by itself."""
+
 import argparse
 import dataclasses
 import types
@@ -17,16 +18,28 @@ def add_fields(group: Any, cls: type, defaults: Mapping[str, str] = types.Mappin
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         own = f"default {field.default!r}" if field.default not in (None, ()) else "not set by default"
-        group.add_argument(f"--{field.name.replace('_', '-')}", dest=f"{cls.__name__}.{field.name}", default=argparse.SUPPRESS,
-                           **_form(field.name, hints[field.name], defaults.get(field.name, own)))
+        group.add_argument(
+            f"--{field.name.replace('_', '-')}",
+            dest=f"{cls.__name__}.{field.name}",
+            default=argparse.SUPPRESS,
+            **_form(field.name, hints[field.name], defaults.get(field.name, own)),
+        )
 
 
 def _form(name: str, hint: Any, known: str) -> dict[str, Any]:
     """How an option of a field's type reads its value."""
-    kinds = [kind for kind in (typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)) if kind is not types.NoneType]
+    kinds = [
+        kind
+        for kind in (typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,))
+        if kind is not types.NoneType
+    ]
     origin = typing.get_origin(kinds[-1]) or kinds[-1]
     if name == "key":
-        return dict(type=_key_words, metavar="WORD,WORD", help="the two words of a threefry key, as jax.random.key_data gives them")
+        return dict(
+            type=_key_words,
+            metavar="WORD,WORD",
+            help="the two words of a threefry key, as jax.random.key_data gives them",
+        )
     if origin is bool:
         return dict(action=argparse.BooleanOptionalAction, help=known)
     if origin in (int, float, str):

@@ -1,10 +1,11 @@
 """What is measured: the decode and group workloads, the same for every system (benchmarks/README.md)."""
+
 import dataclasses
 import math
 import random
 from typing import Protocol
 
-PEERS = {"transformers": "transformers_decode.py", "vllm": "vllm_workloads.py"}  # other systems, and their scripts in benchmarks/
+PEERS = {"transformers": "peer_transformers.py", "vllm": "peer_vllm.py"}  # other systems: scripts in benchmarks/peers/
 Prompts = list[list[int]]
 
 
@@ -37,7 +38,9 @@ class Decode:
     def __post_init__(self) -> None:
         object.__setattr__(self, "new_tokens", self.new_tokens or (16 if self.batch >= 64 else 32))
         if self.batch < 1 or self.new_tokens < 2:
-            raise ValueError(f"batch must be at least 1 and new_tokens at least 2, got {self.batch} and {self.new_tokens}")
+            raise ValueError(
+                f"batch must be at least 1 and new_tokens at least 2, got {self.batch} and {self.new_tokens}"
+            )
 
     def __str__(self) -> str:
         return f"decode B={self.batch}"
@@ -50,13 +53,20 @@ class Decode:
     def requests(self, repeat: int, vocab_size: int, new_tokens: int = 0) -> tuple[Prompts, list[int]]:
         """(prompts, new tokens of each) of a run."""
         count = new_tokens or self.new_tokens
-        return random_prompts(random.Random(f"{self} {count} {repeat}"), self.batch, self.prompt_tokens, vocab_size), [count] * self.batch
+        return random_prompts(random.Random(f"{self} {count} {repeat}"), self.batch, self.prompt_tokens, vocab_size), [
+            count
+        ] * self.batch
 
     def rate(self, system: System, repeat: int) -> float:
         """Tokens per second of a run whose prompts no other run has."""
-        times = [system.seconds(*self.requests(repeat, system.vocab_size, count), logprobs=False) for count in (1, self.new_tokens)]
+        times = [
+            system.seconds(*self.requests(repeat, system.vocab_size, count), logprobs=False)
+            for count in (1, self.new_tokens)
+        ]
         spent = times[1] - times[0]
-        return self.batch * (self.new_tokens - 1) / spent if spent > 0 else math.nan  # a machine too noisy for so little work
+        return (
+            self.batch * (self.new_tokens - 1) / spent if spent > 0 else math.nan
+        )  # a machine too noisy for so little work
 
 
 @dataclasses.dataclass(frozen=True)

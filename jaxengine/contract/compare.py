@@ -1,4 +1,5 @@
 """Comparing samples by bits: tokens, and logprobs as uint32."""
+
 import dataclasses
 from collections.abc import Sequence
 

@@ -1,4 +1,5 @@
 """The paged KV cache as a pytree on the device, and the token history that steps read their inputs from."""
+
 import dataclasses
 from typing import Any
 
@@ -31,7 +32,9 @@ def history_shape(engine_config: EngineConfig) -> tuple[int, int]:
 
 def abstract(model_config: ModelConfig, engine_config: EngineConfig, kernels: Kernels) -> Any:
     """Shapes and dtypes of the cache, nothing allocated."""
-    keys, values = kernels.pools(model_config, engine_config.num_pages + engine_config.probe_pages, engine_config.page_size)
+    keys, values = kernels.pools(
+        model_config, engine_config.num_pages + engine_config.probe_pages, engine_config.page_size
+    )
     history: Any = jax.ShapeDtypeStruct(history_shape(engine_config), HISTORY)
     layers = model_config.num_hidden_layers
     return Cache((keys,) * layers, (values,) * layers, history)
@@ -43,7 +46,9 @@ def allocate(model_config: ModelConfig, engine_config: EngineConfig, kernels: Ke
     homes = {x.sharding for x in jax.tree.leaves(beside)}
     one = len(homes) == 1 and isinstance(next(iter(homes)), jax.sharding.SingleDeviceSharding)
     home = homes.pop() if one else None
-    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, device=s.sharding or home), abstract(model_config, engine_config, kernels))
+    return jax.tree.map(
+        lambda s: jnp.zeros(s.shape, s.dtype, device=s.sharding or home), abstract(model_config, engine_config, kernels)
+    )
 
 
 def is_lost(cache: Cache) -> bool:
@@ -84,7 +89,8 @@ def copy_pages(cache: Cache, sources: Int[Array, " C"], targets: Int[Array, " C"
 
     def copy(pool):
         step = lambda i, pool: jax.lax.dynamic_update_slice_in_dim(
-            pool, jax.lax.dynamic_slice_in_dim(pool, sources[i], 1), targets[i], axis=0)
+            pool, jax.lax.dynamic_slice_in_dim(pool, sources[i], 1), targets[i], axis=0
+        )
         return jax.lax.fori_loop(0, count, step, pool)
 
     return dataclasses.replace(cache, keys=tuple(map(copy, cache.keys)), values=tuple(map(copy, cache.values)))

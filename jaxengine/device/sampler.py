@@ -9,6 +9,7 @@ by inverse CDF over the blocks' masses, a second an id by inverse CDF within the
 150,000 Gumbels a token costs more than a decode step on a CPU. And two instead of one: each then has its own 24 bits, so the rounding of
 one CDF over the whole vocabulary does not swallow its tail.
 """
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,8 +34,13 @@ def fold_keys(key: UInt32[Array, "t 2"], folds: Int[Array, "t 2"], positions: In
     return jax.vmap(one)(key, jnp.column_stack([folds, positions]))
 
 
-def process(logits: Float[Array, "t V"], row: SamplingArrays, history: Int[Array, "slots max_len"], slots: Int[Array, " t"],
-            positions: Int[Array, " t"]) -> tuple[Float[Array, "t V"], Float[Array, "t V"]]:
+def process(
+    logits: Float[Array, "t V"],
+    row: SamplingArrays,
+    history: Int[Array, "slots max_len"],
+    slots: Int[Array, " t"],
+    positions: Int[Array, " t"],
+) -> tuple[Float[Array, "t V"], Float[Array, "t V"]]:
     """(logits after bias and penalties, logits of the processed distribution) for tokens at `positions`; what is cut off is -inf.
 
     `row` holds the parameters of each row's slot. Work that no row of the tile asks for is skipped; a row that does not ask for it
@@ -51,7 +57,9 @@ def process(logits: Float[Array, "t V"], row: SamplingArrays, history: Int[Array
 
     def penalised(logits):
         tokens, where = history[slots], jnp.arange(history.shape[1])
-        count = lambda use: jnp.zeros((batch, vocab), jnp.int32).at[each, tokens].add(use.astype(jnp.int32), mode="drop")
+        count = lambda use: (
+            jnp.zeros((batch, vocab), jnp.int32).at[each, tokens].add(use.astype(jnp.int32), mode="drop")
+        )
         generated = count((where >= row.prompt_length[:, None]) & (where < positions[:, None]))
         seen = generated + count(where < jnp.minimum(row.prompt_length, positions)[:, None]) > 0
         penalty = row.repetition_penalty[:, None]
@@ -64,12 +72,22 @@ def process(logits: Float[Array, "t V"], row: SamplingArrays, history: Int[Array
     logits = jax.lax.cond(wants_penalty, penalised, lambda x: x, logits)
     scaled = logits / jnp.where(row.temperature > 0, row.temperature, 1.0)[:, None]
     cuts = (row.top_k > 0) | (row.top_p < 1) | (row.min_p > 0)
-    return logits, jax.lax.cond((cuts & (row.temperature > 0)).any(), lambda x: truncate(x, row.top_k, row.top_p, row.min_p),
-                                lambda x: x, scaled)
+    return logits, jax.lax.cond(
+        (cuts & (row.temperature > 0)).any(),
+        lambda x: truncate(x, row.top_k, row.top_p, row.min_p),
+        lambda x: x,
+        scaled,
+    )
 
 
-def distribution(logits: Float[Array, "t V"], row: SamplingArrays, history: Int[Array, "slots max_len"], slots: Int[Array, " t"],
-                 positions: Int[Array, " t"], raw: Bool[Array, " t"]) -> tuple[Float[Array, "t V"], Float[Array, "t V"]]:
+def distribution(
+    logits: Float[Array, "t V"],
+    row: SamplingArrays,
+    history: Int[Array, "slots max_len"],
+    slots: Int[Array, " t"],
+    positions: Int[Array, " t"],
+    raw: Bool[Array, " t"],
+) -> tuple[Float[Array, "t V"], Float[Array, "t V"]]:
     """(logits after bias and penalties, logits of the distribution that tokens at `positions` are drawn from).
 
     Of rows that are `raw`, or at temperature 0, the latter are the model's own.
@@ -79,8 +97,9 @@ def distribution(logits: Float[Array, "t V"], row: SamplingArrays, history: Int[
     return penalised, jnp.where(raw[:, None], logits, processed)
 
 
-def truncate(logits: Float[Array, "t V"], top_k: Int[Array, " t"], top_p: Float[Array, " t"],
-             min_p: Float[Array, " t"]) -> Float[Array, "t V"]:
+def truncate(
+    logits: Float[Array, "t V"], top_k: Int[Array, " t"], top_p: Float[Array, " t"], min_p: Float[Array, " t"]
+) -> Float[Array, "t V"]:
     """logits with everything outside top-k, then top-p, then min-p at -inf. Ties in the sorted order are broken by token id.
 
     No sort: the threshold is found by bisection over the bits of float32, whose order is that of integers.
@@ -89,8 +108,9 @@ def truncate(logits: Float[Array, "t V"], top_k: Int[Array, " t"], top_p: Float[
     return jnp.where(keep, logits, -jnp.inf)
 
 
-def _support(logits: Float[Array, "t V"], top_k: Int[Array, " t"], top_p: Float[Array, " t"], min_p: Float[Array, " t"]
-             ) -> Bool[Array, "t V"]:
+def _support(
+    logits: Float[Array, "t V"], top_k: Int[Array, " t"], top_p: Float[Array, " t"], min_p: Float[Array, " t"]
+) -> Bool[Array, "t V"]:
     vocab = logits.shape[-1]
     order = _order(logits)
     k = jnp.where((top_k > 0) & (top_k < vocab), top_k, vocab)[:, None]
@@ -102,7 +122,9 @@ def _support(logits: Float[Array, "t V"], top_k: Int[Array, " t"], top_p: Float[
     p = jnp.maximum(top_p, jnp.finfo(jnp.float32).tiny)[:, None]  # a p that rounds to 0 still keeps the likeliest
     edge = _largest(lambda t: row_sum(jnp.where(order >= t, probs, 0))[:, None] >= p, order.shape[0])
     inside = row_sum(jnp.where(order > edge, probs, 0))[:, None]
-    each = jnp.max(jnp.where(order == edge, probs, 0), -1, keepdims=True)  # ids that share the edge have one probability
+    each = jnp.max(
+        jnp.where(order == edge, probs, 0), -1, keepdims=True
+    )  # ids that share the edge have one probability
     missing = jnp.ceil((p - inside) / jnp.maximum(each, jnp.finfo(jnp.float32).tiny))
     keep &= jnp.where(p < 1, _above(order, edge, jnp.clip(missing, 1, vocab).astype(jnp.int32)), True)
 
@@ -139,7 +161,9 @@ def uniforms(keys: Array) -> Float[Array, "t 2"]:
     """
 
     def one(key):
-        words = threefry_2x32(jax.random.key_data(key), jnp.array([0, 0, 0, 1], jnp.uint32)).reshape(2, 2)  # of the counts 0 and 1
+        words = threefry_2x32(jax.random.key_data(key), jnp.array([0, 0, 0, 1], jnp.uint32)).reshape(
+            2, 2
+        )  # of the counts 0 and 1
         mantissas = (words[0] ^ words[1]) >> (32 - jnp.finfo(jnp.float32).nmant)
         return jax.lax.bitcast_convert_type(mantissas | ONE, jnp.float32) - 1
 

@@ -2,6 +2,7 @@
 
 The head and the sampler's distribution run in a pinned region over the rows that are asked for alone, wherever they stand.
 """
+
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -37,8 +38,17 @@ def sampling_arrays_of(params: Sequence[SamplingParams], model_config: ModelConf
 
 
 @functools.partial(jax.jit, static_argnames=("model_config", "kernels", "entropy", "tile"))
-def token_logprobs(params: Decoder, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], slots: SamplingArrays, *, model_config: ModelConfig,
-                   kernels: Kernels, entropy: bool = False, tile: Tile = WIDE) -> tuple[Float[Array, "B T"], Float[Array, "B T"] | None]:
+def token_logprobs(
+    params: Decoder,
+    tokens: Int[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    slots: SamplingArrays,
+    *,
+    model_config: ModelConfig,
+    kernels: Kernels,
+    entropy: bool = False,
+    tile: Tile = WIDE,
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"] | None]:
     """(logprobs, entropies if asked) of the tokens under `mask`, each at its own position, 0 elsewhere. Differentiable in params.
 
     A run of tokens under the mask is a completion, and all that stands before it its prompt. What stands behind the last token under
@@ -48,17 +58,35 @@ def token_logprobs(params: Decoder, tokens: Int[Array, "B T"], mask: Bool[Array,
     return head_logprobs(params, x, tokens, mask, slots, model_config=model_config, kernels=kernels, entropy=entropy)
 
 
-def trunk(params: Decoder, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], *, model_config: ModelConfig, kernels: Kernels,
-          tile: Tile = WIDE) -> tuple[Float[Array, "B T D"], Int[Array, "B T"]]:
+def trunk(
+    params: Decoder,
+    tokens: Int[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    *,
+    model_config: ModelConfig,
+    kernels: Kernels,
+    tile: Tile = WIDE,
+) -> tuple[Float[Array, "B T D"], Int[Array, "B T"]]:
     """(residual stream behind the last layer, as far as tokens under `mask` are predicted by it; tokens, those that are none as 0)."""
     tokens = jnp.where((tokens >= 0) & (tokens < model_config.vocab_size), tokens, 0).astype(jnp.int32)
     wanted = mask.at[:, 0].set(False)
-    lengths = jnp.where(wanted, jnp.arange(tokens.shape[1]), 0).max(-1)  # the last token is predicted, and needs no forward pass of its own
+    lengths = jnp.where(wanted, jnp.arange(tokens.shape[1]), 0).max(
+        -1
+    )  # the last token is predicted, and needs no forward pass of its own
     return hidden_states(model_config, kernels, params, tokens, lengths, tile), tokens
 
 
-def head_logprobs(params: Decoder, x: Float[Array, "B T D"], tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], slots: SamplingArrays, *,
-                  model_config: ModelConfig, kernels: Kernels, entropy: bool = False) -> tuple[Float[Array, "B T"], Float[Array, "B T"] | None]:
+def head_logprobs(
+    params: Decoder,
+    x: Float[Array, "B T D"],
+    tokens: Int[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    slots: SamplingArrays,
+    *,
+    model_config: ModelConfig,
+    kernels: Kernels,
+    entropy: bool = False,
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"] | None]:
     """token_logprobs from what `trunk` gives: a critic shares the trunk (critic.py)."""
     batch, length = tokens.shape
     where, wanted = jnp.arange(length), mask.at[:, 0].set(False)
@@ -72,15 +100,21 @@ def head_logprobs(params: Decoder, x: Float[Array, "B T D"], tokens: Int[Array, 
     weights = (params.norm, params.output_head, _opaque(slots, params, tokens), tokens)
     body = functools.partial(_row_scores, model_config, kernels, entropy)
     found = over_tiles(body, HEAD_ROWS, weights, rows, wanted.sum(dtype=jnp.int32) + unknown_zero(params.norm, tokens))
-    placed = [jnp.where(wanted, each[jnp.argsort(order[: batch * length])].reshape(batch, length), 0.0) for each in found]
+    placed = [
+        jnp.where(wanted, each[jnp.argsort(order[: batch * length])].reshape(batch, length), 0.0) for each in found
+    ]
     return placed[0], placed[1] if entropy else None
 
 
-def _row_scores(model_config: ModelConfig, kernels: Kernels, entropy: bool, weights: tuple, rows: tuple) -> tuple[Float[Array, " t"], ...]:
+def _row_scores(
+    model_config: ModelConfig, kernels: Kernels, entropy: bool, weights: tuple, rows: tuple
+) -> tuple[Float[Array, " t"], ...]:
     norm, head, slots, tokens = weights
     x, sequences, positions, prompts = rows
     row: SamplingArrays = jax.tree.map(lambda a: a[sequences], slots)
-    row = dataclasses.replace(row, prompt_length=prompts, first_stop=jnp.where(row.first_stop > 0, prompts + row.first_stop, 0))
+    row = dataclasses.replace(
+        row, prompt_length=prompts, first_stop=jnp.where(row.first_stop > 0, prompts + row.first_stop, 0)
+    )
     logits = decoder.logits(model_config, kernels, norm, head, x)
     _, drawn_from = sampler.distribution(logits, row, tokens, sequences, positions, jnp.zeros(x.shape[0], bool))
     out = kernels.draw_and_score(drawn_from, tokens[sequences, positions])
@@ -93,7 +127,9 @@ def _opaque(slots: SamplingArrays, params: Decoder, tokens: Array) -> SamplingAr
     return jax.tree.map(lambda x: jnp.where(zero == 0, x, jnp.zeros_like(x)), slots)
 
 
-def in_batches(params: Decoder, tokens: np.ndarray, mask: np.ndarray, slots: SamplingArrays, **how) -> tuple[np.ndarray, np.ndarray | None]:
+def in_batches(
+    params: Decoder, tokens: np.ndarray, mask: np.ndarray, slots: SamplingArrays, **how
+) -> tuple[np.ndarray, np.ndarray | None]:
     """token_logprobs over batches of bounded size, as numpy arrays. Shapes are powers of two, so that few of them are ever compiled."""
     length = max(_power_of_two(tokens.shape[1]), KV_TILE)
     rows = max(min(BATCH_TOKENS // length, _power_of_two(tokens.shape[0])), 1)

@@ -1,4 +1,5 @@
 """What the host hands to a step, as pytrees of small arrays. `B` query blocks, `R` rows that want a token or its logprob."""
+
 from typing import Any
 
 from jaxtyping import Bool, Float, Int, UInt32

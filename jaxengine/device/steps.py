@@ -1,4 +1,5 @@
 """The jitted steps, pure functions of (params, cache, inputs). The only jax.jit of the engine is in here; the cache is donated."""
+
 import dataclasses
 import functools
 
@@ -22,9 +23,23 @@ from pallas_kernels.tiles import unknown_zero
 HEAD_TILE = 8  # rows of the head in a prefill, where few of many rows draw
 
 
-@functools.partial(jax.jit, static_argnames=("model_config", "kernels", "tile", "max_logprobs"), donate_argnames="cache")
-def prefill_step(params: Decoder, cache: Cache, tables: Array, slots: SamplingArrays, blocks: QueryBlocks, rows: Rows, copies: Copies,
-                 *, model_config: ModelConfig, kernels: Kernels, tile: Tile, max_logprobs: int) -> tuple[Cache, RowOutputs]:
+@functools.partial(
+    jax.jit, static_argnames=("model_config", "kernels", "tile", "max_logprobs"), donate_argnames="cache"
+)
+def prefill_step(
+    params: Decoder,
+    cache: Cache,
+    tables: Array,
+    slots: SamplingArrays,
+    blocks: QueryBlocks,
+    rows: Rows,
+    copies: Copies,
+    *,
+    model_config: ModelConfig,
+    kernels: Kernels,
+    tile: Tile,
+    max_logprobs: int,
+) -> tuple[Cache, RowOutputs]:
     """Run prompt chunks and draw (or score) the token after each of `rows`. Drawn tokens are appended to the history."""
     cache, hidden = decoder.forward(model_config, kernels, params, cache, tables, blocks, tile)
     # Copies wait for the attention that reads the pools they change: XLA on CPU would rather copy all pools than see to the order.
@@ -34,9 +49,22 @@ def prefill_step(params: Decoder, cache: Cache, tables: Array, slots: SamplingAr
     return append(cache, rows, out), out
 
 
-@functools.partial(jax.jit, static_argnames=("model_config", "kernels", "tile", "max_logprobs", "num_steps"), donate_argnames="cache")
-def decode_step(params: Decoder, cache: Cache, tables: Array, slots: SamplingArrays, rows: Rows,
-                *, model_config: ModelConfig, kernels: Kernels, tile: Tile, max_logprobs: int, num_steps: int) -> tuple[Cache, RowOutputs]:
+@functools.partial(
+    jax.jit, static_argnames=("model_config", "kernels", "tile", "max_logprobs", "num_steps"), donate_argnames="cache"
+)
+def decode_step(
+    params: Decoder,
+    cache: Cache,
+    tables: Array,
+    slots: SamplingArrays,
+    rows: Rows,
+    *,
+    model_config: ModelConfig,
+    kernels: Kernels,
+    tile: Tile,
+    max_logprobs: int,
+    num_steps: int,
+) -> tuple[Cache, RowOutputs]:
     """`num_steps` tokens for each of `rows`, outputs `[num_steps, R]`. A row that reaches its limit is idle from there on."""
     lane = jnp.arange(rows.slots.shape[0])
 
@@ -82,7 +110,9 @@ def word_sums(x: Array) -> UInt32[Array, " 2"]:
     rows = x.reshape(-1, x.shape[-1])
     words = rows.view(f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
     place = lambda axis: jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
-    stirred = (words ^ ((place(0) * np.uint32(words.shape[1]) + place(1)) * np.uint32(0x9E3779B1))) * np.uint32(0x85EBCA6B)
+    stirred = (words ^ ((place(0) * np.uint32(words.shape[1]) + place(1)) * np.uint32(0x9E3779B1))) * np.uint32(
+        0x85EBCA6B
+    )
     stirred = (stirred ^ (stirred >> 15)) * np.uint32(0xC2B2AE35)
     columns = (stirred ^ (stirred >> 13)).sum(0, dtype=jnp.uint32)
     odd = 2 * jnp.arange(columns.shape[0], dtype=jnp.uint32) + 1
@@ -103,8 +133,17 @@ def append(cache: Cache, rows: Rows, out: RowOutputs, live: Array | None = None)
     return dataclasses.replace(cache, history=cache.history.at[slots, rows.positions + 1].set(out.tokens, mode="drop"))
 
 
-def next_tokens(model_config: ModelConfig, kernels: Kernels, params: Decoder, cache: Cache, slots: SamplingArrays, x: Array, rows: Rows, tile: int,
-                max_logprobs: int) -> RowOutputs:
+def next_tokens(
+    model_config: ModelConfig,
+    kernels: Kernels,
+    params: Decoder,
+    cache: Cache,
+    slots: SamplingArrays,
+    x: Array,
+    rows: Rows,
+    tile: int,
+    max_logprobs: int,
+) -> RowOutputs:
     """Head and sampler over the rows, as one pinned region."""
     padding = -x.shape[0] % tile
     pad = lambda a: jnp.pad(a, ((0, padding), *((0, 0),) * (a.ndim - 1)))
@@ -115,7 +154,9 @@ def next_tokens(model_config: ModelConfig, kernels: Kernels, params: Decoder, ca
     return jax.tree.map(lambda a: a[: x.shape[0]], out)
 
 
-def next_token(model_config: ModelConfig, kernels: Kernels, max_logprobs: int, weights: tuple, inputs: tuple) -> RowOutputs:
+def next_token(
+    model_config: ModelConfig, kernels: Kernels, max_logprobs: int, weights: tuple, inputs: tuple
+) -> RowOutputs:
     """One tile of rows: logits, processed distribution, token, logprob and what else was asked for."""
     norm, head, slots, history = weights
     x, slot, position, scored = inputs
@@ -132,7 +173,9 @@ def next_token(model_config: ModelConfig, kernels: Kernels, max_logprobs: int, w
     finite &= ~dead_end & ~jnp.isnan(out.logprobs)  # logits may be finite, and overflow when a temperature divides them
     raw, entropies = _details(kernels, logits, drawn_from, out, row)
     ranks, top_ids, top_logprobs = _likeliest(drawn_from, out, row, max_logprobs)
-    return RowOutputs(jnp.where(dead_end, -1, out.tokens), out.logprobs, raw, entropies, ranks, top_ids, top_logprobs, finite)
+    return RowOutputs(
+        jnp.where(dead_end, -1, out.tokens), out.logprobs, raw, entropies, ranks, top_ids, top_logprobs, finite
+    )
 
 
 def _details(kernels: Kernels, logits: Array, drawn_from: Array, out: Draw, row: SamplingArrays) -> tuple[Array, Array]:
@@ -151,5 +194,8 @@ def _likeliest(drawn_from: Array, out: Draw, row: SamplingArrays, n: int) -> tup
         return (logprobs > out.logprobs[:, None]).sum(-1).astype(jnp.int32) + 1, ids, values
 
     batch = out.logprobs.shape[0]
-    return jax.lax.cond((row.num_logprobs > 0).any(), asked,
-                        lambda: (jnp.zeros(batch, jnp.int32), jnp.zeros((batch, n), jnp.int32), jnp.zeros((batch, n), jnp.float32)))
+    return jax.lax.cond(
+        (row.num_logprobs > 0).any(),
+        asked,
+        lambda: (jnp.zeros(batch, jnp.int32), jnp.zeros((batch, n), jnp.int32), jnp.zeros((batch, n), jnp.float32)),
+    )

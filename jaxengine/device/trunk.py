@@ -5,6 +5,7 @@ block tables, as it does in the engine. Blocks that nothing asks for are sorted 
 
 Reverse mode keeps the residual stream in front of each layer and computes the rest again, a layer at a time.
 """
+
 import functools
 from collections.abc import Iterable
 from typing import Any
@@ -39,8 +40,14 @@ class Plan:
     count: Int[Array, ""]  # blocks that are asked for
 
 
-def hidden_states(model_config: ModelConfig, kernels: Kernels, params: Decoder, tokens: Int[Array, "B T"], lengths: Int[Array, " B"],
-                  tile: Tile = WIDE) -> Float[Array, "B T D"]:
+def hidden_states(
+    model_config: ModelConfig,
+    kernels: Kernels,
+    params: Decoder,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    tile: Tile = WIDE,
+) -> Float[Array, "B T D"]:
     """The residual stream behind the last layer, of the first `lengths[b]` tokens of each sequence; undefined behind them."""
     batch, length = tokens.shape
     plan = plan_blocks(params, tokens, lengths)
@@ -68,13 +75,28 @@ def plan_blocks(params: Decoder, tokens: Int[Array, "B T"], lengths: Int[Array, 
     tables = jnp.pad(places, ((0, 0), (0, -blocks % (KV_TILE // QUERY_BLOCK))))[order // blocks]
     rest = -(batch * blocks) % ATTENTION_TILE
     pad = lambda x: jnp.pad(x, ((0, rest), *((0, 0),) * (x.ndim - 1)))
-    return Plan(pad(tokens.reshape(-1, QUERY_BLOCK)[order]), pad(starts[order]), pad(tables), places,
-                wanted.sum(dtype=jnp.int32) + unknown_zero(params.norm, tokens))
+    return Plan(
+        pad(tokens.reshape(-1, QUERY_BLOCK)[order]),
+        pad(starts[order]),
+        pad(tables),
+        places,
+        wanted.sum(dtype=jnp.int32) + unknown_zero(params.norm, tokens),
+    )
 
 
-def _layer_of_regions(model_config: ModelConfig, kernels: Kernels, tile: Tile, layer: Layer, x: Array, starts: Array, tables: Array,
-                      count: Array) -> Array:
-    q, k, v = over_tiles(functools.partial(decoder.project, model_config, kernels), tile.blocks, layer, (x, starts), count)
+def _layer_of_regions(
+    model_config: ModelConfig,
+    kernels: Kernels,
+    tile: Tile,
+    layer: Layer,
+    x: Array,
+    starts: Array,
+    tables: Array,
+    count: Array,
+) -> Array:
+    q, k, v = over_tiles(
+        functools.partial(decoder.project, model_config, kernels), tile.blocks, layer, (x, starts), count
+    )
     attended = _attention(model_config, kernels, q, k, v, tables, starts, count)
     return over_tiles(functools.partial(decoder.mix, model_config, kernels), tile.blocks, layer, (x, attended), count)
 
@@ -92,7 +114,9 @@ def _layer_backward(model_config, kernels, tile, saved, cotangent):
     # layer to its turn with a barrier, which XLA on CPU drops before it schedules.)
     starts, tables, count = where
     count += unknown_zero(cotangent)
-    _, pullback = jax.vjp(lambda layer, x: _layer_of_regions(model_config, kernels, tile, layer, x, starts, tables, count), layer, x)
+    _, pullback = jax.vjp(
+        lambda layer, x: _layer_of_regions(model_config, kernels, tile, layer, x, starts, tables, count), layer, x
+    )
     return *pullback(cotangent), *_no_gradients(where)
 
 
@@ -105,7 +129,16 @@ def _no_gradients(integers: Iterable[Array]) -> list[np.ndarray]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attention(model_config: ModelConfig, kernels: Kernels, q: Array, k: Array, v: Array, tables: Array, starts: Array, count: Array) -> Array:
+def _attention(
+    model_config: ModelConfig,
+    kernels: Kernels,
+    q: Array,
+    k: Array,
+    v: Array,
+    tables: Array,
+    starts: Array,
+    count: Array,
+) -> Array:
     """The engine's paged attention. q `[NB, r, H, h]`, k and v `[NB, r, K, h]`; returns `[NB, r, Hh]`."""
     each, r = jnp.arange(q.shape[0], dtype=jnp.int32), q.shape[1]
     blocks = QueryBlocks(each, starts, jnp.where(each < count, r, 0), count)  # every block brings its own table
@@ -138,12 +171,17 @@ def _attention_backward(model_config, kernels, saved, cotangent):
     zero = unknown_zero(cotangent)
     start = tuple(jnp.full(x.shape, zero, x.dtype) for x in (q, keys, values))
     of_q, of_k, of_v = jax.lax.fori_loop(0, count, step, start)
-    return (of_q, of_k.reshape(k.shape).astype(k.dtype), of_v.reshape(v.shape).astype(v.dtype),
-            *_no_gradients((tables, starts, count)))
+    return (
+        of_q,
+        of_k.reshape(k.shape).astype(k.dtype),
+        of_v.reshape(v.shape).astype(v.dtype),
+        *_no_gradients((tables, starts, count)),
+    )
 
 
-def _plain_attention(model_config: ModelConfig, q: Float[Array, "r H h"], k: Float[Array, "S K h"], v: Float[Array, "S K h"], start: Any
-                     ) -> Float[Array, "r Hh"]:
+def _plain_attention(
+    model_config: ModelConfig, q: Float[Array, "r H h"], k: Float[Array, "S K h"], v: Float[Array, "S K h"], start: Any
+) -> Float[Array, "r Hh"]:
     """Causal attention of r queries from position `start` on, written for its gradient."""
     r = q.shape[0]
     grouped = q.reshape(r, -1, model_config.group_size, model_config.head_dim)

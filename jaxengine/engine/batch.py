@@ -1,4 +1,5 @@
 """From a plan to arrays: the host's mirror of slots and block tables, in numpy, and the inputs of each step."""
+
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,7 +28,9 @@ class BatchBuilder:
         self.host_slots = empty_slots(self.num_slots)
         self._device_slots: Any = None
         self.decode_rows = _round_up(engine_config.max_num_seqs, ROW_UNIT)
-        self.prefill_query_blocks = _round_up(engine_config.prefill_query_blocks, 8 if engine_config.prefill_query_blocks < WIDE_PREFILL else WIDE_PREFILL)
+        self.prefill_query_blocks = _round_up(
+            engine_config.prefill_query_blocks, 8 if engine_config.prefill_query_blocks < WIDE_PREFILL else WIDE_PREFILL
+        )
         self.prefill_rows = self.prefill_query_blocks * QUERY_BLOCK + engine_config.max_num_seqs
 
     # -- slots -----------------------------------------------------------------------------------------------------------------
@@ -37,11 +40,18 @@ class BatchBuilder:
         request, params = sample.request, sample.request.sampling
         self._num_written[sample.slot] = 0
         write_slot(
-            self.host_slots, sample.slot, params, request.stop_token_ids, prompt_length=sample.prompt_length,
-            first_stop=min(sample.prompt_length + params.min_tokens, request.limit) if params.min_tokens else 0, limit=request.limit,
-            key=request.key, key_folds=request.key_folds(sample.index),
+            self.host_slots,
+            sample.slot,
+            params,
+            request.stop_token_ids,
+            prompt_length=sample.prompt_length,
+            first_stop=min(sample.prompt_length + params.min_tokens, request.limit) if params.min_tokens else 0,
+            limit=request.limit,
+            key=request.key,
+            key_folds=request.key_folds(sample.index),
             num_logprobs=max(-1 if asked is None else asked for asked in (params.logprobs, params.prompt_logprobs)) + 1,
-            details=params.raw_logprobs or params.entropy)
+            details=params.raw_logprobs or params.entropy,
+        )
         self._device_slots = None
 
     def device_slots(self) -> SamplingArrays:
@@ -75,7 +85,9 @@ class BatchBuilder:
 
     def decode(self, samples: Sequence[Sample], positions: Sequence[int]) -> Rows:
         """Rows of a decode step: each sequence's last token, at the given position."""
-        return rows_of(self.decode_rows, range(len(samples)), [s.slot for s in samples], positions, [False] * len(samples))
+        return rows_of(
+            self.decode_rows, range(len(samples)), [s.slot for s in samples], positions, [False] * len(samples)
+        )
 
     def prefill(self, plan: Plan, tokens_per_block: int) -> tuple[QueryBlocks, Rows, Copies]:
         """Inputs of a prefill step, with blocks of `tokens_per_block` tokens."""
@@ -93,11 +105,16 @@ class BatchBuilder:
                 positions.append(position)
                 scored.append(is_scored)
         capacity = self.prefill_query_blocks * (QUERY_BLOCK // tokens_per_block)
-        blocks = QueryBlocks(_padded(slots, capacity), _padded(starts, capacity), _padded(counts, capacity), np.int32(len(slots)))
+        blocks = QueryBlocks(
+            _padded(slots, capacity), _padded(starts, capacity), _padded(counts, capacity), np.int32(len(slots))
+        )
         rows = rows_of(self.prefill_rows, indices, row_slots, positions, scored)
         limit = self.engine_config.max_num_seqs
-        copies = Copies(_padded([a for a, _ in plan.copies], limit), _padded([b for _, b in plan.copies], limit),
-                        np.int32(len(plan.copies)))
+        copies = Copies(
+            _padded([a for a, _ in plan.copies], limit),
+            _padded([b for _, b in plan.copies], limit),
+            np.int32(len(plan.copies)),
+        )
         return blocks, rows, copies
 
 
@@ -105,16 +122,26 @@ def wanted_rows(chunk: Chunk) -> list[tuple[Sample, int, bool]]:
     """(sequence, position, scored) of a chunk's rows, in the order in which the step answers them."""
     rows = []
     if chunk.sample.scores_prompt:
-        rows += [(chunk.sample, position, True) for position in range(chunk.start, min(chunk.stop, chunk.sample.prompt_length - 1))]
+        rows += [
+            (chunk.sample, position, True)
+            for position in range(chunk.start, min(chunk.stop, chunk.sample.prompt_length - 1))
+        ]
     if chunk.is_last:
         rows += [(sample, chunk.stop - 1, False) for sample in (chunk.sample, *chunk.forks)]
     return rows
 
 
-def rows_of(size: int, indices: Sequence[int], slots: Sequence[int], positions: Sequence[int], scored: Sequence[bool]) -> Rows:
+def rows_of(
+    size: int, indices: Sequence[int], slots: Sequence[int], positions: Sequence[int], scored: Sequence[bool]
+) -> Rows:
     """Rows padded to `size`."""
-    return Rows(_padded(indices, size), _padded(slots, size), _padded(positions, size), _padded(scored, size, np.bool_),
-                np.int32(len(slots)))
+    return Rows(
+        _padded(indices, size),
+        _padded(slots, size),
+        _padded(positions, size),
+        _padded(scored, size, np.bool_),
+        np.int32(len(slots)),
+    )
 
 
 def _padded(values: Sequence, size: int, dtype: type = np.int32) -> np.ndarray:
@@ -125,4 +152,3 @@ def _padded(values: Sequence, size: int, dtype: type = np.int32) -> np.ndarray:
 
 def _round_up(value: int, unit: int) -> int:
     return -(-value // unit) * unit
-

@@ -1,4 +1,5 @@
 """From a step's results to its sequences: tokens and what is known of them, and where a sequence ends."""
+
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,11 @@ class HostRows:
 
     def __init__(self, out: RowOutputs) -> None:
         self._out = out
-        self.tokens, self.logprobs, self.finite = np.asarray(out.tokens), np.asarray(out.logprobs), np.asarray(out.finite)
+        self.tokens, self.logprobs, self.finite = (
+            np.asarray(out.tokens),
+            np.asarray(out.logprobs),
+            np.asarray(out.finite),
+        )
 
     def __getattr__(self, name: str) -> Any:
         array = np.asarray(getattr(self._out, name))

@@ -1,4 +1,5 @@
 """The contract of an engine: what has to be equal for bits to be equal."""
+
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -22,7 +23,9 @@ def weights_digest(params: Decoder) -> str:
     A loop of reinforcement learning has new weights every few seconds: their bits must not all come to the host for it.
     """
     digest, leaves = hashlib.sha256(), jax.tree.leaves(params)
-    sums = [_bytes(leaf) if _on_cpu(leaf) else steps.word_sums(leaf) for leaf in leaves]  # all under way before the first is waited for
+    sums = [
+        _bytes(leaf) if _on_cpu(leaf) else steps.word_sums(leaf) for leaf in leaves
+    ]  # all under way before the first is waited for
     for leaf, found in zip(leaves, sums, strict=True):
         digest.update(f"{leaf.dtype}{leaf.shape}".encode())
         digest.update(np.asarray(found).data)
@@ -39,9 +42,16 @@ def _bytes(leaf: Any) -> np.ndarray:
 
 def contract(model_config: ModelConfig, kernels: Kernels, params: Decoder, version: int) -> Contract:
     """Equal contract and equal (key, prompt, sampling parameters) means equal bits."""
-    return Contract({
-        "jax": jax.__version__, "jaxlib": importlib.metadata.version("jaxlib"), "device": machine.device(),
-        "compiler": machine.compiler_flags(),
-        "weights_version": version, "weights": weights_digest(params), "model": dataclasses.asdict(model_config),
-        "kernels": kernels.parts(),
-        "tiles": {"rows": BASE.rows, "query_block": QUERY_BLOCK, "kv_tile": KV_TILE, "vocab_block": VOCAB_BLOCK}})
+    return Contract(
+        {
+            "jax": jax.__version__,
+            "jaxlib": importlib.metadata.version("jaxlib"),
+            "device": machine.device(),
+            "compiler": machine.compiler_flags(),
+            "weights_version": version,
+            "weights": weights_digest(params),
+            "model": dataclasses.asdict(model_config),
+            "kernels": kernels.parts(),
+            "tiles": {"rows": BASE.rows, "query_block": QUERY_BLOCK, "kv_tile": KV_TILE, "vocab_block": VOCAB_BLOCK},
+        }
+    )

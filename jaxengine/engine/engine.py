@@ -1,4 +1,5 @@
 """The engine: schedule, run, collect. Here the host half and the device half meet."""
+
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -45,12 +46,24 @@ class InFlight:
 class Engine:
     """One model on one device: params and cache are its only device state."""
 
-    def __init__(self, model_config: ModelConfig, engine_config: EngineConfig, params: Any, *,
-                 make_detokenizer: Callable[[Sample], Detokenizer] | None = None, report: Report = lambda text: None) -> None:
+    def __init__(
+        self,
+        model_config: ModelConfig,
+        engine_config: EngineConfig,
+        params: Any,
+        *,
+        make_detokenizer: Callable[[Sample], Detokenizer] | None = None,
+        report: Report = lambda text: None,
+    ) -> None:
         self.model_config, self.engine_config, self.weights = model_config, engine_config, Weights(params, 0)
         self.kernels = choose_kernels(engine_config.kernels, model_config)
-        self.cache = kv_cache.allocate(model_config, engine_config, self.kernels, params)  # first: it takes the most memory, and may be refused
-        self.scheduler = Scheduler(engine_config, PagePool(engine_config.num_pages, engine_config.page_size, engine_config.enable_prefix_caching))
+        self.cache = kv_cache.allocate(
+            model_config, engine_config, self.kernels, params
+        )  # first: it takes the most memory, and may be refused
+        self.scheduler = Scheduler(
+            engine_config,
+            PagePool(engine_config.num_pages, engine_config.page_size, engine_config.enable_prefix_caching),
+        )
         self.batch = BatchBuilder(engine_config)
         self.step_variants = StepVariants(model_config, engine_config, self.kernels, self.batch, report)
         self.page_checksums = page_checksums.PageChecksums(self.kernels) if engine_config.page_checksums else None
@@ -59,7 +72,9 @@ class Engine:
         self._in_flight: InFlight | None = None
         self._broken = False  # whether something began and neither ended nor was recovered from
         self._settled: list[Request] = []  # that ended in this step before its plan was made
-        self._at_work: list[Sample] = []  # for whom something is on the device right now: who fails where it has no memory
+        self._at_work: list[
+            Sample
+        ] = []  # for whom something is on the device right now: who fails where it has no memory
 
     # -- requests --------------------------------------------------------------------------------------------------------------
 
@@ -68,9 +83,13 @@ class Engine:
         if request.request_id in self.requests:
             raise ValueError(f"request id {request.request_id!r} is in use: ids of unfinished requests must differ")
         if len(self.scheduler.waiting) + request.sampling.n > self.engine_config.max_waiting:
-            raise ValueError(f"the queue holds {len(self.scheduler.waiting)} of at most {self.engine_config.max_waiting} samples: "
-                             f"no room for {request.sampling.n} more; wait, or raise max_waiting")
-        self.requests[request.request_id] = request  # first: an interrupt from here on leaves nothing that abort does not find
+            raise ValueError(
+                f"the queue holds {len(self.scheduler.waiting)} of at most {self.engine_config.max_waiting} samples: "
+                f"no room for {request.sampling.n} more; wait, or raise max_waiting"
+            )
+        self.requests[request.request_id] = (
+            request  # first: an interrupt from here on leaves nothing that abort does not find
+        )
         self.scheduler.add(request)
         if request.sampling.stop and self._make_detokenizer is not None:
             for sample in request.samples:
@@ -183,9 +202,20 @@ class Engine:
         self._at_work = chunked
         prefilled = self._prefill(plan, tables, slots) if plan.chunks else None
         self._at_work = plan.decode + chunked
-        watch = self.page_checksums.watch(self.cache, self._at_work, self.scheduler.page_pool) if self.page_checksums else None
-        return InFlight(plan.decode, plan.decode_counts, decoded, [row for chunk in plan.chunks for row in wanted_rows(chunk)], prefilled,
-                        chunked, watch)
+        watch = (
+            self.page_checksums.watch(self.cache, self._at_work, self.scheduler.page_pool)
+            if self.page_checksums
+            else None
+        )
+        return InFlight(
+            plan.decode,
+            plan.decode_counts,
+            decoded,
+            [row for chunk in plan.chunks for row in wanted_rows(chunk)],
+            prefilled,
+            chunked,
+            watch,
+        )
 
     def _decode(self, plan: Plan, tables, slots) -> RowOutputs:
         self.cache, tile = self.step_variants.choose("decode", len(plan.decode), self.params, self.cache)
@@ -227,7 +257,11 @@ class Engine:
         self._at_work = step.chunked
         prefilled = HostRows(step.prefilled) if step.prefilled is not None else None
         self._at_work = step.decode + step.chunked
-        return decoded, prefilled, self._drop_damaged(self.page_checksums, step.watch) if self.page_checksums and step.watch else []
+        return (
+            decoded,
+            prefilled,
+            self._drop_damaged(self.page_checksums, step.watch) if self.page_checksums and step.watch else [],
+        )
 
     def _drop_damaged(self, found_by: page_checksums.PageChecksums, watch: page_checksums.Watch) -> list[Sample]:
         """End whoever holds a damaged page. Their other pages, which may have been computed from it, leave the prefix cache with it."""
@@ -267,7 +301,9 @@ class Engine:
     def _recover(self) -> None:
         """After an error or an interrupt, anywhere in a step: every unfinished sequence starts anew, donated buffers are rebuilt."""
         self._in_flight = None
-        unfinished = [s for request in self.requests.values() for s in request.samples if s.status is not Status.FINISHED]
+        unfinished = [
+            s for request in self.requests.values() for s in request.samples if s.status is not Status.FINISHED
+        ]
         self.requests = {s.request.request_id: s.request for s in unfinished}
         self.scheduler.restart(unfinished)
         self.scheduler.version = self.weights.version
@@ -286,6 +322,8 @@ class Engine:
         self._recover()
         self._broken = True  # until it is written down who failed
         for sample in self._at_work:
-            self.scheduler.finish(sample, "error", f"the device ran out of memory: {memory.advice(self.model_config, self.engine_config)}")
+            self.scheduler.finish(
+                sample, "error", f"the device ran out of memory: {memory.advice(self.model_config, self.engine_config)}"
+            )
         self.requests = known
         return self._settled + [request for request in list(known.values()) if self._retire(request)]

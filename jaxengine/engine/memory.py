@@ -1,4 +1,5 @@
 """What weights, cache and workspace take, how large a pool fits, and what to say when memory ran out all the same."""
+
 import bisect
 import contextlib
 import dataclasses
@@ -39,17 +40,25 @@ class MemoryPlan:
 
     def __str__(self) -> str:
         gigabytes = lambda size: f"{size / 1e9:.2f} GB"
-        return (f"weights {gigabytes(self.weights)}, cache {gigabytes(self.cache)} ({self.num_pages} pages of "
-                f"{self.page_bytes / 1e6:.2f} MB), workspace about {gigabytes(self.workspace)}, "
-                f"together {gigabytes(self.total)} of {gigabytes(self.available)}")
+        return (
+            f"weights {gigabytes(self.weights)}, cache {gigabytes(self.cache)} ({self.num_pages} pages of "
+            f"{self.page_bytes / 1e6:.2f} MB), workspace about {gigabytes(self.workspace)}, "
+            f"together {gigabytes(self.total)} of {gigabytes(self.available)}"
+        )
 
 
 def memory_plan(model_config: ModelConfig, engine_config: EngineConfig) -> MemoryPlan:
     """The plan of an engine as configured."""
     size = lambda tree: sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
     cache = kv_cache.abstract(model_config, engine_config, choose_kernels(engine_config.kernels, model_config))
-    return MemoryPlan(size(model_params.abstract(model_config)), size(cache), _workspace(model_config, engine_config), engine_config.num_pages,
-                      _page_bytes(model_config, engine_config), _device_memory()[0])
+    return MemoryPlan(
+        size(model_params.abstract(model_config)),
+        size(cache),
+        _workspace(model_config, engine_config),
+        engine_config.num_pages,
+        _page_bytes(model_config, engine_config),
+        _device_memory()[0],
+    )
 
 
 def sized_pool(model_config: ModelConfig, engine_config: EngineConfig, params: Any = None) -> EngineConfig:
@@ -63,17 +72,31 @@ def sized_pool(model_config: ModelConfig, engine_config: EngineConfig, params: A
     if on_cpu:
         room = int(plan.available * CPU_SHARE)
     else:
-        room = int(plan.available * engine_config.gpu_memory_utilization) - taken - max(0, plan.weights - _resident(params)) - plan.workspace
-    num_pages = min(engine_config.max_num_seqs * (_whole_context(engine_config) - 1) + 1, _pages_in(room, engine_config, plan.page_bytes))
+        room = (
+            int(plan.available * engine_config.gpu_memory_utilization)
+            - taken
+            - max(0, plan.weights - _resident(params))
+            - plan.workspace
+        )
+    num_pages = min(
+        engine_config.max_num_seqs * (_whole_context(engine_config) - 1) + 1,
+        _pages_in(room, engine_config, plan.page_bytes),
+    )
     if num_pages < _whole_context(engine_config):
         shorter = lambda length: dataclasses.replace(engine_config, max_model_len=length)
         too_long = lambda length: _pages_in(room, shorter(length), plan.page_bytes) < _whole_context(shorter(length))
         longest = 1 + bisect.bisect_left(range(2, engine_config.max_model_len), True, key=too_long)
         advice = f"max_model_len={longest} fits; or" if longest > 1 else "there is no room for any;"
-        others = "" if on_cpu else f", {taken / 1e9:.2f} GB are in use: raise gpu_memory_utilization={engine_config.gpu_memory_utilization}"
-        raise MemoryError(f"one context of max_model_len={engine_config.max_model_len} tokens needs {_whole_context(engine_config)} pages, "
-                          f"{max(num_pages, 0)} fit: {plan}{others}; {advice} lower max_num_batched_tokens or max_num_seqs, or give "
-                          "num_pages")
+        others = (
+            ""
+            if on_cpu
+            else f", {taken / 1e9:.2f} GB are in use: raise gpu_memory_utilization={engine_config.gpu_memory_utilization}"
+        )
+        raise MemoryError(
+            f"one context of max_model_len={engine_config.max_model_len} tokens needs {_whole_context(engine_config)} pages, "
+            f"{max(num_pages, 0)} fit: {plan}{others}; {advice} lower max_num_batched_tokens or max_num_seqs, or give "
+            "num_pages"
+        )
     return dataclasses.replace(engine_config, num_pages=num_pages)
 
 
@@ -90,7 +113,9 @@ def _pages_in(room: int, engine_config: EngineConfig, page_bytes: int) -> int:
 
 def _resident(params: Any) -> int:
     """Bytes of the weights that are on the first device, and so among those in use."""
-    shards = (shard for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array) for shard in leaf.addressable_shards)
+    shards = (
+        shard for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array) for shard in leaf.addressable_shards
+    )
     return sum(shard.data.nbytes for shard in shards if shard.device == jax.local_devices()[0])
 
 
@@ -100,7 +125,9 @@ def check_fits(model_config: ModelConfig, engine_config: EngineConfig) -> None:
     plan = memory_plan(model_config, engine_config)
     installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if jax.devices()[0].platform == "cpu" and plan.weights + plan.cache > installed:
-        raise MemoryError(f"this machine has {installed / 1e9:.2f} GB of memory in all: {advice(model_config, engine_config)}")
+        raise MemoryError(
+            f"this machine has {installed / 1e9:.2f} GB of memory in all: {advice(model_config, engine_config)}"
+        )
 
 
 def ran_out(error: BaseException) -> bool:
@@ -111,8 +138,10 @@ def ran_out(error: BaseException) -> bool:
 
 def advice(model_config: ModelConfig, engine_config: EngineConfig) -> str:
     """What memory is wanted for, and which settings want less."""
-    return (f"{memory_plan(model_config, engine_config)}; lower num_pages, max_num_seqs or max_model_len for the cache, max_num_batched_tokens for the "
-            f"workspace, or take a dtype smaller than {model_config.dtype} for the weights")
+    return (
+        f"{memory_plan(model_config, engine_config)}; lower num_pages, max_num_seqs or max_model_len for the cache, max_num_batched_tokens for the "
+        f"workspace, or take a dtype smaller than {model_config.dtype} for the weights"
+    )
 
 
 @contextlib.contextmanager
@@ -135,11 +164,17 @@ def _workspace(model_config: ModelConfig, engine_config: EngineConfig) -> int:
     """Rows of the residual stream, projections and attention of a whole step, and the logits of one tile."""
     rows = max(engine_config.max_num_batched_tokens, engine_config.max_num_seqs)
     heads = (2 * model_config.num_attention_heads + 2 * model_config.num_key_value_heads) * model_config.head_dim
-    return ROW_BYTES * (rows * (2 * model_config.hidden_size + heads) + LOGIT_COPIES * LOGIT_ROWS * model_config.padded_vocab_size)
+    return ROW_BYTES * (
+        rows * (2 * model_config.hidden_size + heads) + LOGIT_COPIES * LOGIT_ROWS * model_config.padded_vocab_size
+    )
 
 
 def _device_memory() -> tuple[int, int]:
     """(bytes of the first device, those of them in use); of a CPU (the host's free memory, 0)."""
     device = jax.local_devices()[0]
     stats = device.memory_stats() if device.platform != "cpu" else None
-    return (stats["bytes_limit"], stats.get("bytes_in_use", 0)) if stats and "bytes_limit" in stats else (machine.free_memory(), 0)
+    return (
+        (stats["bytes_limit"], stats.get("bytes_in_use", 0))
+        if stats and "bytes_limit" in stats
+        else (machine.free_memory(), 0)
+    )

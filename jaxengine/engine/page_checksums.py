@@ -6,6 +6,7 @@ Covered is every token in a page from the end of the step that wrote it: in full
 that many share, and in pages that lay in the prefix cache since. Not covered: what a step itself writes or reads wrongly, damage that is
 gone again when the step ends, weights, token history and block tables. It reads all pages in use once more a step, and waits for the sums.
 """
+
 import dataclasses
 from collections.abc import Sequence
 
@@ -40,7 +41,11 @@ class PageChecksums:
 
     def watch(self, cache: Cache, samples: Sequence[Sample], blocks: PagePool) -> Watch:
         """Start summing up what the sequences hold, those tokens included that the step under way writes."""
-        filled = {page: min(s.num_computed - i * blocks.page_size, blocks.page_size) for s in samples for i, page in enumerate(s.pages)}
+        filled = {
+            page: min(s.num_computed - i * blocks.page_size, blocks.page_size)
+            for s in samples
+            for i, page in enumerate(s.pages)
+        }
         pages = [(page, blocks.births[page], count) for page, count in filled.items() if count > 0]
         ids = np.zeros(-(-len(pages) // PAGES) * PAGES, np.int32)
         ids[: len(pages)] = [page for page, *_ in pages]
@@ -50,7 +55,9 @@ class PageChecksums:
     def damaged(self, watch: Watch, blocks: PagePool) -> set[int]:
         """The pages that lost a token since they were watched before; what is new in the others is remembered."""
         found = set()
-        for (page, births, count), sums in zip(watch.pages, (row for part in watch.sums for row in np.asarray(part)), strict=False):
+        for (page, births, count), sums in zip(
+            watch.pages, (row for part in watch.sums for row in np.asarray(part)), strict=False
+        ):
             if births != blocks.births[page]:
                 continue  # handed out anew since
             known = self._known.get(page, (0, sums))

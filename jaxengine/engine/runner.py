@@ -1,4 +1,5 @@
 """Several threads over one engine: who holds the lock steps for all, and the others' requests ride along."""
+
 import collections
 import contextlib
 import os
@@ -26,8 +27,10 @@ class Runner:
     def check_process(self) -> None:
         """Raises RuntimeError in a fork."""
         if os.getpid() != self._process:
-            raise RuntimeError(f"this LLM belongs to process {self._process}, of which this one is a fork: its device does not live on "
-                               "here. Build an LLM in each process, and start processes with multiprocessing's 'spawn'")
+            raise RuntimeError(
+                f"this LLM belongs to process {self._process}, of which this one is a fork: its device does not live on "
+                "here. Build an LLM in each process, and start processes with multiprocessing's 'spawn'"
+            )
 
     def run(self, requests: list[Request], prepare: Callable[[], None] = lambda: None) -> Iterator[None]:
         """Queue a call's requests, all or none, and step until they have ended; `prepare` runs as they are queued."""
@@ -85,7 +88,9 @@ class Runner:
         if self._going.is_set():
             return True
         if self._paused_by is threading.current_thread():
-            raise RuntimeError("this LLM was paused by this very thread, which would wait for itself: call resume() first")
+            raise RuntimeError(
+                "this LLM was paused by this very thread, which would wait for itself: call resume() first"
+            )
         return self._going.wait(WAKE)
 
     # -- leaving ---------------------------------------------------------------------------------------------------------------
@@ -107,7 +112,9 @@ class Runner:
     def _end_left(self) -> None:
         while self._left:
             request = self._left[0]
-            if self.engine.requests.get(request.request_id) is request:  # else it ended meanwhile, and its id may be another's
+            if (
+                self.engine.requests.get(request.request_id) is request
+            ):  # else it ended meanwhile, and its id may be another's
                 self.engine.abort(request.request_id)
             self._left.popleft()
 

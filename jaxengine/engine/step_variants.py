@@ -4,6 +4,7 @@ A step is compiled for a few tile shapes. The bits of BASE, the decode step on t
 narrower tile serves only after it has answered PROBE_TOKENS random tokens, with the engine's own weights and program, with the same
 bits: logprobs, the likeliest tokens at every position, keys and values of every layer. Where one differs the base tile stays: fail closed.
 """
+
 import contextlib
 import time
 from collections import Counter
@@ -22,7 +23,10 @@ from jaxengine.models.params import Decoder
 from jaxengine.ops.kernels import Kernels
 
 BASE = Tile(tokens=1, blocks=8)
-TILES = {"decode": (Tile(1, 2), BASE, Tile(1, 32)), "prefill": (Tile(QUERY_BLOCK, 2), Tile(QUERY_BLOCK, 8), Tile(QUERY_BLOCK, 32))}
+TILES = {
+    "decode": (Tile(1, 2), BASE, Tile(1, 32)),
+    "prefill": (Tile(QUERY_BLOCK, 2), Tile(QUERY_BLOCK, 8), Tile(QUERY_BLOCK, 32)),
+}
 
 Report = Callable[[str], None]
 
@@ -30,12 +34,27 @@ Report = Callable[[str], None]
 class StepVariants:
     """The steps of one engine by tile, compiled at first use and proven before they serve."""
 
-    def __init__(self, model_config: ModelConfig, engine_config: EngineConfig, kernels: Kernels, batch: BatchBuilder, report: Report = lambda text: None
-                 ) -> None:
-        self.model_config, self.engine_config, self.kernels, self.batch, self.report = model_config, engine_config, kernels, batch, report
+    def __init__(
+        self,
+        model_config: ModelConfig,
+        engine_config: EngineConfig,
+        kernels: Kernels,
+        batch: BatchBuilder,
+        report: Report = lambda text: None,
+    ) -> None:
+        self.model_config, self.engine_config, self.kernels, self.batch, self.report = (
+            model_config,
+            engine_config,
+            kernels,
+            batch,
+            report,
+        )
         self._max_logprobs = min(engine_config.max_logprobs, model_config.vocab_size)
         wide = tuple(Tile(1, rows) for rows in kernels.wide_rows if batch.decode_rows % rows == 0)
-        self._tiles = {"decode": TILES["decode"] + wide, "prefill": tuple(t for t in TILES["prefill"] if t.blocks <= batch.prefill_query_blocks)}
+        self._tiles = {
+            "decode": TILES["decode"] + wide,
+            "prefill": tuple(t for t in TILES["prefill"] if t.blocks <= batch.prefill_query_blocks),
+        }
         self._trusted: dict[tuple[str, Tile], bool] = {("decode", BASE): True}
         self._wishes: Counter[tuple[str, Tile]] = Counter()
         self._expected: list[np.ndarray] | None = None
@@ -88,13 +107,34 @@ class StepVariants:
 
     def run_decode(self, params, cache, tables, slots, rows, tile: Tile) -> tuple[Cache, RowOutputs]:
         with self._first_use("decode", tile):
-            return steps.decode_step(params, cache, tables, slots, rows, model_config=self.model_config, kernels=self.kernels, tile=tile,
-                                     max_logprobs=self._max_logprobs, num_steps=self.engine_config.decode_steps)
+            return steps.decode_step(
+                params,
+                cache,
+                tables,
+                slots,
+                rows,
+                model_config=self.model_config,
+                kernels=self.kernels,
+                tile=tile,
+                max_logprobs=self._max_logprobs,
+                num_steps=self.engine_config.decode_steps,
+            )
 
     def run_prefill(self, params, cache, tables, slots, blocks, rows, copies, tile: Tile) -> tuple[Cache, RowOutputs]:
         with self._first_use("prefill", tile):
-            return steps.prefill_step(params, cache, tables, slots, blocks, rows, copies, model_config=self.model_config, kernels=self.kernels,
-                                      tile=tile, max_logprobs=self._max_logprobs)
+            return steps.prefill_step(
+                params,
+                cache,
+                tables,
+                slots,
+                blocks,
+                rows,
+                copies,
+                model_config=self.model_config,
+                kernels=self.kernels,
+                tile=tile,
+                max_logprobs=self._max_logprobs,
+            )
 
     @contextlib.contextmanager
     def _first_use(self, kind: str, tile: Tile) -> Iterator[None]:
@@ -115,7 +155,9 @@ class StepVariants:
         cache, found = self._probe(kind, tile, params, cache)
         same = all(np.array_equal(_bits(a), _bits(b)) for a, b in zip(self._expected, found, strict=True))
         if not same:
-            self.report(f"the {kind} step for {tile.rows} rows gives other bits than the base tile on this machine: it will not be used")
+            self.report(
+                f"the {kind} step for {tile.rows} rows gives other bits than the base tile on this machine: it will not be used"
+            )
         return cache, same
 
     def _probe(self, kind: str, tile: Tile, params: Decoder, cache: Cache) -> tuple[Cache, list[np.ndarray]]:
@@ -126,14 +168,19 @@ class StepVariants:
         run = self._probe_decode if kind == "decode" else self._probe_prefill
         cache, outputs = run(tile, params, cache, tables, slots, slot, count)
         pages = steps.read_pages(cache, tables[slot, : self.engine_config.probe_pages])
-        written = [_written_part(pool, count) for keys, values in zip(pages.keys, pages.values, strict=True)
-                   for pool in self.kernels.by_token(np.asarray(keys), np.asarray(values))]
+        written = [
+            _written_part(pool, count)
+            for keys, values in zip(pages.keys, pages.values, strict=True)
+            for pool in self.kernels.by_token(np.asarray(keys), np.asarray(values))
+        ]
         return cache, outputs + written
 
     def _probe_inputs(self, num_tokens: int):
         slot = self.batch.num_slots - 1
         tables, slots = np.zeros_like(self.batch.tables), jax.tree.map(np.copy, self.batch.host_slots)
-        tables[slot, : self.engine_config.probe_pages] = self.engine_config.num_pages + np.arange(self.engine_config.probe_pages)
+        tables[slot, : self.engine_config.probe_pages] = self.engine_config.num_pages + np.arange(
+            self.engine_config.probe_pages
+        )
         slots.limit[slot], slots.num_logprobs[slot] = self.engine_config.max_model_len + 1, self._max_logprobs
         tokens = np.zeros((8, self.engine_config.max_model_len), np.int32)
         tokens[0, :num_tokens] = np.random.RandomState(0).randint(0, self.model_config.vocab_size, num_tokens)
@@ -157,15 +204,25 @@ class StepVariants:
         for first in range(0, count, room):
             size = min(room, count - first)
             once = np.arange(first, first + size, tile.tokens, dtype=np.int32)
-            starts = np.tile(once, max(tile.blocks // len(once), 1))  # a tile that holds more is full, and its last rows are looked at
+            starts = np.tile(
+                once, max(tile.blocks // len(once), 1)
+            )  # a tile that holds more is full, and its last rows are looked at
             capacity = batch.prefill_query_blocks * (QUERY_BLOCK // tile.tokens)
             pad = lambda x, capacity=capacity: np.pad(x, (0, capacity - len(x))).astype(np.int32)
-            blocks = QueryBlocks(pad(np.full_like(starts, slot)), pad(starts), pad(np.minimum(tile.tokens, first + size - starts)),
-                            np.int32(len(starts)))
+            blocks = QueryBlocks(
+                pad(np.full_like(starts, slot)),
+                pad(starts),
+                pad(np.minimum(tile.tokens, first + size - starts)),
+                np.int32(len(starts)),
+            )
             last = (len(starts) - len(once)) * tile.tokens
-            rows = rows_of(batch.prefill_rows, range(last, last + size), [slot] * size, range(first, first + size), [True] * size)
+            rows = rows_of(
+                batch.prefill_rows, range(last, last + size), [slot] * size, range(first, first + size), [True] * size
+            )
             nothing = np.zeros(self.engine_config.max_num_seqs, np.int32)
-            cache, out = self.run_prefill(params, cache, tables, slots, blocks, rows, Copies(nothing, nothing, np.int32(0)), tile)
+            cache, out = self.run_prefill(
+                params, cache, tables, slots, blocks, rows, Copies(nothing, nothing, np.int32(0)), tile
+            )
             answers.append([np.asarray(x)[:size] for x in _fields(out)])
         return cache, [np.concatenate(parts) for parts in zip(*answers, strict=True)]
 

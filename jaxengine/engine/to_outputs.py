@@ -1,4 +1,5 @@
 """From finished (or growing) sequences to the outputs that callers see."""
+
 import itertools
 
 import numpy as np
@@ -15,23 +16,39 @@ def render(request: Request, tokenizer: Tokenizer | None, contract: Contract) ->
     if prompt_logprobs is None and request.sampling.prompt_logprobs is not None:
         prompt_logprobs = [None] * len(request.prompt_token_ids)
     return RequestOutput(
-        request.request_id, request.prompt, list(request.prompt_token_ids),
+        request.request_id,
+        request.prompt,
+        list(request.prompt_token_ids),
         [_completion(sample, tokenizer, contract) for sample in request.samples],
         all(sample.status is Status.FINISHED for sample in request.samples),
         None if prompt_logprobs is None else [entry and _with_texts(entry, tokenizer) for entry in prompt_logprobs],
-        request.num_cached_tokens or 0, contract.digest, request.cache_salt)
+        request.num_cached_tokens or 0,
+        contract.digest,
+        request.cache_salt,
+    )
 
 
 def _completion(sample: Sample, tokenizer: Tokenizer | None, contract: Contract) -> CompletionOutput:
-    params, token_ids, logprobs = sample.request.sampling, list(sample.generated), np.asarray(sample.token_logprobs, np.float32)
+    params, token_ids, logprobs = (
+        sample.request.sampling,
+        list(sample.generated),
+        np.asarray(sample.token_logprobs, np.float32),
+    )
     optional = lambda wanted, values: np.asarray(values, np.float32) if wanted else None
     return CompletionOutput(
-        sample.index, _text(sample, tokenizer), token_ids, logprobs, sample.finish_reason, sample.stop_reason,
+        sample.index,
+        _text(sample, tokenizer),
+        token_ids,
+        logprobs,
+        sample.finish_reason,
+        sample.stop_reason,
         _spans(sample.token_versions),
         [_with_texts(entry, tokenizer) for entry in sample.logprobs] if params.logprobs is not None else None,
-        optional(params.raw_logprobs, sample.raw_logprobs), optional(params.entropy, sample.entropies),
+        optional(params.raw_logprobs, sample.raw_logprobs),
+        optional(params.entropy, sample.entropies),
         [tokenizer.token_text(token) for token in token_ids] if tokenizer is not None else None,
-        _coordinate(sample, token_ids, logprobs, contract))
+        _coordinate(sample, token_ids, logprobs, contract),
+    )
 
 
 def _coordinate(sample: Sample, token_ids: list[int], logprobs: np.ndarray, contract: Contract) -> Coordinate:
@@ -39,7 +56,15 @@ def _coordinate(sample: Sample, token_ids: list[int], logprobs: np.ndarray, cont
     request, versions = sample.request, sorted(set(sample.token_versions))
     if versions and versions != [contract.parts["weights_version"]]:
         contract = Contract(contract.parts | {"weights_version": versions})
-    return Coordinate(contract, request.key, request.key_folds(sample.index), request.prompt_token_ids, request.sampling, token_ids, logprobs)
+    return Coordinate(
+        contract,
+        request.key,
+        request.key_folds(sample.index),
+        request.prompt_token_ids,
+        request.sampling,
+        token_ids,
+        logprobs,
+    )
 
 
 def _text(sample: Sample, tokenizer: Tokenizer | None) -> str:

@@ -1,4 +1,5 @@
 """New weights for a running engine: checked whole before anything changes, and copied only where they lie elsewhere."""
+
 from typing import Any
 
 import jax
@@ -14,8 +15,11 @@ SHOWN = 10  # differences that an error lists
 def check_fits(params: Decoder, model_config: ModelConfig) -> None:
     """Raises ValueError listing the first ten leaves whose presence, shape or dtype is not what `config` declares."""
     given, declared = _named(params), _named(abstract(model_config))
-    wrong = [f"{path}: given {given.get(path, 'nothing')}, declared {declared.get(path, 'nothing')}"
-             for path in sorted(given.keys() | declared.keys()) if given.get(path) != declared.get(path)]
+    wrong = [
+        f"{path}: given {given.get(path, 'nothing')}, declared {declared.get(path, 'nothing')}"
+        for path in sorted(given.keys() | declared.keys())
+        if given.get(path) != declared.get(path)
+    ]
     if wrong:
         raise ValueError(f"params do not fit config, {len(wrong)} leaves differ:\n  " + "\n  ".join(wrong[:SHOWN]))
 
@@ -23,7 +27,9 @@ def check_fits(params: Decoder, model_config: ModelConfig) -> None:
 def placed(params: Any, like: Decoder | None = None) -> Any:
     """`params` where the weights `like` lie, or where they are. Leaves that are there already share their memory, nothing is copied:
     JAX only notes that they have to stay there, without which a step would be compiled anew for weights that came another way."""
-    home = lambda leaf: leaf.sharding if isinstance(leaf, jax.Array) else jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    home = lambda leaf: (
+        leaf.sharding if isinstance(leaf, jax.Array) else jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    )
     homes = jax.tree.map(home, params) if like is None else jax.tree.map(home, like)
     return jax.device_put(params, homes)
 
@@ -41,7 +47,10 @@ def prepared(params: Any, model_config: ModelConfig, like: Decoder | None, *, ca
     finite = jax.device_get(steps.all_finite(ready))
     wrong = [path for path, good in zip(_named(ready), jax.tree.leaves(finite), strict=True) if not good]
     if wrong:
-        raise ValueError(f"{len(wrong)} leaves hold NaN or infinity, so the weights stay as they were:\n  " + "\n  ".join(wrong[:SHOWN]))
+        raise ValueError(
+            f"{len(wrong)} leaves hold NaN or infinity, so the weights stay as they were:\n  "
+            + "\n  ".join(wrong[:SHOWN])
+        )
     return ready
 
 
@@ -49,12 +58,17 @@ def check_alive(params: Decoder | None) -> None:
     """Raises RuntimeError where a leaf was donated to another computation."""
     gone = [path for path, leaf in _leaves(params) if getattr(leaf, "is_deleted", bool)()]
     if gone:
-        raise RuntimeError(f"the weights are gone, {gone[0]} and {len(gone) - 1} others: they were donated to another computation "
-                           "(a training step with donate_argnums?). Give live ones to update_params first")
+        raise RuntimeError(
+            f"the weights are gone, {gone[0]} and {len(gone) - 1} others: they were donated to another computation "
+            "(a training step with donate_argnums?). Give live ones to update_params first"
+        )
 
 
 def _leaves(params: Any) -> list[tuple[str, Any]]:
-    return [(jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
+    return [
+        (jax.tree_util.keystr(path, simple=True, separator="."), leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    ]
 
 
 def _named(params: Any) -> dict[str, str]:

@@ -4,6 +4,7 @@ A page is free, held (reference count above 0) or cached: held by nobody, but it
 take it again. Full pages are found by a hash chained over token ids, weights version and cache salt; a hit compares the tokens
 and the parent page as well, so a collision cannot serve another prompt's pages.
 """
+
 import dataclasses
 import hashlib
 from array import array
@@ -106,7 +107,9 @@ class PagePool:
         """Forget every cached prefix."""
         self.discard(list(self._keys))
 
-    def match(self, tokens: Sequence[int], version: int, salt: str, known: list[tuple[bytes, bytes]] | None = None) -> list[int]:
+    def match(
+        self, tokens: Sequence[int], version: int, salt: str, known: list[tuple[bytes, bytes]] | None = None
+    ) -> list[int]:
         """The longest run of cached pages that hold the front of `tokens`, at most all but the last token. Takes no holder.
 
         `known` keeps digests and contents from one call to the next with the same version, salt and front of tokens.
@@ -153,8 +156,12 @@ class PagePool:
         assert held == self._holders, "reference counts differ from the block tables"
         free, cached = set(self._free), set(self._cached)
         in_use = {page for page, count in enumerate(held) if count}
-        assert len(free) == len(self._free) and not free & cached and not (free | cached) & in_use, "a page is in two places"
-        assert len(free) + len(cached) + len(in_use) == self.num_pages - 1 and 0 not in free | cached | in_use, "a page is lost"
+        assert len(free) == len(self._free) and not free & cached and not (free | cached) & in_use, (
+            "a page is in two places"
+        )
+        assert len(free) + len(cached) + len(in_use) == self.num_pages - 1 and 0 not in free | cached | in_use, (
+            "a page is lost"
+        )
         assert cached <= set(self._keys) and not free & set(self._keys), "cached pages are those whose content is known"
 
 

@@ -1,4 +1,5 @@
 """A request in flight and its samples, as the scheduler sees them. Plain Python."""
+
 import dataclasses
 import enum
 from collections.abc import Sequence
@@ -69,7 +70,9 @@ class Sample:
     num_registered: int = 0  # pages offered to the prefix cache
     has_old_pages: bool = False  # whether weights before `version` wrote some of its pages
     version: int = 0  # of the weights that run it
-    known_pages: tuple[int, list] | None = None  # version, and what BlockManager.match has found out: it may wait for many steps
+    known_pages: tuple[int, list] | None = (
+        None  # version, and what BlockManager.match has found out: it may wait for many steps
+    )
     token_logprobs: list[float] = dataclasses.field(default_factory=list)
     raw_logprobs: list[float] = dataclasses.field(default_factory=list)
     entropies: list[float] = dataclasses.field(default_factory=list)
@@ -84,11 +87,21 @@ class Sample:
     def of(cls, request: Request, index: int, arrival: int) -> "Sample":
         """A sample that waits, behind what an earlier call drew for it."""
         earlier = request.earlier[index] if request.earlier else Earlier()
-        return cls(request, index, request.prompt_token_ids + earlier.token_ids, arrival,
-                   Status.WAITING if earlier.finish_reason is None else Status.FINISHED,
-                   token_logprobs=list(earlier.token_logprobs), token_versions=list(earlier.token_versions),
-                   raw_logprobs=list(earlier.raw_logprobs), entropies=list(earlier.entropies), logprobs=list(earlier.logprobs),
-                   num_settled=len(earlier.token_ids), finish_reason=earlier.finish_reason, stop_reason=earlier.stop_reason)
+        return cls(
+            request,
+            index,
+            request.prompt_token_ids + earlier.token_ids,
+            arrival,
+            Status.WAITING if earlier.finish_reason is None else Status.FINISHED,
+            token_logprobs=list(earlier.token_logprobs),
+            token_versions=list(earlier.token_versions),
+            raw_logprobs=list(earlier.raw_logprobs),
+            entropies=list(earlier.entropies),
+            logprobs=list(earlier.logprobs),
+            num_settled=len(earlier.token_ids),
+            finish_reason=earlier.finish_reason,
+            stop_reason=earlier.stop_reason,
+        )
 
     def restart(self) -> None:
         """Back to the queue with nothing computed. A token that an interrupt left half written down goes too: nobody saw it, and it is

@@ -2,6 +2,7 @@
 
 The same requests in the same order give the same plans, and no plan changes a bit of any output.
 """
+
 import contextlib
 import dataclasses
 from collections import deque
@@ -82,7 +83,13 @@ class Scheduler:
         self.running.remove(sample)
         self.page_pool.release(sample.pages)
         self._free_slots.append(sample.slot)
-        sample.pages, sample.slot, sample.num_computed, sample.num_registered, sample.has_old_pages = [], -1, 0, 0, False
+        sample.pages, sample.slot, sample.num_computed, sample.num_registered, sample.has_old_pages = (
+            [],
+            -1,
+            0,
+            0,
+            False,
+        )
         if sample.request.prefilling is sample:
             sample.request.prefilling = None
 
@@ -223,7 +230,9 @@ class Scheduler:
         chunk = Chunk(sample, start, stop, stop == end)
         plan.chunks.append(chunk)
         sample.num_computed = stop
-        self.register_pages(sample)  # at once: of equal prompts in one step the first alone is computed, the others read its pages
+        self.register_pages(
+            sample
+        )  # at once: of equal prompts in one step the first alone is computed, the others read its pages
         if chunk.is_last and sample.request.prefilling is sample:
             sample.request.prefilling = None
             self._fork(plan, chunk)
@@ -259,8 +268,13 @@ class Scheduler:
         full = min(sample.num_computed, len(sample.token_ids)) // size
         for index in range(sample.num_registered, full):
             parent = sample.pages[index - 1] if index else None
-            self.page_pool.register(sample.pages[index], parent, sample.token_ids[index * size : (index + 1) * size],
-                                 sample.version, sample.request.cache_salt)
+            self.page_pool.register(
+                sample.pages[index],
+                parent,
+                sample.token_ids[index * size : (index + 1) * size],
+                sample.version,
+                sample.request.cache_salt,
+            )
         sample.num_registered = max(sample.num_registered, full)
 
     def check_integrity(self) -> None:

@@ -3,6 +3,7 @@
 The forward pass is a chain of pinned regions (ops/regions.py); between two regions only copying happens. Every region works on query
 blocks: `[B, r, …]`, r consecutive tokens of one sequence. Decoding is r = 1. The residual stream is float32.
 """
+
 import dataclasses
 import functools
 
@@ -32,8 +33,16 @@ class Tile:
         return self.tokens * self.blocks
 
 
-def forward(model_config: ModelConfig, kernels: Kernels, params: Decoder, cache: Cache, tables: Int[Array, "slots n"], blocks: QueryBlocks, tile: Tile,
-            tokens: Int[Array, "B r"] | None = None) -> tuple[Cache, Float[Array, "B r D"]]:
+def forward(
+    model_config: ModelConfig,
+    kernels: Kernels,
+    params: Decoder,
+    cache: Cache,
+    tables: Int[Array, "slots n"],
+    blocks: QueryBlocks,
+    tile: Tile,
+    tokens: Int[Array, "B r"] | None = None,
+) -> tuple[Cache, Float[Array, "B r D"]]:
     """Run the blocks' tokens (the history's, unless given) through the layers: writes their keys and values, returns hidden states.
 
     Within one call a sequence's blocks see each other's keys, causally.
@@ -45,7 +54,9 @@ def forward(model_config: ModelConfig, kernels: Kernels, params: Decoder, cache:
     x = over_tiles(functools.partial(embed, model_config, kernels), tile.blocks, params.embed, tokens, count)
     keys, values = [], []
     for layer, old_keys, old_values in zip(params.layers, cache.keys, cache.values, strict=True):
-        q, k, v = over_tiles(functools.partial(project, model_config, kernels), tile.blocks, layer, (x, blocks.starts), count)
+        q, k, v = over_tiles(
+            functools.partial(project, model_config, kernels), tile.blocks, layer, (x, blocks.starts), count
+        )
         new_keys, new_values = kernels.write(old_keys, old_values, k, v, tables, blocks)
         attended = kernels.attend(model_config, new_keys, new_values, q, tables, blocks)
         x = over_tiles(functools.partial(mix, model_config, kernels), tile.blocks, layer, (x, attended), count)
@@ -59,11 +70,15 @@ def gather_tokens(history: Int[Array, "slots max_len"], blocks: QueryBlocks, r: 
     return history[blocks.slots[:, None], positions]
 
 
-def embed(model_config: ModelConfig, kernels: Kernels, table: Float[Array, "leaf V D"], tokens: Int[Array, "B r"]) -> Float[Array, "B r D"]:
+def embed(
+    model_config: ModelConfig, kernels: Kernels, table: Float[Array, "leaf V D"], tokens: Int[Array, "B r"]
+) -> Float[Array, "B r D"]:
     return kernels.embed(table, tokens.reshape(-1)).reshape(*tokens.shape, model_config.hidden_size)
 
 
-def project(model_config: ModelConfig, kernels: Kernels, layer: Layer, rows: tuple[Array, Array]) -> tuple[Array, Array, Array]:
+def project(
+    model_config: ModelConfig, kernels: Kernels, layer: Layer, rows: tuple[Array, Array]
+) -> tuple[Array, Array, Array]:
     """Queries (float32), keys and values (model dtype) of the blocks' tokens, `[B, r, heads, h]`."""
     x, starts = rows
     batch, r, width = x.shape
@@ -72,13 +87,23 @@ def project(model_config: ModelConfig, kernels: Kernels, layer: Layer, rows: tup
     packed = kernels.outputs(y, attention.qkv)
     if attention.qkv_bias is not None:
         packed = packed + attention.qkv_bias.astype(jnp.float32)[:, None]
-    queries, keys = (heads * h // model_config.reduction_leaves for heads in (model_config.num_attention_heads, model_config.num_key_value_heads))
+    queries, keys = (
+        heads * h // model_config.reduction_leaves
+        for heads in (model_config.num_attention_heads, model_config.num_key_value_heads)
+    )
     q, k, v = (_join_heads(part, h) for part in jnp.split(packed, [queries, queries + keys], axis=-1))
     if attention.q_norm is not None and attention.k_norm is not None:
-        q, k = rms_norm(q, attention.q_norm, model_config.rms_norm_eps), rms_norm(k, attention.k_norm, model_config.rms_norm_eps)
+        q, k = (
+            rms_norm(q, attention.q_norm, model_config.rms_norm_eps),
+            rms_norm(k, attention.k_norm, model_config.rms_norm_eps),
+        )
     cos, sin = cos_sin((starts[:, None] + jnp.arange(r)).reshape(-1), model_config.rope, h)
     back = lambda y, dtype: y.reshape(batch, r, -1, h).astype(dtype)
-    return back(rotate(q, cos, sin), jnp.float32), back(rotate(k, cos, sin), model_config.dtype), back(v, model_config.dtype)
+    return (
+        back(rotate(q, cos, sin), jnp.float32),
+        back(rotate(k, cos, sin), model_config.dtype),
+        back(v, model_config.dtype),
+    )
 
 
 def _join_heads(x: Float[Array, "leaf t _"], h: int) -> Float[Array, "t heads h"]:
@@ -98,8 +123,9 @@ def mix(model_config: ModelConfig, kernels: Kernels, layer: Layer, rows: tuple[A
     return (x + kernels.summed(y, layer.mlp.down)).reshape(shape)
 
 
-def logits(model_config: ModelConfig, kernels: Kernels, norm: Array, head: Float[Array, "leaf V D"], x: Float[Array, "t D"]
-           ) -> Float[Array, "t V"]:
+def logits(
+    model_config: ModelConfig, kernels: Kernels, norm: Array, head: Float[Array, "leaf V D"], x: Float[Array, "t D"]
+) -> Float[Array, "t V"]:
     """The output head in float32, whatever the weights' dtype. Rows behind the vocabulary are -inf.
 
     The hidden state is not rounded. For bfloat16 weights it is cut into three bfloat16 parts whose sum is the float32 number; their

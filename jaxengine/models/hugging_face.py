@@ -1,4 +1,5 @@
 """Hugging Face's config.json and tensor names, in both directions. What the families share; each family file adds its differences."""
+
 import math
 from typing import Any
 
@@ -17,20 +18,37 @@ def model_config_of(hf: dict[str, Any], **differences: Any) -> ModelConfig:
     for key, expected in (("hidden_act", "silu"), ("mlp_bias", False), ("use_sliding_window", False)):
         if hf.get(key, expected) != expected:
             raise ValueError(f"has {key}={hf[key]!r}: this decoder computes {key}={expected!r} only")
-    other_layers = sorted(set(map(str, items("layer_types", given(hf, "layer_types", ()), "a list of names"))) - {"full_attention"})
+    other_layers = sorted(
+        set(map(str, items("layer_types", given(hf, "layer_types", ()), "a list of names"))) - {"full_attention"}
+    )
     if other_layers:
         raise ValueError(f"has layer_types with {', '.join(other_layers)}: this decoder computes full_attention only")
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+    names = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "max_position_embeddings",
+    )
     missing = [name for name in names if name not in hf]
     if missing:
         raise ValueError(f"lacks {', '.join(missing)}")
     sizes = {name: integer(name, hf[name], 1) for name in names}
     heads = sizes["num_attention_heads"]
     return ModelConfig(
-        architecture=hf["architectures"][0], **sizes, num_key_value_heads=given(hf, "num_key_value_heads", heads),
-        head_dim=given(hf, "head_dim", sizes["hidden_size"] // heads), rms_norm_eps=hf.get("rms_norm_eps", 1e-6), rope=rope_config(hf),
-        tie_word_embeddings=given(hf, "tie_word_embeddings", False), eos_token_ids=end_tokens(hf.get("eos_token_id")),
-        bos_token_id=hf.get("bos_token_id"), dtype=hf.get("dtype") or hf.get("torch_dtype") or "float32", **differences)
+        architecture=hf["architectures"][0],
+        **sizes,
+        num_key_value_heads=given(hf, "num_key_value_heads", heads),
+        head_dim=given(hf, "head_dim", sizes["hidden_size"] // heads),
+        rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
+        rope=rope_config(hf),
+        tie_word_embeddings=given(hf, "tie_word_embeddings", False),
+        eos_token_ids=end_tokens(hf.get("eos_token_id")),
+        bos_token_id=hf.get("bos_token_id"),
+        dtype=hf.get("dtype") or hf.get("torch_dtype") or "float32",
+        **differences,
+    )
 
 
 def given(hf: dict[str, Any], key: str, default: Any) -> Any:
@@ -49,7 +67,9 @@ def rope_config(hf: dict[str, Any]) -> RopeConfig:
     scaling = _rope_parameters(hf)
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind not in ROPE_KINDS:
-        raise ValueError(f"rope type {kind!r} is not supported (supported: {', '.join(ROPE_KINDS)}){nearest(str(kind), ROPE_KINDS)}")
+        raise ValueError(
+            f"rope type {kind!r} is not supported (supported: {', '.join(ROPE_KINDS)}){nearest(str(kind), ROPE_KINDS)}"
+        )
     if scaling.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0)) != 1.0:
         raise ValueError("partial_rotary_factor other than 1 is not supported")
     number = lambda name, default: real(name, given(scaling, name, default), 0.0, open_low=True)
@@ -59,11 +79,17 @@ def rope_config(hf: dict[str, Any]) -> RopeConfig:
     original = integer("original_max_position_embeddings", original, 1)
     factor = number("factor", length / original)
     return RopeConfig(
-        theta, kind, factor if kind != "default" else 1.0, original if kind in ("llama3", "yarn") else 0,
-        low_freq_factor=number("low_freq_factor", 1.0), high_freq_factor=number("high_freq_factor", 4.0),
-        beta_fast=number("beta_fast", 32.0), beta_slow=number("beta_slow", 1.0),
+        theta,
+        kind,
+        factor if kind != "default" else 1.0,
+        original if kind in ("llama3", "yarn") else 0,
+        low_freq_factor=number("low_freq_factor", 1.0),
+        high_freq_factor=number("high_freq_factor", 4.0),
+        beta_fast=number("beta_fast", 32.0),
+        beta_slow=number("beta_slow", 1.0),
         attention_factor=_yarn_attention_factor(scaling, factor) if kind == "yarn" else 1.0,
-        truncate=flag("truncate", given(scaling, "truncate", True)))
+        truncate=flag("truncate", given(scaling, "truncate", True)),
+    )
 
 
 def _rope_parameters(hf: dict[str, Any]) -> dict[str, Any]:
@@ -75,7 +101,9 @@ def _rope_parameters(hf: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"has rope_parameters={new} and rope_scaling={old}: keep one of them")
     found = new or old
     if any(isinstance(value, dict) for value in found.values()):
-        raise ValueError(f"gives each kind of layer a rope of its own ({', '.join(found)}): this decoder has one for all")
+        raise ValueError(
+            f"gives each kind of layer a rope of its own ({', '.join(found)}): this decoder has one for all"
+        )
     return found
 
 
@@ -100,11 +128,29 @@ def config_json(model_config: ModelConfig, model_type: str) -> dict[str, Any]:
         parameters |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
     if rope.kind == "yarn":
         parameters |= {name: getattr(rope, name) for name in ("beta_fast", "beta_slow", "attention_factor", "truncate")}
-    same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-            "head_dim", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "bos_token_id", "dtype")
+    same = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "max_position_embeddings",
+        "rms_norm_eps",
+        "tie_word_embeddings",
+        "bos_token_id",
+        "dtype",
+    )
     eos = model_config.eos_token_ids
-    return {"architectures": [model_config.architecture], "model_type": model_type, "hidden_act": "silu", "rope_parameters": parameters,
-            "eos_token_id": (eos[0] if len(eos) == 1 else list(eos)) if eos else None, **{name: getattr(model_config, name) for name in same}}
+    return {
+        "architectures": [model_config.architecture],
+        "model_type": model_type,
+        "hidden_act": "silu",
+        "rope_parameters": parameters,
+        "eos_token_id": (eos[0] if len(eos) == 1 else list(eos)) if eos else None,
+        **{name: getattr(model_config, name) for name in same},
+    }
 
 
 def key_table(model_config: ModelConfig) -> list[Entry]:
@@ -118,21 +164,35 @@ def key_table(model_config: ModelConfig) -> list[Entry]:
         names = [f"{theirs}.{attention}.{p}_proj" for p in "qkv"]
         entries += [
             _vector(f"{ours}.input_norm", f"{theirs}.input_layernorm.weight", width),
-            _outputs(model_config, f"{ours}.attention.qkv", [f"{n}.weight" for n in names], [(n, width) for n in (query, key_value, key_value)]),
+            _outputs(
+                model_config,
+                f"{ours}.attention.qkv",
+                [f"{n}.weight" for n in names],
+                [(n, width) for n in (query, key_value, key_value)],
+            ),
             _inputs(model_config, f"{ours}.attention.out", f"{theirs}.{attention}.o_proj.weight", (width, query)),
             _vector(f"{ours}.post_norm", f"{theirs}.post_attention_layernorm.weight", width),
-            _outputs(model_config, f"{ours}.mlp.gate_up", [f"{theirs}.mlp.{p}_proj.weight" for p in ("gate", "up")], [(mlp, width)] * 2),
+            _outputs(
+                model_config,
+                f"{ours}.mlp.gate_up",
+                [f"{theirs}.mlp.{p}_proj.weight" for p in ("gate", "up")],
+                [(mlp, width)] * 2,
+            ),
             _inputs(model_config, f"{ours}.mlp.down", f"{theirs}.mlp.down_proj.weight", (width, mlp)),
         ]
         if model_config.qkv_bias:
             biases = [f"{n}.bias" for n in names]
-            entries.append(_outputs(model_config, f"{ours}.attention.qkv_bias", biases, [(query,), (key_value,), (key_value,)]))
+            entries.append(
+                _outputs(model_config, f"{ours}.attention.qkv_bias", biases, [(query,), (key_value,), (key_value,)])
+            )
         if model_config.out_bias:
             entries.append(_vector(f"{ours}.attention.out_bias", f"{theirs}.{attention}.o_proj.bias", width))
         if model_config.qk_norm:
             entries += [_vector(f"{ours}.attention.{p}_norm", f"{theirs}.{attention}.{p}_norm.weight", h) for p in "qk"]
     entries.append(_vector("norm", "model.norm.weight", width))
-    return entries if model_config.tie_word_embeddings else [*entries, _vocabulary(model_config, "head", "lm_head.weight")]
+    return (
+        entries if model_config.tie_word_embeddings else [*entries, _vocabulary(model_config, "head", "lm_head.weight")]
+    )
 
 
 def ignored_keys(model_config: ModelConfig) -> tuple[str, ...]:
@@ -162,7 +222,9 @@ def _outputs(model_config: ModelConfig, target: str, sources: list[str], shapes:
     cut = lambda x: x.reshape(leaves, x.shape[0] // leaves, *x.shape[1:])
     edges = np.cumsum([shape[0] // leaves for shape in shapes])[:-1]
     unpack = lambda leaf: [part.reshape(-1, *part.shape[2:]) for part in np.split(leaf, edges, axis=1)]
-    return Entry(target, tuple(sources), tuple(shapes), lambda parts: np.concatenate([cut(x) for x in parts], axis=1), unpack)
+    return Entry(
+        target, tuple(sources), tuple(shapes), lambda parts: np.concatenate([cut(x) for x in parts], axis=1), unpack
+    )
 
 
 def _inputs(model_config: ModelConfig, target: str, source: str, shape: tuple[int, int]) -> Entry:

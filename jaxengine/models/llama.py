@@ -1,4 +1,5 @@
 """Llama 3.x: no norms on heads; biases only where the configuration asks for them."""
+
 from typing import Any
 
 from jaxengine.base.arguments import flag

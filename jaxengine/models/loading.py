@@ -1,4 +1,5 @@
 """From a Hugging Face folder to parameters on the device and back, leaf by leaf: never two copies of a model in memory."""
+
 import contextlib
 import dataclasses
 import json
@@ -31,8 +32,12 @@ def read_model_config(folder: Path, *, dtype: Any = "auto", reduction_leaves: in
         model_config = registry.configure(hf)
     if generation.get("eos_token_id") is not None:
         with _naming(folder / "generation_config.json"):
-            model_config = dataclasses.replace(model_config, eos_token_ids=hugging_face.end_tokens(generation["eos_token_id"]))
-    return dataclasses.replace(model_config, dtype=dtype_name(dtype, model_config.dtype), reduction_leaves=reduction_leaves)
+            model_config = dataclasses.replace(
+                model_config, eos_token_ids=hugging_face.end_tokens(generation["eos_token_id"])
+            )
+    return dataclasses.replace(
+        model_config, dtype=dtype_name(dtype, model_config.dtype), reduction_leaves=reduction_leaves
+    )
 
 
 @contextlib.contextmanager
@@ -58,23 +63,37 @@ def dtype_name(dtype: Any, auto: str) -> str:
     return name
 
 
-def load(folder: Path, model_config: ModelConfig, progress: Callable[[int, int], None] = lambda done, total: None) -> Decoder:
+def load(
+    folder: Path, model_config: ModelConfig, progress: Callable[[int, int], None] = lambda done, total: None
+) -> Decoder:
     """Parameters of a folder, in the configuration's dtype. Raises ValueError listing what does not fit, before memory is taken."""
     leaves: dict[str, jax.Array] = {}
     with open_folder(folder) as tensors:
         table = hugging_face.key_table(model_config)
         for target, array in key_table.read(tensors, table, ignore=hugging_face.ignored_keys(model_config)):
-            leaves[target] = jax.device_put(np.array(array, jnp.dtype(model_config.dtype), order="C"))  # a copy: the file may change or go
+            leaves[target] = jax.device_put(
+                np.array(array, jnp.dtype(model_config.dtype), order="C")
+            )  # a copy: the file may change or go
             progress(len(leaves), len(table))
     return map_declared(lambda path, _: leaves[path], model_config)
 
 
-def save(folder: str | os.PathLike[str], model_config: ModelConfig, params: Decoder, *, dtype: str | None = None) -> None:
+def save(
+    folder: str | os.PathLike[str], model_config: ModelConfig, params: Decoder, *, dtype: str | None = None
+) -> None:
     """Write config.json and safetensors that transformers opens. `dtype` converts on the way out."""
     model_config = model_config if dtype is None else dataclasses.replace(model_config, dtype=dtype)
     paths: dict[str, Any] = {}
-    jax.tree_util.tree_map_with_path(lambda path, x: paths.setdefault(jax.tree_util.keystr(path, simple=True, separator="."), x), params)
-    key_table.write(folder, hugging_face.key_table(model_config), lambda target: np.asarray(paths[target]).astype(jnp.dtype(model_config.dtype)))
+    jax.tree_util.tree_map_with_path(
+        lambda path, x: paths.setdefault(jax.tree_util.keystr(path, simple=True, separator="."), x), params
+    )
+    key_table.write(
+        folder,
+        hugging_face.key_table(model_config),
+        lambda target: np.asarray(paths[target]).astype(jnp.dtype(model_config.dtype)),
+    )
     family = registry.family(model_config.architecture)
-    text = json.dumps(hugging_face.config_json(model_config, family.MODEL_TYPE) | family.differences(model_config), indent=2)
+    text = json.dumps(
+        hugging_face.config_json(model_config, family.MODEL_TYPE) | family.differences(model_config), indent=2
+    )
     Path(folder, "config.json").write_text(text + "\n")

@@ -2,6 +2,7 @@
 
 Every matrix carries the leaf axis first (sharding/leaves.py) and its outputs before its inputs: `[leaf, N, K]`.
 """
+
 import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal
@@ -79,7 +80,12 @@ def declare(model_config: ModelConfig) -> Any:
         bias: Any = Parameter((leaves, packed // leaves), ("leaf", "out"), "zeros") if model_config.qkv_bias else None
         out_bias: Any = Parameter((width,), (None,), "zeros") if model_config.out_bias else None
         attention = Attention(outputs(packed), bias, head_norm, head_norm, inputs(query), out_bias)
-        return Layer(norm, attention, norm, Mlp(outputs(2 * model_config.intermediate_size), inputs(model_config.intermediate_size)))
+        return Layer(
+            norm,
+            attention,
+            norm,
+            Mlp(outputs(2 * model_config.intermediate_size), inputs(model_config.intermediate_size)),
+        )
 
     layers = tuple(layer() for _ in range(model_config.num_hidden_layers))
     return Decoder(table, layers, norm, None if model_config.tie_word_embeddings else table)
@@ -106,7 +112,11 @@ def initialise(model_config: ModelConfig, key: Array, scale: float = 0.02) -> De
             return (jnp.ones if parameter.init == "ones" else jnp.zeros)(parameter.shape, model_config.dtype)
         values = scale * jax.random.normal(jax.random.fold_in(key, paths[path]), parameter.shape)
         if parameter.axes[1] == "vocab":
-            values = jnp.where((jnp.arange(values.shape[0] * values.shape[1]) < model_config.vocab_size).reshape(*values.shape[:2], 1), values, 0)
+            values = jnp.where(
+                (jnp.arange(values.shape[0] * values.shape[1]) < model_config.vocab_size).reshape(*values.shape[:2], 1),
+                values,
+                0,
+            )
         return values.astype(model_config.dtype)
 
     return map_declared(array, model_config)

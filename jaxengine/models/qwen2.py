@@ -1,4 +1,5 @@
 """Qwen2 and Qwen2.5: biases on queries, keys and values."""
+
 from typing import Any
 
 from jaxengine.config import ModelConfig

@@ -1,4 +1,5 @@
 """Qwen3: norms on queries and keys, biases only where the configuration asks for them."""
+
 from typing import Any
 
 from jaxengine.base.arguments import flag

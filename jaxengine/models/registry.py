@@ -1,4 +1,5 @@
 """The architectures that this project runs: a line each."""
+
 from types import ModuleType
 from typing import Any
 
@@ -12,8 +13,10 @@ FAMILIES: dict[str, ModuleType] = {"Qwen3ForCausalLM": qwen3, "Qwen2ForCausalLM"
 def family(architecture: str) -> ModuleType:
     """The family file of an architecture; raises ValueError listing what is supported."""
     if architecture not in FAMILIES:
-        raise ValueError(f"architecture {architecture!r} is not supported (supported: {', '.join(sorted(FAMILIES))})"
-                         f"{nearest(architecture, FAMILIES)}")
+        raise ValueError(
+            f"architecture {architecture!r} is not supported (supported: {', '.join(sorted(FAMILIES))})"
+            f"{nearest(architecture, FAMILIES)}"
+        )
     return FAMILIES[architecture]
 
 

@@ -3,6 +3,7 @@
 "xla" is plain XLA (ops/xla.py), "pallas_tpu" and "pallas_gpu" are the devices' kernels (ops/pallas.py), "pallas_interpret" is the TPU's on
 any machine, slowly. Each has its own bits, so the name is part of the contract; the layout of the KV cache belongs to it too.
 """
+
 import functools
 import logging
 from typing import Any, Protocol
@@ -55,7 +56,9 @@ class Kernels(Protocol):
         """Sum over leaves of x @ w.T, in the fixed order of the tree (vLLM: row parallel)."""
         ...
 
-    def draw_and_score(self, logits: Float[Array, "t V"], given: Int[Array, " t"], uniforms: Float[Array, "t 2"] | None = None) -> Draw:
+    def draw_and_score(
+        self, logits: Float[Array, "t V"], given: Int[Array, " t"], uniforms: Float[Array, "t 2"] | None = None
+    ) -> Draw:
         """A token of each row and its logprob under softmax(logits): given ≥ 0 is scored, else one is drawn.
 
         Without uniforms all are given.
@@ -78,16 +81,30 @@ class Kernels(Protocol):
         """A step's block tables as `write` and `attend` take them."""
         ...
 
-    def write(self, keys: Array, values: Array, k: Float[Array, "B r K h"], v: Float[Array, "B r K h"], tables: Array, blocks: QueryBlocks
-              ) -> tuple[Array, Array]:
+    def write(
+        self,
+        keys: Array,
+        values: Array,
+        k: Float[Array, "B r K h"],
+        v: Float[Array, "B r K h"],
+        tables: Array,
+        blocks: QueryBlocks,
+    ) -> tuple[Array, Array]:
         """The pools with k and v of each block in the page that its table names. Copies bits, so it needs no pinning.
 
         A block lies in one page: block starts are multiples of r and page sizes too.
         """
         ...
 
-    def attend(self, model_config: ModelConfig, keys: Array, values: Array, q: Float[Array, "B r H h"], tables: Array, blocks: QueryBlocks
-               ) -> Float[Array, "B r Hh"]:
+    def attend(
+        self,
+        model_config: ModelConfig,
+        keys: Array,
+        values: Array,
+        q: Float[Array, "B r H h"],
+        tables: Array,
+        blocks: QueryBlocks,
+    ) -> Float[Array, "B r Hh"]:
         """Causal attention of the blocks over their sequences' pages, in the model's dtype. The same bits whatever else is attended."""
         ...
 

@@ -1,4 +1,5 @@
 """Matrix products with weights `[leaf, N, K]`: outputs by rows, as Hugging Face stores them and as a CPU reads them fastest."""
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float

@@ -1,4 +1,5 @@
 """Normalisation in float32."""
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float

@@ -3,6 +3,7 @@
 A product runs inside its caller's pinned region, whose element-wise code still is XLA's. Attention and the write take all blocks at once: a
 kernel's bits do not depend on what else it is given, and between kernels nothing but copying and one conversion happens.
 """
+
 import dataclasses
 import functools
 from typing import Any
@@ -45,18 +46,24 @@ class Pallas:
     def parts(self) -> dict[str, Any]:
         """The device's block sizes with the name: how a sum is split is part of its bits."""
         device = self.implementation.device
-        of_device = lambda table: {kind: dataclasses.asdict(blocks) for (family, kind), blocks in table.items() if family == device}
+        of_device = lambda table: {
+            kind: dataclasses.asdict(blocks) for (family, kind), blocks in table.items() if family == device
+        }
         return {"name": self.name, "device": device, "matmul": of_device(MATMUL), "attention": of_device(ATTENTION)}
 
     def check(self, model_config: ModelConfig) -> None:
         """Raises ValueError for a model whose dtype or heads the kernels do not take."""
         allowed = [dtype for family, dtype in MATMUL if family == self.implementation.device]
         if model_config.dtype not in allowed:
-            raise ValueError(f"kernels {self.name!r} take weights in {' or '.join(allowed)}, got {model_config.dtype}: give another dtype, "
-                             "or take kernels 'xla'")
+            raise ValueError(
+                f"kernels {self.name!r} take weights in {' or '.join(allowed)}, got {model_config.dtype}: give another dtype, "
+                "or take kernels 'xla'"
+            )
         if self.name == "pallas_gpu" and model_config.head_dim > GPU_WIDTHS[-1]:
-            raise ValueError(f"kernels {self.name!r} take heads of at most {GPU_WIDTHS[-1]}, got head_dim={model_config.head_dim}: "
-                             "take kernels 'xla'")
+            raise ValueError(
+                f"kernels {self.name!r} take heads of at most {GPU_WIDTHS[-1]}, got head_dim={model_config.head_dim}: "
+                "take kernels 'xla'"
+            )
 
     # -- rows ------------------------------------------------------------------------------------------------------------------
 
@@ -80,18 +87,26 @@ class Pallas:
             return run(x if shared else x[0], w[0])[None]
         return jax.vmap(run, in_axes=(None if shared else 0, 0))(x, w)
 
-    def draw_and_score(self, logits: Float[Array, "t V"], given: Int[Array, " t"], uniforms: Float[Array, "t 2"] | None = None) -> Draw:
+    def draw_and_score(
+        self, logits: Float[Array, "t V"], given: Int[Array, " t"], uniforms: Float[Array, "t 2"] | None = None
+    ) -> Draw:
         return draw_and_score(logits, given, uniforms, implementation=self.implementation)
 
     # -- pages -----------------------------------------------------------------------------------------------------------------
 
     def pools(self, model_config: ModelConfig, num_pages: int, page_size: int) -> tuple[Any, Any]:
         """Raises ValueError for a page size that does not divide the kernel's tile of keys."""
-        dtype, heads, width = jnp.dtype(model_config.dtype), model_config.num_key_value_heads, self._width(model_config.head_dim)
+        dtype, heads, width = (
+            jnp.dtype(model_config.dtype),
+            model_config.num_key_value_heads,
+            self._width(model_config.head_dim),
+        )
         tile = attention_sizes(self.implementation.device, dtype, heads, width).kv_tile
         if tile % page_size:
-            raise ValueError(f"kernels {str(self.implementation)!r} take {tile} keys of this model at a time, and whole pages: page_size "
-                             f"must divide that, got {page_size}")
+            raise ValueError(
+                f"kernels {str(self.implementation)!r} take {tile} keys of this model at a time, and whole pages: page_size "
+                f"must divide that, got {page_size}"
+            )
         pool: Any = jax.ShapeDtypeStruct((num_pages, heads, page_size, width), dtype)
         return pool, pool
 
@@ -111,16 +126,35 @@ class Pallas:
         """All of them: kernels look up a block's own by its slot."""
         return tables
 
-    def write(self, keys: Array, values: Array, k: Float[Array, "B r K h"], v: Float[Array, "B r K h"], tables: Int[Array, "slots n"],
-              blocks: QueryBlocks) -> tuple[Array, Array]:
+    def write(
+        self,
+        keys: Array,
+        values: Array,
+        k: Float[Array, "B r K h"],
+        v: Float[Array, "B r K h"],
+        tables: Int[Array, "slots n"],
+        blocks: QueryBlocks,
+    ) -> tuple[Array, Array]:
         """Where two blocks hold the same tokens, as those of a probe do, they hold the same bits, and it does not matter whose stay."""
         pages = kv_write(inputs.Pages(keys, values), k, v, _located(tables, blocks), implementation=self.implementation)
         return pages.keys, pages.values
 
-    def attend(self, model_config: ModelConfig, keys: Array, values: Array, q: Float[Array, "B r H h"], tables: Int[Array, "slots n"],
-               blocks: QueryBlocks) -> Float[Array, "B r Hh"]:
-        out = paged_attention(q, inputs.Pages(keys, values), _located(tables, blocks), scoring=inputs.Scoring(model_config.head_dim**-0.5),
-                              implementation=self.implementation)
+    def attend(
+        self,
+        model_config: ModelConfig,
+        keys: Array,
+        values: Array,
+        q: Float[Array, "B r H h"],
+        tables: Int[Array, "slots n"],
+        blocks: QueryBlocks,
+    ) -> Float[Array, "B r Hh"]:
+        out = paged_attention(
+            q,
+            inputs.Pages(keys, values),
+            _located(tables, blocks),
+            scoring=inputs.Scoring(model_config.head_dim**-0.5),
+            implementation=self.implementation,
+        )
         return out.reshape(*out.shape[:2], -1).astype(model_config.dtype)
 
 

@@ -6,6 +6,7 @@ the same HLO wherever it stands: a loop's body is compiled apart from the code a
 time keeps XLA from unrolling the loop into that code. The same count lets a half-empty step skip its empty tiles.
 Under differentiation a region saves its inputs and recomputes, so the values seen inside `value_and_grad` are the same loop's.
 """
+
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -41,7 +42,9 @@ def _over_tiles(body, tile, weights, rows, count):
 
     def step(i, out):
         part = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i * tile, tile), rows)
-        return jax.tree.map(lambda o, y: jax.lax.dynamic_update_slice_in_dim(o, y, i * tile, 0), out, body(weights, part))
+        return jax.tree.map(
+            lambda o, y: jax.lax.dynamic_update_slice_in_dim(o, y, i * tile, 0), out, body(weights, part)
+        )
 
     return jax.lax.fori_loop(0, -(-count // tile), step, out)
 
@@ -58,14 +61,18 @@ def _backward(body, tile, saved, cotangent):
     float_weights, float_rows = [is_float(x) for x in weight_leaves], [is_float(x) for x in row_leaves]
 
     def apply(some_weights, some_rows, part):
-        return body(weight_tree.unflatten(_merge(float_weights, some_weights, weight_leaves)),
-                    row_tree.unflatten(_merge(float_rows, some_rows, part)))
+        return body(
+            weight_tree.unflatten(_merge(float_weights, some_weights, weight_leaves)),
+            row_tree.unflatten(_merge(float_rows, some_rows, part)),
+        )
 
     def step(i, gradients):
         total, of_rows = gradients
         cut = lambda x: jax.lax.dynamic_slice_in_dim(x, i * tile, tile)
         part = [cut(x) for x in row_leaves]
-        _, pullback = jax.vjp(lambda w, r: apply(w, r, part), _pick(float_weights, weight_leaves), _pick(float_rows, part))
+        _, pullback = jax.vjp(
+            lambda w, r: apply(w, r, part), _pick(float_weights, weight_leaves), _pick(float_rows, part)
+        )
         more, of_part = pullback(jax.tree.map(cut, cotangent))
         put = lambda whole, x: jax.lax.dynamic_update_slice_in_dim(whole, x, i * tile, 0)
         return [t + g.astype(jnp.float32) for t, g in zip(total, more, strict=True)], [*map(put, of_rows, of_part)]
@@ -75,8 +82,11 @@ def _backward(body, tile, saved, cotangent):
     start = (zeros(_pick(float_weights, weight_leaves), jnp.float32), zeros(_pick(float_rows, row_leaves), None))
     total, of_rows = jax.lax.fori_loop(0, -(-count // tile), step, start)
     total = [t.astype(x.dtype) for t, x in zip(total, _pick(float_weights, weight_leaves), strict=True)]
-    return (weight_tree.unflatten(_merge(float_weights, total, map(_no_gradient, weight_leaves))),
-            row_tree.unflatten(_merge(float_rows, of_rows, map(_no_gradient, row_leaves))), _no_gradient(count))
+    return (
+        weight_tree.unflatten(_merge(float_weights, total, map(_no_gradient, weight_leaves))),
+        row_tree.unflatten(_merge(float_rows, of_rows, map(_no_gradient, row_leaves))),
+        _no_gradient(count),
+    )
 
 
 _over_tiles.defvjp(_forward, _backward)

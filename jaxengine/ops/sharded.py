@@ -1,4 +1,5 @@
 """The decoder's ops on a mesh: each device runs its own kernels on the leaves that it owns."""
+
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -85,7 +86,9 @@ class Sharded:
         own = lambda x, w: tree_sum(self._gathered(self.own.summed(x, w)[None]))
         return self._on_each(own, (self.leaves, self.leaves), WHOLE)(x, w)
 
-    def draw_and_score(self, logits: Float[Array, "t V"], given: Int[Array, " t"], uniforms: Float[Array, "t 2"] | None = None) -> Draw:
+    def draw_and_score(
+        self, logits: Float[Array, "t V"], given: Int[Array, " t"], uniforms: Float[Array, "t 2"] | None = None
+    ) -> Draw:
         """Each device draws from all logits, which it has, and all come to the same token."""
         return self._on_each(self.own.draw_and_score, (WHOLE, WHOLE, WHOLE), WHOLE)(logits, given, uniforms)
 
@@ -108,12 +111,28 @@ class Sharded:
     def tables(self, tables: Int[Array, "slots n"], blocks: QueryBlocks) -> Array:
         return self.own.tables(tables, blocks)
 
-    def write(self, keys: Array, values: Array, k: Float[Array, "B r K h"], v: Float[Array, "B r K h"], tables: Array, blocks: QueryBlocks
-              ) -> tuple[Array, Array]:
+    def write(
+        self,
+        keys: Array,
+        values: Array,
+        k: Float[Array, "B r K h"],
+        v: Float[Array, "B r K h"],
+        tables: Array,
+        blocks: QueryBlocks,
+    ) -> tuple[Array, Array]:
         inputs = self.pages, self.pages, self.heads, self.heads, WHOLE, WHOLE
         return self._on_each(self.own.write, inputs, (self.pages, self.pages))(keys, values, k, v, tables, blocks)
 
-    def attend(self, model_config: ModelConfig, keys: Array, values: Array, q: Float[Array, "B r H h"], tables: Array, blocks: QueryBlocks
-               ) -> Float[Array, "B r Hh"]:
+    def attend(
+        self,
+        model_config: ModelConfig,
+        keys: Array,
+        values: Array,
+        q: Float[Array, "B r H h"],
+        tables: Array,
+        blocks: QueryBlocks,
+    ) -> Float[Array, "B r Hh"]:
         attend = lambda *args: self.own.attend(model_config, *args)
-        return self._on_each(attend, (self.pages, self.pages, self.heads, WHOLE, WHOLE), self.heads)(keys, values, q, tables, blocks)
+        return self._on_each(attend, (self.pages, self.pages, self.heads, WHOLE, WHOLE), self.heads)(
+            keys, values, q, tables, blocks
+        )

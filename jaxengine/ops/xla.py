@@ -1,4 +1,5 @@
 """The decoder's ops in plain XLA, laid out and tiled for CPUs. kernels.py says what each op has to be."""
+
 import dataclasses
 import functools
 from typing import Any
@@ -49,15 +50,23 @@ class Xla:
     def summed(self, x: Float[Array, "leaf t K"], w: Float[Array, "leaf N K"]) -> Float[Array, "t N"]:
         return tree_sum(dot(x, w))
 
-    def draw_and_score(self, logits: Float[Array, "t V"], given: Int[Array, " t"], uniforms: Float[Array, "t 2"] | None = None) -> Draw:
+    def draw_and_score(
+        self, logits: Float[Array, "t V"], given: Int[Array, " t"], uniforms: Float[Array, "t 2"] | None = None
+    ) -> Draw:
         return plain_draw(logits, given, uniforms)
 
     # -- pages -----------------------------------------------------------------------------------------------------------------
 
     def pools(self, model_config: ModelConfig, num_pages: int, page_size: int) -> tuple[Any, Any]:
-        heads, h, dtype = model_config.num_key_value_heads, model_config.head_dim, storage_dtype(jnp.dtype(model_config.dtype))
-        return (jax.ShapeDtypeStruct((num_pages, heads, h, page_size), dtype),
-                jax.ShapeDtypeStruct((num_pages, heads, page_size, h), dtype))
+        heads, h, dtype = (
+            model_config.num_key_value_heads,
+            model_config.head_dim,
+            storage_dtype(jnp.dtype(model_config.dtype)),
+        )
+        return (
+            jax.ShapeDtypeStruct((num_pages, heads, h, page_size), dtype),
+            jax.ShapeDtypeStruct((num_pages, heads, page_size, h), dtype),
+        )
 
     def as_pages(self, k: Float[Array, "B r K h"], v: Float[Array, "B r K h"]) -> tuple[Array, Array]:
         stored = storage_dtype(k.dtype)
@@ -71,8 +80,15 @@ class Xla:
         """Each block's own."""
         return tables[blocks.slots]
 
-    def write(self, keys: Array, values: Array, k: Float[Array, "B r K h"], v: Float[Array, "B r K h"], tables: Int[Array, "B n"],
-              blocks: QueryBlocks) -> tuple[Array, Array]:
+    def write(
+        self,
+        keys: Array,
+        values: Array,
+        k: Float[Array, "B r K h"],
+        v: Float[Array, "B r K h"],
+        tables: Int[Array, "B n"],
+        blocks: QueryBlocks,
+    ) -> tuple[Array, Array]:
         """The rows behind a block's count are written as they are: nothing attends to them before their own token overwrites them."""
         page_size = values.shape[2]
         k, v = self.as_pages(k, v)
@@ -82,15 +98,29 @@ class Xla:
         def step(i, pool):
             one = lambda x: jax.lax.dynamic_slice_in_dim(x, i, 1)
             page, offset, zero = pages[i], offsets[i], jnp.int32(0)
-            return (jax.lax.dynamic_update_slice(pool[0], one(k), (page, zero, zero, offset)),
-                    jax.lax.dynamic_update_slice(pool[1], one(v), (page, zero, offset, zero)))
+            return (
+                jax.lax.dynamic_update_slice(pool[0], one(k), (page, zero, zero, offset)),
+                jax.lax.dynamic_update_slice(pool[1], one(v), (page, zero, offset, zero)),
+            )
 
         return jax.lax.fori_loop(0, blocks.num_blocks, step, (keys, values))
 
-    def attend(self, model_config: ModelConfig, keys: Array, values: Array, q: Float[Array, "B r H h"], tables: Int[Array, "B n"], blocks: QueryBlocks
-               ) -> Float[Array, "B r Hh"]:
-        return over_tiles(functools.partial(attend_tile, model_config), ATTENTION_TILE, (keys, values), (q, tables, blocks.starts),
-                          blocks.num_blocks)
+    def attend(
+        self,
+        model_config: ModelConfig,
+        keys: Array,
+        values: Array,
+        q: Float[Array, "B r H h"],
+        tables: Int[Array, "B n"],
+        blocks: QueryBlocks,
+    ) -> Float[Array, "B r Hh"]:
+        return over_tiles(
+            functools.partial(attend_tile, model_config),
+            ATTENTION_TILE,
+            (keys, values),
+            (q, tables, blocks.starts),
+            blocks.num_blocks,
+        )
 
 
 def storage_dtype(dtype: jnp.dtype) -> jnp.dtype:
@@ -108,8 +138,18 @@ def slice_widened(x: Array, start: Array, size: int, axis: int, step: Array) -> 
     return jax.lax.dynamic_slice_in_dim(x, start, size, axis).astype(jnp.float32)
 
 
-def attend_tile(model_config: ModelConfig, pages: tuple[Array, Array], rows: tuple[Array, Array, Array]) -> Float[Array, "B r Hh"]:
+def attend_tile(
+    model_config: ModelConfig, pages: tuple[Array, Array], rows: tuple[Array, Array, Array]
+) -> Float[Array, "B r Hh"]:
     """Attention of ATTENTION_TILE blocks over their sequences' pages."""
     q, tables, starts = rows
-    out = paged_attention(q, *pages, tables, starts, scale=model_config.head_dim**-0.5, kv_tile=KV_TILE, dtype=jnp.dtype(model_config.dtype))
+    out = paged_attention(
+        q,
+        *pages,
+        tables,
+        starts,
+        scale=model_config.head_dim**-0.5,
+        kv_tile=KV_TILE,
+        dtype=jnp.dtype(model_config.dtype),
+    )
     return out.reshape(*out.shape[:2], -1).astype(model_config.dtype)

@@ -4,6 +4,7 @@ Rewards are compared within a group, the samples of one prompt, by ids `[B]` as 
 advantage is 0 and no other row's baseline knows of it (a failed sample, or padding). Nothing is scattered: sums over a group are sums of
 a row of [B, B], so their order is fixed on every device.
 """
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -34,8 +35,14 @@ def leave_one_out(rewards: Float[Array, " B"], group: Int[Array, " B"]) -> Float
     return _centred(rewards, same, size) * size / jnp.maximum(size - 1.0, 1.0)
 
 
-def generalized(rewards: Float[Array, "B T"], values: Float[Array, "B T"], mask: Bool[Array, "B T"], *, discount: float = 1.0,
-                decay: float = 0.95) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+def generalized(
+    rewards: Float[Array, "B T"],
+    values: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    *,
+    discount: float = 1.0,
+    decay: float = 0.95,
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """(advantages, returns) of generalized advantage estimation: Schulman et al. 2015, arXiv:1506.02438, section 3.
 
     A step is a token under `mask`; `values[b, t]` is the value of the state in which token t was drawn, `rewards[b, t]` follows it.
@@ -46,7 +53,9 @@ def generalized(rewards: Float[Array, "B T"], values: Float[Array, "B T"], mask:
     def step(after: tuple[Array, Array], here: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array], Array]:
         (advantage, next_value), (reward, value, is_step) = after, here
         found = reward + discount * next_value - value + discount * decay * advantage
-        return (jnp.where(is_step, found, advantage), jnp.where(is_step, value, next_value)), jnp.where(is_step, found, 0.0)
+        return (jnp.where(is_step, found, advantage), jnp.where(is_step, value, next_value)), jnp.where(
+            is_step, found, 0.0
+        )
 
     nothing = jnp.zeros(rewards.shape[0], jnp.float32)
     columns = (rewards.T.astype(jnp.float32), values.T.astype(jnp.float32), mask.T)

@@ -1,4 +1,5 @@
 """A critic on the policy's own trunk: one more row on the head, and nothing of its own below it."""
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -39,19 +40,34 @@ def initialise(model_config: ModelConfig) -> Critic:
     return Critic(jnp.zeros(model_config.hidden_size, jnp.float32), jnp.zeros((), jnp.float32))
 
 
-def logprobs_and_values(model: ActorCritic, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], slots: SamplingArrays, *, model_config: ModelConfig,
-                        kernels: Kernels, tile: Tile = WIDE) -> tuple[Float[Array, "B T"], Float[Array, "B T"] | None]:
+def logprobs_and_values(
+    model: ActorCritic,
+    tokens: Int[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    slots: SamplingArrays,
+    *,
+    model_config: ModelConfig,
+    kernels: Kernels,
+    tile: Tile = WIDE,
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"] | None]:
     """(logprobs of the tokens under `mask`, values of the states they were drawn in), from one pass through the trunk; 0 elsewhere.
 
     The logprobs are those of scoring.token_logprobs, by bits. Values are None without a critic. Differentiable in `model`.
     """
     x, tokens = scoring.trunk(model.policy, tokens, mask, model_config=model_config, kernels=kernels, tile=tile)
-    logprobs, _ = scoring.head_logprobs(model.policy, x, tokens, mask, slots, model_config=model_config, kernels=kernels)
+    logprobs, _ = scoring.head_logprobs(
+        model.policy, x, tokens, mask, slots, model_config=model_config, kernels=kernels
+    )
     return logprobs, None if model.critic is None else _values(model_config, model.critic, model.policy.norm, x, mask)
 
 
-def _values(model_config: ModelConfig, critic: Critic, norm: Float[Array, " D"], x: Float[Array, "B T D"], mask: Bool[Array, "B T"]
-            ) -> Float[Array, "B T"]:
+def _values(
+    model_config: ModelConfig,
+    critic: Critic,
+    norm: Float[Array, " D"],
+    x: Float[Array, "B T D"],
+    mask: Bool[Array, "B T"],
+) -> Float[Array, "B T"]:
     """In a pinned region in float32, as the logits are."""
     batch, length, width = x.shape
     rows = jnp.pad(x.reshape(-1, width), ((0, -batch * length % HEAD_ROWS), (0, 0)))

@@ -3,6 +3,7 @@
 All of them maximise min(ρ A, clip(ρ) A) with ρ = π_new / π_old; they differ in what the ratio is of (a token or a sequence), where it is
 clipped, how tokens are averaged, and in the advantages that belong to them (advantages.py).
 """
+
 import dataclasses
 from typing import Literal
 
@@ -15,8 +16,12 @@ from pallas_kernels.pinned_math import exp
 
 Advantage = Literal["scaled", "centred", "leave-one-out", "generalized"]
 Estimator = Literal["k1", "k2", "k3"]
-CHOICES = {"advantage": ("scaled", "centred", "leave-one-out", "generalized"), "ratio": ("token", "sequence"),
-           "average": ("sequence", "token", "constant"), "kl": ("k1", "k2", "k3")}
+CHOICES = {
+    "advantage": ("scaled", "centred", "leave-one-out", "generalized"),
+    "ratio": ("token", "sequence"),
+    "average": ("sequence", "token", "constant"),
+    "kl": ("k1", "k2", "k3"),
+}
 
 
 @strict_keywords
@@ -43,7 +48,9 @@ class Objective:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if not 0 <= self.clip_low <= 1 or not self.clip_high >= 0:
-            raise ValueError(f"clip_low must be within 0 … 1 and clip_high at least 0, got {self.clip_low} and {self.clip_high}")
+            raise ValueError(
+                f"clip_low must be within 0 … 1 and clip_high at least 0, got {self.clip_low} and {self.clip_high}"
+            )
         if not self.kl_coefficient >= 0:
             raise ValueError(f"kl_coefficient must be at least 0, got {self.kl_coefficient}")
         if self.budget is not None and self.budget < 1:
@@ -53,16 +60,27 @@ class Objective:
 ALGORITHMS = {
     "grpo": Objective(),  # Shao et al. 2024, arXiv:2402.03300, eq. 3; its KL penalty is kl_coefficient, 0.04 there
     "dr_grpo": Objective(advantage="centred", average="constant"),  # Liu et al. 2025, arXiv:2503.20783
-    "dapo": Objective(clip_high=0.28, average="token"),  # Yu et al. 2025, arXiv:2503.14476: clip-higher, token-level mean, no KL
+    "dapo": Objective(
+        clip_high=0.28, average="token"
+    ),  # Yu et al. 2025, arXiv:2503.14476: clip-higher, token-level mean, no KL
     "gspo": Objective(ratio="sequence", clip_low=3e-4, clip_high=4e-4),  # Zheng et al. 2025, arXiv:2507.18071
-    "rloo": Objective(advantage="leave-one-out", average="constant"),  # Ahmadian et al. 2024, arXiv:2402.14740, with PPO's clip
+    "rloo": Objective(
+        advantage="leave-one-out", average="constant"
+    ),  # Ahmadian et al. 2024, arXiv:2402.14740, with PPO's clip
     "ppo": Objective(advantage="generalized", average="token"),  # Schulman et al. 2017, arXiv:1707.06347, eq. 7
 }
 
 
-def policy_loss(logprobs: Float[Array, "B T"], old_logprobs: Float[Array, "B T"], mask: Bool[Array, "B T"],
-                advantages: Float[Array, " B"] | Float[Array, "B T"], objective: Objective, *,
-                weights: Float[Array, "B T"] | None = None, reference: Float[Array, "B T"] | None = None) -> Float[Array, ""]:
+def policy_loss(
+    logprobs: Float[Array, "B T"],
+    old_logprobs: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    advantages: Float[Array, " B"] | Float[Array, "B T"],
+    objective: Objective,
+    *,
+    weights: Float[Array, "B T"] | None = None,
+    reference: Float[Array, "B T"] | None = None,
+) -> Float[Array, ""]:
     """The loss to minimise, differentiable in `logprobs`. What stands outside `mask` is never read.
 
     `weights` are token_weights of the whole batch where this is a part of one: the losses of its parts, and their gradients, add up to
@@ -78,7 +96,9 @@ def policy_loss(logprobs: Float[Array, "B T"], old_logprobs: Float[Array, "B T"]
     if objective.kl_coefficient == 0:
         return loss
     if reference is None:
-        raise ValueError(f"kl_coefficient={objective.kl_coefficient} asks for a penalty, but no logprobs of a reference policy were given")
+        raise ValueError(
+            f"kl_coefficient={objective.kl_coefficient} asks for a penalty, but no logprobs of a reference policy were given"
+        )
     return loss + objective.kl_coefficient * (weights * kl_penalty(logprobs, reference, mask, objective.kl)).sum()
 
 
@@ -97,8 +117,9 @@ def token_shares(mask: Bool[Array, "B T"]) -> Float[Array, "B T"]:
     return jnp.where(mask, 1 / jnp.maximum(mask.sum(), 1), 0.0)
 
 
-def ratios(logprobs: Float[Array, "B T"], old_logprobs: Float[Array, "B T"], mask: Bool[Array, "B T"], objective: Objective
-           ) -> Float[Array, "B T"]:
+def ratios(
+    logprobs: Float[Array, "B T"], old_logprobs: Float[Array, "B T"], mask: Bool[Array, "B T"], objective: Objective
+) -> Float[Array, "B T"]:
     """π_new / π_old of each token, or GSPO's (π_new / π_old)^(1 / length) of its sequence; exactly 1 where nothing has changed.
 
     The sequence's ratio carries each token's own gradient: s_t = sg[s] · π_t / sg[π_t], the token form of GSPO (arXiv:2507.18071,
@@ -118,8 +139,9 @@ def is_clipped(rho: Float[Array, "B T"], advantages: Float[Array, "B T"], object
     return ((advantages > 0) & (rho > 1 + objective.clip_high)) | ((advantages < 0) & (rho < 1 - objective.clip_low))
 
 
-def kl_penalty(logprobs: Float[Array, "B T"], reference: Float[Array, "B T"], mask: Bool[Array, "B T"], estimator: Estimator = "k3"
-               ) -> Float[Array, "B T"]:
+def kl_penalty(
+    logprobs: Float[Array, "B T"], reference: Float[Array, "B T"], mask: Bool[Array, "B T"], estimator: Estimator = "k3"
+) -> Float[Array, "B T"]:
     """Estimates of KL(π ‖ reference) at tokens drawn from π; 0 outside `mask`, and exactly 0 where both logprobs are equal.
 
     0 too at a token that either policy has cut from its support (top-k, top-p or min-p; weights that have moved since it was drawn):
@@ -134,8 +156,15 @@ def kl_penalty(logprobs: Float[Array, "B T"], reference: Float[Array, "B T"], ma
     return log_r**2 / 2 if estimator == "k2" else jnp.expm1(log_r) - log_r
 
 
-def value_loss(values: Float[Array, "B T"], old_values: Float[Array, "B T"], returns: Float[Array, "B T"], mask: Bool[Array, "B T"], *,
-               clip: float = 0.2, weights: Float[Array, "B T"] | None = None) -> Float[Array, ""]:
+def value_loss(
+    values: Float[Array, "B T"],
+    old_values: Float[Array, "B T"],
+    returns: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    *,
+    clip: float = 0.2,
+    weights: Float[Array, "B T"] | None = None,
+) -> Float[Array, ""]:
     """Half the larger squared error of the value and of the value kept within `clip` of the old one; mean over tokens unless weighed.
 
     The clipped form is of PPO's implementations, not of its paper: Engstrom et al. 2020, arXiv:2005.12729, section 3.
@@ -144,5 +173,7 @@ def value_loss(values: Float[Array, "B T"], old_values: Float[Array, "B T"], ret
     moved = jnp.where(mask, values - old_values, 0.0)
     error, old_error = (jnp.where(mask, x - returns, 0.0) for x in (values, old_values))
     bounded = old_error + jnp.clip(moved, -clip, clip)
-    binds = (jnp.abs(moved) > clip) & (bounded**2 > error**2)  # then the error is a constant; not jnp.maximum, for its gradient at equals
+    binds = (jnp.abs(moved) > clip) & (
+        bounded**2 > error**2
+    )  # then the error is a constant; not jnp.maximum, for its gradient at equals
     return 0.5 * (weights * jnp.where(binds, jax.lax.stop_gradient(bounded), error) ** 2).sum()

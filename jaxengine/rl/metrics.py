@@ -1,12 +1,18 @@
 """What practitioners watch: how far the policy that learns has moved from the one that sampled. On-policy, all of it is exactly nothing."""
+
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxengine.rl.losses import Objective, is_clipped, ratios
 
 
-def mismatch(logprobs: Float[Array, "B T"], old_logprobs: Float[Array, "B T"], mask: Bool[Array, "B T"],
-             advantages: Float[Array, " B"] | Float[Array, "B T"], objective: Objective) -> dict[str, Float[Array, ""]]:
+def mismatch(
+    logprobs: Float[Array, "B T"],
+    old_logprobs: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    advantages: Float[Array, " B"] | Float[Array, "B T"],
+    objective: Objective,
+) -> dict[str, Float[Array, ""]]:
     """Over the tokens under `mask`, as scalars: ratio_mean, ratio_max (of the objective's ratio), clip_rate (the share of tokens whose
     gradient the clip takes), kl (of π_old from π_new, in nats a token) and max_delta (the largest |Δlogprob|).
 
@@ -16,8 +22,13 @@ def mismatch(logprobs: Float[Array, "B T"], old_logprobs: Float[Array, "B T"], m
     advantages = jnp.broadcast_to(advantages[:, None] if advantages.ndim == 1 else advantages, mask.shape)
     rho, delta = ratios(logprobs, old_logprobs, mask, objective), jnp.where(mask, logprobs - old_logprobs, 0.0)
     clipped = is_clipped(rho, jnp.where(mask, advantages, 0.0), objective)
-    return {"ratio_mean": 1 + mean_over(rho - 1, mask), "ratio_max": jnp.where(mask, rho, 0.0).max(),
-            "clip_rate": mean_over(clipped, mask), "kl": mean_over(jnp.expm1(delta) - delta, mask), "max_delta": jnp.abs(delta).max()}
+    return {
+        "ratio_mean": 1 + mean_over(rho - 1, mask),
+        "ratio_max": jnp.where(mask, rho, 0.0).max(),
+        "clip_rate": mean_over(clipped, mask),
+        "kl": mean_over(jnp.expm1(delta) - delta, mask),
+        "max_delta": jnp.abs(delta).max(),
+    }
 
 
 def mean_over(x: Array, mask: Bool[Array, "B T"]) -> Float[Array, ""]:
@@ -25,7 +36,9 @@ def mean_over(x: Array, mask: Bool[Array, "B T"]) -> Float[Array, ""]:
     return jnp.where(mask, x, 0).sum(dtype=jnp.float32) / jnp.maximum(mask.sum(), 1)
 
 
-def explained_variance(values: Float[Array, "B T"], returns: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, ""]:
+def explained_variance(
+    values: Float[Array, "B T"], returns: Float[Array, "B T"], mask: Bool[Array, "B T"]
+) -> Float[Array, ""]:
     """1 - Var(returns - values) / Var(returns) over the tokens under `mask`: 1 is a perfect critic, 0 one that knows the mean alone."""
     variance = lambda x: mean_over((x - mean_over(x, mask)) ** 2, mask)
     return 1 - variance(returns - values) / jnp.maximum(variance(returns), 1e-8)

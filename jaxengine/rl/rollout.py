@@ -1,4 +1,5 @@
 """Rollout: what was generated, as the arrays that a trainer takes; on disk as safetensors."""
+
 import dataclasses
 import json
 import os
@@ -33,7 +34,9 @@ class Rollout:
     group: Int[Array, " B"]  # index of the prompt: samples of one prompt share it
     weight_versions: Int[Array, "B T"]  # of the weights that drew each generated token; -1 elsewhere
     entropies: Float[Array, "B T"] | None = None  # of the processed distribution, where it was asked for
-    coordinates: tuple[Coordinate, ...] | None = None  # of each row, for LLM.replay; no part of the pytree: transformations drop them
+    coordinates: tuple[Coordinate, ...] | None = (
+        None  # of each row, for LLM.replay; no part of the pytree: transformations drop them
+    )
 
     @classmethod
     def from_outputs(cls, outputs: Sequence[RequestOutput], *, length: int | None = None) -> "Rollout":
@@ -41,7 +44,11 @@ class Rollout:
 
         Raises ValueError where there is no sample, or one is longer than `length`, or only some have entropies.
         """
-        rows = [(group, output.prompt_token_ids, sample) for group, output in enumerate(outputs) for sample in output.outputs]
+        rows = [
+            (group, output.prompt_token_ids, sample)
+            for group, output in enumerate(outputs)
+            for sample in output.outputs
+        ]
         if not rows:
             raise ValueError("no outputs: a rollout has at least one sample")
         lengths = np.array([len(prompt) + len(sample.token_ids) for _, prompt, sample in rows], np.int32)
@@ -52,17 +59,24 @@ class Rollout:
         versions = place(np.int32, UNDRAWN, _versions)
         coordinates = tuple(sample.coordinate for _, _, sample in rows if sample.coordinate is not None)
         return cls(
-            _tokens((len(rows), width), rows), versions != UNDRAWN, place(np.float32, 0, lambda s: s.token_logprobs),
-            lengths, np.array([group for group, _, _ in rows], np.int32), versions,
+            _tokens((len(rows), width), rows),
+            versions != UNDRAWN,
+            place(np.float32, 0, lambda s: s.token_logprobs),
+            lengths,
+            np.array([group for group, _, _ in rows], np.int32),
+            versions,
             place(np.float32, 0, lambda s: s.entropies) if _have_entropies(rows) else None,
-            coordinates if len(coordinates) == len(rows) else None)
+            coordinates if len(coordinates) == len(rows) else None,
+        )
 
     @property
     def sampling_params(self) -> list[SamplingParams]:
         """Of each row, as `score` takes them. Raises ValueError where the coordinates were dropped."""
         if self.coordinates is None:
-            raise ValueError("this rollout has no coordinates (a transformation such as jax.tree.map drops them: take the original's; "
-                             "conversations with tools have none: give the sampling parameters that they were generated with)")
+            raise ValueError(
+                "this rollout has no coordinates (a transformation such as jax.tree.map drops them: take the original's; "
+                "conversations with tools have none: give the sampling parameters that they were generated with)"
+            )
         return [coordinate.sampling_params for coordinate in self.coordinates]
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -76,7 +90,9 @@ class Rollout:
         found, metadata = read_tensors(Path(path))
         arrays: dict[str, Any] = found
         if metadata.get("format") != FORMAT or not set(ARRAYS) - {"entropies"} <= arrays.keys() <= set(ARRAYS):
-            raise ValueError(f"{path} is no rollout that Rollout.save wrote: it holds {', '.join(sorted(arrays)) or 'nothing'}")
+            raise ValueError(
+                f"{path} is no rollout that Rollout.save wrote: it holds {', '.join(sorted(arrays)) or 'nothing'}"
+            )
         loaded = cls(**arrays)
         return dataclasses.replace(loaded, coordinates=_coordinates(loaded, json.loads(metadata["origins"])))
 
@@ -87,6 +103,7 @@ Row = tuple[int, list[int], CompletionOutput]
 
 
 # -- from outputs --------------------------------------------------------------------------------------------------------------
+
 
 def _tokens(shape: tuple[int, int], rows: list[Row]) -> np.ndarray:
     tokens = np.zeros(shape, np.int32)
@@ -118,6 +135,7 @@ def _have_entropies(rows: list[Row]) -> bool:
 
 # -- on disk -------------------------------------------------------------------------------------------------------------------
 
+
 def _origins(coordinates: tuple[Coordinate, ...] | None) -> dict[str, Any] | None:
     """What of the coordinates the arrays do not hold. Rows share most contracts and sampling parameters: each is written once."""
     if coordinates is None:
@@ -125,9 +143,20 @@ def _origins(coordinates: tuple[Coordinate, ...] | None) -> dict[str, Any] | Non
     contracts = {coordinate.contract.digest: coordinate.contract.parts for coordinate in coordinates}
     params = {json.dumps(changed_sampling(coordinate.sampling_params)): None for coordinate in coordinates}
     digests, kinds = list(contracts), list(params)
-    rows = [(digests.index(c.contract.digest), kinds.index(json.dumps(changed_sampling(c.sampling_params))), *c.key, *c.key_folds)
-            for c in coordinates]
-    return {"contracts": list(contracts.values()), "sampling_params": [json.loads(kind) for kind in kinds], "rows": rows}
+    rows = [
+        (
+            digests.index(c.contract.digest),
+            kinds.index(json.dumps(changed_sampling(c.sampling_params))),
+            *c.key,
+            *c.key_folds,
+        )
+        for c in coordinates
+    ]
+    return {
+        "contracts": list(contracts.values()),
+        "sampling_params": [json.loads(kind) for kind in kinds],
+        "rows": rows,
+    }
 
 
 def _coordinates(rollout: Rollout, origins: dict[str, Any] | None) -> tuple[Coordinate, ...] | None:
@@ -139,6 +168,15 @@ def _coordinates(rollout: Rollout, origins: dict[str, Any] | None) -> tuple[Coor
     for row, (contract, kind, high, low, prompt, sample) in enumerate(origins["rows"]):
         start, stop = rollout.lengths[row] - counts[row], rollout.lengths[row]
         tokens = rollout.tokens[row].tolist()
-        found.append(Coordinate(contracts[contract], (high, low), (prompt, sample), tokens[:start], params[kind], tokens[start:stop],
-                                rollout.logprobs[row, start:stop]))
+        found.append(
+            Coordinate(
+                contracts[contract],
+                (high, low),
+                (prompt, sample),
+                tokens[:start],
+                params[kind],
+                tokens[start:stop],
+                rollout.logprobs[row, start:stop],
+            )
+        )
     return tuple(found)

@@ -3,6 +3,7 @@
 Weights are kept in float32 and rounded to the model's dtype for each update: the rounded ones are what the engine runs and what the
 gradient is taken at; changes too small for 16 bits add up in the float32 copy. Everything that a run needs to go on is in TrainState.
 """
+
 import dataclasses
 from collections.abc import Iterator
 from typing import Any
@@ -88,12 +89,21 @@ class Trainer:
     front.
     """
 
-    def __init__(self, model: ModelConfig, optimizer: optax.GradientTransformation, config: TrainerConfig | None = None, *,
-                 kernels: str = "auto", tile: Tile = WIDE) -> None:
+    def __init__(
+        self,
+        model: ModelConfig,
+        optimizer: optax.GradientTransformation,
+        config: TrainerConfig | None = None,
+        *,
+        kernels: str = "auto",
+        tile: Tile = WIDE,
+    ) -> None:
         self.model_config, self.optimizer, self.config, self.tile = model, optimizer, config or TrainerConfig(), tile
         self.kernels = choose_kernels(kernels, model)
         self.update = jax.jit(self._update, donate_argnums=0)  # (state, batch) -> (state, metrics)
-        self.policy = jax.jit(lambda state: critic.cast(state.master, model).policy)  # what the engine runs; a copy, the state may go
+        self.policy = jax.jit(
+            lambda state: critic.cast(state.master, model).policy
+        )  # what the engine runs; a copy, the state may go
         self._forward = jax.jit(lambda master, tokens, mask: self._run(critic.cast(master, model), tokens, mask))
 
     @property
@@ -105,10 +115,13 @@ class Trainer:
         widened = jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)
         master = ActorCritic(widened, critic.initialise(self.model_config) if self.has_critic else None)
         zero = lambda: jnp.zeros((), jnp.int32)
-        return TrainState(master, jax.jit(self.optimizer.init)(master), zero(), zero(), jnp.array(key_data(key), jnp.uint32))
+        return TrainState(
+            master, jax.jit(self.optimizer.init)(master), zero(), zero(), jnp.array(key_data(key), jnp.uint32)
+        )
 
-    def train(self, state: TrainState, rollout: Rollout, rewards: Float[np.ndarray, " B"], *, reference: Decoder | None = None
-              ) -> tuple[TrainState, list[dict[str, float]]]:
+    def train(
+        self, state: TrainState, rollout: Rollout, rewards: Float[np.ndarray, " B"], *, reference: Decoder | None = None
+    ) -> tuple[TrainState, list[dict[str, float]]]:
         """All updates for one rollout with a reward for each sample: the next version's state, and the metrics of each update.
 
         A sample whose reward is NaN is left out. `state` is donated. Raises ValueError where the rows are no multiple of
@@ -121,7 +134,9 @@ class Trainer:
         state = dataclasses.replace(state, version=state.version + 1)
         return state, [{name: float(x) for name, x in values.items()} for values in jax.device_get(found)]
 
-    def batch(self, state: TrainState, rollout: Rollout, rewards: Float[np.ndarray, " B"], *, reference: Decoder | None = None) -> Batch:
+    def batch(
+        self, state: TrainState, rollout: Rollout, rewards: Float[np.ndarray, " B"], *, reference: Decoder | None = None
+    ) -> Batch:
         """A rollout with its advantages, and what else the objective asks for. Raises ValueError where `rewards` are not one a sample, or
         where the objective's penalty has no `reference`."""
         kind, rewards = self.config.objective.advantage, np.asarray(rewards, np.float32)
@@ -135,29 +150,51 @@ class Trainer:
             start = dataclasses.replace(start, reference=self._reference(reference, tokens, mask))
         if kind == "generalized":
             return self._with_values(state, start, known)
-        each = (estimators.leave_one_out(known, group) if kind == "leave-one-out" else
-                estimators.group_relative(known, group, scaled=kind == "scaled"))
+        each = (
+            estimators.leave_one_out(known, group)
+            if kind == "leave-one-out"
+            else estimators.group_relative(known, group, scaled=kind == "scaled")
+        )
         return dataclasses.replace(start, advantages=jnp.where(mask, each[:, None], 0.0))
 
     # -- inside ----------------------------------------------------------------------------------------------------------------
 
     def _reference(self, params: Decoder | None, tokens: Array, mask: Array) -> Float[Array, "B T"]:
         if params is None:
-            raise ValueError(f"kl_coefficient={self.config.objective.kl_coefficient} asks for a penalty: give reference, the weights of "
-                             "the policy to stay near")
-        return token_logprobs(params, tokens, mask, self._slots(tokens), model_config=self.model_config, kernels=self.kernels, tile=self.tile)[0]
+            raise ValueError(
+                f"kl_coefficient={self.config.objective.kl_coefficient} asks for a penalty: give reference, the weights of "
+                "the policy to stay near"
+            )
+        return token_logprobs(
+            params,
+            tokens,
+            mask,
+            self._slots(tokens),
+            model_config=self.model_config,
+            kernels=self.kernels,
+            tile=self.tile,
+        )[0]
 
     def _with_values(self, state: TrainState, batch: Batch, rewards: Float[Array, " B"]) -> Batch:
         _, values = self._forward(state.master, batch.tokens, batch.mask)
-        found, returns = estimators.generalized(estimators.at_last_token(rewards, batch.mask), values, batch.mask,
-                                                discount=self.config.discount, decay=self.config.decay)
-        return dataclasses.replace(batch, advantages=estimators.standardized(found, batch.mask), old_values=values, returns=returns)
+        found, returns = estimators.generalized(
+            estimators.at_last_token(rewards, batch.mask),
+            values,
+            batch.mask,
+            discount=self.config.discount,
+            decay=self.config.decay,
+        )
+        return dataclasses.replace(
+            batch, advantages=estimators.standardized(found, batch.mask), old_values=values, returns=returns
+        )
 
     def _mini_batches(self, state: TrainState, batch: Batch) -> Iterator[Batch]:
         """The rows in a new order each epoch, cut into mini-batches; as they stand where there is but one."""
         rows, count = batch.tokens.shape[0], self.config.mini_batches
         if rows % (count * self.config.micro_batches):
-            raise ValueError(f"{rows} samples are no multiple of mini_batches · micro_batches = {count} · {self.config.micro_batches}")
+            raise ValueError(
+                f"{rows} samples are no multiple of mini_batches · micro_batches = {count} · {self.config.micro_batches}"
+            )
         key = jax.random.fold_in(jax.random.fold_in(key_of(state.key), SHUFFLES), state.version)
         for epoch in range(self.config.epochs):
             order = jnp.arange(rows) if count == 1 else jax.random.permutation(jax.random.fold_in(key, epoch), rows)
@@ -168,10 +205,16 @@ class Trainer:
         """One step of the optimiser on the gradient of the whole batch."""
         weights = token_weights(batch.mask, self.config.objective), token_shares(batch.mask)
         batch = dataclasses.replace(batch, mask=batch.mask & self._needed(batch)[:, None])
-        gradient, losses, (logprobs, values) = self.gradient(critic.cast(state.master, self.model_config), batch, weights)
+        gradient, losses, (logprobs, values) = self.gradient(
+            critic.cast(state.master, self.model_config), batch, weights
+        )
         change, moments = self.optimizer.update(gradient, state.moments, state.master)
-        state = dataclasses.replace(state, master=optax.apply_updates(state.master, change), moments=moments, step=state.step + 1)
-        found = losses | metrics.mismatch(logprobs, batch.old_logprobs, batch.mask, batch.advantages, self.config.objective)
+        state = dataclasses.replace(
+            state, master=optax.apply_updates(state.master, change), moments=moments, step=state.step + 1
+        )
+        found = losses | metrics.mismatch(
+            logprobs, batch.old_logprobs, batch.mask, batch.advantages, self.config.objective
+        )
         if values is not None and batch.returns is not None:
             found["explained_variance"] = metrics.explained_variance(values, batch.returns, batch.mask)
         return state, found | {"gradient_norm": optax.global_norm(gradient)}
@@ -183,8 +226,9 @@ class Trainer:
             return jnp.ones(batch.mask.shape[0], bool)
         return (batch.advantages != 0).any(-1)
 
-    def gradient(self, model: ActorCritic, batch: Batch, weights: tuple[Array, Array]
-                 ) -> tuple[Any, dict[str, Array], tuple[Array, Array | None]]:
+    def gradient(
+        self, model: ActorCritic, batch: Batch, weights: tuple[Array, Array]
+    ) -> tuple[Any, dict[str, Array], tuple[Array, Array | None]]:
         """(gradient, an ActorCritic in float32; losses; logprobs and values `[B, T]` that they were found with), over all micro-batches.
 
         `weights` `[B, T]` are what each token counts in the loss of the policy and in the critic's.
@@ -203,16 +247,33 @@ class Trainer:
     def _loss(self, model: ActorCritic, batch: Batch, weights: tuple[Array, Array]) -> tuple[Array, Any]:
         """(loss, (its parts, (logprobs, values))) of a micro-batch, whose tokens count what they do in the whole batch."""
         logprobs, values = self._run(model, batch.tokens, batch.mask)
-        loss = policy_loss(logprobs, batch.old_logprobs, batch.mask, batch.advantages, self.config.objective, weights=weights[0],
-                           reference=batch.reference)
+        loss = policy_loss(
+            logprobs,
+            batch.old_logprobs,
+            batch.mask,
+            batch.advantages,
+            self.config.objective,
+            weights=weights[0],
+            reference=batch.reference,
+        )
         if values is None:
             return loss, ({"loss": loss}, (logprobs, None))
         assert batch.old_values is not None and batch.returns is not None
-        error = value_loss(values, batch.old_values, batch.returns, batch.mask, clip=self.config.value_clip, weights=weights[1])
+        error = value_loss(
+            values, batch.old_values, batch.returns, batch.mask, clip=self.config.value_clip, weights=weights[1]
+        )
         return loss + self.config.value_coefficient * error, ({"loss": loss, "value_loss": error}, (logprobs, values))
 
     def _run(self, model: ActorCritic, tokens: Array, mask: Array) -> tuple[Array, Array | None]:
-        return critic.logprobs_and_values(model, tokens, mask, self._slots(tokens), model_config=self.model_config, kernels=self.kernels, tile=self.tile)
+        return critic.logprobs_and_values(
+            model,
+            tokens,
+            mask,
+            self._slots(tokens),
+            model_config=self.model_config,
+            kernels=self.kernels,
+            tile=self.tile,
+        )
 
     def _slots(self, tokens: Array) -> Any:
         return sampling_arrays_of([self.config.sampling] * tokens.shape[0], self.model_config)

@@ -1,4 +1,5 @@
 """What a chat is given, as plain JSON values that a template may see. Errors name the place."""
+
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -22,9 +23,13 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     if not isinstance(role, str) or not _ROLE.fullmatch(role):
         raise ValueError(f"{where}.role must be a word of at most 64 letters, digits, - and _, got {role!r:.80}")
     if isinstance(content, list):
-        found["content"] = "\n".join(_part_text(part, f"{where}.content[{index}]") for index, part in enumerate(content))
+        found["content"] = "\n".join(
+            _part_text(part, f"{where}.content[{index}]") for index, part in enumerate(content)
+        )
     elif not isinstance(content, str):
-        raise ValueError(f'{where}.content must be a string or a list of {{"type": "text", "text": …}}, got {content!r:.80}')
+        raise ValueError(
+            f'{where}.content must be a string or a list of {{"type": "text", "text": …}}, got {content!r:.80}'
+        )
     return found
 
 
@@ -46,7 +51,9 @@ def plain(value: Any, where: str, depth: int = 0) -> Any:
     if isinstance(value, int | float):
         return int(value) if isinstance(value, int) else float(value)
     if isinstance(value, Mapping):
-        return {plain(key, f"a key of {where}"): plain(item, f"{where}.{key}", depth + 1) for key, item in value.items()}
+        return {
+            plain(key, f"a key of {where}"): plain(item, f"{where}.{key}", depth + 1) for key, item in value.items()
+        }
     if isinstance(value, list | tuple):
         return [plain(item, f"{where}[{index}]", depth + 1) for index, item in enumerate(value)]
     raise ValueError(f"{where} must be a JSON value, got {value!r:.80} ({type(value).__name__})")
@@ -67,5 +74,7 @@ def check_characters(text: str, where: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{where} has a lone surrogate, U+{ord(text[error.start]):04X}, at position {error.start}: "
-                         "it is half a character and has no tokens") from None
+        raise ValueError(
+            f"{where} has a lone surrogate, U+{ord(text[error.start]):04X}, at position {error.start}: "
+            "it is half a character and has no tokens"
+        ) from None

@@ -10,6 +10,7 @@ plain JSON values only. Bounded are
 - the time: five seconds of a monotonic clock, looked at on each of those, and on every operation between values. The clock stops nothing
   within one operation: the bounds on sizes keep each of them short.
 """
+
 import functools
 import json
 import re
@@ -38,13 +39,18 @@ MAX_PADDING = 99  # of a format's width, an indentation, a separator
 _FILTERS = """abs attr capitalize count d default dictsort e escape first float groupby int items last length list lower map max min
 reject rejectattr reverse safe select selectattr sort string title truncate unique upper wordcount""".split()
 _METHODS: dict[type, frozenset[str]] = {
-    str: frozenset("""capitalize casefold center count endswith find format index isalnum isalpha isascii isdecimal isdigit isidentifier
+    str: frozenset(
+        """capitalize casefold center count endswith find format index isalnum isalpha isascii isdecimal isdigit isidentifier
     islower isnumeric isspace istitle isupper join ljust lower lstrip partition removeprefix removesuffix replace rfind rindex rjust
-    rpartition rsplit rstrip split splitlines startswith strip swapcase title upper zfill""".split()),
+    rpartition rsplit rstrip split splitlines startswith strip swapcase title upper zfill""".split()
+    ),
     dict: frozenset(["copy", "get", "items", "keys", "values"]),
     list: frozenset(["copy", "count", "index"]),
     tuple: frozenset(["count", "index"]),
-    int: frozenset(), float: frozenset(), bytes: frozenset(), type: frozenset(),
+    int: frozenset(),
+    float: frozenset(),
+    bytes: frozenset(),
+    type: frozenset(),
 }
 _WIDE = r"[#0\- +]*(?:\*|\d{3,}|\d*\.(?:\*|\d{3,}))"  # the width of a %-format: three digits and more, or given as an argument
 
@@ -54,7 +60,9 @@ def render(source: str, variables: Mapping[str, Any], given: int) -> str:
     code = _compiled(source)
     environment = _Environment(given)
     try:
-        return environment.concat(Template.from_code(environment, code, environment.make_globals(None)).generate(variables))
+        return environment.concat(
+            Template.from_code(environment, code, environment.make_globals(None)).generate(variables)
+        )
     except _Refusal as error:
         raise ValueError(f"the chat template refused the messages: {error}") from None
     except SecurityError as error:
@@ -115,12 +123,22 @@ class _Environment(ImmutableSandboxedEnvironment):
         self._deadline = time.monotonic() + MAX_SECONDS
         self.finalize = self._output
         filters = {name: self.filters[name] for name in _FILTERS} | {
-            "format": self._format, "indent": self._indent, "join": self._join, "replace": self._replace,
-            "tojson": self._tojson, "trim": self._trim}
+            "format": self._format,
+            "indent": self._indent,
+            "join": self._join,
+            "replace": self._replace,
+            "tojson": self._tojson,
+            "trim": self._trim,
+        }
         self.filters = {name: self._bounded(function) for name, function in filters.items()}
         self.tests = {name: self._bounded(function) for name, function in self.tests.items()}
-        self.globals = {"range": self.globals["range"], "dict": lambda *args, **items: dict(*args, **items), "namespace": _namespace,
-                        "raise_exception": _raise_exception, "strftime_now": _strftime_now}
+        self.globals = {
+            "range": self.globals["range"],
+            "dict": lambda *args, **items: dict(*args, **items),
+            "namespace": _namespace,
+            "raise_exception": _raise_exception,
+            "strftime_now": _strftime_now,
+        }
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         for kind, methods in _METHODS.items():
@@ -253,15 +271,25 @@ class _Environment(ImmutableSandboxedEnvironment):
         self._check(_growth("strip", str(value), (chars,)))
         return str(value).strip(chars)
 
-    def _tojson(self, value: Any, ensure_ascii: bool = False, indent: int | str | None = None,
-                separators: tuple[str, str] | None = None, sort_keys: bool = False) -> str:
+    def _tojson(
+        self,
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | str | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
         """As transformers' own: no HTML escapes. Noncharacters stay themselves, for they are what guards a special token's spelling."""
         padding = indent if isinstance(indent, int) else len(indent or "")
         if max(padding, *map(len, separators or [""])) > MAX_PADDING:
             raise SecurityError(f"tojson with an indentation or separator of more than {MAX_PADDING} characters")
         encoder = json.JSONEncoder(ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys)
         text = self.concat(encoder.iterencode(value)) if indent is not None else encoder.encode(value)
-        return re.sub("[^\x00-\x7f\ufdd0-\ufdef]", lambda found: json.dumps(found[0])[1:-1], text) if ensure_ascii else text
+        return (
+            re.sub("[^\x00-\x7f\ufdd0-\ufdef]", lambda found: json.dumps(found[0])[1:-1], text)
+            if ensure_ascii
+            else text
+        )
 
 
 def _growth(method: str, text: str, args: tuple[Any, ...]) -> float:

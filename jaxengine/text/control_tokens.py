@@ -1,4 +1,5 @@
 """Control tokens in text: made where they were put on purpose, and nowhere else."""
+
 import json
 import re
 import secrets
@@ -24,11 +25,21 @@ class Controls:
         self.beginnings = frozenset(content[:cut] for content in tokens for cut in range(1, len(content)))
         self.longest = max(map(len, tokens), default=0)
         self.endings = frozenset(content[cut:] for content in tokens for cut in range(1, len(content)))
-        self.place, cut = (f"{_NONCHARACTERS[0]}{secrets.token_hex(16)}{mark}" for mark in "pc")  # no text can hold these
-        self._backend.add_tokens([tokenizers.AddedToken(self.place, normalized=False), tokenizers.AddedToken(cut, normalized=False)])
-        self._cut, self._place_id, self._cut_id = cut, self._backend.token_to_id(self.place), self._backend.token_to_id(cut)
+        self.place, cut = (
+            f"{_NONCHARACTERS[0]}{secrets.token_hex(16)}{mark}" for mark in "pc"
+        )  # no text can hold these
+        self._backend.add_tokens(
+            [tokenizers.AddedToken(self.place, normalized=False), tokenizers.AddedToken(cut, normalized=False)]
+        )
+        self._cut, self._place_id, self._cut_id = (
+            cut,
+            self._backend.token_to_id(self.place),
+            self._backend.token_to_id(cut),
+        )
         unknown = spec["model"].get("unk_token"), spec["model"].get("unk_id")  # what plain text may well become
-        self._forbidden = frozenset(token_id for content, token_id in self.ids.items() if not {content, token_id} & {*unknown})
+        self._forbidden = frozenset(
+            token_id for content, token_id in self.ids.items() if not {content, token_id} & {*unknown}
+        )
 
     def encode(self, text: str, *, add_special_tokens: bool = False, placed: Iterable[int] = ()) -> list[int]:
         """The ids of `text`, with the ids `placed` where the text has `self.place`."""
@@ -37,20 +48,28 @@ class Controls:
             text = self._divided(text, spans)
             encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
         next_placed = iter(placed)
-        return [next(next_placed) if token_id == self._place_id else token_id for token_id in encoding.ids if token_id != self._cut_id]
+        return [
+            next(next_placed) if token_id == self._place_id else token_id
+            for token_id in encoding.ids
+            if token_id != self._cut_id
+        ]
 
     def _forged(self, encoding: tokenizers.Encoding) -> list[tuple[int, int]]:
         """Where the vocabulary itself holds a control token's spelling, as word-level and unigram ones may."""
         if self._forbidden.isdisjoint(encoding.ids):
             return []
         own_marks = encoding.special_tokens_mask
-        found = [index for index, token_id in enumerate(encoding.ids) if token_id in self._forbidden and not own_marks[index]]
+        found = [
+            index for index, token_id in enumerate(encoding.ids) if token_id in self._forbidden and not own_marks[index]
+        ]
         return [encoding.offsets[index] for index in found]
 
     def _divided(self, text: str, spans: list[tuple[int, int]]) -> str:
         for start, end in reversed(spans):
             if end - start < 2:
-                raise ValueError(f"the tokenizer makes a control token of the text {text[start:end]!r}: leave it out or give token ids")
+                raise ValueError(
+                    f"the tokenizer makes a control token of the text {text[start:end]!r}: leave it out or give token ids"
+                )
             text = text[: start + 1] + self._cut + text[start + 1 :]
         return text
 
@@ -69,7 +88,9 @@ class Guard:
         taken = set().union(*strings)
         free = [mark for mark in _NONCHARACTERS if mark not in taken]
         if len(free) < 3:
-            raise ValueError("the messages hold nearly all of Unicode's noncharacters U+FDD0 … U+FDEF: leave three of them out")
+            raise ValueError(
+                "the messages hold nearly all of Unicode's noncharacters U+FDD0 … U+FDEF: leave three of them out"
+            )
         self._open, self._close, self._cut = free[:3]
 
     def guarded(self, value: Any) -> Any:
@@ -89,8 +110,10 @@ class Guard:
             placed.append(controls.ids[content])
             return controls.place
 
-        pattern = (f"{self._open}(?P<text>{controls.spelling}){self._close}|[{self._open}{self._close}{self._cut}]"
-                   f"|(?P<control>{controls.in_template})")
+        pattern = (
+            f"{self._open}(?P<text>{controls.spelling}){self._close}|[{self._open}{self._close}{self._cut}]"
+            f"|(?P<control>{controls.in_template})"
+        )
         return controls.encode(re.sub(pattern, replaced, rendered), placed=placed)
 
     def _guarded_text(self, text: str) -> str:

@@ -7,6 +7,7 @@ tokenizers library writes, for byte-fallback ones (SentencePiece) the library tu
 characters already shown included, which no stream can do. Stop strings match generated text alone and complete characters alone: the
 U+FFFD that ends a text cut within a character completes none.
 """
+
 import codecs
 import functools
 import json
@@ -69,10 +70,14 @@ class Pieces:
 
     def _check_joins(self) -> None:
         size = self._backend.get_vocab_size(with_added_tokens=False)
-        some = [token_id for token_id in range(0, size, max(size // 64, 1)) if self.piece(token_id, first=False).isascii()]
+        some = [
+            token_id for token_id in range(0, size, max(size // 64, 1)) if self.piece(token_id, first=False).isascii()
+        ]
         if self.join(some).decode() != self._backend.decode(some, skip_special_tokens=False):
-            raise ValueError("tokenizer.json has a decoder under which a token's text depends on the tokens behind it, so text cannot be "
-                             f"streamed ({type(self._backend.decoder).__name__}): decode with the tokenizers library, outside the engine")
+            raise ValueError(
+                "tokenizer.json has a decoder under which a token's text depends on the tokens behind it, so text cannot be "
+                f"streamed ({type(self._backend.decoder).__name__}): decode with the tokenizers library, outside the engine"
+            )
 
 
 class StopStrings:
@@ -169,7 +174,7 @@ class Detokenizer:
 
     def take_delta(self) -> str:
         """The part of `text` that was not taken yet: whole characters, and none that a stop string may still cut."""
-        delta = "".join(self._final[self._num_taken:])
+        delta = "".join(self._final[self._num_taken :])
         self._num_taken = len(self._final)
         return delta
 

@@ -1,4 +1,5 @@
 """What Jinja compiles a chat template to, such that every operation passes the environment that bounds it (chat_template.py)."""
+
 from collections.abc import Callable
 
 from jinja2 import nodes

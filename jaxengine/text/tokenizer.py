@@ -5,6 +5,7 @@ carries no flag). They come from the tokenizer's own beginning and end marks, fr
 says `allow_special_tokens=True`. Spelled in a prompt or a message they are ordinary text. Other added tokens (`<think>`) are
 vocabulary like any word. No code of a model folder ever runs: `auto_map` and `tokenizer_class` are not looked at.
 """
+
 import json
 import logging
 import re
@@ -25,8 +26,13 @@ _BARRED = re.compile("<[|｜].*[|｜]>", re.DOTALL)
 class Tokenizer:
     """A tokenizer and its chat template. `special_ids` are the flagged tokens: `skip_special_tokens` leaves these out of the text."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, *, named_tokens: Mapping[str, str] | None = None,
-                 chat_template: str | Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        named_tokens: Mapping[str, str] | None = None,
+        chat_template: str | Mapping[str, str] | None = None,
+    ) -> None:
         """`named_tokens`: bos_token, eos_token, … as chat templates know them. `chat_template`: one, or several by name."""
         backend.no_truncation()
         backend.no_padding()
@@ -41,16 +47,24 @@ class Tokenizer:
         self.eos_token_id = named_ids.get("eos_token")
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
         self.pieces = Pieces(backend, spec["decoder"])
-        self._controls = Controls(spec, {token.content: token for token_id, token in added.items()
-                                          if token_id in self.special_ids or _BARRED.fullmatch(token.content)})
+        self._controls = Controls(
+            spec,
+            {
+                token.content: token
+                for token_id, token in added.items()
+                if token_id in self.special_ids or _BARRED.fullmatch(token.content)
+            },
+        )
 
     @classmethod
     def load(cls, folder: Path | str) -> "Tokenizer":
         """The tokenizer of a folder in Hugging Face format. Raises ValueError where it has none or a broken one."""
         file = Path(folder) / "tokenizer.json"
         if not file.is_file():
-            raise ValueError(f"{folder} has no tokenizer.json, so text can be neither read nor written: add the file (save_pretrained of a "
-                             "transformers tokenizer writes it), or leave tokenizer= out and give prompts as token ids")
+            raise ValueError(
+                f"{folder} has no tokenizer.json, so text can be neither read nor written: add the file (save_pretrained of a "
+                "transformers tokenizer writes it), or leave tokenizer= out and give prompts as token ids"
+            )
         try:
             loaded = _fast_tokenizer_class().from_pretrained(str(folder), local_files_only=True)
         except Exception as error:  # the tokenizers library raises bare Exception for a broken file
@@ -72,7 +86,9 @@ class Tokenizer:
     def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """The text of `token_ids`, as `Detokenizer` streams it; bytes that are no UTF-8 are U+FFFD."""
         skipped = self.special_ids if skip_special_tokens else frozenset()
-        return self.pieces.join(token_id for token_id in token_ids if token_id not in skipped).decode("utf-8", "replace")
+        return self.pieces.join(token_id for token_id in token_ids if token_id not in skipped).decode(
+            "utf-8", "replace"
+        )
 
     def token_text(self, token_id: int) -> str:
         """One token for display: special tokens by name, a part of a character as U+FFFD, "" for an id that the tokenizer lacks."""
@@ -107,12 +123,15 @@ class Tokenizer:
             if name in self._templates:
                 return self._templates[name]
         names = f" It has templates named {', '.join(sorted(self._templates))}: choose one." if self._templates else ""
-        raise ValueError("the tokenizer has no chat template, so messages cannot be made a prompt: pass chat_template= (Jinja, as in "
-                         f"the model's chat_template.jinja), or give a prompt as text or token ids.{names}")
+        raise ValueError(
+            "the tokenizer has no chat template, so messages cannot be made a prompt: pass chat_template= (Jinja, as in "
+            f"the model's chat_template.jinja), or give a prompt as text or token ids.{names}"
+        )
 
 
 def _fast_tokenizer_class() -> Any:
     """transformers' wrapper of the tokenizers library, imported late (a second) and without its advice to install PyTorch."""
+
     def is_no_advice(record: logging.LogRecord) -> bool:
         return "PyTorch was not found" not in record.getMessage()
 

@@ -1,4 +1,5 @@
 """Paged attention: small cases of awkward shapes for tests, decoders' own for measurements. A case makes its own pool."""
+
 import dataclasses
 from typing import Any
 
@@ -28,7 +29,9 @@ class AttentionCase:
     spare_pages: int = 3  # in no table, poisoned
 
     def __str__(self) -> str:
-        extras = [f"window{self.window}"] * (self.window is not None) + [f"cap{self.soft_cap}"] * (self.soft_cap is not None)
+        extras = [f"window{self.window}"] * (self.window is not None) + [f"cap{self.soft_cap}"] * (
+            self.soft_cap is not None
+        )
         extras += ["sinks"] * self.has_sinks
         geometry = [f"{self.num_heads}/{self.num_kv_heads}x{self.head_dim}", f"page{self.page_size}", self.dtype]
         return "-".join([f"{len(self.lengths)}seq{max(self.lengths)}", f"chunk{self.chunk}", *geometry, *extras])
@@ -91,7 +94,9 @@ class AttentionCase:
         rows = np.array(cut, np.int32)
         return PagedBlocks(jnp.asarray(self.tables()), *map(jnp.asarray, rows.T)), rows
 
-    def abstract(self, r: int, num_pages: int = 4096) -> tuple[jax.ShapeDtypeStruct, Pages, PagedBlocks, jax.ShapeDtypeStruct | None]:
+    def abstract(
+        self, r: int, num_pages: int = 4096
+    ) -> tuple[jax.ShapeDtypeStruct, Pages, PagedBlocks, jax.ShapeDtypeStruct | None]:
         """(queries, pool, blocks, sinks) of the case cut into blocks of r, as shapes: nothing is allocated."""
         shape: Any = lambda sizes, dtype="float32": jax.ShapeDtypeStruct(sizes, jnp.dtype(dtype))
         slots, context, heads, h = self.shape

@@ -1,4 +1,5 @@
 """Grouped products: experts with no row, one row, many; tiles that several share; rows that belong to nobody."""
+
 import dataclasses
 
 import jax
@@ -38,14 +39,20 @@ class GroupedCase:
         return x.astype(self.dtype), w.astype(self.dtype), jnp.array(self.sizes, jnp.int32)
 
 
-SMALL = tuple(GroupedCase(sizes, inputs, outputs, dtype, gated, rest) for dtype in ("bfloat16", "float32")
-              for sizes, inputs, outputs, gated, rest in (
-    ((5, 0, 17, 1, 20), 320, 200, False, 0),
-    ((0, 15, 17, 0, 0, 3), 200, 272, True, 0),
-    ((1, 2, 3, 4), 256, 96, False, 33),
-    ((0, 0, 0), 130, 48, False, 5),
-))
+SMALL = tuple(
+    GroupedCase(sizes, inputs, outputs, dtype, gated, rest)
+    for dtype in ("bfloat16", "float32")
+    for sizes, inputs, outputs, gated, rest in (
+        ((5, 0, 17, 1, 20), 320, 200, False, 0),
+        ((0, 15, 17, 0, 0, 3), 200, 272, True, 0),
+        ((1, 2, 3, 4), 256, 96, False, 33),
+        ((0, 0, 0), 130, 48, False, 5),
+    )
+)
 
 # Qwen3-30B-A3B: 128 experts of 768, 8 of them a token.
-DECODER = tuple(GroupedCase((tokens * 8 // 128,) * 128, inputs, outputs, gated=gated) for tokens in (64, 512)
-                for inputs, outputs, gated in ((2048, 1536, True), (768, 2048, False)))
+DECODER = tuple(
+    GroupedCase((tokens * 8 // 128,) * 128, inputs, outputs, gated=gated)
+    for tokens in (64, 512)
+    for inputs, outputs, gated in ((2048, 1536, True), (768, 2048, False))
+)

@@ -1,4 +1,5 @@
 """Matrix products: small ones of awkward shapes for tests, a decoder's own for measurements."""
+
 import dataclasses
 
 import jax
@@ -31,23 +32,37 @@ class MatmulCase:
         """(x, w, bias, residual), normal, w small enough that results are near 1."""
         keys = jax.random.split(jax.random.key(seed), 4)
         normal = lambda key, shape, dtype: jax.random.normal(key, shape, jnp.float32).astype(dtype)
-        return (normal(keys[0], (self.rows, self.inputs), self.dtype),
-                (normal(keys[1], (self.outputs, self.inputs), jnp.float32) * self.inputs**-0.5).astype(self.dtype),
-                normal(keys[2], (self.outputs,), self.dtype) if self.bias else None,
-                normal(keys[3], (self.rows, self.width), jnp.float32) if self.residual else None)
+        return (
+            normal(keys[0], (self.rows, self.inputs), self.dtype),
+            (normal(keys[1], (self.outputs, self.inputs), jnp.float32) * self.inputs**-0.5).astype(self.dtype),
+            normal(keys[2], (self.outputs,), self.dtype) if self.bias else None,
+            normal(keys[3], (self.rows, self.width), jnp.float32) if self.residual else None,
+        )
 
 
-SMALL = tuple(case for dtype in ("bfloat16", "float32") for case in (
-    MatmulCase(37, 320, 200, dtype),
-    MatmulCase(37, 384, 136, dtype, bias=True),
-    MatmulCase(37, 200, 96, dtype, residual=True),
-    MatmulCase(37, 264, 272, dtype, gated=True),
-    MatmulCase(37, 130, 48, dtype, bias=True, residual=True),
-))
+SMALL = tuple(
+    case
+    for dtype in ("bfloat16", "float32")
+    for case in (
+        MatmulCase(37, 320, 200, dtype),
+        MatmulCase(37, 384, 136, dtype, bias=True),
+        MatmulCase(37, 200, 96, dtype, residual=True),
+        MatmulCase(37, 264, 272, dtype, gated=True),
+        MatmulCase(37, 130, 48, dtype, bias=True, residual=True),
+    )
+)
 
 # Layers of Qwen3-0.6B and of an 8B: packed projections, attention's output, gated and down MLP.
-DECODER = tuple(case for rows in (8, 64, 512, 2048) for case in (
-    MatmulCase(rows, 1024, 4096), MatmulCase(rows, 2048, 1024, residual=True),
-    MatmulCase(rows, 1024, 6144, gated=True), MatmulCase(rows, 3072, 1024, residual=True),
-    MatmulCase(rows, 4096, 6144, bias=True), MatmulCase(rows, 4096, 24576, gated=True), MatmulCase(rows, 12288, 4096, residual=True),
-))
+DECODER = tuple(
+    case
+    for rows in (8, 64, 512, 2048)
+    for case in (
+        MatmulCase(rows, 1024, 4096),
+        MatmulCase(rows, 2048, 1024, residual=True),
+        MatmulCase(rows, 1024, 6144, gated=True),
+        MatmulCase(rows, 3072, 1024, residual=True),
+        MatmulCase(rows, 4096, 6144, bias=True),
+        MatmulCase(rows, 4096, 24576, gated=True),
+        MatmulCase(rows, 12288, 4096, residual=True),
+    )
+)

@@ -1,4 +1,5 @@
 """Distributions to draw from: flat, steep, cut to few ids, with one id only."""
+
 import dataclasses
 
 import jax
@@ -28,6 +29,11 @@ class SamplingCase:
         return logits, jax.random.uniform(keys[2], (self.rows, 2))
 
 
-SMALL = (SamplingCase(37, 384), SamplingCase(37, 128 * 131, 1.0), SamplingCase(37, 1024, 30.0), SamplingCase(37, 2048, kept=5),
-         SamplingCase(37, 640, kept=1))
+SMALL = (
+    SamplingCase(37, 384),
+    SamplingCase(37, 128 * 131, 1.0),
+    SamplingCase(37, 1024, 30.0),
+    SamplingCase(37, 2048, kept=5),
+    SamplingCase(37, 640, kept=1),
+)
 DECODER = tuple(SamplingCase(rows, vocab) for rows in (8, 64) for vocab in (151_936, 128_256))

@@ -2,6 +2,7 @@
 
 Run in environments of their own: `pytest -m aot -k tpu` with jax[tpu], `-k gpu` with jax[cuda13] (sharding/topology.py says what it wants).
 """
+
 import dataclasses
 import functools
 from pathlib import Path
@@ -38,7 +39,9 @@ def mesh(target):
 @pytest.fixture(scope="module")
 def kernels(target, mesh):
     """The target's own implementation."""
-    return choose("pallas_gpu" if TARGETS[target].platform == "cuda" else "pallas_tpu", mesh.devices.flat[0].device_kind)
+    return choose(
+        "pallas_gpu" if TARGETS[target].platform == "cuda" else "pallas_tpu", mesh.devices.flat[0].device_kind
+    )
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
 """Keys: whose they are, and that they are threefry's wherever they come from."""
+
 import jax
 import numpy as np
 import pytest
@@ -29,8 +30,13 @@ def test_own_key_draws_the_sample_alone(tiny, own, n):
     params, prompts, key = PARAMS.replace(n=n, **own), [[5, 6, 7], [8, 9]], seeded(3)
     for i, output in enumerate(tiny.generate(prompts, params, key=key)):
         for j, sample in enumerate(output.outputs):
-            alone = tiny.generate([prompts[i]], params.replace(n=1, seed=None, key=own_key(key, params, i, j)))[0].outputs[0]
-            assert alone.token_ids == sample.token_ids and alone.token_logprobs.tobytes() == sample.token_logprobs.tobytes()
+            alone = tiny.generate([prompts[i]], params.replace(n=1, seed=None, key=own_key(key, params, i, j)))[
+                0
+            ].outputs[0]
+            assert (
+                alone.token_ids == sample.token_ids
+                and alone.token_logprobs.tobytes() == sample.token_logprobs.tobytes()
+            )
 
 
 def test_another_default_of_the_process_changes_no_key(tiny):

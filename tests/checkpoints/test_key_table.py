@@ -1,4 +1,5 @@
 """The key table: strict in both directions, everything checked before the first leaf, round trips by bits."""
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -61,7 +62,9 @@ def test_all_differences_come_in_one_error_before_any_leaf(tmp_path):
     tensors["l.v.weight"] = np.zeros((3, 2), BF16)
     tensors["l.extra"] = np.zeros(1, BF16)
     packed = []
-    entries = [Entry(e.target, e.sources, e.shapes, pack=lambda parts: packed.append(parts) or parts[0]) for e in table()]
+    entries = [
+        Entry(e.target, e.sources, e.shapes, pack=lambda parts: packed.append(parts) or parts[0]) for e in table()
+    ]
     with pytest.raises(ValueError) as error:  # at the call: nothing has been asked for yet
         key_table.read(saved(tmp_path, tensors), entries)
     lines = str(error.value).splitlines()
@@ -117,7 +120,10 @@ def test_leaves_are_read_one_after_the_other(tmp_path):
 
 @pytest.mark.parametrize(
     "extra, name",
-    [(Entry("other", ("l.norm.weight",), ((3,),)), "l.norm.weight"), (Entry("layers.0.norm", ("n",), ((3,),)), "layers.0.norm")],
+    [
+        (Entry("other", ("l.norm.weight",), ((3,),)), "l.norm.weight"),
+        (Entry("layers.0.norm", ("n",), ((3,),)), "layers.0.norm"),
+    ],
 )
 def test_a_table_that_names_something_twice_is_refused(tmp_path, extra, name):
     message = f"must name each target and each source once, 1 differences:\n  '{name}' is named 2 times"

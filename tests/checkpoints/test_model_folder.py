@@ -1,4 +1,5 @@
 """Where a model is found, what is fetched, and what its configuration may say."""
+
 import os
 import shutil
 import subprocess
@@ -19,7 +20,9 @@ from checkpoints.model_folder import find_folder, read_config, read_generation_c
 def asked(monkeypatch, tmp_path) -> list[tuple[str, dict]]:
     """Calls to the hub, which answers each with one folder."""
     calls = []
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **options: calls.append((name, options)) or str(tmp_path))
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda name, **options: calls.append((name, options)) or str(tmp_path)
+    )
     return calls
 
 
@@ -48,22 +51,54 @@ def test_a_local_folder_stays_the_same_when_the_working_directory_changes(tmp_pa
 
 def test_a_hub_id_is_downloaded_without_pickles_and_code(tmp_path, asked):
     assert find_folder("org/name-1.5") == tmp_path
-    (name, options), = asked
+    ((name, options),) = asked
     assert name == "org/name-1.5"
-    wanted = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.json", "tokenizer.model",
-              "merges.txt", "chat_template.jinja", "additional_chat_templates/tools.jinja", "generation_config.json"]
-    unwanted = ["pytorch_model.bin", "modeling_x.py", "original/consolidated.00.pth", "consolidated.safetensors", "training_args.bin",
-                "onnx/model.onnx", "model.gguf", "float32/model.safetensors", "README.md"]
+    wanted = [
+        "config.json",
+        "model-00001-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "tokenizer.json",
+        "tokenizer.model",
+        "merges.txt",
+        "chat_template.jinja",
+        "additional_chat_templates/tools.jinja",
+        "generation_config.json",
+    ]
+    unwanted = [
+        "pytorch_model.bin",
+        "modeling_x.py",
+        "original/consolidated.00.pth",
+        "consolidated.safetensors",
+        "training_args.bin",
+        "onnx/model.onnx",
+        "model.gguf",
+        "float32/model.safetensors",
+        "README.md",
+    ]
     assert list(filter_repo_objects(wanted + unwanted, **options)) == wanted
 
 
 @pytest.mark.parametrize(
-    "model", ["no-such-model", "../calc", "a/b/c", "/no/such/folder", "./mine", "org/..", "org\\name", "org/na me", "\0", "x" * 5000]
+    "model",
+    [
+        "no-such-model",
+        "../calc",
+        "a/b/c",
+        "/no/such/folder",
+        "./mine",
+        "org/..",
+        "org\\name",
+        "org/na me",
+        "\0",
+        "x" * 5000,
+    ],
 )
 def test_what_is_no_hub_id_is_not_asked_for(model, asked, tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")  # so that nobody's ../calc is found
-    with pytest.raises(FileNotFoundError, match='was not found. Tried: a local folder .* models that ship .* hub .*"organisation/name"'):
+    with pytest.raises(
+        FileNotFoundError, match='was not found. Tried: a local folder .* models that ship .* hub .*"organisation/name"'
+    ):
         find_folder(model)
     assert asked == []
 
@@ -98,7 +133,9 @@ def test_a_missing_repository_is_reported_with_what_was_tried(monkeypatch):
         raise huggingface_hub.errors.RepositoryNotFoundError(f"404 for {name}", response=response)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
-    with pytest.raises(FileNotFoundError, match=r"Tried: .* the hub \(no such repository, or a private one: log in .*404 for org/name"):
+    with pytest.raises(
+        FileNotFoundError, match=r"Tried: .* the hub \(no such repository, or a private one: log in .*404 for org/name"
+    ):
         find_folder("org/name")
 
 

@@ -1,4 +1,5 @@
 """Tensors of a model folder: round trips by bits, what is read and when, what a save leaves behind."""
+
 import json
 import os
 import tempfile
@@ -35,7 +36,10 @@ def assert_same_bits(left: np.ndarray, right: np.ndarray) -> None:
     np.testing.assert_array_equal(bits(left), bits(right))
 
 
-@given(st.lists(st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(1, 5), max_size=3)), min_size=1, max_size=8), st.integers(1, 300))
+@given(
+    st.lists(st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(1, 5), max_size=3)), min_size=1, max_size=8),
+    st.integers(1, 300),
+)
 @settings(max_examples=40, deadline=None)
 def test_round_trip_by_bits_with_any_dtypes_shapes_and_shard_size(kinds, max_shard_bytes):
     tensors = {f"t.{i}": random_bits(tuple(shape), dtype, seed=i) for i, (dtype, shape) in enumerate(kinds)}
@@ -79,7 +83,11 @@ def test_many_shards_have_an_index_in_hugging_face_form(tmp_path):
 
 
 def test_a_tensor_larger_than_a_shard_has_a_shard_of_its_own(tmp_path):
-    save_folder(tmp_path, [(name, np.zeros(size, np.float32)) for name, size in (("a", 2), ("b", 100), ("c", 2))], max_shard_bytes=64)
+    save_folder(
+        tmp_path,
+        [(name, np.zeros(size, np.float32)) for name, size in (("a", 2), ("b", 100), ("c", 2))],
+        max_shard_bytes=64,
+    )
     weight_map = json.loads((tmp_path / INDEX).read_text())["weight_map"]
     assert len(set(weight_map.values())) == 3
 
@@ -172,7 +180,9 @@ def test_a_crash_between_the_renames_leaves_a_folder_that_does_not_open(tmp_path
     monkeypatch.setattr(os, "replace", replace_until_the_index)
     with pytest.raises(OSError, match="power"):
         save_folder(tmp_path, [("a", np.ones(4, np.float32)), ("b", np.ones(4, np.float32))], max_shard_bytes=1)
-    with pytest.raises(FileNotFoundError, match=f"{INDEX} is missing: model-00001-of-00002.safetensors is one of several"):
+    with pytest.raises(
+        FileNotFoundError, match=f"{INDEX} is missing: model-00001-of-00002.safetensors is one of several"
+    ):
         open_folder(tmp_path)
 
 

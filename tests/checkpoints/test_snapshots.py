@@ -1,4 +1,5 @@
 """Snapshots: what is read back has the bits that were written, and what does not fit is refused."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,9 +9,15 @@ from checkpoints import snapshots
 
 
 def state(scale: float = 1.0) -> dict:
-    odd = np.array([0x7FC00001, 0x80000000, 0x00000001, 0x7F800000], np.uint32).view(np.float32)  # a NaN's payload, -0, a denormal, inf
-    return {"weights": (jnp.asarray(odd), scale * jnp.arange(6, dtype=jnp.bfloat16).reshape(2, 3)), "step": jnp.int32(7),
-            "key": jax.random.key_data(jax.random.key(3)), "nothing": None}
+    odd = np.array([0x7FC00001, 0x80000000, 0x00000001, 0x7F800000], np.uint32).view(
+        np.float32
+    )  # a NaN's payload, -0, a denormal, inf
+    return {
+        "weights": (jnp.asarray(odd), scale * jnp.arange(6, dtype=jnp.bfloat16).reshape(2, 3)),
+        "step": jnp.int32(7),
+        "key": jax.random.key_data(jax.random.key(3)),
+        "nothing": None,
+    }
 
 
 def bytes_of(tree) -> list[bytes]:
@@ -44,5 +51,8 @@ def test_what_is_not_there_or_does_not_fit(tmp_path):
     with pytest.raises(ValueError, match="keep must be at least 1, got 0"):
         snapshots.save(tmp_path, 2, state(), keep=0)
     other = state() | {"step": jnp.float32(7), "more": jnp.zeros(2)}
-    with pytest.raises(ValueError, match=r"2 arrays differ:\n  more: nothing in the snapshot, float32\[2\] asked for\n  step: int32\[\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"2 arrays differ:\n  more: nothing in the snapshot, float32\[2\] asked for\n  step: int32\[\]",
+    ):
         snapshots.restore(tmp_path, other)

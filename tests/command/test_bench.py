@@ -1,5 +1,9 @@
-"""The bench: what it counts and what it compiles. Peers are stand-ins that speak the lines of benchmarks/lines.py."""
+"""The bench: what it counts and what it compiles. In the default suite a stand-in answers for the peers; `-m reference`
+runs the script of each peer that is installed."""
+
+import ast
 import dataclasses
+import importlib.util
 import json
 import pathlib
 import subprocess
@@ -15,7 +19,7 @@ from jaxengine.command.workloads import PEERS
 from jaxengine.engine import step_variants
 from jaxengine.models import loading
 
-ROOT = pathlib.Path(__file__).parent.parent.parent
+PEER_SCRIPTS = pathlib.Path(__file__).parent.parent.parent / "benchmarks" / "peers"
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +57,15 @@ class Clock:
 def test_decode_is_measured_beyond_the_first_token():
     clock = Clock()
     assert bench.Decode(4, prompt_tokens=10, new_tokens=5).rate(clock, 0) == pytest.approx(10.0)
-    assert [(len(prompts), len(prompts[0]), lengths) for prompts, lengths in clock.calls] == [(4, 10, [1] * 4), (4, 10, [5] * 4)]
-    assert (bench.Decode(8).new_tokens, bench.Decode(64).new_tokens, bench.Decode(64, new_tokens=3).new_tokens) == (32, 16, 3)
+    assert [(len(prompts), len(prompts[0]), lengths) for prompts, lengths in clock.calls] == [
+        (4, 10, [1] * 4),
+        (4, 10, [5] * 4),
+    ]
+    assert (bench.Decode(8).new_tokens, bench.Decode(64).new_tokens, bench.Decode(64, new_tokens=3).new_tokens) == (
+        32,
+        16,
+        3,
+    )
 
 
 def test_a_group_repeats_its_prompts_and_draws_lengths():
@@ -88,9 +99,15 @@ def test_compilations_are_counted():
 def test_nothing_is_compiled_while_the_clock_runs(llm):
     workloads = [bench.Decode(1, 20, 3), bench.Decode(4, 20, 3), bench.Group(2, 3, 40, 2, 5)]
     results = bench.measure([bench.Ours(llm)], workloads, repeats=2)
-    assert [result.compilations for result in results] == [0, 0, 0] and all(len(result.rates) == 2 for result in results)
+    assert [result.compilations for result in results] == [0, 0, 0] and all(
+        len(result.rates) == 2 for result in results
+    )
     record = json.loads(json.dumps(bench.record(llm, "tiny", bench.machine(), results, {}), allow_nan=False))
-    assert record["engine"]["max_num_seqs"] == 2 and len(record["results"]) == 3 and record["machine"]["jax"] == jax.__version__
+    assert (
+        record["engine"]["max_num_seqs"] == 2
+        and len(record["results"]) == 3
+        and record["machine"]["jax"] == jax.__version__
+    )
 
 
 def test_too_small_a_context_is_told(llm):
@@ -98,13 +115,54 @@ def test_too_small_a_context_is_told(llm):
         bench.Ours(llm).seconds([[1] * 200], [100], logprobs=True)
 
 
+STAND_IN = """
+import sys
+sys.path.insert(0, {scripts!r})
+import peer_lines
+write = peer_lines.own_stdout()
+print("noise that must not reach the answers")
+peer_lines.serve(["decode"], {{"stand-in": "1"}}, lambda prompts, lengths, logprobs: {seconds}, write)
+"""
+
+
+def name_stand_in(monkeypatch, tmp_path, seconds: str) -> None:
+    script = tmp_path / "stand_in.py"
+    script.write_text(STAND_IN.format(scripts=str(PEER_SCRIPTS), seconds=seconds))
+    monkeypatch.setitem(PEERS, "stand-in", str(script))
+
+
+def stand_in(monkeypatch, tmp_path, seconds: str) -> bench.Peer:
+    name_stand_in(monkeypatch, tmp_path, seconds)
+    return bench.Peer("stand-in", sys.executable, "folder", "float32", 50)
+
+
 def test_the_command_prints_and_writes(folder, llm, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench, "open_model", lambda model, **_: llm)
+    name_stand_in(monkeypatch, tmp_path, "1.0 + 0.1 * sum(lengths)")
     file = tmp_path / "figures.json"
-    assert main.main(["bench", "--model", folder, "--batch", "2", "--workloads", "decode", "--repeats=1", f"--json={file}"]) == 0
-    captured = capsys.readouterr()
+    assert (
+        main.main(
+            [
+                "bench",
+                "--model",
+                folder,
+                "--batch",
+                "2",
+                "--workloads",
+                "decode",
+                "--repeats=1",
+                "--peer",
+                "stand-in",
+                f"--json={file}",
+            ]
+        )
+        == 0
+    )
+    captured, written = capsys.readouterr(), json.loads(file.read_text())
     assert "decode B=2      jaxengine" in captured.out and f"jax {jax.__version__}" in captured.out
-    assert json.loads(file.read_text())["results"][0]["workload"] == "decode B=2"
+    assert [result["workload"] for result in written["results"]] == ["decode B=2"] * 2
+    assert [result["system"] for result in written["results"]] == ["jaxengine", "stand-in"]
+    assert written["peers"] == {"stand-in": {"stand-in": "1"}}
 
 
 def test_a_shape_is_a_model(monkeypatch):
@@ -116,48 +174,61 @@ def test_a_shape_is_a_model(monkeypatch):
         bench.open_model("small-shape", dtype="int8")
 
 
-STAND_IN = """
-import sys
-sys.path.insert(0, {benchmarks!r})
-import lines
-write = lines.own_stdout()
-print("noise that must not reach the answers")
-lines.serve(["decode"], {{"stand-in": "1"}}, lambda prompts, lengths, logprobs: {seconds}, write)
-"""
-
-
-def stand_in(monkeypatch, tmp_path, seconds: str) -> bench.Peer:
-    script = tmp_path / "stand_in.py"
-    script.write_text(STAND_IN.format(benchmarks=str(ROOT / "benchmarks"), seconds=seconds))
-    monkeypatch.setitem(PEERS, "stand-in", str(script))
-    return bench.Peer("stand-in", sys.executable, "folder", "float32", 50)
-
-
 def test_a_peer_answers_line_by_line(monkeypatch, tmp_path, capfd):
     peer = stand_in(monkeypatch, tmp_path, "1.0 + 0.1 * sum(lengths)")
     try:
         results = bench.measure([peer], [bench.Decode(4, 10, 5), bench.Group()], repeats=1)
     finally:
         peer.close()
-    assert [(result.workload, result.system, result.compilations) for result in results] == [("decode B=4", "stand-in", None)]
+    assert [(result.workload, result.system, result.compilations) for result in results] == [
+        ("decode B=4", "stand-in", None)
+    ]
     assert results[0].median == pytest.approx(10.0) and peer.versions == {"stand-in": "1"}
     assert "noise" in capfd.readouterr().err
 
 
 def test_a_peer_that_ends_is_told(monkeypatch, tmp_path, capfd):
     peer = stand_in(monkeypatch, tmp_path, "sys.exit(3)")
-    with pytest.raises(ValueError, match="the peer 'stand-in' ended with code 3: has .* what benchmarks/README.md asks for"):
+    with pytest.raises(
+        ValueError, match="the peer 'stand-in' ended with code 3: has .* what benchmarks/README.md asks for"
+    ):
         peer.seconds([[1]], [1], logprobs=False)
     peer.close()
 
 
+def shadowed(names: set[str]) -> set[str]:
+    """Those that the standard library or an installed package has, and those that transformers looks for.
+
+    The folder of a peer's script comes first on its sys.path, so a file there is imported in place of a package that is
+    installed, or that transformers would otherwise find missing.
+    """
+    lookups = pathlib.Path(importlib.util.find_spec("transformers").origin).parent / "utils" / "import_utils.py"
+    constants = {node.value for node in ast.walk(ast.parse(lookups.read_text())) if isinstance(node, ast.Constant)}
+    return {name for name in names if name in sys.stdlib_module_names | constants or importlib.util.find_spec(name)}
+
+
+def test_no_peer_script_shadows_a_package():
+    names = {path.stem for path in PEER_SCRIPTS.iterdir() if path.name != "__pycache__"}
+    assert len(names) > len(PEERS) and not shadowed(names)
+    assert shadowed({"kernels", "json", "numpy", "peer_lines"}) == {"kernels", "json", "numpy"}
+
+
 @pytest.mark.reference
-def test_transformers_is_a_peer(folder, tmp_path):
-    bench.write_config(tmp_path, random_model(num_hidden_layers=1)[0])  # no weights beside it: they are made
-    for place in (folder, str(tmp_path)):
-        peer = bench.Peer("transformers", sys.executable, place, "float32", 1000)
-        assert peer.seconds([[1, 2, 3], [4, 5, 6]], [4, 4], logprobs=False) > 0 and "transformers" in peer.versions
+@pytest.mark.parametrize("has_weights", [True, False])
+@pytest.mark.parametrize("name", sorted(PEERS))
+def test_the_script_of_an_installed_peer_measures(name, has_weights, folder, tmp_path, pytestconfig):
+    """On a folder with weights, and on config.json alone, for which the peer makes them."""
+    python = pytestconfig.getoption("peer_python")
+    finds = f"import importlib.util, sys; sys.exit(not all(map(importlib.util.find_spec, ['torch', {name!r}])))"
+    if subprocess.run([python, "-c", finds]).returncode:
+        pytest.skip(f"{python} has no {name} with torch: name an interpreter that has, with --peer-python")
+    bench.write_config(tmp_path, random_model(num_hidden_layers=1)[0])
+    peer = bench.Peer(name, python, folder if has_weights else str(tmp_path), "float32", 1000)
+    try:
+        results = bench.measure([peer], [bench.Decode(2, 10, 5), bench.Group(2, 2, 20, 2, 4)], repeats=1)
+    finally:
         peer.close()
+    assert [result.workload.split()[0] for result in results] == list(peer.workloads) and name in peer.versions
 
 
 @pytest.mark.reference
@@ -165,7 +236,12 @@ def test_torchs_attention_answers():
     """The peer of benchmarks/kernels.py."""
     pytest.importorskip("torch", reason="needs torch")
     task = dict(sequences=2, context=40, chunk=3, heads=4, kv_heads=2, head_dim=8, dtype="float32", window=5)
-    found = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "torch_attention.py")], input=json.dumps(task) + "\n",
-                           capture_output=True, text=True, check=True)
+    found = subprocess.run(
+        [sys.executable, str(PEER_SCRIPTS / "peer_torch_attention.py")],
+        input=json.dumps(task) + "\n",
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     hello, answer = map(json.loads, found.stdout.splitlines())
     assert hello["device"] == "cpu" and answer["seconds"] > 0

@@ -1,4 +1,5 @@
 """The demo: its comparison sees every bit, and its text says what was found."""
+
 import dataclasses
 
 import numpy as np
@@ -13,16 +14,24 @@ def test_a_verdict_says_what_differs():
     said: list[str] = []
     good, bad = Comparison("alone", 4, 4), Comparison("among others", 3, 4, "sample 1, token 0")
     assert demo._verdict([good], said.append) and not demo._verdict([good, bad], said.append)
-    assert said[0].startswith("bit-equal: 4 of 4 samples alone") and said[1].startswith("BITS DIFFER: ") and "sample 1, token 0" in said[1]
+    assert (
+        said[0].startswith("bit-equal: 4 of 4 samples alone")
+        and said[1].startswith("BITS DIFFER: ")
+        and "sample 1, token 0" in said[1]
+    )
 
 
 def test_tokens_are_marked_by_probability():
     logprobs = np.log(np.array([0.99, 0.6, 0.2, 0.01, 0.99], np.float32))
-    sample = CompletionOutput(0, "", [1, 2, 3, 4, 5], logprobs, "stop", None, [], token_texts=["a", "b", "\x1b", "d", "<end>"])
+    sample = CompletionOutput(
+        0, "", [1, 2, 3, 4, 5], logprobs, "stop", None, [], token_texts=["a", "b", "\x1b", "d", "<end>"]
+    )
     assert demo.colored(sample, False) == "ab\\x1b~d!|"
     shown = demo.colored(sample, True)
     assert shown.count("\x1b[38;5;") == 5 and "\x1b[38;5;196md\x1b[0m" in shown
-    assert demo.colored(dataclasses.replace(sample, token_logprobs=np.full(5, np.nan, np.float32)), False).count("!") == 5
+    assert (
+        demo.colored(dataclasses.replace(sample, token_logprobs=np.full(5, np.nan, np.float32)), False).count("!") == 5
+    )
 
 
 @pytest.mark.slow

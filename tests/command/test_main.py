@@ -1,4 +1,5 @@
 """The command line: what it parses, what it prints, and how it ends."""
+
 import dataclasses
 import json
 import pathlib
@@ -23,16 +24,27 @@ PROMPTS = [[5, 6, 7], [8, 9, 10, 11]]
 PROMPT_OPTIONS = [f"--prompt-token-ids={','.join(map(str, prompt))}" for prompt in PROMPTS]
 # Every field of SamplingParams: arguments, and what they mean.
 FIELDS = {
-    "n": (["--n", "3"], 3), "temperature": (["--temperature", "0.5"], 0.5), "top_p": (["--top-p=0.9"], 0.9),
-    "top_k": (["--top-k", "-1"], -1), "min_p": (["--min-p", "0.1"], 0.1),
+    "n": (["--n", "3"], 3),
+    "temperature": (["--temperature", "0.5"], 0.5),
+    "top_p": (["--top-p=0.9"], 0.9),
+    "top_k": (["--top-k", "-1"], -1),
+    "min_p": (["--min-p", "0.1"], 0.1),
     "repetition_penalty": (["--repetition-penalty", "1.1"], 1.1),
-    "presence_penalty": (["--presence-penalty", "-0.5"], -0.5), "frequency_penalty": (["--frequency-penalty", "0.5"], 0.5),
-    "logit_bias": (["--logit-bias", "5=-1.5", "--logit-bias", "6=2"], {5: -1.5, 6: 2.0}), "max_tokens": (["--max-tokens", "9"], 9),
-    "min_tokens": (["--min-tokens", "2"], 2), "stop": (["--stop", "a", "--stop", "b c"], ["a", "b c"]),
-    "stop_token_ids": (["--stop-token-ids", "4", "--stop-token-ids", "5"], [4, 5]), "ignore_eos": (["--ignore-eos"], True),
-    "include_stop_str_in_output": (["--include-stop-str-in-output"], True), "seed": (["--seed", "7"], 7),
-    "logprobs": (["--logprobs", "2"], 2), "prompt_logprobs": (["--prompt-logprobs", "0"], 0), "raw_logprobs": (["--raw-logprobs"], True),
-    "entropy": (["--entropy"], True), "detokenize": (["--no-detokenize"], False),
+    "presence_penalty": (["--presence-penalty", "-0.5"], -0.5),
+    "frequency_penalty": (["--frequency-penalty", "0.5"], 0.5),
+    "logit_bias": (["--logit-bias", "5=-1.5", "--logit-bias", "6=2"], {5: -1.5, 6: 2.0}),
+    "max_tokens": (["--max-tokens", "9"], 9),
+    "min_tokens": (["--min-tokens", "2"], 2),
+    "stop": (["--stop", "a", "--stop", "b c"], ["a", "b c"]),
+    "stop_token_ids": (["--stop-token-ids", "4", "--stop-token-ids", "5"], [4, 5]),
+    "ignore_eos": (["--ignore-eos"], True),
+    "include_stop_str_in_output": (["--include-stop-str-in-output"], True),
+    "seed": (["--seed", "7"], 7),
+    "logprobs": (["--logprobs", "2"], 2),
+    "prompt_logprobs": (["--prompt-logprobs", "0"], 0),
+    "raw_logprobs": (["--raw-logprobs"], True),
+    "entropy": (["--entropy"], True),
+    "detokenize": (["--no-detokenize"], False),
     "skip_special_tokens": (["--no-skip-special-tokens"], False),
 }
 
@@ -50,6 +62,7 @@ def llm(folder) -> LLM:
 
 
 # -- options -------------------------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(SamplingParams)])
 def test_every_sampling_field_is_an_option(field):
@@ -90,12 +103,35 @@ def test_help_needs_no_jax():
 
 # -- generate ------------------------------------------------------------------------------------------------------------------
 
+
 def test_json_has_the_bits_of_generate(folder, llm, capsys):
-    assert main.main(["generate", folder, *PROMPT_OPTIONS, *OPTIONS, "--n=2", "--max-tokens=6", "--logprobs=2", "--top-k=9", "--json"]) == 0
+    assert (
+        main.main(
+            [
+                "generate",
+                folder,
+                *PROMPT_OPTIONS,
+                *OPTIONS,
+                "--n=2",
+                "--max-tokens=6",
+                "--logprobs=2",
+                "--top-k=9",
+                "--json",
+            ]
+        )
+        == 0
+    )
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     expected = llm.generate(PROMPTS, SamplingParams(n=2, max_tokens=6, logprobs=2, top_k=9), key=jax.random.key(0))
-    found = [(line["token_ids"], np.array(line["token_logprobs"], np.float32).tobytes(), line["finish_reason"], line["stop_reason"])
-             for line in lines]
+    found = [
+        (
+            line["token_ids"],
+            np.array(line["token_logprobs"], np.float32).tobytes(),
+            line["finish_reason"],
+            line["stop_reason"],
+        )
+        for line in lines
+    ]
     assert found == bits(expected)
     assert [(line["prompt_token_ids"], line["index"]) for line in lines] == [(p, i) for p in PROMPTS for i in range(2)]
     assert {line["digest"] for line in lines} == {expected[0].digest} != {""}
@@ -107,9 +143,13 @@ def test_json_has_null_for_what_json_cannot_say():
 
 
 def test_streaming_shows_the_same_tokens(folder, llm, capsys):
-    assert main.main(["generate", folder, *PROMPT_OPTIONS, *OPTIONS, "--max-tokens=5", "--call-seed=3", "--stream"]) == 0
+    assert (
+        main.main(["generate", folder, *PROMPT_OPTIONS, *OPTIONS, "--max-tokens=5", "--call-seed=3", "--stream"]) == 0
+    )
     outputs = llm.generate(PROMPTS, SamplingParams(max_tokens=5), key=jax.random.key(3))
-    assert capsys.readouterr().out.splitlines() == [" ".join(map(str, output.outputs[0].token_ids)) for output in outputs]
+    assert capsys.readouterr().out.splitlines() == [
+        " ".join(map(str, output.outputs[0].token_ids)) for output in outputs
+    ]
 
 
 def test_plain_output_shows_prompts_and_endings(folder, capsys):
@@ -125,39 +165,58 @@ def one_line(capsys) -> str:
     return captured.err
 
 
-@pytest.mark.parametrize("words, message", [
-    (["--temperature", "-1"], "temperature must be at least 0.0"),
-    (["--top-k", "many"], "--top-k: invalid int value: 'many'"),
-    (["--max-tokens", "0"], "max_tokens must be at least 1, got 0"),
-    (["--logit-bias", "5"], "'5' is no pair such as 42=-1.5"),
-    (["--key", "1"], "'1' is no key"),
-    (["--key", "1,5000000000"], "is no key"),
-    (["--prompt-token-ids", "1,x"], "'1,x' is no list of token ids"),
-    (["--dtype", "int8"], "'int8'"),
-    (["--temprature", "1"], "--temprature"),
-    (["--page-size", "7"], "page_size must be one of"),
-    (["--max-model-len", "100000"], "max_model_len=100000 is more than"),
-    (["--prompt", "text"], "no tokenizer"),
-    (["--chat"], "--chat takes messages as text"),
-    (["--stream", "--n", "2"], "n must be 1, got 2"),
-    (["--stream", "--json"], "not allowed with"),
-])
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--temperature", "-1"], "temperature must be at least 0.0"),
+        (["--top-k", "many"], "--top-k: invalid int value: 'many'"),
+        (["--max-tokens", "0"], "max_tokens must be at least 1, got 0"),
+        (["--logit-bias", "5"], "'5' is no pair such as 42=-1.5"),
+        (["--key", "1"], "'1' is no key"),
+        (["--key", "1,5000000000"], "is no key"),
+        (["--prompt-token-ids", "1,x"], "'1,x' is no list of token ids"),
+        (["--dtype", "int8"], "'int8'"),
+        (["--temprature", "1"], "--temprature"),
+        (["--page-size", "7"], "page_size must be one of"),
+        (["--max-model-len", "100000"], "max_model_len=100000 is more than"),
+        (["--prompt", "text"], "no tokenizer"),
+        (["--chat"], "--chat takes messages as text"),
+        (["--stream", "--n", "2"], "n must be 1, got 2"),
+        (["--stream", "--json"], "not allowed with"),
+    ],
+)
 def test_a_wrong_value_ends_with_one_line(folder, capsys, words, message):
-    assert main.main(["generate", folder, PROMPT_OPTIONS[0], "--no-progress", "--num-pages=100", "--max-num-seqs=8", "--max-model-len=256",
-                     *words]) == 2
+    assert (
+        main.main(
+            [
+                "generate",
+                folder,
+                PROMPT_OPTIONS[0],
+                "--no-progress",
+                "--num-pages=100",
+                "--max-num-seqs=8",
+                "--max-model-len=256",
+                *words,
+            ]
+        )
+        == 2
+    )
     assert message in one_line(capsys)
 
 
-@pytest.mark.parametrize("words, message", [
-    (["generate", "no-such-model", "--prompt", "a"], "model 'no-such-model' was not found"),
-    (["demo", "--model", "no-such-model"], "model 'no-such-model' was not found"),
-    (["bench", "--model", "no-such-model"], "model 'no-such-model' was not found"),
-    (["generate", "m"], "no prompt"),
-    (["demo", "--samples", "0"], "--samples: must be a number of at least 1, got '0'"),
-    (["bench", "--json", "/no/such/folder/x.json"], "/no/such/folder/x.json"),
-    (["serve"], "'serve'"),
-    ([], "COMMAND"),
-])
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["generate", "no-such-model", "--prompt", "a"], "model 'no-such-model' was not found"),
+        (["demo", "--model", "no-such-model"], "model 'no-such-model' was not found"),
+        (["bench", "--model", "no-such-model"], "model 'no-such-model' was not found"),
+        (["generate", "m"], "no prompt"),
+        (["demo", "--samples", "0"], "--samples: must be a number of at least 1, got '0'"),
+        (["bench", "--json", "/no/such/folder/x.json"], "/no/such/folder/x.json"),
+        (["serve"], "'serve'"),
+        ([], "COMMAND"),
+    ],
+)
 def test_a_wrong_command_ends_with_one_line(capsys, words, message):
     assert main.main(words) == 2
     error = capsys.readouterr().err

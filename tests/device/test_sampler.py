@@ -1,4 +1,5 @@
 """The sampler against plain numpy: what is cut, penalised and biased, which keys draw, what is drawn, and the arithmetic underneath."""
+
 import contextlib
 import functools
 import math
@@ -31,6 +32,7 @@ def same_bits(a, b) -> bool:
 
 # -- truncation -------------------------------------------------------------------------------------------------------------------
 
+
 def cut(logits: np.ndarray, top_k: int, top_p: float, min_p: float) -> set[int]:
     """The ids kept, by sorting: top-k, then the shortest run of the likeliest with mass top_p, then min-p. Ties go to the lower id."""
     ids = sorted(range(len(logits)), key=lambda i: (-logits[i], i))
@@ -50,12 +52,31 @@ def kept(logits, top_k=0, top_p=1.0, min_p=0.0) -> list[set[int]]:
     return [set(np.flatnonzero(row > -np.inf).tolist()) for row in out]
 
 
-@pytest.mark.parametrize("settings", [
-    dict(top_k=1), dict(top_k=7), dict(top_k=V - 1), dict(top_k=V), dict(top_p=0.01), dict(top_p=0.5), dict(top_p=0.95), dict(top_p=0.9999),
-    dict(min_p=0.001), dict(min_p=0.3), dict(min_p=1.0), dict(top_k=40, top_p=0.8), dict(top_k=3, min_p=0.2), dict(top_p=0.9, min_p=0.05),
-    dict(top_k=20, top_p=0.7, min_p=0.1)], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(top_k=1),
+        dict(top_k=7),
+        dict(top_k=V - 1),
+        dict(top_k=V),
+        dict(top_p=0.01),
+        dict(top_p=0.5),
+        dict(top_p=0.95),
+        dict(top_p=0.9999),
+        dict(min_p=0.001),
+        dict(min_p=0.3),
+        dict(min_p=1.0),
+        dict(top_k=40, top_p=0.8),
+        dict(top_k=3, min_p=0.2),
+        dict(top_p=0.9, min_p=0.05),
+        dict(top_k=20, top_p=0.7, min_p=0.1),
+    ],
+    ids=str,
+)
 def test_truncate_keeps_what_sorting_keeps(settings):
-    logits = np.concatenate([some_logits(4), some_logits(4, 1, width=0.1), np.round(some_logits(4, 2))])  # the last have many ties
+    logits = np.concatenate(
+        [some_logits(4), some_logits(4, 1, width=0.1), np.round(some_logits(4, 2))]
+    )  # the last have many ties
     assert kept(logits, **settings) == [cut(row, **dict(top_k=0, top_p=1.0, min_p=0.0) | settings) for row in logits]
 
 
@@ -93,14 +114,22 @@ def test_disabled_settings_leave_logits_as_they_are(top_k):
 
 # -- bias and penalties -----------------------------------------------------------------------------------------------------------
 
-def processed(logits: np.ndarray, rows: list[tuple[SamplingParams, list[int], list[int]]], stops: frozenset[int] = frozenset()):
+
+def processed(
+    logits: np.ndarray, rows: list[tuple[SamplingParams, list[int], list[int]]], stops: frozenset[int] = frozenset()
+):
     """sampler.process over rows of (params, prompt, generated), through the slots that the engine fills."""
-    batch, history = BatchBuilder(ENGINE), np.full((ENGINE.max_num_seqs + 1, ENGINE.max_model_len), 7, np.int32)  # 7: an earlier request's
+    batch, history = (
+        BatchBuilder(ENGINE),
+        np.full((ENGINE.max_num_seqs + 1, ENGINE.max_model_len), 7, np.int32),
+    )  # 7: an earlier request's
     count, size = len(rows), ENGINE.max_num_seqs
     rows, logits = [*rows, *[(SamplingParams(), [1], [])] * (size - count)], np.resize(logits, (size, V))
     slots, positions = np.arange(size, dtype=np.int32), np.zeros(size, np.int32)
     for slot, (params, prompt, generated) in enumerate(rows):
-        request = Request(str(slot), prompt, params, (0, 0), slot, stops | set(params.stop_token_ids), ENGINE.max_model_len)
+        request = Request(
+            str(slot), prompt, params, (0, 0), slot, stops | set(params.stop_token_ids), ENGINE.max_model_len
+        )
         batch.admit(Sample(request, 0, prompt + generated, slot, slot=slot))
         positions[slot] = len(prompt) + len(generated)
         history[slot, : positions[slot]] = prompt + generated
@@ -114,7 +143,9 @@ def penalised(logits: np.ndarray, params: SamplingParams, prompt: list[int], gen
     for token, value in params.logit_bias or ():
         out[token] += value
     for token in {*prompt, *generated}:
-        out[token] = out[token] / params.repetition_penalty if out[token] > 0 else out[token] * params.repetition_penalty
+        out[token] = (
+            out[token] / params.repetition_penalty if out[token] > 0 else out[token] * params.repetition_penalty
+        )
     for token in set(generated):
         out[token] -= params.frequency_penalty * generated.count(token) + params.presence_penalty
     return out
@@ -128,8 +159,13 @@ ROWS = [
     (SamplingParams(frequency_penalty=0.6), [4, 4, 4], [4, 4, 5]),
     (SamplingParams(frequency_penalty=-1.5, presence_penalty=-0.5), [1], [4] * 10),
     (SamplingParams(logit_bias={9: 5.0, 383: -2.5, 0: -10_000.0}), [1], [2]),
-    (SamplingParams(repetition_penalty=1.1, presence_penalty=0.3, frequency_penalty=0.2, logit_bias={4: 3.0}, temperature=0.7),
-     [4, 8], [4, 9, 9]),
+    (
+        SamplingParams(
+            repetition_penalty=1.1, presence_penalty=0.3, frequency_penalty=0.2, logit_bias={4: 3.0}, temperature=0.7
+        ),
+        [4, 8],
+        [4, 9, 9],
+    ),
 ]
 
 
@@ -147,8 +183,17 @@ def test_a_row_that_asks_for_nothing_keeps_its_bits_beside_rows_that_do():
     logits = some_logits(len(ROWS))
     logits[:, 300] = -0.0
     plain, prompt, generated = ROWS[0]
-    everything = SamplingParams(temperature=0.3, top_k=3, top_p=0.5, min_p=0.1, repetition_penalty=1.2, presence_penalty=1.0,
-                                logit_bias={3: 1.0}, min_tokens=9, stop_token_ids=[5])
+    everything = SamplingParams(
+        temperature=0.3,
+        top_k=3,
+        top_p=0.5,
+        min_p=0.1,
+        repetition_penalty=1.2,
+        presence_penalty=1.0,
+        logit_bias={3: 1.0},
+        min_tokens=9,
+        stop_token_ids=[5],
+    )
     for beside in ([(plain, prompt, generated)], ROWS[1:], [(everything, prompt, generated)]):
         rows = [(plain, prompt, generated), *beside * len(ROWS)][: len(ROWS)]
         for out in processed(logits, rows):
@@ -169,7 +214,10 @@ def test_stop_tokens_are_ruled_out_before_min_tokens():
 def test_temperature_zero_is_not_cut():
     """The logprob of a greedy token is that of the model's own distribution."""
     logits = some_logits(2)
-    rows = [(SamplingParams(temperature=0.0, top_k=2, top_p=0.1), [1], []), (SamplingParams(temperature=0.5, top_k=2), [1], [])]
+    rows = [
+        (SamplingParams(temperature=0.0, top_k=2, top_p=0.1), [1], []),
+        (SamplingParams(temperature=0.5, top_k=2), [1], []),
+    ]
     found, scaled = processed(logits, rows)
     assert same_bits(found, logits)
     assert (scaled[1] > -np.inf).sum() == 2
@@ -177,9 +225,17 @@ def test_temperature_zero_is_not_cut():
 
 def test_the_extremes_that_are_allowed_stay_finite():
     """Whatever SamplingParams accepts, float32 can hold."""
-    extremes = [dict(repetition_penalty=1e6), dict(repetition_penalty=1e-6), dict(temperature=1e6), dict(temperature=1.01e-5),
-                dict(repetition_penalty=1e6, temperature=1.01e-5, logit_bias={1: 1e4, 2: -1e4}), dict(top_p=1e-300), dict(min_p=1e-300),
-                dict(top_k=10**12), dict(min_tokens=10**12, stop_token_ids=[1])]
+    extremes = [
+        dict(repetition_penalty=1e6),
+        dict(repetition_penalty=1e-6),
+        dict(temperature=1e6),
+        dict(temperature=1.01e-5),
+        dict(repetition_penalty=1e6, temperature=1.01e-5, logit_bias={1: 1e4, 2: -1e4}),
+        dict(top_p=1e-300),
+        dict(min_p=1e-300),
+        dict(top_k=10**12),
+        dict(min_tokens=10**12, stop_token_ids=[1]),
+    ]
     logits = some_logits(len(extremes), width=20.0)
     _, scaled = processed(logits, [(SamplingParams(**settings), [1, 2, 3], [4]) for settings in extremes])
     logprobs = np.asarray(jax.jit(log_softmax)(scaled))
@@ -188,6 +244,7 @@ def test_the_extremes_that_are_allowed_stay_finite():
 
 
 # -- keys -------------------------------------------------------------------------------------------------------------------------
+
 
 def test_fold_keys_are_chains_of_fold_in():
     folds = [(0, 0), (3, 0), (0, 3), (2**31 - 1, 16_383), (-1, 5), (5, -1), (-1, -1)]
@@ -208,6 +265,7 @@ def test_keys_of_samples_positions_and_prompts_differ():
 
 
 # -- the draw ---------------------------------------------------------------------------------------------------------------------
+
 
 def some_distribution(seed: int = 0) -> np.ndarray:
     """Logprobs with gaps, a whole block and the last ids among them."""
@@ -247,8 +305,11 @@ def test_the_draw_is_the_documented_function():
         assert token == block * VOCAB_BLOCK + first(blocks[block], v)
 
 
-@pytest.mark.parametrize("setting", [contextlib.nullcontext, lambda: jax.threefry_partitionable(False), lambda: jax.enable_x64(True)],
-                         ids=["default", "original", "x64"])
+@pytest.mark.parametrize(
+    "setting",
+    [contextlib.nullcontext, lambda: jax.threefry_partitionable(False), lambda: jax.enable_x64(True)],
+    ids=["default", "original", "x64"],
+)
 def test_uniforms_are_jaxs_whatever_the_settings_of_the_process(setting):
     keys = jax.vmap(jax.random.key)(np.arange(10_000, dtype=np.uint32))
     uniforms = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
@@ -288,6 +349,7 @@ def test_a_certain_token_is_always_drawn():
 
 # -- logprob and entropy ----------------------------------------------------------------------------------------------------------
 
+
 def test_logprobs_are_renormalised_over_what_is_kept():
     logits = some_logits(len(ROWS))
     rows = [(SamplingParams(top_k=4, temperature=0.8), prompt, generated) for _, prompt, generated in ROWS]
@@ -301,13 +363,16 @@ def test_logprobs_are_renormalised_over_what_is_kept():
 
 
 def test_entropy_counts_only_what_is_possible():
-    logprobs = np.stack([some_distribution(seed) for seed in range(3)] + [np.where(np.arange(V) == 3, 0.0, -np.inf).astype(np.float32)])
+    logprobs = np.stack(
+        [some_distribution(seed) for seed in range(3)] + [np.where(np.arange(V) == 3, 0.0, -np.inf).astype(np.float32)]
+    )
     p = np.exp(logprobs.astype(np.float64))
     expected = -np.sum(p * np.where(p > 0, logprobs, 0.0), -1)
     np.testing.assert_allclose(jax.jit(sampler.entropy)(logprobs), expected, rtol=1e-5, atol=1e-7)
 
 
 # -- pinned arithmetic ------------------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("name, low, high", [("exp", -87.0, 88.0), ("exp2", -125.9, 127.0)])
 def test_exponentials_are_right_to_the_last_bit_or_so(name, low, high):
@@ -317,7 +382,10 @@ def test_exponentials_are_right_to_the_last_bit_or_so(name, low, high):
 
 
 def test_exponentials_at_their_edges():
-    exp, exp2 = pinned_math.exp(np.array([0, -0.0, -87.1, -np.inf, np.nan], np.float32)), pinned_math.exp2(np.arange(-126, 128.0))
+    exp, exp2 = (
+        pinned_math.exp(np.array([0, -0.0, -87.1, -np.inf, np.nan], np.float32)),
+        pinned_math.exp2(np.arange(-126, 128.0)),
+    )
     assert np.asarray(exp)[:4].tolist() == [1, 1, 0, 0] and math.isnan(exp[4])
     assert np.asarray(exp2).tolist() == [2.0**n for n in range(-126, 128)], "whole numbers give exact powers"
     assert np.asarray(pinned_math.exp2(np.array([-126.5, -np.inf], np.float32))).tolist() == [0, 0]
@@ -329,7 +397,9 @@ def test_elementary_functions_have_the_same_bits_in_arrays_of_any_size(name):
     x = np.random.default_rng(0).uniform(-60, 20, 4096).astype(np.float32)
     whole = np.asarray(function(x))
     for size in (1, 2, 3, 8, 33):
-        assert same_bits(np.concatenate([function(x[i : i + size]) for i in range(0, 33 * size, size)]), whole[: 33 * size])
+        assert same_bits(
+            np.concatenate([function(x[i : i + size]) for i in range(0, 33 * size, size)]), whole[: 33 * size]
+        )
 
 
 @pytest.mark.parametrize("name", ["row_sum", "row_cumsum"])

@@ -1,4 +1,5 @@
 """The jitted steps as compiled programs."""
+
 import jax
 import pytest
 from conftest import FAMILIES, SIZES, pool_bytes, step_call
@@ -13,8 +14,11 @@ MODEL = ModelConfig(**SIZES | FAMILIES["Qwen3"] | dict(num_hidden_layers=2, hidd
 ENGINE = EngineConfig(max_num_seqs=32, max_model_len=512, num_pages=50_000)
 
 
-@pytest.mark.parametrize("kind, more", [("prefill", {}), ("decode", {}), ("decode", dict(num_steps=4))],
-                         ids=["prefill", "decode", "four decode steps"])
+@pytest.mark.parametrize(
+    "kind, more",
+    [("prefill", {}), ("decode", {}), ("decode", dict(num_steps=4))],
+    ids=["prefill", "decode", "four decode steps"],
+)
 def test_a_step_copies_neither_cache_nor_weights(kind, more):
     step, inputs, static = step_call(kind, ENGINE, **more)
     weights, cache = params.abstract(MODEL), kv_cache.abstract(MODEL, ENGINE, XLA)

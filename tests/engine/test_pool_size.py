@@ -1,4 +1,5 @@
 """The pool is sized from what is free, and the plan says what is really taken."""
+
 import dataclasses
 import re
 
@@ -38,10 +39,16 @@ def accelerator(monkeypatch, limit: int, in_use: int = 0) -> None:
 
 def test_the_plan_is_what_the_arrays_take(tiny):
     plan, cache = tiny.memory_plan(), tiny.engine.cache
-    assert (plan.weights, plan.cache) == (sizes(tiny.params), sizes(cache)) and plan.num_pages == tiny.engine_config.num_pages
+    assert (plan.weights, plan.cache) == (
+        sizes(tiny.params),
+        sizes(cache),
+    ) and plan.num_pages == tiny.engine_config.num_pages
     pages = plan.num_pages + tiny.engine_config.probe_pages
     assert plan.page_bytes * pages == sizes((cache.keys, cache.values)) == plan.cache - cache.history.nbytes
-    assert plan.total == plan.weights + plan.cache + plan.workspace and plan.workspace > 4 * 8 * tiny.config.padded_vocab_size
+    assert (
+        plan.total == plan.weights + plan.cache + plan.workspace
+        and plan.workspace > 4 * 8 * tiny.config.padded_vocab_size
+    )
 
 
 def cache_bytes(tiny, engine: EngineConfig) -> int:
@@ -84,8 +91,11 @@ def test_what_does_not_fit_names_the_longest_context_that_does(tiny, monkeypatch
     """Also where the history alone, a row a slot, is too much."""
     monkeypatch.setattr(machine, "free_memory", lambda: 8_000_000)
     engine = dict(max_num_seqs=300, max_model_len=4096)
-    with pytest.raises(MemoryError, match=r"one context of max_model_len=4096 tokens needs 129 pages, \d+ fit: weights .*; "
-                                          r"max_model_len=\d+ fits; or lower .*, or give num_pages") as found:
+    with pytest.raises(
+        MemoryError,
+        match=r"one context of max_model_len=4096 tokens needs 129 pages, \d+ fit: weights .*; "
+        r"max_model_len=\d+ fits; or lower .*, or give num_pages",
+    ) as found:
         LLM.from_params(tiny.config, tiny.params, **engine)
     longest = int(re.search(r"max_model_len=(\d+) fits", str(found.value))[1])
     make = lambda length: memory.sized_pool(tiny.config, EngineConfig(**engine | dict(max_model_len=length)))
@@ -96,7 +106,9 @@ def test_what_does_not_fit_names_the_longest_context_that_does(tiny, monkeypatch
     with pytest.raises(MemoryError, match="there is no room for any; lower"):
         make(64)
     accelerator(monkeypatch, 10**9, 10**9)
-    with pytest.raises(MemoryError, match=r"1.00 GB are in use: raise gpu_memory_utilization=0.9; there is no room for any"):
+    with pytest.raises(
+        MemoryError, match=r"1.00 GB are in use: raise gpu_memory_utilization=0.9; there is no room for any"
+    ):
         make(64)
 
 

@@ -1,4 +1,5 @@
 """The digest of weights: the same for the same bits, another for any others, and so are the checksums that stand in on an accelerator."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +8,13 @@ import pytest
 from jaxengine.device import steps
 from jaxengine.engine import contract_digest
 
-SHAPES = [((300, 7), jnp.bfloat16), ((2, 33, 64), jnp.float32), ((129,), jnp.float32), ((64, 96), jnp.float16), ((8, 32), jnp.int8)]
+SHAPES = [
+    ((300, 7), jnp.bfloat16),
+    ((2, 33, 64), jnp.float32),
+    ((129,), jnp.float32),
+    ((64, 96), jnp.float16),
+    ((8, 32), jnp.int8),
+]
 
 
 def changed(x: np.ndarray):

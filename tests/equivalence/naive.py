@@ -3,6 +3,7 @@
 What a model says is models/plain.py; what is drawn from it follows the words of jaxengine/sampler.py, not its code: sorting instead of
 bisection, float64 instead of pinned sums. Every choice says by how little it was made, so that rounding can be told from a mistake.
 """
+
 import dataclasses
 import functools
 import math
@@ -40,7 +41,9 @@ def next_logits(config: ModelConfig, params: Decoder, tokens: list[int]) -> np.n
     return np.asarray(_logits(config, params, padded, len(tokens) - 1), np.float64)
 
 
-def choose(logits: np.ndarray, params: SamplingParams, stops: frozenset[int], prompt: list[int], generated: list[int], key) -> Choice:
+def choose(
+    logits: np.ndarray, params: SamplingParams, stops: frozenset[int], prompt: list[int], generated: list[int], key
+) -> Choice:
     """The token behind prompt + generated. `key` is the sample's, before the position is folded in."""
     raw = log_softmax(logits)
     adjusted = penalised(biased(logits, params, stops, len(generated)), params, prompt, generated)

@@ -3,6 +3,7 @@
 Tokens and logprobs against naive.py, which is plain float32: equal choices and close logprobs, and where a choice differs, the reference
 shows that it hung by a hair; the engine's tokens go on being the prefix of both. Logprobs against `LLM.score`: by bits.
 """
+
 import collections
 import dataclasses
 import functools
@@ -31,7 +32,9 @@ ROWS = 15  # samples of the largest batch: scoring compiles once a model
 def llm_of(model: ModelConfig, engine: EngineConfig) -> LLM:
     """Random weights and biases; shrinking asks for the same model again and again."""
     rng = np.random.default_rng(0)
-    noise = lambda p: 0.2 * rng.standard_normal(p.shape) + (p.init == "ones")  # numpy: JAX would compile each shape's draws
+    noise = lambda p: (
+        0.2 * rng.standard_normal(p.shape) + (p.init == "ones")
+    )  # numpy: JAX would compile each shape's draws
     params = map_declared(lambda path, declared: jnp.array(noise(declared), model.dtype), model)
     return LLM.from_params(model, params, **dataclasses.asdict(engine))
 
@@ -60,15 +63,20 @@ def run(llm: LLM, batch: Batch):
 
 def check_bits(llm: LLM, batch: Batch, outputs) -> None:
     """The trainer's logprobs of these tokens, over whole sequences and in another batch, have the engine's bits."""
-    plain = [dataclasses.replace(o, outputs=[dataclasses.replace(s, entropies=None) for s in o.outputs]) for o in outputs]  # some have them
+    plain = [
+        dataclasses.replace(o, outputs=[dataclasses.replace(s, entropies=None) for s in o.outputs]) for o in outputs
+    ]  # some have them
     rollout = Rollout.from_outputs(plain, length=naive.LENGTH)
     each = [params for params in batch.sampling for _ in range(params.n)]
     missing = ROWS - len(each)
     tokens, mask = (np.pad(x, ((0, missing), (0, 0))) for x in (rollout.tokens, rollout.mask))
     each += [SamplingParams()] * missing
     # The base tile is the engine's by definition; a wider one has to be proven first, which compiles another step.
-    found = llm.score(tokens, mask, each) if llm.engine_config.compile_patience == 0 else jaxengine.score(
-        llm.params, tokens, mask, each, config=llm.config, tile=BASE)
+    found = (
+        llm.score(tokens, mask, each)
+        if llm.engine_config.compile_patience == 0
+        else jaxengine.score(llm.params, tokens, mask, each, config=llm.config, tile=BASE)
+    )
     bits = lambda x: np.asarray(x, np.float32).view(np.uint32)
     assert (bits(found)[: ROWS - missing] == bits(rollout.logprobs)).all(), "score and generate differ in bits"
 
@@ -78,7 +86,9 @@ def check_sample(llm: LLM, prompt: list[int], params: SamplingParams, key, sampl
     stops = stop_token_ids(params, llm.config.eos_token_ids)
     for i in range(len(sample.token_ids)):
         generated = sample.token_ids[:i]
-        choice = naive.choose(naive.next_logits(llm.config, llm.params, prompt + generated), params, stops, prompt, generated, key)
+        choice = naive.choose(
+            naive.next_logits(llm.config, llm.params, prompt + generated), params, stops, prompt, generated, key
+        )
         agrees = agreement(choice, sample, i)
         assert agrees or choice.margin < HAIR, describe(choice, sample, i)
         tally.update(tokens=1, flips=not agrees)
@@ -93,21 +103,31 @@ def agreement(choice: naive.Choice, sample, i: int) -> bool:
     if agrees and sample.logprobs is not None:
         p = np.exp(choice.logprobs)
         ranked = sorted((entry.logprob for entry in sample.logprobs[i].values() if entry.rank <= 3), reverse=True)
-        agrees = close(ranked, np.sort(choice.logprobs)[::-1][: len(ranked)]) and close(sample.raw_logprobs[i], choice.raw[token])
+        agrees = close(ranked, np.sort(choice.logprobs)[::-1][: len(ranked)]) and close(
+            sample.raw_logprobs[i], choice.raw[token]
+        )
         agrees &= close(sample.entropies[i], -p[p > 0] @ choice.logprobs[p > 0])
     return bool(agrees)
 
 
 def describe(choice: naive.Choice, sample, i: int) -> str:
-    return (f"token {i} of {sample.token_ids}: {sample.token_ids[i]} at {sample.token_logprobs[i]}, the reference draws {choice.token} and "
-            f"has {choice.logprobs[sample.token_ids[i]]}; no rounding explains it, the closest choice was one by {choice.margin:.1e}")
+    return (
+        f"token {i} of {sample.token_ids}: {sample.token_ids[i]} at {sample.token_logprobs[i]}, the reference draws {choice.token} and "
+        f"has {choice.logprobs[sample.token_ids[i]]}; no rounding explains it, the closest choice was one by {choice.margin:.1e}"
+    )
 
 
 def equivalence(dtype: str, examples: int, num_batches: int, patience: int) -> collections.Counter:
     """Run the property; returns the tally."""
     tally = collections.Counter()
-    rules = settings(max_examples=examples, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck),
-                     phases=(Phase.generate, Phase.shrink))
+    rules = settings(
+        max_examples=examples,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+        phases=(Phase.generate, Phase.shrink),
+    )
     rules(given(cases(dtype, num_batches, patience))(lambda case: check(case, tally)))()
     return tally
 

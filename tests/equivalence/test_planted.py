@@ -1,4 +1,5 @@
 """The control of the equivalence suite: each mistake, planted into the engine, is seen by the same comparison."""
+
 import collections
 import dataclasses
 import types
@@ -19,12 +20,26 @@ from jaxengine.ops import xla
 from jaxengine.ops.rope import cos_sin
 
 MODEL = ModelConfig(
-    architecture="Qwen3ForCausalLM", vocab_size=300, hidden_size=44, intermediate_size=60, num_hidden_layers=1, num_attention_heads=6,
-    num_key_value_heads=2, head_dim=20, max_position_embeddings=LENGTH)
-ENGINE = EngineConfig(max_model_len=LENGTH, page_size=32, num_pages=30, max_num_seqs=8, max_num_batched_tokens=64, compile_patience=99)
+    architecture="Qwen3ForCausalLM",
+    vocab_size=300,
+    hidden_size=44,
+    intermediate_size=60,
+    num_hidden_layers=1,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=20,
+    max_position_embeddings=LENGTH,
+)
+ENGINE = EngineConfig(
+    max_model_len=LENGTH, page_size=32, num_pages=30, max_num_seqs=8, max_num_batched_tokens=64, compile_patience=99
+)
 PROMPTS = tuple(tuple(np.random.default_rng(n).integers(0, MODEL.vocab_size, n).tolist()) for n in (3, 40, 64, 90))
-SAMPLING = (SamplingParams(max_tokens=16), SamplingParams(max_tokens=16, top_k=5), SamplingParams(max_tokens=16, temperature=0.0),
-            SamplingParams(max_tokens=16, presence_penalty=1.5))
+SAMPLING = (
+    SamplingParams(max_tokens=16),
+    SamplingParams(max_tokens=16, top_k=5),
+    SamplingParams(max_tokens=16, temperature=0.0),
+    SamplingParams(max_tokens=16, presence_penalty=1.5),
+)
 
 
 def planted(number: int, seed: int = 0) -> Case:
@@ -50,7 +65,9 @@ def keys_of_the_next_position(real):
 def queries_one_ahead(real):
     """Queries are rotated by one position more than keys; told apart by their number of heads."""
     one = cos_sin(jnp.ones(1, jnp.int32), MODEL.rope, MODEL.head_dim)
-    return lambda x, cos, sin: real(real(x, cos, sin), *one) if x.shape[1] == MODEL.num_attention_heads else real(x, cos, sin)
+    return lambda x, cos, sin: (
+        real(real(x, cos, sin), *one) if x.shape[1] == MODEL.num_attention_heads else real(x, cos, sin)
+    )
 
 
 def first_tile_for_the_second(real):
@@ -65,18 +82,24 @@ def first_tile_for_the_second(real):
 
 def softmax_of_xlas_own(real):
     """The trainer's distribution with the right numbers and other bits."""
-    other = lambda logits, row, *more: (logits, jax.nn.log_softmax(jnp.where((row.temperature == 0)[:, None], logits,
-                                                                             real.process(logits, row, *more[:-1])[1])))
+    other = lambda logits, row, *more: (
+        logits,
+        jax.nn.log_softmax(
+            jnp.where((row.temperature == 0)[:, None], logits, real.process(logits, row, *more[:-1])[1])
+        ),
+    )
     return types.SimpleNamespace(**vars(real) | dict(distribution=other))
 
 
 SLOW = pytest.mark.long  # each compiles a model
 PLANTS = [
-    pytest.param(1, sampler, "_above", edge_left_out), pytest.param(2, scoring, "sampler", softmax_of_xlas_own),
+    pytest.param(1, sampler, "_above", edge_left_out),
+    pytest.param(2, scoring, "sampler", softmax_of_xlas_own),
     pytest.param(3, xla, "paged_attention", first_tile_for_the_second, marks=SLOW),
     pytest.param(4, sampler, "process", prompt_is_penalised, marks=SLOW),
     pytest.param(5, sampler, "fold_keys", keys_of_the_next_position, marks=SLOW),
-    pytest.param(6, decoder, "rotate", queries_one_ahead, marks=SLOW)]
+    pytest.param(6, decoder, "rotate", queries_one_ahead, marks=SLOW),
+]
 
 
 @SLOW

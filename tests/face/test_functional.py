@@ -1,4 +1,5 @@
 """jaxengine.generate: one engine behind calls with any weights, whatever cuts a call off."""
+
 import contextlib
 import itertools
 import threading
@@ -24,8 +25,14 @@ def no_engines(monkeypatch):
 
 
 def generate(policy, **engine):
-    return jaxengine.generate(policy, PROMPTS, PARAMS, key=jax.random.key(0), config=CONFIG,
-                              **dict(max_model_len=128, max_num_seqs=4, num_pages=40) | engine)
+    return jaxengine.generate(
+        policy,
+        PROMPTS,
+        PARAMS,
+        key=jax.random.key(0),
+        config=CONFIG,
+        **dict(max_model_len=128, max_num_seqs=4, num_pages=40) | engine,
+    )
 
 
 def test_the_first_call_compiles_each_step_once():
@@ -39,8 +46,16 @@ def test_the_first_call_compiles_each_step_once():
 
 
 @pytest.mark.parametrize("behind", [False, True], ids=["before", "behind"])
-@pytest.mark.parametrize("home, name, at", [(Engine, "forget", 1), (Engine, "forget", 2), (Engine, "_recover", 2),
-                                            (Engine, "update_params", 1), (LLM, "generate", 1)])
+@pytest.mark.parametrize(
+    "home, name, at",
+    [
+        (Engine, "forget", 1),
+        (Engine, "forget", 2),
+        (Engine, "_recover", 2),
+        (Engine, "update_params", 1),
+        (LLM, "generate", 1),
+    ],
+)
 def test_an_interrupt_leaves_nothing_of_a_policy_to_the_next(home, name, behind, at, monkeypatch):
     """Before or behind each call of the method. All weights here are version 0, which pages and contracts are found by."""
     (expected,) = generate(OTHER)

@@ -1,4 +1,5 @@
 """What a notebook shows of outputs."""
+
 import html
 import math
 import re
@@ -10,8 +11,16 @@ from jaxengine.outputs import CompletionOutput, RequestOutput, RequestOutputs, V
 
 
 def completion(texts: list[str] | None, logprobs: list[float], text: str | None = None) -> CompletionOutput:
-    return CompletionOutput(0, "".join(texts or []) if text is None else text, list(range(len(logprobs))), np.array(logprobs, np.float32),
-                            "stop", None, [VersionSpan(0, 0, len(logprobs))], token_texts=texts)
+    return CompletionOutput(
+        0,
+        "".join(texts or []) if text is None else text,
+        list(range(len(logprobs))),
+        np.array(logprobs, np.float32),
+        "stop",
+        None,
+        [VersionSpan(0, 0, len(logprobs))],
+        token_texts=texts,
+    )
 
 
 def request(*samples: CompletionOutput, prompt: str | None = "p", request_id: str = "0") -> RequestOutput:
@@ -27,7 +36,9 @@ def test_one_span_a_token_with_its_text():
     assert [html.unescape(s) for s in spans(completion(texts, [-0.1] * 6)._repr_html_())] == texts
 
 
-@pytest.mark.parametrize("text", ["<script>alert(1)</script>", "</span>q", "'\"><img src=x onerror=alert(1)>", "</code></div>q"])
+@pytest.mark.parametrize(
+    "text", ["<script>alert(1)</script>", "</span>q", "'\"><img src=x onerror=alert(1)>", "</code></div>q"]
+)
 def test_text_is_escaped_wherever_it_stands(text):
     sample = completion([text], [-1.0])
     page = RequestOutputs([request(sample, prompt=text, request_id=text)])._repr_html_()

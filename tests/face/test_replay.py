@@ -1,4 +1,5 @@
 """Coordinates: one sample's place, its way through JSON, and drawing it again."""
+
 import dataclasses
 import json
 
@@ -10,9 +11,12 @@ from conftest import make_llm
 from jaxengine import SamplingParams
 from jaxengine.coordinate import Contract, Coordinate
 
-MIX = [SamplingParams(n=3, temperature=0.8, top_p=0.9, max_tokens=6, logit_bias={5: 1.5}, stop_token_ids=[7]),
-       SamplingParams(temperature=0.0, max_tokens=5, logprobs=2), SamplingParams(seed=2**40 + 5, max_tokens=7, repetition_penalty=1.2),
-       SamplingParams(key=jax.random.key(9), n=2, max_tokens=4, min_tokens=2, ignore_eos=True)]
+MIX = [
+    SamplingParams(n=3, temperature=0.8, top_p=0.9, max_tokens=6, logit_bias={5: 1.5}, stop_token_ids=[7]),
+    SamplingParams(temperature=0.0, max_tokens=5, logprobs=2),
+    SamplingParams(seed=2**40 + 5, max_tokens=7, repetition_penalty=1.2),
+    SamplingParams(key=jax.random.key(9), n=2, max_tokens=4, min_tokens=2, ignore_eos=True),
+]
 
 
 @pytest.fixture(scope="module")

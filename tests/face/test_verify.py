@@ -1,4 +1,5 @@
 """verify(): it says what held on a sound engine, and names the axis, the token and the bits where pinning is taken out."""
+
 import json
 
 import numpy as np
@@ -74,7 +75,9 @@ def test_the_command(tmp_path, capsys, monkeypatch, holds):
     """What it prints, writes and exits with. The checks themselves are planted: they are tested above."""
     path, model = tmp_path / "verified.json", str(tmp_path / "model")
     loading.save(model, *random_model(num_hidden_layers=1))
-    monkeypatch.setattr("jaxengine.contract.verify._checks", lambda *given: [("C2", "planted", lambda: (holds, "2 different of 8"))])
+    monkeypatch.setattr(
+        "jaxengine.contract.verify._checks", lambda *given: [("C2", "planted", lambda: (holds, "2 different of 8"))]
+    )
     options = ["--quick", "--samples=8", "--max-model-len=256", "--no-progress", f"--json={path}"]
     assert main.main(["verify", model, *options]) == (0 if holds else 1)
     assert ("the contract holds: 1 checks" if holds else "the contract FAILS on C2") in capsys.readouterr().out

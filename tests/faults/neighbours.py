@@ -1,4 +1,5 @@
 """Requests that run beside a fault, a step at a time: whatever happens to others, their bits must not move."""
+
 import itertools
 from collections.abc import Callable
 
@@ -10,8 +11,12 @@ from jaxengine.engine.runner import ended
 from jaxengine.host.sample import Request
 
 PROMPTS = [[3], list(range(56)), list(range(100, 190)), [9] * 20]  # the second and third come to want a page more
-PARAMS = [SamplingParams(max_tokens=12), SamplingParams(max_tokens=14, n=2, top_p=0.9), SamplingParams(max_tokens=9, temperature=0),
-          SamplingParams(max_tokens=6, repetition_penalty=1.2, top_k=50)]
+PARAMS = [
+    SamplingParams(max_tokens=12),
+    SamplingParams(max_tokens=14, n=2, top_p=0.9),
+    SamplingParams(max_tokens=9, temperature=0),
+    SamplingParams(max_tokens=6, repetition_penalty=1.2, top_k=50),
+]
 
 
 def start(llm: LLM, prompts=PROMPTS, params=PARAMS, ids: list[str] | None = None) -> list[Request]:
@@ -31,8 +36,13 @@ def step(llm: LLM, held: list[int] | None = None) -> None:
         llm.engine.scheduler.page_pool.check_integrity([held, *(s.pages for s in llm.engine.scheduler.running)])
 
 
-def run(llm: LLM, requests: list[Request], fault: Callable[[], object] | None = None, at: int = 3,
-        held: list[int] | None = None) -> list[tuple]:
+def run(
+    llm: LLM,
+    requests: list[Request],
+    fault: Callable[[], object] | None = None,
+    at: int = 3,
+    held: list[int] | None = None,
+) -> list[tuple]:
     """Step until the requests have ended, with `fault()` before step `at`. What they answered."""
     for i in itertools.count():
         assert i < 1_000, "no end"

@@ -1,4 +1,5 @@
 """Pages overwritten behind the engine's back. The canary mode finds them; whoever does not hold them keeps its bits."""
+
 import dataclasses
 
 import jax
@@ -46,8 +47,11 @@ def llm(request, tiny, expected) -> LLM:
 def overwrite(llm: LLM, page: int) -> None:
     """Garbage in a page of every layer."""
     garbage = lambda pool: pool.at[page].set(jax.random.normal(jax.random.key(page), pool.shape[1:]))
-    llm.engine.cache = dataclasses.replace(llm.engine.cache, keys=tuple(map(garbage, llm.engine.cache.keys)),
-                                           values=tuple(map(garbage, llm.engine.cache.values)))
+    llm.engine.cache = dataclasses.replace(
+        llm.engine.cache,
+        keys=tuple(map(garbage, llm.engine.cache.keys)),
+        values=tuple(map(garbage, llm.engine.cache.values)),
+    )
 
 
 def flip_a_bit(cache: Cache, side: str, layer: int, index: tuple[int, ...], bit: int) -> Cache:
@@ -70,7 +74,11 @@ def assert_failed(llm: LLM, request: Request, whole: list[tuple]) -> None:
     """Ended by the canary, and every token that was given out before is right."""
     for (tokens, logprobs, *how), (all_tokens, all_logprobs, *_) in zip(answers(llm, [request]), whole, strict=True):
         assert how == ["error", CAUSE]
-        assert 5 <= len(tokens) < len(all_tokens) and tokens == all_tokens[: len(tokens)] and logprobs == all_logprobs[: len(logprobs)]
+        assert (
+            5 <= len(tokens) < len(all_tokens)
+            and tokens == all_tokens[: len(tokens)]
+            and logprobs == all_logprobs[: len(logprobs)]
+        )
 
 
 def cached(llm: LLM) -> int:
@@ -121,7 +129,12 @@ def test_a_page_that_is_overwritten_in_the_prefix_cache_is_served_to_nobody(llm,
 def test_one_flipped_bit_is_found_wherever_it_is(llm, whole):
     """In any layer, of keys or values, of any token that was written; what lies behind the last token is nobody's."""
     p = llm.engine_config.page_size
-    for side, layer, place, token, bit in (("keys", 0, 0, 0, 0), ("values", 1, 1, 31, 31), ("values", 0, 3, 20, 7), ("keys", 1, 3, 27, 13)):
+    for side, layer, place, token, bit in (
+        ("keys", 0, 0, 0, 0),
+        ("values", 1, 1, 31, 31),
+        ("values", 0, 3, 20, 7),
+        ("keys", 1, 3, 27, 13),
+    ):
         llm.engine.scheduler.page_pool.clear_cache()
         request = victim(llm)
         page = request.samples[0].pages[place]
@@ -160,7 +173,9 @@ def test_a_page_that_is_handed_out_anew_is_no_damage(llm, expected):
         assert {reason for *_, reason, _ in answers(llm, requests)} <= {"abort", "length", "stop"}
     blocks = llm.engine.scheduler.page_pool
     blocks.clear_cache()
-    grow = lambda: start(llm, [[i] * 20 for i in range(1, 7)], [SamplingParams(max_tokens=60, temperature=i % 2) for i in range(6)])
+    grow = lambda: start(
+        llm, [[i] * 20 for i in range(1, 7)], [SamplingParams(max_tokens=60, temperature=i % 2) for i in range(6)]
+    )
     right, held = run(llm, grow()), blocks.allocate(blocks.num_available - 5)
     before = llm.engine.scheduler.num_preemptions
     requests = grow()

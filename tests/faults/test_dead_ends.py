@@ -1,4 +1,5 @@
 """Dead ends. Grammars are refused at once, and what rules out every token ends the request."""
+
 import pytest
 from conftest import make_llm, random_model
 from neighbours import assert_idle, run, start
@@ -8,7 +9,11 @@ from jaxengine.engine.collect import DEAD_END
 
 VOCAB = 24  # as many as a request can rule out: stop tokens, the model's own included, before min_tokens
 PROMPTS = [[3], list(range(20)), [1, 2] * 20]
-PARAMS = [SamplingParams(max_tokens=9), SamplingParams(max_tokens=7, n=2, top_p=0.9), SamplingParams(max_tokens=5, temperature=0)]
+PARAMS = [
+    SamplingParams(max_tokens=9),
+    SamplingParams(max_tokens=7, n=2, top_p=0.9),
+    SamplingParams(max_tokens=5, temperature=0),
+]
 ALL = SamplingParams(max_tokens=9, min_tokens=4, stop_token_ids=range(16))  # and 16 … 23 are the model's
 
 
@@ -19,11 +24,24 @@ class Untouched:
         pytest.fail(f"the grammar's {name} was read")
 
 
-@pytest.mark.parametrize("name", ["structured_outputs", "guided_decoding", "guided_json", "guided_regex", "guided_grammar", "guided_choice",
-                                  "response_format"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "structured_outputs",
+        "guided_decoding",
+        "guided_json",
+        "guided_regex",
+        "guided_grammar",
+        "guided_choice",
+        "response_format",
+    ],
+)
 def test_grammars_are_refused_by_name_and_never_read(name):
-    with pytest.raises(TypeError, match=f"SamplingParams has no keyword '{name}': output that follows a grammar, schema, regular "
-                                        "expression or choice is not supported. Leave it out and check the text, or steer with logit_bias"):
+    with pytest.raises(
+        TypeError,
+        match=f"SamplingParams has no keyword '{name}': output that follows a grammar, schema, regular "
+        "expression or choice is not supported. Leave it out and check the text, or steer with logit_bias",
+    ):
         SamplingParams(max_tokens=3, **{name: Untouched()})
 
 
@@ -33,9 +51,13 @@ def test_grammars_are_refused_beside_running_requests(tiny):
     def fault():
         with pytest.raises(TypeError, match="'structured_outputs': output that follows a grammar"):
             tiny.generate([[1]], SamplingParams(structured_outputs={"regex": "(a+)+$"}))
-        with pytest.raises(TypeError, match=r"prompts\[0\] has no keyword 'guided_regex': output that follows a grammar"):
+        with pytest.raises(
+            TypeError, match=r"prompts\[0\] has no keyword 'guided_regex': output that follows a grammar"
+        ):
             tiny.generate({"prompt_token_ids": [1], "guided_regex": "(a+)+$"})
-        with pytest.raises(TypeError, match="LLM.from_params has no keyword 'structured_outputs_config': output that follows"):
+        with pytest.raises(
+            TypeError, match="LLM.from_params has no keyword 'structured_outputs_config': output that follows"
+        ):
             make_llm(tiny.config, tiny.params, structured_outputs_config=Untouched())
 
     assert run(tiny, start(tiny), fault) == right
@@ -52,8 +74,11 @@ def llm(request, small) -> LLM:
     return make_llm(*small, overlap=request.param, compile_patience=1_000_000, decode_steps=2)
 
 
-@pytest.mark.parametrize("settings", [dict(), dict(temperature=0), dict(top_k=3), dict(top_p=0.5, n=3),
-                                      dict(min_p=0.1, logit_bias={3: 9.0})], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [dict(), dict(temperature=0), dict(top_k=3), dict(top_p=0.5, n=3), dict(min_p=0.1, logit_bias={3: 9.0})],
+    ids=str,
+)
 def test_a_request_with_every_token_ruled_out_ends_in_error(llm, settings):
     alone = run(llm, start(llm, PROMPTS, PARAMS))
     llm.generate([[8] * 40], SamplingParams(max_tokens=1))
@@ -63,7 +88,9 @@ def test_a_request_with_every_token_ruled_out_ends_in_error(llm, settings):
     assert found[:4] == alone
     assert found[4:] == [([], b"", "error", DEAD_END)] * (2 * params.n), "nothing is drawn"
     assert_idle(llm)
-    assert len(llm.engine.scheduler.page_pool.match([*[8] * 40, 1], 0, "")) == 1, "pages that it shared are sound and stay"
+    assert len(llm.engine.scheduler.page_pool.match([*[8] * 40, 1], 0, "")) == 1, (
+        "pages that it shared are sound and stay"
+    )
 
 
 @pytest.mark.parametrize("temperature", [0, 1])
@@ -72,6 +99,17 @@ def test_one_token_that_is_left_is_drawn_until_the_others_are_allowed(llm, tempe
     params = ALL.replace(stop_token_ids=range(15), temperature=temperature, top_k=2, max_tokens=20)
     output, _ = llm.generate([[5, 6, 7], [8] * 40], params)
     assert output.outputs[0].token_ids[:4] == [15] * 4 and output.outputs[0].finish_reason in ("stop", "length")
-    even = [llm.generate([[5, 6, 7], [8] * 40], SamplingParams(temperature=temperature, seed=1, max_tokens=9, ignore_eos=True,
-                                                     logit_bias=dict.fromkeys(range(VOCAB), bias))) for bias in (0.0, -1e4)]
+    even = [
+        llm.generate(
+            [[5, 6, 7], [8] * 40],
+            SamplingParams(
+                temperature=temperature,
+                seed=1,
+                max_tokens=9,
+                ignore_eos=True,
+                logit_bias=dict.fromkeys(range(VOCAB), bias),
+            ),
+        )
+        for bias in (0.0, -1e4)
+    ]
     assert even[0][0].outputs[0].finish_reason == even[1][0].outputs[0].finish_reason == "length"

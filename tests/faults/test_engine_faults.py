@@ -1,4 +1,5 @@
 """Aborts, interrupts, no pages, NaN, colliding hashes. Others' bits do not move."""
+
 import dataclasses
 import signal
 import sys
@@ -59,14 +60,21 @@ def step_until(llm: LLM, condition, held: list[int] | None = None) -> None:
 
 def assert_aborted(llm: LLM, request: Request, whole: list[tuple]) -> list[int]:
     """Ended by abort, with the front of its whole answer; the lengths."""
-    for (tokens, logprobs, reason, stop_reason), (all_tokens, all_logprobs, *_) in zip(answers(llm, [request]), whole, strict=True):
+    for (tokens, logprobs, reason, stop_reason), (all_tokens, all_logprobs, *_) in zip(
+        answers(llm, [request]), whole, strict=True
+    ):
         assert (reason, stop_reason) == ("abort", None)
-        assert tokens == all_tokens[: len(tokens)] and logprobs == all_logprobs[: len(logprobs)] and len(logprobs) == 4 * len(tokens)
+        assert (
+            tokens == all_tokens[: len(tokens)]
+            and logprobs == all_logprobs[: len(logprobs)]
+            and len(logprobs) == 4 * len(tokens)
+        )
     assert llm._output(request).finished
     return [len(sample.generated) for sample in request.samples]
 
 
 # -- abort ------------------------------------------------------------------------------------------------------------------------
+
 
 @OVERLAP
 def test_abort_of_an_unknown_id_is_nothing(llm, expected):
@@ -80,7 +88,9 @@ def test_abort_returns_the_tokens_so_far(llm, times, expected, whole):
     step_until(llm, lambda: len(request.samples[1].generated) >= 3)
     for _ in range(times):
         llm.abort("victim")
-        assert ended(request) and not any(s in llm.engine.scheduler.running for s in request.samples), "its pages are free at once"
+        assert ended(request) and not any(s in llm.engine.scheduler.running for s in request.samples), (
+            "its pages are free at once"
+        )
         llm.engine.scheduler.check_integrity()
     assert min(assert_aborted(llm, request, whole)) >= 3
     assert run(llm, beside) == expected
@@ -99,7 +109,9 @@ def test_abort_before_it_was_scheduled(llm, expected, whole):
 
 @OVERLAP
 def test_abort_in_the_middle_of_a_prompt(llm, expected, whole, monkeypatch):
-    monkeypatch.setattr(llm.engine.scheduler, "engine_config", dataclasses.replace(llm.engine_config, max_num_batched_tokens=32))
+    monkeypatch.setattr(
+        llm.engine.scheduler, "engine_config", dataclasses.replace(llm.engine_config, max_num_batched_tokens=32)
+    )
     llm.engine.scheduler.page_pool.clear_cache()
     beside, request = start(llm), victim(llm)
     step_until(llm, lambda: 0 < request.samples[0].num_computed < len(PROMPT))
@@ -140,7 +152,9 @@ def test_abort_of_everybody_at_any_step(llm, expected):
     for at in range(0, 12, 2):
         requests = start(llm)
         run(llm, requests, lambda requests=requests: [llm.abort(r.request_id) for r in requests], at)
-        for (tokens, logprobs, *_), (all_tokens, all_logprobs, *_) in zip(answers(llm, requests), expected, strict=True):
+        for (tokens, logprobs, *_), (all_tokens, all_logprobs, *_) in zip(
+            answers(llm, requests), expected, strict=True
+        ):
             assert tokens == all_tokens[: len(tokens)] and logprobs == all_logprobs[: len(logprobs)]
         assert_idle(llm)
     assert run(llm, start(llm)) == expected
@@ -148,17 +162,22 @@ def test_abort_of_everybody_at_any_step(llm, expected):
 
 # -- the caller goes away ---------------------------------------------------------------------------------------------------------
 
+
 @OVERLAP
 def test_closing_a_stream_frees_its_pages(llm, expected, whole):
     beside = start(llm)
     stream = llm.stream(PROMPT, VICTIM.replace(n=2))
     seen = [next(stream) for _ in range(5)]
-    assert [len(output.outputs[0].token_ids) for output in seen] == sorted(len(output.outputs[0].token_ids) for output in seen)
+    assert [len(output.outputs[0].token_ids) for output in seen] == sorted(
+        len(output.outputs[0].token_ids) for output in seen
+    )
     assert bits(seen[-1:])[0][0] == whole[0][0][: len(seen[-1].outputs[0].token_ids)]
     name = seen[0].request_id
     assert name in llm.engine.requests
     stream.close()
-    assert name not in llm.engine.requests and not any(s.request.request_id == name for s in llm.engine.scheduler.running)
+    assert name not in llm.engine.requests and not any(
+        s.request.request_id == name for s in llm.engine.scheduler.running
+    )
     llm.engine.scheduler.check_integrity()
     assert run(llm, beside) == expected
     assert_idle(llm)
@@ -255,18 +274,25 @@ def test_ctrl_c_at_any_line_of_a_step(llm, at, expected):
     assert num_lines[0] > 100
     for line in range(1, num_lines[0], num_lines[0] // 15):
         requests = start_read()
-        assert run(llm, requests, lambda line=line: interrupted_step(line), at) == expected, f"interrupted at line {line}"
-        assert all(s.detokenizer.token_ids == s.generated for r in requests for s in r.samples), f"interrupted at line {line}"
+        assert run(llm, requests, lambda line=line: interrupted_step(line), at) == expected, (
+            f"interrupted at line {line}"
+        )
+        assert all(s.detokenizer.token_ids == s.generated for r in requests for s in r.samples), (
+            f"interrupted at line {line}"
+        )
         assert_idle(llm)
 
 
 # -- no pages ---------------------------------------------------------------------------------------------------------------------
 
+
 @OVERLAP
 @pytest.mark.parametrize("spare", [4, 7])
 def test_without_pages_the_newest_is_preempted_and_recomputed(llm, spare, expected):
     """Six requests that grow to four pages each, and four or seven pages for all of them. With four they run one by one."""
-    grow = lambda: start(llm, [[i] * 20 for i in range(1, 7)], [SamplingParams(max_tokens=100, temperature=i % 2) for i in range(6)])
+    grow = lambda: start(
+        llm, [[i] * 20 for i in range(1, 7)], [SamplingParams(max_tokens=100, temperature=i % 2) for i in range(6)]
+    )
     right, blocks, preempted = run(llm, grow()), llm.engine.scheduler.page_pool, []
     blocks.clear_cache()
     held, preempt = blocks.allocate(blocks.num_available - spare), llm.engine.scheduler.preempt
@@ -293,7 +319,9 @@ def test_a_request_larger_than_the_pool_is_refused(tiny):
     llm = make_llm(tiny.config, tiny.params, num_pages=5)
     (waiting,) = start(llm, [[1, 2, 3]], SamplingParams(max_tokens=5))
     for prompt, max_tokens, needed in (([7] * 100, 60, 5), ([7] * 300, 1, 10), ([7] * 128, None, 16)):
-        with pytest.raises(ValueError, match=rf"prompts\[1\] needs {needed} pages of 32 tokens, the pool has 4: raise num_pages"):
+        with pytest.raises(
+            ValueError, match=rf"prompts\[1\] needs {needed} pages of 32 tokens, the pool has 4: raise num_pages"
+        ):
             llm.generate([[1, 2], prompt], SamplingParams(max_tokens=max_tokens))
     assert list(llm.engine.requests.values()) == [waiting]
     (fits,) = start(llm, [[7] * 100], SamplingParams(max_tokens=28))
@@ -331,7 +359,10 @@ def test_a_request_with_nan_logits_ends_in_error(poisoned, where, expected):
 
 def test_a_drawn_token_may_lead_to_nan(poisoned, expected):
     """The model may well answer with that token, whose own logits come from the head; there is no second one behind it."""
-    (request,), beside = start(poisoned, [[1, 2, 3]], SamplingParams(max_tokens=9, temperature=0, logit_bias={BAD: 1e4})), start(poisoned)
+    (request,), beside = (
+        start(poisoned, [[1, 2, 3]], SamplingParams(max_tokens=9, temperature=0, logit_bias={BAD: 1e4})),
+        start(poisoned),
+    )
     assert run(poisoned, beside) == expected
     ((tokens, logprobs, reason, cause),) = answers(poisoned, [request])
     assert (tokens, len(logprobs), reason, cause) == ([BAD], 4, "error", CAUSE)
@@ -391,6 +422,7 @@ def test_prompt_logprobs_of_a_poisoned_prompt_are_an_error(poisoned, expected):
 
 
 # -- colliding prefix hashes ------------------------------------------------------------------------------------------------------
+
 
 @OVERLAP
 def test_a_prefix_hash_collision_serves_nobody_elses_pages(llm, expected, monkeypatch):

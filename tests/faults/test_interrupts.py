@@ -1,4 +1,5 @@
 """In every phase: an interrupt, a stream that is let go, an abort, while the engine compiles, works, or does nothing at all."""
+
 import asyncio
 import contextlib
 import functools
@@ -66,6 +67,7 @@ def amid_a_step(llm: LLM, monkeypatch, fault) -> None:
 
 # -- while compiling --------------------------------------------------------------------------------------------------------------
 
+
 def interrupted_report(lines: list[str], at: int, text: str) -> None:
     lines.append(text)
     if len(lines) == at:
@@ -89,7 +91,10 @@ def test_ctrl_c_while_steps_are_compiled_and_proven(tiny, overlap, expected):
 
 def test_ctrl_c_amid_tracing(llm, expected, monkeypatch):
     """JAX is in the midst of a program that is to take the cache."""
-    @functools.partial(jax.jit, static_argnames=("config", "kernels", "tile", "max_logprobs", "num_steps"), donate_argnames="cache")
+
+    @functools.partial(
+        jax.jit, static_argnames=("config", "kernels", "tile", "max_logprobs", "num_steps"), donate_argnames="cache"
+    )
     def traced(params, cache, *args, config, kernels, tile, max_logprobs, num_steps):
         signal.raise_signal(signal.SIGINT)
 
@@ -111,9 +116,12 @@ def test_ctrl_c_while_warming_up(llm, expected, monkeypatch):
 
 # -- between steps ----------------------------------------------------------------------------------------------------------------
 
+
 def interrupt_at(place: str, seen: list[str]):
     """A trace function that raises KeyboardInterrupt at the given line, and lists all that LLM executes outside of a step."""
-    files = {str(Path(jaxengine.__file__).parent / name) for name in ("llm.py", "progress.py", "engine.py", "scheduler.py")}
+    files = {
+        str(Path(jaxengine.__file__).parent / name) for name in ("llm.py", "progress.py", "engine.py", "scheduler.py")
+    }
     inside = ("step", "_collect", "_dispatch", "schedule", "warm_up")
 
     def trace(frame, event, arg):
@@ -200,6 +208,7 @@ def test_ctrl_c_twice(llm, expected, monkeypatch):
 
 def test_ctrl_c_in_a_running_event_loop(llm, expected, monkeypatch):
     """As in a notebook, whose loop runs on."""
+
     async def cells():
         beside = start(llm)
         step(llm)
@@ -220,6 +229,7 @@ def test_ctrl_c_in_a_running_event_loop(llm, expected, monkeypatch):
 
 # -- streams and aborts -----------------------------------------------------------------------------------------------------------
 
+
 def test_a_stream_that_is_let_go_is_aborted(llm, expected):
     beside, stream = start(llm), llm.stream(PROMPT, VICTIM)
     request = llm.engine.requests[next(stream).request_id]
@@ -239,7 +249,9 @@ def test_a_stream_that_is_collected_as_garbage_amid_a_step(llm, expected, monkey
     amid_a_step(llm, monkeypatch, lambda: (gc.collect(), ends.append(ended(request))))
     ends: list[bool] = []
     assert generate(llm) == expected
-    assert ends == [False] and ended(request) and request.samples[0].finish_reason == "abort", "with the end of that step"
+    assert ends == [False] and ended(request) and request.samples[0].finish_reason == "abort", (
+        "with the end of that step"
+    )
     assert len(request.samples[0].generated) < 6
     assert_idle(llm)
 

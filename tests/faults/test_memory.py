@@ -1,4 +1,5 @@
 """No memory on the device, at start or in a step. Who was not in that step keeps its bits, and the engine stays usable."""
+
 import functools
 import itertools
 import re
@@ -15,8 +16,10 @@ from jaxengine.engine import memory
 from jaxengine.host.sample import Request
 
 WANTED = r"weights \d+\.\d\d GB, cache \d+\.\d\d GB \(\d+ pages of \d+\.\d\d MB\), workspace about \d+\.\d\d GB, together .* GB; "
-SETTINGS = ("lower num_pages, max_num_seqs or max_model_len for the cache, max_num_batched_tokens for the workspace, "
-            "or take a dtype smaller than")
+SETTINGS = (
+    "lower num_pages, max_num_seqs or max_model_len for the cache, max_num_batched_tokens for the workspace, "
+    "or take a dtype smaller than"
+)
 VICTIM = SamplingParams(max_tokens=30, seed=5)
 PROMPT = list(range(200, 320))
 
@@ -39,6 +42,7 @@ def llm(request, tiny) -> LLM:
 
 # -- at start ---------------------------------------------------------------------------------------------------------------------
 
+
 def too_large(*args):
     """More than any machine has: XLA's own error."""
     return jnp.zeros((10**15,), jnp.float32)
@@ -52,7 +56,10 @@ def no_host_memory(*args, **kwargs):
 @pytest.mark.parametrize("doing", ["loading the weights", "making room for the cache"])
 def test_no_memory_at_start_says_what_is_wanted_and_what_to_change(doing, fault, tiny, expected, monkeypatch):
     def starting():
-        with monkeypatch.context() as patched, pytest.raises(MemoryError, match=f"out of memory while {doing}: {WANTED}{SETTINGS}"):
+        with (
+            monkeypatch.context() as patched,
+            pytest.raises(MemoryError, match=f"out of memory while {doing}: {WANTED}{SETTINGS}"),
+        ):
             patched.setattr(*((kv_cache, "allocate") if "cache" in doing else (jax, "device_put")), fault)
             LLM("calc", progress=False, num_pages=200)
 
@@ -75,7 +82,9 @@ def test_other_errors_at_start_are_left_as_they_are(tiny, monkeypatch):
 def test_a_pool_larger_than_the_machine_is_refused_before_it_is_taken(tiny, monkeypatch):
     """The host's own lists of pages would already fill the machine."""
     monkeypatch.setattr(kv_cache, "allocate", lambda *args: pytest.fail("it was taken"))
-    with pytest.raises(MemoryError, match=rf"this machine has \d+\.\d\d GB of memory in all: {WANTED}{SETTINGS} float32"):
+    with pytest.raises(
+        MemoryError, match=rf"this machine has \d+\.\d\d GB of memory in all: {WANTED}{SETTINGS} float32"
+    ):
         make_llm(tiny.config, tiny.params, num_pages=10**10)
 
 
@@ -89,6 +98,7 @@ def test_no_memory_while_compiling_ahead(tiny, monkeypatch):
 
 
 # -- in a step --------------------------------------------------------------------------------------------------------------------
+
 
 @functools.partial(jax.jit, donate_argnums=0)
 def needing_too_much(x):
@@ -122,7 +132,9 @@ def assert_failed(llm: LLM, request: Request, whole: list[tuple], at_least: int)
     ((all_tokens, all_logprobs, *_),) = whole
     (sample,) = output.outputs
     assert output.finished and sample.finish_reason == "error" and re.match(CAUSE, str(sample.stop_reason))
-    assert at_least <= len(sample.token_ids) < len(all_tokens) and sample.token_ids == all_tokens[: len(sample.token_ids)]
+    assert (
+        at_least <= len(sample.token_ids) < len(all_tokens) and sample.token_ids == all_tokens[: len(sample.token_ids)]
+    )
     assert sample.token_logprobs.tobytes() == all_logprobs[: 4 * len(sample.token_ids)]
 
 
@@ -162,7 +174,9 @@ def test_no_memory_in_each_decode_ends_everybody_in_bounded_time(llm, when, expe
             patched.setattr(steps, "decode_step", short_of_memory(steps.decode_step, at, when))
         requests = start(llm)
         ends = [request for _ in range(40) for request in llm.engine.step()]
-    assert all(map(ended, requests)) and {id(r) for r in ends} == {id(r) for r in requests} and len(ends) == len(requests)
+    assert (
+        all(map(ended, requests)) and {id(r) for r in ends} == {id(r) for r in requests} and len(ends) == len(requests)
+    )
     assert {reason for *_, reason, _ in answers(llm, requests)} <= {"error", "length", "stop"}
     assert run(llm, start(llm)) == expected
     assert_idle(llm)
@@ -178,13 +192,16 @@ def test_generate_returns_what_failed_beside_what_did_not(llm, expected, monkeyp
 @pytest.mark.parametrize("message", ["INTERNAL: the device is gone", "RESOURCE_EXHAUSTED: too many compilations"])
 def test_other_errors_are_raised_as_before(llm, message, expected, monkeypatch):
     """Also memory that ran out for nobody in particular."""
+
     def broken(*args, **kwargs):
         raise jax.errors.JaxRuntimeError(message)
 
     beside = start(llm)
     step(llm)
     with monkeypatch.context() as patched, pytest.raises(jax.errors.JaxRuntimeError, match=message):
-        patched.setattr(*((steps, "decode_step") if "INTERNAL" in message else (llm.engine.scheduler, "schedule")), broken)
+        patched.setattr(
+            *((steps, "decode_step") if "INTERNAL" in message else (llm.engine.scheduler, "schedule")), broken
+        )
         llm.engine.step()
     assert run(llm, beside) == expected
 
@@ -193,11 +210,16 @@ def test_a_cache_that_only_answers_with_an_error_is_lost(tiny):
     cache = kv_cache.allocate(tiny.config, tiny.engine_config, tiny.engine.kernels, tiny.params)
     assert not kv_cache.is_lost(cache)
     poisoned = jax.tree.map(needing_too_much, cache)
-    assert not any(x.is_deleted() for x in jax.tree.leaves(poisoned)) and all(x.is_deleted() for x in jax.tree.leaves(cache))
+    assert not any(x.is_deleted() for x in jax.tree.leaves(poisoned)) and all(
+        x.is_deleted() for x in jax.tree.leaves(cache)
+    )
     assert kv_cache.is_lost(poisoned) and kv_cache.is_lost(cache)
     assert not kv_cache.is_lost(kv_cache.rebuild(poisoned, tiny.config, tiny.engine_config, tiny.engine.kernels))
     assert all(x.is_deleted() for x in jax.tree.leaves(poisoned)), "there is room for one cache"
-    for ask in (needing_too_much, lambda x: needing_too_much(x) + 1):  # whoever computes on with the answer is told in other words
+    for ask in (
+        needing_too_much,
+        lambda x: needing_too_much(x) + 1,
+    ):  # whoever computes on with the answer is told in other words
         with pytest.raises(jax.errors.JaxRuntimeError) as found:
             ask(jnp.zeros(3)).block_until_ready()
         assert memory.ran_out(found.value)

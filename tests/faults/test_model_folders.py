@@ -1,4 +1,5 @@
 """Broken, hostile and foreign model folders. Each error names the file; nothing is half opened and no code ever runs."""
+
 import json
 import os
 import pickle
@@ -84,7 +85,10 @@ def test_every_flipped_bit_of_a_header_is_found_or_harmless(tmp_path):
         (b'{"w": ', "the header of .*model.safetensors is not valid JSON"),
         (b'{"\xff": 1}', "the header of .*model.safetensors is not valid JSON"),
         (b'{"a":' + b"[" * 100_000, "is not valid JSON: nested too deeply"),
-        (b'{"w": ' + json.dumps(ENTRY).encode() + b', "w": ' + json.dumps(ENTRY).encode() + b"}", "key 'w' is given twice"),
+        (
+            b'{"w": ' + json.dumps(ENTRY).encode() + b', "w": ' + json.dumps(ENTRY).encode() + b"}",
+            "key 'w' is given twice",
+        ),
         (b'{"w": {"dtype": "F32", "shape": [' + b"9" * 5000 + b'], "data_offsets": [0, 8]}}', "is not valid JSON"),
         ({"w": [1, 2]}, "tensor 'w' must have dtype, shape and data_offsets"),
         ({"w": {"dtype": "F32", "shape": [2]}}, "tensor 'w' must have dtype, shape and data_offsets"),
@@ -98,7 +102,10 @@ def test_every_flipped_bit_of_a_header_is_found_or_harmless(tmp_path):
         ({"w": ENTRY | {"data_offsets": [0]}}, r"tensor 'w' has data_offsets \[0\]"),
         ({"w": ENTRY | {"data_offsets": [-8, 0]}}, r"tensor 'w' has data_offsets \[-8, 0\]"),
         ({"w": ENTRY | {"data_offsets": "08"}}, "tensor 'w' has data_offsets '08'"),
-        ({"w": ENTRY | {"data_offsets": [8, 0]}}, r"tensor 'w' has data_offsets \[8, 0\], -8 bytes: F32 of shape \(2,\) has 8"),
+        (
+            {"w": ENTRY | {"data_offsets": [8, 0]}},
+            r"tensor 'w' has data_offsets \[8, 0\], -8 bytes: F32 of shape \(2,\) has 8",
+        ),
         ({"w": ENTRY | {"shape": [3]}}, r"data_offsets \[0, 8\], 8 bytes: F32 of shape \(3,\) has 12"),
         ({"w": ENTRY | {"shape": [2**62, 2**62]}}, "8 bytes: F32 of shape"),
         ({"w": ENTRY, "__metadata__": {"format": 1}}, "__metadata__ must map strings to strings"),
@@ -115,13 +122,17 @@ def test_a_corrupt_header_is_refused(tmp_path, header, message):
 @pytest.mark.parametrize("length", [0, 1, 100_000_001, 2**63, 2**64 - 1])
 def test_an_impossible_header_length_is_refused_before_it_is_allocated(tmp_path, length):
     write_file(tmp_path, {"w": ENTRY}, length=length)
-    with pytest.raises(ValueError, match=f"model.safetensors is corrupt: header length {length}, allowed are 2 to 100000000"):
+    with pytest.raises(
+        ValueError, match=f"model.safetensors is corrupt: header length {length}, allowed are 2 to 100000000"
+    ):
         open_folder(tmp_path)
 
 
 def test_a_header_longer_than_the_file_is_refused(tmp_path):
     size = write_file(tmp_path, {"w": ENTRY}, length=90_000_000).stat().st_size
-    with pytest.raises(ValueError, match=f"is truncated: expected at least 90000008 bytes .the header alone., got {size}"):
+    with pytest.raises(
+        ValueError, match=f"is truncated: expected at least 90000008 bytes .the header alone., got {size}"
+    ):
         open_folder(tmp_path)
 
 
@@ -138,7 +149,9 @@ def test_a_header_longer_than_the_file_is_refused(tmp_path):
     ],
 )
 def test_tensors_take_up_each_byte_once(tmp_path, offsets, num_bytes, message):
-    write_file(tmp_path, {name: ENTRY | {"data_offsets": pair} for name, pair in zip("ab", offsets, strict=True)}, num_bytes)
+    write_file(
+        tmp_path, {name: ENTRY | {"data_offsets": pair} for name, pair in zip("ab", offsets, strict=True)}, num_bytes
+    )
     with pytest.raises(ValueError, match=f"model.safetensors (is corrupt: )?{message}"):
         open_folder(tmp_path)
 
@@ -148,7 +161,9 @@ def test_an_unsupported_dtype_is_named_with_its_tensor(tmp_path, dtype):
     write_file(tmp_path, {"layers.0.w": ENTRY | {"dtype": dtype}})
     with pytest.raises(ValueError) as error:
         open_folder(tmp_path)
-    assert f"model.safetensors: tensor 'layers.0.w' has dtype {dtype!r}: supported are BF16, F16, F32" in str(error.value)
+    assert f"model.safetensors: tensor 'layers.0.w' has dtype {dtype!r}: supported are BF16, F16, F32" in str(
+        error.value
+    )
 
 
 def test_a_missing_shard_is_named_with_the_index(tmp_path):
@@ -205,9 +220,22 @@ def test_an_index_that_is_no_json_is_named(tmp_path):
 
 @pytest.mark.parametrize(
     "shard",
-    ["../outside.safetensors", "/etc/outside.safetensors", "sub/../../outside.safetensors", "sub/x.safetensors", "..\\outside.safetensors",
-     "C:\\outside.safetensors", "..", "", "../", ".hidden.safetensors", "pytorch_model.bin", "x.safetensors\n", "x\0.safetensors",
-     "\ud800.safetensors"],
+    [
+        "../outside.safetensors",
+        "/etc/outside.safetensors",
+        "sub/../../outside.safetensors",
+        "sub/x.safetensors",
+        "..\\outside.safetensors",
+        "C:\\outside.safetensors",
+        "..",
+        "",
+        "../",
+        ".hidden.safetensors",
+        "pytorch_model.bin",
+        "x.safetensors\n",
+        "x\0.safetensors",
+        "\ud800.safetensors",
+    ],
 )
 def test_a_shard_name_that_leads_elsewhere_is_refused(tmp_path, shard):
     folder = tmp_path / "folder"
@@ -256,11 +284,15 @@ class Planted:
         return Path.touch, (self.proof,)
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "model.pt", "consolidated.00.pth"])
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "model.pt", "consolidated.00.pth"]
+)
 def test_a_pickle_is_never_opened(tmp_path, name):
     proof = tmp_path / "proof"
     (tmp_path / name).write_bytes(pickle.dumps(Planted(proof)))
-    with pytest.raises(ValueError, match=f"{name} is a pickle, which can run code .*; only safetensors are read. To convert it"):
+    with pytest.raises(
+        ValueError, match=f"{name} is a pickle, which can run code .*; only safetensors are read. To convert it"
+    ):
         open_folder(tmp_path)
     assert not proof.exists()
 
@@ -295,11 +327,15 @@ def test_folders_without_tensors_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
-@pytest.mark.parametrize("wrap", [lambda config: config, lambda config: {"text_config": config}, lambda config: {"parts": [1, [config]]}])
+@pytest.mark.parametrize(
+    "wrap", [lambda config: config, lambda config: {"text_config": config}, lambda config: {"parts": [1, [config]]}]
+)
 def test_a_folder_that_brings_code_is_refused_and_the_code_never_runs(tmp_path, name, wrap):
     (tmp_path / "modeling_planted.py").write_text(f"open({str(tmp_path / 'proof')!r}, 'w')")
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / name).write_text(json.dumps(wrap({"auto_map": {"AutoModelForCausalLM": "modeling_planted.Planted"}})))
-    with pytest.raises(ValueError, match=f"{name} has an auto_map.*remote code is never run, there is no trust_remote_code"):
+    with pytest.raises(
+        ValueError, match=f"{name} has an auto_map.*remote code is never run, there is no trust_remote_code"
+    ):
         read_config(tmp_path)
     assert not (tmp_path / "proof").exists()

@@ -1,4 +1,5 @@
 """Threads, two engines, fork, pickle, a running event loop, a clock that jumps. The bits are those of a plain call."""
+
 import asyncio
 import copy
 import itertools
@@ -41,6 +42,7 @@ def llm(request, tiny, expected) -> LLM:
 
 
 # -- threads ----------------------------------------------------------------------------------------------------------------------
+
 
 def together(*calls) -> list:
     """The calls' results; all start at once, each in a thread of its own."""
@@ -104,7 +106,9 @@ def test_a_thread_may_abort_what_another_one_waits_for(llm, seeded):
     output, _, beside = together(consume, abort, lambda: bits(llm.generate(PROMPTS, SEEDED)))
     assert [sample.finish_reason for sample in output.outputs] == ["abort"] * 2
     for sample, (tokens, *_) in zip(output.outputs, seeded[1:3], strict=True):
-        assert min(len(sample.token_ids), len(tokens)) >= 2 and all(a == b for a, b in zip(sample.token_ids, tokens, strict=False))
+        assert min(len(sample.token_ids), len(tokens)) >= 2 and all(
+            a == b for a, b in zip(sample.token_ids, tokens, strict=False)
+        )
     assert beside == seeded
     assert_idle(llm)
 
@@ -134,6 +138,7 @@ def test_an_error_in_one_threads_step_leaves_the_others_bits(llm, seeded, monkey
 
 # -- engines and processes --------------------------------------------------------------------------------------------------------
 
+
 def test_two_engines_in_a_process_know_nothing_of_each_other(tiny, expected):
     """Other weights, the same ids and prompts, steps in turn: each answers as it does alone."""
     halved = jax.tree.map(lambda x: x * 0.5, tiny.params)
@@ -158,7 +163,9 @@ def test_two_engines_in_a_process_know_nothing_of_each_other(tiny, expected):
 
 @pytest.mark.parametrize("use", [pickle.dumps, copy.copy, copy.deepcopy], ids=["pickle", "copy", "deepcopy"])
 def test_an_llm_cannot_be_pickled_or_copied(use, tiny, expected):
-    with pytest.raises(TypeError, match="an LLM holds device memory and cannot be pickled or copied: build it anew from its model"):
+    with pytest.raises(
+        TypeError, match="an LLM holds device memory and cannot be pickled or copied: build it anew from its model"
+    ):
         use(tiny)
     assert run(tiny, start(tiny)) == expected
 
@@ -170,8 +177,16 @@ def test_outputs_and_parameters_can_be_pickled(tiny, seeded):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
-@pytest.mark.parametrize("call", [lambda llm: llm.generate([[1, 2]]), lambda llm: llm.score([[1, 2]], [[False, True]]), LLM.warm_up,
-                                  lambda llm: llm.replay(None)], ids=["generate", "score", "warm_up", "replay"])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda llm: llm.generate([[1, 2]]),
+        lambda llm: llm.score([[1, 2]], [[False, True]]),
+        LLM.warm_up,
+        lambda llm: llm.replay(None),
+    ],
+    ids=["generate", "score", "warm_up", "replay"],
+)
 def test_a_fork_is_refused_and_the_parent_goes_on(tiny, expected, call):
     requests = start(tiny)
     reader, writer = os.pipe()
@@ -210,9 +225,16 @@ print(output.outputs[0].token_ids, output.outputs[0].token_logprobs.tobytes().he
 @pytest.mark.slow
 def test_a_broken_compilation_cache_is_compiled_around(tmp_path):
     """JAX warns and compiles anew; the bits are the same."""
+
     def run_with_cache() -> subprocess.CompletedProcess:
-        settings = dict(JAX_COMPILATION_CACHE_DIR=str(tmp_path), JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.5", PYTHONWARNINGS="default")
-        return subprocess.run([sys.executable, "-c", ONE_TOKEN], env=os.environ | settings, capture_output=True, text=True, check=True)
+        settings = dict(
+            JAX_COMPILATION_CACHE_DIR=str(tmp_path),
+            JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.5",
+            PYTHONWARNINGS="default",
+        )
+        return subprocess.run(
+            [sys.executable, "-c", ONE_TOKEN], env=os.environ | settings, capture_output=True, text=True, check=True
+        )
 
     first = run_with_cache()
     entries = [path for path in tmp_path.iterdir() if path.name.endswith("-cache")]
@@ -224,6 +246,7 @@ def test_a_broken_compilation_cache_is_compiled_around(tmp_path):
 
 
 # -- event loops and clocks -------------------------------------------------------------------------------------------------------
+
 
 def test_generate_works_inside_a_running_event_loop(llm, seeded):
     """As in a notebook; and in threads that a loop waits for."""

@@ -1,4 +1,5 @@
 """What cannot be asked for is refused before anything is allocated, and whoever runs beside it sees nothing of it."""
+
 import tracemalloc
 
 import jax
@@ -52,15 +53,27 @@ REFUSED = {
     "an array too deep": (ask([[1], np.ones((1, 1, 2), int)]), r"prompts\[1\] has \[\[1, 1\]\] \(list\) at index 0"),
     "digits": (ask([["5"]]), r"has '5' \(str\) at index 0"),
     "text without a tokenizer": (ask(["12+30="]), r"prompts\[0\] is text, but the model has no tokenizer"),
-    "a stop token that is none": (want(stop_token_ids=[3, 1000]), r"stop_token_ids of prompts\[0\] names token 1000: the vocabulary is"),
+    "a stop token that is none": (
+        want(stop_token_ids=[3, 1000]),
+        r"stop_token_ids of prompts\[0\] names token 1000: the vocabulary is",
+    ),
     "a biased token that is none": (want(logit_bias={1000: 1.0}), r"logit_bias of prompts\[0\] names token 1000"),
     # 3: no room
-    "a prompt as long as the context": (ask([[1], [2] * 512]), r"prompts\[1\] has 512 tokens, the context is max_model_len=512"),
+    "a prompt as long as the context": (
+        ask([[1], [2] * 512]),
+        r"prompts\[1\] has 512 tokens, the context is max_model_len=512",
+    ),
     "a prompt that is longer": (ask([2] * 5_000), r"prompts\[0\] has 5000 tokens, the context is max_model_len=512"),
     # 4: impossible values
-    "a negative temperature": (want(temperature=-1e-9), "temperature must be at least 0.0 and at most 1000000.0, got -1e-09"),
+    "a negative temperature": (
+        want(temperature=-1e-9),
+        "temperature must be at least 0.0 and at most 1000000.0, got -1e-09",
+    ),
     "an infinite temperature": (want(temperature=INF), "temperature must be a finite number, got inf"),
-    "a temperature beyond float32": (want(temperature=1e39), r"temperature must be at least 0.0 and at most 1000000.0, got 1e\+39"),
+    "a temperature beyond float32": (
+        want(temperature=1e39),
+        r"temperature must be at least 0.0 and at most 1000000.0, got 1e\+39",
+    ),
     "a NaN temperature": (want(temperature=NAN), "temperature must be a finite number, got nan"),
     "a temperature in words": (want(temperature="0.7"), "temperature must be a finite number, got '0.7'"),
     "top_p zero": (want(top_p=0), "top_p must be greater than 0.0 and at most 1.0, got 0.0"),
@@ -69,36 +82,65 @@ REFUSED = {
     "top_k negative": (want(top_k=-2), "top_k must be at least -1, got -2"),
     "top_k no integer": (want(top_k=2.5), "top_k must be an integer, got 2.5"),
     "min_p above one": (want(min_p=1.5), "min_p must be at least 0.0 and at most 1.0, got 1.5"),
-    "repetition_penalty zero": (want(repetition_penalty=0), "repetition_penalty must be at least 1e-06 and at most 1000000.0, got 0.0"),
+    "repetition_penalty zero": (
+        want(repetition_penalty=0),
+        "repetition_penalty must be at least 1e-06 and at most 1000000.0, got 0.0",
+    ),
     "repetition_penalty beyond float32": (want(repetition_penalty=1e-300), "repetition_penalty must be at least 1e-06"),
     "a penalty NaN": (want(presence_penalty=NAN), "presence_penalty must be a finite number, got nan"),
     "a bias NaN": (want(logit_bias={1: NAN}), "logit_bias value must be a finite number, got nan"),
     "max_tokens zero": (want(max_tokens=0), "max_tokens must be at least 1, got 0"),
     "min_tokens above max_tokens": (want(max_tokens=3, min_tokens=4), "min_tokens must be at most max_tokens=3, got 4"),
-    "a seed beyond 64 bits": (want(seed=2**64), "seed must be at least 0 and at most 18446744073709551615, got 18446744073709551616"),
+    "a seed beyond 64 bits": (
+        want(seed=2**64),
+        "seed must be at least 0 and at most 18446744073709551615, got 18446744073709551616",
+    ),
     "a negative seed": (want(seed=-1), "seed must be at least 0"),
     "seed and key": (want(seed=1, key=jax.random.key(1)), "give seed or key, not both"),
     # 5: far too much
     "n = 10⁹": (want(n=10**9), "n must be at least 1 and at most 16384, got 1000000000"),
     "logprobs = 10⁹": (want(logprobs=10**9), r"logprobs=1000000000 of prompts\[0\] is more than max_logprobs=20"),
-    "prompt_logprobs = 10⁹": (want(prompt_logprobs=10**9), r"prompt_logprobs=1000000000 of prompts\[0\] is more than max_logprobs=20"),
+    "prompt_logprobs = 10⁹": (
+        want(prompt_logprobs=10**9),
+        r"prompt_logprobs=1000000000 of prompts\[0\] is more than max_logprobs=20",
+    ),
     "a million stop strings": (want(stop=["x"] * 10**6), "stop takes at most 64 strings, got 1000000"),
-    "a stop string of a million characters": (want(stop="x" * 10**6), r"stop\[0\] must be a string of 1 to 1024 characters"),
+    "a stop string of a million characters": (
+        want(stop="x" * 10**6),
+        r"stop\[0\] must be a string of 1 to 1024 characters",
+    ),
     "a million stop tokens": (want(stop_token_ids=[1] * 10**6), "stop_token_ids takes at most 16 ids, got 1000000"),
-    "a million biases": (want(logit_bias=dict.fromkeys(range(10**6), 1.0)), "logit_bias takes at most 512 tokens, got 1000000"),
+    "a million biases": (
+        want(logit_bias=dict.fromkeys(range(10**6), 1.0)),
+        "logit_bias takes at most 512 tokens, got 1000000",
+    ),
     # values of another kind
     "a stop of no text": (want(stop=5), "stop must be a string or a list of strings, got 5"),
     "a stop token alone": (want(stop_token_ids=5), "stop_token_ids must be a list of token ids, got 5"),
-    "a bias without values": (want(logit_bias=[1, 2]), r"logit_bias must be a dict from token ids to numbers, got \[1, 2\]"),
+    "a bias without values": (
+        want(logit_bias=[1, 2]),
+        r"logit_bias must be a dict from token ids to numbers, got \[1, 2\]",
+    ),
     "a bias that is a number": (want(logit_bias=5), "logit_bias must be a dict from token ids to numbers, got 5"),
-    "a bias of one token twice": (want(logit_bias={"42": 1, 42: 2}), "logit_bias names token 42 twice: give it one value"),
+    "a bias of one token twice": (
+        want(logit_bias={"42": 1, 42: 2}),
+        "logit_bias names token 42 twice: give it one value",
+    ),
     "a bias of a superscript": (want(logit_bias={"²": 1}), "logit_bias key must be an integer, got '²'"),
     **{f"{name} in words": (want(**{name: "false"}), f"{name} must be True or False, got 'false'") for name in FLAGS},
     "a flag that is a number": (want(ignore_eos=1), "ignore_eos must be True or False, got 1"),
-    "a salt of no text": (ask({"prompt_token_ids": [1], "cache_salt": 7}), r"prompts\[0\]\['cache_salt'\] must be a string or None, got 7"),
-    "special tokens allowed in words": (ask({"prompt_token_ids": [1], "allow_special_tokens": "false"}),
-                                        r"prompts\[0\]\['allow_special_tokens'\] must be True or False, got 'false'"),
-    "an id of no text": (lambda llm: llm.generate([[1], [2]], ONE, request_ids=["a", 7]), r"request_ids\[1\] must be a string, got 7"),
+    "a salt of no text": (
+        ask({"prompt_token_ids": [1], "cache_salt": 7}),
+        r"prompts\[0\]\['cache_salt'\] must be a string or None, got 7",
+    ),
+    "special tokens allowed in words": (
+        ask({"prompt_token_ids": [1], "allow_special_tokens": "false"}),
+        r"prompts\[0\]\['allow_special_tokens'\] must be True or False, got 'false'",
+    ),
+    "an id of no text": (
+        lambda llm: llm.generate([[1], [2]], ONE, request_ids=["a", 7]),
+        r"request_ids\[1\] must be a string, got 7",
+    ),
     # what does not fit together
     "params for other prompts": (ask([[1], [2]], [ONE]), "1 sampling_params for 2 prompts"),
     "a stream of two": (lambda llm: next(llm.stream([[1], [2]], ONE)), "stream takes one prompt, got 2"),
@@ -124,9 +166,16 @@ def test_refused_beside_running_requests(name, tiny, expected):
 @pytest.mark.parametrize("name", [name for name in REFUSED if "10⁹" in name or "million" in name])
 def test_refused_before_anything_is_allocated(name, tiny):
     refused, _ = REFUSED[name]
-    huge = {"stop": ["x"] * 10**6, "tokens": [1] * 10**6, "bias": dict.fromkeys(range(10**6), 1.0)}  # the caller's own memory
-    settings = {"a million stop strings": dict(stop=huge["stop"]), "a million stop tokens": dict(stop_token_ids=huge["tokens"]),
-                "a million biases": dict(logit_bias=huge["bias"])}
+    huge = {
+        "stop": ["x"] * 10**6,
+        "tokens": [1] * 10**6,
+        "bias": dict.fromkeys(range(10**6), 1.0),
+    }  # the caller's own memory
+    settings = {
+        "a million stop strings": dict(stop=huge["stop"]),
+        "a million stop tokens": dict(stop_token_ids=huge["tokens"]),
+        "a million biases": dict(logit_bias=huge["bias"]),
+    }
     call = want(**settings[name]) if name in settings else refused
     tracemalloc.start()
     try:
@@ -139,6 +188,7 @@ def test_refused_before_anything_is_allocated(name, tiny):
 
 # -- an empty batch ---------------------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("batch", [[], (), np.zeros((0, 3), np.int32)], ids=["list", "tuple", "array"])
 def test_an_empty_batch_is_answered_by_an_empty_list(batch, tiny, expected):
     assert run(tiny, start(tiny), lambda: tiny.generate(batch) == [] or pytest.fail("not empty")) == expected
@@ -148,11 +198,18 @@ def test_an_empty_batch_is_answered_by_an_empty_list(batch, tiny, expected):
 
 TOKENS = [5, 999, 0, 17]
 KINDS = {
-    "tuple": (5, 999, 0, 17), "uint16": np.array(TOKENS, np.uint16), "int64": np.array(TOKENS, np.int64), "jax": jnp.array(TOKENS),
+    "tuple": (5, 999, 0, 17),
+    "uint16": np.array(TOKENS, np.uint16),
+    "int64": np.array(TOKENS, np.int64),
+    "jax": jnp.array(TOKENS),
     "numpy scalars": [np.int8(5), np.uint64(999), np.int32(0), np.int64(17)],
     "jax scalars": [jnp.int32(5), jnp.uint32(999), 0, jnp.int32(17)],
-    "arrays of no dimension": [np.array(5), np.array(999), 0, 17], "a row": np.array([TOKENS]), "a jax row": jnp.array([TOKENS]),
-    "dict": {"prompt_token_ids": np.array(TOKENS)}, "batch of arrays": [np.array(TOKENS)], "batch of jax arrays": [jnp.array(TOKENS)],
+    "arrays of no dimension": [np.array(5), np.array(999), 0, 17],
+    "a row": np.array([TOKENS]),
+    "a jax row": jnp.array([TOKENS]),
+    "dict": {"prompt_token_ids": np.array(TOKENS)},
+    "batch of arrays": [np.array(TOKENS)],
+    "batch of jax arrays": [jnp.array(TOKENS)],
 }
 
 
@@ -165,8 +222,14 @@ def test_integers_of_any_kind_are_the_same_prompt(kind, tiny):
 
 
 def test_settings_take_numpy_and_jax_numbers(tiny):
-    given = SamplingParams(n=np.int64(2), temperature=np.float32(0.5), top_k=jnp.int32(9), max_tokens=np.int32(3),
-                           stop_token_ids=np.array([3, 4]), logit_bias={np.int64(5): jnp.float32(1.5)})
+    given = SamplingParams(
+        n=np.int64(2),
+        temperature=np.float32(0.5),
+        top_k=jnp.int32(9),
+        max_tokens=np.int32(3),
+        stop_token_ids=np.array([3, 4]),
+        logit_bias={np.int64(5): jnp.float32(1.5)},
+    )
     plain = SamplingParams(n=2, temperature=0.5, top_k=9, max_tokens=3, stop_token_ids=[3, 4], logit_bias={5: 1.5})
     assert given == plain
     answers = [bits(tiny.generate([TOKENS], params, key=jax.random.key(1))) for params in (given, plain)]
@@ -174,8 +237,14 @@ def test_settings_take_numpy_and_jax_numbers(tiny):
 
 
 def test_settings_take_numpy_bools_and_pairs():
-    given = SamplingParams(ignore_eos=np.True_, entropy=np.bool_(False), logit_bias={"5": 1, 6: 2.0}, stop=None, stop_token_ids=None)
-    assert given == SamplingParams(ignore_eos=True, logit_bias=[[6, 2.0], (5, 1.0)]) == given.replace(logit_bias=given.logit_bias)
+    given = SamplingParams(
+        ignore_eos=np.True_, entropy=np.bool_(False), logit_bias={"5": 1, 6: 2.0}, stop=None, stop_token_ids=None
+    )
+    assert (
+        given
+        == SamplingParams(ignore_eos=True, logit_bias=[[6, 2.0], (5, 1.0)])
+        == given.replace(logit_bias=given.logit_bias)
+    )
     assert SamplingParams(logit_bias={}) == SamplingParams()
 
 
@@ -187,15 +256,21 @@ def test_a_salt_of_none_is_no_salt(tiny):
 
 # -- the edge of the context ------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("length, max_tokens, generated", [(511, 5, 1), (505, 100, 7), (505, 10**12, 7), (505, None, 7), (505, 7, 7)])
+
+@pytest.mark.parametrize(
+    "length, max_tokens, generated", [(511, 5, 1), (505, 100, 7), (505, 10**12, 7), (505, None, 7), (505, 7, 7)]
+)
 def test_a_completion_ends_at_the_edge_of_the_context(length, max_tokens, generated, tiny, expected):
     beside = start(tiny)
-    (output,) = tiny.generate([[7] * length], SamplingParams(max_tokens=max_tokens, ignore_eos=True), key=jax.random.key(2))
+    (output,) = tiny.generate(
+        [[7] * length], SamplingParams(max_tokens=max_tokens, ignore_eos=True), key=jax.random.key(2)
+    )
     assert [(len(s.token_ids), s.finish_reason) for s in output.outputs] == [(generated, "length")]
     assert run(tiny, beside) == expected
 
 
 # -- values that mean something else ----------------------------------------------------------------------------------------------
+
 
 def first_bits(llm: LLM, **settings) -> list[tuple]:
     return bits(llm.generate([TOKENS], SamplingParams(max_tokens=5, **settings), key=jax.random.key(3)))
@@ -212,16 +287,26 @@ def test_top_k_of_the_vocabulary_or_more_is_off(top_k, tiny):
     assert first_bits(tiny, top_k=top_k) == first_bits(tiny) != first_bits(tiny, top_k=2)
 
 
-@pytest.mark.parametrize("settings", [dict(top_p=1e-300), dict(min_p=1.0), dict(top_k=1), dict(temperature=1.01e-5)], ids=str)
+@pytest.mark.parametrize(
+    "settings", [dict(top_p=1e-300), dict(min_p=1.0), dict(top_k=1), dict(temperature=1.01e-5)], ids=str
+)
 def test_what_leaves_one_token_draws_the_likeliest(settings, tiny):
     (tokens, logprobs, *_), (greedy, *_) = first_bits(tiny, **settings) + first_bits(tiny, temperature=0)
     assert tokens == greedy and np.frombuffer(logprobs, np.float32).tolist() == [0.0] * 5
 
 
-@pytest.mark.parametrize("settings", [
-    dict(temperature=1e6), dict(repetition_penalty=1e6), dict(repetition_penalty=1e-6), dict(min_p=1e-300),
-    dict(logit_bias={5: -1e4, 6: 1e4}),
-    dict(repetition_penalty=1e6, temperature=1.01e-5, frequency_penalty=2.0, logit_bias={5: 1e4})], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(temperature=1e6),
+        dict(repetition_penalty=1e6),
+        dict(repetition_penalty=1e-6),
+        dict(min_p=1e-300),
+        dict(logit_bias={5: -1e4, 6: 1e4}),
+        dict(repetition_penalty=1e6, temperature=1.01e-5, frequency_penalty=2.0, logit_bias={5: 1e4}),
+    ],
+    ids=str,
+)
 def test_the_extremes_that_are_accepted_are_answered(settings, tiny, expected):
     beside = start(tiny)
     ((tokens, logprobs, reason, _),) = first_bits(tiny, **settings)
@@ -247,10 +332,13 @@ def test_all_bits_of_a_seed_count(tiny):
 
 # -- a full queue -----------------------------------------------------------------------------------------------------------------
 
+
 def test_a_full_queue_refuses_the_whole_call(tiny):
     llm = make_llm(tiny.config, tiny.params, max_waiting=6)
     waiting = start(llm, [[1], [2]], SamplingParams(n=2))
-    with pytest.raises(ValueError, match="the queue holds 5 of at most 6 samples: no room for 3 more; wait, or raise max_waiting"):
+    with pytest.raises(
+        ValueError, match="the queue holds 5 of at most 6 samples: no room for 3 more; wait, or raise max_waiting"
+    ):
         llm.generate([[3], [4]], [SamplingParams(n=1), SamplingParams(n=3)])
     assert list(llm.engine.requests.values()) == waiting and len(llm.engine.scheduler.waiting) == 4
     with pytest.raises(ValueError, match="no room for 16384 more"):
@@ -262,16 +350,22 @@ def test_a_full_queue_refuses_the_whole_call(tiny):
 IDS = [f"mine {i}" for i in range(len(PROMPTS))]
 
 
-@pytest.mark.parametrize("call", [
-    lambda llm: llm.generate([[1, 2]], ONE, request_ids=["mine 2"]),
-    lambda llm: llm.generate([[1, 2], [3, 4], [5, 6]], ONE, request_ids=["new", "newer", "mine 0"]),
-    lambda llm: llm.generate([[1, 2], [3, 4]], ONE, request_ids=["new", "new"]),
-], ids=["in use", "last of three in use", "twice in a call"])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda llm: llm.generate([[1, 2]], ONE, request_ids=["mine 2"]),
+        lambda llm: llm.generate([[1, 2], [3, 4], [5, 6]], ONE, request_ids=["new", "newer", "mine 0"]),
+        lambda llm: llm.generate([[1, 2], [3, 4]], ONE, request_ids=["new", "new"]),
+    ],
+    ids=["in use", "last of three in use", "twice in a call"],
+)
 def test_an_id_in_use_refuses_the_call_and_leaves_the_first_alone(call, tiny, expected):
     requests = start(tiny, ids=IDS)
 
     def fault():
-        with pytest.raises(ValueError, match="request id '(mine|new).*' is in use: ids of unfinished requests must differ"):
+        with pytest.raises(
+            ValueError, match="request id '(mine|new).*' is in use: ids of unfinished requests must differ"
+        ):
             call(tiny)
         assert list(tiny.engine.requests.values()) == [r for r in requests if r.request_id in tiny.engine.requests]
         assert {"mine 0", "mine 2"} <= set(tiny.engine.requests), "the first is still there"

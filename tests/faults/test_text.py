@@ -1,4 +1,5 @@
 """Hostile chat templates, folders without text, strange text, stop strings."""
+
 import itertools
 import json
 import tracemalloc
@@ -57,7 +58,10 @@ ESCAPES = {
 }
 LOOPS = {
     "range": ("{% for i in range(10 ** 12) %}x{% endfor %}", "Range too big"),
-    "nested": ("{% set r = range(2000) | list %}{% for i in r %}{% for j in r %}{% endfor %}{% endfor %}", "more than 1000000 loop turns"),
+    "nested": (
+        "{% set r = range(2000) | list %}{% for i in r %}{% for j in r %}{% endfor %}{% endfor %}",
+        "more than 1000000 loop turns",
+    ),
     "lazy filters": ("{{ range(90000)" + " | select" * 40 + " | list | length }}", "more than 1000000 loop turns"),
     "outputs": ("{% set r = range(90000) | list %}{% for i in r %}" + "{{ i }}" * 40 + "{% endfor %}", "was stopped"),
     "macro": ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "RecursionError"),
@@ -71,8 +75,10 @@ LOOPS = {
 
 def doubled(first: str, again: str) -> str:
     """Made twice as large 24 times; it is compared at the end, so that only the bound on what is made stops it."""
-    return (f"{{% set ns = namespace(x={first}) %}}{{% for i in range(24) %}}{{% set ns.x = {again} %}}{{% endfor %}}"
-            "{% if ns.x == 0 %}{% endif %}")
+    return (
+        f"{{% set ns = namespace(x={first}) %}}{{% for i in range(24) %}}{{% set ns.x = {again} %}}{{% endfor %}}"
+        "{% if ns.x == 0 %}{% endif %}"
+    )
 
 
 EXPLOSIONS = {
@@ -90,7 +96,7 @@ EXPLOSIONS = {
     "doubled by list +": doubled("['ab', 1]", "[ns.x + ns.x]"),
     "doubled by macros": "{% macro m(x) %}{{ x }}{{ x }}{% endmacro %}" + doubled("'a'", "m(ns.x)"),
     "doubled by arguments": "{% set ns = namespace(x=[1]) %}{% macro m() %}{% set ns.x = varargs %}{% endmacro %}"
-                            "{% for i in range(24) %}{{ m(ns.x, ns.x) }}{% endfor %}",
+    "{% for i in range(24) %}{{ m(ns.x, ns.x) }}{% endfor %}",
     "many at once": "{% set s = 'a' * 900000 %}{% set x = s" + " ~ s" * 100 + " %}",
     "% width": "{{ '%100000000d' % 1 }}",
     "% width as argument": "{{ '%*d' % (100000000, 1) }}",
@@ -139,8 +145,17 @@ def test_a_template_cannot_explode(name):
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize("source", ["{% if a == b %}{% endif %}", "{% if a < b < a %}{% endif %}", "{% if 0 in a %}{% endif %}",
-                                    "{% if a is eq b %}{% endif %}", "{% if d[a] %}{% endif %}", "{% set x = a * 0 %}"])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% if a == b %}{% endif %}",
+        "{% if a < b < a %}{% endif %}",
+        "{% if 0 in a %}{% endif %}",
+        "{% if a is eq b %}{% endif %}",
+        "{% if d[a] %}{% endif %}",
+        "{% set x = a * 0 %}",
+    ],
+)
 def test_the_clock_is_looked_at_on_every_operation_between_values(source, monkeypatch):
     """Three thousand of them fit into a template, and each may take a while: values have a million elements."""
     variables = {"a": [1], "b": [1], "d": {}}
@@ -158,12 +173,27 @@ def test_white_space_before_no_token_takes_linear_time():
     tokenizer = Tokenizer(backend, chat_template="{{ messages[0].content }}  <|left|>{{ ' ' * 300000 }}x \t<|left|>")
     ids = tokenizer.encode_chat([{"role": "user", "content": "y" + " " * 300_000 + "z"}])
     space, left = backend.token_to_id("Ġ"), backend.token_to_id("<|left|>")
-    assert ids == [*backend.encode("y").ids, *[space] * 300_000, *backend.encode("z").ids, left, *[space] * 300_000,
-                   *backend.encode("x").ids, left]
+    assert ids == [
+        *backend.encode("y").ids,
+        *[space] * 300_000,
+        *backend.encode("z").ids,
+        left,
+        *[space] * 300_000,
+        *backend.encode("x").ids,
+        left,
+    ]
 
 
-@pytest.mark.parametrize("template, said", [(ESCAPES["class"], "was stopped"), LOOPS["nested"], (EXPLOSIONS["text"], "was stopped"),
-                                            ("{{ raise_exception('no') }}", "refused"), ("{% if %}", "is not valid")])
+@pytest.mark.parametrize(
+    "template, said",
+    [
+        (ESCAPES["class"], "was stopped"),
+        LOOPS["nested"],
+        (EXPLOSIONS["text"], "was stopped"),
+        ("{{ raise_exception('no') }}", "refused"),
+        ("{% if %}", "is not valid"),
+    ],
+)
 def test_a_hostile_template_moves_no_bit_of_requests_that_run(template, said, tiny):
     right = neighbours.run(tiny, neighbours.start(tiny))
     llm = make_llm(tiny.config, tiny.params, compile_patience=1_000_000)
@@ -193,6 +223,7 @@ def test_a_template_says_what_it_refuses_and_where_it_is_wrong():
 
 # -- a folder with auto_map, without tokenizer, without chat template ---------------------------------------------------------------
 
+
 def test_a_folder_without_tokenizer_says_what_is_missing(tmp_path):
     with pytest.raises(ValueError, match="has no tokenizer.json.*give prompts as token ids"):
         Tokenizer.load(tmp_path)
@@ -220,12 +251,15 @@ def test_no_chat_template_says_how_to_pass_one(tmp_path):
     assert tokenizer.encode_chat(CHAT, chat_template=PLAIN) == TOKENIZER.encode_chat(CHAT)
 
 
-@pytest.mark.parametrize("config, template", [({"chat_template": PLAIN}, None), ({}, PLAIN), ({"chat_template": "other"}, PLAIN)])
+@pytest.mark.parametrize(
+    "config, template", [({"chat_template": PLAIN}, None), ({}, PLAIN), ({"chat_template": "other"}, PLAIN)]
+)
 def test_the_chat_template_is_found_in_either_file(tmp_path, config, template):
     assert Tokenizer.load(folder(tmp_path, config, template)).encode_chat(CHAT) == TOKENIZER.encode_chat(CHAT)
 
 
 # -- lone surrogates, NUL, emoji across tokens, text that spells a special token ----------------------------------------------------
+
 
 def test_lone_surrogates_are_refused_everywhere():
     with pytest.raises(ValueError, match=r"lone surrogate, U\+D800, at position 1"):
@@ -234,7 +268,9 @@ def test_lone_surrogates_are_refused_everywhere():
         TOKENIZER.encode_chat([{"role": "user", "content": "\udfff"}])
 
 
-@pytest.mark.parametrize("text", ["\0", "a\0b", "", "😀👩‍👩‍👧", "\ufffd", "\ufdd0\uffff", "e\u0301", "<|end|>", "<|us<|user|>er|>"])
+@pytest.mark.parametrize(
+    "text", ["\0", "a\0b", "", "😀👩‍👩‍👧", "\ufffd", "\ufdd0\uffff", "e\u0301", "<|end|>", "<|us<|user|>er|>"]
+)
 def test_any_text_comes_back_and_makes_no_control_token(text):
     ids = TOKENIZER.encode(text)
     assert TOKENIZER.special_ids.isdisjoint(ids)
@@ -257,6 +293,7 @@ def test_streaming_shows_no_half_character_and_joins_to_the_text():
 
 
 # -- stop strings -------------------------------------------------------------------------------------------------------------------
+
 
 def stopped(text: str, *stop: str) -> tuple[str, int | None]:
     """(final text, number of tokens used) of a completion whose tokens are bytes, pushed one by one."""

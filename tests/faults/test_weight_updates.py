@@ -1,4 +1,5 @@
 """Weights that do not fit, weights that come amid requests or at once, pause and resume."""
+
 import dataclasses
 import threading
 import time
@@ -41,7 +42,9 @@ def expected(llm) -> list[tuple]:
 def replaced(params, name: str, value):
     """The tree with another leaf."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: value(leaf) if jax.tree_util.keystr(path, simple=True, separator=".") == name else leaf, params)
+        lambda path, leaf: value(leaf) if jax.tree_util.keystr(path, simple=True, separator=".") == name else leaf,
+        params,
+    )
 
 
 def pointers(params) -> list[int]:
@@ -58,15 +61,29 @@ def without_head(params):
 
 # -- weights that do not fit ---------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("broken, message", [
-    (without_head, r"1 leaves differ:\n  head: given nothing, declared float32\[1, 1024, 96\]"),
-    (lambda p: replaced(p, "layers.1.mlp.down", lambda x: x[:, 1:]), r"mlp\.down: given float32\[1, 95, 160\], declared float32\[1, 96,"),
-    (lambda p: replaced(p, "norm", lambda x: x.astype(jnp.bfloat16)), r"norm: given bfloat16\[96\], declared float32\[96\]"),
-    (lambda p: replaced(p, "norm", lambda x: x.at[3].set(jnp.nan)), r"1 leaves hold NaN or infinity, so the weights stay .*:\n  norm$"),
-    (lambda p: replaced(p, "embed", lambda x: x.at[0, 5, 5].set(jnp.inf)), r"hold NaN or infinity.*\n  embed$"),
-    (lambda p: {"embed": p.embed}, "leaves differ"),
-    (lambda p: None, "leaves differ"),
-], ids=["missing", "shape", "dtype", "NaN", "inf", "another tree", "nothing"])
+
+@pytest.mark.parametrize(
+    "broken, message",
+    [
+        (without_head, r"1 leaves differ:\n  head: given nothing, declared float32\[1, 1024, 96\]"),
+        (
+            lambda p: replaced(p, "layers.1.mlp.down", lambda x: x[:, 1:]),
+            r"mlp\.down: given float32\[1, 95, 160\], declared float32\[1, 96,",
+        ),
+        (
+            lambda p: replaced(p, "norm", lambda x: x.astype(jnp.bfloat16)),
+            r"norm: given bfloat16\[96\], declared float32\[96\]",
+        ),
+        (
+            lambda p: replaced(p, "norm", lambda x: x.at[3].set(jnp.nan)),
+            r"1 leaves hold NaN or infinity, so the weights stay .*:\n  norm$",
+        ),
+        (lambda p: replaced(p, "embed", lambda x: x.at[0, 5, 5].set(jnp.inf)), r"hold NaN or infinity.*\n  embed$"),
+        (lambda p: {"embed": p.embed}, "leaves differ"),
+        (lambda p: None, "leaves differ"),
+    ],
+    ids=["missing", "shape", "dtype", "NaN", "inf", "another tree", "nothing"],
+)
 def test_weights_that_do_not_fit_change_nothing(llm, model, broken, message, expected):
     version = llm.weights_version
     requests = start(llm)
@@ -108,13 +125,18 @@ def test_donated_weights_are_told(model):
 
 # -- no copies, no compilation -------------------------------------------------------------------------------------------------
 
+
 def test_an_update_compiles_nothing_and_copies_nothing(model, other):
     llm = make_llm(*model, compile_patience=1_000_000)
     call = lambda: bits(llm.generate(PROMPTS, PARAMS, key=jax.random.key(0)))
     before = call()
     llm.update_params(other)  # its check of finite leaves is compiled once
     with bench.compilations() as names:
-        for params in (other, jax.jit(lambda p: jax.tree.map(lambda x: x * 1, p))(model[1]), jax.device_put(model[1], jax.devices()[0])):
+        for params in (
+            other,
+            jax.jit(lambda p: jax.tree.map(lambda x: x * 1, p))(model[1]),
+            jax.device_put(model[1], jax.devices()[0]),
+        ):
             with jax.transfer_guard("disallow"):
                 llm.update_params(params)
             assert pointers(llm.params) == pointers(params)
@@ -140,11 +162,14 @@ def test_cast_rounds_a_trainers_weights(model):
     with pytest.raises(ValueError, match="given float32"):
         llm.update_params(master)
     assert llm.update_params(master, cast=True) == 1
-    same = jax.tree.map(lambda a, b: np.array_equal(np.asarray(a), np.asarray(b.astype(jnp.bfloat16))), llm.params, master)
+    same = jax.tree.map(
+        lambda a, b: np.array_equal(np.asarray(a), np.asarray(b.astype(jnp.bfloat16))), llm.params, master
+    )
     assert all(jax.tree.leaves(same))
 
 
 # -- amid requests, and at once ------------------------------------------------------------------------------------------------
+
 
 def test_two_updates_at_once_come_one_behind_the_other(model, other):
     llm = make_llm(*model, compile_patience=1_000_000)
@@ -185,8 +210,9 @@ def test_threads_generate_while_weights_change(model, other):
         assert sample.coordinate is not None and output.digest
 
 
-@pytest.mark.parametrize("owner, name, new", [
-    (Engine, "_collect", False), (Scheduler, "change_version", True), (Scheduler, "preempt", True)])
+@pytest.mark.parametrize(
+    "owner, name, new", [(Engine, "_collect", False), (Scheduler, "change_version", True), (Scheduler, "preempt", True)]
+)
 def test_an_interrupt_amid_an_update_leaves_one_or_the_other(model, other, monkeypatch, owner, name, new):
     """Wherever it strikes, the weights and their version belong together, and requests end with tokens of weights that they name."""
     llm = make_llm(*model, compile_patience=1_000_000)
@@ -201,10 +227,15 @@ def test_an_interrupt_amid_an_update_leaves_one_or_the_other(model, other, monke
         patch.setattr(owner, name, interrupt)
         with pytest.raises(KeyboardInterrupt):
             llm.update_params(other)
-    assert llm.weights_version == llm.engine.scheduler.version == int(new) and (pointers(llm.params) == pointers(other)) == new
+    assert (
+        llm.weights_version == llm.engine.scheduler.version == int(new)
+        and (pointers(llm.params) == pointers(other)) == new
+    )
     run(llm, requests)
     fresh = make_llm(model[0], other if new else model[1], compile_patience=1_000_000)
-    assert bits(llm.generate(PROMPTS, PARAMS, key=jax.random.key(1))) == bits(fresh.generate(PROMPTS, PARAMS, key=jax.random.key(1)))
+    assert bits(llm.generate(PROMPTS, PARAMS, key=jax.random.key(1))) == bits(
+        fresh.generate(PROMPTS, PARAMS, key=jax.random.key(1))
+    )
     if not new:
         assert answers(llm, requests) == run(fresh, start(fresh))
 
@@ -238,13 +269,19 @@ def test_what_was_delivered_is_never_drawn_again(llm, model, other, monkeypatch)
             llm.generate([PROMPTS[0]])
     for output in stream:
         found = output.outputs[0]
-        assert found.token_ids[:5] == shown.token_ids and found.token_logprobs[:5].tobytes() == shown.token_logprobs.tobytes()
+        assert (
+            found.token_ids[:5] == shown.token_ids
+            and found.token_logprobs[:5].tobytes() == shown.token_logprobs.tobytes()
+        )
     assert [(span.version, span.start, span.stop) for span in found.weight_versions] == [
-        (llm.weights_version - 1, 0, 5), (llm.weights_version, 5, 12)]
+        (llm.weights_version - 1, 0, 5),
+        (llm.weights_version, 5, 12),
+    ]
     llm.update_params(model[1])
 
 
 # -- pause and resume ----------------------------------------------------------------------------------------------------------
+
 
 def test_pause_and_resume_are_idempotent_and_visible(llm, expected):
     llm.resume()
@@ -252,7 +289,9 @@ def test_pause_and_resume_are_idempotent_and_visible(llm, expected):
     llm.pause()
     llm.pause()
     assert llm.is_paused
-    with pytest.raises(RuntimeError, match=r"paused by this very thread, which would wait for itself: call resume\(\) first"):
+    with pytest.raises(
+        RuntimeError, match=r"paused by this very thread, which would wait for itself: call resume\(\) first"
+    ):
         llm.generate(PROMPTS, PARAMS)
     assert not llm.engine.requests
     llm.resume()

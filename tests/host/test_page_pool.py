@@ -1,4 +1,5 @@
 """Pages: who holds them, which prefix finds them, which one goes first."""
+
 import random
 
 import pytest

@@ -3,6 +3,7 @@
 A row that reads its pages checks each of these hashes, so a page that is shared, freed, copied or recomputed wrongly is found where it is
 read. The token drawn is a function of the tokens before it and the sample's index, so every sequence has one right answer.
 """
+
 import dataclasses
 import itertools
 import random
@@ -32,7 +33,9 @@ def drawn(tokens, sample: int) -> int:
 
 def answer(request: Request, sample: int) -> list[int]:
     tokens = list(request.prompt_token_ids)
-    while len(tokens) < request.limit and (len(tokens) == len(request.prompt_token_ids) or tokens[-1] not in request.stop_token_ids):
+    while len(tokens) < request.limit and (
+        len(tokens) == len(request.prompt_token_ids) or tokens[-1] not in request.stop_token_ids
+    ):
         tokens.append(drawn(tokens, sample))
     return tokens[len(request.prompt_token_ids) :]
 
@@ -53,8 +56,12 @@ class Loop:
         self._in_flight: deque[list[tuple[Sample, int]]] = deque()
 
     def add(self, prompt: list[int], max_tokens: int = 10, n: int = 1, stops: bool = False) -> Request:
-        limit = min(len(prompt) + max_tokens, self.config.max_model_len, (self.config.num_pages - 1) * self.config.page_size)
-        request = Request(str(next(self._ids)), prompt, SamplingParams(n=n), (0, 0), 0, frozenset([STOP] if stops else []), limit)
+        limit = min(
+            len(prompt) + max_tokens, self.config.max_model_len, (self.config.num_pages - 1) * self.config.page_size
+        )
+        request = Request(
+            str(next(self._ids)), prompt, SamplingParams(n=n), (0, 0), 0, frozenset([STOP] if stops else []), limit
+        )
         self.scheduler.add(request)
         return request
 
@@ -86,8 +93,12 @@ class Loop:
 
     def _check(self, plan: Plan, running: list[Sample]) -> None:
         """What holds for every plan."""
-        assert plan or self._in_flight or not (self.scheduler.running or self.scheduler.waiting), "a step without progress"
-        stayed = [s for s in running if s.status is Status.RUNNING and s not in plan.admitted]  # some were preempted, and may be back
+        assert plan or self._in_flight or not (self.scheduler.running or self.scheduler.waiting), (
+            "a step without progress"
+        )
+        stayed = [
+            s for s in running if s.status is Status.RUNNING and s not in plan.admitted
+        ]  # some were preempted, and may be back
         assert plan.decode == stayed, "running decodes are left out"
         budget = max(self.config.max_num_batched_tokens - len(plan.decode), QUERY_BLOCK)
         assert sum(chunk.num_blocks for chunk in plan.chunks) * QUERY_BLOCK <= budget, "more tokens than the budget"
@@ -164,6 +175,7 @@ def overlap(request) -> bool:
 
 # -- plans ------------------------------------------------------------------------------------------------------------------------
 
+
 def test_a_long_prompt_does_not_stall_decoding(overlap):
     loop = Loop(overlap)
     short = [loop.add([i, 1, 2], max_tokens=30) for i in range(1, 5)]
@@ -173,7 +185,13 @@ def test_a_long_prompt_does_not_stall_decoding(overlap):
     while long.samples[0].num_computed < 199:
         plans.append(loop.step())
     assert len(plans) == 5, "199 tokens in chunks of 48: what 64 leave beside four decodes, in whole blocks"
-    assert [(c.start, c.stop) for p in plans for c in p.chunks] == [(0, 48), (48, 96), (96, 144), (144, 192), (192, 199)]
+    assert [(c.start, c.stop) for p in plans for c in p.chunks] == [
+        (0, 48),
+        (48, 96),
+        (96, 144),
+        (144, 192),
+        (192, 199),
+    ]
     assert all(len(p.decode) == 4 for p in plans)
     loop.run()
     assert_answered(*short, long)
@@ -204,7 +222,11 @@ def test_requests_are_admitted_in_order_while_slots_last():
 
 def test_a_large_request_at_the_head_is_not_overtaken():
     loop = Loop(num_pages=6)
-    first, large, small = loop.add([1] * 90, max_tokens=5), loop.add([2] * 100, max_tokens=5), loop.add([3], max_tokens=5)
+    first, large, small = (
+        loop.add([1] * 90, max_tokens=5),
+        loop.add([2] * 100, max_tokens=5),
+        loop.add([3], max_tokens=5),
+    )
     plan = loop.step()
     assert [c.sample.request for c in plan.chunks] == [first]
     while not first.samples[0].finish_reason:
@@ -297,6 +319,7 @@ def test_prompt_logprobs_compute_every_position():
 
 # -- pages run out ----------------------------------------------------------------------------------------------------------------
 
+
 def test_the_newest_is_preempted_first_and_recomputed(overlap):
     loop = Loop(overlap, num_pages=8)
     requests = [loop.add([i + 1] * 60, max_tokens=60) for i in range(3)]
@@ -385,11 +408,16 @@ def test_recomputation_is_bounded(overlap):
 
 # -- ends -------------------------------------------------------------------------------------------------------------------------
 
+
 def test_finish_is_idempotent_wherever_the_sequence_is(overlap):
     loop = Loop(overlap, max_num_seqs=2, max_num_batched_tokens=32)
     decoding, prefilling, waiting, other = loop.add([1]), loop.add([2] * 100), loop.add([3]), loop.add([4])
     loop.step(), loop.step()
-    assert decoding.samples[0].is_decoding and 0 < prefilling.samples[0].num_computed < 100 and waiting.samples[0].status is Status.WAITING
+    assert (
+        decoding.samples[0].is_decoding
+        and 0 < prefilling.samples[0].num_computed < 100
+        and waiting.samples[0].status is Status.WAITING
+    )
     for request in (decoding, prefilling, waiting):
         for reason in ("abort", "length"):
             loop.scheduler.finish(request.samples[0], reason)
@@ -420,9 +448,15 @@ def test_no_work_is_an_empty_plan():
 def test_random_work(seed):
     """Random engines, prompts with common fronts, samples, aborts and preemptions; every invariant after every step."""
     rng = random.Random(seed)
-    loop = Loop(overlap=rng.random() < 0.5, max_num_seqs=rng.randint(1, 12), max_num_batched_tokens=rng.choice([16, 40, 64, 256]),
-                page_size=rng.choice([16, 32, 64]), num_pages=rng.randint(9, 40), enable_prefix_caching=rng.random() < 0.8,
-                decode_steps=rng.choice([1, 1, 2, 5]))
+    loop = Loop(
+        overlap=rng.random() < 0.5,
+        max_num_seqs=rng.randint(1, 12),
+        max_num_batched_tokens=rng.choice([16, 40, 64, 256]),
+        page_size=rng.choice([16, 32, 64]),
+        num_pages=rng.randint(9, 40),
+        enable_prefix_caching=rng.random() < 0.8,
+        decode_steps=rng.choice([1, 1, 2, 5]),
+    )
     requests, aborted = [], set()
     fronts = [rng.choices(range(1, 5), k=100) for _ in range(2)]
     for _ in range(rng.randint(5, 60)):
@@ -460,6 +494,7 @@ def test_the_same_requests_give_the_same_plans():
 
 # -- the simulation itself --------------------------------------------------------------------------------------------------------
 
+
 def _matching_any_parent(blocks: PagePool) -> None:
     def match(tokens, version, salt, known=None):
         pages = []
@@ -479,7 +514,9 @@ def _sharing_without_counting(blocks: PagePool) -> None:
 
 def _registering_other_tokens(blocks: PagePool) -> None:
     register = blocks.register
-    blocks.register = lambda page, parent, tokens, *home: register(page, parent, [*tokens[:-1], tokens[-1] % 4 + 1], *home)
+    blocks.register = lambda page, parent, tokens, *home: register(
+        page, parent, [*tokens[:-1], tokens[-1] % 4 + 1], *home
+    )
 
 
 def _registering_too_early(blocks: PagePool) -> None:
@@ -500,7 +537,13 @@ def _releasing_one_too_few(blocks: PagePool) -> None:
     blocks.release = lambda pages: release(pages[:-1])
 
 
-PLANTED = [_matching_any_parent, _sharing_without_counting, _registering_other_tokens, _registering_too_early, _releasing_one_too_few]
+PLANTED = [
+    _matching_any_parent,
+    _sharing_without_counting,
+    _registering_other_tokens,
+    _registering_too_early,
+    _releasing_one_too_few,
+]
 
 
 @pytest.mark.parametrize("plant", PLANTED)

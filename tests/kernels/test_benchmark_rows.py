@@ -1,4 +1,5 @@
 """What benchmarks/kernels.py sets side by side computes the same: kernels, interpreted here, and XLA's own operations."""
+
 import dataclasses
 import subprocess
 import sys
@@ -17,19 +18,27 @@ from pallas_kernels.implementations import choose
 BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"
 DECODING = AttentionCase((40, 40), dtype="float32")
 ATTENTION = (DECODING, dataclasses.replace(DECODING, chunk=20, window=10))
-CASES = {"attention": ATTENTION, "kv_write": (dataclasses.replace(DECODING, chunk=20),), "matmul": (MatmulCase(9, 200, 96, "float32"),),
-         "grouped": (GroupedCase((3, 0, 5), 200, 96, "float32"),), "sampling": (SamplingCase(5, 256),)}
+CASES = {
+    "attention": ATTENTION,
+    "kv_write": (dataclasses.replace(DECODING, chunk=20),),
+    "matmul": (MatmulCase(9, 200, 96, "float32"),),
+    "grouped": (GroupedCase((3, 0, 5), 200, 96, "float32"),),
+    "sampling": (SamplingCase(5, 256),),
+}
 
 
 @pytest.fixture
 def rows(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import kernel_rows
+
     monkeypatch.setattr(kernel_rows, "WRITES", 2)
     return kernel_rows
 
 
-@pytest.mark.parametrize("kind", [kind if kind in ("kv_write", "matmul") else pytest.param(kind, marks=pytest.mark.long) for kind in CASES])
+@pytest.mark.parametrize(
+    "kind", [kind if kind in ("kv_write", "matmul") else pytest.param(kind, marks=pytest.mark.long) for kind in CASES]
+)
 def test_both_sides_compute_the_same(rows, kind):
     for row in getattr(rows, f"{kind}_rows")(choose("pallas_interpret"), CASES[kind]):
         ours, theirs = jax.tree.leaves(row.ours(*row.operands)), jax.tree.leaves(row.theirs(*row.their_operands))
@@ -47,9 +56,13 @@ def test_work_is_counted_as_it_is(rows):
     one, windowed = (next(rows.attention_rows(choose("xla"), [case])) for case in ATTENTION)
     queries = lambda n: 2 * n * 4 * 32 * 4
     assert one.flops == 4 * (2 * 40) * 4 * 32 and one.moved == 2 * 2 * 40 * 2 * 32 * 4 + queries(2)
-    assert windowed.flops == 4 * (2 * 20 * 10) * 4 * 32 and windowed.moved == 2 * 2 * (20 + 9) * 2 * 32 * 4 + queries(2 * 32)
+    assert windowed.flops == 4 * (2 * 20 * 10) * 4 * 32 and windowed.moved == 2 * 2 * (20 + 9) * 2 * 32 * 4 + queries(
+        2 * 32
+    )
 
 
 def test_a_cpu_is_refused():
-    found = subprocess.run([sys.executable, str(BENCHMARKS / "kernels.py")], capture_output=True, text=True, cwd=BENCHMARKS.parent)
+    found = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "kernels.py")], capture_output=True, text=True, cwd=BENCHMARKS.parent
+    )
     assert found.returncode == 1 and "no accelerator here: nothing is measured" in found.stderr

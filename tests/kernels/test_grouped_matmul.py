@@ -1,4 +1,5 @@
 """The grouped product: every body against float64, and a row's bits whichever rows and experts stand beside it."""
+
 import functools
 from collections.abc import Callable
 
@@ -34,7 +35,10 @@ def reference(case: GroupedCase, x, w) -> tuple[np.ndarray, np.ndarray]:
         if case.gated:
             (gate, up), (gate_error, up_error) = np.split(sums, 2, axis=1), np.split(error, 2, axis=1)
             silu = gate / (1 + np.exp(-gate))
-            sums, error = silu * up, 1.1 * gate_error * np.abs(up) + np.abs(silu) * up_error + 8 * EPS * np.abs(silu * up)
+            sums, error = (
+                silu * up,
+                1.1 * gate_error * np.abs(up) + np.abs(silu) * up_error + 8 * EPS * np.abs(silu * up),
+            )
         out[rows], bound[rows], first = sums, error, first + size
     return out, bound
 
@@ -61,7 +65,9 @@ class Body:
         expected, error = reference(case, x, w)
         assert (np.abs(np.asarray(self.jitted(case, x, w, sizes), np.float64) - expected) <= error).all()
 
-    @pytest.mark.parametrize("case", (pytest.param(SMALL[0], marks=LONG), SMALL[1], pytest.param(SMALL[4], marks=LONG)), ids=str)
+    @pytest.mark.parametrize(
+        "case", (pytest.param(SMALL[0], marks=LONG), SMALL[1], pytest.param(SMALL[4], marks=LONG)), ids=str
+    )
     def test_a_row_has_the_same_bits_with_any_rows_beside_it(self, case):
         x, w, sizes = case.operands()
         whole = self.jitted(case, x, w, sizes)
@@ -69,14 +75,18 @@ class Body:
         for taken in ([7], [20], range(3, 23)):
             taken = np.array(taken)
             some = jnp.array(np.bincount(experts[taken], minlength=len(case.sizes)), jnp.int32)
-            assert same_bits(self.jitted(case, x[taken], w, some), whole[taken]), f"rows {taken} differ from those in the whole batch"
+            assert same_bits(self.jitted(case, x[taken], w, some), whole[taken]), (
+                f"rows {taken} differ from those in the whole batch"
+            )
 
     def test_other_experts_are_not_read(self):
         case = SMALL[1]
         x, w, sizes = case.operands()
         poisoned = jnp.full_like(w, jnp.nan).at[2].set(w[2])
         mine = slice(15, 32)
-        assert same_bits(self.jitted(case, x.at[:15].set(jnp.nan), poisoned, sizes)[mine], self.jitted(case, x, w, sizes)[mine])
+        assert same_bits(
+            self.jitted(case, x.at[:15].set(jnp.nan), poisoned, sizes)[mine], self.jitted(case, x, w, sizes)[mine]
+        )
 
 
 class TestReference(Body):
@@ -96,7 +106,9 @@ class TestReference(Body):
 
         (_, value), found = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(x, w)
         assert same_bits(value, self.jitted(case, x, w, sizes)), "the value inside value_and_grad is another"
-        expected = jax.grad(lambda x, w: (dense_float32(case, x, w) * weight).sum(), (0, 1))(x.astype(jnp.float32), w.astype(jnp.float32))
+        expected = jax.grad(lambda x, w: (dense_float32(case, x, w) * weight).sum(), (0, 1))(
+            x.astype(jnp.float32), w.astype(jnp.float32)
+        )
         for f, e in zip(found, expected, strict=True):
             tolerance = float(jnp.abs(e).max()) * (1e-2 if f.dtype == jnp.bfloat16 else 1e-5)
             np.testing.assert_allclose(f.astype(jnp.float32), e, rtol=0, atol=tolerance)
@@ -126,12 +138,18 @@ class TestGpuBody(Body):
         return grouped_matmul_gpu(x, in_parts, sizes, GPU_BLOCKS, jnp.dtype(jnp.float32), interpret=True)
 
 
-@pytest.mark.parametrize("sizes", [(5, 0, 17, 1, 20), (0,) * 5, (16, 16, 0, 0, 0), (0, 0, 1, 0, 0), (0, 71, 0, 0, 0), (3, 3, 3, 3, 0)])
+@pytest.mark.parametrize(
+    "sizes", [(5, 0, 17, 1, 20), (0,) * 5, (16, 16, 0, 0, 0), (0, 0, 1, 0, 0), (0, 71, 0, 0, 0), (3, 3, 3, 3, 0)]
+)
 def test_visits_cover_every_row_once(sizes):
     tile = 8
     visits = visits_jitted(jnp.array(sizes, jnp.int32), 71, tile)
-    seen = [row for tile_index, start, end in zip(visits.tiles, visits.starts, visits.ends, strict=True)
-            for row in range(int(tile_index) * tile, (int(tile_index) + 1) * tile) if start <= row < end]
+    seen = [
+        row
+        for tile_index, start, end in zip(visits.tiles, visits.starts, visits.ends, strict=True)
+        for row in range(int(tile_index) * tile, (int(tile_index) + 1) * tile)
+        if start <= row < end
+    ]
     pairs = {(row // tile, expert) for row, expert in enumerate(np.repeat(np.arange(5), sizes))}
     assert int(visits.count) == len(pairs), "no visit without a row"
     assert sorted(seen) == list(range(sum(sizes))), "each row belongs to one visit"
@@ -140,8 +158,10 @@ def test_visits_cover_every_row_once(sizes):
 
 def test_errors():
     x, w, xla = jnp.ones((3, 8)), jnp.ones((2, 4, 8)), choose("xla")
-    for found, sizes, weights in ((r"group_sizes \[E\], got \(3, 8\), \(2, 4, 8\) and \(3,\)", jnp.ones(3, jnp.int32), w),
-                                  ("group_sizes must be integers, got float32", jnp.ones(2), w),
-                                  ("N must be even, got 3", jnp.ones(2, jnp.int32), w[:, :3])):
+    for found, sizes, weights in (
+        (r"group_sizes \[E\], got \(3, 8\), \(2, 4, 8\) and \(3,\)", jnp.ones(3, jnp.int32), w),
+        ("group_sizes must be integers, got float32", jnp.ones(2), w),
+        ("N must be even, got 3", jnp.ones(2, jnp.int32), w[:, :3]),
+    ):
         with pytest.raises(ValueError, match=found):
             grouped_matmul(x, weights, sizes, gated=True, implementation=xla)

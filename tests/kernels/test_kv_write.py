@@ -1,4 +1,5 @@
 """The KV write: every body moves the same bits to the same places, and touches nothing else."""
+
 import dataclasses
 import functools
 from unittest import mock
@@ -15,8 +16,16 @@ from pallas_kernels.kv_write_gpu import kv_write_gpu
 from pallas_kernels.paged_attention_inputs import EIGHT_BIT, PagedBlocks, Pages
 
 DTYPES = ("bfloat16", "float32", "float16", *EIGHT_BIT)
-CASES = tuple(AttentionCase((33, 0, 1, 70), chunk=chunk, page_size=32, dtype=dtype) for chunk, dtype in
-              ((1, "bfloat16"), (21, "bfloat16"), (21, "float32"), (21, "float16"), *((21, dtype) for dtype in EIGHT_BIT)))
+CASES = tuple(
+    AttentionCase((33, 0, 1, 70), chunk=chunk, page_size=32, dtype=dtype)
+    for chunk, dtype in (
+        (1, "bfloat16"),
+        (21, "bfloat16"),
+        (21, "float32"),
+        (21, "float16"),
+        *((21, dtype) for dtype in EIGHT_BIT),
+    )
+)
 
 
 def bits(x) -> np.ndarray:
@@ -30,7 +39,9 @@ def expected(pages: Pages, k: np.ndarray, v: np.ndarray, tables: np.ndarray, row
         for t in range(count):
             page, offset = tables[slot, (start + t) // pages.keys.shape[2]], (start + t) % pages.keys.shape[2]
             for pool, x, scales in zip(pools, (k, v), (pages.key_scales, pages.value_scales), strict=True):
-                pool[page, :, offset] = bits(stored(x[b, t], pages.keys.dtype, None if scales is None else np.asarray(scales[page])))
+                pool[page, :, offset] = bits(
+                    stored(x[b, t], pages.keys.dtype, None if scales is None else np.asarray(scales[page]))
+                )
     return pools
 
 
@@ -111,10 +122,16 @@ def test_every_body_in_short(body):
 
 
 class TestErrors:
-    @pytest.mark.parametrize("found, change", (
-        (r"k and v must be \[B, r, 2, h\] with h at most the pages' width of 32", dict(k=jnp.ones((4, 1, 3, 32), jnp.bfloat16))),
-        ("k and v must have the pages' dtype bfloat16, got float32", dict(k=jnp.ones((4, 1, 2, 32)))),
-    ))
+    @pytest.mark.parametrize(
+        "found, change",
+        (
+            (
+                r"k and v must be \[B, r, 2, h\] with h at most the pages' width of 32",
+                dict(k=jnp.ones((4, 1, 3, 32), jnp.bfloat16)),
+            ),
+            ("k and v must have the pages' dtype bfloat16, got float32", dict(k=jnp.ones((4, 1, 2, 32)))),
+        ),
+    )
     def test_shapes_and_dtypes(self, found, change):
         case = CASES[0]
         pages, _ = case.pages(*case.tokens()[1:])
@@ -124,7 +141,10 @@ class TestErrors:
 
     def test_what_a_tpu_cannot_copy(self):
         tpu = Implementation("pallas_tpu", "TPU v5e")
-        for found, case in (("width|wide, got 32", CASES[0]), ("float16 pages", dataclasses.replace(CASES[3], page_width=128))):
+        for found, case in (
+            ("width|wide, got 32", CASES[0]),
+            ("float16 pages", dataclasses.replace(CASES[3], page_width=128)),
+        ):
             pages, _ = case.pages(*case.tokens()[1:])
             k = jnp.ones((4, 1, 2, 32), case.dtype)
             with pytest.raises(ValueError, match=found):

@@ -1,4 +1,5 @@
 """The matrix product: every body against float64, and a row alone against the same row in a batch, by bits."""
+
 import functools
 from collections.abc import Callable
 
@@ -13,10 +14,14 @@ from pallas_kernels.matmul import matmul
 from pallas_kernels.matmul_gpu import matmul_gpu
 from pallas_kernels.sizes import MatmulSizes, matmul_sizes
 
-GPU_BLOCKS = MatmulSizes(rows=16, columns=64, depth=64, shared_tiles=1, split=128)  # three splits and more, of two steps each
+GPU_BLOCKS = MatmulSizes(
+    rows=16, columns=64, depth=64, shared_tiles=1, split=128
+)  # three splits and more, of two steps each
 EPS = float(jnp.finfo(jnp.float32).eps)
 BATCHES = (slice(0, 1), slice(5, 6), slice(36, 37), slice(3, 19))
-CASES = [case if case in (SMALL[0], SMALL[3], SMALL[9]) else pytest.param(case, marks=pytest.mark.long) for case in SMALL]
+CASES = [
+    case if case in (SMALL[0], SMALL[3], SMALL[9]) else pytest.param(case, marks=pytest.mark.long) for case in SMALL
+]
 
 
 def same_bits(a, b) -> bool:
@@ -88,7 +93,9 @@ class TestReference(Body):
     def run(self, case, x, w, bias, residual):
         return matmul(x, w, bias=bias, residual=residual, gated=case.gated, implementation=self.implementation)
 
-    @pytest.mark.parametrize("case", [case if case is SMALL[3] else pytest.param(case, marks=pytest.mark.long) for case in SMALL], ids=str)
+    @pytest.mark.parametrize(
+        "case", [case if case is SMALL[3] else pytest.param(case, marks=pytest.mark.long) for case in SMALL], ids=str
+    )
     def test_gradients_are_those_of_float32(self, case):
         operands = case.operands()
         weight = jax.random.normal(jax.random.key(9), (case.rows, case.width))
@@ -103,13 +110,17 @@ class TestReference(Body):
         expected = jax.grad(lambda some: (plain_float32(case, *some) * weight).sum())(widened)
         for f, e in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
             scale = float(jnp.abs(e).max())
-            np.testing.assert_allclose(f.astype(jnp.float32), e, rtol=0, atol=scale * (1e-2 if f.dtype == jnp.bfloat16 else 1e-5))
+            np.testing.assert_allclose(
+                f.astype(jnp.float32), e, rtol=0, atol=scale * (1e-2 if f.dtype == jnp.bfloat16 else 1e-5)
+            )
 
     def test_leaves_under_vmap_have_the_bits_of_each_alone(self):
         """Weights of the decoder carry a leaf axis in front."""
         case = SMALL[0]
         (x, w, *_), (y, v, *_) = case.operands(), case.operands(seed=1)
-        leaves = jax.jit(jax.vmap(functools.partial(matmul, implementation=self.implementation)))(jnp.stack([x, y]), jnp.stack([w, v]))
+        leaves = jax.jit(jax.vmap(functools.partial(matmul, implementation=self.implementation)))(
+            jnp.stack([x, y]), jnp.stack([w, v])
+        )
         assert same_bits(leaves, jnp.stack([self.jitted(case, x, w, None, None), self.jitted(case, y, v, None, None)]))
 
 
@@ -129,8 +140,16 @@ class TestGpuBody(Body):
 
     def run(self, case, x, w, bias, residual):
         in_parts = lambda a: a.reshape(2 if case.gated else 1, -1, *a.shape[1:])
-        return matmul_gpu(x, in_parts(w), None if bias is None else in_parts(bias), residual, GPU_BLOCKS, jnp.dtype(jnp.float32),
-                          interpret=True, side_by_side=self.side_by_side)
+        return matmul_gpu(
+            x,
+            in_parts(w),
+            None if bias is None else in_parts(bias),
+            residual,
+            GPU_BLOCKS,
+            jnp.dtype(jnp.float32),
+            interpret=True,
+            side_by_side=self.side_by_side,
+        )
 
 
 class TestGpuBodySideBySide(TestGpuBody):
@@ -146,11 +165,17 @@ class TestErrors:
     def test_shapes(self):
         xla, x, w = choose("xla"), jnp.ones((3, 8)), jnp.ones((4, 8))
         for found, given in (
-            (r"takes x \[M, K\] and w \[N, K\], got \(3, 8\) and \(4, 7\)", lambda: matmul(x, w[:, :7], implementation=xla)),
+            (
+                r"takes x \[M, K\] and w \[N, K\], got \(3, 8\) and \(4, 7\)",
+                lambda: matmul(x, w[:, :7], implementation=xla),
+            ),
             ("N must be even, got 3", lambda: matmul(x, w[:3], gated=True, implementation=xla)),
             (r"bias must be \[4\]", lambda: matmul(x, w, bias=jnp.ones(3), implementation=xla)),
             (r"residual must be \[3, 4\]", lambda: matmul(x, w, residual=jnp.ones((3, 5)), implementation=xla)),
-            ("takes weights in bfloat16 or float32, got float16", lambda: matmul(x, w.astype(jnp.float16), implementation=xla)),
+            (
+                "takes weights in bfloat16 or float32, got float16",
+                lambda: matmul(x, w.astype(jnp.float16), implementation=xla),
+            ),
         ):
             with pytest.raises(ValueError, match=found):
                 given()

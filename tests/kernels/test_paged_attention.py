@@ -1,4 +1,5 @@
 """Paged attention: every body against float64, and a query's bits alone, in a batch, in other chunks, pages and splits."""
+
 import dataclasses
 import functools
 
@@ -26,16 +27,23 @@ def reference(case: AttentionCase, tokens, pages: Pages, tables: np.ndarray) -> 
     if pages.key_scales is not None:
         widened = [x * np.asarray(s, np.float64)[..., None, None] for x, s in zip(widened, pages[2:], strict=True)]
     for slot, length in enumerate(case.lengths):
-        keys, values = (x[tables[slot]].swapaxes(1, 2).reshape(-1, *x.shape[1::2])[:length, :, : case.head_dim].repeat(group, 1)
-                        for x in widened)
+        keys, values = (
+            x[tables[slot]].swapaxes(1, 2).reshape(-1, *x.shape[1::2])[:length, :, : case.head_dim].repeat(group, 1)
+            for x in widened
+        )
         scores = np.einsum("qhd,khd->hqk", np.asarray(tokens[0][slot, :length], np.float64), keys) * case.head_dim**-0.5
         scores = scores if case.soft_cap is None else case.soft_cap * np.tanh(scores / case.soft_cap)
         distance = np.arange(length)[:, None] - np.arange(length)
         scores = np.where((distance >= 0) & (distance < (case.window or length + 1)), scores, -np.inf)
         sinks = case.sinks()
-        rest = np.full((case.num_heads, length, 1), -np.inf) if sinks is None else np.broadcast_to(np.asarray(sinks)[:, None, None],
-                                                                                                  (case.num_heads, length, 1))
-        weights = np.exp(np.concatenate([scores, rest], -1) - np.concatenate([scores, rest], -1).max(-1, keepdims=True, initial=-1e9))
+        rest = (
+            np.full((case.num_heads, length, 1), -np.inf)
+            if sinks is None
+            else np.broadcast_to(np.asarray(sinks)[:, None, None], (case.num_heads, length, 1))
+        )
+        weights = np.exp(
+            np.concatenate([scores, rest], -1) - np.concatenate([scores, rest], -1).max(-1, keepdims=True, initial=-1e9)
+        )
         results.append(np.einsum("hqk,khd->qhd", weights[..., :-1] / weights.sum(-1, keepdims=True), values))
     return results
 
@@ -120,7 +128,9 @@ class Body:
 def assert_same_bits(some: dict, others: dict) -> None:
     assert some
     for at, row in some.items():
-        assert np.array_equal(row.view(np.uint32), others[at].view(np.uint32)), f"other bits at (sequence, position) {at}"
+        assert np.array_equal(row.view(np.uint32), others[at].view(np.uint32)), (
+            f"other bits at (sequence, position) {at}"
+        )
 
 
 class TestReference(Body):
@@ -146,7 +156,9 @@ class TestGpuBody(Body):
 
     def run(self, scoring, q, pages, blocks, sinks):
         sizes = attention_sizes(INTERPRETED, pages.keys.dtype, *pages.keys.shape[1::2])
-        return paged_attention_gpu(q, pages, blocks, sinks, scoring, sizes, interpret=True, side_by_side=self.side_by_side)
+        return paged_attention_gpu(
+            q, pages, blocks, sinks, scoring, sizes, interpret=True, side_by_side=self.side_by_side
+        )
 
     def test_head_widths_that_triton_has_not_are_refused(self):
         with pytest.raises(ValueError, match="head widths 16, 32, 64, 128, 256, got 48"):
@@ -167,8 +179,15 @@ def test_the_running_maximum_is_whole_and_a_tile_that_nobody_sees_changes_no_bit
     seen = jnp.ones((16, 32), bool)
     some = fold(empty(16, 8), scores, seen, values, None, row_sum)
     assert np.array_equal(some.high, np.ceil(np.asarray(scores).max(-1, keepdims=True)))
-    for same in (fold(some, scores, ~seen, values, None, row_sum), combine(some, empty(16, 8)), combine(empty(16, 8), some)):
-        assert all(np.array_equal(np.asarray(a).view(np.uint32), np.asarray(b).view(np.uint32)) for a, b in zip(some, same, strict=True))
+    for same in (
+        fold(some, scores, ~seen, values, None, row_sum),
+        combine(some, empty(16, 8)),
+        combine(empty(16, 8), some),
+    ):
+        assert all(
+            np.array_equal(np.asarray(a).view(np.uint32), np.asarray(b).view(np.uint32))
+            for a, b in zip(some, same, strict=True)
+        )
 
 
 QUICK = AttentionCase((71, 3), chunk=8, dtype="bfloat16", num_heads=6, has_sinks=True)

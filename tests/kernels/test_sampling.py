@@ -1,4 +1,5 @@
 """The sampling tail: tokens and logprobs of every body against float64, and a row's bits alone and in a batch, drawn and given."""
+
 import functools
 from collections.abc import Callable
 
@@ -51,13 +52,20 @@ class Body:
         logits, uniforms = case.operands()
         tokens, logprobs, *_ = self.jitted(logits, uniforms, DRAW(case.rows))
         exact = np.asarray(logits, np.float64)
-        exact = exact - np.log(np.exp(exact - exact.max(1, keepdims=True)).sum(1, keepdims=True)) - exact.max(1, keepdims=True)
+        exact = (
+            exact
+            - np.log(np.exp(exact - exact.max(1, keepdims=True)).sum(1, keepdims=True))
+            - exact.max(1, keepdims=True)
+        )
         for row, token in enumerate(np.asarray(tokens)):
             np.testing.assert_allclose(logprobs[row], exact[row, token], rtol=1e-6, atol=1e-5)
             blocks = np.exp(exact[row]).reshape(-1, VOCAB_BLOCK)
             block, inside = divmod(int(token), VOCAB_BLOCK)
-            for u, (low, high) in zip(np.asarray(uniforms)[row], (cdf_interval(blocks.sum(1), block), cdf_interval(blocks[block], inside)),
-                                      strict=True):
+            for u, (low, high) in zip(
+                np.asarray(uniforms)[row],
+                (cdf_interval(blocks.sum(1), block), cdf_interval(blocks[block], inside)),
+                strict=True,
+            ):
                 assert low - 1e-5 <= u <= high + 1e-5
 
     @pytest.mark.parametrize("case", CASES, ids=str)
@@ -89,7 +97,10 @@ class Body:
         edges = jnp.array([0.0, 1.0 - 2**-24])[jnp.arange(128).reshape(64, 2) % 3 % 2]
         for u in (uniforms, edges):
             tokens, logprobs, *_ = self.jitted(logits, u, DRAW(64))
-            assert np.isfinite(np.asarray(jnp.take_along_axis(logits, tokens[:, None], 1))).all() and np.isfinite(logprobs).all()
+            assert (
+                np.isfinite(np.asarray(jnp.take_along_axis(logits, tokens[:, None], 1))).all()
+                and np.isfinite(logprobs).all()
+            )
 
     def test_rows_beside_are_not_read(self):
         logits, uniforms = SMALL[0].operands()
@@ -110,7 +121,9 @@ class TestReference(Body):
         weight = jnp.arange(37.0)
         found = jax.jit(jax.grad(lambda x: (self.run(x, uniforms, tokens)[1] * weight).sum()))(logits)
         log_softmax = lambda x: jnp.take_along_axis(jax.nn.log_softmax(x), tokens[:, None], 1)[:, 0]
-        np.testing.assert_allclose(found, jax.grad(lambda x: (log_softmax(x) * weight).sum())(logits), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(
+            found, jax.grad(lambda x: (log_softmax(x) * weight).sum())(logits), rtol=1e-5, atol=1e-5
+        )
 
     def test_gradient_of_the_entropy(self):
         """Which follows from all logprobs."""
@@ -121,7 +134,9 @@ class TestReference(Body):
             return (-jnp.where(logits > -jnp.inf, jnp.exp(kept) * kept, 0.0).sum(1) * jnp.arange(37.0)).sum()
 
         ours = jax.jit(jax.grad(lambda x: entropies(self.run(x, uniforms, DRAW(37)).all_logprobs(x))))(logits)
-        np.testing.assert_allclose(ours, jax.grad(lambda x: entropies(jax.nn.log_softmax(x)))(logits), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(
+            ours, jax.grad(lambda x: entropies(jax.nn.log_softmax(x)))(logits), rtol=1e-5, atol=1e-5
+        )
 
 
 class TestTpuBody(TestReference):
@@ -140,13 +155,17 @@ def test_the_twin_is_the_engines_sampler():
     uniforms = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
     twin = jax.jit(functools.partial(draw_and_score, implementation=choose("xla")))(logits[:8], DRAW(8), uniforms[:8])
     engines = jax.jit(lambda x, k: XLA.tail(x, DRAW(8), sampler.uniforms(k)))(logits[:8], keys[:8])
-    assert bits(engines) == bits(twin) and np.array_equal(engines.all_logprobs(logits[:8]), twin.all_logprobs(logits[:8]))
+    assert bits(engines) == bits(twin) and np.array_equal(
+        engines.all_logprobs(logits[:8]), twin.all_logprobs(logits[:8])
+    )
 
 
 def test_errors():
     xla = choose("xla")
-    for found, logits, uniforms in (("multiple of 128, got 100", jnp.ones((2, 100)), jnp.ones((2, 2))),
-                                    (r"got bfloat16 \(2, 128\)", jnp.ones((2, 128), jnp.bfloat16), jnp.ones((2, 2))),
-                                    (r"got float32 \(2, 128\), \(2,\) and \(3, 2\)", jnp.ones((2, 128)), jnp.ones((3, 2)))):
+    for found, logits, uniforms in (
+        ("multiple of 128, got 100", jnp.ones((2, 100)), jnp.ones((2, 2))),
+        (r"got bfloat16 \(2, 128\)", jnp.ones((2, 128), jnp.bfloat16), jnp.ones((2, 2))),
+        (r"got float32 \(2, 128\), \(2,\) and \(3, 2\)", jnp.ones((2, 128)), jnp.ones((3, 2))),
+    ):
         with pytest.raises(ValueError, match=found):
             draw_and_score(logits, DRAW(2), uniforms, implementation=xla)

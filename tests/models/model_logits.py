@@ -1,4 +1,5 @@
 """Shared by the tests of this folder: this project's own forward pass over whole sequences, and how far two logits are apart."""
+
 import functools
 
 import jax

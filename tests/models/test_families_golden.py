@@ -2,6 +2,7 @@
 
 Run with -s to see the differences.
 """
+
 import functools
 from pathlib import Path
 
@@ -34,14 +35,22 @@ def leaves_of(name: str) -> list[int]:
 
 def test_the_cases_cover_what_the_families_differ_in():
     configs = [loading.read_model_config(GOLDEN / name) for name in CASES]
-    by_family = {architecture: [c for c in configs if c.architecture == architecture] for architecture in
-                 ("Qwen3ForCausalLM", "Qwen2ForCausalLM", "LlamaForCausalLM")}
+    by_family = {
+        architecture: [c for c in configs if c.architecture == architecture]
+        for architecture in ("Qwen3ForCausalLM", "Qwen2ForCausalLM", "LlamaForCausalLM")
+    }
     for family in by_family.values():
         assert {c.tie_word_embeddings for c in family} == {True, False}
         assert len({c.group_size for c in family}) >= 4
         assert any(c.rope.kind == "yarn" for c in family)
-    assert all(c.qk_norm for c in by_family["Qwen3ForCausalLM"]) and all(c.qkv_bias for c in by_family["Qwen2ForCausalLM"])
-    assert {c.out_bias for c in by_family["Qwen3ForCausalLM"]} == {c.out_bias for c in by_family["LlamaForCausalLM"]} == {True, False}
+    assert all(c.qk_norm for c in by_family["Qwen3ForCausalLM"]) and all(
+        c.qkv_bias for c in by_family["Qwen2ForCausalLM"]
+    )
+    assert (
+        {c.out_bias for c in by_family["Qwen3ForCausalLM"]}
+        == {c.out_bias for c in by_family["LlamaForCausalLM"]}
+        == {True, False}
+    )
     assert {c.rope.kind for c in by_family["LlamaForCausalLM"]} == {"default", "linear", "llama3", "yarn"}
     assert {c.group_size for c in configs} == {1, 2, 3, 4, 7}
     assert {c.head_dim for c in configs} >= {20, 24, 32, 40}
@@ -58,7 +67,9 @@ def test_logits_of_every_position(name, record_property):
     for leaves in leaves_of(name):
         config = loading.read_model_config(GOLDEN / name, dtype="float32", reduction_leaves=leaves)
         params = loading.load(GOLDEN / name, config)
-        difference = largest_difference(model_logits(config, params, expected(name)["tokens"]), expected(name)["logits"])
+        difference = largest_difference(
+            model_logits(config, params, expected(name)["tokens"]), expected(name)["logits"]
+        )
         record_property(f"largest_difference_leaves_{leaves}", difference)
         print(f"\n{name}, {leaves} leaves: logits differ by {difference:.1e}", end="")
         assert difference < TOLERANCE
@@ -73,7 +84,10 @@ def test_what_is_loaded_is_saved_again_by_bits(name, tmp_path):
         with open_folder(GOLDEN / name) as theirs, open_folder(tmp_path / f"{leaves}") as ours:
             assert sorted(ours.names) == sorted(theirs.names)
             for tensor in theirs.names:
-                assert ours.dtype(tensor) == theirs.dtype(tensor) and ours.read(tensor).tobytes() == theirs.read(tensor).tobytes()
+                assert (
+                    ours.dtype(tensor) == theirs.dtype(tensor)
+                    and ours.read(tensor).tobytes() == theirs.read(tensor).tobytes()
+                )
 
 
 def engine_cases():
@@ -87,8 +101,18 @@ def engine_cases():
 @pytest.mark.parametrize("name, leaves", engine_cases())
 def test_the_engine_gives_the_same_logprobs_and_greedy_tokens(name, leaves, record_property):
     golden = expected(name)
-    llm = LLM(model=GOLDEN / name, dtype="float32", reduction_leaves=leaves, max_model_len=128, max_num_seqs=4, num_pages=32,
-              max_num_batched_tokens=32, max_logprobs=ENGINE_LOGPROBS, compile_patience=1000, progress=False)
+    llm = LLM(
+        model=GOLDEN / name,
+        dtype="float32",
+        reduction_leaves=leaves,
+        max_model_len=128,
+        max_num_seqs=4,
+        num_pages=32,
+        max_num_batched_tokens=32,
+        max_logprobs=ENGINE_LOGPROBS,
+        compile_patience=1000,
+        progress=False,
+    )
     params = SamplingParams(temperature=0, max_tokens=golden["generated"].shape[1], prompt_logprobs=ENGINE_LOGPROBS)
     outputs = llm.generate([{"prompt_token_ids": row.tolist()} for row in golden["tokens"]], params)
     assert [output.outputs[0].token_ids for output in outputs] == golden["generated"].tolist()
@@ -105,7 +129,9 @@ def test_the_engine_gives_the_same_logprobs_and_greedy_tokens(name, leaves, reco
             scale = np.abs(golden["logits"][row, position - 1]).max()
             worst = max(worst, float(np.abs(found - logprobs[list(entry)]).max() / scale))
             by_rank = np.sort(logprobs)[::-1][[entry[token].rank - 1 for token in entry]]
-            assert np.abs(by_rank - logprobs[list(entry)]).max() < TOLERANCE * scale  # the rank is the token's own, or that of a near tie
+            assert (
+                np.abs(by_rank - logprobs[list(entry)]).max() < TOLERANCE * scale
+            )  # the rank is the token's own, or that of a near tie
     record_property("largest_difference", worst)
     print(f"\n{name}, {leaves} leaves: the engine's logprobs differ by {worst:.1e} of the largest logit", end="")
     assert worst < TOLERANCE

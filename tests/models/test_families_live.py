@@ -2,6 +2,7 @@
 
 Needs torch; run with -m reference, and with -s to see the differences.
 """
+
 import copy
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,21 @@ def draw(seed: int) -> tuple[str, dict[str, Any], np.ndarray, int]:
     family, kv, group = list(FAMILIES)[seed % 3], pick(1, 2, 3, 4), pick(1, 2, 3, 5, 7)
     heads, vocab = kv * group, int(rng.integers(150, 400))
     settings = dict(
-        num_key_value_heads=kv, num_attention_heads=heads, head_dim=pick(12, 20, 24, 32, 40, 64), num_hidden_layers=pick(2, 3),
+        num_key_value_heads=kv,
+        num_attention_heads=heads,
+        head_dim=pick(12, 20, 24, 32, 40, 64),
+        num_hidden_layers=pick(2, 3),
         hidden_size=heads * -(-int(rng.integers(48, 81)) // heads),  # transformers' Llama wants a multiple of the heads
-        intermediate_size=4 * int(rng.integers(10, 30)), vocab_size=vocab, max_position_embeddings=256,
-        rms_norm_eps=pick(1e-6, 1e-5), tie_word_embeddings=bool(rng.integers(2)), rope_parameters=draw_rope(seed // 3, rng),
-        bos_token_id=None, eos_token_id=None, pad_token_id=None)
+        intermediate_size=4 * int(rng.integers(10, 30)),
+        vocab_size=vocab,
+        max_position_embeddings=256,
+        rms_norm_eps=pick(1e-6, 1e-5),
+        tie_word_embeddings=bool(rng.integers(2)),
+        rope_parameters=draw_rope(seed // 3, rng),
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
     if family != "qwen2":
         settings["attention_bias"] = bool(rng.integers(2))
     tokens = rng.integers(0, vocab, (pick(1, 2, 3), int(rng.integers(70, LAST))))
@@ -47,8 +58,16 @@ def draw_rope(index: int, rng: np.random.Generator) -> dict[str, Any]:
     if index % 3 == 0:
         return theta | ({"rope_type": "linear", "factor": 2.5} if rng.integers(2) else {"rope_type": "default"})
     if index % 3 == 1:
-        return theta | original | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": float(rng.uniform(2, 6))}
-    yarn = theta | original | {"rope_type": "yarn", "truncate": bool(rng.integers(2)), "beta_fast": float(rng.uniform(4, 32))}
+        return (
+            theta
+            | original
+            | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": float(rng.uniform(2, 6))}
+        )
+    yarn = (
+        theta
+        | original
+        | {"rope_type": "yarn", "truncate": bool(rng.integers(2)), "beta_fast": float(rng.uniform(4, 32))}
+    )
     more = ({}, {"attention_factor": float(rng.uniform(0.7, 1.3))}, {"mscale": 0.8, "mscale_all_dim": 1.1})
     return yarn | more[rng.integers(3)]
 
@@ -82,8 +101,11 @@ def test_logits_of_every_position(case, record_property):
     config = loading.read_model_config(folder, reduction_leaves=leaves)
     difference = largest_difference(model_logits(config, loading.load(folder, config), tokens), logits(model, tokens))
     record_property("largest_difference", difference)
-    print(f"\n{config.architecture}, {config.rope.kind}, group {config.group_size}, head width {config.head_dim}, {leaves} leaves: "
-          f"logits differ by {difference:.1e}", end="")
+    print(
+        f"\n{config.architecture}, {config.rope.kind}, group {config.group_size}, head width {config.head_dim}, {leaves} leaves: "
+        f"logits differ by {difference:.1e}",
+        end="",
+    )
     assert difference < TOLERANCE
 
 

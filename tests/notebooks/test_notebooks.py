@@ -1,4 +1,5 @@
 """The notebooks: short, stored without outputs, and every cell runs."""
+
 import json
 import pathlib
 import time
@@ -9,8 +10,10 @@ FOLDER = pathlib.Path(__file__).parent.parent.parent / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 MOST_LINES = 90  # of code
 LONGEST = 900  # seconds a notebook may take
-SHORTENED = {"02_grpo_calc": ("iterations=160", "iterations=10"),  # in CI; whole in `pytest -m long tests/notebooks`
-             "03_correctness_before_corrections": ("LAG = 14, 24, 4", "LAG = 3, 24, 2")}
+SHORTENED = {
+    "02_grpo_calc": ("iterations=160", "iterations=10"),  # in CI; whole in `pytest -m long tests/notebooks`
+    "03_correctness_before_corrections": ("LAG = 14, 24, 4", "LAG = 3, 24, 2"),
+}
 
 
 def code_of(path: pathlib.Path) -> list[dict]:
@@ -22,7 +25,9 @@ def test_a_notebook_is_short_and_stripped(path):
     cells = code_of(path)
     lines = [line for cell in cells for line in "".join(cell["source"]).splitlines() if line.strip()]
     assert 0 < len(lines) <= MOST_LINES, f"{len(lines)} lines of code"
-    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells), "strip the outputs before committing"
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells), (
+        "strip the outputs before committing"
+    )
 
 
 def runs():
@@ -42,7 +47,9 @@ def test_a_notebook_runs(path, shortened, tmp_path, capsys):
         assert shortened[0] in text, "what is to be shortened is not in the notebook"
         text = text.replace(*shortened)
     notebook, start = nbformat.reads(text, as_version=4), time.monotonic()
-    nbclient.NotebookClient(notebook, timeout=LONGEST, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
+    nbclient.NotebookClient(
+        notebook, timeout=LONGEST, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()
     pictures = sum("image/png" in output.get("data", {}) for cell in code_of_node(notebook) for output in cell.outputs)
     with capsys.disabled():
         print(f"\n{path.name}: {time.monotonic() - start:.0f} s, {pictures} pictures")

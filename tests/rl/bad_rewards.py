@@ -1,4 +1,5 @@
 """Rewards that go wrong, for worker processes to import."""
+
 import os
 import signal
 import subprocess

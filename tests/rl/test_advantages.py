@@ -1,4 +1,5 @@
 """Advantages against their definitions, written as loops in float64."""
+
 import jax
 import numpy as np
 import pytest
@@ -28,7 +29,11 @@ def naive(kind: str, rewards: np.ndarray, group: np.ndarray) -> np.ndarray:
     return out
 
 
-FUNCTIONS = {"scaled": group_relative, "centred": lambda r, g: group_relative(r, g, scaled=False), "leave-one-out": leave_one_out}
+FUNCTIONS = {
+    "scaled": group_relative,
+    "centred": lambda r, g: group_relative(r, g, scaled=False),
+    "leave-one-out": leave_one_out,
+}
 
 
 @pytest.mark.parametrize("kind", FUNCTIONS)
@@ -102,7 +107,9 @@ def test_without_decay_or_discount_returns_are_what_is_still_to_come():
 
 def test_a_reward_follows_the_last_token_alone():
     mask = np.array([[False, False, False], [True, True, False], [False, True, True]])  # a row without a token drops it
-    np.testing.assert_array_equal(at_last_token(np.array([5.0, 1.0, 2.0], np.float32), mask), [[0, 0, 0], [0, 1, 0], [0, 0, 2]])
+    np.testing.assert_array_equal(
+        at_last_token(np.array([5.0, 1.0, 2.0], np.float32), mask), [[0, 0, 0], [0, 1, 0], [0, 0, 2]]
+    )
 
 
 def test_standardized_over_the_tokens_alone():

@@ -1,4 +1,5 @@
 """The arithmetic problems, and the model that ships to solve them half right."""
+
 import ast
 import functools
 import operator
@@ -92,13 +93,25 @@ def test_wrong_completions(text):
 
 def test_the_shipped_folder_is_small_and_whole():
     config, weights = calc()
-    assert config.architecture == "Qwen3ForCausalLM" and config.dtype == "bfloat16" and config.qk_norm and config.tie_word_embeddings
+    assert (
+        config.architecture == "Qwen3ForCausalLM"
+        and config.dtype == "bfloat16"
+        and config.qk_norm
+        and config.tie_word_embeddings
+    )
     assert {str(array.dtype) for array in jax.tree.leaves(weights)} == {"bfloat16"}
     padding = config.padded_vocab_size - config.vocab_size
     assert 1e6 < sum(array.size for array in jax.tree.leaves(weights)) - padding * config.hidden_size < 4e6
     files = {path.name: path.stat().st_size for path in FOLDER.iterdir()}
-    assert files.keys() == {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-                            "chat_template.jinja", "README.md"}
+    assert files.keys() == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "README.md",
+    }
     assert sum(files.values()) < 8e6
 
 
@@ -112,7 +125,12 @@ def test_the_shipped_model_divides_into_leaves(leaves):
 def test_the_tokenizer_is_the_one_trained_with_and_encodes_every_text():
     tokenizer = Tokenizer.load(FOLDER)
     trained_with = train_calc.build_tokenizer()
-    texts = [problem.prompt for problem in problems(0, 500)] + ["".join(map(chr, range(128))), " a  b ", "naïve ☃ 数", ""]
+    texts = [problem.prompt for problem in problems(0, 500)] + [
+        "".join(map(chr, range(128))),
+        " a  b ",
+        "naïve ☃ 数",
+        "",
+    ]
     for text in texts:
         ids = tokenizer.encode(text)
         assert ids == trained_with.encode(text).ids and len(ids) == len(text.encode())
@@ -131,7 +149,9 @@ def test_completions_end_with_the_end_token():
 def test_transformers_reads_the_tokenizer_and_its_chat_template():
     tokenizer = transformers.AutoTokenizer.from_pretrained(FOLDER)
     message = [{"role": "user", "content": "12+30="}]
-    assert tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True) == train_calc.chat_prompt("12+30=")
+    assert tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True) == train_calc.chat_prompt(
+        "12+30="
+    )
     for text in ("( 7 - 2 ) * 3 = , don't", "12+30=42", " naïve"):
         assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.decode(tokenizer.encode("42<|im_end|>"), skip_special_tokens=True) == "42"
@@ -147,16 +167,25 @@ def test_rows_hold_whole_examples_once():
     tokenizer = train_calc.build_tokenizer()
     drawn = problems(0, 300)
     pairs = list(train_calc.examples(drawn))
-    tokens, mask = (np.concatenate(parts) for parts in zip(*train_calc.batches(train_calc.packed_rows(tokenizer, pairs)), strict=True))
-    assert tokens.shape == mask.shape and tokens.shape[1] == train_calc.LENGTH and tokens.shape[0] % train_calc.ROWS == 0
+    tokens, mask = (
+        np.concatenate(parts)
+        for parts in zip(*train_calc.batches(train_calc.packed_rows(tokenizer, pairs)), strict=True)
+    )
+    assert (
+        tokens.shape == mask.shape and tokens.shape[1] == train_calc.LENGTH and tokens.shape[0] % train_calc.ROWS == 0
+    )
     text = tokenizer.decode(tokens[tokens >= 0].tolist(), skip_special_tokens=False)
     assert text == "".join(prompt + completion for prompt, completion in pairs)
-    assert tokenizer.decode(tokens[mask].tolist(), skip_special_tokens=False) == "".join(p.answer + train_calc.END for p in drawn)
+    assert tokenizer.decode(tokens[mask].tolist(), skip_special_tokens=False) == "".join(
+        p.answer + train_calc.END for p in drawn
+    )
 
 
 def test_the_shipped_model_is_as_good_as_recorded_and_no_better():
     config, weights = calc()
-    right, probability = train_calc.grade(config, weights, train_calc.build_tokenizer(), problems(1234, 200, "held-out"))
+    right, probability = train_calc.grade(
+        config, weights, train_calc.build_tokenizer(), problems(1234, 200, "held-out")
+    )
     assert recorded().keys() == {*arithmetic.KINDS, "all"}
     assert 0.35 < right.mean() < 0.75
     assert abs(right.mean() - recorded()["all"]) < 4 * (0.25 / 200) ** 0.5
@@ -168,7 +197,7 @@ def test_grading_is_the_trainers_logprobs():
     config, weights = calc()
     tokenizer, drawn = train_calc.build_tokenizer(), problems(7, train_calc.ROWS, "held-out")
     pairs = [(problem.prompt, problem.answer + train_calc.END) for problem in drawn]
-    (tokens, mask), = train_calc.batches(train_calc.packed_rows(tokenizer, pairs, per_row=1))
+    ((tokens, mask),) = train_calc.batches(train_calc.packed_rows(tokenizer, pairs, per_row=1))
     logprobs = np.asarray(jaxengine.score(weights, tokens, mask, config=config))
     right, probability = train_calc.grade(config, weights, tokenizer, drawn)
     np.testing.assert_allclose(np.exp(logprobs.sum(-1)), probability, rtol=1e-4)

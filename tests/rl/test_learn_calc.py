@@ -1,4 +1,5 @@
 """The command that teaches calc: what it prints is the same in another process, and when it was stopped half way."""
+
 import json
 import re
 import subprocess
@@ -12,7 +13,22 @@ from jaxengine.rl.calc import learn as learn_calc
 from jaxengine.rl.calc.arithmetic import is_held_out
 from jaxengine.rl.calc.learn import Run
 
-SMALL = ["--iterations", "3", "--prompts", "8", "--samples", "4", "--epochs", "2", "--mini-batches", "2", "--digits", "1", "--every", "1"]
+SMALL = [
+    "--iterations",
+    "3",
+    "--prompts",
+    "8",
+    "--samples",
+    "4",
+    "--epochs",
+    "2",
+    "--mini-batches",
+    "2",
+    "--digits",
+    "1",
+    "--every",
+    "1",
+]
 FEW_HELD_OUT = "from jaxengine.rl import learn_calc; learn_calc.HELD_OUT_PROBLEMS = 50; learn_calc.main()"
 
 
@@ -32,11 +48,17 @@ def test_problems_are_of_the_kinds_asked_for():
     assert {problem.kind for _, problem in learn_calc.problems(run, 0)} == {"sum", "product"}
 
 
-@pytest.mark.parametrize("change, error", [
-    (dict(kinds="sums"), r"kinds must be some of sum, difference, product, mixed, with spaces between them, got 'sums'"),
-    (dict(kinds=""), "kinds must be some of"),
-    (dict(kinds="sum", digits=1), "only mixed problems are held out"),
-])
+@pytest.mark.parametrize(
+    "change, error",
+    [
+        (
+            dict(kinds="sums"),
+            r"kinds must be some of sum, difference, product, mixed, with spaces between them, got 'sums'",
+        ),
+        (dict(kinds=""), "kinds must be some of"),
+        (dict(kinds="sum", digits=1), "only mixed problems are held out"),
+    ],
+)
 def test_a_run_without_problems_is_refused(change, error):
     with pytest.raises(ValueError, match=error):
         learn_calc.build(Run(**change))
@@ -45,7 +67,9 @@ def test_a_run_without_problems_is_refused(change, error):
 def test_a_folder_of_another_run_is_refused(tmp_path):
     learn_calc.claim(tmp_path / "new", Run(seed=1))
     learn_calc.claim(tmp_path / "new", Run(seed=1))
-    with pytest.raises(ValueError, match=r"belongs to another run: rate=.* there, 0.5 given; seed=1 there, 2 given\. Give the same"):
+    with pytest.raises(
+        ValueError, match=r"belongs to another run: rate=.* there, 0.5 given; seed=1 there, 2 given\. Give the same"
+    ):
         learn_calc.claim(tmp_path / "new", Run(seed=2, rate=0.5))
 
 
@@ -55,13 +79,22 @@ def test_the_rate_rises_and_falls():
     for _ in range(20):
         change, state = learn_calc.optimizer(run).update(np.full(1, 0.5, np.float32), state)
         sizes.append(-float(change[0]))
-    assert sizes[0] == 0 and max(sizes) == pytest.approx(1, rel=1e-3) and sizes.index(max(sizes)) == 4 and 0 < sizes[-1] < 0.1
+    assert (
+        sizes[0] == 0
+        and max(sizes) == pytest.approx(1, rel=1e-3)
+        and sizes.index(max(sizes)) == 4
+        and 0 < sizes[-1] < 0.1
+    )
 
 
-@pytest.mark.parametrize("algorithm", [pytest.param("grpo", marks=pytest.mark.slow), pytest.param("ppo", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "algorithm", [pytest.param("grpo", marks=pytest.mark.slow), pytest.param("ppo", marks=pytest.mark.long)]
+)
 def test_the_same_bits_in_another_process_and_after_a_stop(tmp_path, monkeypatch, capsys, algorithm):
     def other_process(arguments: list[str]) -> str:
-        return subprocess.run([sys.executable, "-c", FEW_HELD_OUT, *arguments], check=True, capture_output=True, text=True).stdout
+        return subprocess.run(
+            [sys.executable, "-c", FEW_HELD_OUT, *arguments], check=True, capture_output=True, text=True
+        ).stdout
 
     def here(arguments: list[str]) -> str:
         monkeypatch.setattr(sys, "argv", ["learn_calc", *arguments])
@@ -69,7 +102,14 @@ def test_the_same_bits_in_another_process_and_after_a_stop(tmp_path, monkeypatch
         return capsys.readouterr().out
 
     def command(run: Callable[[list[str]], str], name: str, folder: str, *more: str) -> tuple[str, list[dict]]:
-        options = ["--algorithm", algorithm, "--snapshots", str(tmp_path / folder), "--json", str(tmp_path / f"{name}.json")]
+        options = [
+            "--algorithm",
+            algorithm,
+            "--snapshots",
+            str(tmp_path / folder),
+            "--json",
+            str(tmp_path / f"{name}.json"),
+        ]
         printed = run([*SMALL, *options, *more])
         digest = re.search(r"weights \w{16}, state \w{16}", printed)
         assert digest is not None, printed
@@ -80,8 +120,16 @@ def test_the_same_bits_in_another_process_and_after_a_stop(tmp_path, monkeypatch
     _, before = command(here, "stopped", "other", "--stop", "1")
     resumed, after = command(here, "resumed", "other")
     assert resumed == whole
-    bare = lambda iterations: [{k: v for k, v in each.items() if k not in ("generating", "learning")} for each in iterations]
+    bare = lambda iterations: [
+        {k: v for k, v in each.items() if k not in ("generating", "learning")} for each in iterations
+    ]
     assert bare(before + after) == bare(history) and len(before) == 1 and len(history) == 3
     for iteration in history:
         first = iteration["updates"][0]
-        assert (first["ratio_mean"], first["ratio_max"], first["clip_rate"], first["kl"], first["max_delta"]) == (1, 1, 0, 0, 0)
+        assert (first["ratio_mean"], first["ratio_max"], first["clip_rate"], first["kl"], first["max_delta"]) == (
+            1,
+            1,
+            0,
+            0,
+            0,
+        )

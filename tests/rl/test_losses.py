@@ -1,4 +1,5 @@
 """Losses against loops over tokens in float64, written from the papers' formulas, and by hand."""
+
 import dataclasses
 import math
 
@@ -42,8 +43,11 @@ def naive(objective: Objective, drawn: Drawn, advantages: np.ndarray) -> float:
         tokens = np.flatnonzero(drawn.mask[i])
         logs = {t: float(drawn.new[i, t]) - float(drawn.old[i, t]) for t in tokens}
         mean = sum(logs.values()) / len(tokens)
-        share = {"token": 1 / all_tokens, "sequence": 1 / len(tokens) / len(samples),
-                 "constant": 1 / (objective.budget or drawn.mask.shape[1]) / len(samples)}[objective.average]
+        share = {
+            "token": 1 / all_tokens,
+            "sequence": 1 / len(tokens) / len(samples),
+            "constant": 1 / (objective.budget or drawn.mask.shape[1]) / len(samples),
+        }[objective.average]
         for t in tokens:
             advantage = float(advantages[i] if advantages.ndim == 1 else advantages[i, t])
             rho = math.exp(logs[t] if objective.ratio == "token" else mean)
@@ -59,7 +63,9 @@ def naive(objective: Objective, drawn: Drawn, advantages: np.ndarray) -> float:
 def test_against_a_loop_over_tokens(name, shape):
     drawn, objective = Drawn(), CASES[name]
     advantages = drawn.advantages if shape == "a sample" else drawn.each
-    found = jax.jit(lambda new: policy_loss(new, drawn.old, drawn.mask, advantages, objective, reference=drawn.reference))(drawn.new)
+    found = jax.jit(
+        lambda new: policy_loss(new, drawn.old, drawn.mask, advantages, objective, reference=drawn.reference)
+    )(drawn.new)
     np.testing.assert_allclose(found, naive(objective, drawn, advantages), rtol=1e-5, atol=1e-6)
 
 
@@ -96,7 +102,9 @@ def test_the_averages_by_hand():
 def test_at_ratio_one_the_gradient_is_the_policy_gradient(name):
     """−weight · A at each token, exactly: nothing is clipped, and nothing is halved between equals."""
     drawn, objective = Drawn(), ALGORITHMS[name]
-    gradient = jax.jit(jax.grad(lambda new: policy_loss(new, drawn.old, drawn.mask, drawn.advantages, objective)))(drawn.old)
+    gradient = jax.jit(jax.grad(lambda new: policy_loss(new, drawn.old, drawn.mask, drawn.advantages, objective)))(
+        drawn.old
+    )
     weights = np.asarray(token_weights(drawn.mask, objective))
     expected = -weights * np.where(drawn.mask, drawn.advantages[:, None], 0)
     assert (bits(np.abs(gradient)) == bits(np.abs(expected))).all() and (np.sign(gradient) == np.sign(expected)).all()
@@ -109,15 +117,28 @@ def test_the_ratio_is_exactly_one_where_nothing_changed(ratio):
     assert (bits(found) == bits(np.ones(1))).all()
 
 
-@pytest.mark.parametrize("rho, advantage, moves", [
-    (1.25, 1.0, True), (1.2500002, 1.0, False), (3.0, 1.0, False), (0.1, 1.0, True),
-    (0.75, -1.0, True), (0.7499999, -1.0, False), (0.1, -1.0, False), (3.0, -1.0, True), (3.0, 0.0, False)])
+@pytest.mark.parametrize(
+    "rho, advantage, moves",
+    [
+        (1.25, 1.0, True),
+        (1.2500002, 1.0, False),
+        (3.0, 1.0, False),
+        (0.1, 1.0, True),
+        (0.75, -1.0, True),
+        (0.7499999, -1.0, False),
+        (0.1, -1.0, False),
+        (3.0, -1.0, True),
+        (3.0, 0.0, False),
+    ],
+)
 def test_the_edges_of_the_clip(rho, advantage, moves):
     """On the edge there is a gradient yet; behind it, where the advantage drives on, none; on the other side always."""
     objective, mask = Objective(clip_low=0.25, clip_high=0.25), np.ones((1, 1), bool)
     new = np.log(np.array([[rho]], np.float64)).astype(np.float32)
     if rho in (1.25, 0.75):  # the nearest float32 whose ratio is not behind the edge
-        while (ratios(new, 0 * new, mask, objective) > 1.25 if rho > 1 else ratios(new, 0 * new, mask, objective) < 0.75).any():
+        while (
+            ratios(new, 0 * new, mask, objective) > 1.25 if rho > 1 else ratios(new, 0 * new, mask, objective) < 0.75
+        ).any():
             new = np.nextafter(new, np.float32(0))
     advantages = np.array([advantage], np.float32)
     gradient = jax.grad(lambda x: policy_loss(x, jnp.zeros((1, 1)), mask, advantages, objective))(new)
@@ -131,7 +152,9 @@ def test_a_token_that_the_new_distribution_cannot_give():
     mask, old = np.ones((1, 2), bool), np.full((1, 2), -1.0, np.float32)
     new = np.array([[-np.inf, -1.0]], np.float32)
     for name in ALGORITHMS:
-        value, gradient = jax.value_and_grad(lambda x, o=ALGORITHMS[name]: policy_loss(x, old, mask, np.ones(1, np.float32), o))(new)
+        value, gradient = jax.value_and_grad(
+            lambda x, o=ALGORITHMS[name]: policy_loss(x, old, mask, np.ones(1, np.float32), o)
+        )(new)
         assert np.isfinite(value) and np.isfinite(gradient).all() and gradient[0, 0] == 0, name
     assert ratios(new, old, mask, Objective())[0, 0] == 0.0
 
@@ -140,13 +163,15 @@ def test_parts_add_up_to_the_batch():
     drawn = Drawn(3)
     for name, objective in ALGORITHMS.items():
         weights = token_weights(drawn.mask, objective)
-        loss = lambda rows, o=objective, w=weights: policy_loss(drawn.new[rows], drawn.old[rows], drawn.mask[rows], drawn.advantages[rows],
-                                                                o, weights=w[rows])
+        loss = lambda rows, o=objective, w=weights: policy_loss(
+            drawn.new[rows], drawn.old[rows], drawn.mask[rows], drawn.advantages[rows], o, weights=w[rows]
+        )
         parts = sum(float(loss(slice(i, i + 2))) for i in range(0, 6, 2))
         assert parts == pytest.approx(float(loss(slice(None))), rel=1e-5, abs=1e-7), name
 
 
 # -- KL ------------------------------------------------------------------------------------------------------------------------
+
 
 def test_kl_is_exactly_zero_between_equals():
     x = -np.geomspace(1e-30, 80, 64).astype(np.float32).reshape(8, 8)
@@ -161,7 +186,9 @@ def test_kl_at_tokens_that_a_policy_has_cut(estimator):
     found = lambda x: kl_penalty(x, reference, np.ones((1, 4), bool), estimator)
     gradient = jax.grad(lambda x: found(x).sum())(new)
     assert (bits(np.abs(found(new)[:, :3])) == 0).all() and (bits(np.abs(gradient[:, :3])) == 0).all()
-    assert (bits(found(new)[:, 3:]) == bits(kl_penalty(new[:, 3:], reference[:, 3:], np.ones((1, 1), bool), estimator))).all()
+    assert (
+        bits(found(new)[:, 3:]) == bits(kl_penalty(new[:, 3:], reference[:, 3:], np.ones((1, 1), bool), estimator))
+    ).all()
     assert found(new)[0, 3] != 0 and np.isfinite(gradient).all()
 
 
@@ -187,11 +214,17 @@ def test_a_penalty_needs_a_reference():
         policy_loss(drawn.new, drawn.old, drawn.mask, drawn.advantages, Objective(kl_coefficient=0.1))
 
 
-@pytest.mark.parametrize("how, error", [
-    ({"average": "mean"}, "average must be one of sequence, token, constant, got 'mean'"),
-    ({"advantage": "gae"}, "advantage must be one of scaled, centred, leave-one-out, generalized, got 'gae'"),
-    ({"clip_low": 1.5}, "clip_low must be within 0 … 1"), ({"clip_high": math.nan}, "clip_high at least 0, got 0.2 and nan"),
-    ({"kl_coefficient": -1.0}, "kl_coefficient must be at least 0, got -1.0"), ({"budget": 0}, "budget must be at least 1 token, got 0")])
+@pytest.mark.parametrize(
+    "how, error",
+    [
+        ({"average": "mean"}, "average must be one of sequence, token, constant, got 'mean'"),
+        ({"advantage": "gae"}, "advantage must be one of scaled, centred, leave-one-out, generalized, got 'gae'"),
+        ({"clip_low": 1.5}, "clip_low must be within 0 … 1"),
+        ({"clip_high": math.nan}, "clip_high at least 0, got 0.2 and nan"),
+        ({"kl_coefficient": -1.0}, "kl_coefficient must be at least 0, got -1.0"),
+        ({"budget": 0}, "budget must be at least 1 token, got 0"),
+    ],
+)
 def test_an_objective_that_is_none(how, error):
     with pytest.raises(ValueError, match=error):
         Objective(**how)
@@ -200,6 +233,7 @@ def test_an_objective_that_is_none(how, error):
 
 
 # -- values and metrics --------------------------------------------------------------------------------------------------------
+
 
 def test_value_loss_against_a_loop():
     drawn, clip, total = Drawn(4), 0.2, 0.0
@@ -213,7 +247,9 @@ def test_value_loss_against_a_loop():
     assert (np.asarray(gradient)[~drawn.mask] == 0).all() and np.isfinite(gradient).all()
 
 
-@pytest.mark.parametrize("value, aim, expected", [(0.1, 1.0, -0.9), (0.5, 1.0, 0.0), (0.5, -1.0, 1.5), (0.5, 0.35, 0.15)])
+@pytest.mark.parametrize(
+    "value, aim, expected", [(0.1, 1.0, -0.9), (0.5, 1.0, 0.0), (0.5, -1.0, 1.5), (0.5, 0.35, 0.15)]
+)
 def test_value_gradient_by_hand(value, aim, expected):
     """The old value is 0, the clip 0.2: moved further towards the aim there is no gradient; away from it, or beyond it, there is."""
     one = lambda x: np.full((1, 1), x, np.float32)
@@ -223,15 +259,22 @@ def test_value_gradient_by_hand(value, aim, expected):
 
 def test_metrics_against_a_loop():
     drawn, objective = Drawn(5), Objective(clip_low=0.2, clip_high=0.3)
-    found = {name: float(x) for name, x in mismatch(drawn.new, drawn.old, drawn.mask, drawn.advantages, objective).items()}
+    found = {
+        name: float(x) for name, x in mismatch(drawn.new, drawn.old, drawn.mask, drawn.advantages, objective).items()
+    }
     deltas, clipped = [], []
     for i, t in zip(*np.nonzero(drawn.mask), strict=True):
         deltas.append(float(drawn.new[i, t]) - float(drawn.old[i, t]))
         rho = math.exp(deltas[-1])
         clipped.append(rho > 1.3 if drawn.advantages[i] > 0 else rho < 0.8)
     rho = np.exp(deltas)
-    expected = {"ratio_mean": rho.mean(), "ratio_max": rho.max(), "clip_rate": np.mean(clipped), "kl": np.mean(rho - 1 - deltas),
-                "max_delta": np.abs(deltas).max()}
+    expected = {
+        "ratio_mean": rho.mean(),
+        "ratio_max": rho.max(),
+        "clip_rate": np.mean(clipped),
+        "kl": np.mean(rho - 1 - deltas),
+        "max_delta": np.abs(deltas).max(),
+    }
     assert found == pytest.approx(expected, rel=1e-4) and 0 < found["clip_rate"] < 1
 
 
@@ -239,7 +282,13 @@ def test_metrics_against_a_loop():
 def test_metrics_of_the_same_policy_are_exactly_nothing(name):
     drawn = Drawn()
     found = mismatch(drawn.old, drawn.old, drawn.mask, drawn.each, ALGORITHMS[name])
-    assert {name: float(x) for name, x in found.items()} == {"ratio_mean": 1, "ratio_max": 1, "clip_rate": 0, "kl": 0, "max_delta": 0}
+    assert {name: float(x) for name, x in found.items()} == {
+        "ratio_mean": 1,
+        "ratio_max": 1,
+        "clip_rate": 0,
+        "kl": 0,
+        "max_delta": 0,
+    }
 
 
 def test_explained_variance():
@@ -251,6 +300,10 @@ def test_explained_variance():
 
 def test_presets_are_what_they_are_named_after():
     assert {name: dataclasses.astuple(o)[:5] for name, o in ALGORITHMS.items()} == {
-        "grpo": ("scaled", "token", 0.2, 0.2, "sequence"), "dr_grpo": ("centred", "token", 0.2, 0.2, "constant"),
-        "dapo": ("scaled", "token", 0.2, 0.28, "token"), "gspo": ("scaled", "sequence", 3e-4, 4e-4, "sequence"),
-        "rloo": ("leave-one-out", "token", 0.2, 0.2, "constant"), "ppo": ("generalized", "token", 0.2, 0.2, "token")}
+        "grpo": ("scaled", "token", 0.2, 0.2, "sequence"),
+        "dr_grpo": ("centred", "token", 0.2, 0.2, "constant"),
+        "dapo": ("scaled", "token", 0.2, 0.28, "token"),
+        "gspo": ("scaled", "sequence", 3e-4, 4e-4, "sequence"),
+        "rloo": ("leave-one-out", "token", 0.2, 0.2, "constant"),
+        "ppo": ("generalized", "token", 0.2, 0.2, "token"),
+    }

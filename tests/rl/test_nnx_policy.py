@@ -1,4 +1,5 @@
 """The policy as an nnx.Module: the same bits, the same arrays, trained by nnx and optax."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,7 +31,9 @@ def llm(model):
 
 
 def generate(llm, key: int) -> Rollout:
-    return Rollout.from_outputs(llm.generate([[1, 2, 3], [4] * 20], SamplingParams(max_tokens=12, n=2), key=jax.random.key(key)))
+    return Rollout.from_outputs(
+        llm.generate([[1, 2, 3], [4] * 20], SamplingParams(max_tokens=12, n=2), key=jax.random.key(key))
+    )
 
 
 TRANSFORM = optax.adam(3e-3)  # one for all: nnx compiles anew for another
@@ -93,15 +96,20 @@ def test_logits_have_the_bits_of_generate(model, llm):
 
     alone, (_, logits), gradient = run(policy, rollout.tokens)
     assert (bits(alone) == bits(logits)).all() and logits.shape == (*rollout.tokens.shape, 1000)
-    chosen = jnp.take_along_axis(_log_softmax(logits[:, :-1]), jnp.asarray(rollout.tokens)[:, 1:, None], axis=-1)[..., 0]
+    chosen = jnp.take_along_axis(_log_softmax(logits[:, :-1]), jnp.asarray(rollout.tokens)[:, 1:, None], axis=-1)[
+        ..., 0
+    ]
     assert (bits(np.where(rollout.mask[:, 1:], chosen, 0)) == bits(rollout.logprobs[:, 1:])).all()
     assert all(np.asarray(g, np.float32).any() for g in jax.tree.leaves(gradient))
 
 
 def _log_softmax(logits):
     """In a region and padded to whole blocks, as the sampler has it."""
-    flat = jnp.pad(logits.reshape(-1, logits.shape[-1]), ((0, -logits.size // logits.shape[-1] % 32), (0, 1024 - logits.shape[-1])),
-                   constant_values=-jnp.inf)
+    flat = jnp.pad(
+        logits.reshape(-1, logits.shape[-1]),
+        ((0, -logits.size // logits.shape[-1] % 32), (0, 1024 - logits.shape[-1])),
+        constant_values=-jnp.inf,
+    )
     run = jax.jit(lambda x: over_tiles(lambda _, rows: log_softmax(rows), 32, (), x, x.shape[0] + unknown_zero(x)))
     return run(flat)[: logits.size // logits.shape[-1]].reshape(*logits.shape[:-1], -1)
 
@@ -115,6 +123,8 @@ def test_nnx_and_optax_train_it(model, llm):
 
     llm.update_params(policy.params)
     again = generate(llm, 1)
-    assert (again.weight_versions[again.mask] == llm.weights_version).all() and not np.array_equal(again.tokens, rollout.tokens)
+    assert (again.weight_versions[again.mask] == llm.weights_version).all() and not np.array_equal(
+        again.tokens, rollout.tokens
+    )
     _, logprobs, _ = step(policy, optimizer, again.tokens, again.mask)
     assert (bits(logprobs) == bits(again.logprobs)).all()

@@ -1,4 +1,5 @@
 """Rewards: values in order, and every way to fail is one sample's."""
+
 import importlib.util
 import os
 import threading
@@ -25,8 +26,10 @@ from jaxengine.rl.rewards import (
 
 def outputs(*texts: list[str], finish_reason: str = "stop") -> list[RequestOutput]:
     sample = lambda i, text: CompletionOutput(i, text, [1], np.zeros(1, np.float32), finish_reason, None, [])
-    return [RequestOutput(str(i), f"prompt {i}", [1], [sample(j, text) for j, text in enumerate(each)], True)
-            for i, each in enumerate(texts)]
+    return [
+        RequestOutput(str(i), f"prompt {i}", [1], [sample(j, text) for j, text in enumerate(each)], True)
+        for i, each in enumerate(texts)
+    ]
 
 
 def judge(reward, texts: list[str], answer="four", **how) -> Rewards:
@@ -50,6 +53,7 @@ def ends(pid: int) -> bool:
 
 
 # -- what is computed ------------------------------------------------------------------------------------------------------------------
+
 
 def test_samples_are_judged_in_order_and_in_parallel():
     together = threading.Barrier(3, timeout=60)  # breaks unless three rewards run at once
@@ -83,8 +87,14 @@ def test_a_regular_expression_that_explodes_fails_alone():
 
 # -- rewards that go wrong -------------------------------------------------------------------------------------------------------------
 
-FAILURES = {"raise": "KeyError: 'no such luck'", "exit": "3", "none": "ValueError: a reward must be a finite number, got None",
-            "nan": "got nan", "text": "got '1.0'", "hang": "TimeoutError: the reward took longer than 1 s"}
+FAILURES = {
+    "raise": "KeyError: 'no such luck'",
+    "exit": "3",
+    "none": "ValueError: a reward must be a finite number, got None",
+    "nan": "got nan",
+    "text": "got '1.0'",
+    "hang": "TimeoutError: the reward took longer than 1 s",
+}
 ALONE = {"die": "ended with SIGSEGV", "busy": "took longer than 1 s", "memory": "MemoryError"}
 
 
@@ -162,6 +172,7 @@ def test_wrong_calls_are_refused():
 
 # -- mathematics -----------------------------------------------------------------------------------------------------------------------
 
+
 def test_math_equivalence():
     pytest.importorskip("math_verify", reason="math-verify is not installed: pip install 'jaxengine[rl]'")
     texts = ["so it is $\\frac{1}{2}$", "\\boxed{0.5}", "0.25", "I do not know", "$\\frac{2}{4}$"]
@@ -189,11 +200,23 @@ def test_without_math_verify_the_extra_is_named(monkeypatch):
 ADD = "def add(a, b):\n    return a + b\n"
 TESTS = "assert add(1, 2) == 3\nassert add(-1, 1) == 0"
 PROGRAMS = {
-    ADD: 1, f"Here:\n```python\n{ADD}```\nand done": 1, f"```python\nno\n```\n```py\n{ADD}```": 1,
-    "def add(a, b):\n    return a - b\n": 0, "not python": 0, "": 0, ADD + "raise SystemExit(0)": 0, ADD + "import os; os._exit(0)": 0,
-    ADD + "'''": 0, ADD + "if True:": 0, "def add(a, b):\n    while True: pass": 0, ADD + "import time; time.sleep(1000)": 0,
-    ADD + "x = bytes(1 << 32)": 0, ADD + "open('x', 'wb').write(bytes(1 << 22))": 0, ADD + "[open('x', 'w') for _ in range(1)]": 1,
-    ADD + "files = [open('x', 'w') for _ in range(200)]": 0, ADD + "print(input())": 0,
+    ADD: 1,
+    f"Here:\n```python\n{ADD}```\nand done": 1,
+    f"```python\nno\n```\n```py\n{ADD}```": 1,
+    "def add(a, b):\n    return a - b\n": 0,
+    "not python": 0,
+    "": 0,
+    ADD + "raise SystemExit(0)": 0,
+    ADD + "import os; os._exit(0)": 0,
+    ADD + "'''": 0,
+    ADD + "if True:": 0,
+    "def add(a, b):\n    while True: pass": 0,
+    ADD + "import time; time.sleep(1000)": 0,
+    ADD + "x = bytes(1 << 32)": 0,
+    ADD + "open('x', 'wb').write(bytes(1 << 22))": 0,
+    ADD + "[open('x', 'w') for _ in range(1)]": 1,
+    ADD + "files = [open('x', 'w') for _ in range(200)]": 0,
+    ADD + "print(input())": 0,
 }
 
 
@@ -240,7 +263,9 @@ def test_too_many_processes_are_one_failure(tmp_path):
 
 def test_a_program_that_ends_its_supervisor_is_ended_too(tmp_path):
     note = tmp_path / "pid"
-    program = f"import os, time\nopen({str(note)!r}, 'w').write(str(os.getpid()))\nos.kill(os.getppid(), 9)\ntime.sleep(1000)"
+    program = (
+        f"import os, time\nopen({str(note)!r}, 'w').write(str(os.getpid()))\nos.kill(os.getppid(), 9)\ntime.sleep(1000)"
+    )
     assert "supervisor ended with SIGKILL" in judge(python_program(), [program], "").failures[0]
     assert ends(int(note.read_text()))
 

@@ -1,4 +1,5 @@
 """Rollout: the layout that a trainer takes."""
+
 import dataclasses
 
 import jax
@@ -18,7 +19,10 @@ def sample(tokens: list[int], versions: list[VersionSpan], entropies=None) -> Co
 def outputs() -> list[RequestOutput]:
     long = sample([7, 8, 9], [VersionSpan(0, 0, 1), VersionSpan(2, 1, 3)])
     short = sample([4], [VersionSpan(1, 0, 1)])
-    return [RequestOutput("a", None, [1, 2], [long, sample([], [])], True), RequestOutput("b", None, [3], [short], True)]
+    return [
+        RequestOutput("a", None, [1, 2], [long, sample([], [])], True),
+        RequestOutput("b", None, [3], [short], True),
+    ]
 
 
 def test_the_layout():
@@ -56,10 +60,13 @@ def test_it_is_a_pytree_of_arrays():
 
 # -- on disk -------------------------------------------------------------------------------------------------------------------
 
+
 @pytest.fixture(scope="module")
 def drawn(tiny) -> Rollout:
-    params = [SamplingParams(n=2, max_tokens=9, temperature=0.7, top_p=0.9, entropy=True, logit_bias={5: 1.5}),
-              SamplingParams(max_tokens=5, repetition_penalty=1.2, entropy=True)]
+    params = [
+        SamplingParams(n=2, max_tokens=9, temperature=0.7, top_p=0.9, entropy=True, logit_bias={5: 1.5}),
+        SamplingParams(max_tokens=5, repetition_penalty=1.2, entropy=True),
+    ]
     return Rollout.from_outputs(tiny.generate([[3] * 20, [4, 5]], params, key=jax.random.key(2)), length=40)
 
 

@@ -1,4 +1,5 @@
 """Tool use: one sequence of turns and answers, with the bits of generate in the turns and no loss on the answers."""
+
 import re
 
 import jax
@@ -27,8 +28,19 @@ def llm(tiny_with_text) -> LLM:
 def sampling(llm) -> SamplingParams:
     """Digits, "+" and "=" alone; everything that counts where a turn began."""
     ids = llm.tokenizer.encode("0123456789+==")
-    return SamplingParams(n=2, max_tokens=BUDGET, logit_bias={token: 60.0 for token in ids}, temperature=1.3, top_k=12,
-                          repetition_penalty=1.2, frequency_penalty=0.4, presence_penalty=0.3, entropy=True, raw_logprobs=True, logprobs=2)
+    return SamplingParams(
+        n=2,
+        max_tokens=BUDGET,
+        logit_bias={token: 60.0 for token in ids},
+        temperature=1.3,
+        top_k=12,
+        repetition_penalty=1.2,
+        frequency_penalty=0.4,
+        presence_penalty=0.3,
+        entropy=True,
+        raw_logprobs=True,
+        logprobs=2,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +60,13 @@ def conversations(outputs):
 def test_every_turn_keeps_the_prompts_cache_salt(llm, sampling, monkeypatch):
     """Else a tenant's conversation would be found by others from its second turn on."""
     salts, generate = [], llm.generate
-    monkeypatch.setattr(llm, "generate", lambda prompts, *how, **more: salts.append([p["cache_salt"] for p in prompts]) or generate(
-        prompts, *how, **more))
+    monkeypatch.setattr(
+        llm,
+        "generate",
+        lambda prompts, *how, **more: (
+            salts.append([p["cache_salt"] for p in prompts]) or generate(prompts, *how, **more)
+        ),
+    )
     generate_with_tools(llm, [{"prompt": PROMPTS[1], "cache_salt": "tenant"}], TOOL, sampling, key=KEY, max_calls=1)
     assert len(salts) > 1 and {salt for each in salts for salt in each} == {"tenant"}
 
@@ -75,7 +92,9 @@ def test_no_loss_on_the_tools_tokens(llm, outputs, rollout):
         expected = np.pad(drawn, (start, rollout.mask.shape[1] - start - len(text)))
         np.testing.assert_array_equal(rollout.mask[row], expected)
     assert not rollout.logprobs[~rollout.mask].any() and (rollout.logprobs[rollout.mask] < 0).all()
-    assert (rollout.weight_versions[~rollout.mask] == UNDRAWN).all() and (rollout.weight_versions[rollout.mask] == 0).all()
+    assert (rollout.weight_versions[~rollout.mask] == UNDRAWN).all() and (
+        rollout.weight_versions[rollout.mask] == 0
+    ).all()
     assert rollout.mask.sum() == sum(len(turn.token_ids) for s in conversations(outputs) for turn in s.turns)
 
 
@@ -101,7 +120,9 @@ def test_alone_or_in_the_batch(llm, sampling, outputs):
     (alone,) = generate_with_tools(llm, PROMPTS[2], TOOL, own, key=jax.random.key(99), max_calls=4)
     assert bits([alone])[0] == bits(outputs[2:3])[1]
     group = sampling.replace(key=jax.random.fold_in(KEY, 3))
-    assert bits(generate_with_tools(llm, PROMPTS[3:], TOOL, group, key=jax.random.key(99), max_calls=4)) == bits(outputs[3:])
+    assert bits(generate_with_tools(llm, PROMPTS[3:], TOOL, group, key=jax.random.key(99), max_calls=4)) == bits(
+        outputs[3:]
+    )
 
 
 def test_a_seed_is_its_key(llm, sampling):
@@ -112,7 +133,10 @@ def test_a_seed_is_its_key(llm, sampling):
 
 def test_without_a_call_it_is_generate(llm, sampling):
     never = Tool(calculate, begin="", end="no such text")
-    plain, tooled = llm.generate(PROMPTS, sampling, key=KEY), generate_with_tools(llm, PROMPTS, never, sampling, key=KEY)
+    plain, tooled = (
+        llm.generate(PROMPTS, sampling, key=KEY),
+        generate_with_tools(llm, PROMPTS, never, sampling, key=KEY),
+    )
     assert bits(plain) == bits(tooled)
     for a, b in zip(conversations(plain), conversations(tooled), strict=True):
         assert (a.text, a.logprobs, a.token_texts) == (b.text, b.logprobs, b.token_texts)
@@ -122,7 +146,9 @@ def test_without_a_call_it_is_generate(llm, sampling):
 def test_budgets(llm, sampling, outputs):
     for sample in conversations(outputs):
         written = sum(len(turn.token_ids) for turn in sample.turns)
-        assert written <= BUDGET and len(sample.turns) <= 5 and (written == BUDGET) == (sample.finish_reason == "length")
+        assert (
+            written <= BUDGET and len(sample.turns) <= 5 and (written == BUDGET) == (sample.finish_reason == "length")
+        )
         assert sample.finish_reason == "length" or (len(sample.turns) == 5 and sample.stop_reason == "=")
         assert len(sample.token_logprobs) == len(sample.logprobs) == len(sample.token_texts) == len(sample.raw_logprobs)
     wordy = Tool(lambda call: "x" * 200, begin="", end="=")
@@ -145,20 +171,51 @@ def test_a_model_without_tokenizer_is_refused(tiny):
         generate_with_tools(tiny, [[1]], TOOL, key=KEY)
 
 
-@pytest.mark.parametrize("expression, value", [
-    ("12+30", "42"), (" 7/2 ", "3.5"), ("6/2", "3"), ("-(2-5)*4", "12"), ("7//2+7%4", "6"), ("2**10", "1024"), ("1/3", "0.3333333333"),
-    ("10**50", "1" + "0" * 50), ("1e3", "1000"), ("0.1+0.2", "0.3")])
+@pytest.mark.parametrize(
+    "expression, value",
+    [
+        ("12+30", "42"),
+        (" 7/2 ", "3.5"),
+        ("6/2", "3"),
+        ("-(2-5)*4", "12"),
+        ("7//2+7%4", "6"),
+        ("2**10", "1024"),
+        ("1/3", "0.3333333333"),
+        ("10**50", "1" + "0" * 50),
+        ("1e3", "1000"),
+        ("0.1+0.2", "0.3"),
+    ],
+)
 def test_the_calculator(expression, value):
     assert calculate(expression) == value
 
 
 REFUSED = {
-    "": "no value", "1/0": "division by zero", "9**9**9": "too large", "(10**200)*(10**200)": "more than 1024 bits",
-    "(-8)**0.5": "no finite real number", "1e400": "no finite real number", "x": "arithmetic on numbers only, got 'x'",
-    "'a'*9": "numbers only", "__import__('os')": "numbers only", "1 if 1 else 2": "numbers only", "True": "numbers only",
-    "[1][0]": "numbers only", "1<2": "numbers only", "(" * 120: "no value", "1+" * 100 + "1": "at most 200 characters",
-    "1\0": "numbers only", "2**-2000": "too large", "0**-1": "no value", "e": "numbers only", "(1)(2)": "numbers only",
-    "()": "numbers only", "1e": "no value", "1.5.2": "no value", "012": "no value"}
+    "": "no value",
+    "1/0": "division by zero",
+    "9**9**9": "too large",
+    "(10**200)*(10**200)": "more than 1024 bits",
+    "(-8)**0.5": "no finite real number",
+    "1e400": "no finite real number",
+    "x": "arithmetic on numbers only, got 'x'",
+    "'a'*9": "numbers only",
+    "__import__('os')": "numbers only",
+    "1 if 1 else 2": "numbers only",
+    "True": "numbers only",
+    "[1][0]": "numbers only",
+    "1<2": "numbers only",
+    "(" * 120: "no value",
+    "1+" * 100 + "1": "at most 200 characters",
+    "1\0": "numbers only",
+    "2**-2000": "too large",
+    "0**-1": "no value",
+    "e": "numbers only",
+    "(1)(2)": "numbers only",
+    "()": "numbers only",
+    "1e": "no value",
+    "1.5.2": "no value",
+    "012": "no value",
+}
 
 
 @pytest.mark.parametrize("expression", REFUSED)

@@ -1,4 +1,5 @@
 """The trainer and the loop on a tiny model: on-policy to the bit, whatever the micro-batch, and resumed to the same bits."""
+
 import dataclasses
 import functools
 
@@ -28,7 +29,6 @@ ON_POLICY = {"ratio_mean": 1.0, "ratio_max": 1.0, "clip_rate": 0.0, "kl": 0.0, "
 def problems(i: int) -> list[tuple[list[int], int]]:
     rng = np.random.RandomState(i)
     return [(rng.randint(10, 250, size).tolist(), 0) for size in (1, 3, 6, 8)]
-
 
 
 def even_share(outputs, answers) -> np.ndarray:
@@ -103,7 +103,9 @@ def test_the_first_update_of_every_iteration_is_on_policy(ran):
 def test_the_float32_copy_holds_what_bfloat16_does_not(ran):
     _, _, begin, end, _ = ran
     rounded = jax.tree.map(lambda x: x.astype("bfloat16").astype(np.float32), end.master.policy)
-    assert same(begin.master.policy, jax.tree.map(lambda x: x.astype("bfloat16").astype(np.float32), begin.master.policy))
+    assert same(
+        begin.master.policy, jax.tree.map(lambda x: x.astype("bfloat16").astype(np.float32), begin.master.policy)
+    )
     assert not same(rounded, end.master.policy) and int(end.step) == 8 and int(end.version) == 2
 
 
@@ -167,7 +169,9 @@ def test_an_update_raises_what_was_rewarded(drawn):
     state = start(trainer)
     batch = trainer.batch(state, drawn, REWARDS)
     state, _ = trainer.train(state, drawn, REWARDS)
-    after = jaxengine.score(trainer.policy(state), drawn.tokens, drawn.mask, SAMPLING.replace(n=1), config=trainer.model_config)
+    after = jaxengine.score(
+        trainer.policy(state), drawn.tokens, drawn.mask, SAMPLING.replace(n=1), config=trainer.model_config
+    )
     gain = np.asarray(batch.advantages) * (np.asarray(after) - drawn.logprobs)
     assert gain[drawn.mask].sum() > 0
 
@@ -199,15 +203,23 @@ def test_a_sample_without_a_reward_is_left_out(drawn):
     trainer, rewards = make(), REWARDS.copy()
     rewards[5] = np.nan
     batch = trainer.batch(start(trainer), drawn, rewards)
-    assert not batch.mask[5].any() and np.isfinite(batch.advantages).all() and (np.asarray(batch.advantages[5]) == 0).all()
+    assert (
+        not batch.mask[5].any() and np.isfinite(batch.advantages).all() and (np.asarray(batch.advantages[5]) == 0).all()
+    )
     assert batch.mask[4].any()
 
 
-@pytest.mark.parametrize("change, error", [
-    (dict(rewards=np.ones(3)), r"rewards must be \[16\], one a sample, got \[3\]"),
-    (dict(mini_batches=3), r"16 samples are no multiple of mini_batches · micro_batches = 3 · 1"),
-    (dict(objective=dataclasses.replace(ALGORITHMS["grpo"], kl_coefficient=0.1)), "give reference, the weights of the policy to stay near"),
-])
+@pytest.mark.parametrize(
+    "change, error",
+    [
+        (dict(rewards=np.ones(3)), r"rewards must be \[16\], one a sample, got \[3\]"),
+        (dict(mini_batches=3), r"16 samples are no multiple of mini_batches · micro_batches = 3 · 1"),
+        (
+            dict(objective=dataclasses.replace(ALGORITHMS["grpo"], kl_coefficient=0.1)),
+            "give reference, the weights of the policy to stay near",
+        ),
+    ],
+)
 def test_what_cannot_be_learned_from(drawn, change, error):
     rewards = change.pop("rewards", np.ones(16, np.float32))
     config, params = TINY

@@ -1,4 +1,5 @@
 """google-tunix: real GRPO steps over our engine and our policy. Needs `pip install google-tunix==0.1.7`, in an environment of its own."""
+
 import functools
 import importlib.util
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,10 @@ from jaxengine.rl.calc import arithmetic
 
 pytestmark = [
     pytest.mark.tunix,
-    pytest.mark.skipif(importlib.util.find_spec("tunix") is None, reason="google-tunix is not installed: pip install google-tunix==0.1.7"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("tunix") is None,
+        reason="google-tunix is not installed: pip install google-tunix==0.1.7",
+    ),
     pytest.mark.filterwarnings("default"),  # Tunix's own
 ]
 PROMPT_LENGTH, TOKENS, GROUP, STEPS = 12, 8, 4, 3
@@ -59,12 +63,22 @@ def cluster(tunix, policy):
     role = tunix.cluster.Role
     config = tunix.cluster.ClusterConfig(
         role_to_mesh={role.ACTOR: mesh, role.REFERENCE: mesh, role.ROLLOUT: mesh},
-        rollout_engine=functools.partial(tunix.ours.JaxEngineRollout, max_num_seqs=32, num_pages=256, compile_patience=1_000_000),
-        training_config=tunix.cluster.RLTrainingConfig(actor_optimizer=optax.adam(2e-4), eval_every_n_steps=1000, max_steps=1000),
-        rollout_config=tunix.rollout.RolloutConfig(max_tokens_to_generate=TOKENS, max_prompt_length=PROMPT_LENGTH, temperature=0.9,
-                                                   kv_cache_size=64))
-    return tunix.cluster.RLCluster(actor=policy(), reference=policy(), cluster_config=config,
-                                   tokenizer=PreTrainedTokenizerFast.from_pretrained(str(find_folder("calc"))))
+        rollout_engine=functools.partial(
+            tunix.ours.JaxEngineRollout, max_num_seqs=32, num_pages=256, compile_patience=1_000_000
+        ),
+        training_config=tunix.cluster.RLTrainingConfig(
+            actor_optimizer=optax.adam(2e-4), eval_every_n_steps=1000, max_steps=1000
+        ),
+        rollout_config=tunix.rollout.RolloutConfig(
+            max_tokens_to_generate=TOKENS, max_prompt_length=PROMPT_LENGTH, temperature=0.9, kv_cache_size=64
+        ),
+    )
+    return tunix.cluster.RLCluster(
+        actor=policy(),
+        reference=policy(),
+        cluster_config=config,
+        tokenizer=PreTrainedTokenizerFast.from_pretrained(str(find_folder("calc"))),
+    )
 
 
 def padded(output, pad_id: int) -> np.ndarray:
@@ -75,9 +89,14 @@ def of_tunix(tunix, cluster, model, output) -> np.ndarray:
     """The completions' logprobs by Tunix's own forward pass over a model of ours, 0 on padding."""
     pad = cluster.rollout.pad_id()
     completions = padded(output, pad)
-    found = tunix.compute_per_token_logps(*nnx.split(model), prompt_tokens=jnp.asarray(output.left_padded_prompt_tokens),
-                                          completion_tokens=jnp.asarray(completions), pad_id=pad, eos_id=cluster.rollout.eos_id(),
-                                          temperature=0.9)
+    found = tunix.compute_per_token_logps(
+        *nnx.split(model),
+        prompt_tokens=jnp.asarray(output.left_padded_prompt_tokens),
+        completion_tokens=jnp.asarray(completions),
+        pad_id=pad,
+        eos_id=cluster.rollout.eos_id(),
+        temperature=0.9,
+    )
     return np.where(completions != pad, np.asarray(found), 0)
 
 
@@ -92,7 +111,14 @@ def test_grpo_steps(tunix, cluster, capsys):
 
     def watched(original, prompts, config, **more):
         output = original(prompts, config, **more)
-        seen.append((prompts, output, of_tunix(tunix, cluster, cluster.actor_trainer.model_config, output), rollout._llm.weights_version))
+        seen.append(
+            (
+                prompts,
+                output,
+                of_tunix(tunix, cluster, cluster.actor_trainer.model_config, output),
+                rollout._llm.weights_version,
+            )
+        )
         return output
 
     def reward(prompts, completions, answers, **kwargs):
@@ -101,23 +127,36 @@ def test_grpo_steps(tunix, cluster, capsys):
     before = jax.tree.map(np.asarray, cluster.actor_trainer.model_config.params)
     rollout.generate = functools.partial(watched, rollout.generate)
     problems = arithmetic.problems(0, 4 * STEPS)
-    batches = [{"prompts": np.array([p.prompt for p in part]), "answers": np.array([p.answer for p in part])}
-               for part in (problems[i : i + 4] for i in range(0, len(problems), 4))]
+    batches = [
+        {"prompts": np.array([p.prompt for p in part]), "answers": np.array([p.answer for p in part])}
+        for part in (problems[i : i + 4] for i in range(0, len(problems), 4))
+    ]
     learner = tunix.learner.GRPOLearner(
-        cluster, reward_fns=reward, algo_config=tunix.learner.GRPOConfig(num_generations=GROUP, num_iterations=2, beta=0.04))
+        cluster,
+        reward_fns=reward,
+        algo_config=tunix.learner.GRPOConfig(num_generations=GROUP, num_iterations=2, beta=0.04),
+    )
     assert learner.should_sync_weights
     learner.train(batches)
     del rollout.generate
 
     assert cluster.global_steps == STEPS == rollout._llm.weights_version and len(seen) == STEPS
     trained = cluster.actor_trainer.model_config.params
-    assert all(a is b for a, b in zip(jax.tree.leaves(rollout.model().params), jax.tree.leaves(rollout._llm.params), strict=True))
-    same = [np.array_equal(a, b) for a, b in zip(jax.tree.leaves(trained), jax.tree.leaves(rollout._llm.params), strict=True)]
+    assert all(
+        a is b
+        for a, b in zip(jax.tree.leaves(rollout.model().params), jax.tree.leaves(rollout._llm.params), strict=True)
+    )
+    same = [
+        np.array_equal(a, b)
+        for a, b in zip(jax.tree.leaves(trained), jax.tree.leaves(rollout._llm.params), strict=True)
+    ]
     moved = [not np.array_equal(a, b) for a, b in zip(jax.tree.leaves(trained), jax.tree.leaves(before), strict=True)]
     assert all(same) and all(moved)
     worst = 0.0
     for version, (prompts, output, theirs, drawn_by) in enumerate(seen):
-        assert drawn_by == version and isinstance(prompts[0], np.str_) and len(prompts) == 4 * GROUP == len(output.tokens)
+        assert (
+            drawn_by == version and isinstance(prompts[0], np.str_) and len(prompts) == 4 * GROUP == len(output.tokens)
+        )
         assert output.left_padded_prompt_tokens.shape == (4 * GROUP, PROMPT_LENGTH)
         groups = [{tuple(tokens) for tokens in output.tokens[i : i + GROUP]} for i in range(0, 4 * GROUP, GROUP)]
         assert sum(map(len, groups)) > len(groups)  # samples of a group differ, where the model is not sure
@@ -129,19 +168,30 @@ def test_grpo_steps(tunix, cluster, capsys):
 
 def test_old_logprobs_are_generates(tunix, cluster):
     """get_per_token_logps, from Tunix's padded arrays, has the bits that were drawn."""
-    config = tunix.rollout.RolloutConfig(max_tokens_to_generate=TOKENS, max_prompt_length=PROMPT_LENGTH, temperature=0.9)
+    config = tunix.rollout.RolloutConfig(
+        max_tokens_to_generate=TOKENS, max_prompt_length=PROMPT_LENGTH, temperature=0.9
+    )
     output = cluster.rollout.generate(["1+1=", "12*(3+4)="] * 2, config)
     pad, eos = cluster.rollout.pad_id(), cluster.rollout.eos_id()
-    assert any(tokens[-1] == eos for tokens in output.tokens) and not any(text.endswith("<|im_end|>") for text in output.text)
-    found = cluster.rollout.get_per_token_logps(jnp.asarray(output.left_padded_prompt_tokens), jnp.asarray(padded(output, pad)))
+    assert any(tokens[-1] == eos for tokens in output.tokens) and not any(
+        text.endswith("<|im_end|>") for text in output.text
+    )
+    found = cluster.rollout.get_per_token_logps(
+        jnp.asarray(output.left_padded_prompt_tokens), jnp.asarray(padded(output, pad))
+    )
     assert (bits(found) == bits(of_rollout(output))).all() and np.asarray(found).any()
 
 
 def test_threads_and_lengths_compile_nothing(tunix, cluster):
     """Several threads with other lengths, prompts and temperatures: one set of compiled steps."""
     sizes = lambda: (steps.prefill_step._cache_size(), steps.decode_step._cache_size())
-    config = lambda i: tunix.rollout.RolloutConfig(max_tokens_to_generate=1 + i % TOKENS, max_prompt_length=PROMPT_LENGTH, temperature=1.0,
-                                                   top_k=5 * (i % 2), top_p=None if i % 3 else 0.9)
+    config = lambda i: tunix.rollout.RolloutConfig(
+        max_tokens_to_generate=1 + i % TOKENS,
+        max_prompt_length=PROMPT_LENGTH,
+        temperature=1.0,
+        top_k=5 * (i % 2),
+        top_p=None if i % 3 else 0.9,
+    )
     before = sizes()
     with ThreadPoolExecutor(4) as pool:
         outputs = list(pool.map(lambda i: cluster.rollout.generate(np.array([f"{i}+{i}="] * 2), config(i)), range(12)))
@@ -150,8 +200,9 @@ def test_threads_and_lengths_compile_nothing(tunix, cluster):
 
 
 def test_seeds_and_calls(tunix, cluster):
-    config = lambda seed: tunix.rollout.RolloutConfig(max_tokens_to_generate=TOKENS, max_prompt_length=PROMPT_LENGTH, seed=seed,
-                                                      temperature=1.0)
+    config = lambda seed: tunix.rollout.RolloutConfig(
+        max_tokens_to_generate=TOKENS, max_prompt_length=PROMPT_LENGTH, seed=seed, temperature=1.0
+    )
     words = jax.random.PRNGKey(3)
     first, second = (cluster.rollout.generate(["31*27="] * 8, config(words)) for _ in range(2))
     assert [*map(tuple, first.tokens)] != [*map(tuple, second.tokens)]  # one seed, yet no two calls draw alike
@@ -171,7 +222,9 @@ def test_what_would_go_wrong_in_silence_is_refused(tunix, cluster, policy):
     with pytest.raises(ValueError, match="holds the pad token"):
         cluster.rollout.generate(["<|endoftext|>"], config)
     with pytest.raises(TypeError, match="must be a jaxengine.rl.integrations.tunix_rollout.TunixPolicy, got Linear"):
-        tunix.ours.JaxEngineRollout(rollout_actor=nnx.Linear(1, 1, rngs=nnx.Rngs(0)), tokenizer=None, mesh=None, rollout_config=config)
+        tunix.ours.JaxEngineRollout(
+            rollout_actor=nnx.Linear(1, 1, rngs=nnx.Rngs(0)), tokenizer=None, mesh=None, rollout_config=config
+        )
     tokens = jnp.ones((1, 4), jnp.int32)
     with pytest.raises(ValueError, match="packed sequences"):
         policy()(tokens, jnp.arange(4)[None], None, None)

@@ -1,4 +1,5 @@
 """A simulation of any length: `python tests/simulation --steps 1000000 --seed 0`. A failure says which seed brings it back."""
+
 import argparse
 import time
 from collections import Counter
@@ -8,7 +9,10 @@ from driver import run
 
 def report(seed: int, stats: Counter[str]) -> None:
     if stats["episodes"] % 100 == 0:
-        print(f"seed {seed}, {time.monotonic() - START:.0f} s: " + ", ".join(f"{stats[name]} {name}" for name in SHOWN), flush=True)
+        print(
+            f"seed {seed}, {time.monotonic() - START:.0f} s: " + ", ".join(f"{stats[name]} {name}" for name in SHOWN),
+            flush=True,
+        )
 
 
 SHOWN = ("steps", "requests", "preemptions", "hits", "versions", "restarts")

@@ -4,6 +4,7 @@ A key-value pair depends on the weights and on every token up to its own, so a p
 position reads it through the block table that the host sent, and everything it reads must be the hash of its own tokens. This module
 stands in for `steps` and `kv_cache` in the engine, and `Programs` for the compiled steps.
 """
+
 import contextlib
 import dataclasses
 from collections.abc import Iterator
@@ -46,7 +47,9 @@ class Cache:
         self.page_size, self.lost = config.page_size, False
         self.pages = [[GARBAGE] * config.page_size for _ in range(config.num_pages)]
         self.history = [[UNKNOWN] * config.max_model_len for _ in range(config.max_num_seqs + 1)]
-        self._states: list[tuple[int, list[int]]] = [(0, []) for _ in self.history]  # of the history, as far as they were wanted
+        self._states: list[tuple[int, list[int]]] = [
+            (0, []) for _ in self.history
+        ]  # of the history, as far as they were wanted
 
     def set_history(self, slot: int, tokens: list[int]) -> None:
         self.history[slot], self._states[slot] = tokens, (0, [])
@@ -60,7 +63,9 @@ class Cache:
         last, states = self._states[slot]
         state = states[-1] if states else root(version)
         if states and last != version and stop > len(states):
-            state = turn(state, version)  # the slot's pages were kept when the weights changed: a new sequence has a new history
+            state = turn(
+                state, version
+            )  # the slot's pages were kept when the weights changed: a new sequence has a new history
         self._states[slot] = (version if stop > len(states) else last), states
         for token in self.history[slot][len(states) : stop]:
             assert token != UNKNOWN, "the token to run is not known"
@@ -140,26 +145,45 @@ class StepVariants:
                     self._draw(cache, slots, slot, at, state, out, (step, lane))
         return cache, out.rows()
 
-    def run_prefill(self, params: int, cache: Cache, tables: np.ndarray, slots: SamplingArrays, blocks: QueryBlocks, rows: Rows, copies: Copies,
-                    tile: Tile):
+    def run_prefill(
+        self,
+        params: int,
+        cache: Cache,
+        tables: np.ndarray,
+        slots: SamplingArrays,
+        blocks: QueryBlocks,
+        rows: Rows,
+        copies: Copies,
+        tile: Tile,
+    ):
         out, count = Answers(len(rows.slots)), int(rows.num_rows)
         with self._fault(cache):
             owners = self._write_blocks(params, cache, tables, blocks, tile)
             ends = {slot: start + size - 1 for slot, start, size in owners}
             for slot, end in ends.items():
                 self._attend(cache, tables, slot, params, end)
-            hidden = [self._hidden(cache, tables, params, owners, index, tile) for index in rows.indices[:count].tolist()]
-            for source, target in zip(copies.sources[: copies.num_copies], copies.targets[: copies.num_copies], strict=True):
+            hidden = [
+                self._hidden(cache, tables, params, owners, index, tile) for index in rows.indices[:count].tolist()
+            ]
+            for source, target in zip(
+                copies.sources[: copies.num_copies], copies.targets[: copies.num_copies], strict=True
+            ):
                 cache.pages[target] = list(cache.pages[source])
-            for lane, (slot, at, scored) in enumerate(zip(rows.slots[:count], rows.positions[:count], rows.scored[:count], strict=True)):
+            for lane, (slot, at, scored) in enumerate(
+                zip(rows.slots[:count], rows.positions[:count], rows.scored[:count], strict=True)
+            ):
                 cache.own_states(int(slot), params, int(at) + 1)  # a fork's, whose pages these weights wrote
                 answer = self._score if scored else self._draw
                 answer(cache, slots, int(slot), int(at), hidden[lane], out, lane)
         return cache, out.rows()
 
-    def _write_blocks(self, params: int, cache: Cache, tables: np.ndarray, blocks: QueryBlocks, tile: Tile) -> list[tuple[int, int, int]]:
+    def _write_blocks(
+        self, params: int, cache: Cache, tables: np.ndarray, blocks: QueryBlocks, tile: Tile
+    ) -> list[tuple[int, int, int]]:
         """All blocks are written before one is read; returns their slots, starts and counts."""
-        owners = [tuple(map(int, owner)) for owner in zip(blocks.slots, blocks.starts, blocks.counts, strict=True)][: blocks.num_blocks]
+        owners = [tuple(map(int, owner)) for owner in zip(blocks.slots, blocks.starts, blocks.counts, strict=True)][
+            : blocks.num_blocks
+        ]
         for slot, start, size in owners:
             values = cache.own_states(slot, params, start + size)[start:]
             cache.write(tables[slot].tolist(), start, values + [GARBAGE] * (tile.tokens - size))
@@ -179,14 +203,18 @@ class StepVariants:
         assert self.trusting, f"position {position} reads what is not its own, at {wrong}"
         return hash(tuple(found))
 
-    def _draw(self, cache: Cache, slots: SamplingArrays, slot: int, at: int, state: int, out: "Answers", lane: Any) -> None:
+    def _draw(
+        self, cache: Cache, slots: SamplingArrays, slot: int, at: int, state: int, out: "Answers", lane: Any
+    ) -> None:
         token, logprob = draw(state, slots.key[slot].tolist(), slots.key_folds[slot].tolist())
         cache.append(slot, at + 1, token)
         out.tokens[lane], out.logprobs[lane] = token, logprob
         self.rows_until_nan -= 1
         out.finite[lane] = self.rows_until_nan != 0
 
-    def _score(self, cache: Cache, slots: SamplingArrays, slot: int, at: int, state: int, out: "Answers", lane: Any) -> None:
+    def _score(
+        self, cache: Cache, slots: SamplingArrays, slot: int, at: int, state: int, out: "Answers", lane: Any
+    ) -> None:
         token = cache.history[slot][at + 1]
         out.tokens[lane], out.logprobs[lane] = token, score(state, token)
 
@@ -211,4 +239,6 @@ class Answers:
 
     def rows(self) -> RowOutputs:
         nothing = self.tokens[..., None][..., :0]
-        return RowOutputs(self.tokens, self.logprobs, self.logprobs, self.logprobs, self.tokens, nothing, nothing, self.finite)
+        return RowOutputs(
+            self.tokens, self.logprobs, self.logprobs, self.logprobs, self.tokens, nothing, nothing, self.finite
+        )

@@ -1,4 +1,5 @@
 """Chance, from a seed: an engine's configuration, its requests, and what happens to them."""
+
 import random
 from collections import Counter
 
@@ -29,7 +30,9 @@ class Episode:
                 self.act()
             self.world.drain()
         except Exception as error:
-            error.add_note(f"step {self.world.stats['steps']} of seed {self.seed}; python tests/simulation --seed {self.seed} --steps 1")
+            error.add_note(
+                f"step {self.world.stats['steps']} of seed {self.seed}; python tests/simulation --seed {self.seed} --steps 1"
+            )
             raise
         return self.world.stats
 
@@ -79,10 +82,21 @@ class Episode:
 
     def arrive(self) -> None:
         rng, world = self.rng, self.world
-        params = dict(n=rng.choice([1, 1, 1, 2, 4, 7]), logprobs=rng.choice([None] * 7 + [0]), raw_logprobs=rng.random() < 0.1,
-                      entropy=rng.random() < 0.1, prompt_logprobs=rng.choice([None] * 7 + [0]))
-        world.add(self.prompt(), rng.choice([1, 2, 8, 30, 60]), stops=rng.random() < 0.5, salt=rng.choice([*SALTS, ""]),
-                  interrupt_after=rng.randint(1, 30) if rng.random() < 0.01 else 0, **params)
+        params = dict(
+            n=rng.choice([1, 1, 1, 2, 4, 7]),
+            logprobs=rng.choice([None] * 7 + [0]),
+            raw_logprobs=rng.random() < 0.1,
+            entropy=rng.random() < 0.1,
+            prompt_logprobs=rng.choice([None] * 7 + [0]),
+        )
+        world.add(
+            self.prompt(),
+            rng.choice([1, 2, 8, 30, 60]),
+            stops=rng.random() < 0.5,
+            salt=rng.choice([*SALTS, ""]),
+            interrupt_after=rng.randint(1, 30) if rng.random() < 0.01 else 0,
+            **params,
+        )
 
     def prompt(self) -> list[int]:
         """A common front, or a conversation that goes on; cut near the edge of a page as often as not."""
@@ -97,9 +111,15 @@ class Episode:
 
 def random_config(rng: random.Random) -> EngineConfig:
     return EngineConfig(
-        overlap=rng.random() < 0.5, max_num_seqs=rng.choice([1, 2, 4, 8, 12]), max_num_batched_tokens=rng.choice([16, 40, 64, 256]),
-        max_model_len=rng.choice([64, 128, 256]), page_size=rng.choice([16, 16, 32, 64]), num_pages=rng.choice([4, 7, 12, 24, 40]),
-        enable_prefix_caching=rng.random() < 0.9, decode_steps=rng.choice([1, 1, 2, 5]))
+        overlap=rng.random() < 0.5,
+        max_num_seqs=rng.choice([1, 2, 4, 8, 12]),
+        max_num_batched_tokens=rng.choice([16, 40, 64, 256]),
+        max_model_len=rng.choice([64, 128, 256]),
+        page_size=rng.choice([16, 16, 32, 64]),
+        num_pages=rng.choice([4, 7, 12, 24, 40]),
+        enable_prefix_caching=rng.random() < 0.9,
+        decode_steps=rng.choice([1, 1, 2, 5]),
+    )
 
 
 def run(steps: int, seed: int, report=lambda seed, stats: None) -> Counter[str]:

@@ -1,4 +1,5 @@
 """What must hold of every plan and behind every step."""
+
 from collections import Counter
 from collections.abc import Iterable
 
@@ -50,15 +51,23 @@ class Watch:
         self.stats["copied pages"] += len(plan.copies)
         self.stats["prefill tokens"] += sum(chunk.stop - chunk.start for chunk in plan.chunks)
         self.stats["decode tokens"] += sum(plan.decode_counts)
-        self.trace = hash((self.trace, *((s.arrival, s.slot, *s.pages) for s in plan.decode), *plan.copies,
-                           *((c.sample.arrival, c.start, c.stop, *c.sample.pages) for c in plan.chunks)))
+        self.trace = hash(
+            (
+                self.trace,
+                *((s.arrival, s.slot, *s.pages) for s in plan.decode),
+                *plan.copies,
+                *((c.sample.arrival, c.start, c.stop, *c.sample.pages) for c in plan.chunks),
+            )
+        )
 
     def _see_hit(self, scheduler: Scheduler, chunk: Chunk) -> None:
         sample, size = chunk.sample, scheduler.engine_config.page_size
         assert chunk.start % size == 0, "a hit ends within a page"
         home = (scheduler.version, sample.request.cache_salt)
         found = [self._homes.get(page) for page in sample.pages[: chunk.start // size]]
-        assert all(other == home for other in found), f"a hit for {home} was written by {found}: another version or salt"
+        assert all(other == home for other in found), (
+            f"a hit for {home} was written by {found}: another version or salt"
+        )
         self.stats["hits"] += bool(found)
         self.stats["hits under new weights"] += bool(found) and scheduler.version > 0
         self.stats["hits of recomputed sequences"] += bool(found) and bool(sample.generated)
@@ -97,8 +106,12 @@ def _budget_left(scheduler: Scheduler, plan: Plan) -> int:
 def _check_budget(scheduler: Scheduler, plan: Plan) -> None:
     assert _budget_left(scheduler, plan) >= 0, "more tokens than the budget"
     for chunk in plan.chunks:
-        assert chunk.start % QUERY_BLOCK == 0 and chunk.start < chunk.stop, "a chunk that is empty or starts within a block"
-        assert chunk.is_last == (chunk.stop == len(chunk.sample.token_ids)), "a last chunk that is not, or the other way round"
+        assert chunk.start % QUERY_BLOCK == 0 and chunk.start < chunk.stop, (
+            "a chunk that is empty or starts within a block"
+        )
+        assert chunk.is_last == (chunk.stop == len(chunk.sample.token_ids)), (
+            "a last chunk that is not, or the other way round"
+        )
         assert chunk.is_last or chunk.stop % QUERY_BLOCK == 0, "a chunk ends within a block"
 
 
@@ -110,8 +123,12 @@ def _check_reasons(scheduler: Scheduler, plan: Plan, ready: list[Sample]) -> Non
     short = _budget_left(scheduler, plan) < QUERY_BLOCK
     for index, sample in enumerate(scheduler.running):
         ending = sample.num_pending > 0 and sample.length >= sample.request.limit
-        assert sample in served or ending or (short and index > 0 and not sample.is_decoding), "a running sequence is not served"
-    assert not scheduler.waiting or short or _head_waits(scheduler, scheduler.waiting[0]), "the first in the queue waits for nothing"
+        assert sample in served or ending or (short and index > 0 and not sample.is_decoding), (
+            "a running sequence is not served"
+        )
+    assert not scheduler.waiting or short or _head_waits(scheduler, scheduler.waiting[0]), (
+        "the first in the queue waits for nothing"
+    )
 
 
 def _head_waits(scheduler: Scheduler, head: Sample) -> bool:
@@ -120,7 +137,11 @@ def _head_waits(scheduler: Scheduler, head: Sample) -> bool:
         return True
     if head.request.prefilling in scheduler.running and not head.generated:
         return True
-    found = [] if head.scores_prompt else scheduler.page_pool.match(head.token_ids, scheduler.version, head.request.cache_salt)
+    found = (
+        []
+        if head.scores_prompt
+        else scheduler.page_pool.match(head.token_ids, scheduler.version, head.request.cache_salt)
+    )
     needed = -(-len(head.token_ids) // scheduler.engine_config.page_size) - len(found)
     revived = sum(page in scheduler.page_pool._cached for page in found)
     reserve = min(len(scheduler.running), scheduler.engine_config.num_pages // 8)
@@ -128,6 +149,7 @@ def _head_waits(scheduler: Scheduler, head: Sample) -> bool:
 
 
 # -- behind a step ----------------------------------------------------------------------------------------------------------------
+
 
 def check_step(engine: Engine, held: list[int]) -> None:
     """`held` are pages that the simulation keeps from the scheduler."""
@@ -154,28 +176,37 @@ def _rows_under_way(engine: Engine) -> Counter[Sample]:
 def _check_queues(engine: Engine) -> None:
     scheduler, running, waiting = engine.scheduler, engine.scheduler.running, list(engine.scheduler.waiting)
     live = [s for request in engine.requests.values() for s in request.samples if s.status is not Status.FINISHED]
-    assert sorted(s.arrival for s in live) == sorted(s.arrival for s in [*running, *waiting]), "a sequence is lost, or runs behind its end"
-    assert all(s.status is Status.RUNNING for s in running) and all(s.status is Status.WAITING for s in waiting), "a status is wrong"
+    assert sorted(s.arrival for s in live) == sorted(s.arrival for s in [*running, *waiting]), (
+        "a sequence is lost, or runs behind its end"
+    )
+    assert all(s.status is Status.RUNNING for s in running) and all(s.status is Status.WAITING for s in waiting), (
+        "a status is wrong"
+    )
     arrivals = [s.arrival for s in [*running, *waiting]]
     assert arrivals == sorted(arrivals), "a sequence was overtaken"
     slots = [s.slot for s in running] + scheduler._free_slots
     assert sorted(slots) == list(range(scheduler.engine_config.max_num_seqs)), "a slot is lost or in two places"
-    assert all(not s.pages and s.slot < 0 and not s.num_pending + s.num_computed for s in waiting), "one that waits holds something"
+    assert all(not s.pages and s.slot < 0 and not s.num_pending + s.num_computed for s in waiting), (
+        "one that waits holds something"
+    )
     for request in engine.requests.values():
         _check_prefilling(request)
 
 
 def _check_prefilling(request: Request) -> None:
     leader = request.prefilling
-    assert leader is None or (leader.status is Status.RUNNING and not leader.generated and leader.num_computed < leader.prompt_length), \
-        "samples wait for a sibling that does not compute their prompt"
+    assert leader is None or (
+        leader.status is Status.RUNNING and not leader.generated and leader.num_computed < leader.prompt_length
+    ), "samples wait for a sibling that does not compute their prompt"
 
 
 def _check_running(sample: Sample, size: int) -> None:
     pages, known = len(sample.pages), max(sample.num_computed, len(sample.token_ids))
     assert -(-sample.num_computed // size) <= pages <= -(-known // size), "pages too few or too many for the tokens"
     assert sample.num_computed <= sample.length <= sample.request.limit, "more is computed than there are tokens"
-    assert sample.num_registered <= min(sample.num_computed, len(sample.token_ids)) // size, "a page is offered too early"
+    assert sample.num_registered <= min(sample.num_computed, len(sample.token_ids)) // size, (
+        "a page is offered too early"
+    )
 
 
 class CacheCheck:
@@ -192,7 +223,9 @@ class CacheCheck:
             self._blocks, self._expected, self._names = blocks, {}, {}
         for page, key in blocks._keys.items():
             expected = self._expected.get(key.uid) or self._learn(key, range(engine.scheduler.version + 1), salts)
-            assert expected is None or cache.pages[page] == expected, "a page in the prefix cache holds other tokens than it is found by"
+            assert expected is None or cache.pages[page] == expected, (
+                "a page in the prefix cache holds other tokens than it is found by"
+            )
 
     def _learn(self, key: PageKey, versions: Iterable[int], salts: Iterable[str]) -> list[int] | None:
         """None where the parent came and went between two checks."""

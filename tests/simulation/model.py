@@ -1,4 +1,5 @@
 """The simulation's model, one hash a token, and the answers that a request must get when it runs alone, without pages."""
+
 import itertools
 from collections.abc import Iterable, Sequence
 
@@ -24,7 +25,9 @@ def turn(state: int, version: int) -> int:
     return hash((state, version, VOCAB))
 
 
-Spans = tuple[tuple[int, int], ...]  # (position, version): which weights wrote a sequence's pages from which position on
+Spans = tuple[
+    tuple[int, int], ...
+]  # (position, version): which weights wrote a sequence's pages from which position on
 
 
 def states_of(tokens: Iterable[int], version: int) -> list[int]:
@@ -56,13 +59,20 @@ def check_answer(request: Request, oldest_version: int, kept: dict[int, list[Spa
     for sample in request.samples:
         _check_lengths(sample)
         versions = sample.token_versions
-        assert versions == sorted(versions) and all(v >= oldest_version for v in versions), "a token of weights that were gone"
+        assert versions == sorted(versions) and all(v >= oldest_version for v in versions), (
+            "a token of weights that were gone"
+        )
         spans = [((0, version),) for version in sorted(set(versions))] + kept.get(sample.index, [])
         states = [(span[-1][1], states_under(sample.token_ids, span)) for span in spans]
         for i, (token, version) in enumerate(zip(sample.generated, versions, strict=True)):
-            expected = [draw(of_one[sample.prompt_length + i - 1], request.key, (request.prompt_index, sample.index))
-                        for last, of_one in states if last == version]
-            assert (token, sample.token_logprobs[i]) in expected, f"token {i} of sample {sample.index} is another than alone"
+            expected = [
+                draw(of_one[sample.prompt_length + i - 1], request.key, (request.prompt_index, sample.index))
+                for last, of_one in states
+                if last == version
+            ]
+            assert (token, sample.token_logprobs[i]) in expected, (
+                f"token {i} of sample {sample.index} is another than alone"
+            )
         _check_end(sample)
     _check_prompt_scores(request)
 
@@ -70,9 +80,14 @@ def check_answer(request: Request, oldest_version: int, kept: dict[int, list[Spa
 def _check_lengths(sample: Sample) -> None:
     params, count = sample.request.sampling, len(sample.generated)
     assert list(sample.token_ids[: sample.prompt_length]) == sample.request.prompt_token_ids, "the prompt was changed"
-    assert len(sample.token_logprobs) == len(sample.token_versions) == count, "tokens and their logprobs are not aligned"
-    for asked, values in ((params.raw_logprobs, sample.raw_logprobs), (params.entropy, sample.entropies),
-                          (params.logprobs is not None, sample.logprobs)):
+    assert len(sample.token_logprobs) == len(sample.token_versions) == count, (
+        "tokens and their logprobs are not aligned"
+    )
+    for asked, values in (
+        (params.raw_logprobs, sample.raw_logprobs),
+        (params.entropy, sample.entropies),
+        (params.logprobs is not None, sample.logprobs),
+    ):
         assert len(values) == (count if asked else 0), "tokens and their details are not aligned"
 
 
@@ -82,7 +97,9 @@ def _check_end(sample: Sample) -> None:
     assert not request.stop_token_ids & set(generated[:-1]), "tokens behind a stop token"
     assert len(sample.token_ids) <= request.limit, "tokens behind the limit"
     reason = "stop" if stopped else "length" if full else "early"
-    assert sample.finish_reason == reason or (reason == "early" and sample.finish_reason in ("abort", "error")), "a wrong finish reason"
+    assert sample.finish_reason == reason or (reason == "early" and sample.finish_reason in ("abort", "error")), (
+        "a wrong finish reason"
+    )
 
 
 def _check_prompt_scores(request: Request) -> None:
@@ -92,5 +109,7 @@ def _check_prompt_scores(request: Request) -> None:
         return
     states = states_of(prompt, first.token_versions[0])
     expected = [None] + [{token: score(state, token)} for state, token in zip(states, prompt[1:], strict=False)]
-    found = [entry and {token: value.logprob for token, value in entry.items()} for entry in request.prompt_logprobs or ()]
+    found = [
+        entry and {token: value.logprob for token, value in entry.items()} for entry in request.prompt_logprobs or ()
+    ]
     assert found == expected, "the prompt's scores are others than alone"

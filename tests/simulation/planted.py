@@ -1,4 +1,5 @@
 """Bugs, each one small and easily made, as patches of the real host half; and what the simulation says of it."""
+
 from collections.abc import Callable
 
 import pytest
@@ -13,9 +14,11 @@ PLANTED: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {}
 
 def found_by(message: str):
     """Registers a bug together with the message (a regular expression) under which it has to be found."""
+
     def register(plant):
         PLANTED[plant.__name__] = plant, message
         return plant
+
     return register
 
 
@@ -27,6 +30,7 @@ def around(patch: pytest.MonkeyPatch, owner: type, name: str):
 
 # -- pages ------------------------------------------------------------------------------------------------------------------------
 
+
 @found_by("reference counts differ|released more often")
 def a_reference_count_is_skipped(patch):
     @around(patch, PagePool, "share")
@@ -37,6 +41,7 @@ def a_reference_count_is_skipped(patch):
 @found_by("in two places")
 def a_page_is_freed_twice(patch):
     """Discarding frees a page that is held, and its holder frees it again."""
+
     @around(patch, PagePool, "discard")
     def discard(original, blocks, pages):
         original(blocks, pages)
@@ -54,6 +59,7 @@ def a_failed_page_stays_in_the_cache(patch):
 
 
 # -- hashes -----------------------------------------------------------------------------------------------------------------------
+
 
 @found_by("one digest names two prefixes")
 def the_hash_leaves_out_the_parent(patch):
@@ -88,6 +94,7 @@ def the_hash_leaves_out_the_salt(patch):
 
 # -- edges of pages ---------------------------------------------------------------------------------------------------------------
 
+
 @found_by("has no page|reads what is not its own|too few or too many")
 def a_page_too_few_at_the_edge(patch):
     @around(patch, Scheduler, "_grow")
@@ -112,6 +119,7 @@ def a_page_is_offered_before_its_last_token_is_computed(patch):
 
 
 # -- forks ------------------------------------------------------------------------------------------------------------------------
+
 
 @found_by("written twice")
 def forks_share_the_page_that_is_partly_filled(patch):
@@ -143,6 +151,7 @@ def siblings_wait_for_one_that_left(patch):
 
 
 # -- preemption and recovery ------------------------------------------------------------------------------------------------------
+
 
 @found_by("overtaken|was left out")
 def the_oldest_is_preempted(patch):
@@ -202,6 +211,7 @@ def a_long_prompt_starves_beside_the_decodes(patch):
 
 
 # -- weights ----------------------------------------------------------------------------------------------------------------------
+
 
 @found_by("than alone|holds other tokens")
 def pages_that_were_kept_are_offered_to_others(patch):

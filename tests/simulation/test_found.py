@@ -1,4 +1,5 @@
 """What the simulation found, each in its smallest form."""
+
 import pytest
 from device import Fuse
 from world import World

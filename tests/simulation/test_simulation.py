@@ -1,4 +1,5 @@
 """The host half in a simulated world: a hundred thousand steps, the same run from the same seed, and bugs that have to be found."""
+
 import re
 
 import invariants
@@ -9,11 +10,30 @@ from planted import PLANTED
 
 STEPS = 100_000
 MUST_HAPPEN = (
-    "hits", "hits under new weights", "hits of recomputed sequences", "preemptions", "settled", "forks", "copied pages", "versions",
-    "recomputed under new weights", "kept under new weights", "restarts", "faults", "faults in a recovery",
-    "ended by stop", "ended by length", "ended by abort", "ended by error",
-    "aborted while waiting", "aborted while preempted", "aborted while prefilling", "aborted while decoding", "aborted while under way",
-    "aborted while ended")
+    "hits",
+    "hits under new weights",
+    "hits of recomputed sequences",
+    "preemptions",
+    "settled",
+    "forks",
+    "copied pages",
+    "versions",
+    "recomputed under new weights",
+    "kept under new weights",
+    "restarts",
+    "faults",
+    "faults in a recovery",
+    "ended by stop",
+    "ended by length",
+    "ended by abort",
+    "ended by error",
+    "aborted while waiting",
+    "aborted while preempted",
+    "aborted while prefilling",
+    "aborted while decoding",
+    "aborted while under way",
+    "aborted while ended",
+)
 LEAST = 25  # times that each of these happens
 MOST_EPISODES = 60  # in which a planted bug has to show
 
@@ -21,7 +41,9 @@ MOST_EPISODES = 60  # in which a planted bug has to show
 def test_a_hundred_thousand_steps():
     stats = run(STEPS, seed=0)
     assert stats["steps"] >= STEPS
-    assert {name: stats[name] for name in MUST_HAPPEN if stats[name] < LEAST} == {}, "a simulation of what hardly happens"
+    assert {name: stats[name] for name in MUST_HAPPEN if stats[name] < LEAST} == {}, (
+        "a simulation of what hardly happens"
+    )
 
 
 @pytest.mark.parametrize("seed", [3, 4])
@@ -53,9 +75,16 @@ def test_planted_bugs_are_found(name, monkeypatch):
     Episode(seed).run()
 
 
-@pytest.mark.parametrize("name", [
-    "a_hit_compares_the_tokens_alone", "the_hash_leaves_out_the_version", "an_evicted_page_can_still_be_found",
-    "forks_share_the_page_that_is_partly_filled", "the_copy_for_a_fork_is_left_out"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a_hit_compares_the_tokens_alone",
+        "the_hash_leaves_out_the_version",
+        "an_evicted_page_can_still_be_found",
+        "forks_share_the_page_that_is_partly_filled",
+        "the_copy_for_a_fork_is_left_out",
+    ],
+)
 def test_answers_alone_betray_what_reads_wrong_pages(name, monkeypatch):
     """No invariant looks, and the device draws from whatever it reads: then it is a token that differs from the request's run alone."""
     for owner, check in ((invariants.Watch, "see"), (invariants.CacheCheck, "check"), (world, "check_step")):

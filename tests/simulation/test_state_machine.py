@@ -1,21 +1,44 @@
 """The simulated world driven by hypothesis: whatever it breaks, it breaks again with fewer and smaller moves."""
+
 import pytest
 from device import Fuse
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from planted import PLANTED
 from world import SALTS, World
 
 from jaxengine.config import QUERY_BLOCK, EngineConfig
 
 # Derandomised: a suite that passed passes again. The seeds of test_simulation.py are there to look further.
-BOUNDED = settings(max_examples=300, stateful_step_count=40, derandomize=True, deadline=None, database=None, print_blob=False,
-                   report_multiple_bugs=False, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+BOUNDED = settings(
+    max_examples=300,
+    stateful_step_count=40,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    print_blob=False,
+    report_multiple_bugs=False,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
 CONFIGS = st.builds(
-    EngineConfig, overlap=st.booleans(), max_num_seqs=st.integers(1, 8), max_num_batched_tokens=st.sampled_from([16, 40, 128]),
-    max_model_len=st.just(128), page_size=st.sampled_from([16, 32, 64]), num_pages=st.integers(4, 24),
-    enable_prefix_caching=st.booleans(), decode_steps=st.integers(1, 4))
+    EngineConfig,
+    overlap=st.booleans(),
+    max_num_seqs=st.integers(1, 8),
+    max_num_batched_tokens=st.sampled_from([16, 40, 128]),
+    max_model_len=st.just(128),
+    page_size=st.sampled_from([16, 32, 64]),
+    num_pages=st.integers(4, 24),
+    enable_prefix_caching=st.booleans(),
+    decode_steps=st.integers(1, 4),
+)
 
 
 class Machine(RuleBasedStateMachine):
@@ -28,8 +51,16 @@ class Machine(RuleBasedStateMachine):
         self.world = World(config, tokens_per_block)
         Machine.requests = 0
 
-    @rule(front=st.integers(2, 3), length=st.integers(1, 70), last=st.integers(2, 4), n=st.integers(1, 4), max_tokens=st.integers(1, 30),
-          stops=st.booleans(), salt=st.sampled_from(SALTS), scored=st.booleans())
+    @rule(
+        front=st.integers(2, 3),
+        length=st.integers(1, 70),
+        last=st.integers(2, 4),
+        n=st.integers(1, 4),
+        max_tokens=st.integers(1, 30),
+        stops=st.booleans(),
+        salt=st.sampled_from(SALTS),
+        scored=st.booleans(),
+    )
     def add(self, front, length, last, n, max_tokens, stops, salt, scored):
         """Prompts of one token again and again: they share what they can."""
         Machine.requests += 1

@@ -3,6 +3,7 @@
 Whoever drives it (a seed in `driver.py`, hypothesis in `test_state_machine.py`) decides what happens when; the world checks the invariants
 behind every step and every answer at its end.
 """
+
 import contextlib
 import sys
 from collections import Counter
@@ -23,10 +24,14 @@ from jaxengine.host.sample import Request, Sample, Status
 from jaxengine.sampling_params import SamplingParams
 
 SALTS = ("", "salted")
-MODEL = ModelConfig("simulated", 40, 8, 8, 1, 1, 1, 8, 256)  # its sizes are named in errors, nothing is computed with it
+MODEL = ModelConfig(
+    "simulated", 40, 8, 8, 1, 1, 1, 8, 256
+)  # its sizes are named in errors, nothing is computed with it
 CUT = object()
 HOST_FILES = {module.__file__ for module in (batch, page_pool, engine, collect, scheduler, host_sample)}
-PARTS = dict(steps=device, kv_cache=device, StepVariants=device.StepVariants, BatchBuilder=device.HostSlots, Scheduler=Watched)
+PARTS = dict(
+    steps=device, kv_cache=device, StepVariants=device.StepVariants, BatchBuilder=device.HostSlots, Scheduler=Watched
+)
 
 
 class World:
@@ -42,9 +47,13 @@ class World:
         self.live: dict[str, Request] = {}
         self.ended: list[Request] = []  # the last few: their tokens are the fronts of later prompts
         self.held: list[int] = []
-        self._delivered: dict[int, list[int]] = {}  # by id of the sample, the tokens that a stream would have shown, prompt included
+        self._delivered: dict[
+            int, list[int]
+        ] = {}  # by id of the sample, the tokens that a stream would have shown, prompt included
         self._first_versions: dict[str, int] = {}
-        self._kept: dict[int, tuple[Sample, list[Spans]]] = {}  # samples that went on with their pages under other weights, by id
+        self._kept: dict[
+            int, tuple[Sample, list[Spans]]
+        ] = {}  # samples that went on with their pages under other weights, by id
 
     @property
     def scheduler(self) -> Watched:
@@ -60,15 +69,31 @@ class World:
 
     # -- what happens ----------------------------------------------------------------------------------------------------------
 
-    def add(self, prompt: list[int], max_tokens: int, stops: bool = False, salt: str = "", interrupt_after: int = 0, **params) -> None:
+    def add(
+        self,
+        prompt: list[int],
+        max_tokens: int,
+        stops: bool = False,
+        salt: str = "",
+        interrupt_after: int = 0,
+        **params,
+    ) -> None:
         """A request under the lowest free number, so that the ids of aborted ones are used again at once. Where an interrupt comes
         between, its caller aborts it."""
         room = (self.config.num_pages - 1) * self.config.page_size
         limit = min(len(prompt) + max_tokens, self.config.max_model_len, room)
         name = next(name for name in map(str, range(len(self.live) + 1)) if name not in self.live)
         self.stats["requests"] += 1
-        request = Request(name, prompt[: limit - 1], SamplingParams(**params), (self.stats["requests"], 7), self.stats["requests"] % 5,
-                          frozenset([STOP] if stops else []), limit, cache_salt=salt)
+        request = Request(
+            name,
+            prompt[: limit - 1],
+            SamplingParams(**params),
+            (self.stats["requests"], 7),
+            self.stats["requests"] % 5,
+            frozenset([STOP] if stops else []),
+            limit,
+            cache_salt=salt,
+        )
         if self._cut_off(lambda: self.engine.add(request), interrupt_after) is CUT:
             self.engine.abort(name)
         else:
@@ -164,7 +189,9 @@ class World:
         self.cache_check.check(self.engine, SALTS)
         for sample in self.samples:
             shown = self._delivered.setdefault(id(sample), list(sample.token_ids))
-            assert sample.token_ids[len(shown) - 1 : len(shown)] == shown[-1:], "a token that was delivered has changed"  # _judge: all
+            assert sample.token_ids[len(shown) - 1 : len(shown)] == shown[-1:], (
+                "a token that was delivered has changed"
+            )  # _judge: all
             shown += sample.token_ids[len(shown) :]
 
     def drain(self) -> None:
@@ -184,7 +211,9 @@ class World:
             for sample in request.samples:
                 shown = self._delivered.pop(id(sample), [])
                 assert sample.token_ids[: len(shown)] == shown, "a token that was delivered has changed"
-            kept = {sample.index: self._kept.pop(id(sample))[1] for sample in request.samples if id(sample) in self._kept}
+            kept = {
+                sample.index: self._kept.pop(id(sample))[1] for sample in request.samples if id(sample) in self._kept
+            }
             check_answer(request, self._first_versions.pop(request.request_id), kept)
             self.stats.update(f"ended by {sample.finish_reason}" for sample in request.samples)
             self.stats["tokens"] += sum(len(sample.generated) for sample in request.samples)
@@ -213,6 +242,7 @@ def state_of(sample: Sample) -> str:
 @contextlib.contextmanager
 def interrupted(lines: int) -> Iterator[None]:
     """Raise behind that many lines of the host half, as Ctrl-C would: anywhere, the recovery from another fault included. 0: never."""
+
     def count(frame, event, arg):
         nonlocal lines
         lines -= event == "line"

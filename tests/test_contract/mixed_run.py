@@ -4,6 +4,7 @@
 compute the same bits: take it before a refactoring, and again after each step of it. No golden file stands beside it, because another
 processor or jaxlib gives other bits, which the contract allows.
 """
+
 import dataclasses
 import hashlib
 import os
@@ -25,8 +26,15 @@ from jaxengine.rl.losses import ALGORITHMS
 from jaxengine.rl.trainer import Trainer, TrainerConfig
 
 SIZES = dict(
-    vocab_size=700, hidden_size=96, intermediate_size=160, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=4,
-    head_dim=32, max_position_embeddings=2048)
+    vocab_size=700,
+    hidden_size=96,
+    intermediate_size=160,
+    num_hidden_layers=2,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    head_dim=32,
+    max_position_embeddings=2048,
+)
 LLAMA3 = RopeConfig(5e5, "llama3", 8.0, 256)
 MODELS = {
     "Qwen3 bfloat16": dict(architecture="Qwen3ForCausalLM", qk_norm=True, tie_word_embeddings=True, dtype="bfloat16"),
@@ -60,7 +68,10 @@ def generated(name: str, config: ModelConfig, params: Any) -> Iterator[tuple[str
     yield f"{name}: other weights", llm.generate(*requests, key=key)
     del llm
     small = dict(num_pages=26, overlap=True, decode_steps=2, max_num_batched_tokens=48)
-    yield f"{name}: preempted, overlapped, chunked", LLM.from_params(config, params, **ENGINE | small).generate(*requests, key=key)
+    yield (
+        f"{name}: preempted, overlapped, chunked",
+        LLM.from_params(config, params, **ENGINE | small).generate(*requests, key=key),
+    )
 
 
 def mixed_requests(config: ModelConfig) -> tuple[list[list[int]], list[SamplingParams]]:
@@ -68,9 +79,16 @@ def mixed_requests(config: ModelConfig) -> tuple[list[list[int]], list[SamplingP
     rng = np.random.RandomState(3)
     prompts = [rng.randint(0, config.vocab_size, length).tolist() for length in LENGTHS]
     kinds = [
-        dict(n=3), dict(temperature=0.0), dict(temperature=0.7, top_p=0.9, top_k=20), dict(min_p=0.02, logprobs=3),
-        dict(repetition_penalty=1.3, frequency_penalty=0.5, presence_penalty=-0.5), dict(logit_bias={5: 4.0, 7: -100.0}),
-        dict(raw_logprobs=True, entropy=True, prompt_logprobs=2), dict(n=2, seed=5), dict(min_tokens=4, stop_token_ids=list(range(16)))]
+        dict(n=3),
+        dict(temperature=0.0),
+        dict(temperature=0.7, top_p=0.9, top_k=20),
+        dict(min_p=0.02, logprobs=3),
+        dict(repetition_penalty=1.3, frequency_penalty=0.5, presence_penalty=-0.5),
+        dict(logit_bias={5: 4.0, 7: -100.0}),
+        dict(raw_logprobs=True, entropy=True, prompt_logprobs=2),
+        dict(n=2, seed=5),
+        dict(min_tokens=4, stop_token_ids=list(range(16))),
+    ]
     return prompts, [SamplingParams(max_tokens=20 - i, **kinds[i % len(kinds)]) for i in range(len(prompts))]
 
 
@@ -79,8 +97,13 @@ def scored(name: str, config: ModelConfig, params: Any) -> Iterator[tuple[str, A
     rng = np.random.RandomState(4)
     tokens = jnp.array(rng.randint(0, config.vocab_size, (5, 71)))
     mask = jnp.array(np.arange(71) >= rng.randint(1, 60, (5, 1)))
-    sampling = [SamplingParams(temperature=0.9, top_k=50), SamplingParams(top_p=0.8), SamplingParams(temperature=0.0),
-                SamplingParams(repetition_penalty=1.2), SamplingParams()]
+    sampling = [
+        SamplingParams(temperature=0.9, top_k=50),
+        SamplingParams(top_p=0.8),
+        SamplingParams(temperature=0.0),
+        SamplingParams(repetition_penalty=1.2),
+        SamplingParams(),
+    ]
     yield f"{name}: score", jaxengine.score(params, tokens, mask, sampling, config=config, entropy=True)
 
     def loss(params):
@@ -97,26 +120,39 @@ def with_text() -> Iterator[tuple[str, Any]]:
     outputs = llm.generate(["12+30=", "7*8=", "(3+4)*5="], sampling, key=jax.random.key(2))
     yield "calc: text", [(s.text, s.token_texts) for output in outputs for s in output.outputs]
     yield "calc: bits", outputs
-    yield "calc: chat", llm.chat([{"role": "user", "content": "12+30="}], SamplingParams(max_tokens=8), key=jax.random.key(3))
-    yield "calc: stream", [output.outputs[0].text for output in llm.stream("9*9=", SamplingParams(max_tokens=8), key=jax.random.key(4))]
+    yield (
+        "calc: chat",
+        llm.chat([{"role": "user", "content": "12+30="}], SamplingParams(max_tokens=8), key=jax.random.key(3)),
+    )
+    yield (
+        "calc: stream",
+        [output.outputs[0].text for output in llm.stream("9*9=", SamplingParams(max_tokens=8), key=jax.random.key(4))],
+    )
     yield "calc: replay", [str(llm.replay(sample.coordinate)) for sample in outputs[1].outputs]
     functional = jaxengine.generate(
-        llm.params, ["1+1="], sampling, key=jax.random.key(5), config=llm.config, tokenizer=llm.tokenizer, **ENGINE)
+        llm.params, ["1+1="], sampling, key=jax.random.key(5), config=llm.config, tokenizer=llm.tokenizer, **ENGINE
+    )
     yield "calc: functional", functional
     yield "calc: rollout", dataclasses.astuple(Rollout.from_outputs(outputs, length=40))[:4]
 
 
 def trained() -> Iterator[tuple[str, Any]]:
     """Two updates of GRPO, and two of PPO with its critic."""
-    config = ModelConfig(**SIZES | dict(architecture="Qwen3ForCausalLM", qk_norm=True, dtype="bfloat16", num_hidden_layers=1))
+    config = ModelConfig(
+        **SIZES | dict(architecture="Qwen3ForCausalLM", qk_norm=True, dtype="bfloat16", num_hidden_layers=1)
+    )
     params = initialise(config, jax.random.key(6), scale=0.1)
     sampling = SamplingParams(n=4, max_tokens=12, temperature=0.9, top_k=200, entropy=True)
     prompts = [[1, 2, 3], [4, 5], [6] * 9, [7] * 17]
     for algorithm in ("grpo", "ppo"):
         trainer = Trainer(config, optax.adamw(1e-3), TrainerConfig(ALGORITHMS[algorithm], sampling, mini_batches=2))
         state = trainer.start(params, jax.random.key(8))
-        outputs = jaxengine.generate(trainer.policy(state), prompts, sampling, key=jax.random.key(9), config=config, **ENGINE)
-        rewards = np.array([np.mean([t % 2 for t in s.token_ids]) for output in outputs for s in output.outputs], np.float32)
+        outputs = jaxengine.generate(
+            trainer.policy(state), prompts, sampling, key=jax.random.key(9), config=config, **ENGINE
+        )
+        rewards = np.array(
+            [np.mean([t % 2 for t in s.token_ids]) for output in outputs for s in output.outputs], np.float32
+        )
         state, updates = trainer.train(state, Rollout.from_outputs(outputs, length=32), rewards)
         yield f"{algorithm}: state", state
         yield f"{algorithm}: metrics", updates
@@ -140,8 +176,19 @@ def words(value: Any) -> Iterator[bytes]:
     elif isinstance(value, jaxengine.RequestOutput):
         yield from words((value.prompt_token_ids, value.prompt_logprobs, value.outputs))
     elif isinstance(value, jaxengine.CompletionOutput):
-        yield from words((value.token_ids, value.token_logprobs, value.finish_reason, value.stop_reason, value.logprobs, value.raw_logprobs,
-                          value.entropies, value.text, [(span.version, span.start, span.stop) for span in value.weight_versions]))
+        yield from words(
+            (
+                value.token_ids,
+                value.token_logprobs,
+                value.finish_reason,
+                value.stop_reason,
+                value.logprobs,
+                value.raw_logprobs,
+                value.entropies,
+                value.text,
+                [(span.version, span.start, span.stop) for span in value.weight_versions],
+            )
+        )
     elif isinstance(value, jaxengine.Logprob):
         yield from words((np.float64(value.logprob), value.rank, value.decoded_token))
     elif isinstance(value, (np.ndarray, np.generic, jax.Array)):

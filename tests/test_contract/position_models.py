@@ -3,6 +3,7 @@
 Rotations are made negligible, not switched off: `theta` 1 gives every pair of dimensions the same frequency, and the linear stretch divides
 it by 10^9, so that the angle at position 40,000 is 4e-5.
 """
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -19,8 +20,18 @@ GAIN = 4.0
 
 def model(vocab: int, width: int, head_dim: int, length: int, dtype: str) -> ModelConfig:
     return ModelConfig(
-        architecture="LlamaForCausalLM", vocab_size=vocab, hidden_size=width, intermediate_size=16, num_hidden_layers=1,
-        num_attention_heads=1, num_key_value_heads=1, head_dim=head_dim, max_position_embeddings=length, rope=STILL, dtype=dtype)
+        architecture="LlamaForCausalLM",
+        vocab_size=vocab,
+        hidden_size=width,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=head_dim,
+        max_position_embeddings=length,
+        rope=STILL,
+        dtype=dtype,
+    )
 
 
 def filled(config: ModelConfig, **arrays: np.ndarray) -> Decoder:
@@ -49,8 +60,13 @@ def needle(targets: np.ndarray, length: int, dtype: str) -> tuple[ModelConfig, D
     own, target, found = np.split(np.eye(3 * BITS), 3)
     config = model(len(targets), 3 * BITS, BITS, length, dtype)
     return config, filled(
-        config, embed=np.hstack([code, code[targets], none]), head=np.hstack([none, none, code]), qkv=np.vstack([SHARP * target, own, own]),
-        out=found.T @ eye, input_norm=np.full(3 * BITS, (2 / 3) ** 0.5))
+        config,
+        embed=np.hstack([code, code[targets], none]),
+        head=np.hstack([none, none, code]),
+        qkv=np.vstack([SHARP * target, own, own]),
+        out=found.T @ eye,
+        input_norm=np.full(3 * BITS, (2 / 3) ** 0.5),
+    )
 
 
 def counting(length: int) -> tuple[ModelConfig, Decoder]:
@@ -66,7 +82,9 @@ def counting(length: int) -> tuple[ModelConfig, Decoder]:
     qkv, out = np.zeros((3 * CLASSES, width)), np.zeros((width, CLASSES))
     qkv[2 * CLASSES :, 1 + CLASSES :], out[1 : 1 + CLASSES] = eye, GAIN * eye
     config = model(CLASSES + 2, width, CLASSES, length, "float32")
-    return config, filled(config, embed=embed, head=head, qkv=qkv, out=out, input_norm=np.full(width, (2 / width) ** 0.5))
+    return config, filled(
+        config, embed=embed, head=head, qkv=qkv, out=out, input_norm=np.full(width, (2 / width) ** 0.5)
+    )
 
 
 def counts(entry: dict, num_tokens: int) -> np.ndarray:

@@ -1,4 +1,5 @@
 """Run by test_sharded_kernels.py in a process with eight CPU devices: one model's answers on some of them, as JSON."""
+
 import json
 import sys
 from unittest import mock
@@ -16,7 +17,14 @@ from jaxengine.models.params import map_declared  # noqa: E402
 from jaxengine.ops.kernels import choose_kernels  # noqa: E402
 from jaxengine.ops.sharded import Sharded  # noqa: E402
 
-SMALL = dict(vocab_size=250, hidden_size=64, intermediate_size=128, num_attention_heads=8, num_key_value_heads=4, num_hidden_layers=1)
+SMALL = dict(
+    vocab_size=250,
+    hidden_size=64,
+    intermediate_size=128,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    num_hidden_layers=1,
+)
 PROMPTS = [list(range(3)), list(range(40, 57)), list(range(200, 240))]
 
 
@@ -26,11 +34,21 @@ def answers(degree: int) -> list[tuple]:
     if degree > 1:
         mesh = Mesh(np.array(jax.devices()[:degree]), ("leaves",))
         kernels = Sharded(kernels, mesh, "leaves")
-        split = lambda _, parameter: NamedSharding(mesh, PartitionSpec("leaves" if parameter.axes[0] == "leaf" else None))
+        split = lambda _, parameter: NamedSharding(
+            mesh, PartitionSpec("leaves" if parameter.axes[0] == "leaf" else None)
+        )
         params = jax.device_put(params, map_declared(split, config))
     with mock.patch("jaxengine.engine.resolve", return_value=kernels):
-        llm = make_llm(config, params, max_model_len=128, max_num_seqs=4, num_pages=20, max_num_batched_tokens=32,
-                       kernels="pallas_interpret", compile_patience=1_000_000)
+        llm = make_llm(
+            config,
+            params,
+            max_model_len=128,
+            max_num_seqs=4,
+            num_pages=20,
+            max_num_batched_tokens=32,
+            kernels="pallas_interpret",
+            compile_patience=1_000_000,
+        )
     found = bits(llm.generate(PROMPTS, SamplingParams(max_tokens=4, ignore_eos=True), key=jax.random.key(0)))
     pool = llm.engine.cache.keys[0]
     assert pool.addressable_shards[0].data.shape[1] == pool.shape[1] // degree

@@ -2,6 +2,7 @@
 
 Each model runs a mixed batch of 24 requests once, in one engine; every test runs the same requests in another way and compares.
 """
+
 import dataclasses
 import functools
 import subprocess
@@ -32,7 +33,9 @@ class Case:
 
     def __init__(self, family: str, dtype: str, leaves: int, **engine) -> None:
         if family == "calc":
-            loaded = LLM("calc", dtype=dtype, reduction_leaves=leaves, progress=False, max_model_len=256, max_num_seqs=1)
+            loaded = LLM(
+                "calc", dtype=dtype, reduction_leaves=leaves, progress=False, max_model_len=256, max_num_seqs=1
+            )
             self.config, self.params = loaded.config, loaded.params
         else:
             self.config, self.params = random_model(family, dtype=dtype, reduction_leaves=leaves)
@@ -42,14 +45,23 @@ class Case:
         self.expected = bits(self.engine(**engine).generate(self.prompts, self.sampling, key=jax.random.key(KEY)))
 
     def engine(self, **changes) -> LLM:
-        return make_llm(self.config, self.params, **dict(compile_patience=0) | changes)  # every tile serves as soon as it fits
+        return make_llm(
+            self.config, self.params, **dict(compile_patience=0) | changes
+        )  # every tile serves as soon as it fits
 
     def _sampling(self, i: int) -> SamplingParams:
         """A mix: greedy, sampled, cut, penalised, biased, of differing lengths."""
         return SamplingParams(
-            max_tokens=6 + i % 5 * 5, temperature=(1.0, 0.0, 0.7, 1.3)[i % 4], top_p=(1.0, 0.9)[i % 2], top_k=(0, 20, 0)[i % 3],
-            min_p=0.02 if i % 5 == 0 else 0.0, repetition_penalty=1.2 if i % 6 == 1 else 1.0, frequency_penalty=0.5 if i % 7 == 2 else 0.0,
-            logit_bias={3: 2.0} if i % 8 == 3 else None, min_tokens=4 if i % 3 == 1 else 0)
+            max_tokens=6 + i % 5 * 5,
+            temperature=(1.0, 0.0, 0.7, 1.3)[i % 4],
+            top_p=(1.0, 0.9)[i % 2],
+            top_k=(0, 20, 0)[i % 3],
+            min_p=0.02 if i % 5 == 0 else 0.0,
+            repetition_penalty=1.2 if i % 6 == 1 else 1.0,
+            frequency_penalty=0.5 if i % 7 == 2 else 0.0,
+            logit_bias={3: 2.0} if i % 8 == 3 else None,
+            min_tokens=4 if i % 3 == 1 else 0,
+        )
 
     def keyed(self) -> list[SamplingParams]:
         """The same requests, each with its own key: they can run in any order, or alone."""
@@ -158,7 +170,9 @@ def test_group_equals_singles(case):
     llm = case.engine()
     params, prompt = SamplingParams(n=8, max_tokens=10), case.prompts[-2]
     group = bits(llm.generate([prompt], params, key=jax.random.key(5)))
-    singles = [bits(llm.generate([prompt], params.replace(n=1, key=sample_key(jax.random.key(5), 0, i))))[0] for i in range(8)]
+    singles = [
+        bits(llm.generate([prompt], params.replace(n=1, key=sample_key(jax.random.key(5), 0, i))))[0] for i in range(8)
+    ]
     assert group == singles and len({tuple(tokens) for tokens, *_ in group}) > 1
 
 
@@ -166,10 +180,16 @@ def test_group_equals_singles(case):
 
 FEW_TILES = dict(compile_patience=99)
 SMALL = dict(page_size=16, num_pages=21, **FEW_TILES)
-CHANGES = [dict(page_size=64, max_num_seqs=40, num_pages=300, max_model_len=300), dict(max_num_seqs=3, max_num_batched_tokens=48),
-           dict(decode_steps=3, overlap=True, num_pages=17)]
-SHAPES = [pytest.param(c, id="-".join(map(str, c)), marks=() if c == DEFAULT[0] else pytest.mark.long)
-          for c in FULL if c[2] == 1]
+CHANGES = [
+    dict(page_size=64, max_num_seqs=40, num_pages=300, max_model_len=300),
+    dict(max_num_seqs=3, max_num_batched_tokens=48),
+    dict(decode_steps=3, overlap=True, num_pages=17),
+]
+SHAPES = [
+    pytest.param(c, id="-".join(map(str, c)), marks=() if c == DEFAULT[0] else pytest.mark.long)
+    for c in FULL
+    if c[2] == 1
+]
 
 
 @pytest.fixture(scope="module", params=SHAPES)
@@ -202,7 +222,9 @@ def test_c1_new_process():
     case = ("Qwen3", "bfloat16", 1)
     here = pathlib.Path(__file__).parent
     script = SCRIPT.format(paths=[str(here), str(here.parent)], case=case)
-    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=600).stdout.split()[-1]
+    out = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=600
+    ).stdout.split()[-1]
     assert out == hashlib.sha256(repr(answered(*case).expected).encode()).hexdigest()
 
 
@@ -224,7 +246,9 @@ def test_a_tile_of_other_bits_is_refused(monkeypatch):
 def test_without_the_proof_bits_move(monkeypatch):
     """The control: with single-row steps trusted unproven, a request alone no longer has the bits that it has in a batch."""
     monkeypatch.setitem(TILES, "decode", (Tile(1, 1), Tile(1, 8)))
-    monkeypatch.setattr("jaxengine.engine.step_variants.Programs._prove", lambda self, kind, tile, params, cache: (cache, True))
+    monkeypatch.setattr(
+        "jaxengine.engine.step_variants.Programs._prove", lambda self, kind, tile, params, cache: (cache, True)
+    )
     config, params = random_model("Qwen3", dtype="float32", num_hidden_layers=2)
     llm = make_llm(config, params, compile_patience=0)
     prompts = [list(range(1, 20)), list(range(5, 40))]
@@ -240,13 +264,17 @@ def test_each_step_is_compiled_once_and_nothing_after_warm_up():
     case, llm = answered(*DEFAULT[0]), make_llm(*random_model(num_hidden_layers=1))
     with compilations() as names:
         llm.warm_up()
-    assert Counter(name for name in names if "_step" in name) == {f"jit({kind}_step)": len(tiles) for kind, tiles in TILES.items()}
+    assert Counter(name for name in names if "_step" in name) == {
+        f"jit({kind}_step)": len(tiles) for kind, tiles in TILES.items()
+    }
     run = lambda: bits(llm.generate([[1, 2, 3]], SamplingParams(max_tokens=3), key=jax.random.key(KEY)))
     expected = run()
     with compilations() as names:
         llm.generate(case.prompts, case.sampling, key=jax.random.key(KEY))
         for count in (1, 3, 24):
-            llm.generate(case.prompts[:count], SamplingParams(n=2, max_tokens=9, logprobs=3, prompt_logprobs=2, entropy=True))
+            llm.generate(
+                case.prompts[:count], SamplingParams(n=2, max_tokens=9, logprobs=3, prompt_logprobs=2, entropy=True)
+            )
         assert not names
         for array in jax.tree.leaves(llm.engine.cache):
             array.delete()

@@ -3,6 +3,7 @@
 A call is cut between two steps by weights that come in. Fresh engines say what must follow: one that goes on from the tokens drawn so far
 ("recompute"), one of other sizes that is cut at the same token ("keep"), and one that never saw the new weights ("drain").
 """
+
 import dataclasses
 
 import jax
@@ -58,9 +59,16 @@ def samples(outputs) -> list:
 
 def front_of(outputs, cut_outputs) -> list:
     """The first tokens of the outputs: as many as the first weights drew in the cut ones."""
-    first = lambda s, c: dataclasses.replace(s, token_ids=s.token_ids[: old_tokens(c)], token_logprobs=s.token_logprobs[: old_tokens(c)],
-                                             finish_reason="abort")
-    return [dataclasses.replace(o, outputs=[*map(first, o.outputs, c.outputs)]) for o, c in zip(outputs, cut_outputs, strict=True)]
+    first = lambda s, c: dataclasses.replace(
+        s,
+        token_ids=s.token_ids[: old_tokens(c)],
+        token_logprobs=s.token_logprobs[: old_tokens(c)],
+        finish_reason="abort",
+    )
+    return [
+        dataclasses.replace(o, outputs=[*map(first, o.outputs, c.outputs)])
+        for o, c in zip(outputs, cut_outputs, strict=True)
+    ]
 
 
 def old_tokens(sample) -> int:
@@ -72,7 +80,9 @@ def old_tokens(sample) -> int:
 def front(outputs) -> list:
     """The outputs as they stood when the new weights came."""
     old = lambda sample: [span for span in sample.weight_versions if span.version == 0]
-    begun = lambda output: dataclasses.replace(output, outputs=[dataclasses.replace(s, weight_versions=old(s)) for s in output.outputs])
+    begun = lambda output: dataclasses.replace(
+        output, outputs=[dataclasses.replace(s, weight_versions=old(s)) for s in output.outputs]
+    )
     return [*map(begun, front_of(outputs, outputs))]
 
 
@@ -80,12 +90,16 @@ def front(outputs) -> list:
 @pytest.mark.parametrize("steps", [1, 3, 17])
 def test_recompute_goes_on_as_a_fresh_engine_under_the_new_weights(model, other, steps, overlap):
     found = cut(engine(model, overlap=overlap), steps, lambda llm: llm.update_params(other))
-    assert all(of_one[-1][0] == 1 for of_one in spans(found)) and (steps < 3 or any(len(of_one) == 2 for of_one in spans(found)))
+    assert all(of_one[-1][0] == 1 for of_one in spans(found)) and (
+        steps < 3 or any(len(of_one) == 2 for of_one in spans(found))
+    )
     fresh = engine((model[0], other), page_size=32, overlap=not overlap)
     assert bits(fresh.extend(front(found), PARAMS)) == bits(found)
     untouched = engine(model).generate(PROMPTS, PARAMS, key=KEY)
     assert bits(front(found)) == bits(front_of(untouched, found))
-    assert all(a.token_ids != b.token_ids for a, b in zip(samples(found), samples(untouched), strict=True)), "other weights drew the same"
+    assert all(a.token_ids != b.token_ids for a, b in zip(samples(found), samples(untouched), strict=True)), (
+        "other weights drew the same"
+    )
 
 
 def test_keep_depends_on_the_cut_alone(model, other):
@@ -98,7 +112,9 @@ def test_keep_depends_on_the_cut_alone(model, other):
             alone = engine(model, page_size=32, max_num_seqs=3, overlap=False, enable_prefix_caching=False)
             params = PARAMS.replace(n=1, key=sample_key(KEY, index, sample.index))
             update = lambda llm: llm.update_params(other, in_flight="keep")
-            (again,) = cut(alone, old_tokens(sample), update, [PROMPTS[index]], params)  # the plain loop draws a token a step
+            (again,) = cut(
+                alone, old_tokens(sample), update, [PROMPTS[index]], params
+            )  # the plain loop draws a token a step
             assert bits([again]) == bits([dataclasses.replace(found[index], outputs=[sample])])
             assert again.outputs[0].weight_versions == sample.weight_versions
     assert bits(recomputed) != bits(found)
@@ -107,7 +123,10 @@ def test_keep_depends_on_the_cut_alone(model, other):
 def test_keep_with_the_same_weights_moves_no_bit_and_recompute_neither(model):
     expected = bits(engine(model).generate(PROMPTS, PARAMS, key=KEY))
     for in_flight in ("keep", "recompute", "drain"):
-        assert bits(cut(engine(model), 9, lambda llm, how=in_flight: llm.update_params(model[1], in_flight=how))) == expected
+        assert (
+            bits(cut(engine(model), 9, lambda llm, how=in_flight: llm.update_params(model[1], in_flight=how)))
+            == expected
+        )
 
 
 def test_kept_pages_are_nobody_elses(model, other):
@@ -140,6 +159,7 @@ def test_many_updates_in_one_call(model, other):
 
 
 # -- partial rollouts ----------------------------------------------------------------------------------------------------------
+
 
 def test_a_partial_rollout_goes_on_with_the_same_bits(model):
     expected = engine(model).generate(PROMPTS, PARAMS, key=KEY)

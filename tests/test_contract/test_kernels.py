@@ -1,4 +1,5 @@
 """The contract under Pallas kernels, whose TPU bodies a CPU interprets: the same axes, the same bits; and how kernels are chosen."""
+
 import dataclasses
 import functools
 import logging
@@ -31,14 +32,24 @@ class Case:
     """A model, its requests, each with its own key, and the answers of the batch."""
 
     def __init__(self, family: str, dtype: str, leaves: int, layers: int, **engine) -> None:
-        self.config, self.params = random_model(family, dtype=dtype, reduction_leaves=leaves, num_hidden_layers=layers, **SMALL)
+        self.config, self.params = random_model(
+            family, dtype=dtype, reduction_leaves=leaves, num_hidden_layers=layers, **SMALL
+        )
         sizes = dict(max_model_len=128, max_num_seqs=8, num_pages=40, max_num_batched_tokens=32, kernels=INTERPRETED)
         self.llm = make_llm(self.config, self.params, **sizes | engine)
         rng = np.random.default_rng(0)
         self.prompts = [rng.integers(0, 250, n).tolist() for n in LENGTHS]
-        cut = (dict(), dict(temperature=0.7, top_k=20), dict(temperature=0.0), dict(top_p=0.9, repetition_penalty=1.2), dict(min_p=0.02))
-        self.sampling = [SamplingParams(max_tokens=6, ignore_eos=True, key=sample_key(jax.random.key(7), i, 0), **each)
-                         for i, each in enumerate(cut)]
+        cut = (
+            dict(),
+            dict(temperature=0.7, top_k=20),
+            dict(temperature=0.0),
+            dict(top_p=0.9, repetition_penalty=1.2),
+            dict(min_p=0.02),
+        )
+        self.sampling = [
+            SamplingParams(max_tokens=6, ignore_eos=True, key=sample_key(jax.random.key(7), i, 0), **each)
+            for i, each in enumerate(cut)
+        ]
         self.outputs = self.llm.generate(self.prompts, self.sampling)
         self.expected = bits(self.outputs)
         self.rollout = Rollout.from_outputs(self.outputs)
@@ -49,7 +60,9 @@ class Case:
             return bits(self.llm.generate(self.prompts, self.sampling))
 
     def score(self, params, kernels: str = INTERPRETED):
-        return jaxengine.score(params, self.rollout.tokens, self.rollout.mask, self.sampling, config=self.config, kernels=kernels)
+        return jaxengine.score(
+            params, self.rollout.tokens, self.rollout.mask, self.sampling, config=self.config, kernels=kernels
+        )
 
     @functools.cached_property
     def with_gradient(self):
@@ -66,8 +79,12 @@ class Case:
         return logprobs, gradient
 
 
-CASES = [pytest.param(("Qwen3", "float32", 1, 1, dict(compile_patience=1_000_000)), id="Qwen3-float32-1-1"),
-         pytest.param(("Qwen2", "bfloat16", 2, 1, dict(compile_patience=0)), marks=pytest.mark.long, id="Qwen2-bfloat16-2-1")]
+CASES = [
+    pytest.param(("Qwen3", "float32", 1, 1, dict(compile_patience=1_000_000)), id="Qwen3-float32-1-1"),
+    pytest.param(
+        ("Qwen2", "bfloat16", 2, 1, dict(compile_patience=0)), marks=pytest.mark.long, id="Qwen2-bfloat16-2-1"
+    ),
+]
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -148,10 +165,21 @@ def test_verify(case):
 @pytest.mark.long
 def test_a_wide_decode_step(case):
     """More sequences at once than any tile of plain XLA holds."""
-    llm = make_llm(case.config, case.params, max_model_len=64, max_num_seqs=128, num_pages=200, kernels=INTERPRETED, compile_patience=0)
+    llm = make_llm(
+        case.config,
+        case.params,
+        max_model_len=64,
+        max_num_seqs=128,
+        num_pages=200,
+        kernels=INTERPRETED,
+        compile_patience=0,
+    )
     requests = [(prompt[:8], params) for prompt, params in zip(case.prompts, case.sampling, strict=True)]
     expected = [bits(case.llm.generate([prompt], params))[0] for prompt, params in requests]
-    assert bits(llm.generate([prompt for prompt, _ in requests * 8], [params for _, params in requests * 8])) == expected * 8
+    assert (
+        bits(llm.generate([prompt for prompt, _ in requests * 8], [params for _, params in requests * 8]))
+        == expected * 8
+    )
     assert llm.engine.step_variants._trusted["decode", Tile(1, 128)]
 
 
@@ -164,18 +192,32 @@ def on_a(monkeypatch, platform: str, kind: str) -> None:
     monkeypatch.setattr(jax, "devices", lambda *_: [types.SimpleNamespace(platform=platform, device_kind=kind)])
 
 
-@pytest.mark.parametrize(("platform", "kind", "chosen"), [
-    ("cpu", "cpu", XLA), ("tpu", "TPU v6 lite", Pallas(Implementation("pallas_tpu", "TPU v6e"))),
-    ("gpu", "NVIDIA H100 80GB HBM3", Pallas(Implementation("pallas_gpu", "Hopper")))])
+@pytest.mark.parametrize(
+    ("platform", "kind", "chosen"),
+    [
+        ("cpu", "cpu", XLA),
+        ("tpu", "TPU v6 lite", Pallas(Implementation("pallas_tpu", "TPU v6e"))),
+        ("gpu", "NVIDIA H100 80GB HBM3", Pallas(Implementation("pallas_gpu", "Hopper"))),
+    ],
+)
 def test_auto_is_the_devices_own(platform, kind, chosen, monkeypatch):
     on_a(monkeypatch, platform, kind)
     assert choose_kernels.__wrapped__("auto", MODEL) == chosen
 
 
-@pytest.mark.parametrize(("platform", "kind", "model", "why"), [
-    ("gpu", "NVIDIA A100-SXM4-80GB", MODEL, "no block sizes for device 'NVIDIA A100-SXM4-80GB'"),
-    ("tpu", "TPU v5e", dataclasses.replace(MODEL, dtype="float16"), "take weights in bfloat16 or float32, got float16"),
-    ("gpu", "NVIDIA H200", dataclasses.replace(MODEL, head_dim=320), "heads of at most 256, got head_dim=320")])
+@pytest.mark.parametrize(
+    ("platform", "kind", "model", "why"),
+    [
+        ("gpu", "NVIDIA A100-SXM4-80GB", MODEL, "no block sizes for device 'NVIDIA A100-SXM4-80GB'"),
+        (
+            "tpu",
+            "TPU v5e",
+            dataclasses.replace(MODEL, dtype="float16"),
+            "take weights in bfloat16 or float32, got float16",
+        ),
+        ("gpu", "NVIDIA H200", dataclasses.replace(MODEL, head_dim=320), "heads of at most 256, got head_dim=320"),
+    ],
+)
 def test_where_they_do_not_fit_auto_says_so_and_a_name_is_refused(platform, kind, model, why, monkeypatch, caplog):
     on_a(monkeypatch, platform, kind)
     with caplog.at_level(logging.WARNING):
@@ -186,9 +228,14 @@ def test_where_they_do_not_fit_auto_says_so_and_a_name_is_refused(platform, kind
 
 
 def test_names_that_are_refused():
-    for make in (lambda: EngineConfig(kernels="palas_gpu"), lambda: LLM.from_params(MODEL, None, kernels="palas_gpu"),
-                 lambda: choose_kernels("palas_gpu", MODEL)):
-        with pytest.raises(ValueError, match="kernels must be one of auto, xla, .*, got 'palas_gpu', did you mean 'pallas_gpu'"):
+    for make in (
+        lambda: EngineConfig(kernels="palas_gpu"),
+        lambda: LLM.from_params(MODEL, None, kernels="palas_gpu"),
+        lambda: choose_kernels("palas_gpu", MODEL),
+    ):
+        with pytest.raises(
+            ValueError, match="kernels must be one of auto, xla, .*, got 'palas_gpu', did you mean 'pallas_gpu'"
+        ):
             make()
     with pytest.raises(ValueError, match="no block sizes for device 'cpu'"):
         LLM.from_params(MODEL, None, kernels="pallas_tpu")
@@ -202,7 +249,9 @@ def test_a_page_size_that_the_tile_has_not_is_refused():
 @pytest.mark.parametrize("side", ["keys", "values"])
 def test_the_canary_sees_each_word(side):
     kernels = choose_kernels(INTERPRETED, dataclasses.replace(MODEL, dtype="bfloat16"))
-    pools = [jnp.ones(pool.shape, pool.dtype) for pool in kernels.pools(dataclasses.replace(MODEL, dtype="bfloat16"), 3, 32)]
+    pools = [
+        jnp.ones(pool.shape, pool.dtype) for pool in kernels.pools(dataclasses.replace(MODEL, dtype="bfloat16"), 3, 32)
+    ]
     cache = Cache((pools[0],), (pools[1],), jnp.zeros((1, 1), jnp.int32))
     sums = lambda cache: np.asarray(steps.token_sums(cache, jnp.array([1, 2]), kernels=kernels))
     for head, word in ((0, 0), (1, 31)):

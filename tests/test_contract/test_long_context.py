@@ -2,6 +2,7 @@
 
 One batch of a few tokens beside the longest context, in as many ways as time allows, by bits. 4k runs by default, 16k and 40k as slow.
 """
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,9 +27,14 @@ class Long:
         lengths, rng = (3, longest, 300, longest // 4 + 1, 65), np.random.default_rng(0)
         whole = rng.integers(0, self.llm.config.vocab_size, longest).tolist()
         self.prompts = [whole[-n:] for n in lengths]
-        self.prompts[3] = whole[: lengths[3]] + [5, 6]  # what it shares with the longest can be found in the prefix cache
-        self.sampling = [SamplingParams(max_tokens=NEW, temperature=t, top_p=p, key=sample_key(jax.random.key(1), i, 0))
-                         for i, (t, p) in enumerate([(1.0, 1.0), (1.0, 1.0), (0.0, 1.0), (0.7, 0.9), (1.3, 0.95)])]
+        self.prompts[3] = whole[: lengths[3]] + [
+            5,
+            6,
+        ]  # what it shares with the longest can be found in the prefix cache
+        self.sampling = [
+            SamplingParams(max_tokens=NEW, temperature=t, top_p=p, key=sample_key(jax.random.key(1), i, 0))
+            for i, (t, p) in enumerate([(1.0, 1.0), (1.0, 1.0), (0.0, 1.0), (0.7, 0.9), (1.3, 0.95)])
+        ]
         with self.llm.engine.adjusted(enable_prefix_caching=False):
             self.outputs = self.run()
         self.expected = bits(self.outputs)
@@ -85,7 +91,9 @@ def test_drift_is_small(length):
 
 TRAINED = 256
 ROPES = {
-    "default": RopeConfig(1e4), "linear": RopeConfig(1e4, "linear", 4.0), "llama3": RopeConfig(5e5, "llama3", 8.0, TRAINED),
+    "default": RopeConfig(1e4),
+    "linear": RopeConfig(1e4, "linear", 4.0),
+    "llama3": RopeConfig(5e5, "llama3", 8.0, TRAINED),
     "yarn": RopeConfig(1e4, "yarn", 4.0, TRAINED, attention_factor=0.1 * np.log(4.0) + 1),
 }
 
@@ -93,10 +101,14 @@ ROPES = {
 def rope_model(kind: str, **changes):
     """`default` has no stretch: the length that it was trained for is where it ends."""
     length = TRAINED if kind == "default" else 4 * TRAINED
-    return random_model("Llama", rope=ROPES[kind], num_hidden_layers=1, vocab_size=300, max_position_embeddings=length, **changes)
+    return random_model(
+        "Llama", rope=ROPES[kind], num_hidden_layers=1, vocab_size=300, max_position_embeddings=length, **changes
+    )
 
 
-@pytest.mark.parametrize("kind", ["yarn", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("default", "linear", "llama3"))])
+@pytest.mark.parametrize(
+    "kind", ["yarn", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("default", "linear", "llama3"))]
+)
 def test_rope_below_at_and_past_the_trained_length(kind):
     """Every position of prompts that end around it, and the tokens drawn there, against plain float32; in chunks and scored, by bits."""
     config, params = rope_model(kind)
@@ -110,7 +122,9 @@ def test_rope_below_at_and_past_the_trained_length(kind):
     for output in outputs:
         prompt, sample = output.prompt_token_ids, output.outputs[0]
         tokens = prompt + sample.token_ids
-        expected = np.asarray(reference(jnp.array(tokens + [0] * (most - len(tokens)))))[np.arange(len(tokens) - 1), tokens[1:]]
+        expected = np.asarray(reference(jnp.array(tokens + [0] * (most - len(tokens)))))[
+            np.arange(len(tokens) - 1), tokens[1:]
+        ]
         found = [entry[token].logprob for entry, token in zip(output.prompt_logprobs[1:], prompt[1:], strict=True)]
         np.testing.assert_allclose([*found, *sample.token_logprobs], expected, rtol=0, atol=2e-4)
         assert len(tokens) == min(len(prompt) + 20, most)

@@ -3,6 +3,7 @@
 `needle` names the one token that each position looked for, `counting` says how many tokens of each class a position saw: at all lengths
 around blocks, pages and tiles and over thousands of positions, prefilled in chunks, decoded, and on cached pages, in shuffled pages.
 """
+
 import numpy as np
 import pytest
 from position_models import CLASSES, counting, counts, needle
@@ -24,8 +25,16 @@ GREEDY = SamplingParams(max_tokens=NEW, temperature=0.0)
 def llm_of(config, params, page_size=32, chunk=256, longest=LONGEST) -> LLM:
     """An engine whose free pages lie in random order. Equal sizes compile once, whatever the weights."""
     num_pages = sum(-(-(n + 2 * NEW) // page_size) for n in (*EDGES, longest)) + 16
-    llm = LLM.from_params(config, params, max_model_len=longest + 2 * NEW, page_size=page_size, num_pages=num_pages, max_num_seqs=32,
-                          max_num_batched_tokens=chunk, compile_patience=10**6)
+    llm = LLM.from_params(
+        config,
+        params,
+        max_model_len=longest + 2 * NEW,
+        page_size=page_size,
+        num_pages=num_pages,
+        max_num_seqs=32,
+        max_num_batched_tokens=chunk,
+        compile_patience=10**6,
+    )
     np.random.default_rng(0).shuffle(llm.engine.scheduler.page_pool._free)
     return llm
 
@@ -48,7 +57,9 @@ def test_every_prefilled_position_finds_its_needle(page_size, chunk, dtype):
     targets[source] = source[rng.integers(0, np.arange(LONGEST) + 1)]
     llm = needle_llm(targets, LONGEST, dtype, page_size=page_size, chunk=chunk)
     prompts = [source[:n].tolist() for n in lengths]
-    for prompt, output in zip(prompts, llm.generate(prompts, GREEDY.replace(max_tokens=1, prompt_logprobs=1)), strict=True):
+    for prompt, output in zip(
+        prompts, llm.generate(prompts, GREEDY.replace(max_tokens=1, prompt_logprobs=1)), strict=True
+    ):
         named = [likeliest(entry) for entry in output.prompt_logprobs[1:]] + output.outputs[0].token_ids
         assert named == targets[prompt].tolist(), f"prompt of {len(prompt)} tokens"
 
@@ -98,7 +109,9 @@ def counted(llm: LLM, prompts: list[list[int]], params: SamplingParams) -> None:
         entries = [(i, entry) for i, entry in before if i] + [(n + i, entry) for i, entry in enumerate(sample.logprobs)]
         found = np.array([counts(entry, i) for i, entry in entries])
         off = np.abs(found - expected[[i - 1 for i, _ in entries]]).max(1)
-        assert (off < 0.25).all(), f"prompt of {n} tokens: behind {entries[off.argmax()][0]} tokens a count is off by {off.max():.2f}"
+        assert (off < 0.25).all(), (
+            f"prompt of {n} tokens: behind {entries[off.argmax()][0]} tokens a count is off by {off.max():.2f}"
+        )
 
 
 def marked(lengths, seed: int = 3) -> list[list[int]]:
@@ -152,12 +165,28 @@ def page_twice(tables):
 
 PAGES = KV_TILE // 32
 PLANTS = {
-    "the token itself is not seen": (xla, "paged_attention", attention(lambda tables, positions: (tables, positions - 1))),
+    "the token itself is not seen": (
+        xla,
+        "paged_attention",
+        attention(lambda tables, positions: (tables, positions - 1)),
+    ),
     "a token behind is seen": (xla, "paged_attention", attention(lambda tables, positions: (tables, positions + 1))),
-    "a tile is dropped": (xla, "paged_attention", attention(lambda t, positions: (t.at[:, PAGES : 2 * PAGES].set(0), positions))),
-    "a tile is read twice": (xla, "paged_attention", attention(lambda t, p: (t.at[:, PAGES : 2 * PAGES].set(t[:, :PAGES]), p))),
+    "a tile is dropped": (
+        xla,
+        "paged_attention",
+        attention(lambda t, positions: (t.at[:, PAGES : 2 * PAGES].set(0), positions)),
+    ),
+    "a tile is read twice": (
+        xla,
+        "paged_attention",
+        attention(lambda t, p: (t.at[:, PAGES : 2 * PAGES].set(t[:, :PAGES]), p)),
+    ),
     "a page is in a table twice": (BatchBuilder, "sync_tables", of_tables(page_twice)),
-    "a cached page in place of others": (PagePool, "match", lambda real: lambda self, *request: real(self, *request)[:1] * 5),
+    "a cached page in place of others": (
+        PagePool,
+        "match",
+        lambda real: lambda self, *request: real(self, *request)[:1] * 5,
+    ),
 }
 
 

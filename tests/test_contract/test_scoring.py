@@ -1,4 +1,5 @@
 """The contract, C11: what the trainer computes has the bits that `generate` reported; its gradients are those of a plain float32 model."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,8 +19,13 @@ class Scored:
 
     def __init__(self, case: Case) -> None:
         self.config, self.params = case.config, case.params
-        cut = SamplingParams(temperature=0.7, top_p=0.9, top_k=20, repetition_penalty=1.1, presence_penalty=0.3, max_tokens=20, n=2)
-        self.sampling = [p.replace(n=1) for p in case.sampling[::3]] + [cut, cut.replace(n=1, temperature=1.4, min_p=0.05, min_tokens=5)]
+        cut = SamplingParams(
+            temperature=0.7, top_p=0.9, top_k=20, repetition_penalty=1.1, presence_penalty=0.3, max_tokens=20, n=2
+        )
+        self.sampling = [p.replace(n=1) for p in case.sampling[::3]] + [
+            cut,
+            cut.replace(n=1, temperature=1.4, min_p=0.05, min_tokens=5),
+        ]
         prompts = case.prompts[::3] + [case.prompts[7], case.prompts[12]]
         self.outputs = case.engine().generate(prompts, self.sampling, key=jax.random.key(3))
         self.rollout = Rollout.from_outputs(self.outputs)
@@ -27,7 +33,9 @@ class Scored:
 
     def score(self, params=None, rows=slice(None), padding=0, **how):
         tokens, mask = (np.pad(x[rows], ((0, 0), (0, padding))) for x in (self.rollout.tokens, self.rollout.mask))
-        return jaxengine.score(self.params if params is None else params, tokens, mask, self.each[rows], config=self.config, **how)
+        return jaxengine.score(
+            self.params if params is None else params, tokens, mask, self.each[rows], config=self.config, **how
+        )
 
 
 QUICK = [("Qwen3", "bfloat16", 1)]
@@ -89,6 +97,7 @@ def test_the_base_tile_gives_the_same(scored):
 
 # -- one model -----------------------------------------------------------------------------------------------------------------------
 
+
 @pytest.fixture(scope="module")
 def small():
     """float32, whose gradients a plain model can be compared with."""
@@ -133,11 +142,14 @@ def test_gradients_of_a_cut_distribution(small):
 
 def test_memory_is_one_layers_activations(small):
     """Temporaries of a gradient grow by one array with a layer: the residual stream in front of it."""
+
     def temporaries(layers: int) -> int:
         config, params = random_model(num_hidden_layers=layers, vocab_size=300)
         tokens, mask = np.zeros((8, 256), np.int32), np.ones((8, 256), bool)
         mask[:, 0] = False
-        compiled = jax.jit(jax.grad(lambda p: jaxengine.score(p, tokens, mask, config=config).sum())).lower(params).compile()
+        compiled = (
+            jax.jit(jax.grad(lambda p: jaxengine.score(p, tokens, mask, config=config).sum())).lower(params).compile()
+        )
         return compiled.memory_analysis().temp_size_in_bytes
 
     # q, k, v, what attention gives, and the gates are 14 more; all of them are kept where nothing is computed again.
@@ -149,8 +161,11 @@ def test_memory_is_one_layers_activations(small):
 def test_constants_of_the_callers_program_change_nothing(small):
     """Tokens that are constants, and even sampling parameters, must not let the compiler unroll or fold."""
     config, params = small
-    rollout = Rollout.from_outputs(make_llm(config, params).generate([[1, 2, 3]], SamplingParams(temperature=0.7, max_tokens=9, n=3),
-                                                                     key=jax.random.key(0)))
+    rollout = Rollout.from_outputs(
+        make_llm(config, params).generate(
+            [[1, 2, 3]], SamplingParams(temperature=0.7, max_tokens=9, n=3), key=jax.random.key(0)
+        )
+    )
     cut = SamplingParams(temperature=0.7)
     closed = jax.jit(lambda p: jaxengine.score(p, rollout.tokens, rollout.mask, cut, config=config))(params)
     given = jax.jit(lambda t, m: jaxengine.score(params, t, m, cut, config=config))(rollout.tokens, rollout.mask)
@@ -160,7 +175,9 @@ def test_constants_of_the_callers_program_change_nothing(small):
 def test_other_parameters_score_other_bits(small):
     """The control: the comparison sees another temperature, and a plain forward pass."""
     config, params = small
-    rollout = Rollout.from_outputs(make_llm(config, params).generate([[1, 2, 3]], SamplingParams(max_tokens=30), key=jax.random.key(0)))
+    rollout = Rollout.from_outputs(
+        make_llm(config, params).generate([[1, 2, 3]], SamplingParams(max_tokens=30), key=jax.random.key(0))
+    )
     expected = bits(rollout.logprobs)
     assert (bits(jaxengine.score(params, rollout.tokens, rollout.mask, config=config)) == expected).all()
     hot = SamplingParams(temperature=1.01)
@@ -169,14 +186,17 @@ def test_other_parameters_score_other_bits(small):
     assert (bits(reference) != expected).any() and np.abs(np.asarray(reference) - rollout.logprobs).max() < 1e-4
 
 
-@pytest.mark.parametrize("tokens, mask, error", [
-    ([1, 2], [True, True], r"one shape \[B, T\], got \[2\] and \[2\]"),
-    ([[1, 2]], [[True]], r"got \[1, 2\] and \[1, 1\]"),
-    ([[1.0, 2.0]], [[False, True]], "must be integers"),
-    ([[1, 2]], [[0, 1]], "mask booleans"),
-    ([[1, 300]], [[False, True]], r"tokens\[0, 1\] is 300 under the mask: the vocabulary is 0 … 299"),
-    ([[1, 2]], [[True, True]], r"mask\[0, 0\] is True"),
-])
+@pytest.mark.parametrize(
+    "tokens, mask, error",
+    [
+        ([1, 2], [True, True], r"one shape \[B, T\], got \[2\] and \[2\]"),
+        ([[1, 2]], [[True]], r"got \[1, 2\] and \[1, 1\]"),
+        ([[1.0, 2.0]], [[False, True]], "must be integers"),
+        ([[1, 2]], [[0, 1]], "mask booleans"),
+        ([[1, 300]], [[False, True]], r"tokens\[0, 1\] is 300 under the mask: the vocabulary is 0 … 299"),
+        ([[1, 2]], [[True, True]], r"mask\[0, 0\] is True"),
+    ],
+)
 def test_what_is_no_batch_is_refused(small, tokens, mask, error):
     config, params = small
     with pytest.raises(ValueError, match=error):

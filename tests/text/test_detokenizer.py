@@ -1,4 +1,5 @@
 """Detokenizer: whatever the chunks, the joined deltas are the text decoded whole and cut where a naive search finds the first stop."""
+
 import itertools
 
 import pytest
@@ -57,7 +58,9 @@ def run(chunks, **options) -> tuple[Detokenizer, list[str], tuple[int, str] | No
 def complete(ids: list[int], skip: bool) -> str:
     """The decoded text without a last character whose bytes are not all there: some byte behind it would change it."""
     text = BACKEND.decode(ids, skip_special_tokens=skip)
-    grows = [BACKEND.decode([*ids, *bytes_of(bytes([byte]))], skip_special_tokens=skip) for byte in (0x80, 0x90, 0xA0, 0xBF)]
+    grows = [
+        BACKEND.decode([*ids, *bytes_of(bytes([byte]))], skip_special_tokens=skip) for byte in (0x80, 0x90, 0xA0, 0xBF)
+    ]
     return text[:-1] if any(len(longer) == len(text) for longer in grows) else text
 
 
@@ -66,17 +69,25 @@ def reference(ids, *, stop, include_stop_str_in_output, skip_special_tokens, min
     done = 0
     for count in range(1, len(ids) + 1):
         text = complete(ids[:count], skip_special_tokens)
-        ends = [(end, -len(string), string) for string in stop for end in range(done + 1, len(text) + 1) if text[:end].endswith(string)]
+        ends = [
+            (end, -len(string), string)
+            for string in stop
+            for end in range(done + 1, len(text) + 1)
+            if text[:end].endswith(string)
+        ]
         if ends and count > min_tokens:
             end, minus_length, string = min(ends)
-            return text[:end if include_stop_str_in_output else end + minus_length], (count, string)
+            return text[: end if include_stop_str_in_output else end + minus_length], (count, string)
         done = len(text)
     return BACKEND.decode(ids, skip_special_tokens=skip_special_tokens), None
 
 
 PIECES = st.sampled_from(["a", "b", "c", "ab", "abc", " a", "€", "😀", "é", "<|end|>"]).map(
-    lambda text: TOKENIZER.encode(text, allow_special_tokens=True))
-BYTES = st.sampled_from([b"\xf0", b"\x9f", b"\x98", b"\x80", b"\xe2\x82", b"\xff", b"a", "\ufffd".encode()]).map(bytes_of)
+    lambda text: TOKENIZER.encode(text, allow_special_tokens=True)
+)
+BYTES = st.sampled_from([b"\xf0", b"\x9f", b"\x98", b"\x80", b"\xe2\x82", b"\xff", b"a", "\ufffd".encode()]).map(
+    bytes_of
+)
 ANY = st.integers(0, TOKENIZER.vocab_size + 1).map(lambda token: [token])
 TOKENS = st.lists(st.one_of(PIECES, BYTES, ANY), max_size=12).map(lambda parts: list(itertools.chain(*parts)))
 STOPS = st.lists(st.text("abc €😀\ufffd", min_size=1, max_size=4), max_size=4)
@@ -105,8 +116,12 @@ def test_what_was_shown_is_never_taken_back(ids, stop):
 def test_tokens_that_mean_another_thing_at_the_beginning_of_a_text(ids, skip):
     """▁ is a space but before the first word; 😀 comes as bytes; skipped and unknown ids (13) are no first word."""
     words = ["<s>", "▁", "a", "▁a", "▁▁b", "<0xF0>", "<0x9F>", "<0x98>", "<0x80>", "<0x20>", "<0x0A>", "é", "</s>"]
-    backend = tokenizers.Tokenizer(models.BPE(vocab={word: index for index, word in enumerate(words)}, merges=[], byte_fallback=True))
-    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    backend = tokenizers.Tokenizer(
+        models.BPE(vocab={word: index for index, word in enumerate(words)}, merges=[], byte_fallback=True)
+    )
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
     backend.add_special_tokens(["<s>", "</s>"])
     tokenizer = Tokenizer(backend)
     text = Detokenizer(tokenizer, skip_special_tokens=skip)
@@ -143,16 +158,19 @@ def test_finish_twice_changes_nothing_and_nothing_may_follow():
         text.push(ids_of("a"))
 
 
-@pytest.mark.parametrize("stop, expected, consumed, found", [
-    (["bc"], "a", 1, "bc"),  # inside a token
-    (["ca"], "ab", 2, "ca"),  # across tokens
-    (["cabc"], "ab", 2, "cabc"),
-    (["abcab", "bc"], "a", 1, "bc"),  # the one that ends first, though it begins later
-    (["c", "bc", "abc"], "", 1, "abc"),  # all end together: the longest
-    (["cab", "abca"], "", 2, "abca"),  # overlapping: abca ends first
-    (["abcabcx", "bcab"], "a", 2, "bcab"),  # what was held for a longer one is let go
-    (["abcabcabcabcx"], "abcabcabc", None, None),
-])
+@pytest.mark.parametrize(
+    "stop, expected, consumed, found",
+    [
+        (["bc"], "a", 1, "bc"),  # inside a token
+        (["ca"], "ab", 2, "ca"),  # across tokens
+        (["cabc"], "ab", 2, "cabc"),
+        (["abcab", "bc"], "a", 1, "bc"),  # the one that ends first, though it begins later
+        (["c", "bc", "abc"], "", 1, "abc"),  # all end together: the longest
+        (["cab", "abca"], "", 2, "abca"),  # overlapping: abca ends first
+        (["abcabcx", "bcab"], "a", 2, "bcab"),  # what was held for a longer one is let go
+        (["abcabcabcabcx"], "abcabcabc", None, None),
+    ],
+)
 def test_stop_strings(stop, expected, consumed, found):
     text, _, stopped = run([ids_of("abc"), ids_of("abc"), ids_of("abc")], stop=stop)
     assert text.text == expected
@@ -213,6 +231,7 @@ def test_time_is_linear_in_tokens_and_characters(monkeypatch):
         def call(*args):
             counts[name] += 1
             return function(*args)
+
         return call
 
     monkeypatch.setattr(tokenizer.pieces, "piece", counted("piece", tokenizer.pieces.piece))

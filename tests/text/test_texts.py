@@ -1,4 +1,5 @@
 """Text through the engine: stop strings and stop tokens, streams, chats, and samples that go on. Tokens and bits are those without it."""
+
 import jax
 import pytest
 from conftest import bits, make_llm
@@ -35,9 +36,18 @@ def test_a_stop_string_cuts_the_text_and_moves_no_bit(llm, params, whole):
         cut = params.replace(stop=["never", stop], include_stop_str_in_output=include)
         first, second = llm.generate([PROMPT, OTHER], [cut, params], key=KEY)
         sample, expected = first.outputs[0], whole[0].outputs[0]
-        assert (sample.text, sample.finish_reason, sample.stop_reason) == (text[:end] if include else text[: end - 2], "stop", stop)
-        assert sample.token_ids == expected.token_ids[:end] and len(sample.logprobs) == len(sample.token_logprobs) == end
-        assert sample.token_logprobs.tobytes() == expected.token_logprobs[:end].tobytes() and sample.logprobs == expected.logprobs[:end]
+        assert (sample.text, sample.finish_reason, sample.stop_reason) == (
+            text[:end] if include else text[: end - 2],
+            "stop",
+            stop,
+        )
+        assert (
+            sample.token_ids == expected.token_ids[:end] and len(sample.logprobs) == len(sample.token_logprobs) == end
+        )
+        assert (
+            sample.token_logprobs.tobytes() == expected.token_logprobs[:end].tobytes()
+            and sample.logprobs == expected.logprobs[:end]
+        )
         assert bits([second]) == bits([whole[1]])
 
 
@@ -75,16 +85,23 @@ def test_prompt_logprobs_are_the_same_behind_a_cached_prefix(llm, params):
     asked = params.replace(prompt_logprobs=2, max_tokens=3)
     prompt = {"prompt_token_ids": list(range(1, 80)), "cache_salt": "prompt logprobs"}
     cold, warm = (llm.generate([prompt], asked, key=KEY)[0] for _ in range(2))
-    assert len(cold.prompt_logprobs) == 79 and cold.prompt_logprobs[0] is None and warm.prompt_logprobs == cold.prompt_logprobs
+    assert (
+        len(cold.prompt_logprobs) == 79
+        and cold.prompt_logprobs[0] is None
+        and warm.prompt_logprobs == cold.prompt_logprobs
+    )
     assert bits([warm]) == bits([cold])
 
 
 # -- samples that go on ------------------------------------------------------------------------------------------------------------
 
+
 def test_going_on_with_a_stop_string_that_is_there_already_is_refused(llm, params, whole):
     begun = llm.generate(PROMPT, params.replace(max_tokens=8), key=KEY)
     text = begun[0].outputs[0].text
-    with pytest.raises(ValueError, match=rf"stop has '{text[2:4]}', which ends at token {text.index(text[2:4]) + 1} of sample 0"):
+    with pytest.raises(
+        ValueError, match=rf"stop has '{text[2:4]}', which ends at token {text.index(text[2:4]) + 1} of sample 0"
+    ):
         llm.extend(begun, params.replace(stop=[text[2:4]]))
     assert not llm.engine.requests
     llm.engine.scheduler.check_integrity()
@@ -95,7 +112,9 @@ def test_going_on_changes_nothing_of_a_sample_that_ended(llm, params, whole):
     sample = whole[0].outputs[0]
     for how in (dict(stop_token_ids=[sample.token_ids[5]]), dict(stop=[sample.text[4:6]])):
         ended = llm.generate(PROMPT, params.replace(**how), key=KEY)
-        again = llm.extend(ended, params.replace(stop_token_ids=how.get("stop_token_ids", ()), stop=[*how.get("stop", ()), "never"]))
+        again = llm.extend(
+            ended, params.replace(stop_token_ids=how.get("stop_token_ids", ()), stop=[*how.get("stop", ()), "never"])
+        )
         assert bits(again) == bits(ended) and again[0].outputs[0].text == ended[0].outputs[0].text
 
 
@@ -118,12 +137,15 @@ def test_going_on_stops_at_a_limit_that_was_passed(llm, params):
 
 # -- calls -------------------------------------------------------------------------------------------------------------------------
 
+
 def test_a_call_that_is_refused_draws_nothing(tiny):
     """Without a key each call takes the next one; a refused call takes none."""
     first, second = (make_llm(tiny.config, tiny.params, compile_patience=1_000_000) for _ in range(2))
     with pytest.raises(ValueError, match=r"prompts\[1\] is empty"):
         first.generate([[1], []])
-    assert bits(first.generate([[1, 2]], SamplingParams(max_tokens=4))) == bits(second.generate([[1, 2]], SamplingParams(max_tokens=4)))
+    assert bits(first.generate([[1, 2]], SamplingParams(max_tokens=4))) == bits(
+        second.generate([[1, 2]], SamplingParams(max_tokens=4))
+    )
 
 
 @pytest.mark.parametrize("shown", [False, True])

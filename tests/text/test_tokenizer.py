@@ -1,4 +1,5 @@
 """Tokenizer: ids as the tokenizers library makes them, except that text never makes a control token."""
+
 import json
 import logging
 import subprocess
@@ -18,10 +19,22 @@ SPECIAL = ["<|begin|>", "<|im_start|>", "<|im_end|>"]
 
 def byte_level() -> tokenizers.Tokenizer:
     vocab = {character: index for index, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    merges = [("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o"), ("Ġ", "hello"), ("<", "|"), ("<", "ï"), ("ð", "Ł"),
-              ("âĤ", "¬"), ("â", "Ĥ")]
+    merges = [
+        ("h", "e"),
+        ("l", "l"),
+        ("he", "ll"),
+        ("hell", "o"),
+        ("Ġ", "hello"),
+        ("<", "|"),
+        ("<", "ï"),
+        ("ð", "Ł"),
+        ("âĤ", "¬"),
+        ("â", "Ĥ"),
+    ]
     vocab |= {left + right: len(vocab) + index for index, (left, right) in enumerate(merges)}
-    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=sorted(merges, key=lambda pair: len(pair[0] + pair[1]))))
+    backend = tokenizers.Tokenizer(
+        models.BPE(vocab=vocab, merges=sorted(merges, key=lambda pair: len(pair[0] + pair[1])))
+    )
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(SPECIAL)
@@ -33,12 +46,32 @@ def byte_level() -> tokenizers.Tokenizer:
 
 def sentencepiece() -> tokenizers.Tokenizer:
     """As Llama 2's: ▁ for a space, one before the first word, unknown characters as bytes."""
-    words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "▁a", "▁b", "▁ab", "é", "<", "/", "s", ">"]
+    words = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        "▁",
+        "a",
+        "b",
+        "▁a",
+        "▁b",
+        "▁ab",
+        "é",
+        "<",
+        "/",
+        "s",
+        ">",
+    ]
     vocab = {word: index for index, word in enumerate(words)}
     merges = [("▁", "a"), ("▁", "b"), ("▁a", "b")]
-    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    backend = tokenizers.Tokenizer(
+        models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    )
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
     backend.add_special_tokens(["<unk>", "<s>", "</s>"])
     return backend
 
@@ -189,8 +222,10 @@ def test_a_decoder_that_looks_ahead_is_refused():
 
 def test_loading_imports_no_torch_and_gives_no_advice(tmp_path):
     save(tmp_path, byte_level())
-    code = (f"import sys; from jaxengine.text.tokenizer import Tokenizer; assert 'transformers' not in sys.modules; "
-            f"Tokenizer.load({str(tmp_path)!r}); assert 'transformers' in sys.modules; assert 'torch' not in sys.modules")
+    code = (
+        f"import sys; from jaxengine.text.tokenizer import Tokenizer; assert 'transformers' not in sys.modules; "
+        f"Tokenizer.load({str(tmp_path)!r}); assert 'transformers' in sys.modules; assert 'torch' not in sys.modules"
+    )
     run = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
     assert not logging.getLogger("transformers").filters

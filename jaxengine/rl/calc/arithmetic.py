@@ -1,4 +1,5 @@
 """Arithmetic written out as text: problems with one right answer, for training a small model and for rewarding it."""
+
 import dataclasses
 import hashlib
 import random
@@ -92,5 +93,10 @@ def _mixed(rng: random.Random) -> Problem:
     return Problem(text.format(a, b, c), str(value(a, b, c)))
 
 
-KINDS: dict[str, Callable[[random.Random], Problem]] = {"sum": _sum, "difference": _difference, "product": _product, "mixed": _mixed}
+KINDS: dict[str, Callable[[random.Random], Problem]] = {
+    "sum": _sum,
+    "difference": _difference,
+    "product": _product,
+    "mixed": _mixed,
+}
 _SHARES = ["sum", "sum", "sum", "difference", "difference", "difference", "product", "product", "mixed", "mixed"]

@@ -3,6 +3,7 @@
 `python -m jaxengine.rl.calc.train OUT_DIR` writes the whole model folder, with what was measured in its README.md. The forward pass
 is `rl.scoring.token_logprobs`, the one that reinforcement learning uses. Training stops long before the model knows what its size allows.
 """
+
 import argparse
 import dataclasses
 import datetime
@@ -47,9 +48,19 @@ CHAT_EVERY = 16  # of so many examples one is a chat
 HELD_OUT_PROBLEMS = 2000
 
 CONFIG = ModelConfig(
-    architecture="Qwen3ForCausalLM", vocab_size=256 + len(SPECIAL_TOKENS), hidden_size=192, intermediate_size=384, num_hidden_layers=3,
-    num_attention_heads=8, num_key_value_heads=4, head_dim=32, max_position_embeddings=1024, tie_word_embeddings=True, qk_norm=True,
-    eos_token_ids=(256 + SPECIAL_TOKENS.index(END),))
+    architecture="Qwen3ForCausalLM",
+    vocab_size=256 + len(SPECIAL_TOKENS),
+    hidden_size=192,
+    intermediate_size=384,
+    num_hidden_layers=3,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    head_dim=32,
+    max_position_embeddings=1024,
+    tie_word_embeddings=True,
+    qk_norm=True,
+    eos_token_ids=(256 + SPECIAL_TOKENS.index(END),),
+)
 
 
 def build_tokenizer() -> tokenizers.Tokenizer:
@@ -58,7 +69,9 @@ def build_tokenizer() -> tokenizers.Tokenizer:
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({symbol: i for i, symbol in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    tokenizer.add_special_tokens(
+        [tokenizers.AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
+    )
     return tokenizer
 
 
@@ -76,8 +89,9 @@ def examples(stream: Iterable[Problem]) -> Iterator[tuple[str, str]]:
         yield prompt, problem.answer + END
 
 
-def packed_rows(tokenizer: tokenizers.Tokenizer, pairs: Iterable[tuple[str, str]], per_row: int | None = None
-                ) -> Iterator[tuple[list[int], list[bool]]]:
+def packed_rows(
+    tokenizer: tokenizers.Tokenizer, pairs: Iterable[tuple[str, str]], per_row: int | None = None
+) -> Iterator[tuple[list[int], list[bool]]]:
     """Rows of LENGTH tokens and where they are completions: as many examples as fit, or `per_row`; the rest is padding, -1."""
     row, mask, held = [], [], 0
     for prompt, completion in pairs:
@@ -134,23 +148,29 @@ def train(tokenizer: tokenizers.Tokenizer, *, seed: int, steps: int) -> Decoder:
     return state[0]
 
 
-def grade(config: ModelConfig, weights: Decoder, tokenizer: tokenizers.Tokenizer, asked: list[Problem], *, chat: bool = False
-          ) -> tuple[Bool[np.ndarray, " n"], Float[np.ndarray, " n"]]:
+def grade(
+    config: ModelConfig, weights: Decoder, tokenizer: tokenizers.Tokenizer, asked: list[Problem], *, chat: bool = False
+) -> tuple[Bool[np.ndarray, " n"], Float[np.ndarray, " n"]]:
     """Of each problem: whether the greedy completion is the answer, and the probability that a completion sampled at temperature 1 is.
 
     Found without sampling: a greedy completion is the answer exactly when each token of it and of the end is the likeliest there.
     """
     pairs = ((chat_prompt(problem.prompt) if chat else problem.prompt, problem.answer + END) for problem in asked)
-    graded = [jax.device_get(_grade(config, weights, *batch)) for batch in batches(packed_rows(tokenizer, pairs, per_row=1))]
+    graded = [
+        jax.device_get(_grade(config, weights, *batch)) for batch in batches(packed_rows(tokenizer, pairs, per_row=1))
+    ]
     right, probability = (np.concatenate(parts)[: len(asked)] for parts in zip(*graded, strict=True))
     return right, probability
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _grade(config: ModelConfig, weights: Decoder, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]
-           ) -> tuple[Bool[Array, " B"], Float[Array, " B"]]:
+def _grade(
+    config: ModelConfig, weights: Decoder, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]
+) -> tuple[Bool[Array, " B"], Float[Array, " B"]]:
     x = hidden_states(config, XLA, weights, jnp.maximum(tokens, 0), (tokens >= 0).sum(-1))
-    logits = decoder.logits(config, XLA, weights.norm, weights.embed, x.reshape(-1, config.hidden_size)).reshape(*tokens.shape, -1)[:, :-1]
+    logits = decoder.logits(config, XLA, weights.norm, weights.embed, x.reshape(-1, config.hidden_size)).reshape(
+        *tokens.shape, -1
+    )[:, :-1]
     targets, mask = jnp.maximum(tokens[:, 1:], 0), mask[:, 1:]
     logprobs = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
     return ((logits.argmax(-1) == targets) | ~mask).all(-1), jnp.exp(jnp.where(mask, logprobs, 0.0).sum(-1))
@@ -160,11 +180,25 @@ def write_tokenizer(folder: Path, tokenizer: tokenizers.Tokenizer) -> None:
     """tokenizer.json, tokenizer_config.json and the chat template, as transformers reads them."""
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
-    _write_json(folder / "tokenizer_config.json", {
-        "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "pad_token": PAD, "clean_up_tokenization_spaces": False,
-        "model_max_length": CONFIG.max_position_embeddings})
-    _write_json(folder / "generation_config.json", {
-        "do_sample": True, "temperature": 1.0, "eos_token_id": tokenizer.token_to_id(END), "pad_token_id": tokenizer.token_to_id(PAD)})
+    _write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": END,
+            "pad_token": PAD,
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": CONFIG.max_position_embeddings,
+        },
+    )
+    _write_json(
+        folder / "generation_config.json",
+        {
+            "do_sample": True,
+            "temperature": 1.0,
+            "eos_token_id": tokenizer.token_to_id(END),
+            "pad_token_id": tokenizer.token_to_id(PAD),
+        },
+    )
 
 
 def _write_json(path: Path, value: dict) -> None:
@@ -179,8 +213,13 @@ def report(weights: Decoder, tokenizer: tokenizers.Tokenizer, *, seed: int, step
     right, probability = grade(config, rounded, tokenizer, asked)
     kinds = np.array([problem.kind for problem in asked])
     chosen = {kind: kinds == kind for kind in KINDS} | {"all": kinds != ""}
-    table = "\n".join(f"| {name} | {c.sum()} | {right[c].mean():.3f} | {probability[c].mean():.3f} |" for name, c in chosen.items())
-    single, chats = grade(CONFIG, weights, tokenizer, asked)[0].mean(), grade(config, rounded, tokenizer, asked, chat=True)[0].mean()
+    table = "\n".join(
+        f"| {name} | {c.sum()} | {right[c].mean():.3f} | {probability[c].mean():.3f} |" for name, c in chosen.items()
+    )
+    single, chats = (
+        grade(CONFIG, weights, tokenizer, asked)[0].mean(),
+        grade(config, rounded, tokenizer, asked, chat=True)[0].mean(),
+    )
     size = sum(array.size for array in jax.tree.leaves(weights))
     size -= (CONFIG.padded_vocab_size - CONFIG.vocab_size) * CONFIG.hidden_size
     return f"""# calc

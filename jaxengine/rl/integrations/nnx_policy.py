@@ -2,6 +2,7 @@
 
 Values inside `nnx.value_and_grad` are the ones that `generate` reported; `nnx.Optimizer` and optax train it as any other module.
 """
+
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -55,15 +56,30 @@ class Policy(nnx.Module):
         """
         return all_logits(self.config, self.kernels, self.params, jnp.asarray(tokens), self.tile)
 
-    def logprobs(self, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"],
-                 sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, *, entropy: bool = False) -> Any:
+    def logprobs(
+        self,
+        tokens: Int[Array, "B T"],
+        mask: Bool[Array, "B T"],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        entropy: bool = False,
+    ) -> Any:
         """`jaxengine.score` under these parameters: the logprobs that `generate` reported, bit for bit."""
-        return score(self.params, tokens, mask, sampling_params, config=self.config, entropy=entropy, kernels=self.kernels.name,
-                     tile=self.tile)
+        return score(
+            self.params,
+            tokens,
+            mask,
+            sampling_params,
+            config=self.config,
+            entropy=entropy,
+            kernels=self.kernels.name,
+            tile=self.tile,
+        )
 
 
-def all_logits(config: ModelConfig, kernels: Kernels, params: Decoder, tokens: Int[Array, "B T"], tile: Tile = WIDE
-               ) -> Float[Array, "B T V"]:
+def all_logits(
+    config: ModelConfig, kernels: Kernels, params: Decoder, tokens: Int[Array, "B T"], tile: Tile = WIDE
+) -> Float[Array, "B T V"]:
     """Logits of every position, in the pinned regions of the engine's steps."""
     batch, length = tokens.shape
     x = hidden_states(config, kernels, params, tokens, jnp.full(batch, length), tile).reshape(batch * length, -1)
@@ -74,11 +90,14 @@ def all_logits(config: ModelConfig, kernels: Kernels, params: Decoder, tokens: I
     return logits[: batch * length, : config.vocab_size].reshape(batch, length, -1)
 
 
-def _head(config: ModelConfig, kernels: Kernels, weights: tuple[Array, Array], x: Float[Array, "t D"]) -> Float[Array, "t V"]:
+def _head(
+    config: ModelConfig, kernels: Kernels, weights: tuple[Array, Array], x: Float[Array, "t D"]
+) -> Float[Array, "t V"]:
     return decoder.logits(config, kernels, *weights, x)
 
 
 # -- between our pytree and nnx ----------------------------------------------------------------------------------------------------------
+
 
 class _Part(nnx.Module):
     """One of our dataclasses of arrays."""
@@ -108,8 +127,12 @@ def _gathered(declared: Any, held: Any) -> Any:
         return held.get_value()
     if isinstance(declared, tuple):
         return tuple(_gathered(item, part) for item, part in zip(declared, held, strict=True))
-    return type(declared)(**{field.name: _gathered(getattr(declared, field.name), getattr(held, field.name))
-                             for field in dataclasses.fields(declared)})
+    return type(declared)(
+        **{
+            field.name: _gathered(getattr(declared, field.name), getattr(held, field.name))
+            for field in dataclasses.fields(declared)
+        }
+    )
 
 
 def _put(tree: Any, held: Any) -> None:

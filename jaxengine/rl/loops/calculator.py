@@ -1,4 +1,5 @@
 """A calculator for text that a model wrote: arithmetic on numbers and nothing else, bounded in size."""
+
 import ast
 import math
 import operator
@@ -12,8 +13,15 @@ _ARITHMETIC = re.compile(r"[0-9eE.+\-*/%() ]*")  # looked at first: some other t
 
 Number = int | float
 _UNARY = {ast.UAdd: operator.pos, ast.USub: operator.neg}
-_BINARY = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-           ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow}
+_BINARY = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.Pow: operator.pow,
+}
 
 
 def calculate(expression: str) -> str:

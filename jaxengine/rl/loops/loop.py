@@ -1,4 +1,5 @@
 """The loop: generate, judge, learn, again. An iteration is a function of the state alone, so a run that stops goes on to the same bits."""
+
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
@@ -57,21 +58,41 @@ class Loop:
         rollout, generated = Rollout.from_outputs(outputs, length=self.length), time.monotonic()
         state, updates = self.trainer.train(state, rollout, rewards, reference=self.reference)
         entropy = None if rollout.entropies is None else float(mean_over(rollout.entropies, rollout.mask))
-        return state, Iteration(version, float(np.nanmean(rewards)), float(rollout.mask.sum(-1).mean()), entropy,
-                                generated - start, time.monotonic() - generated, updates)
+        return state, Iteration(
+            version,
+            float(np.nanmean(rewards)),
+            float(rollout.mask.sum(-1).mean()),
+            entropy,
+            generated - start,
+            time.monotonic() - generated,
+            updates,
+        )
 
     def generate(self, state: TrainState, prompts: Sequence[Any]) -> Sequence[RequestOutput]:
         """Completions under the state's weights, with the key of its version."""
         key = jax.random.fold_in(jax.random.fold_in(key_of(state.key), DRAWS), state.version)
-        return generate(self.trainer.policy(state), prompts, self.trainer.config.sampling, key=key, config=self.trainer.model_config,
-                        tokenizer=self.tokenizer, **{"kernels": self.trainer.kernels.name} | self.engine)
+        return generate(
+            self.trainer.policy(state),
+            prompts,
+            self.trainer.config.sampling,
+            key=key,
+            config=self.trainer.model_config,
+            tokenizer=self.tokenizer,
+            **{"kernels": self.trainer.kernels.name} | self.engine,
+        )
 
 
 def judged_by(reward: Callable[[Any, str, Any], float]) -> Judge:
     """A judge that calls `reward(prompt, completion, answer)` for each sample, and leaves out those that the engine ended with an error."""
 
     def judge(outputs: Sequence[RequestOutput], answers: Sequence[Any]) -> Float[np.ndarray, " B"]:
-        return np.array([np.nan if sample.finish_reason == "error" else reward(output.prompt, sample.text, answer)
-                         for output, answer in zip(outputs, answers, strict=True) for sample in output.outputs], np.float32)
+        return np.array(
+            [
+                np.nan if sample.finish_reason == "error" else reward(output.prompt, sample.text, answer)
+                for output, answer in zip(outputs, answers, strict=True)
+                for sample in output.outputs
+            ],
+            np.float32,
+        )
 
     return judge

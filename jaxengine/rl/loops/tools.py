@@ -4,6 +4,7 @@ A conversation is one sequence. What the model writes keeps its keys, one a posi
 weights version -1, is never under a rollout's mask, and so carries no loss. `score` sees each turn as a completion of all before it,
 which is how it was generated: the same bits.
 """
+
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -39,7 +40,9 @@ class Tool:
 
     def reply(self, turn: str) -> str:
         """What enters the context behind a turn that ended with `end`; never empty text."""
-        _, begun, call = turn.removesuffix(self.end).rpartition(self.begin) if self.begin else ("", "", turn.removesuffix(self.end))
+        _, begun, call = (
+            turn.removesuffix(self.end).rpartition(self.begin) if self.begin else ("", "", turn.removesuffix(self.end))
+        )
         try:
             if self.begin and not begun:
                 raise ValueError(f"a call begins with {self.begin}")
@@ -72,8 +75,16 @@ class Generator(Protocol):
     def generate(self, prompts: Any, sampling_params: Any, *, key: Any, use_tqdm: bool | None) -> RequestOutputs: ...
 
 
-def generate_with_tools(llm: Generator, prompts: Any, tool: Tool, sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-                        *, key: Any, max_calls: int = 8, use_tqdm: bool | None = None) -> RequestOutputs:
+def generate_with_tools(
+    llm: Generator,
+    prompts: Any,
+    tool: Tool,
+    sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    *,
+    key: Any,
+    max_calls: int = 8,
+    use_tqdm: bool | None = None,
+) -> RequestOutputs:
     """Like `llm.generate`, with at most `max_calls` calls of the tool in each sample; the samples are `Conversation`s.
 
     Prompts and samples draw with the keys that `generate` gives them: without a call the outputs are generate's, bit for bit.
@@ -86,16 +97,23 @@ def generate_with_tools(llm: Generator, prompts: Any, tool: Tool, sampling_param
     batch = prompts_of(prompts)
     each = sampling_of(sampling_params, len(batch))
     first = llm.generate(batch, [_calling(params, tool) for params in each], key=key, use_tqdm=use_tqdm)
-    asked = [[_Running(params, own_key(key, params, i, j), output.prompt_token_ids, output.cache_salt, [turn])
-              for j, turn in enumerate(output.outputs)] for i, (params, output) in enumerate(zip(each, first, strict=True))]
+    asked = [
+        [
+            _Running(params, own_key(key, params, i, j), output.prompt_token_ids, output.cache_salt, [turn])
+            for j, turn in enumerate(output.outputs)
+        ]
+        for i, (params, output) in enumerate(zip(each, first, strict=True))
+    ]
     running = [one for samples in asked for one in samples]
     while running := [one for one in running if one.goes_on(tool, llm.tokenizer, max_calls, _room(llm.engine_config))]:
         prompts = [{"prompt_token_ids": one.context, "cache_salt": one.cache_salt} for one in running]
         turns = llm.generate(prompts, [one.next_params(tool) for one in running], key=key, use_tqdm=use_tqdm)
         for one, output in zip(running, turns, strict=True):
             one.turns.append(output.outputs[0])
-    return RequestOutputs(dataclasses.replace(output, outputs=[one.conversation(j, llm.tokenizer) for j, one in enumerate(samples)])
-                          for output, samples in zip(first, asked, strict=True))
+    return RequestOutputs(
+        dataclasses.replace(output, outputs=[one.conversation(j, llm.tokenizer) for j, one in enumerate(samples)])
+        for output, samples in zip(first, asked, strict=True)
+    )
 
 
 def _calling(params: SamplingParams, tool: Tool, **changes: Any) -> SamplingParams:
@@ -142,21 +160,43 @@ class _Running:
 
     def next_params(self, tool: Tool) -> SamplingParams:
         least = min(self.params.min_tokens, self.room)
-        return _calling(self.params, tool, n=1, key=self.key, seed=None, max_tokens=self.room, min_tokens=least, prompt_logprobs=None)
+        return _calling(
+            self.params,
+            tool,
+            n=1,
+            key=self.key,
+            seed=None,
+            max_tokens=self.room,
+            min_tokens=least,
+            prompt_logprobs=None,
+        )
 
     def conversation(self, index: int, tokenizer: Tokenizer) -> Conversation:
         """The whole sample. What a tool wrote has logprob 0, entropy 0, and the weights version of nothing drawn."""
         parts, last = list(self._parts()), self.turns[-1]
         joined = lambda of_turn, of_token: [x for part in parts for x in _each(part, of_turn, of_token)]
-        floats = lambda name: None if getattr(last, name) is None else np.array(joined(name, lambda token: 0.0), np.float32)
-        before = tokenizer.decode([token for part in parts[:-1] for token in _ids(part)], self.params.skip_special_tokens)
+        floats = lambda name: (
+            None if getattr(last, name) is None else np.array(joined(name, lambda token: 0.0), np.float32)
+        )
+        before = tokenizer.decode(
+            [token for part in parts[:-1] for token in _ids(part)], self.params.skip_special_tokens
+        )
         logprobs = floats("token_logprobs")
         assert logprobs is not None
         return Conversation(
-            index, before + last.text, joined("token_ids", lambda token: token), logprobs, self.ended or last.finish_reason,
-            None if self.ended else last.stop_reason, _spans(parts),
-            None if last.logprobs is None else joined("logprobs", lambda token: {}), floats("raw_logprobs"), floats("entropies"),
-            joined("token_texts", tokenizer.token_text), turns=tuple(self.turns))
+            index,
+            before + last.text,
+            joined("token_ids", lambda token: token),
+            logprobs,
+            self.ended or last.finish_reason,
+            None if self.ended else last.stop_reason,
+            _spans(parts),
+            None if last.logprobs is None else joined("logprobs", lambda token: {}),
+            floats("raw_logprobs"),
+            floats("entropies"),
+            joined("token_texts", tokenizer.token_text),
+            turns=tuple(self.turns),
+        )
 
     def _parts(self) -> Iterator["CompletionOutput | list[int]"]:
         for turn, reply in itertools.zip_longest(self.turns, self.replies):

@@ -3,6 +3,7 @@
 `exact_match` is a plain function. `regular_expression` and `math_equivalence` run in worker processes, since patterns and formulas
 that a model writes can explode; `python_program` runs what the model wrote in a process with limits.
 """
+
 from jaxengine.rl.rewards.bounded import Reward
 from jaxengine.rl.rewards.isolation import Isolated
 from jaxengine.rl.rewards.judging import (
@@ -15,5 +16,14 @@ from jaxengine.rl.rewards.judging import (
 )
 from jaxengine.rl.rewards.program_check import ProgramLimits
 
-__all__ = ["Isolated", "ProgramLimits", "Reward", "Rewards", "compute_rewards", "exact_match", "math_equivalence", "python_program",
-           "regular_expression"]
+__all__ = [
+    "Isolated",
+    "ProgramLimits",
+    "Reward",
+    "Rewards",
+    "compute_rewards",
+    "exact_match",
+    "math_equivalence",
+    "python_program",
+    "regular_expression",
+]

@@ -1,4 +1,5 @@
 """Rewards that keep to a time limit, and the plain function in a thread of its own that is made one."""
+
 import abc
 import ctypes
 import math

@@ -1,4 +1,5 @@
 """Rewards in worker processes: what hangs there is killed, and what dies there dies alone."""
+
 import contextlib
 import importlib
 import json
@@ -30,12 +31,19 @@ class Isolated(Bounded):
     """
 
     def __init__(self, function: Callable[..., Any], *, memory: int = WORKER_MEMORY, **options: Any) -> None:
-        self._setup = {"module": function.__module__, "name": function.__qualname__, "options": options, "memory": memory}
+        self._setup = {
+            "module": function.__module__,
+            "name": function.__qualname__,
+            "options": options,
+            "memory": memory,
+        }
         json.dumps(options)  # refused here, not in a worker
         home = importlib.import_module(function.__module__)
         if function.__module__ == "__main__" or getattr(home, function.__qualname__, None) is not function:
-            raise ValueError(f"a worker process cannot import {function.__module__}.{function.__qualname__}: put the function at the top "
-                             "level of a module, or give it to compute_rewards as it is, to run in a thread")
+            raise ValueError(
+                f"a worker process cannot import {function.__module__}.{function.__qualname__}: put the function at the top "
+                "level of a module, or give it to compute_rewards as it is, to run in a thread"
+            )
         self._idle: list[_Worker] = []
         self._lock = threading.Lock()
         self._finalizer = weakref.finalize(self, _kill_all, self._idle)
@@ -73,8 +81,13 @@ class _Worker:
     """One process, and the pipe to it."""
 
     def __init__(self, setup: dict[str, Any]) -> None:
-        self._process = subprocess.Popen([sys.executable, str(WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
-                                         start_new_session=True)
+        self._process = subprocess.Popen(
+            [sys.executable, str(WORKER)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+            start_new_session=True,
+        )
         try:
             reply = self.ask(json.dumps(setup | {"path": sys.path}), START_SECONDS)
         except BaseException:

@@ -3,6 +3,7 @@
 `exact_match` is a plain function. `regular_expression` and `math_equivalence` run in worker processes, since patterns and formulas that a
 model writes can explode; `python_program` runs what the model wrote in a process with limits.
 """
+
 import dataclasses
 import importlib.util
 import os
@@ -21,8 +22,17 @@ from jaxengine.rl.rewards.isolation import Isolated
 from jaxengine.rl.rewards.program_check import ProgramCheck, ProgramLimits
 from jaxengine.rl.rewards.reward_worker import describe
 
-__all__ = ["Isolated", "ProgramLimits", "Reward", "Rewards", "compute_rewards", "exact_match", "math_equivalence", "python_program",
-           "regular_expression"]
+__all__ = [
+    "Isolated",
+    "ProgramLimits",
+    "Reward",
+    "Rewards",
+    "compute_rewards",
+    "exact_match",
+    "math_equivalence",
+    "python_program",
+    "regular_expression",
+]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -39,8 +49,15 @@ class Rewards:
         return f"Rewards({len(self.values)} samples{mean}{failed})"
 
 
-def compute_rewards(outputs: Sequence[RequestOutput], answers: Sequence[Any], reward: Reward, *, timeout: float = DEFAULT_TIMEOUT,
-                    failed: float = 0.0, workers: int | None = None) -> Rewards:
+def compute_rewards(
+    outputs: Sequence[RequestOutput],
+    answers: Sequence[Any],
+    reward: Reward,
+    *,
+    timeout: float = DEFAULT_TIMEOUT,
+    failed: float = 0.0,
+    workers: int | None = None,
+) -> Rewards:
     """`reward(prompt, completion, answer)` of every sample, `workers` of them at a time (None: as many as there are cores).
 
     `answers` has one for each prompt. `prompt` is the prompt's text, None where it was given as token ids. A reward that raises,
@@ -52,14 +69,20 @@ def compute_rewards(outputs: Sequence[RequestOutput], answers: Sequence[Any], re
     if timeout <= 0:
         raise ValueError(f"timeout must be more than 0 seconds, got {timeout}")
     bounded = reward if isinstance(reward, Bounded) else InThread(reward)
-    asked = [(output.prompt, sample, answer) for output, answer in zip(outputs, answers, strict=True) for sample in output.outputs]
+    asked = [
+        (output.prompt, sample, answer)
+        for output, answer in zip(outputs, answers, strict=True)
+        for sample in output.outputs
+    ]
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         found = list(pool.map(lambda one: _judged(bounded, timeout, *one), asked))
     values = np.array([failed if reason is not None else value for value, reason in found], np.float32)
     return Rewards(values, {row: reason for row, (_, reason) in enumerate(found) if reason is not None})
 
 
-def _judged(reward: Bounded, timeout: float, prompt: Any, sample: CompletionOutput, answer: Any) -> tuple[float, str | None]:
+def _judged(
+    reward: Bounded, timeout: float, prompt: Any, sample: CompletionOutput, answer: Any
+) -> tuple[float, str | None]:
     """(reward, None), or (0.0, why there is none)."""
     if sample.finish_reason == "error":
         return 0.0, f"the engine ended the sample with an error: {sample.stop_reason}"

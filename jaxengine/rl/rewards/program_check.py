@@ -1,4 +1,5 @@
 """A reward for Python programs: run what the model wrote, with its tests, in a process with limits."""
+
 import contextlib
 import dataclasses
 import json
@@ -58,8 +59,12 @@ class ProgramCheck(Bounded):
             written = self._output(f"{program}\n{answer}\nprint({passed!r})\n", "", deadline)
             return float(written is not None and written.rstrip().endswith(passed))
         if isinstance(answer, Mapping):
-            return float(all(_same(self._output(program, given, deadline), expected) for given, expected in answer.items()))
-        raise TypeError(f"the tests of a program are Python source or a mapping from inputs to outputs, got {type(answer).__name__}")
+            return float(
+                all(_same(self._output(program, given, deadline), expected) for given, expected in answer.items())
+            )
+        raise TypeError(
+            f"the tests of a program are Python source or a mapping from inputs to outputs, got {type(answer).__name__}"
+        )
 
     def _output(self, source: str, given: str, deadline: float) -> str | None:
         """What the program prints, None where it does not end well."""
@@ -68,10 +73,15 @@ class ProgramCheck(Bounded):
             (folder / "work").mkdir()
             (folder / "program.py").write_text(source, "utf-8", "replace")
             (folder / "input").write_text(given, "utf-8")
-            job = {"command": [sys.executable, "-I", str(folder / "program.py")], "folder": str(folder / "work"),
-                   "environment": {"HOME": str(folder / "work"), "TMPDIR": str(folder / "work"), "PATH": os.defpath},
-                   "stdin": str(folder / "input"), "stdout": str(folder / "output"),
-                   "limits": dataclasses.asdict(self.limits), "timeout": deadline - time.monotonic()}
+            job = {
+                "command": [sys.executable, "-I", str(folder / "program.py")],
+                "folder": str(folder / "work"),
+                "environment": {"HOME": str(folder / "work"), "TMPDIR": str(folder / "work"), "PATH": os.defpath},
+                "stdin": str(folder / "input"),
+                "stdout": str(folder / "output"),
+                "limits": dataclasses.asdict(self.limits),
+                "timeout": deadline - time.monotonic(),
+            }
             if _supervised(job) != "0":
                 return None
             return (folder / "output").read_text("utf-8", "replace")
@@ -79,8 +89,13 @@ class ProgramCheck(Bounded):
 
 def _supervised(job: dict[str, Any]) -> str:
     """The supervisor's verdict. Raises ChildProcessError where the supervisor itself ends: a program may kill even that."""
-    with subprocess.Popen([sys.executable, "-I", str(SUPERVISOR)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                          start_new_session=True) as supervisor:
+    with subprocess.Popen(
+        [sys.executable, "-I", str(SUPERVISOR)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as supervisor:
         try:
             written, _ = supervisor.communicate(json.dumps(job), timeout=job["timeout"] + GRACE)
         except subprocess.TimeoutExpired:

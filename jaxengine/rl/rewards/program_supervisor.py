@@ -3,6 +3,7 @@
 Reads the job as JSON from its input, writes the program's process id on one line and the verdict on the next: "0" and other return
 codes, or what limit was met. As its descendants' subreaper (Linux) it finds those too that left the program's process group.
 """
+
 import ctypes
 import json
 import os
@@ -15,8 +16,12 @@ from pathlib import Path
 
 PR_SET_CHILD_SUBREAPER = 36
 LOOK_EVERY = 0.01  # seconds
-LIMITS = {"cpu_seconds": resource.RLIMIT_CPU, "memory": resource.RLIMIT_AS, "file_bytes": resource.RLIMIT_FSIZE,
-          "open_files": resource.RLIMIT_NOFILE}
+LIMITS = {
+    "cpu_seconds": resource.RLIMIT_CPU,
+    "memory": resource.RLIMIT_AS,
+    "file_bytes": resource.RLIMIT_FSIZE,
+    "open_files": resource.RLIMIT_NOFILE,
+}
 
 
 def main() -> None:
@@ -26,8 +31,16 @@ def main() -> None:
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     with open(job["stdin"], "rb") as given, open(job["stdout"], "wb") as written:
         # preexec_fn is safe: this process has one thread.
-        program = subprocess.Popen(job["command"], cwd=job["folder"], env=job["environment"], stdin=given, stdout=written,
-                                   stderr=subprocess.DEVNULL, start_new_session=True, preexec_fn=lambda: _limit(limits))
+        program = subprocess.Popen(
+            job["command"],
+            cwd=job["folder"],
+            env=job["environment"],
+            stdin=given,
+            stdout=written,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            preexec_fn=lambda: _limit(limits),
+        )
     print(program.pid, flush=True)
     verdict = _watch(program, time.monotonic() + job["timeout"], limits["processes"])
     _end_all(program)

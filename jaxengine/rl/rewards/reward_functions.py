@@ -1,4 +1,5 @@
 """What worker processes run for rewards.py. Nothing here imports jax: a worker starts in a moment."""
+
 import re
 from typing import Any
 

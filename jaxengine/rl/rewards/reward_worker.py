@@ -1,4 +1,5 @@
 """The worker process of isolation.py: reads samples as lines of JSON, answers each with a line. Run by its path."""
+
 import importlib
 import json
 import os

@@ -1,9 +1,11 @@
-"""What every peer's script shares: it says hello, then answers each task on standard input with a line on standard output.
+"""What every peer's script shares: it says hello, then answers each line of standard input with one of standard output.
 
 hello   {"workloads": ["decode"], "versions": {"transformers": "5.23.0"}}
-task    {"prompts": [[token id, …], …], "lengths": [new tokens of each prompt, …], "logprobs": of the sampled tokens, or not}
+task    {"prompts": [[token id, …], …], "lengths": [new tokens of each prompt, …],
+         "logprobs": of the sampled tokens, or not}
 answer  {"seconds": wall time of the whole call}
 """
+
 import json
 import os
 import sys
@@ -12,8 +14,9 @@ from collections.abc import Callable
 Prompts = list[list[int]]
 
 
-def serve(workloads: list[str], versions: dict[str, str], seconds: Callable[..., float],
-          answers: Callable[[dict], None]) -> None:
+def serve(
+    workloads: list[str], versions: dict[str, str], seconds: Callable[..., float], answers: Callable[[dict], None]
+) -> None:
     """Answer tasks until standard input ends."""
     answers({"workloads": workloads, "versions": versions})
     for line in sys.stdin:
@@ -22,7 +25,7 @@ def serve(workloads: list[str], versions: dict[str, str], seconds: Callable[...,
 
 
 def own_stdout() -> Callable[[dict], None]:
-    """A writer of JSON lines to the real standard output; whatever else prints there from now on goes to standard error."""
+    """A writer of JSON lines to the real standard output; whatever else prints there then goes to standard error."""
     real = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 

@@ -1,13 +1,17 @@
-"""torch's scaled_dot_product_attention as a peer of kernels.py, in an interpreter of its own: it answers each line of JSON on standard
-input, {"sequences", "context", "chunk", "heads", "kv_heads", "head_dim", "dtype", "window"}, with {"seconds": of one call}.
+"""torch's scaled_dot_product_attention as a peer of ../kernels.py, in an interpreter of its own.
+
+It answers each line of JSON on standard input, {"sequences", "context", "chunk", "heads", "kv_heads", "head_dim",
+"dtype", "window"}, with {"seconds": of one call}.
 
 Contexts lie in a row, not in pages, and the queries are the last `chunk` tokens: the easier job.
 """
+
+import functools
 import json
 import sys
 import time
 
-import lines
+import peer_lines
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -20,8 +24,17 @@ def wait() -> None:
 
 
 @torch.inference_mode()
-def seconds(sequences: int, context: int, chunk: int, heads: int, kv_heads: int, head_dim: int, dtype: str, window: int | None,
-            repeats: int = 20) -> float:
+def seconds(
+    sequences: int,
+    context: int,
+    chunk: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    dtype: str,
+    window: int | None,
+    repeats: int = 20,
+) -> float:
     """The shortest of three means over `repeats` calls."""
     torch.manual_seed(0)
     make = lambda n, length: torch.randn(sequences, n, length, head_dim, device=DEVICE, dtype=getattr(torch, dtype))
@@ -30,7 +43,7 @@ def seconds(sequences: int, context: int, chunk: int, heads: int, kv_heads: int,
     if chunk > 1 or window is not None:
         distance = torch.arange(context - chunk, context, device=DEVICE)[:, None] - torch.arange(context, device=DEVICE)
         mask = (distance >= 0) & (distance < (window or context))
-    run = lambda: scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=heads != kv_heads)
+    run = functools.partial(scaled_dot_product_attention, q, k, v, attn_mask=mask, enable_gqa=heads != kv_heads)
     run(), wait()
     means = []
     for _ in range(3):
@@ -43,7 +56,7 @@ def seconds(sequences: int, context: int, chunk: int, heads: int, kv_heads: int,
 
 
 def main() -> None:
-    write = lines.own_stdout()
+    write = peer_lines.own_stdout()
     write({"torch": torch.__version__, "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"})
     for line in sys.stdin:
         write({"seconds": seconds(**json.loads(line))})

@@ -1,15 +1,16 @@
-"""transformers' generate as a peer of `jaxengine bench`: sampling at temperature 1, every row with the same number of new tokens.
+"""transformers' generate as a peer of `jaxengine bench`: temperature 1, every row with the same number of new tokens.
 
-FOLDER holds a model, or config.json alone: then the weights are random, normal as transformers makes them. With --batch it runs
-the decode workload by itself and prints a line of JSON a batch; without, it answers tasks (lines.py).
+FOLDER holds a model, or config.json alone: then the weights are random, normal as transformers makes them. With --batch
+it runs the decode workload by itself and prints a line of JSON a batch; without, it answers tasks (peer_lines.py).
 """
+
 import argparse
 import functools
 import pathlib
 import random
 import time
 
-import lines
+import peer_lines
 import torch
 import transformers
 
@@ -19,19 +20,30 @@ def open_model(folder: str, dtype: torch.dtype) -> torch.nn.Module:
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     else:
         torch.manual_seed(0)
-        model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(folder), dtype=dtype)
+        config = transformers.AutoConfig.from_pretrained(folder)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @torch.inference_mode()
-def seconds(model: torch.nn.Module, prompts: lines.Prompts, lengths: list[int], logprobs: bool = False) -> float:
+def seconds(model: torch.nn.Module, prompts: peer_lines.Prompts, lengths: list[int], logprobs: bool = False) -> float:
     """Wall time of one call of generate."""
     assert not logprobs
     (new,) = set(lengths)  # one length for all rows: it has no other
     start = time.perf_counter()
     ids = torch.tensor(prompts, device=model.device)
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=True, temperature=1.0,
-                         top_k=0, top_p=1.0, pad_token_id=0, eos_token_id=None)
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new,
+        min_new_tokens=new,
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        pad_token_id=0,
+        eos_token_id=None,
+    )
     out = out.cpu()  # waits for the device
     spent = time.perf_counter() - start
     assert out.shape == (len(prompts), len(prompts[0]) + new), out.shape
@@ -39,7 +51,7 @@ def seconds(model: torch.nn.Module, prompts: lines.Prompts, lengths: list[int], 
 
 
 def decode_rate(model: torch.nn.Module, batch: int) -> float:
-    """Tokens per second of the decode workload: 32 new tokens (16 from a batch of 64) against one, after a run that does not count."""
+    """Tokens per second of the decode workload: 32 new tokens (16 from a batch of 64) against one, after a warm-up."""
     new = 16 if batch >= 64 else 32
     draw = lambda: [[random.randrange(model.config.vocab_size) for _ in range(128)] for _ in range(batch)]
     for _ in range(2):
@@ -53,14 +65,19 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--batch", type=int, nargs="+", help="run the decode workload at these batch sizes")
     arguments = parser.parse_args()
-    write = lines.own_stdout()
+    write = peer_lines.own_stdout()
     transformers.logging.set_verbosity_error()
     model = open_model(arguments.folder, getattr(torch, arguments.dtype))
-    versions = {"transformers": transformers.__version__, "torch": torch.__version__, "threads": str(torch.get_num_threads())}
+    versions = {
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+        "threads": str(torch.get_num_threads()),
+    }
     if not arguments.batch:
-        lines.serve(["decode"], versions, functools.partial(seconds, model), write)
+        peer_lines.serve(["decode"], versions, functools.partial(seconds, model), write)
     for batch in arguments.batch or ():
-        write({"workload": f"decode B={batch}", "tokens_per_second": round(decode_rate(model, batch), 1), "versions": versions})
+        rate = round(decode_rate(model, batch), 1)
+        write({"workload": f"decode B={batch}", "tokens_per_second": rate, "versions": versions})
 
 
 if __name__ == "__main__":
