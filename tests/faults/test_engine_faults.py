@@ -1,6 +1,7 @@
 """Aborts, interrupts, no pages, NaN, colliding hashes. Others' bits do not move."""
 
 import dataclasses
+import os
 import signal
 import sys
 from pathlib import Path
@@ -219,8 +220,16 @@ def test_ctrl_c_in_a_step(llm, name, when, expected, whole, monkeypatch):
 
 def interrupt_at(line: int, counter: list[int]):
     """A trace function that raises KeyboardInterrupt at the given line, counted over all that the engine's host half executes."""
-    names = ("engine.py", "scheduler.py", "block_manager.py", "batch.py", "sequence.py", "results.py")
+    names = (
+        "engine/engine.py",
+        "host/scheduler.py",
+        "host/page_pool.py",
+        "engine/batch.py",
+        "host/sample.py",
+        "engine/collect.py",
+    )
     files = {str(Path(jaxengine.__file__).parent / name) for name in names}
+    assert all(map(os.path.exists, files)), "a file has moved: nothing in it would be interrupted"
 
     def trace(frame, event, arg):
         if frame.f_code.co_filename not in files:

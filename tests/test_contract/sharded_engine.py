@@ -38,7 +38,7 @@ def answers(degree: int) -> list[tuple]:
             mesh, PartitionSpec("leaves" if parameter.axes[0] == "leaf" else None)
         )
         params = jax.device_put(params, map_declared(split, config))
-    with mock.patch("jaxengine.engine.resolve", return_value=kernels):
+    with mock.patch("jaxengine.engine.engine.choose_kernels", return_value=kernels):
         llm = make_llm(
             config,
             params,
