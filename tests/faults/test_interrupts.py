@@ -6,6 +6,7 @@ import functools
 import gc
 import itertools
 import linecache
+import os
 import signal
 import sys
 import threading
