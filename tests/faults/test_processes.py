@@ -80,7 +80,9 @@ def test_a_stream_is_read_while_nobody_steps(llm, monkeypatch):
     """A token and its logprob are two writes: a stream that was read between them would show one without the other."""
     render = llm._output
     locked: list[bool] = []
-    monkeypatch.setattr(llm, "_output", lambda request: (locked.append(llm.runner.lock.locked()), render(request))[1])
+    monkeypatch.setattr(
+        llm, "_output", lambda request: (locked.append(llm.session.runner.lock.locked()), render(request))[1]
+    )
     for output in llm.stream([1, 2], SamplingParams(max_tokens=5)):
         assert output.finished or all(locked)
     assert len(locked) >= 5

@@ -146,7 +146,7 @@ def test_c4_hits_of_generated_pages(case):
 def test_c5_preempted(case):
     """A pool so small that requests lose their pages and are recomputed."""
     llm = case.engine(enable_prefix_caching=False)
-    held = llm.engine.scheduler.page_pool.allocate(llm.engine_config.num_pages - 1 - 12)
+    held = llm.engine.scheduler.page_pool.take(llm.engine_config.num_pages - 1 - 12)
     long = [p.replace(max_tokens=40, ignore_eos=True) for p in case.sampling]
     run = lambda llm: bits(llm.generate(case.prompts, long, key=jax.random.key(4)))
     assert run(llm) == run(case.engine())
