@@ -255,9 +255,10 @@ class Read:
 
 @OVERLAP
 @pytest.mark.parametrize("at", [0, 1, 5], ids=["prefill", "forks decode", "some end"])
-def test_ctrl_c_at_any_line_of_a_step(llm, at, expected):
+def test_ctrl_c_at_any_line_of_a_step(llm, at, expected, monkeypatch):
     """Wherever it hits, no page is lost, no token is half written down, none is read twice, and the same bits come out."""
-    llm.engine._make_detokenizer = lambda sample: Read(sample.drawn.token_ids)
+    monkeypatch.setattr(llm.engine, "tokenizer", object())  # without one no sample has a detokenizer
+    monkeypatch.setattr(llm.engine, "_detokenizer", lambda tokenizer, sample: Read(sample.drawn.token_ids))
 
     def start_read() -> list[Request]:
         llm.engine.scheduler.page_pool.clear_cache()

@@ -502,7 +502,7 @@ def test_the_same_requests_give_the_same_plans():
 
 
 def _matching_any_parent(pool: PagePool) -> None:
-    def match(tokens, version, salt, known=None):
+    def match(tokens, version, salt, owner=None):
         pages = []
         for start in range(0, len(tokens) - PAGE, PAGE):
             content = array("i", tokens[start : start + PAGE]).tobytes()
