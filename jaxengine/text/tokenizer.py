@@ -18,7 +18,7 @@ import tokenizers
 from jaxengine.text import chat_template as templates
 from jaxengine.text.chat_messages import check_characters, messages_of, plain, strings
 from jaxengine.text.control_tokens import Controls, Guard
-from jaxengine.text.detokenizer import Pieces
+from jaxengine.text.pieces import Pieces
 
 _BARRED = re.compile("<[|｜].*[|｜]>", re.DOTALL)
 
