@@ -50,74 +50,53 @@ ESCAPES = {
     "environment": "{{ self._TemplateReference__context.environment }}",
     "builtins": "{{ range.__self__.open('x') }}",
     "class by format": "{{ '{0.__class__.__mro__}'.format(messages) }}",
-    "format_map": "{{ '{x.__class__}'.format_map({'x': 1}) }}",
+    "class by format_map": "{{ '{x.__class__.__mro__}'.format_map({'x': 1}) }}",
     "mutation": "{{ messages.append(1) }}",
-    "dunder of a namespace": "{% set ns = namespace() %}{% set ns.__class__ = 1 %}",
+    "dunder of a namespace": "{% set ns = namespace() %}{% set ns.__class__ = 1 %}{{ ns.__class__.__mro__ }}",
     "file": "{% include 'tokenizer_config.json' %}",
     "import": "{% import 'os' as os %}",
 }
-LOOPS = {
-    "range": ("{% for i in range(10 ** 12) %}x{% endfor %}", "Range too big"),
-    "nested": (
-        "{% set r = range(2000) | list %}{% for i in r %}{% for j in r %}{% endfor %}{% endfor %}",
-        "more than 1000000 loop turns",
-    ),
-    "lazy filters": ("{{ range(90000)" + " | select" * 40 + " | list | length }}", "more than 1000000 loop turns"),
-    "outputs": ("{% set r = range(90000) | list %}{% for i in r %}" + "{{ i }}" * 40 + "{% endfor %}", "was stopped"),
+TOO_MUCH = {
+    "range": ("{% for i in range(10 ** 12) %}x{% endfor %}", "OverflowError"),
     "macro": ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "RecursionError"),
     "block": ("{% block a %}{{ self.a() }}{% endblock %}", "RecursionError"),
     "depth": ("{{ " + "(" * 5_000 + "1" + ")" * 5_000 + " }}", "cannot be compiled, RecursionError"),
-    "length": ("x" * 65_537, "may have at most 65536 characters, got 65537"),
+    "length": ("x" * 65_537, "65536 .* 65537"),
     "digits": ("{{ " + "9" * 60_000 + " }}", "cannot be compiled, ValueError"),
-    "lorem ipsum": ("{{ lipsum(n=10 ** 9) }}", "'lipsum' is undefined"),
+    "memory": ("{% set s = 'a' * 10 ** 9 %}", "512 MiB"),
+    "output": ("{% for i in range(9999) %}{{ 'y' * 1000 }}{% endfor %}", "more than 1000120 characters"),
 }
 
 
 def doubled(first: str, again: str) -> str:
-    """Made twice as large 24 times; it is compared at the end, so that only the bound on what is made stops it."""
-    return (
-        f"{{% set ns = namespace(x={first}) %}}{{% for i in range(24) %}}{{% set ns.x = {again} %}}{{% endfor %}}"
-        "{% if ns.x == 0 %}{% endif %}"
-    )
+    """Made twice as large 64 times, and shown."""
+    loop = f"{{% for i in range(64) %}}{{% set ns.x = {again} %}}{{% endfor %}}"
+    return f"{{% set ns = namespace(x={first}) %}}{loop}{{{{ ns.x }}}}"
 
 
 EXPLOSIONS = {
-    "text": "{{ 'a' * 10 ** 8 }}",
-    "text from the right": "{{ 10 ** 8 * 'a' }}",
-    "list": "{{ [0] * 10 ** 8 }}",
-    "number": "{{ 10 ** (10 ** 8) }}",
+    "nested loops": "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}",
+    "lazy filters": "{% for i in range(99) %}{% if range(90000)"
+    + " | select" * 40
+    + " | list %}{% endif %}{% endfor %}",
+    "slow searches": "{% for i in range(90000) %}{% if 'ba' * 90000 in 'a' * 900000 %}{% endif %}{% endfor %}",
+    "power": "{{ 10 ** (10 ** 8) }}",
     "squares": doubled("3", "ns.x * ns.x"),
+    "text": "{{ 'a' * 10 ** 8 }}",
+    "list": "{{ [0] * 10 ** 8 }}",
+    "lorem ipsum": "{{ lipsum(n=10 ** 9) }}",
     "doubled by +": doubled("'a'", "ns.x + ns.x"),
     "doubled by ~": doubled("'a'", "ns.x ~ ns.x"),
     "doubled by a list": doubled("['ab', 1]", "[ns.x, ns.x]"),
-    "doubled by a tuple": doubled("['ab', 1]", "(ns.x, ns.x)"),
-    "doubled by a dict": doubled("['ab', 1]", "{'a': ns.x, 'b': ns.x}"),
     "doubled by dict()": doubled("['ab', 1]", "dict(a=ns.x, b=ns.x)"),
-    "doubled by list +": doubled("['ab', 1]", "[ns.x + ns.x]"),
     "doubled by macros": "{% macro m(x) %}{{ x }}{{ x }}{% endmacro %}" + doubled("'a'", "m(ns.x)"),
-    "doubled by arguments": "{% set ns = namespace(x=[1]) %}{% macro m() %}{% set ns.x = varargs %}{% endmacro %}"
-    "{% for i in range(24) %}{{ m(ns.x, ns.x) }}{% endfor %}",
-    "many at once": "{% set s = 'a' * 900000 %}{% set x = s" + " ~ s" * 100 + " %}",
     "% width": "{{ '%100000000d' % 1 }}",
-    "% width as argument": "{{ '%*d' % (100000000, 1) }}",
-    "% width behind a name": "{{ '%((a))100000000d' % {'(a)': 1} }}",
-    "% precision": "{{ '%.100000000f' | format(1) }}",
-    "% many times": "{% set s = 'a' * 900000 %}{{ '" + "%(s)s" * 100 + "' % {'s': s} }}",
-    "format width": "{{ '{:>100000000}'.format(1) }}",
     "format width as argument": "{{ '{:>{}}'.format(1, 10 ** 8) }}",
-    "padding": "{{ 'a'.ljust(10 ** 8) }}",
-    "replace": "{% set s = 'a' * 9000 %}{{ s.replace('a', s) }}",
     "replace filter": "{% set s = 'a' * 9000 %}{{ s | replace('a', s) }}",
     "join": "{% set s = 'a' * 9000 %}{{ s.join(s) }}",
-    "join filter": "{% set s = 'a' * 9000 %}{{ s | join(s) }}",
     "indent": "{{ ('a\n' * 9000) | indent(10000) }}",
     "json indent": "{{ [1] | tojson(indent=10 ** 8) }}",
-    "slow search": "{{ ('a' * 400000).rfind('b' + 'a' * 200000) }}",
-    "slow strip": "{{ ('a' * 900000) | trim('b' * 900000) }}",
-    "slices": "{% set s = 'a' * 900000 %}{% for i in range(999) %}{% set x = s[1:] %}{% endfor %}",
-    "output": "{% for i in range(99999) %}{{ 'y' * 1000 }}{% endfor %}",
-    "literal output": "{% for i in range(99999) %}" + "z" * 1000 + "{% endfor %}",
-    "set block": "{% set s %}{% for i in range(99999) %}" + "z" * 1000 + "{% endfor %}{% endset %}",
+    "set block": "{% set s %}{% for i in range(90000) %}{{ 'z' * 10000 }}{% endfor %}{% endset %}",
 }
 
 
@@ -127,42 +106,23 @@ def test_a_template_cannot_escape(name):
         TOKENIZER.encode_chat(CHAT, chat_template=ESCAPES[name])
 
 
-@pytest.mark.parametrize("name", LOOPS)
-def test_a_template_cannot_loop_or_be_endless_itself(name):
-    template, said = LOOPS[name]
-    with pytest.raises(ValueError, match=said):
+@pytest.mark.parametrize("name", TOO_MUCH)
+def test_a_template_that_asks_for_too_much_is_told_what(name):
+    template, reason = TOO_MUCH[name]
+    with pytest.raises(ValueError, match=reason):
         TOKENIZER.encode_chat(CHAT, chat_template=template)
 
 
 @pytest.mark.parametrize("name", EXPLOSIONS)
-def test_a_template_cannot_explode(name):
+def test_a_template_cannot_run_for_ever_or_explode(name, monkeypatch):
+    monkeypatch.setattr(chat_template, "MAX_SECONDS", 1.0)
     tracemalloc.start()
     try:
-        with pytest.raises(ValueError, match="the chat template was stopped"):
+        with pytest.raises(ValueError, match="was stopped: it (ran .* 1.0 sec|takes .* MiB|makes .* char)"):
             TOKENIZER.encode_chat(CHAT, chat_template=EXPLOSIONS[name])
         assert tracemalloc.get_traced_memory()[1] < 30_000_000
     finally:
         tracemalloc.stop()
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        "{% if a == b %}{% endif %}",
-        "{% if a < b < a %}{% endif %}",
-        "{% if 0 in a %}{% endif %}",
-        "{% if a is eq b %}{% endif %}",
-        "{% if d[a] %}{% endif %}",
-        "{% set x = a * 0 %}",
-    ],
-)
-def test_the_clock_is_looked_at_on_every_operation_between_values(source, monkeypatch):
-    """Three thousand of them fit into a template, and each may take a while: values have a million elements."""
-    variables = {"a": [1], "b": [1], "d": {}}
-    chat_template.render(source, variables, 0)
-    monkeypatch.setattr(chat_template, "MAX_SECONDS", -1.0)
-    with pytest.raises(ValueError, match="the chat template was stopped: it ran for more than"):
-        chat_template.render(source, variables, 0)
 
 
 @pytest.mark.timeout(60)
@@ -188,8 +148,8 @@ def test_white_space_before_no_token_takes_linear_time():
     "template, said",
     [
         (ESCAPES["class"], "was stopped"),
-        LOOPS["nested"],
-        (EXPLOSIONS["text"], "was stopped"),
+        TOO_MUCH["macro"],
+        TOO_MUCH["memory"],
         ("{{ raise_exception('no') }}", "refused"),
         ("{% if %}", "is not valid"),
     ],
@@ -210,7 +170,7 @@ def test_a_hostile_template_moves_no_bit_of_requests_that_run(template, said, ti
 def test_a_template_that_was_stopped_leaves_the_next_chat_alone():
     before = TOKENIZER.encode_chat(CHAT)
     with pytest.raises(ValueError, match="was stopped"):
-        TOKENIZER.encode_chat(CHAT, chat_template=EXPLOSIONS["text"])
+        TOKENIZER.encode_chat(CHAT, chat_template=TOO_MUCH["memory"][0])
     assert TOKENIZER.encode_chat(CHAT) == before
 
 

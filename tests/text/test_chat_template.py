@@ -1,6 +1,12 @@
 """Chats: the ids that transformers makes of the same messages, except that what a user writes is never a control token."""
 
 import functools
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import tokenizers
@@ -292,30 +298,87 @@ def test_the_size_that_is_allowed_grows_with_what_was_given():
         render("{{ x ~ x }}", x=text)
 
 
-def test_nothing_is_evaluated_while_compiling(monkeypatch):
-    monkeypatch.setattr(chat_template._Environment, "_trim", lambda *args: pytest.fail("a constant was folded"))
-    assert render("{% if false %}{{ ' a' | trim }}{% endif %}x") == "x"
+# -- the process that renders --
 
 
-def test_methods_that_no_template_needs_are_refused():
-    for expression in (
-        "'a'.expandtabs(9)",
-        "'a'.encode()",
-        "'a'.translate({})",
-        "(1).to_bytes(9)",
-        "dict.fromkeys('ab')",
-    ):
-        with pytest.raises(ValueError, match="was stopped: access to attribute|has no attribute 'fromkeys'"):
-            render("{{ " + expression + " }}")
+def idle_pids() -> list[int]:
+    return [worker._process.pid for worker in chat_template._idle]
 
 
-def test_a_namespace_shows_no_values():
-    assert render("{{ namespace(a='x' * 9) }}") == "namespace"
+def run_python(program: str) -> str:
+    """What the program prints; it must end well and without a warning."""
+    command = [sys.executable, "-W", "error", "-c", textwrap.dedent(program)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+    return result.stdout
 
 
-def test_time_is_bounded(monkeypatch):
-    source = "{% for i in range(100) %}{% endfor %}done"
-    assert render(source) == "done"
-    monkeypatch.setattr(chat_template, "MAX_SECONDS", -1.0)
-    with pytest.raises(ValueError, match=r"the chat template was stopped: it ran for more than -1\.0 seconds"):
-        render(source)
+def test_a_process_that_was_stopped_is_replaced(monkeypatch):
+    monkeypatch.setattr(chat_template, "MAX_SECONDS", 0.2)
+    with pytest.raises(ValueError, match=r"the chat template was stopped: it ran for more than 0\.2 seconds"):
+        render("{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}")
+    monkeypatch.undo()
+    assert render("x") == "x"
+
+
+def test_a_process_is_kept_for_the_next_call_and_replaced_where_it_died():
+    render("x")
+    pids = idle_pids()
+    assert render("{{ x }}", x="\U0001f600\n\ufdd0") == "\U0001f600\n\ufdd0" and idle_pids() == pids
+    os.kill(pids[-1], signal.SIGKILL)
+    chat_template._idle[-1]._process.wait()
+    assert render("y") == "y" and pids[-1] not in idle_pids()
+
+
+def test_an_interrupt_leaves_no_reply_to_the_next_call(monkeypatch):
+    def interrupted(worker, line, seconds):
+        worker._socket.sendall(line)
+        raise KeyboardInterrupt
+
+    render("x")
+    monkeypatch.setattr(chat_template._Worker, "ask", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        render("late")
+    monkeypatch.undo()
+    assert render("y") == "y"
+
+
+def test_threads_render_at_once():
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda x: render("{{ x }}", x=x), range(100))) == [str(x) for x in range(100)]
+    assert len(idle_pids()) <= chat_template.MAX_IDLE
+
+
+def test_a_fork_starts_a_process_of_its_own():
+    program = """
+        import os
+        from jaxengine.text import chat_template
+        chat_template.render("x", {}, 0)
+        (kept,) = chat_template._idle
+        child = os.fork()
+        if not child:
+            right = chat_template._idle == [] and chat_template.render("y", {}, 0) == "y"
+            chat_template._kill_idle()
+            os._exit(0 if right else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        print(chat_template.render("z", {}, 0), chat_template._idle == [kept])
+    """
+    assert run_python(program) == "z True\n"
+
+
+def test_the_process_ends_with_the_one_that_started_it():
+    program = """
+        from jaxengine.text import chat_template
+        chat_template.render("x", {}, 0)
+        print(chat_template._idle[0]._process.pid)
+    """
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(run_python(program)), 0)
+
+
+def test_a_process_that_does_not_start_is_named(monkeypatch, tmp_path):
+    chat_template._kill_idle()
+    (tmp_path / "worker.py").write_text("raise SystemExit(3)")
+    monkeypatch.setattr(chat_template, "_WORKER", tmp_path / "worker.py")
+    with pytest.raises(RuntimeError, match=r"worker\.py .*exit code 3"):
+        render("x")
