@@ -1,8 +1,8 @@
 """The model's chat template, rendered as the untrusted program that it is.
 
-Jinja's immutable sandbox (template_worker.py) keeps a template from reaching anything but its variables, which are plain JSON values.
-It does not keep a template from computing for ever or from filling the memory, so it runs in a process of its own, which has bounded
-memory, and is killed after `MAX_SECONDS`. The process is kept for the next chat.
+Jinja's immutable sandbox (template_worker.py) keeps a template from reaching anything but its variables, which are
+plain JSON values. It does not keep a template from computing for ever or from filling the memory, so it runs in a
+process of its own, which has bounded memory, and is killed after `MAX_SECONDS`. The process is kept for the next chat.
 """
 
 import atexit
@@ -60,8 +60,8 @@ class _Worker:
             self._process = subprocess.Popen(
                 [sys.executable, "-S", "-P", str(_WORKER)],  # no start-up files, no modules of this folder
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, filter(None, sys.path)))},
-                stdin=theirs,
-                stdout=theirs,
+                stdin=theirs.fileno(),
+                stdout=theirs.fileno(),
                 start_new_session=True,  # Ctrl-C is for this process
             )
         self._replies = self._socket.makefile("rb", 1 << 16)

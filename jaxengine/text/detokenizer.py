@@ -1,11 +1,12 @@
 """Tokens to text, one at a time: what each token adds, where a stop string ends, what is safe to show already.
 
-Text is the UTF-8 reading of the bytes that the tokens stand for, so it can be streamed without ever decoding a token twice. Three rules
-follow. Generated ids are read without the prompt before them, so a tokenizer that strips the space before the first word strips it from
-the completion too. Bytes that are no UTF-8 become U+FFFD, as `bytes.decode` has it; for byte-level tokenizers that is what the
-tokenizers library writes, for byte-fallback ones (SentencePiece) the library turns the whole run of bytes around a bad one into U+FFFD,
-characters already shown included, which no stream can do. Stop strings match generated text alone and complete characters alone: the
-U+FFFD that ends a text cut within a character completes none.
+Text is the UTF-8 reading of the bytes that the tokens stand for, so it can be streamed without ever decoding a token
+twice. Three rules follow. Generated ids are read without the prompt before them, so a tokenizer that strips the space
+before the first word strips it from the completion too. Bytes that are no UTF-8 become U+FFFD, as `bytes.decode` has
+it; for byte-level tokenizers that is what the tokenizers library writes, for byte-fallback ones (SentencePiece) the
+library turns the whole run of bytes around a bad one into U+FFFD, characters already shown included, which no stream
+can do. Stop strings match generated text alone and complete characters alone: the U+FFFD that ends a text cut within a
+character completes none.
 """
 
 import codecs
@@ -17,10 +18,10 @@ from jaxengine.text.tokenizer import Tokenizer
 
 
 class Detokenizer:
-    """The text of one sample while it grows. The joined deltas equal `text`, which after `finish` equals the whole decoded and cut.
+    """The text of one sample while it grows. The joined deltas equal `text`.
 
-    The stop string that ends first wins, and of those that end together the longest. One that is completed within the first
-    `min_tokens` tokens is ordinary text. Nothing may be pushed after a stop string was found.
+    The stop string that ends first wins, and of those that end together the longest. One that is completed within the
+    first `min_tokens` tokens is ordinary text. Nothing may be pushed after a stop string was found.
     """
 
     def __init__(

@@ -21,7 +21,7 @@ class Pieces:
         self._check_joins()
 
     def piece(self, token_id: int, first: bool) -> bytes:
-        """What `token_id` adds as the first token of a text, or after another one. Ids that the tokenizer lacks add nothing."""
+        """What `token_id` adds as the first token of a text, or after another one. An unknown id adds nothing."""
         key = (token_id, first)
         if key not in self._known:
             self._known[key] = self._decoded(token_id, first)
@@ -56,13 +56,14 @@ class Pieces:
         return ()
 
     def _check_joins(self) -> None:
-        """Raises ValueError where about 64 tokens of the vocabulary, decoded one by one, do not join to the library's text."""
+        """Raises ValueError where 64 tokens, decoded one by one, do not join to the text that the library makes."""
         size = self._backend.get_vocab_size(with_added_tokens=False)
         some = [token_id for token_id in range(0, size, max(size // 64, 1)) if self.piece(token_id, False).isascii()]
         if self.join(some).decode() != self._backend.decode(some, skip_special_tokens=False):
             raise ValueError(
-                "tokenizer.json has a decoder under which a token's text depends on the tokens after it, so text cannot be "
-                f"streamed ({type(self._backend.decoder).__name__}): decode with the tokenizers library, outside the engine"
+                "tokenizer.json has a decoder under which a token's text depends on the tokens after it, so text "
+                f"cannot be streamed ({type(self._backend.decoder).__name__}): decode with the tokenizers library, "
+                "outside the engine"
             )
 
 

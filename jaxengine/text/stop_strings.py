@@ -15,8 +15,8 @@ class Stop(NamedTuple):
 class StopStrings:
     """The stop strings of one sample. `held` are the last characters of its text that may still become one of them.
 
-    Every string is compared at every character after the first one that begins a string. SamplingParams allows 64 strings of 1,024
-    characters; most comparisons end at a string's last character or its first.
+    Every string is compared at every character after the first one that begins a string. SamplingParams allows 64
+    strings of 1,024 characters; most comparisons end at a string's last character or its first.
     """
 
     def __init__(self, strings: Iterable[str]) -> None:

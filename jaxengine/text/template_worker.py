@@ -17,7 +17,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MEMORY_MIB = 512  # of address space
-ALARM_SECONDS = 10  # after which the process ends itself: whoever started it may be dead
+ALARM_SECONDS = 10  # for a template, in case that the process that would kill this one is dead
 MAX_REASON = 2_000  # characters
 
 
@@ -97,11 +97,11 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """As transformers' own, without HTML escapes. Noncharacters stay as they are: they guard a special token's spelling."""
+    """As transformers' own, without HTML escapes. Noncharacters stay, because they guard a control token's spelling."""
     text = json.dumps(value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys)
     if not ensure_ascii:
         return text
-    return re.sub("[^\x00-\x7f\ufdd0-\ufdef]", lambda found: json.dumps(found[0])[1:-1], text)
+    return re.sub("[^\x00-\x7f\ufdd0-\ufdef]", lambda match: json.dumps(match[0])[1:-1], text)
 
 
 def _raise_exception(message: Any) -> None:

@@ -40,7 +40,7 @@ def folder(path: Path, config: dict[str, object] | None = None, template: str | 
 TOKENIZER = Tokenizer(byte_level(), named_tokens={"eos_token": "<|end|>"}, chat_template=PLAIN)
 
 
-# -- a chat template that escapes, loops or explodes ------------------------------------------------------------------------------
+# -- a chat template that escapes, loops or explodes --
 
 ESCAPES = {
     "class": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
@@ -127,7 +127,7 @@ def test_a_template_cannot_run_for_ever_or_explode(name, monkeypatch):
 
 @pytest.mark.timeout(60)
 def test_white_space_before_no_token_takes_linear_time():
-    """Tokens may swallow the white space before them, so each run of it is a candidate: a million would take most of an hour."""
+    """Tokens may swallow the white space before them, so each run of it is a candidate; it is looked through once."""
     backend = byte_level()
     backend.add_special_tokens([tokenizers.AddedToken("<|left|>", lstrip=True)])
     tokenizer = Tokenizer(backend, chat_template="{{ messages[0].content }}  <|left|>{{ ' ' * 300000 }}x \t<|left|>")
@@ -145,7 +145,7 @@ def test_white_space_before_no_token_takes_linear_time():
 
 
 @pytest.mark.parametrize(
-    "template, said",
+    "template, error",
     [
         (ESCAPES["class"], "was stopped"),
         TOO_MUCH["macro"],
@@ -154,13 +154,13 @@ def test_white_space_before_no_token_takes_linear_time():
         ("{% if %}", "is not valid"),
     ],
 )
-def test_a_hostile_template_moves_no_bit_of_requests_that_run(template, said, tiny):
+def test_a_hostile_template_moves_no_bit_of_requests_that_run(template, error, tiny):
     right = neighbours.run(tiny, neighbours.start(tiny))
     llm = make_llm(tiny.config, tiny.params, compile_patience=1_000_000)
     requests = neighbours.start(llm)
     neighbours.step(llm)
     llm.tokenizer = TOKENIZER
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=error):
         llm.chat([CHAT, CHAT], SamplingParams(max_tokens=1), chat_template=template)
     llm.tokenizer = None  # the others are token ids of a larger vocabulary
     assert neighbours.run(llm, requests) == right
@@ -181,11 +181,11 @@ def test_a_template_says_what_it_refuses_and_where_it_is_wrong():
         TOKENIZER.encode_chat(CHAT, chat_template="a\n{% if %}")
 
 
-# -- a folder with auto_map, without tokenizer, without chat template ---------------------------------------------------------------
+# -- a folder with auto_map, without tokenizer, without chat template --
 
 
 def test_a_folder_without_tokenizer_says_what_is_missing(tmp_path):
-    with pytest.raises(ValueError, match="has no tokenizer.json.*give prompts as token ids"):
+    with pytest.raises(ValueError, match="tokenizer.json.*token ids"):
         Tokenizer.load(tmp_path)
 
 
@@ -193,7 +193,7 @@ def test_a_folder_without_tokenizer_says_what_is_missing(tmp_path):
 def test_a_broken_tokenizer_is_named(tmp_path, content):
     folder(tmp_path)
     (tmp_path / "tokenizer.json").write_text(content)
-    with pytest.raises(ValueError, match=r"tokenizer\.json or the tokenizer_config\.json beside it cannot be read"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json"):
         Tokenizer.load(tmp_path)
 
 
@@ -206,7 +206,7 @@ def test_no_code_of_a_folder_runs(tmp_path):
 
 def test_no_chat_template_says_how_to_pass_one(tmp_path):
     tokenizer = Tokenizer.load(folder(tmp_path))
-    with pytest.raises(ValueError, match="has no chat template.*pass chat_template="):
+    with pytest.raises(ValueError, match="chat_template="):
         tokenizer.encode_chat(CHAT)
     assert tokenizer.encode_chat(CHAT, chat_template=PLAIN) == TOKENIZER.encode_chat(CHAT)
 
@@ -218,13 +218,13 @@ def test_the_chat_template_is_found_in_either_file(tmp_path, config, template):
     assert Tokenizer.load(folder(tmp_path, config, template)).encode_chat(CHAT) == TOKENIZER.encode_chat(CHAT)
 
 
-# -- lone surrogates, NUL, emoji across tokens, text that spells a special token ----------------------------------------------------
+# -- lone surrogates, NUL, emoji across tokens, text that spells a special token --
 
 
 def test_lone_surrogates_are_refused_everywhere():
-    with pytest.raises(ValueError, match=r"lone surrogate, U\+D800, at position 1"):
+    with pytest.raises(ValueError, match=r"U\+D800.* 1"):
         TOKENIZER.encode("a\ud800")
-    with pytest.raises(ValueError, match=r"messages\[0\]\.content has a lone surrogate"):
+    with pytest.raises(ValueError, match=r"messages\[0\]\.content .*U\+DFFF"):
         TOKENIZER.encode_chat([{"role": "user", "content": "\udfff"}])
 
 
@@ -252,7 +252,7 @@ def test_streaming_shows_no_half_character_and_joins_to_the_text():
     assert stream.text == TOKENIZER.decode(ids)
 
 
-# -- stop strings -------------------------------------------------------------------------------------------------------------------
+# -- stop strings --
 
 
 def stopped(text: str, *stop: str) -> tuple[str, int | None]:

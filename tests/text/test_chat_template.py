@@ -1,4 +1,4 @@
-"""Chats: the ids that transformers makes of the same messages, except that what a user writes is never a control token."""
+"""Chats: the ids that transformers makes of the same messages, without control tokens that a user spells."""
 
 import functools
 import os
@@ -26,7 +26,8 @@ CHATML = """{%- if tools %}{{- '<|im_start|>system\\n' }}
     {%- endif %}
     {{- '<|im_start|>' + message.role + '\\n' + content }}
     {%- for call in message.tool_calls or [] %}
-        {{- '<tool_call>\\n' ~ call.function.name ~ ' ' ~ call.function.arguments | tojson(indent=2) ~ '\\n</tool_call>' }}
+        {%- set f = call.function %}
+        {{- '<tool_call>\\n' ~ f.name ~ ' ' ~ f.arguments | tojson(indent=2) ~ '\\n</tool_call>' }}
     {%- endfor %}
     {{- '<|im_end|>' + '\\n' }}
 {%- endfor %}
@@ -38,7 +39,8 @@ TRIMMED = """{{ bos_token }}{% for message in messages %}
 {% if loop.index0 > 9 %}{% break %}{% endif %}
 <|im_start|>{{ message['role'] | upper }}
 {% generation %}{{ message['content'] | trim }}{% endgeneration %}<|im_end|>   {{ loop.last }}
-{% endfor %}{{ '%s-%03d' % ('x', 7) }}{{ messages[1:] | map(attribute='role') | join(',') }}{{ "{:>4}".format(messages|length) }}"""
+{% endfor %}{{ '%s-%03d' % ('x', 7) }}{{ messages[1:] | map(attribute='role') | join(',') }}
+{{ "{:>4}".format(messages|length) }}"""
 GLUED = "{% for message in messages %}{{ message.content }}{% endfor %}"
 CHAT = [
     {"role": "user", "content": "hello <b> \n"},
@@ -185,7 +187,7 @@ def test_noncharacters_in_a_message_are_text():
     text = "\ufdd0a\ufdd1<|im_end|>\ufdd2"
     ids = chat_ids([{"role": "user", "content": text}], GLUED)
     assert (controls_in(ids), text_of(ids)) == ([], text)
-    with pytest.raises(ValueError, match="nearly all of Unicode's noncharacters"):
+    with pytest.raises(ValueError, match="FDD0"):
         chat_ids([{"role": "user", "content": "".join(map(chr, range(0xFDD0, 0xFDEE)))}], GLUED)
 
 
@@ -200,31 +202,25 @@ def test_control_tokens_of_a_word_level_vocabulary():
 
 
 @pytest.mark.parametrize(
-    "messages, said",
+    "messages, error",
     [
-        ([], r"messages must be a list of .*, one at least, got \[\]"),
-        ("hello", "messages must be a list"),
-        (["hello"], r"messages\[0\] must be .* got 'hello'"),
-        ([{"content": "a"}], r"messages\[0\]\.role must be a word .* got None"),
-        ([{"role": "a|><|b", "content": "a"}], r"messages\[0\]\.role must be a word"),
-        ([{"role": "user", "content": 3}], r"messages\[0\]\.content must be a string or a list"),
-        (
-            [{"role": "user", "content": [{"type": "image", "url": "x"}]}],
-            r"messages\[0\]\.content\[0\] must be .* takes text only",
-        ),
-        (
-            [CHAT[0], {"role": "user", "content": "a\udc00"}],
-            r"messages\[1\]\.content has a lone surrogate, U\+DC00, at position 1",
-        ),
-        ([{"role": "user", "content": "a", "extra": object}], r"messages\[0\]\.extra must be a JSON value"),
+        ([], r"messages .* \[\]"),
+        ("hello", "messages .* 'hello'"),
+        (["hello"], r"messages\[0\] .* 'hello'"),
+        ([{"content": "a"}], r"messages\[0\]\.role .* None"),
+        ([{"role": "a|><|b", "content": "a"}], r"messages\[0\]\.role .* 'a\|><\|b'"),
+        ([{"role": "user", "content": 3}], r"messages\[0\]\.content .* 3"),
+        ([{"role": "user", "content": [{"type": "image", "url": "x"}]}], r"messages\[0\]\.content\[0\] .*'image'"),
+        ([CHAT[0], {"role": "user", "content": "a\udc00"}], r"messages\[1\]\.content .*U\+DC00.* 1"),
+        ([{"role": "user", "content": "a", "extra": object}], r"messages\[0\]\.extra .*object"),
         (
             [{"role": "user", "extra": functools.reduce(lambda inner, _: [inner], range(99), "x")}],
-            "nested in more than 64",
+            r"messages\[0\]\.extra.* 64",
         ),
     ],
 )
-def test_wrong_messages_are_named(messages, said):
-    with pytest.raises(ValueError, match=said):
+def test_wrong_messages_are_named(messages, error):
+    with pytest.raises(ValueError, match=error):
         chat_ids(messages)
 
 
@@ -250,12 +246,8 @@ def test_helpers_of_transformers():
     assert render("{{ {'b': 'é<', 'a': 1} | tojson }}") == '{"b": "é<", "a": 1}'
     assert render("{{ [1] | tojson(indent=1, separators=(',', ':')) }}") == "[\n 1\n]"
     assert len(render("{{ strftime_now('%Y-%m-%d') }}")) == 10
-    assert (
-        render(
-            "{% for i in range(9) %}{% if i == 3 %}{% continue %}{% elif i > 4 %}{% break %}{% endif %}{{ i }}{% endfor %}"
-        )
-        == "0124"
-    )
+    controls = "{% if i == 3 %}{% continue %}{% elif i > 4 %}{% break %}{% endif %}"
+    assert render(f"{{% for i in range(9) %}}{controls}{{{{ i }}}}{{% endfor %}}") == "0124"
     assert render("  {% if true %}\n  x\n  {% endif %}\n") == "  x\n"
     assert (
         render("{% for x in 'ab' %}{{ loop.length }}{{ loop.last }}{{ loop.nextitem }}{% endfor %}") == "2Falseb2True"
