@@ -86,8 +86,7 @@ def _groups(group: Int[Array, " B"]) -> tuple[Bool[Array, "B B"], Float[Array, "
 def _centred(rewards: Float[Array, " B"], same: Bool[Array, "B B"], size: Float[Array, " B"]) -> Float[Array, " B"]:
     """Rewards minus their group's mean, exactly 0 where all are equal.
 
-    The mean is of the differences from the group's lowest, because the rounded mean of equal numbers need not be that
-    number.
+    The mean is of the differences from the group's lowest, because the mean of equal numbers may be rounded.
     """
     member = jnp.diagonal(same)
     rewards = jnp.where(member, rewards, 0.0).astype(jnp.float32)

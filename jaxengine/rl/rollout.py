@@ -156,9 +156,7 @@ def _entropies(shape: tuple[int, int], rows: list[Row]) -> np.ndarray | None:
 
 
 def _origins(coordinates: tuple[Coordinate, ...] | None) -> dict[str, Any] | None:
-    """What the coordinates hold and the arrays do not. Contracts and sampling parameters, which most rows share, are
-    written once.
-    """
+    """What the coordinates hold and the arrays do not. Contracts and sampling parameters that rows share stand once."""
     if coordinates is None:
         return None
     digests = [coordinate.contract.digest for coordinate in coordinates]

@@ -73,11 +73,10 @@ class Trainer:
     def train(
         self, state: TrainState, rollout: Rollout, rewards: Float[np.ndarray, " B"], *, reference: Decoder | None = None
     ) -> tuple[TrainState, list[dict[str, float]]]:
-        """All updates of one rollout, with a reward for each sample: the state of the next version, and the metrics of
-        each update.
+        """All updates of one rollout: the state with the next version of the weights, and the metrics of each update.
 
-        A sample whose reward is NaN is left out. `state` is donated. Raises ValueError where the number of samples is
-        no multiple of mini_batches · micro_batches.
+        `rewards` are one for each sample. A sample whose reward is NaN is left out. `state` is donated. Raises
+        ValueError where the number of samples is no multiple of mini_batches · micro_batches.
         """
         whole, updates = self.batch(state, rollout, rewards, reference=reference), []
         for batch in self._mini_batches(state, whole):
@@ -141,9 +140,7 @@ class Trainer:
         return dataclasses.replace(batch, advantages=standardized, old_values=values, returns=returns)
 
     def _mini_batches(self, state: TrainState, batch: Batch) -> Iterator[Batch]:
-        """The rows in another order in each epoch, cut into mini-batches; in their own order where there is one
-        mini-batch.
-        """
+        """The rows, shuffled in each epoch and cut into mini-batches; not shuffled where there is one mini-batch."""
         rows, count, parts = batch.tokens.shape[0], self.config.mini_batches, self.config.micro_batches
         if rows % (count * parts):
             raise ValueError(f"{rows} samples are no multiple of mini_batches · micro_batches = {count} · {parts}")
@@ -183,8 +180,7 @@ class Trainer:
     ) -> tuple[Any, dict[str, Array], tuple[Array, Array | None]]:
         """(gradient, an ActorCritic in float32; losses; the logprobs and values `[B, T]` of the same forward pass).
 
-        All micro-batches are added. `weights` `[B, T]` are what each token counts in the policy's loss and in the
-        critic's.
+        Of all micro-batches. `weights` `[B, T]` are those of the tokens in the policy's loss and in the critic's.
         """
         count, shape = self.config.micro_batches, batch.tokens.shape
         parts = jax.tree.map(lambda x: x.reshape(count, -1, shape[1]), (batch, weights))
@@ -201,9 +197,7 @@ class Trainer:
         return jax.tree.map(_add_in_float32, total, gradient), others
 
     def _loss(self, model: ActorCritic, batch: Batch, weights: tuple[Array, Array]) -> tuple[Array, Any]:
-        """(loss, (its parts, (logprobs, values))) of a micro-batch; `weights` are those of its tokens in the whole
-        batch.
-        """
+        """(loss, (its parts, (logprobs, values))) of a micro-batch; `weights` of its tokens are those in the batch."""
         logprobs, values = self._run(model, batch.tokens, batch.mask)
         loss = policy_loss(
             logprobs,

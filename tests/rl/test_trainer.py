@@ -86,9 +86,7 @@ def drawn() -> Rollout:
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
-    """Two iterations of two epochs in two mini-batches, with a snapshot between them. States are copied, because they
-    are donated.
-    """
+    """Two iterations of two epochs in two mini-batches, with a snapshot between. States are copied, being donated."""
     folder = tmp_path_factory.mktemp("run")
     loop = Loop(make(epochs=2, mini_batches=2, micro_batches=2), problems, even_share, WIDTH, engine=ENGINE)
     state = start(loop.trainer)
@@ -100,9 +98,7 @@ def ran(tmp_path_factory):
 
 
 def test_the_first_update_of_every_iteration_is_on_policy(ran):
-    """Exactly, also in the second iteration, whose float32 weights are no bfloat16 numbers. Later updates are
-    off-policy.
-    """
+    """Exactly, also in the second iteration, whose float32 weights are no bfloat16 numbers. Later ones are not."""
     *_, iterations = ran
     for iteration in iterations:
         assert len(iteration.updates) == 4 and on_policy(iteration.updates[0]) == ON_POLICY
@@ -199,9 +195,7 @@ def test_samples_without_an_advantage_are_skipped(drawn):
 
 
 def test_the_policy_outlives_the_state():
-    """In float32 too, where nothing is rounded: the engine's weights are a copy, so they stay when the state is
-    donated.
-    """
+    """In float32 too, where nothing is rounded: the engine's weights are a copy, and outlive a donated state."""
     config, params = random_model(vocab_size=250, num_hidden_layers=1)
     trainer = Trainer(config, optax.sgd(1.0))
     state = trainer.start(params, jax.random.key(0))

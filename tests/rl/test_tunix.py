@@ -105,9 +105,7 @@ def of_rollout(output) -> np.ndarray:
 
 
 def test_grpo_steps(tunix, cluster, capsys):
-    """GRPO with two iterations for each batch and a KL penalty: the engine draws, scores and takes weights; Tunix
-    trains.
-    """
+    """GRPO with two iterations for each batch and a KL penalty: the engine draws and scores, Tunix trains."""
     rollout, calls = cluster.rollout, []
     assert isinstance(rollout, tunix.ours.JaxEngineRollout)
 

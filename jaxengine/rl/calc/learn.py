@@ -1,8 +1,8 @@
 """Teaches the model that ships, "calc", arithmetic by reward alone, on a CPU: `python -m jaxengine.rl.calc.learn`.
 
 It prints the accuracy on held-out problems before and after, the reward as it goes, and a digest of the final state.
-Two runs of one command print the same digest, and so does a run that was stopped and continued from its snapshot
-(`--snapshots FOLDER`).
+Two runs of one command print the same digest, and so does a run that was stopped and then continued from its snapshot
+in the folder that `--snapshots` names.
 """
 
 import argparse
@@ -110,8 +110,7 @@ def learn(
 ) -> TrainState:
     """The state after `run.iterations` iterations, or after `stop` of them; `report` is called after each.
 
-    With a `folder` it starts from the newest snapshot there, and writes one after each `every` iterations and at the
-    end.
+    With a `folder` it starts from the newest snapshot in it, and writes one every `every` iterations and at the end.
     """
     last = run.iterations if stop is None else min(stop, run.iterations)
     if folder is not None:
