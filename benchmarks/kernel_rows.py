@@ -11,10 +11,12 @@ from jaxtyping import Array
 
 from jaxengine.config import QUERY_BLOCK
 from pallas_kernels.cases import attention as attention_cases
+from pallas_kernels.cases import draw as draw_cases
 from pallas_kernels.cases import grouped_matmul as grouped_cases
 from pallas_kernels.cases import matmul as matmul_cases
-from pallas_kernels.cases import sampling as sampling_cases
 from pallas_kernels.cases.attention import AttentionCase
+from pallas_kernels.draw import draw_and_score
+from pallas_kernels.draw_reference import plain_draw
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.grouped_matmul_reference import grouped_plain
 from pallas_kernels.implementations import Implementation
@@ -23,8 +25,6 @@ from pallas_kernels.matmul import matmul
 from pallas_kernels.matmul_reference import plain
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.paged_attention_inputs import EIGHT_BIT, PagedBlocks, Pages
-from pallas_kernels.sampling import draw_and_score
-from pallas_kernels.sampling_reference import plain_draw
 
 WRITES = 100  # of one call, so that bringing the pools into the call is no part of the time
 
@@ -77,11 +77,11 @@ def grouped_rows(implementation: Implementation, cases: Sequence = grouped_cases
         yield row(f"grouped {case}", ours, theirs, (x, w, sizes), 2 * case.rows * case.inputs * case.outputs)
 
 
-def sampling_rows(implementation: Implementation, cases: Sequence = sampling_cases.DECODER) -> Iterator[Row]:
+def draw_rows(implementation: Implementation, cases: Sequence = draw_cases.DECODER) -> Iterator[Row]:
     for case in cases:
         logits, uniforms = case.operands()
         ours = jax.jit(functools.partial(draw_and_score, implementation=implementation))
-        yield row(f"sampling {case}", ours, jax.jit(plain_draw), (logits, jnp.full(case.rows, -1), uniforms), 0)
+        yield row(f"draw {case}", ours, jax.jit(plain_draw), (logits, jnp.full(case.rows, -1), uniforms), 0)
 
 
 # -- attention -----------------------------------------------------------------------------------------------------------------
@@ -212,4 +212,4 @@ def scatter(pages: Pages, k: Array, v: Array, blocks: PagedBlocks) -> Pages:
     return pages._replace(keys=put(pages.keys, k), values=put(pages.values, v))
 
 
-ROWS = (attention_rows, kv_write_rows, matmul_rows, grouped_rows, sampling_rows)
+ROWS = (attention_rows, kv_write_rows, matmul_rows, grouped_rows, draw_rows)

@@ -19,13 +19,13 @@ from jaxengine.models import params
 from jaxengine.ops.kernels import Kernels
 from jaxengine.ops.pallas import Pallas
 from jaxengine.ops.sharded import Sharded
+from pallas_kernels.cases.draw import DrawCase
 from pallas_kernels.cases.grouped_matmul import GroupedCase
 from pallas_kernels.cases.matmul import MatmulCase
-from pallas_kernels.cases.sampling import SamplingCase
+from pallas_kernels.draw import draw_and_score
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.implementations import choose
 from pallas_kernels.matmul import matmul
-from pallas_kernels.sampling import draw_and_score
 from sharding.topology import TARGETS, Compiled, compile_ahead, mesh_of, missing
 
 pytestmark = pytest.mark.aot
@@ -70,7 +70,7 @@ MODEL = ModelConfig(
     dtype="bfloat16",
 )
 ENGINE = EngineConfig(max_num_seqs=32, max_model_len=2048, num_pages=4096)
-SAMPLING = (SamplingCase(8, 151_936), SamplingCase(64, 128_256), SamplingCase(1, 1024), SamplingCase(3, 262_144))
+SAMPLING = (DrawCase(8, 151_936), DrawCase(64, 128_256), DrawCase(1, 1024), DrawCase(3, 262_144))
 
 
 @pytest.fixture(scope="module", params=TARGETS, ids=NAMES.get)
@@ -135,12 +135,12 @@ def test_grouped_matmul(case, mesh, kernels, report):
 
 
 @pytest.mark.parametrize("case", SAMPLING, ids=str)
-def test_sampling_tail(case, mesh, kernels, report):
+def test_draw_and_score(case, mesh, kernels, report):
     logits, uniforms = jax.eval_shape(case.operands)
     given = jax.ShapeDtypeStruct((case.rows,), jnp.int32)
     run = functools.partial(draw_and_score, implementation=kernels)
     assert any(
-        name.startswith("sampling_")
+        name.startswith("draw_")
         for name in report(compile_ahead(mesh, jax.jit(run), logits, given, uniforms)).kernels
     )
 
@@ -155,7 +155,7 @@ def assert_kernels(compiled: Compiled) -> None:
     calls = lambda name: sum(kernel.startswith(name) for kernel in compiled.kernels)
     layers = MODEL.num_hidden_layers
     assert calls("matmul_") >= 4 * layers + 1 and calls("paged_attention_") >= layers and calls("kv_write_") == layers
-    assert calls("sampling_") >= 1
+    assert calls("draw_") >= 1
 
 
 @STEP_TARGETS

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from pallas_kernels.cases.attention import AttentionCase
+from pallas_kernels.cases.draw import DrawCase
 from pallas_kernels.cases.grouped_matmul import GroupedCase
 from pallas_kernels.cases.matmul import MatmulCase
-from pallas_kernels.cases.sampling import SamplingCase
 from pallas_kernels.implementations import choose
 
 BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"
@@ -23,7 +23,7 @@ CASES = {
     "kv_write": (dataclasses.replace(DECODING, chunk=20),),
     "matmul": (MatmulCase(9, 200, 96, "float32"),),
     "grouped": (GroupedCase((3, 0, 5), 200, 96, "float32"),),
-    "sampling": (SamplingCase(5, 256),),
+    "draw": (DrawCase(5, 256),),
 }
 
 

@@ -8,8 +8,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.draw_reference import Draw, first_above
 from pallas_kernels.pinned_math import exp
-from pallas_kernels.sampling_reference import Draw, first_above
 from pallas_kernels.sizes import VOCAB_BLOCK
 
 BLOCKS_AT_ONCE = 16  # of one program
@@ -45,7 +45,7 @@ def _draw(high_ref, mass_ref, x_ref, uniform_ref, given_ref, token_ref, logprob_
     top_ref[row], log_mass_ref[row] = high, log_mass
 
 
-def sampling_gpu(
+def draw_gpu(
     logits: Float[Array, "t V"], uniforms: Float[Array, "t 2"], given: Int[Array, " t"], *, interpret: bool = False
 ) -> Draw:
     """A program a row, and before it one for every BLOCKS_AT_ONCE blocks."""
@@ -61,9 +61,9 @@ def sampling_gpu(
         functools.partial(_measure, vocab=vocab),
         grid=(t, width // BLOCKS_AT_ONCE),
         out_shape=[of_blocks, of_blocks],
-        name="sampling_gpu_masses",
+        name="draw_gpu_masses",
     )(logits)
     out = [jax.ShapeDtypeStruct((t,), dtype) for dtype in (jnp.int32, jnp.float32, jnp.float32, jnp.float32)]
     return Draw(
-        *call(_draw, grid=(t,), out_shape=out, name="sampling_gpu_draw")(highs, masses, logits, uniforms, given)
+        *call(_draw, grid=(t,), out_shape=out, name="draw_gpu_draw")(highs, masses, logits, uniforms, given)
     )

@@ -7,17 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.draw_gpu import draw_gpu
+from pallas_kernels.draw_reference import Draw, draw_reference
+from pallas_kernels.draw_tpu import draw_tpu
 from pallas_kernels.implementations import Implementation
-from pallas_kernels.sampling_gpu import sampling_gpu
-from pallas_kernels.sampling_reference import Draw, sampling_reference
-from pallas_kernels.sampling_tpu import sampling_tpu
 from pallas_kernels.sizes import VOCAB_BLOCK
 
 BODIES = {
-    "xla": sampling_reference,
-    "pallas_tpu": sampling_tpu,
-    "pallas_gpu": sampling_gpu,
-    "pallas_interpret": functools.partial(sampling_tpu, interpret=True),
+    "xla": draw_reference,
+    "pallas_tpu": draw_tpu,
+    "pallas_gpu": draw_gpu,
+    "pallas_interpret": functools.partial(draw_tpu, interpret=True),
 }
 
 
@@ -43,7 +43,7 @@ def draw_and_score(
         uniforms = jnp.zeros((t, 2), jnp.float32)
     if logits.dtype != jnp.float32 or uniforms.shape != (t, 2) or given.shape != (t,):
         raise ValueError(
-            f"sampling_tail takes float32 logits [t, V], given [t] and uniforms [t, 2], "
+            f"draw_and_score takes float32 logits [t, V], given [t] and uniforms [t, 2], "
             f"got {logits.dtype} {logits.shape}, {given.shape} and {uniforms.shape}"
         )
     return _tail(implementation, logits, uniforms, given.astype(jnp.int32))

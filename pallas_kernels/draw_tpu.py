@@ -10,9 +10,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.draw_reference import Draw, first_above
 from pallas_kernels.matmul_tpu import VMEM_LIMIT
 from pallas_kernels.pinned_math import exp
-from pallas_kernels.sampling_reference import Draw, first_above
 from pallas_kernels.sizes import VOCAB_BLOCK
 
 CHUNK = 128  # blocks
@@ -91,7 +91,7 @@ def _kernel(
     logprob_ref[...] = (chosen - high) - log_mass_ref[...]
 
 
-def sampling_tpu(
+def draw_tpu(
     logits: Float[Array, "t V"], uniforms: Float[Array, "t 2"], given: Int[Array, " t"], *, interpret: bool = False
 ) -> Draw:
     """A row at a time."""
@@ -110,7 +110,7 @@ def sampling_tpu(
         out_shape=[out(jnp.int32), out(jnp.float32), out(jnp.float32), out(jnp.float32)],
         scratch_shapes=[pltpu.VMEM((-(-chunks // SUBLANES) * SUBLANES, CHUNK), jnp.float32)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=VMEM_LIMIT),
-        name="sampling_tpu",
+        name="draw_tpu",
         interpret=interpret,
     )(uniforms, given, logits.reshape(t, num_blocks, VOCAB_BLOCK))
     return Draw(*(x[:, 0, 0] for x in found))

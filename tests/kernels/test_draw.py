@@ -10,10 +10,10 @@ import pytest
 
 from jaxengine.device import sampler
 from jaxengine.ops.kernels import XLA
-from pallas_kernels.cases.sampling import SMALL, SamplingCase
+from pallas_kernels.cases.draw import SMALL, DrawCase
+from pallas_kernels.draw import draw_and_score
+from pallas_kernels.draw_gpu import draw_gpu
 from pallas_kernels.implementations import choose
-from pallas_kernels.sampling import draw_and_score
-from pallas_kernels.sampling_gpu import sampling_gpu
 from pallas_kernels.sizes import VOCAB_BLOCK
 
 CASES = [case if case is SMALL[1] else pytest.param(case, marks=pytest.mark.long) for case in SMALL]
@@ -92,7 +92,7 @@ class Body:
         np.testing.assert_allclose(jnp.exp(each).sum(1), 1.0, rtol=1e-5)
 
     def test_nothing_ruled_out_is_drawn(self):
-        case = SamplingCase(64, 256, kept=3)
+        case = DrawCase(64, 256, kept=3)
         logits, uniforms = case.operands()
         edges = jnp.array([0.0, 1.0 - 2**-24])[jnp.arange(128).reshape(64, 2) % 3 % 2]
         for u in (uniforms, edges):
@@ -145,7 +145,7 @@ class TestTpuBody(TestReference):
 
 class TestGpuBody(Body):
     def run(self, logits, uniforms, given):
-        return sampling_gpu(logits, uniforms, given, interpret=True)
+        return draw_gpu(logits, uniforms, given, interpret=True)
 
 
 def test_the_twin_is_the_engines_sampler():
@@ -154,7 +154,7 @@ def test_the_twin_is_the_engines_sampler():
     keys = jax.random.split(jax.random.key(3), 37)
     uniforms = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
     twin = jax.jit(functools.partial(draw_and_score, implementation=choose("xla")))(logits[:8], DRAW(8), uniforms[:8])
-    engines = jax.jit(lambda x, k: XLA.tail(x, DRAW(8), sampler.uniforms(k)))(logits[:8], keys[:8])
+    engines = jax.jit(lambda x, k: XLA.draw_and_score(x, DRAW(8), sampler.uniforms(k)))(logits[:8], keys[:8])
     assert bits(engines) == bits(twin) and np.array_equal(
         engines.all_logprobs(logits[:8]), twin.all_logprobs(logits[:8])
     )

@@ -81,6 +81,6 @@ def plain_draw(
     return Draw(tokens, jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0], highs, log_masses)
 
 
-def sampling_reference(logits: Float[Array, "t V"], uniforms: Float[Array, "t 2"], given: Int[Array, " t"]) -> Draw:
+def draw_reference(logits: Float[Array, "t V"], uniforms: Float[Array, "t 2"], given: Int[Array, " t"]) -> Draw:
     """TILE rows at a time."""
     return by_tiles(plain_draw, TILE, logits, given, uniforms)
