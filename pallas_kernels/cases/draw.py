@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 @dataclasses.dataclass(frozen=True)
 class DrawCase:
-    """`rows` rows of normal logits of a width; all but `kept` ids a row are -inf, where it is not 0."""
+    """`rows` rows of normal logits of a width; unless `kept` is 0, all but `kept` ids of a row are -inf."""
 
     rows: int
     vocab: int
