@@ -92,7 +92,7 @@ def _whole(x: Array) -> pl.BlockSpec:
 
 
 def _partial(shape: tuple[int, ...]) -> Partial:
-    """Room for the partial results of one block's rows, of which all blocks' are [B, K, m, h]."""
+    """A Partial of room for the results of one block's rows, of which all blocks' are [B, K, m, h]."""
     _, num_kv_heads, m, h = shape
     high, total, out = (pltpu.VMEM((num_kv_heads, m, width), jnp.float32) for width in (1, 1, h))
     return Partial(high, total, out)  # pyright: ignore[reportArgumentType] # shapes in the place of arrays
