@@ -82,10 +82,10 @@ def paged_attention_gpu(
         return restore(out, q)
     # Of the partial results only the rows of tokens take memory: when decoding, most rows of a tile only fill it.
     shape = (num_splits, *rows.shape[:2], r * group)
-    partials = Partial(*(jax.ShapeDtypeStruct((*shape, width), jnp.float32) for width in (1, 1, h)))
+    shapes = tuple(jax.ShapeDtypeStruct((*shape, width), jnp.float32) for width in (1, 1, h))
     name = "paged_attention_gpu_splits"
-    partials = call(_one_split, name, (*grid, num_splits), partials, blocks, tokens, rows, pages)
-    out = call(_join, "paged_attention_gpu_join", grid, out_shape, blocks, tokens, partials, of_rows)
+    partials = call(_one_split, name, (*grid, num_splits), shapes, blocks, tokens, rows, pages)
+    out = call(_join, "paged_attention_gpu_join", grid, out_shape, blocks, tokens, Partial(*partials), of_rows)
     return restore(out, q)
 
 
@@ -136,7 +136,7 @@ def _one_split(blocks: PagedBlocks, tokens, rows, pages: Pages, *out, scoring: S
             plgpu.store(ref.at[cells], x, mask=mask)
 
 
-def _cells(place: tuple, tokens, shape: tuple[int, int], s) -> tuple[tuple, Array]:
+def _cells(place: tuple, tokens, shape: tuple[int, ...], s) -> tuple[tuple, Array]:
     """(indices of this program's rows in split s of the partial results, which of these rows belong to a token).
 
     Rows that belong to none are not in the partial results.
@@ -176,7 +176,7 @@ class _Reader(NamedTuple):
 
 
 def _reader(
-    blocks: PagedBlocks, tokens: Any, rows: Any, pages: Any, place: tuple, scoring: Scoring, sizes: AttentionSizes
+    blocks: Any, tokens: Any, rows: Any, pages: Any, place: tuple, scoring: Scoring, sizes: AttentionSizes
 ) -> _Reader:
     b, k, m = place
     slot, start, count = blocks.slots[b], blocks.starts[b], blocks.counts[b]

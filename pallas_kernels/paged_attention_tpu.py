@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -91,7 +92,7 @@ def _whole(x: Array) -> pl.BlockSpec:
     return pl.BlockSpec(x.shape, lambda b, *_: (0,) * x.ndim)
 
 
-def _partial(shape: tuple[int, ...]) -> Partial:
+def _partial(shape: tuple[int, ...]) -> Any:
     """A Partial of room for the results of one block's rows, of which all blocks' are [B, K, m, h]."""
     _, num_kv_heads, m, h = shape
     high, total, out = (pltpu.VMEM((num_kv_heads, m, width), jnp.float32) for width in (1, 1, h))

@@ -51,8 +51,8 @@ def with_scales_of_positions(pages: Pages, tables: Array, page_size: int) -> Pag
     return Pages(pages.keys, pages.values, *spread)
 
 
-def buffers_of(pools: Pages, num_kv_heads: int, sizes: AttentionSizes) -> Pages:
-    """Room for two tiles of every pool: one is used while the other is copied."""
+def buffers_of(pools: Pages, num_kv_heads: int, sizes: AttentionSizes) -> Any:
+    """A Pages of room for two tiles of every pool: one is used while the other is copied."""
 
     def room(pool):
         return pltpu.VMEM((2, num_kv_heads, sizes.kv_tile, *pool.shape[3:]), pool.dtype)

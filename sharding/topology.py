@@ -54,7 +54,8 @@ class Compiled:
         sizes = (self.argument_bytes, self.output_bytes, self.workspace_bytes, self.bytes_accessed)
         arguments, output, workspace, moved = (f"{size / 2**20:.2f}" for size in sizes)
         return (
-            f"{self.seconds:.1f} s to compile; MiB: {arguments} in, {output} out, {workspace} workspace, {moved} moved; "
+            f"{self.seconds:.1f} s to compile; "
+            f"MiB: {arguments} in, {output} out, {workspace} workspace, {moved} moved; "
             f"{self.flops / 1e6:.1f} Mflop outside kernels; kernels: {', '.join(self.kernels) or 'none'}"
         )
 

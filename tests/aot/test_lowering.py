@@ -109,7 +109,7 @@ def compiled_step(kind: str, mesh: Mesh, ops: Kernels, state: tuple) -> Compiled
 
 
 def assert_kernels(compiled: Compiled) -> None:
-    """A layer has four products, attention and a write, a step the head and the draw. One may be two kernels on a GPU."""
+    """A layer has four products, attention and a write; a step the head and the draw. One may be two GPU kernels."""
     layers = MODEL.num_hidden_layers
     assert calls(compiled, "matmul_") >= 4 * layers + 1
     assert calls(compiled, "paged_attention_") >= layers and calls(compiled, "kv_write_") == layers
