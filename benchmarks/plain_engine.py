@@ -18,7 +18,7 @@ from jaxengine.engine import step_variants
 from jaxengine.models import decoder
 from jaxengine.models.decoder import Tile
 from jaxengine.ops import norm, regions, xla
-from pallas_kernels import sampling_reference
+from pallas_kernels import draw_reference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,9 +54,9 @@ def plain() -> Iterator[None]:
         (xla, "silu", jax.nn.silu),
         (sampler, "row_sum", total),
         (sampler, "exp", jnp.exp),
-        (sampling_reference, "row_sum", total),
-        (sampling_reference, "exp", jnp.exp),
-        (sampling_reference, "row_cumsum", lambda x: jnp.cumsum(x, -1)),
+        (draw_reference, "row_sum", total),
+        (draw_reference, "exp", jnp.exp),
+        (draw_reference, "row_cumsum", lambda x: jnp.cumsum(x, -1)),
         (step_variants, "TILES", TILES),
         (step_variants, "BASE", TILES["decode"][1]),
         (step_variants.StepVariants, "_prove", lambda self, kind, tile, params, cache: (cache, True)),

@@ -18,8 +18,8 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from jaxengine.base.keys import key_of
 from jaxengine.device.step_inputs import SamplingArrays
+from pallas_kernels.draw_reference import log_softmax
 from pallas_kernels.pinned_math import exp, row_sum
-from pallas_kernels.sampling_reference import log_softmax
 
 ONE = np.float32(1).view(np.uint32)  # the bits of 1.0
 

@@ -17,7 +17,7 @@ from jaxengine.models.decoder import Tile
 from jaxengine.models.params import Decoder
 from jaxengine.ops.kernels import Kernels
 from jaxengine.ops.regions import over_tiles
-from pallas_kernels.sampling_reference import Draw
+from pallas_kernels.draw_reference import Draw
 from pallas_kernels.tiles import unknown_zero
 
 HEAD_TILE = 8  # rows of the head in a prefill, where few of many rows draw

@@ -16,7 +16,7 @@ from jaxengine.device.step_inputs import QueryBlocks
 from jaxengine.ops.pallas import Pallas
 from jaxengine.ops.xla import Xla
 from pallas_kernels import implementations
-from pallas_kernels.sampling_reference import Draw
+from pallas_kernels.draw_reference import Draw
 
 XLA = Xla()
 OF_PLATFORM = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}

@@ -15,12 +15,12 @@ from jaxtyping import Array, Float, Int
 from jaxengine.config import ModelConfig
 from jaxengine.device.step_inputs import QueryBlocks
 from pallas_kernels import paged_attention_inputs as inputs
+from pallas_kernels.draw import draw_and_score
+from pallas_kernels.draw_reference import Draw
 from pallas_kernels.implementations import Implementation
 from pallas_kernels.kv_write import kv_write
 from pallas_kernels.matmul import matmul
 from pallas_kernels.paged_attention import paged_attention
-from pallas_kernels.sampling import draw_and_score
-from pallas_kernels.sampling_reference import Draw
 from pallas_kernels.sizes import LANES, MATMUL
 from pallas_kernels.sizes_attention import ATTENTION, attention_sizes
 from sharding.leaves import tree_sum

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from jaxengine.config import ModelConfig
 from jaxengine.device.step_inputs import QueryBlocks
 from jaxengine.ops.pallas import Pallas
-from pallas_kernels.sampling_reference import Draw
+from pallas_kernels.draw_reference import Draw
 from sharding.leaves import tree_sum
 
 WHOLE = PartitionSpec()

@@ -12,9 +12,9 @@ from jaxengine.config import KV_TILE, ModelConfig
 from jaxengine.device.step_inputs import QueryBlocks
 from jaxengine.ops.linear import dot, split_outputs
 from jaxengine.ops.regions import over_tiles
+from pallas_kernels.draw_reference import Draw, plain_draw
 from pallas_kernels.paged_attention_cpu import paged_attention
 from pallas_kernels.pinned_math import silu
-from pallas_kernels.sampling_reference import Draw, plain_draw
 from sharding.leaves import tree_sum
 
 # Query blocks that attention takes together, in every step: more do not stay in a CPU's cache, and with fewer XLA compiles

@@ -13,8 +13,8 @@ from jaxengine.device import sampler
 from jaxengine.engine.batch import BatchBuilder
 from jaxengine.host.sample import Request, Sample
 from jaxengine.sampling_params import SamplingParams
-from pallas_kernels import pinned_math, sampling_reference
-from pallas_kernels.sampling_reference import draw_blocks, log_softmax
+from pallas_kernels import draw_reference, pinned_math
+from pallas_kernels.draw_reference import draw_blocks, log_softmax
 
 V = 384
 ENGINE = EngineConfig(max_num_seqs=16, max_model_len=64)
@@ -336,7 +336,7 @@ def test_rounding_at_the_edge_never_picks_what_has_no_mass():
     weights[:, 5], weights[0, 9], weights[1, 380] = 0.1, 1e-30, 0.2
     weights[2] = 1 / 3
     for u in (0.0, 0.5, np.nextafter(np.float32(1), np.float32(0)), 1.0):  # 1 stands for a product that was rounded up
-        found = np.asarray(sampling_reference._inverse_cdf(weights, np.full(4, u, np.float32)))
+        found = np.asarray(draw_reference._inverse_cdf(weights, np.full(4, u, np.float32)))
         assert (weights[np.arange(4), found] > 0).all(), f"u = {u}"
     assert found.tolist() == [9, 380, V - 1, 5], "the last one of positive weight"
 

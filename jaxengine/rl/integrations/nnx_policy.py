@@ -51,7 +51,7 @@ class Policy(nnx.Module):
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
         """float32 logits of the token behind each of `tokens`. Differentiable by reverse mode, the same bits inside it and out.
 
-        Their log-softmax is `score`'s at temperature 1, in bits where `pallas_kernels.sampling_reference` takes it. All of [B, T, V] is
+        Their log-softmax is `score`'s at temperature 1, in bits where `pallas_kernels.draw_reference` takes it. All of [B, T, V] is
         kept: a loss on logprobs needs much less memory through `logprobs`.
         """
         return all_logits(self.config, self.kernels, self.params, jnp.asarray(tokens), self.tile)
