@@ -13,9 +13,9 @@ from jaxengine.device import scoring, trunk
 from jaxengine.engine.weights import check_fits, placed
 from jaxengine.host.admission import check_scored, prompts_of, sampling_of
 from jaxengine.llm import ENGINE_KEYWORDS, LLM
-from jaxengine.models.decoder import Tile
 from jaxengine.models.params import Decoder
 from jaxengine.ops.kernels import choose_kernels
+from jaxengine.ops.tiles import Tile
 from jaxengine.outputs import RequestOutputs
 from jaxengine.sampling_params import SamplingParams
 from jaxengine.text.tokenizer import Tokenizer

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 from jaxengine.base.arguments import as_integer, flag, integer, items, real, strict_keywords
@@ -11,6 +11,7 @@ MAX_N = 16_384  # samples of one request
 MAX_STOP_STRINGS = 64
 MAX_STOP_CHARACTERS = 1_024
 MAX_STOP_TOKEN_IDS = 16  # room for them beside the model's own in the fixed array of a slot
+MAX_STOPS = MAX_STOP_TOKEN_IDS + 16  # the width of that array
 MAX_LOGIT_BIAS = 512
 LOGIT_BIAS = "a dict from token ids to numbers"
 GREEDY_BELOW = 1e-5  # a smaller temperature means greedy, as in vLLM
@@ -97,6 +98,11 @@ class SamplingParams:
 
     def replace(self, **changes: Any) -> "SamplingParams":
         return dataclasses.replace(self, **changes)
+
+
+def stop_token_ids(sampling: SamplingParams, eos_token_ids: Iterable[int]) -> frozenset[int]:
+    """The tokens that end a sequence: the request's own, and the model's unless they are ignored."""
+    return frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else frozenset(eos_token_ids))
 
 
 def token_ids_of(ids: Any, vocab_size: int, where: str) -> list[int]:

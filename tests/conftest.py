@@ -19,11 +19,11 @@ from jaxengine import LLM
 from jaxengine.config import QUERY_BLOCK, EngineConfig, ModelConfig, RopeConfig
 from jaxengine.device import steps
 from jaxengine.device.kv_cache import Cache
-from jaxengine.device.step_inputs import Copies, QueryBlocks
+from jaxengine.device.step_inputs import Copies
 from jaxengine.engine.batch import BatchBuilder, rows_of
-from jaxengine.engine.step_variants import TILES
-from jaxengine.models.decoder import Tile
 from jaxengine.models.params import Decoder, initialise
+from jaxengine.ops.query_blocks import QueryBlocks
+from jaxengine.ops.tiles import TILES, Tile
 from jaxengine.text.tokenizer import Tokenizer
 
 SIZES = dict(
@@ -101,7 +101,7 @@ def make_llm(config: ModelConfig, params: Decoder, **engine) -> LLM:
 
 
 def step_call(kind: str, engine: EngineConfig, num_steps: int = 1) -> tuple[Callable, tuple, dict]:
-    """A jitted step of eight rows or eight query blocks; what it takes behind params and cache, as the host makes it; static arguments."""
+    """A jitted step of eight rows or eight query blocks; what it takes after params and cache, as the host makes it; static arguments."""
     batch, nothing = BatchBuilder(engine), np.zeros(engine.max_num_seqs, np.int32)
     slots = jax.tree.map(np.copy, batch.host_slots)
     if kind == "decode":

@@ -11,7 +11,7 @@ import numpy as np
 from jaxengine.base import machine
 from jaxengine.config import KV_TILE, QUERY_BLOCK, VOCAB_BLOCK, ModelConfig
 from jaxengine.coordinate import Contract
-from jaxengine.device import steps
+from jaxengine.device import checksums
 from jaxengine.engine.step_variants import BASE
 from jaxengine.models.params import Decoder
 from jaxengine.ops.kernels import Kernels
@@ -24,7 +24,7 @@ def weights_digest(params: Decoder) -> str:
     """
     digest, leaves = hashlib.sha256(), jax.tree.leaves(params)
     sums = [
-        _bytes(leaf) if _on_cpu(leaf) else steps.word_sums(leaf) for leaf in leaves
+        _bytes(leaf) if _on_cpu(leaf) else checksums.word_sums(leaf) for leaf in leaves
     ]  # all under way before the first is waited for
     for leaf, found in zip(leaves, sums, strict=True):
         digest.update(f"{leaf.dtype}{leaf.shape}".encode())

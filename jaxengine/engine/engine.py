@@ -17,8 +17,8 @@ from jaxengine.engine.step_variants import Report, StepVariants
 from jaxengine.host.page_pool import PagePool
 from jaxengine.host.sample import Request, Sample, Status
 from jaxengine.host.scheduler import MustSettle, Plan, Scheduler
-from jaxengine.models.decoder import Tile
 from jaxengine.ops.kernels import choose_kernels
+from jaxengine.ops.tiles import Tile
 from jaxengine.text.detokenizer import Detokenizer
 
 
@@ -57,7 +57,7 @@ class Engine:
     ) -> None:
         self.model_config, self.engine_config, self.weights = model_config, engine_config, Weights(params, 0)
         self.kernels = choose_kernels(engine_config.kernels, model_config)
-        self.cache = kv_cache.allocate(
+        self.cache = kv_cache.empty_cache(
             model_config, engine_config, self.kernels, params
         )  # first: it takes the most memory, and may be refused
         self.scheduler = Scheduler(

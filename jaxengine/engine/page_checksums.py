@@ -1,6 +1,6 @@
 """The canary: finds pages of the KV cache that changed behind the engine's back, by a fault of memory or of another program.
 
-Behind every step the keys and values of each token that the step's sequences hold are summed up on the device (kv_cache.token_sums). Before
+Behind every step the keys and values of each token that the step's sequences hold are summed up on the device (device/checksums.py). Before
 a token of that step is accepted, the sums are compared with those that the same tokens had behind earlier steps.
 Covered is every token in a page from the end of the step that wrote it: in full pages and in the front of partly filled ones, in pages
 that many share, and in pages that lay in the prefix cache since. Not covered: what a step itself writes or reads wrongly, damage that is
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from jaxengine.device import steps
+from jaxengine.device import checksums
 from jaxengine.device.kv_cache import Cache
 from jaxengine.host.page_pool import PagePool
 from jaxengine.host.sample import Sample
@@ -49,7 +49,7 @@ class PageChecksums:
         pages = [(page, blocks.births[page], count) for page, count in filled.items() if count > 0]
         ids = np.zeros(-(-len(pages) // PAGES) * PAGES, np.int32)
         ids[: len(pages)] = [page for page, *_ in pages]
-        sums = [steps.token_sums(cache, part, kernels=self.kernels) for part in ids.reshape(-1, PAGES)]
+        sums = [checksums.token_sums(cache, part, kernels=self.kernels) for part in ids.reshape(-1, PAGES)]
         return Watch([list(s.pages) for s in samples], pages, sums)
 
     def damaged(self, watch: Watch, blocks: PagePool) -> set[int]:

@@ -12,10 +12,9 @@ from jaxengine.base.arguments import check_keywords, flag
 from jaxengine.base.keys import key_data, key_of, seed_data
 from jaxengine.config import EngineConfig, ModelConfig
 from jaxengine.coordinate import Coordinate
-from jaxengine.device.sampling_arrays import MAX_STOPS, stop_token_ids
 from jaxengine.host.sample import Earlier, Request
 from jaxengine.outputs import CompletionOutput, RequestOutput
-from jaxengine.sampling_params import SamplingParams, token_ids_of
+from jaxengine.sampling_params import MAX_STOPS, SamplingParams, stop_token_ids, token_ids_of
 from jaxengine.text.detokenizer import Detokenizer
 from jaxengine.text.tokenizer import Tokenizer
 

@@ -19,10 +19,9 @@ from jaxengine.base.keys import key_data, key_of
 from jaxengine.base.pytree import pytree
 from jaxengine.config import ModelConfig
 from jaxengine.device.scoring import sampling_arrays_of, token_logprobs
-from jaxengine.device.trunk import WIDE
-from jaxengine.models.decoder import Tile
 from jaxengine.models.params import Decoder
 from jaxengine.ops.kernels import choose_kernels
+from jaxengine.ops.tiles import WIDE, Tile
 from jaxengine.rl import advantages as estimators
 from jaxengine.rl import critic, metrics
 from jaxengine.rl.critic import ActorCritic

@@ -16,9 +16,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxengine.config import EngineConfig, ModelConfig
 from jaxengine.device import kv_cache
 from jaxengine.models import params
-from jaxengine.ops.kernels import Kernels
-from jaxengine.ops.pallas import Pallas
-from jaxengine.ops.sharded import Sharded
+from jaxengine.ops.kernels import Kernels, kernels_of
+from jaxengine.ops.sharded import sharded
 from pallas_kernels.cases.grouped_matmul import GroupedCase
 from pallas_kernels.cases.matmul import MatmulCase
 from pallas_kernels.cases.sampling import SamplingCase
@@ -162,7 +161,7 @@ def assert_kernels(compiled: Compiled) -> None:
 @pytest.mark.parametrize("kind", ["decode", "prefill"])
 def test_step(kind, mesh, kernels, report):
     """A whole step of a 4-layer model on the device's own kernels."""
-    ops = Pallas(kernels)
+    ops = kernels_of(kernels)
     state = params.abstract(MODEL), kv_cache.abstract(MODEL, ENGINE, ops)
     compiled = report(compiled_step(kind, mesh, ops, state))
     weights_and_pages = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
@@ -178,7 +177,7 @@ def test_step_sharded(kind, target, kernels, report):
     if TARGETS[target].platform == "cuda":
         pytest.skip("the GPU that is described here is one alone")
     mesh = mesh_of(target, MODEL.reduction_leaves)
-    ops = Sharded(Pallas(kernels), mesh, "devices")
+    ops = sharded(kernels_of(kernels), mesh, "devices")
     split = lambda _, p: NamedSharding(mesh, PartitionSpec("devices" if p.axes[0] == "leaf" else None))
     weights = jax.tree.map(
         lambda x, sharding: x.update(sharding=sharding), params.abstract(MODEL), params.map_declared(split, MODEL)

@@ -133,8 +133,10 @@ def processed(
         batch.admit(Sample(request, 0, prompt + generated, slot, slot=slot))
         positions[slot] = len(prompt) + len(generated)
         history[slot, : positions[slot]] = prompt + generated
-    row = jax.tree.map(lambda x: x[slots], batch.host_slots)
-    return tuple(np.asarray(x)[:count] for x in process(logits, row, history, slots, positions))
+    sampling, request = batch.host_slots.sampling, batch.host_slots.request
+    row = jax.tree.map(lambda x: x[slots], sampling)
+    context = sampler.Context(history, slots, positions, request.prompt_length[slots], request.first_stop[slots])
+    return tuple(np.asarray(x)[:count] for x in process(logits, row, context))
 
 
 def penalised(logits: np.ndarray, params: SamplingParams, prompt: list[int], generated: list[int]) -> np.ndarray:

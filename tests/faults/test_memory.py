@@ -60,7 +60,7 @@ def test_no_memory_at_start_says_what_is_wanted_and_what_to_change(doing, fault,
             monkeypatch.context() as patched,
             pytest.raises(MemoryError, match=f"out of memory while {doing}: {WANTED}{SETTINGS}"),
         ):
-            patched.setattr(*((kv_cache, "allocate") if "cache" in doing else (jax, "device_put")), fault)
+            patched.setattr(*((kv_cache, "empty_cache") if "cache" in doing else (jax, "device_put")), fault)
             LLM("calc", progress=False, num_pages=200)
 
     requests = start(tiny)
@@ -74,14 +74,14 @@ def test_other_errors_at_start_are_left_as_they_are(tiny, monkeypatch):
     def broken(*args):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
-    monkeypatch.setattr(kv_cache, "allocate", broken)
+    monkeypatch.setattr(kv_cache, "empty_cache", broken)
     with pytest.raises(jax.errors.JaxRuntimeError, match="^INTERNAL: something else"):
         make_llm(tiny.config, tiny.params)
 
 
 def test_a_pool_larger_than_the_machine_is_refused_before_it_is_taken(tiny, monkeypatch):
     """The host's own lists of pages would already fill the machine."""
-    monkeypatch.setattr(kv_cache, "allocate", lambda *args: pytest.fail("it was taken"))
+    monkeypatch.setattr(kv_cache, "empty_cache", lambda *args: pytest.fail("it was taken"))
     with pytest.raises(
         MemoryError, match=rf"this machine has \d+\.\d\d GB of memory in all: {WANTED}{SETTINGS} float32"
     ):
@@ -207,7 +207,7 @@ def test_other_errors_are_raised_as_before(llm, message, expected, monkeypatch):
 
 
 def test_a_cache_that_only_answers_with_an_error_is_lost(tiny):
-    cache = kv_cache.allocate(tiny.config, tiny.engine_config, tiny.engine.kernels, tiny.params)
+    cache = kv_cache.empty_cache(tiny.config, tiny.engine_config, tiny.engine.kernels, tiny.params)
     assert not kv_cache.is_lost(cache)
     poisoned = jax.tree.map(needing_too_much, cache)
     assert not any(x.is_deleted() for x in jax.tree.leaves(poisoned)) and all(

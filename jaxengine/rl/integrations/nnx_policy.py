@@ -13,15 +13,15 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxengine.config import ModelConfig
-from jaxengine.device.scoring import HEAD_ROWS
-from jaxengine.device.trunk import WIDE, hidden_states
+from jaxengine.device.trunk import hidden_states
 from jaxengine.engine.weights import check_fits
 from jaxengine.functional import score
 from jaxengine.models import decoder
-from jaxengine.models.decoder import Tile
-from jaxengine.models.params import Decoder, Parameter, declare
+from jaxengine.models.parameter import Parameter
+from jaxengine.models.params import Decoder, declare
 from jaxengine.ops.kernels import Kernels, choose_kernels
 from jaxengine.ops.regions import over_tiles
+from jaxengine.ops.tiles import HEAD_ROWS, WIDE, Tile
 from jaxengine.sampling_params import SamplingParams
 from pallas_kernels.tiles import unknown_zero
 
@@ -29,7 +29,7 @@ from pallas_kernels.tiles import unknown_zero
 class Policy(nnx.Module):
     """A decoder whose arrays are nnx.Param, at the paths that they have in our pytree: `policy.layers[0].attention.qkv`.
 
-    Arrays go in and out as they are, never copied: `policy.params` is what `LLM.update_params` and `jaxengine.generate` take, and
+    Arrays go in and out as they are and are never copied: `policy.params` is what `LLM.update_params` and `jaxengine.generate` take, and
     `policy.set_params` takes it back. Raises ValueError where params do not fit config.
     """
 
@@ -49,7 +49,7 @@ class Policy(nnx.Module):
         _put(params, self)
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
-        """float32 logits of the token behind each of `tokens`. Differentiable by reverse mode, the same bits inside it and out.
+        """float32 logits of the token after each of `tokens`. Differentiable by reverse mode, the same bits inside it and out.
 
         Their log-softmax is `score`'s at temperature 1, in bits where `pallas_kernels.sampling_reference` takes it. All of [B, T, V] is
         kept: a loss on logprobs needs much less memory through `logprobs`.
