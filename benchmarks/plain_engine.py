@@ -1,8 +1,9 @@
 """The engine with its pinning taken out: what the contract is measured against, and what tests show to break it.
 
-The plain engine is the same code with these pieces replaced: a region is one call of its body on the whole step instead of a loop over
-tiles (decode in buckets of 2, 8, 32 and 64 rows, prefill of 32, 128 and 512), sums, exponentials, softmax and SiLU are XLA's own, and no
-step has to be proven. Not replaced: attention (both engines loop over the same tiles of blocks), the float32 head, the embedding's loop.
+The plain engine is the same code with these pieces replaced: a region is one call of its body on the whole step instead
+of a loop over tiles (decode in buckets of 2, 8, 32 and 64 rows, prefill of 32, 128 and 512), sums, exponentials,
+softmax and SiLU are XLA's own, and no step has to be proven. Not replaced: attention (both engines loop over the same
+tiles of blocks), the float32 head, the embedding's loop.
 """
 
 import contextlib
@@ -38,9 +39,12 @@ def whole(body, tile, weights, rows, count):
     """The body on a step's rows at once."""
     if tile == HEAD_TILE:
         return regions.over_tiles(body, tile, weights, rows, count)
-    out = body(weights, jax.tree.map(lambda x: x[:tile], rows))
     size = jax.tree.leaves(rows)[0].shape[0]
-    return jax.tree.map(lambda y: jnp.pad(y, ((0, size - y.shape[0]), *((0, 0),) * (y.ndim - 1))), out)
+
+    def padded(x):
+        return jnp.pad(x, ((0, size - x.shape[0]), *((0, 0),) * (x.ndim - 1)))
+
+    return jax.tree.map(padded, body(weights, jax.tree.map(lambda x: x[:tile], rows)))
 
 
 def unproven(self, kind, tile, params, cache):

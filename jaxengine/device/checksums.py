@@ -19,7 +19,8 @@ MIX = np.uint32(0x85EBCA6B), np.uint32(0xC2B2AE35)  # the multipliers of MurmurH
 
 @functools.partial(jax.jit, static_argnames="kernels")
 def token_sums(cache: Cache, pages: Int[Array, " A"], *, kernels: Kernels) -> UInt32[Array, "A p"]:
-    """A checksum of each token's stored words in the given pages, over all layers: any single word that changes, changes it.
+    """A checksum of each token's stored words in the given pages, over all layers: any single word that changes,
+    changes it.
 
     Each word is multiplied by an odd number of its own. Garbage has the same sum with a chance of about 2**-32.
     """
@@ -34,7 +35,8 @@ def token_sums(cache: Cache, pages: Int[Array, " A"], *, kernels: Kernels) -> UI
 
 @jax.jit
 def word_sums(x: Array) -> UInt32[Array, " 2"]:
-    """Two checksums of an array's words, each word mixed with its place first: any single word that changes, changes both.
+    """Two checksums of an array's words, each word mixed with its place first: any single word that changes, changes
+    both.
 
     Other words have the same sums with a chance of about 2**-64.
     """

@@ -55,7 +55,10 @@ def empty_cache(model_config: ModelConfig, engine_config: EngineConfig, kernels:
 
 
 def is_lost(cache: Cache) -> bool:
-    """Whether a step took the donated arrays and returned none, or returned arrays that only raise its error. Waits for steps under way."""
+    """Whether a step took the donated arrays and returned none, or returned arrays that only raise its error.
+
+    Waits for steps under way.
+    """
     if any(x.is_deleted() for x in jax.tree.leaves(cache)):
         return True
     try:
@@ -66,14 +69,17 @@ def is_lost(cache: Cache) -> bool:
 
 
 def rebuild(cache: Cache, model_config: ModelConfig, engine_config: EngineConfig, kernels: Kernels) -> Cache:
-    """An empty cache in the place of a lost one. The lost one's memory is freed first, because there is no room for two."""
+    """An empty cache in the place of a lost one.
+
+    The lost one's memory is freed first, because there is no room for two.
+    """
     for array in jax.tree.leaves(cache):
         array.delete()
     return empty_cache(model_config, engine_config, kernels, beside=cache)
 
 
 def copy_pages(cache: Cache, sources: Int[Array, " C"], targets: Int[Array, " C"], count: Int[Array, ""]) -> Cache:
-    """Copy whole pages, the first `count` of the pairs, in every layer: how samples part from the prompt they shared."""
+    """Copy whole pages, the first `count` of the pairs, in every layer: how samples part from a shared prompt."""
 
     def copy(pool: Array) -> Array:
         def step(i, pool):

@@ -1,15 +1,17 @@
 """The distribution that tokens are drawn from and scored by: here the meaning of "logprob" is written.
 
-The logprob of a token is the float32 log-softmax of the distribution it was drawn from: logit bias, penalties and temperature applied,
-cut to top-k, then top-p, then min-p, and renormalised over what is kept. At temperature 0 it is that of the model's own distribution,
-and the token is the likeliest after bias and penalties.
+The logprob of a token is the float32 log-softmax of the distribution it was drawn from: logit bias, penalties and
+temperature applied, cut to top-k, then top-p, then min-p, and renormalised over what is kept. At temperature 0 it is
+that of the model's own distribution, and the token is the likeliest after bias and penalties.
 
-The draw is a function of (processed distribution, key): the vocabulary is cut into blocks of VOCAB_BLOCK ids; a first uniform picks a block
-by inverse CDF over the blocks' masses, a second an id by inverse CDF within the block. Two uniforms instead of V Gumbels, because drawing
-150,000 Gumbels a token costs more than a decode step on a CPU. And two instead of one, because each then has its own 24 bits, and the
-rounding of one CDF over the whole vocabulary does not swallow its tail.
+The draw is a function of (processed distribution, key): the vocabulary is cut into blocks of VOCAB_BLOCK ids; a first
+uniform picks a block by inverse CDF over the blocks' masses, a second an id by inverse CDF within the block. Two
+uniforms instead of V Gumbels, because drawing 150,000 Gumbels a token costs more than a decode step on a CPU. And two
+instead of one, because each then has its own 24 bits, and the rounding of one CDF over the whole vocabulary does not
+swallow its tail.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -40,7 +42,10 @@ class Context(NamedTuple):
 
 
 def fold_keys(key: UInt32[Array, "t 2"], folds: Int[Array, "t 2"], positions: Int[Array, " t"]) -> Array:
-    """The key of each row's token: fold_in(fold_in(fold_in(key, prompt_index), sample_index), position); a fold of -1 is left out."""
+    """The key of each row's token: fold_in(fold_in(fold_in(key, prompt_index), sample_index), position).
+
+    A fold of -1 is left out.
+    """
 
     def fold(key, index):
         return jax.lax.select(index >= 0, jax.random.fold_in(key, index), key), None
@@ -54,22 +59,30 @@ def fold_keys(key: UInt32[Array, "t 2"], folds: Int[Array, "t 2"], positions: In
 def process(
     logits: Float[Array, "t V"], row: SamplingArrays, context: Context
 ) -> tuple[Float[Array, "t V"], Float[Array, "t V"]]:
-    """(logits after bias and penalties, logits of the processed distribution), both float32 `[t, V]`; what is cut off is -inf.
+    """(logits after bias and penalties, logits of the processed distribution), both float32 `[t, V]`.
 
-    `row` holds the parameters of each row's slot: `[t, …]`. Work that no row of the tile asks for is skipped; a row that does not ask
-    for it has the same bits either way.
+    `row` holds the parameters of each row's slot: `[t, …]`. What is cut off is -inf. Work that no row of the tile asks
+    for is skipped; a row that does not ask for it has the same bits either way.
     """
     wants_bias = (row.bias_ids >= 0).any() | (context.positions < context.first_stop).any()
-    logits = jax.lax.cond(wants_bias, lambda: _biased(logits, row, context), lambda: logits)
+    logits = jax.lax.cond(wants_bias, functools.partial(_biased, row, context), _unchanged, logits)
     wants_penalty = ((row.repetition_penalty != 1) | (row.presence_penalty != 0) | (row.frequency_penalty != 0)).any()
-    penalised = jax.lax.cond(wants_penalty, lambda: _penalised(logits, row, context), lambda: logits)
+    penalised = jax.lax.cond(wants_penalty, functools.partial(_penalised, row, context), _unchanged, logits)
     scaled = penalised / jnp.where(row.temperature > 0, row.temperature, 1.0)[:, None]
     cuts = (row.top_k > 0) | (row.top_p < 1) | (row.min_p > 0)
     wants_cut = (cuts & (row.temperature > 0)).any()
-    return penalised, jax.lax.cond(wants_cut, lambda: truncate(scaled, row.top_k, row.top_p, row.min_p), lambda: scaled)
+    return penalised, jax.lax.cond(wants_cut, functools.partial(_truncated, row), _unchanged, scaled)
 
 
-def _biased(logits: Float[Array, "t V"], row: SamplingArrays, context: Context) -> Float[Array, "t V"]:
+def _unchanged(logits: Float[Array, "t V"]) -> Float[Array, "t V"]:
+    return logits
+
+
+def _truncated(row: SamplingArrays, logits: Float[Array, "t V"]) -> Float[Array, "t V"]:
+    return truncate(logits, row.top_k, row.top_p, row.min_p)
+
+
+def _biased(row: SamplingArrays, context: Context, logits: Float[Array, "t V"]) -> Float[Array, "t V"]:
     """Logits with the biases added, and -inf for stop tokens that come too early."""
     batch, vocab = logits.shape
     each = jnp.arange(batch)[:, None]
@@ -80,8 +93,8 @@ def _biased(logits: Float[Array, "t V"], row: SamplingArrays, context: Context) 
     return logits.at[each, jnp.where(stops >= 0, stops, vocab)].set(-jnp.inf, mode="drop")
 
 
-def _penalised(logits: Float[Array, "t V"], row: SamplingArrays, context: Context) -> Float[Array, "t V"]:
-    """vLLM's order: the repetition penalty over prompt and completion, then frequency and presence penalties over the completion."""
+def _penalised(row: SamplingArrays, context: Context, logits: Float[Array, "t V"]) -> Float[Array, "t V"]:
+    """vLLM's order: the repetition penalty over all tokens so far, then frequency and presence over the completion."""
     batch, vocab = logits.shape
     tokens, where = context.history[context.slots], jnp.arange(context.history.shape[1])
 
@@ -100,7 +113,7 @@ def _penalised(logits: Float[Array, "t V"], row: SamplingArrays, context: Contex
 def distribution(
     logits: Float[Array, "t V"], row: SamplingArrays, context: Context, raw: Bool[Array, " t"]
 ) -> tuple[Float[Array, "t V"], Float[Array, "t V"]]:
-    """(logits after bias and penalties, logits of the distribution that the rows' tokens are drawn from), both float32 `[t, V]`.
+    """(logits after bias and penalties, logits of the distribution that tokens are drawn from), both float32 `[t, V]`.
 
     Of rows that are `raw`, or at temperature 0, the latter are the model's own.
     """
@@ -112,9 +125,10 @@ def distribution(
 def truncate(
     logits: Float[Array, "t V"], top_k: Int[Array, " t"], top_p: Float[Array, " t"], min_p: Float[Array, " t"]
 ) -> Float[Array, "t V"]:
-    """logits with everything outside top-k, then top-p, then min-p at -inf. Ties in the sorted order are broken by token id.
+    """logits with everything outside top-k, then top-p, then min-p at -inf.
 
-    Nothing is sorted: the threshold is found by bisection over the bits of float32, because their order is that of integers.
+    Ties in the sorted order are broken by token id. Nothing is sorted: the threshold is found by bisection over the
+    bits of float32, because their order is that of integers.
     """
     keep = jax.lax.stop_gradient(_support(jax.lax.stop_gradient(logits), top_k, top_p, min_p))
     return jnp.where(keep, logits, -jnp.inf)
@@ -132,8 +146,9 @@ def _support(
         above the edge, and so kept           yes    no    no    no    no
         missing: 3 - 1 = 2 of those on it      -      -   yes   yes    no   (the lowest ids)
 
-    Top-p does the same with masses for counts: its edge is the largest threshold with a mass of at least p at or above it, and what is
-    missing is p less the mass above the edge, in units of the one probability that all tokens on the edge have.
+    Top-p does the same with masses for counts: its edge is the largest threshold with a mass of at least p at or above
+    it, and what is missing is p less the mass above the edge, in units of the one probability that all tokens on the
+    edge have.
     """
     vocab = logits.shape[-1]
     order = _order(logits)

@@ -1,6 +1,8 @@
-"""Scoring: the float32 logprobs of given tokens, in the meaning that sampling gives the word, with the bits that `generate` reported.
+"""Scoring: the float32 logprobs of given tokens, in the meaning that sampling gives the word, with the bits that
+`generate` reported.
 
-The head and the sampler's distribution run in a pinned region over the rows that are asked for alone, wherever they stand.
+The head and the sampler's distribution run in a pinned region over the rows that are asked for alone, wherever they
+stand.
 """
 
 import functools
@@ -59,10 +61,11 @@ def token_logprobs(
     entropy: bool = False,
     tile: Tile = WIDE,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"] | None]:
-    """(logprobs, entropies if asked) of the tokens under `mask`, each at its own position, 0 elsewhere. Differentiable in params.
+    """(logprobs, entropies if asked) of the tokens under `mask`, each at its own position, 0 elsewhere. Differentiable
+    in params.
 
-    A run of tokens under the mask is a completion, and everything before it is its prompt. Tokens after the last one under the mask are
-    never read; nothing predicts the first token, which is 0 too.
+    A run of tokens under the mask is a completion, and everything before it is its prompt. Tokens after the last one
+    under the mask are never read; nothing predicts the first token, which is 0 too.
     """
     x, tokens = trunk(params, tokens, mask, model_config=model_config, kernels=kernels, tile=tile)
     return head_logprobs(params, x, tokens, mask, arrays, model_config=model_config, kernels=kernels, entropy=entropy)
@@ -77,7 +80,9 @@ def trunk(
     kernels: Kernels,
     tile: Tile = WIDE,
 ) -> tuple[Float[Array, "B T D"], Int[Array, "B T"]]:
-    """(residual stream after the last layer, wherever it predicts a token under `mask`; tokens, with 0 for ids outside the vocabulary)."""
+    """(residual stream after the last layer, wherever it predicts a token under `mask`; tokens, with 0 for ids outside
+    the vocabulary).
+    """
     tokens = jnp.where((tokens >= 0) & (tokens < model_config.vocab_size), tokens, 0).astype(jnp.int32)
     wanted = mask.at[:, 0].set(False)
     # The last token is predicted, and needs no forward pass of its own.
@@ -150,7 +155,9 @@ def _row_scores(
 
 
 def _opaque(arrays: ScoringArrays, params: Decoder, tokens: Array) -> ScoringArrays:
-    """The same numbers, as ones that XLA knows at run time only: it divides by a constant in another way than by an unknown number."""
+    """The same numbers, as ones that XLA knows at run time only: it divides by a constant in another way than by an
+    unknown number.
+    """
     zero = unknown_zero(params.norm, tokens)
     return jax.tree.map(lambda x: jnp.where(zero == 0, x, jnp.zeros_like(x)), arrays)
 
@@ -158,7 +165,10 @@ def _opaque(arrays: ScoringArrays, params: Decoder, tokens: Array) -> ScoringArr
 def in_batches(
     params: Decoder, tokens: np.ndarray, mask: np.ndarray, arrays: ScoringArrays, **how: Any
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """token_logprobs over batches of bounded size, as numpy arrays. Shapes are powers of two, so that few of them are ever compiled."""
+    """token_logprobs over batches of bounded size, as numpy arrays.
+
+    Shapes are powers of two, so that few of them are ever compiled.
+    """
     count, length = tokens.shape
     width = max(_power_of_two(length), KV_TILE)
     rows = max(min(BATCH_TOKENS // width, _power_of_two(count)), 1)
@@ -189,6 +199,8 @@ def _power_of_two(n: int) -> int:
 
 @functools.partial(jax.jit, static_argnames="model_config")
 def plain_logprobs(params: Decoder, tokens: Int[Array, " T"], *, model_config: ModelConfig) -> Float[Array, " T"]:
-    """Of each token, 0 for the first, under a plain float32 forward pass (models/plain.py): what drift is measured against."""
+    """Of each token, 0 for the first, under a plain float32 forward pass (models/plain.py): what drift is measured
+    against.
+    """
     logprobs = jax.nn.log_softmax(plain.logits(model_config, params, tokens[:-1]))
     return jnp.pad(jnp.take_along_axis(logprobs, tokens[1:, None], axis=-1)[:, 0], (1, 0))

@@ -1,4 +1,7 @@
-"""What the host hands to a step, as pytrees of small arrays. `B` query blocks, `R` rows that want a token or its logprob."""
+"""What the host hands to a step, as pytrees of small arrays.
+
+`B` query blocks, `R` rows that want a token or its logprob.
+"""
 
 from typing import Any
 
@@ -11,7 +14,8 @@ Array = Any  # numpy on the host, jax.Array inside a step
 
 @pytree
 class Rows:
-    """Positions with a next token to draw, or to score where `scored`: row `indices[i]` of the flattened blocks, for `slots[i]`.
+    """Positions with a next token to draw, or to score where `scored`: row `indices[i]` of the flattened blocks, for
+    `slots[i]`.
 
     Several rows may share an index: the samples of a group draw their first tokens from one hidden state.
     """
@@ -34,7 +38,10 @@ class Copies:
 
 @pytree
 class SamplingArrays:
-    """How each slot's distribution is processed: SamplingParams as arrays. Wide, and the same for a request's whole life."""
+    """How each slot's distribution is processed: SamplingParams as arrays.
+
+    Wide, and the same for a request's whole life.
+    """
 
     temperature: Float[Array, " slots"]  # 0 means greedy
     top_p: Float[Array, " slots"]

@@ -39,10 +39,13 @@ def prefill_step(
     tile: Tile,
     max_logprobs: int,
 ) -> tuple[Cache, RowOutputs]:
-    """Run prompt chunks and draw (or score) the token after each of `rows`. Drawn tokens are appended to the history."""
+    """Run prompt chunks and draw (or score) the token after each of `rows`.
+
+    Drawn tokens are appended to the history.
+    """
     cache, hidden = _run_blocks(model_config, kernels, params, cache, tables, blocks, tile)
-    # Depends on `hidden`, so that the copies wait for the attention that reads the pools which they change: XLA on CPU would otherwise
-    # copy all pools.
+    # Depends on `hidden`, so that the copies wait for the attention that reads the pools which they change: XLA on CPU
+    # would otherwise copy all pools.
     cache = kv_cache.copy_pages(cache, copies.sources, copies.targets, copies.num_copies + unknown_zero(hidden))
     x = hidden.reshape(-1, hidden.shape[-1])[rows.indices]
     out = next_tokens(model_config, kernels, params, cache, slots, x, rows, HEAD_TILE, max_logprobs)
@@ -66,7 +69,10 @@ def decode_step(
     max_logprobs: int,
     num_steps: int,
 ) -> tuple[Cache, RowOutputs]:
-    """`num_steps` tokens for each of `rows`, outputs `[num_steps, R]`. A row that reaches its limit is idle from there on."""
+    """`num_steps` tokens for each of `rows`, outputs `[num_steps, R]`.
+
+    A row that reaches its limit is idle from there on.
+    """
 
     def one(cache: Cache, rows: Rows) -> tuple[Cache, RowOutputs]:
         # Position `limit` is the end of the sequence: the token before it is the last, and needs no successor.
@@ -117,7 +123,9 @@ def _run_blocks(
     blocks: QueryBlocks,
     tile: Tile,
 ) -> tuple[Cache, Float[Array, "B r D"]]:
-    """The history's tokens of the blocks through the layers: the cache with their keys and values, and their hidden states."""
+    """The history's tokens of the blocks through the layers: the cache with their keys and values, and their hidden
+    states.
+    """
     positions = jnp.minimum(blocks.starts[:, None] + jnp.arange(tile.tokens), cache.history.shape[1] - 1)
     tokens = cache.history[blocks.slots[:, None], positions]
     keys, values, hidden = decoder.forward(
@@ -132,7 +140,7 @@ def _append(cache: Cache, rows: Rows, out: RowOutputs, drawn: Bool[Array, " R"])
     return dataclasses.replace(cache, history=cache.history.at[slots, rows.positions + 1].set(out.tokens, mode="drop"))
 
 
-# -- head and sampler ------------------------------------------------------------------------------------------------------
+# -- head and sampler --------------------------------------------------------------------------------------------------
 
 
 class _Weights(NamedTuple):

@@ -1,7 +1,8 @@
 """The trainer's forward pass: the engine's pinned regions over whole sequences, differentiable in the parameters.
 
-A sequence is cut into query blocks of QUERY_BLOCK tokens, and a block is a page: attention reads keys and values of whole sequences through
-block tables, as it does in the engine. Blocks that nothing asks for are sorted to the end, which the regions' loops do not reach.
+A sequence is cut into query blocks of QUERY_BLOCK tokens, and a block is a page: attention reads keys and values of
+whole sequences through block tables, as it does in the engine. Blocks that nothing asks for are sorted to the end,
+which the regions' loops do not reach.
 
 Reverse mode keeps the residual stream before each layer and computes the rest a second time, a layer at a time.
 """
@@ -42,7 +43,9 @@ def hidden_states(
     lengths: Int[Array, " B"],
     tile: Tile = WIDE,
 ) -> Float[Array, "B T D"]:
-    """The residual stream after the last layer, of the first `lengths[b]` tokens of each sequence; the rest is undefined."""
+    """The residual stream after the last layer, of the first `lengths[b]` tokens of each sequence; the rest is
+    undefined.
+    """
     batch, length = tokens.shape
     layout, parts = lay_out(params, tokens, lengths), QUERY_BLOCK // tile.tokens
     starts, tables = jnp.repeat(layout.starts, parts, axis=0), jnp.repeat(layout.tables, parts, axis=0)
@@ -79,7 +82,7 @@ def lay_out(params: Decoder, tokens: Int[Array, "B T"], lengths: Int[Array, " B"
     )
 
 
-# -- a layer -----------------------------------------------------------------------------------------------------------------
+# -- a layer -----------------------------------------------------------------------------------------------------------
 
 
 def _layer_of_regions(
@@ -108,8 +111,8 @@ def _layer_forward(model_config, kernels, tile, layer, x, *where):
 def _layer_backward(model_config, kernels, tile, saved, cotangent):
     (layer, x, where), cotangent = jax.lax.optimization_barrier((saved, cotangent))
     starts, tables, count = where
-    # The trip count depends on the cotangent, so that XLA cannot compute a layer again before its turn and keep the result.
-    # (jax.checkpoint ties a layer to its turn with a barrier, which XLA on CPU drops before it schedules.)
+    # The trip count depends on the cotangent, so that XLA cannot compute a layer again before its turn and keep the
+    # result. (jax.checkpoint ties a layer to its turn with a barrier, which XLA on CPU drops before it schedules.)
     count += unknown_zero(cotangent)
 
     def again(layer: Layer, x: Array) -> Array:
@@ -122,7 +125,7 @@ def _layer_backward(model_config, kernels, tile, saved, cotangent):
 _layer.defvjp(_layer_forward, _layer_backward)
 
 
-# -- attention ---------------------------------------------------------------------------------------------------------------
+# -- attention ---------------------------------------------------------------------------------------------------------
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

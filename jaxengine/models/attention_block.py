@@ -1,4 +1,5 @@
-"""Multi-head attention with grouped keys and values: what stands before the paged attention of ops/kernels.py, and after it.
+"""Multi-head attention with grouped keys and values: what stands before the paged attention of ops/kernels.py, and
+after it.
 
 Ainslie et al. 2023, arXiv:2305.13245.
 """
@@ -56,7 +57,9 @@ def project(
     x: Float[Array, "B r D"],
     starts: Int[Array, " B"],
 ) -> tuple[Float[Array, "B r H h"], Float[Array, "B r K h"], Float[Array, "B r K h"]]:
-    """Queries (float32), keys and values (the model's dtype) of the blocks' tokens; block b starts at position `starts[b]`."""
+    """Queries (float32), keys and values (the model's dtype) of the blocks' tokens; block b starts at position
+    `starts[b]`.
+    """
     batch, r, width = x.shape
     h, dtype = model_config.head_dim, model_config.dtype
     y = rms_norm(x.reshape(batch * r, width), norm, model_config.rms_norm_eps)

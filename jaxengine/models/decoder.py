@@ -1,7 +1,8 @@
 """The decoder that all families share, as pure functions of arrays.
 
-The forward pass is a chain of pinned regions (ops/regions.py); between two regions only copying happens. Every region works on query
-blocks: `[B, r, …]`, r consecutive tokens of one sequence. Decoding is r = 1. The residual stream is float32.
+The forward pass is a chain of pinned regions (ops/regions.py); between two regions only copying happens. Every region
+works on query blocks: `[B, r, …]`, r consecutive tokens of one sequence. Decoding is r = 1. The residual stream is
+float32.
 """
 
 import functools
@@ -33,7 +34,8 @@ def forward(
     tokens: Int[Array, "B r"],
     tile: Tile,
 ) -> tuple[Pools, Pools, Float[Array, "B r D"]]:
-    """(keys, values, hidden states) after the blocks' tokens went through the layers, which write their keys and values.
+    """(keys, values, hidden states) after the blocks' tokens went through the layers, which write their keys and
+    values.
 
     Within one call a sequence's blocks see each other's keys, causally. `tokens` after a block's count may be anything.
     """
@@ -51,7 +53,7 @@ def forward(
     return tuple(new_keys), tuple(new_values), x
 
 
-# -- bodies of regions: (weights, rows of one tile) -> rows ----------------------------------------------------------------
+# -- bodies of regions: (weights, rows of one tile) -> rows ------------------------------------------------------------
 
 
 def embed(
@@ -64,7 +66,9 @@ def embed(
 def project(
     model_config: ModelConfig, kernels: Kernels, layer: Layer, rows: tuple[Array, Array]
 ) -> tuple[Array, Array, Array]:
-    """Queries, keys and values `[B, r, heads, h]` from the residual stream `[B, r, D]` and the blocks' first positions `[B]`."""
+    """Queries, keys and values `[B, r, heads, h]` from the residual stream `[B, r, D]` and the blocks' first positions
+    `[B]`.
+    """
     x, starts = rows
     return attention_block.project(model_config, kernels, layer.attention, layer.input_norm, x, starts)
 
@@ -77,7 +81,7 @@ def mix(model_config: ModelConfig, kernels: Kernels, layer: Layer, rows: tuple[A
     return mlp_block.add_mlp(model_config, kernels, layer.mlp, layer.post_norm, flat).reshape(x.shape)
 
 
-# -- the head, inside a caller's region ------------------------------------------------------------------------------------
+# -- the head, inside a caller's region --------------------------------------------------------------------------------
 
 
 def logits(
@@ -85,8 +89,9 @@ def logits(
 ) -> Float[Array, "t V"]:
     """The output head in float32, whatever the weights' dtype. Columns after the vocabulary are -inf.
 
-    The hidden state is not rounded. For bfloat16 weights it is cut into three bfloat16 parts with the float32 number as their sum; the
-    parts' products with the weights are exact and are added in float32. So the head is read once, as it is stored, and never widened.
+    The hidden state is not rounded. For bfloat16 weights it is cut into three bfloat16 parts with the float32 number as
+    their sum; the parts' products with the weights are exact and are added in float32. So the head is read once, as it
+    is stored, and never widened.
     """
     y = rms_norm(x, norm, model_config.rms_norm_eps)
     if head.dtype == jnp.bfloat16:
@@ -102,7 +107,8 @@ def logits(
 def _bfloat16_parts(x: Float[Array, "t D"]) -> list[Array]:
     """Three bfloat16 arrays with x as their exact sum: each takes the next eight bits.
 
-    The remainder stays float32 and is rounded by reduce_precision, because XLA would fold a conversion and its inverse away.
+    The remainder stays float32 and is rounded by reduce_precision, because XLA would fold a conversion and its inverse
+    away.
     """
     parts = []
     for _ in range(3):

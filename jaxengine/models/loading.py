@@ -1,4 +1,7 @@
-"""From a Hugging Face folder to parameters on the device and back, leaf by leaf, so that a model is never in memory twice."""
+"""From a Hugging Face folder to parameters on the device and back.
+
+Leaf by leaf, so that a model is never in memory twice.
+"""
 
 import contextlib
 import dataclasses
@@ -63,10 +66,11 @@ def dtype_name(dtype: Any, auto: str) -> str:
     return name
 
 
-def load(
-    folder: Path, model_config: ModelConfig, progress: Callable[[int, int], None] = lambda done, total: None
-) -> Decoder:
-    """Parameters of a folder, in their declared dtypes. Raises ValueError listing what does not fit, before memory is taken."""
+def load(folder: Path, model_config: ModelConfig, progress: Callable[[int, int], None] | None = None) -> Decoder:
+    """Parameters of a folder, in their declared dtypes.
+
+    Raises ValueError listing what does not fit, before memory is taken.
+    """
     declared, leaves = by_path(declare(model_config)), {}
     with open_folder(folder) as tensors:
         table = hugging_face.key_table(model_config)
@@ -75,7 +79,8 @@ def load(
                 array, jnp.dtype(declared[target].dtype), order="C"
             )  # a copy, because the file may change or go
             leaves[target] = jax.device_put(own)
-            progress(len(leaves), len(table))
+            if progress is not None:
+                progress(len(leaves), len(table))
     return map_declared(lambda path, _: leaves[path], model_config)
 
 

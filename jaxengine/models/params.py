@@ -53,11 +53,15 @@ def declare(model_config: ModelConfig) -> Any:
 
 def map_declared(function: Callable[[str, Parameter], Any], model_config: ModelConfig) -> Any:
     """The declared tree with `function(path, parameter)` at each leaf; a path reads "layers.3.attention.qkv"."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, parameter: function(path_name(path), parameter),
-        declare(model_config),
-        is_leaf=lambda x: isinstance(x, Parameter),
-    )
+
+    def named(path: Any, parameter: Parameter) -> Any:
+        return function(path_name(path), parameter)
+
+    return jax.tree_util.tree_map_with_path(named, declare(model_config), is_leaf=_is_parameter)
+
+
+def _is_parameter(node: Any) -> bool:
+    return isinstance(node, Parameter)
 
 
 def path_name(path: Any) -> str:
@@ -67,7 +71,7 @@ def path_name(path: Any) -> str:
 
 def by_path(tree: Any) -> dict[str, Any]:
     """A tree's leaves by their paths, Parameter declarations among them."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: isinstance(x, Parameter))
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_parameter)
     return {path_name(path): leaf for path, leaf in leaves}
 
 
@@ -77,7 +81,7 @@ def abstract(model_config: ModelConfig) -> Decoder:
 
 
 def initialise(model_config: ModelConfig, key: Array, scale: float = 0.02) -> Decoder:
-    """Random parameters: normal with deviation `scale`, ones for norms, zeros for biases and for padded vocabulary rows."""
+    """Random parameters: normal with deviation `scale`, ones for norms, zeros for biases and padded vocabulary rows."""
     places = {path: place for place, path in enumerate(by_path(declare(model_config)))}
 
     def array(path: str, parameter: Parameter) -> Array:

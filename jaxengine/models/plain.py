@@ -1,6 +1,7 @@
 """The decoder a second time, in plain float32 and nothing else: no pages, no tiles, no pinned regions, one sequence.
 
-What drift is measured against, and what gradients and tokens are compared with. Only the declarations of the parameters are shared.
+What drift is measured against, and what gradients and tokens are compared with. Only the declarations of the parameters
+are shared.
 """
 
 import functools

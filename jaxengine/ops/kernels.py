@@ -1,7 +1,8 @@
 """Which code computes the decoder's ops: chosen once, by name, when an engine is made or sequences are scored.
 
-"xla" is plain XLA (ops/xla.py), "pallas_tpu" and "pallas_gpu" are the devices' kernels (ops/pallas.py), "pallas_interpret" runs the TPU's
-on any machine, slowly. Each has its own bits, so the name is part of the contract; the layout of the KV cache belongs to it too.
+"xla" is plain XLA (ops/xla.py), "pallas_tpu" and "pallas_gpu" are the devices' kernels (ops/pallas.py),
+"pallas_interpret" runs the TPU's on any machine, slowly. Each has its own bits, so the name is part of the contract;
+the layout of the KV cache belongs to it too.
 
 An implementation is three small classes, one for each protocol below; ops/sharded.py wraps any three for a mesh.
 """
@@ -26,7 +27,10 @@ log = logging.getLogger("jaxengine")
 
 
 class Products(Protocol):
-    """Matrix products of the rows of one tile. Weights carry the leaf axis first (sharding/leaves.py); sums are float32."""
+    """Matrix products of the rows of one tile.
+
+    Weights carry the leaf axis first (sharding/leaves.py); sums are float32.
+    """
 
     def parts(self) -> dict[str, Any]:
         """What the bits depend on, ready for JSON."""
@@ -50,7 +54,10 @@ class Products(Protocol):
 
 
 class Attention(Protocol):
-    """Pages of keys and values, and attention over them. A pool is one layer's keys, or its values: all pages `[P, …]`."""
+    """Pages of keys and values, and attention over them.
+
+    A pool is one layer's keys, or its values: all pages `[P, …]`.
+    """
 
     def parts(self) -> dict[str, Any]:
         """What the bits depend on, ready for JSON."""
@@ -109,10 +116,12 @@ class DrawKernel(Protocol):
     def draw_and_score(
         self, logits: Float[Array, "t V"], given: Int[Array, " t"], uniforms: Float[Array, "t 2"] | None = None
     ) -> Draw:
-        """A token of each row and its logprob under softmax(logits): where given ≥ 0 that token, else one that is drawn.
+        """A token of each row and its logprob under softmax(logits): where given ≥ 0 that token, else one that is
+        drawn.
 
-        Without uniforms all are given. Draw holds tokens (int32), logprobs, and per row the largest logit and the logarithm of the sum
-        of exponentials after it is subtracted (float32, all `[t]`): `Draw.all_logprobs(logits)` is `[t, V]`.
+        Without uniforms all are given. Draw holds tokens (int32), logprobs, and per row the largest logit and the
+        logarithm of the sum of exponentials after it is subtracted (float32, all `[t]`): `Draw.all_logprobs(logits)` is
+        `[t, V]`.
         """
         ...
 
@@ -151,8 +160,9 @@ def kernels_of(implementation: Implementation) -> Kernels:
 def choose_kernels(name: str, model_config: ModelConfig) -> Kernels:
     """The kernels of that name for a model on the first device; logged.
 
-    "auto" is the device's own, or "xla", with a warning that says why, where they do not take this device or model; on a CPU it is "xla".
-    Raises ValueError for an unknown name, and for a name given that the device or the model does not fit.
+    "auto" is the device's own, or "xla", with a warning that says why, where they do not take this device or model; on
+    a CPU it is "xla". Raises ValueError for an unknown name, and for a name given that the device or the model does not
+    fit.
     """
     check_kernels(name)
     if name != "auto":

@@ -1,7 +1,8 @@
 """The decoder's ops by Pallas kernels, on a TPU or a GPU. kernels.py says what each op has to be.
 
-A product runs inside its caller's pinned region, whose element-wise code is still XLA's. Attention and the write take all blocks at once,
-because a kernel's bits do not depend on what else it is given; between kernels nothing but copying and one conversion happens.
+A product runs inside its caller's pinned region, whose element-wise code is still XLA's. Attention and the write take
+all blocks at once, because a kernel's bits do not depend on what else it is given; between kernels nothing but copying
+and one conversion happens.
 """
 
 import dataclasses
@@ -88,7 +89,10 @@ class PallasProducts:
 
 @dataclasses.dataclass(frozen=True)
 class PallasAttention:
-    """Keys and values are laid out alike, `[P, K, p, width]`. Where the device wants rows wider than a head, the rest is 0."""
+    """Keys and values are laid out alike, `[P, K, p, width]`.
+
+    Where the device wants rows wider than a head, the rest is 0.
+    """
 
     implementation: Implementation
 
@@ -103,8 +107,8 @@ class PallasAttention:
         tile = attention_sizes(self.implementation.device, dtype, heads, width).kv_tile
         if tile % page_size:
             raise ValueError(
-                f"kernels {str(self.implementation)!r} take {tile} keys of this model at a time, and whole pages: page_size "
-                f"must divide that, got {page_size}"
+                f"kernels {str(self.implementation)!r} take {tile} keys of this model at a time, and whole pages: "
+                f"page_size must divide that, got {page_size}"
             )
         pool: Any = jax.ShapeDtypeStruct((num_pages, heads, page_size, width), dtype)
         return pool, pool
@@ -136,7 +140,9 @@ class PallasAttention:
         tables: Int[Array, "slots n"],
         blocks: QueryBlocks,
     ) -> tuple[Array, Array]:
-        """Two blocks that hold the same tokens (a probe's) hold the same bits, so the order in which they are written does not matter."""
+        """Two blocks that hold the same tokens (a probe's) hold the same bits, so the order in which they are written
+        does not matter.
+        """
         pages = kv_write(inputs.Pages(keys, values), k, v, _located(tables, blocks), implementation=self.implementation)
         return pages.keys, pages.values
 

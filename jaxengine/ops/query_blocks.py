@@ -11,7 +11,10 @@ Array = Any  # numpy on the host, jax.Array inside a step
 
 @pytree
 class QueryBlocks:
-    """`counts[b]` consecutive tokens of the sequence in `slots[b]`, the first at position `starts[b]`. Padding has count 0."""
+    """`counts[b]` consecutive tokens of the sequence in `slots[b]`, the first at position `starts[b]`.
+
+    Padding has count 0.
+    """
 
     slots: Int[Array, " B"]
     starts: Int[Array, " B"]

@@ -1,10 +1,11 @@
 """Pinned regions: pieces of the forward pass with bits that do not depend on the code around them.
 
-XLA picks a dot's algorithm by its shape and fuses element-wise code by its surroundings, so one Python function traced at two token
-counts, or with and without gradients, gives different bits. A region runs on tiles of a fixed number of rows, in a loop with a body that
-is the same HLO in every program: XLA compiles a loop's body apart from the code around it, and a trip count that is known only at run
-time keeps XLA from unrolling the loop into that code. The same count lets a half-empty step skip its empty tiles.
-Under differentiation a region saves its inputs and recomputes, so the values seen inside `value_and_grad` are the same loop's.
+XLA picks a dot's algorithm by its shape and fuses element-wise code by its surroundings, so one Python function traced
+at two token counts, or with and without gradients, gives different bits. A region runs on tiles of a fixed number of
+rows, in a loop with a body that is the same HLO in every program: XLA compiles a loop's body apart from the code around
+it, and a trip count that is known only at run time keeps XLA from unrolling the loop into that code. The same count
+lets a half-empty step skip its empty tiles. Under differentiation a region saves its inputs and recomputes, so the
+values seen inside `value_and_grad` are the same loop's.
 """
 
 import functools
@@ -36,15 +37,18 @@ def _over_tiles(body, tile, weights, rows, count):
     size = jax.tree.leaves(rows)[0].shape[0]
     assert size % tile == 0, f"{size} rows are no whole number of tiles of {tile}"
     shapes = jax.eval_shape(body, weights, jax.tree.map(lambda x: x[:tile], rows))
-    # Depends on the rows and on `count`, so that XLA cannot make the zeros of all regions of a program first and keep them. Where a
-    # region is computed again, its rows were known long before; `count` becomes known at its turn (device/trunk.py).
+    # Depends on the rows and on `count`, so that XLA cannot make the zeros of all regions of a program first and keep
+    # them. Where a region is computed again, its rows were known long before; `count` becomes known at its turn
+    # (device/trunk.py).
     zero = unknown_zero(jax.tree.leaves(rows)[0], count)
-    out = jax.tree.map(lambda s: jnp.full((size, *s.shape[1:]), zero, s.dtype), shapes)
+
+    def zeros(part: jax.ShapeDtypeStruct) -> Array:
+        return jnp.full((size, *part.shape[1:]), zero, part.dtype)
 
     def step(i, out):
         return _put(out, i, tile, body(weights, _cut(rows, i, tile)))
 
-    return jax.lax.fori_loop(0, cdiv(count, tile), step, out)
+    return jax.lax.fori_loop(0, cdiv(count, tile), step, jax.tree.map(zeros, shapes))
 
 
 def _cut(rows: Tree, i: Array, tile: int) -> Tree:

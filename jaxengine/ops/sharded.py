@@ -20,7 +20,7 @@ WHOLE = PartitionSpec()
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Weights are split along the mesh's `axis` by leaves, and with them the heads of queries, keys, values and pages."""
+    """Weights are split along the mesh's `axis` by leaves, and with them heads of queries, keys, values and pages."""
 
     mesh: Mesh
     axis: str
@@ -52,9 +52,9 @@ class Split:
 def sharded(own: Kernels, mesh: Mesh, axis: str) -> Kernels:
     """The kernels `own` on every device of the mesh, with the bits of one device that has all leaves.
 
-    XLA cannot split a kernel that it does not look into, so what each device does is written here; all else every device computes whole,
-    at the shapes that one device has. Devices exchange numbers by gathering alone, and a sum over leaves is finished in the order of the
-    tree.
+    XLA cannot split a kernel that it does not look into, so what each device does is written here; all else every
+    device computes whole, at the shapes that one device has. Devices exchange numbers by gathering alone, and a sum
+    over leaves is finished in the order of the tree.
     """
     split = Split(mesh, axis)
     products, attention = ShardedProducts(own.products, split), ShardedAttention(own.attention, split)
@@ -72,7 +72,9 @@ class ShardedProducts:
         return self.own.parts()
 
     def embed(self, table: Float[Array, "leaf V D"], ids: Int[Array, " t"]) -> Float[Array, "t D"]:
-        """Each row from the device that has it; the others' words are 0, so that their sum as integers is the row, bit for bit."""
+        """Each row from the device that has it; the others' words are 0, so that their sum as integers is the row, bit
+        for bit.
+        """
 
         def part(table, ids):
             ids -= jax.lax.axis_index(self.split.axis) * table.shape[0] * table.shape[1]

@@ -1,7 +1,8 @@
-"""Every tile size: how many rows a pinned region takes at a time (ops/regions.py), and how arrays are padded to whole tiles.
+"""Every tile size: how many rows a pinned region takes at a time (ops/regions.py), and how arrays are padded to whole
+tiles.
 
-The sizes are a CPU's; kernels of other devices add wider decode tiles of their own (`Kernels.wide_rows`). A row has to have the same bits
-in every tile: engine/step_variants.py proves that of each of TILES before it serves.
+The sizes are a CPU's; kernels of other devices add wider decode tiles of their own (`Kernels.wide_rows`). A row has to
+have the same bits in every tile: engine/step_variants.py proves that of each of TILES before it serves.
 """
 
 import dataclasses
@@ -34,8 +35,8 @@ WIDE = Tile(QUERY_BLOCK, 8)  # of whole sequences (device/trunk.py)
 HEAD_TILE = 8  # in a prefill step, where few of many rows draw
 HEAD_ROWS = 32  # in scoring and training, as in the widest decode step
 
-# Query blocks that plain XLA's attention takes together, in every step: more do not stay in a CPU's cache, and with fewer XLA compiles
-# the exponentials of so small an array to other bits.
+# Query blocks that plain XLA's attention takes together, in every step: more do not stay in a CPU's cache, and with
+# fewer XLA compiles the exponentials of so small an array to other bits.
 ATTENTION_TILE = 8
 
 # Lengths of the host's arrays are whole numbers of these.

@@ -48,7 +48,9 @@ class XlaProducts:
 
 @dataclasses.dataclass(frozen=True)
 class XlaAttention:
-    """Keys are stored transposed, `[P, K, h, p]`, values as `[P, K, p, h]`: a score is a plain dot with a row of the tile's keys."""
+    """Keys are stored transposed, `[P, K, h, p]`, values as `[P, K, p, h]`: a score is a plain dot with a row of the
+    tile's keys.
+    """
 
     def parts(self) -> dict[str, Any]:
         return {}
@@ -78,7 +80,9 @@ class XlaAttention:
         tables: Int[Array, "B n"],
         blocks: QueryBlocks,
     ) -> tuple[Array, Array]:
-        """Rows after a block's count are written as they are: nothing attends to them before their own token overwrites them."""
+        """Rows after a block's count are written as they are: nothing attends to them before their own token overwrites
+        them.
+        """
         page_size = values.shape[2]
         k, v = self.as_pages(k, v)
         pages = jnp.take_along_axis(tables, (blocks.starts // page_size)[:, None], axis=1)[:, 0]
@@ -130,8 +134,8 @@ def _stored(x: Array) -> Array:
 def slice_widened(x: Array, start: Array, size: int, axis: int, step: Array) -> Array:
     """`x[start : start + size]` along axis in float32, inside a loop at iteration `step`.
 
-    XLA on CPU slices 16-bit floats by widening them first, and moves the widening of the whole array out of the loop. Depends on `step`,
-    so that XLA cannot move it, and fuses it into the slice.
+    XLA on CPU slices 16-bit floats by widening them first, and moves the widening of the whole array out of the loop.
+    Depends on `step`, so that XLA cannot move it, and fuses it into the slice.
     """
     x, _ = jax.lax.optimization_barrier((x, step))
     return jax.lax.dynamic_slice_in_dim(x, start, size, axis).astype(jnp.float32)

@@ -19,7 +19,9 @@ from pallas_kernels.tiles import unknown_zero
 
 @pytree
 class Critic:
-    """The value of a state is weight · norm(x) + bias, x the residual stream that the token's logits are made of, norm the policy's."""
+    """The value of a state is weight · norm(x) + bias, x the residual stream that the token's logits are made of, norm
+    the policy's.
+    """
 
     weight: Float[Array, " D"]
     bias: Float[Array, ""]
@@ -34,7 +36,10 @@ class ActorCritic:
 
 
 def initialise(model_config: ModelConfig) -> Critic:
-    """A critic with the value 0 everywhere. Its first gradients are not zero, because they are those of a linear function's weights."""
+    """A critic with the value 0 everywhere.
+
+    Its first gradients are not zero, because they are those of a linear function's weights.
+    """
     return Critic(jnp.zeros(model_config.hidden_size, jnp.float32), jnp.zeros((), jnp.float32))
 
 
@@ -48,9 +53,11 @@ def logprobs_and_values(
     kernels: Kernels,
     tile: Tile = WIDE,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"] | None]:
-    """(logprobs of the tokens under `mask`, values of the states they were drawn in), from one pass through the trunk; 0 elsewhere.
+    """(logprobs of the tokens under `mask`, values of the states they were drawn in), from one pass through the trunk;
+    0 elsewhere.
 
-    The logprobs are those of scoring.token_logprobs, by bits. Values are None without a critic. Differentiable in `model`.
+    The logprobs are those of scoring.token_logprobs, by bits. Values are None without a critic. Differentiable in
+    `model`.
     """
     x, tokens = scoring.trunk(model.policy, tokens, mask, model_config=model_config, kernels=kernels, tile=tile)
     how: dict = dict(model_config=model_config, kernels=kernels)
@@ -80,10 +87,11 @@ def _values(
 
 
 def cast(model: ActorCritic, model_config: ModelConfig) -> ActorCritic:
-    """The float32 master copy as it runs: the policy in its parameters' dtypes, the critic in float32. Always a new copy.
+    """The float32 master copy as it runs: the policy in its parameters' dtypes, the critic in float32. Always a new
+    copy.
 
-    Rounded by reduce_precision, because XLA folds a plain conversion and the widening that a region begins with, and the region would
-    read weights that were never rounded, which the engine does not have.
+    Rounded by reduce_precision, because XLA folds a plain conversion and the widening that a region begins with, and
+    the region would read weights that were never rounded, which the engine does not have.
     """
 
     def rounded(x: Array, declared: jax.ShapeDtypeStruct) -> Array:

@@ -1,4 +1,6 @@
-"""The sampler against plain numpy: what is cut, penalised and biased, which keys draw, what is drawn, and the arithmetic underneath."""
+"""The sampler against plain numpy: what is cut, penalised and biased, which keys draw, what is drawn, and the
+arithmetic underneath.
+"""
 
 import contextlib
 import functools
@@ -30,11 +32,14 @@ def same_bits(a, b) -> bool:
     return np.array_equal(np.asarray(a).view(np.uint32), np.asarray(b).view(np.uint32))
 
 
-# -- truncation -------------------------------------------------------------------------------------------------------------------
+# -- truncation --------------------------------------------------------------------------------------------------------
 
 
 def cut(logits: np.ndarray, top_k: int, top_p: float, min_p: float) -> set[int]:
-    """The ids kept, by sorting: top-k, then the shortest run of the likeliest with mass top_p, then min-p. Ties go to the lower id."""
+    """The ids kept, by sorting: top-k, then the shortest run of the likeliest with mass top_p, then min-p.
+
+    Ties go to the lower id.
+    """
     ids = sorted(range(len(logits)), key=lambda i: (-logits[i], i))
     ids = ids[:top_k] if top_k else ids
     p = np.exp(logits[ids].astype(np.float64) - logits[ids[0]])
@@ -112,7 +117,7 @@ def test_disabled_settings_leave_logits_as_they_are(top_k):
     assert same_bits(truncate(logits, *settings), logits)
 
 
-# -- bias and penalties -----------------------------------------------------------------------------------------------------------
+# -- bias and penalties ------------------------------------------------------------------------------------------------
 
 
 def processed(
@@ -140,7 +145,9 @@ def processed(
 
 
 def penalised(logits: np.ndarray, params: SamplingParams, prompt: list[int], generated: list[int]) -> np.ndarray:
-    """vLLM's order: bias, then the repetition penalty of Hugging Face (prompt and completion), then OpenAI's two (completion alone)."""
+    """vLLM's order: bias, then the repetition penalty of Hugging Face (prompt and completion), then OpenAI's two
+    (completion alone).
+    """
     out = logits.astype(np.float64)
     for token, value in params.logit_bias or ():
         out[token] += value
@@ -245,7 +252,7 @@ def test_the_extremes_that_are_allowed_stay_finite():
     np.testing.assert_allclose(np.exp(logprobs.astype(np.float64)).sum(-1), 1.0, rtol=1e-5)
 
 
-# -- keys -------------------------------------------------------------------------------------------------------------------------
+# -- keys --------------------------------------------------------------------------------------------------------------
 
 
 def test_fold_keys_are_chains_of_fold_in():
@@ -266,7 +273,7 @@ def test_keys_of_samples_positions_and_prompts_differ():
     assert len({tuple(key) for key in jax.random.key_data(fold_keys(data, folds, positions)).tolist()}) == 512
 
 
-# -- the draw ---------------------------------------------------------------------------------------------------------------------
+# -- the draw ----------------------------------------------------------------------------------------------------------
 
 
 def some_distribution(seed: int = 0) -> np.ndarray:
@@ -281,7 +288,9 @@ def keys_of(count: int, seed: int = 0):
 
 
 def test_draws_follow_the_probabilities():
-    """Pearson's chi-square over tokens expected at least ten times, the rest together: within six deviations of its mean."""
+    """Pearson's chi-square over tokens expected at least ten times, the rest together: within six deviations of its
+    mean.
+    """
     count, logprobs = 40_000, some_distribution()
     tokens = np.asarray(draw(np.tile(logprobs, (count, 1)), keys_of(count)))
     expected, found = count * np.exp(logprobs.astype(np.float64)), np.bincount(tokens, minlength=V)
@@ -349,7 +358,7 @@ def test_a_certain_token_is_always_drawn():
     assert np.asarray(draw(logprobs, keys_of(64))).tolist() == [i * 6 for i in range(64)]
 
 
-# -- logprob and entropy ----------------------------------------------------------------------------------------------------------
+# -- logprob and entropy -----------------------------------------------------------------------------------------------
 
 
 def test_logprobs_are_renormalised_over_what_is_kept():
@@ -373,7 +382,7 @@ def test_entropy_counts_only_what_is_possible():
     np.testing.assert_allclose(jax.jit(sampler.entropy)(logprobs), expected, rtol=1e-5, atol=1e-7)
 
 
-# -- pinned arithmetic ------------------------------------------------------------------------------------------------------------
+# -- pinned arithmetic -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name, low, high", [("exp", -87.0, 88.0), ("exp2", -125.9, 127.0)])
