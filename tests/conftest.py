@@ -19,11 +19,11 @@ from jaxengine import LLM
 from jaxengine.config import QUERY_BLOCK, EngineConfig, ModelConfig, RopeConfig
 from jaxengine.device import steps
 from jaxengine.device.kv_cache import Cache
-from jaxengine.device.step_inputs import Copies, QueryBlocks
+from jaxengine.device.step_inputs import Copies
 from jaxengine.engine.batch import BatchBuilder, rows_of
-from jaxengine.engine.step_variants import TILES
-from jaxengine.models.decoder import Tile
-from jaxengine.models.params import Decoder, initialise
+from jaxengine.models.params import Decoder, initialise, path_name
+from jaxengine.ops.query_blocks import QueryBlocks
+from jaxengine.ops.tiles import TILES, Tile
 from jaxengine.text.tokenizer import Tokenizer
 
 SIZES = dict(
@@ -46,11 +46,10 @@ FAMILIES = {
 FEW_TILES = {
     "decode": TILES["decode"][:2],
     "prefill": TILES["prefill"][:1],
-}  # in programs.TILES' place where a test compiles them all
+}  # in the place of step_variants.TILES where a test compiles them all
 
-signal.signal(
-    signal.SIGINT, signal.default_int_handler
-)  # a job in the background is born deaf to it, and tests of Ctrl-C send it
+# A shell starts a job in the background with SIGINT ignored, and tests of Ctrl-C send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 MAPS = Path("/proc/self/maps")
 MANY_MAPS = 25_000  # Linux ends a process that asks for more than 65,530
 
@@ -74,7 +73,7 @@ def pytest_xdist_auto_num_workers() -> int:
 
 @pytest.fixture(autouse=True)
 def compiled_code_fits():
-    """XLA on CPU maps a few hundred pieces of memory for each program, and a long suite compiles hundreds of programs."""
+    """XLA on CPU maps a few hundred pieces of memory a program, and a long suite compiles hundreds of programs."""
     yield
     if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MANY_MAPS:
         jax.clear_caches()
@@ -87,12 +86,11 @@ def random_model(family: str = "Qwen3", **changes) -> tuple[ModelConfig, Decoder
     params = initialise(config, jax.random.key(0), scale=0.1)
     if config.qkv_bias:  # zeros would not show a bias that is left out
         keys = iter(jax.random.split(jax.random.key(1), 1000))
-        params = jax.tree_util.tree_map_with_path(
-            lambda path, x: (
-                jax.random.normal(next(keys), x.shape).astype(x.dtype) if "bias" in jax.tree_util.keystr(path) else x
-            ),
-            params,
-        )
+
+        def filled(path, x):
+            return jax.random.normal(next(keys), x.shape).astype(x.dtype) if "bias" in path_name(path) else x
+
+        params = jax.tree_util.tree_map_with_path(filled, params)
     return config, params
 
 
@@ -101,7 +99,9 @@ def make_llm(config: ModelConfig, params: Decoder, **engine) -> LLM:
 
 
 def step_call(kind: str, engine: EngineConfig, num_steps: int = 1) -> tuple[Callable, tuple, dict]:
-    """A jitted step of eight rows or eight query blocks; what it takes behind params and cache, as the host makes it; static arguments."""
+    """A jitted step of eight rows or eight query blocks; what it takes after params and cache, as the host makes it;
+    static arguments.
+    """
     batch, nothing = BatchBuilder(engine), np.zeros(engine.max_num_seqs, np.int32)
     slots = jax.tree.map(np.copy, batch.host_slots)
     if kind == "decode":
@@ -132,11 +132,14 @@ def bits(outputs) -> list[tuple]:
 
 @pytest.fixture(scope="session")
 def tiny() -> LLM:
-    """One small engine that tests share; they leave it as they found it. Its head is not the embedding: a row of that can be poisoned."""
+    """One small engine that tests share; they leave it as they found it.
+
+    Its head is not the embedding: a row of that can be poisoned.
+    """
     return make_llm(*random_model(num_hidden_layers=2, tie_word_embeddings=False), compile_patience=1_000_000)
 
 
 @pytest.fixture(scope="session")
 def tiny_with_text(tiny) -> LLM:
-    """The shared engine's model, so that nothing is compiled anew, with texts for its first 259 tokens."""
+    """The shared engine's model, so that nothing is compiled again, with texts for its first 259 tokens."""
     return make_llm(tiny.config, tiny.params, tokenizer=Tokenizer.load(find_folder("calc")), compile_patience=1_000_000)

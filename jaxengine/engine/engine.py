@@ -20,8 +20,8 @@ from jaxengine.host.page_pool import PagePool
 from jaxengine.host.plan import Plan
 from jaxengine.host.sample import Request, Sample, Status
 from jaxengine.host.scheduler import MustCollect, Scheduler
-from jaxengine.models.decoder import Tile
 from jaxengine.ops.kernels import choose_kernels
+from jaxengine.ops.tiles import Tile
 from jaxengine.text.detokenizer import Detokenizer, detokenizer_for
 from jaxengine.text.tokenizer import Tokenizer
 

@@ -18,12 +18,10 @@ from jaxtyping import Array, Bool, Float
 
 from jaxengine.base.keys import key_data, key_of
 from jaxengine.config import ModelConfig
-from jaxengine.device.scoring import sampling_arrays_of, token_logprobs
-from jaxengine.device.step_inputs import SamplingArrays
-from jaxengine.device.trunk import WIDE
-from jaxengine.models.decoder import Tile
+from jaxengine.device.scoring import ScoringArrays, sampling_arrays_of, token_logprobs
 from jaxengine.models.params import Decoder
 from jaxengine.ops.kernels import choose_kernels
+from jaxengine.ops.tiles import WIDE, Tile
 from jaxengine.rl import advantages as estimators
 from jaxengine.rl import critic, metrics
 from jaxengine.rl.critic import ActorCritic
@@ -226,7 +224,7 @@ class Trainer:
             model, tokens, mask, sampling, model_config=self.model_config, kernels=self.kernels, tile=self.tile
         )
 
-    def _sampling_arrays(self, tokens: Array) -> SamplingArrays:
+    def _sampling_arrays(self, tokens: Array) -> ScoringArrays:
         return sampling_arrays_of([self.config.sampling] * tokens.shape[0], self.model_config)
 
 

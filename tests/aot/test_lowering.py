@@ -16,9 +16,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxengine.config import EngineConfig, ModelConfig
 from jaxengine.device import kv_cache
 from jaxengine.models import params
-from jaxengine.ops.kernels import Kernels
-from jaxengine.ops.pallas import Pallas
-from jaxengine.ops.sharded import Sharded
+from jaxengine.ops.kernels import Kernels, kernels_of
+from jaxengine.ops.sharded import sharded
 from pallas_kernels.cases.draw import DrawCase
 from pallas_kernels.cases.grouped_matmul import GroupedCase
 from pallas_kernels.cases.matmul import MatmulCase
@@ -120,7 +119,7 @@ def assert_kernels(compiled: Compiled) -> None:
 @pytest.mark.parametrize("kind", ["decode", "prefill"])
 def test_step(kind, mesh, kernels, report):
     """A whole step of a 4-layer model on the device's own kernels."""
-    ops = Pallas(kernels)
+    ops = kernels_of(kernels)
     state = params.abstract(MODEL), kv_cache.abstract(MODEL, ENGINE, ops)
     compiled = report(compiled_step(kind, mesh, ops, state))
     weights_and_pages = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
@@ -136,7 +135,7 @@ def test_step_sharded(kind, target, kernels, report):
     if TARGETS[target].platform == "cuda":
         pytest.skip("only one GPU is described")
     mesh = mesh_of(target, MODEL.reduction_leaves)
-    ops = Sharded(Pallas(kernels), mesh, "devices")
+    ops = sharded(kernels_of(kernels), mesh, "devices")
 
     def split(_, parameter):
         return NamedSharding(mesh, PartitionSpec("devices" if parameter.axes[0] == "leaf" else None))

@@ -154,7 +154,7 @@ def test_the_twin_is_the_engines_sampler():
     keys = jax.random.split(jax.random.key(3), 37)
     uniforms = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
     twin = jax.jit(functools.partial(draw_and_score, implementation=choose("xla")))(logits[:8], DRAW(8), uniforms[:8])
-    engines = jax.jit(lambda x, k: XLA.draw_and_score(x, DRAW(8), sampler.uniforms(k)))(logits[:8], keys[:8])
+    engines = jax.jit(lambda x, k: XLA.draw.draw_and_score(x, DRAW(8), sampler.uniforms(k)))(logits[:8], keys[:8])
     assert bits(engines) == bits(twin)
     assert np.array_equal(engines.all_logprobs(logits[:8]), twin.all_logprobs(logits[:8]))
 

@@ -12,10 +12,10 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxengine.outputs import CompletionOutput, RequestOutput
-from jaxengine.rl.rewards import reward_functions
 from jaxengine.rl.rewards.bounded import DEFAULT_TIMEOUT, Bounded, InThread, Reward
 from jaxengine.rl.rewards.isolation import Isolated
 from jaxengine.rl.rewards.program_check import ProgramCheck, ProgramLimits
+from jaxengine.rl.rewards.reward_functions import matches
 from jaxengine.rl.rewards.reward_worker import describe
 
 
@@ -97,7 +97,7 @@ def regular_expression(pattern: str) -> Isolated:
         re.compile(pattern)
     except re.error as error:
         raise ValueError(f"pattern {pattern!r:.80} is no regular expression: {error}") from error
-    return Isolated(reward_functions.matches, pattern=pattern)
+    return Isolated(matches, pattern=pattern)
 
 
 def math_equivalence() -> Isolated:
