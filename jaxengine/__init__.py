@@ -1,4 +1,7 @@
-"""jaxengine: a bitwise-deterministic LLM inference engine for JAX reinforcement learning. Importing it touches no device."""
+"""jaxengine: a bitwise-deterministic LLM inference engine for JAX reinforcement learning.
+
+Importing it touches no device.
+"""
 
 import importlib
 import importlib.util

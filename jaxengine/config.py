@@ -44,7 +44,10 @@ class RopeConfig:
 @strict_keywords
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A decoder's architecture, in Hugging Face's words. `reduction_leaves` fixes the order of sums (see sharding/leaves.py)."""
+    """A decoder's architecture, in Hugging Face's words.
+
+    `reduction_leaves` fixes the order of sums (see sharding/leaves.py).
+    """
 
     architecture: str
     vocab_size: int
@@ -100,7 +103,10 @@ class ModelConfig:
 
     @property
     def padded_vocab_size(self) -> int:
-        """vocab_size rounded up so that every leaf holds whole blocks; the rows behind vocab_size are zeros and never drawn."""
+        """vocab_size rounded up so that every leaf holds whole blocks.
+
+        The rows behind vocab_size are zeros and never drawn.
+        """
         unit = self.reduction_leaves * VOCAB_BLOCK
         return -(-self.vocab_size // unit) * unit
 

@@ -57,8 +57,8 @@ def _flat(parts: dict[str, Any], prefix: str = "") -> dict[str, str]:
 class Coordinate:
     """All that one sample's bits depend on, and the bits: `llm.replay(coordinate)` draws it again, alone.
 
-    `key` are the words of a typed key; `key_folds`, prompt and sample index, are folded into it before the position (-1: no fold).
-    As JSON it survives with every bit.
+    `key` are the words of a typed key; `key_folds`, prompt and sample index, are folded into it before the position
+    (-1: no fold). As JSON it survives with every bit.
     """
 
     contract: Contract

@@ -40,12 +40,12 @@ def generate(
 ) -> RequestOutputs:
     """Complete prompts under `params`.
 
-    Nothing is kept but compiled code and empty pages, both of which depend on `config` and the engine keywords alone: a call with
-    other weights compiles nothing and sees nothing of an earlier one.
+    Nothing is kept but compiled code and empty pages, both of which depend on `config` and the engine keywords alone: a
+    call with other weights compiles nothing and sees nothing of an earlier one.
 
-    Prompts are lists of token ids, or text where a tokenizer is given. `key` is a typed JAX key; draws depend on it, on the
-    index of the prompt and of the sample, and on the position. Engine keywords are EngineConfig's. Raises ValueError where params
-    do not fit config.
+    Prompts are lists of token ids, or text where a tokenizer is given. `key` is a typed JAX key; draws depend on it, on
+    the index of the prompt and of the sample, and on the position. Engine keywords are EngineConfig's. Raises
+    ValueError where params do not fit config.
     """
     check_keywords("generate", engine, (*OWN_KEYWORDS, *ENGINE_KEYWORDS))
     batch = prompts_of(prompts)
@@ -74,16 +74,19 @@ def score(
     kernels: str = "auto",
     tile: Tile = trunk.WIDE,
 ) -> Any:
-    """float32 logprobs `[B, T]` of the tokens under `mask`, equal by bits to those that `generate` reported; 0 elsewhere.
+    """float32 logprobs `[B, T]` of the tokens under `mask`, equal by bits to those that `generate` reported.
 
-    tokens `[B, T]` are prompt then completion, padded on the right with anything; mask `[B, T]` is True on generated tokens: the
-    layout of Rollout. `sampling_params`, one for all or one each, say under which distribution they were drawn. With `entropy`,
-    returns (logprobs, entropies of the processed distribution in nats `[B, T]`).
+    0 elsewhere.
 
-    Differentiable in params by reverse mode, and the same bits under jit and inside `jax.value_and_grad`, at any batch size and
-    padding. `kernels` as in EngineConfig: those that generated, whose bits they are. `tile` is the shape of the pinned regions:
-    leave it, unless `llm.engine.step_variants.refused` names the wide prefill step on your machine.
-    Raises ValueError where shapes do not fit each other or params do not fit config, and for a token outside the vocabulary.
+    tokens `[B, T]` are prompt then completion, padded on the right with anything; mask `[B, T]` is True on generated
+    tokens: the layout of Rollout. `sampling_params`, one for all or one each, say under which distribution they were
+    drawn. With `entropy`, returns (logprobs, entropies of the processed distribution in nats `[B, T]`).
+
+    Differentiable in params by reverse mode, and the same bits under jit and inside `jax.value_and_grad`, at any batch
+    size and padding. `kernels` as in EngineConfig: those that generated, whose bits they are. `tile` is the shape of
+    the pinned regions: leave it, unless `llm.engine.step_variants.refused` names the wide prefill step on your machine.
+    Raises ValueError where shapes do not fit each other or params do not fit config, and for a token outside the
+    vocabulary.
     """
     tokens, mask = jnp.asarray(tokens), jnp.asarray(mask)
     scoring.check_scored(tokens, mask, config)
@@ -105,7 +108,10 @@ def score(
 def _session_for(
     params: Decoder, config: ModelConfig, tokenizer: Tokenizer | None, engine: dict[str, Any]
 ) -> tuple[Session, threading.Lock]:
-    """The session of the last call with these settings on these devices, or a new one with its pool beside `params`; its lock."""
+    """The session of the last call with these settings on these devices, or a new one with its pool beside `params`.
+
+    Its lock.
+    """
     devices = frozenset(device for leaf in jax.tree.leaves(params) for device in leaf.devices())
     settings = config, tokenizer, devices, tuple(sorted(engine.items()))
     with _choosing:  # two threads at once would build two

@@ -39,11 +39,12 @@ OWN_KEYWORDS = (
 class LLM:
     """An engine for one model. Every method may be called from any thread; those that step or change it take turns.
 
-    `model` is the name of the model that ships ("calc"), a folder in Hugging Face format or a hub id. `dtype` is "auto" (the
-    file's), "float32", "bfloat16" or "float16", or numpy's or JAX's own. `tokenizer` is another folder's. `reduction_leaves` is the
-    number of parts that every long sum is cut into, and so the most devices that can ever share the model; it is in the bits.
-    `num_pages` is sized from memory unless given. `seed` is the key of calls that bring none. `progress` shows loading, compiling
-    and tokens on stderr. Further keywords are EngineConfig's: they change room and speed, never a bit except for `kernels`.
+    `model` is the name of the model that ships ("calc"), a folder in Hugging Face format or a hub id. `dtype` is "auto"
+    (the file's), "float32", "bfloat16" or "float16", or numpy's or JAX's own. `tokenizer` is another folder's.
+    `reduction_leaves` is the number of parts that every long sum is cut into, and so the most devices that can ever
+    share the model; it is in the bits. `num_pages` is sized from memory unless given. `seed` is the key of calls that
+    bring none. `progress` shows loading, compiling and tokens on stderr. Further keywords are EngineConfig's: they
+    change room and speed, never a bit except for `kernels`.
 
         llm = LLM("calc")
         outputs = llm.generate(["12+30=", "7*8="], SamplingParams(n=8, max_tokens=16), key=jax.random.key(0))
@@ -137,14 +138,16 @@ class LLM:
         use_tqdm: bool | None = None,
         request_ids: Sequence[str] | None = None,
     ) -> RequestOutputs:
-        """Complete prompts: strings, lists of token ids or dicts with `prompt` or `prompt_token_ids`; outputs in their order.
+        """Complete prompts.
 
-        The draws depend on (key, index of the prompt, index of the sample, position) alone. Without a key each call takes the
-        next one of the LLM's seed. An interrupt aborts the call's requests and leaves the engine usable.
+        Strings, lists of token ids or dicts with `prompt` or `prompt_token_ids`; outputs in their order.
 
-        `sampling_params` are one for all prompts or one each; `request_ids`, one each, are what `abort` takes. Raises ValueError
-        or TypeError, naming the prompt and what is allowed, before anything is computed; what goes wrong later ends its own
-        request with finish reason "error".
+        The draws depend on (key, index of the prompt, index of the sample, position) alone. Without a key each call
+        takes the next one of the LLM's seed. An interrupt aborts the call's requests and leaves the engine usable.
+
+        `sampling_params` are one for all prompts or one each; `request_ids`, one each, are what `abort` takes. Raises
+        ValueError or TypeError, naming the prompt and what is allowed, before anything is computed; what goes wrong
+        later ends its own request with finish reason "error".
         """
         return self._complete(self._requests(prompts_of(prompts), sampling_params, key, request_ids), use_tqdm)
 
@@ -157,9 +160,9 @@ class LLM:
     ) -> RequestOutputs:
         """Go on where samples ended by "length" or "abort", under the weights that run now: partial rollouts.
 
-        The outputs hold all tokens from the first on, and `weight_versions` says which weights drew which. `sampling_params` are
-        those of the whole samples (`max_tokens` counts from the prompt), by default their own. Where the weights are the same, so
-        are the bits.
+        The outputs hold all tokens from the first on, and `weight_versions` says which weights drew which.
+        `sampling_params` are those of the whole samples (`max_tokens` counts from the prompt), by default their own.
+        Where the weights are the same, so are the bits.
         """
         session = self.session
         session.runner.check_process()
@@ -169,7 +172,10 @@ class LLM:
     def stream(
         self, prompt: Any, sampling_params: SamplingParams | None = None, *, key: Any = None
     ) -> Iterator[RequestOutput]:
-        """The output of one prompt again and again as it grows; the last one is finished. Closing the iterator aborts it."""
+        """The output of one prompt again and again as it grows; the last one is finished.
+
+        Closing the iterator aborts it.
+        """
         prompts = prompts_of(prompt)
         if len(prompts) != 1:
             raise ValueError(f"stream takes one prompt, got {len(prompts)}: stream each of them, or use generate")
@@ -188,9 +194,12 @@ class LLM:
         tools: list[dict[str, Any]] | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
     ) -> RequestOutputs:
-        """Complete a conversation (a list of messages) or several, with the model's chat template in a sandbox; else as `generate`.
+        """Complete a conversation (a list of messages) or several, with the model's chat template in a sandbox.
 
-        Raises ValueError where the model has no tokenizer or no template, and where the template refuses the messages or fails.
+        Else as `generate`.
+
+        Raises ValueError where the model has no tokenizer or no template, and where the template refuses the messages
+        or fails.
         """
         if self.tokenizer is None:
             raise ValueError(
@@ -225,15 +234,15 @@ class LLM:
     ) -> int:
         """Run other weights from the next token on; returns their version, which every token of theirs carries.
 
-        All or nothing: where leaves are missing, misnamed, of another shape or dtype or not finite, ValueError lists them and the
-        old weights stay. Nothing is compiled again, and leaves are copied only where they do not lie on the device yet. With
-        `cast`, floating leaves are rounded to the declared dtype; score such a policy by `llm.params`, whose bits are those that
-        run.
+        All or nothing: where leaves are missing, misnamed, of another shape or dtype or not finite, ValueError lists
+        them and the old weights stay. Nothing is compiled again, and leaves are copied only where they do not lie on
+        the device yet. With `cast`, floating leaves are rounded to the declared dtype; score such a policy by
+        `llm.params`, whose bits are those that run.
 
-        Requests in flight: "recompute" (their keys and values are rebuilt under the new weights before the next token), "keep"
-        (those that decode keep what is in the cache, so what follows depends on both versions, and on whether it was preempted),
-        "drain" (the update waits until they have ended). `version` is by default the next integer; a resumed run gives its own,
-        higher than the current one.
+        Requests in flight: "recompute" (their keys and values are rebuilt under the new weights before the next token),
+        "keep" (those that decode keep what is in the cache, so what follows depends on both versions, and on whether it
+        was preempted), "drain" (the update waits until they have ended). `version` is by default the next integer; a
+        resumed run gives its own, higher than the current one.
         """
         return self.session.update_params(params, in_flight=in_flight, version=version, cast=cast)
 
@@ -264,10 +273,12 @@ class LLM:
         *,
         entropy: bool = False,
     ) -> Any:
-        """float32 logprobs `[B, T]` of the tokens under `mask`: `jaxengine.score` under this LLM's weights, as a numpy array.
+        """float32 logprobs `[B, T]` of the tokens under `mask`.
 
-        Rows go through in batches of bounded size. Where the wide tile does not hold on this machine the base tile is used: the
-        bits are those of `generate` in any case.
+        `jaxengine.score` under this LLM's weights, as a numpy array.
+
+        Rows go through in batches of bounded size. Where the wide tile does not hold on this machine the base tile is
+        used: the bits are those of `generate` in any case.
         """
         logprobs, entropies = self.session.score(tokens, mask, sampling_params, entropy=entropy)
         return (logprobs, entropies) if entropy else logprobs
@@ -275,8 +286,8 @@ class LLM:
     def replay(self, coordinate: Coordinate) -> Comparison:
         """Draw one sample again, alone, and compare every bit; the result's `holds` says whether it matched.
 
-        Raises ValueError, naming what differs, for the coordinate of another contract: other versions, device, model or weights.
-        A sample that several versions of the weights drew has such a one.
+        Raises ValueError, naming what differs, for the coordinate of another contract: other versions, device, model or
+        weights. A sample that several versions of the weights drew has such a one.
         """
         session = self.session
         session.runner.check_process()
@@ -304,7 +315,10 @@ class LLM:
         return self.session.contract()
 
     def warm_up(self) -> None:
-        """Compile every step of the engine now: none is compiled afterwards. `score` compiles for each shape at its first use."""
+        """Compile every step of the engine now: none is compiled afterwards.
+
+        `score` compiles for each shape at its first use.
+        """
         self.session.warm_up()
 
     # -- inside -------------------------------------------------------------------------------------------------------

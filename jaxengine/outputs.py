@@ -33,7 +33,10 @@ class VersionSpan:
 
 @dataclasses.dataclass(frozen=True)
 class CompletionOutput:
-    """One sample. `token_logprobs[i]` is the float32 log-probability of `token_ids[i]` under the distribution it was drawn from."""
+    """One sample.
+
+    `token_logprobs[i]` is the float32 log-probability of `token_ids[i]` under the distribution it was drawn from.
+    """
 
     index: int
     text: str
@@ -61,7 +64,10 @@ class CompletionOutput:
 
 @dataclasses.dataclass(frozen=True)
 class RequestOutput:
-    """A prompt and its samples. `digest` names the contract (versions, device, dtype, model) under which the bits hold."""
+    """A prompt and its samples.
+
+    `digest` names the contract (versions, device, dtype, model) under which the bits hold.
+    """
 
     request_id: str
     prompt: str | None

@@ -24,12 +24,12 @@ MOST = 1e6  # the largest factor that temperature and repetition_penalty may put
 class SamplingParams:
     """How to draw completions; names and meanings are vLLM's wherever vLLM has them.
 
-    `max_tokens=None` means up to the context. `key` (a typed JAX key) or `seed` makes the request's draws its own: with n=1 the
-    key takes the place of `fold_in(fold_in(call key, prompt index), sample index)`; with n>1 sample i uses `fold_in(key, i)`.
-    `logprobs=k` returns the k likeliest tokens at each position, `prompt_logprobs=k` the same for the prompt; the logprob of each
-    sampled token is always returned. Ours alone: `raw_logprobs` also returns the sampled tokens' logprobs under the model's own
-    distribution at temperature 1, `entropy` the entropy of the distribution at each token, in nats.
-    Raises ValueError naming the field, the value and what is allowed.
+    `max_tokens=None` means up to the context. `key` (a typed JAX key) or `seed` makes the request's draws its own: with
+    n=1 the key takes the place of `fold_in(fold_in(call key, prompt index), sample index)`; with n>1 sample i uses
+    `fold_in(key, i)`. `logprobs=k` returns the k likeliest tokens at each position, `prompt_logprobs=k` the same for
+    the prompt; the logprob of each sampled token is always returned. Ours alone: `raw_logprobs` also returns the
+    sampled tokens' logprobs under the model's own distribution at temperature 1, `entropy` the entropy of the
+    distribution at each token, in nats. Raises ValueError naming the field, the value and what is allowed.
     """
 
     n: int = 1

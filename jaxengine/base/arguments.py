@@ -1,6 +1,7 @@
 """Arguments as they come in, checked: names, integers, numbers, flags, lists.
 
-ValueError names the field, what is allowed and what was given; TypeError names an unknown keyword and the nearest known one.
+ValueError names the field, what is allowed and what was given; TypeError names an unknown keyword and the nearest known
+one.
 """
 
 import dataclasses

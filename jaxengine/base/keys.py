@@ -1,4 +1,7 @@
-"""Which key draws a sample. Keys are threefry's, whatever the default of the process is: others would draw other tokens."""
+"""Which key draws a sample.
+
+Keys are threefry's, whatever the default of the process is: others would draw other tokens.
+"""
 
 from typing import Any
 

@@ -64,7 +64,10 @@ def _cpu() -> dict[str, Any]:
 
 
 def compiler_flags() -> dict[str, str]:
-    """What the environment, or a file that it names, tells XLA, but for what changes no code. The last of several of one name counts."""
+    """What the environment, or a file that it names, tells XLA, but for what changes no code.
+
+    The last of several of one name counts.
+    """
     texts = [os.environ.get(name, "").strip() for name in FLAG_VARIABLES]
     words = [word for text in texts for word in (text if text.startswith("-") else _read(Path(text)) or "").split()]
     pairs = [word.lstrip("-").partition("=") for word in words]
@@ -72,7 +75,10 @@ def compiler_flags() -> dict[str, str]:
 
 
 def free_memory() -> int:
-    """Bytes that programs can have on this host without swapping: what Linux calls available, or what is left to the control group."""
+    """Bytes that programs can have on this host without swapping.
+
+    What Linux calls available, or what is left to the control group.
+    """
     lines = (_read(PROC / "meminfo") or "").splitlines()
     kilobytes = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
     unused = 1024 * kilobytes[0] if kilobytes else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
@@ -80,7 +86,10 @@ def free_memory() -> int:
 
 
 def _left_to_groups() -> Iterator[int]:
-    """What each control group (version 2) over this process may still take; its cached files make room when asked to."""
+    """What each control group (version 2) over this process may still take.
+
+    Its cached files make room when asked to.
+    """
     own = [
         line.removeprefix("0::/")
         for line in (_read(PROC / "self/cgroup") or "").splitlines()

@@ -1,7 +1,7 @@
 """The contract on the user's own machine and model: every axis is run with random traffic, and every bit compared.
 
-`llm.verify()` in a notebook, `jaxengine verify MODEL` on a command line. A check runs the same requests in another way, on the
-engine that serves, and compares tokens and logprobs as uint32 with those of the plain batch.
+`llm.verify()` in a notebook, `jaxengine verify MODEL` on a command line. A check runs the same requests in another way,
+on the engine that serves, and compares tokens and logprobs as uint32 with those of the plain batch.
 """
 
 import random
@@ -68,9 +68,9 @@ def verify(
 ) -> Verification:
     """Run every check.
 
-    `samples` of one prompt are drawn at temperature 0 and at temperature 1 among random traffic: 1,000 unless said otherwise, 100
-    with `quick`. `seed` makes the traffic. The engine must be idle; afterwards it is as it was, except for its prefix cache.
-    Raises ValueError where it has work, and for fewer than two samples.
+    `samples` of one prompt are drawn at temperature 0 and at temperature 1 among random traffic: 1,000 unless said
+    otherwise, 100 with `quick`. `seed` makes the traffic. The engine must be idle; afterwards it is as it was, except
+    for its prefix cache. Raises ValueError where it has work, and for fewer than two samples.
     """
     count = samples if samples is not None else (QUICK_SAMPLES if quick else SAMPLES)
     if count < 2:

@@ -34,7 +34,10 @@ BATCH_TOKENS = 8192  # that one call scores, padding included, where a caller ha
 
 
 def check_scored(tokens: Any, mask: Any, config: ModelConfig) -> None:
-    """Raises ValueError where tokens and mask are no batch of sequences. Values are looked at where they are known: not inside jit."""
+    """Raises ValueError where tokens and mask are no batch of sequences.
+
+    Values are looked at where they are known: not inside jit.
+    """
     if tokens.ndim != 2 or tokens.shape != mask.shape or 0 in tokens.shape:
         raise ValueError(f"tokens and mask must have one shape [B, T], got {list(tokens.shape)} and {list(mask.shape)}")
     if not jnp.issubdtype(tokens.dtype, jnp.integer) or mask.dtype != bool:

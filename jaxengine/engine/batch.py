@@ -32,7 +32,7 @@ class BatchBuilder:
         )
         self.prefill_rows = self.prefill_query_blocks * QUERY_BLOCK + engine_config.max_num_seqs
 
-    # -- slots -----------------------------------------------------------------------------------------------------------------
+    # -- slots ---------------------------------------------------------------------------------------------------------
 
     def admit(self, sample: Sample) -> None:
         """Write a sequence's sampling parameters into its slot."""
@@ -71,7 +71,10 @@ class BatchBuilder:
         return uploads
 
     def sync_tables(self, samples: Sequence[Sample]) -> np.ndarray:
-        """Block tables, the given sequences' rows brought up to date. While it runs, a sequence's pages only grow in number."""
+        """Block tables, the given sequences' rows brought up to date.
+
+        While it runs, a sequence's pages only grow in number.
+        """
         for sample in samples:
             written, count = self._num_written[sample.slot], len(sample.pages)
             if written < count:
@@ -79,7 +82,7 @@ class BatchBuilder:
                 self._num_written[sample.slot] = count
         return self.tables.copy()  # the device may still be reading the last step's
 
-    # -- steps -----------------------------------------------------------------------------------------------------------------
+    # -- steps ---------------------------------------------------------------------------------------------------------
 
     def decode(self, decodes: Sequence[Decode]) -> Rows:
         """Rows of a decode step: each sample's last token, at its position."""

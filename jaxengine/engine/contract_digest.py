@@ -22,7 +22,9 @@ CONTRACTS_KEPT = 16  # of earlier versions of the weights
 
 
 def weights_digest(params: Decoder) -> str:
-    """Hash of every parameter's bits, in the order of the tree; on an accelerator a hash of checksums that are found there.
+    """Hash of every parameter's bits, in the order of the tree.
+
+    On an accelerator a hash of checksums that are found there.
 
     A loop of reinforcement learning has new weights every few seconds: their bits must not all come to the host for it.
     """

@@ -30,7 +30,10 @@ ADJUSTABLE = {"overlap", "enable_prefix_caching", "max_num_batched_tokens"}
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """A pytree and its version: one attribute, so that an interrupt finds the old ones or the new ones, never a mixture."""
+    """A pytree and its version.
+
+    One attribute, so that an interrupt finds the old ones or the new ones, never a mixture.
+    """
 
     params: Any
     version: int
@@ -148,8 +151,8 @@ class Engine:
     def adjusted(self, *, held_pages: int = 0, held_slots: int = 0, **changes: Any) -> Iterator[None]:
         """Other settings of the host for a while, on the same compiled steps.
 
-        They are `overlap`, `enable_prefix_caching` and a smaller `max_num_batched_tokens`; and pages and slots withheld, as
-        if other requests had them. The engine must be idle.
+        They are `overlap`, `enable_prefix_caching` and a smaller `max_num_batched_tokens`; and pages and slots
+        withheld, as if other requests had them. The engine must be idle.
         """
         assert not self.requests and changes.keys() <= ADJUSTABLE
         kept = self.engine_config
@@ -165,11 +168,13 @@ class Engine:
         self.scheduler.page_pool.caching = engine_config.enable_prefix_caching
 
     def update_params(self, params: Any, version: int, *, keep: bool = False) -> list[Request]:
-        """Other weights from the next token on: no token drawn so far is lost, and no page written so far is found again.
+        """Other weights from the next token on.
 
-        Keys and values of running requests are computed again under them. With `keep` those that decode keep theirs: what
-        follows depends on both versions, and their pages are not offered to others. Returns the requests that ended with
-        the last step under the old weights.
+        No token drawn so far is lost, and no page written so far is found again.
+
+        Keys and values of running requests are computed again under them. With `keep` those that decode keep theirs:
+        what follows depends on both versions, and their pages are not offered to others. Returns the requests that
+        ended with the last step under the old weights.
         """
         with self._whole():
             ended, self._in_flight = self._collect(self._in_flight), None
@@ -188,8 +193,8 @@ class Engine:
     def step(self) -> list[Request]:
         """One step; returns the requests that ended in it. After any error the engine is usable again.
 
-        Where the device runs out of memory, the samples that it worked for fail, with finish reason "error"; all others are
-        computed again.
+        Where the device runs out of memory, the samples that it worked for fail, with finish reason "error"; all others
+        are computed again.
         """
         with self._whole():
             ended: list[Request] = []
@@ -248,7 +253,10 @@ class Engine:
     # -- results ------------------------------------------------------------------------------------------------------
 
     def _collect(self, step: InFlight | None) -> list[Request]:
-        """Read a step's results, append its tokens and end the samples that are done; returns the requests that ended."""
+        """Read a step's results, append its tokens and end the samples that are done.
+
+        Returns the requests that ended.
+        """
         if step is None:
             return []
         decoded, prefilled, damaged = self._read(step)
@@ -320,7 +328,10 @@ class Engine:
         self._broken = False
 
     def _recover(self) -> None:
-        """After an error or an interrupt anywhere in a step: unfinished samples start again, lost buffers are rebuilt."""
+        """After an error or an interrupt anywhere in a step.
+
+        Unfinished samples start again, lost buffers are rebuilt.
+        """
         self._in_flight = None
         samples = [sample for request in self.requests.values() for sample in request.samples]
         unfinished = [sample for sample in samples if sample.status is not Status.FINISHED]
@@ -339,7 +350,10 @@ class Engine:
         return page_checksums.PageChecksums(self.kernels) if self.engine_config.page_checksums else None
 
     def _fail(self, samples: list[Sample]) -> list[Request]:
-        """The device has no memory for these samples: they fail, all others start again. Returns the requests that ended."""
+        """The device has no memory for these samples: they fail, all others start again.
+
+        Returns the requests that ended.
+        """
         known = dict(self.requests)  # those too that ended in this very step
         self._recover()
         self._broken = True  # until it is written down which samples failed

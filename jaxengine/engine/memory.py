@@ -62,10 +62,12 @@ def memory_plan(model_config: ModelConfig, engine_config: EngineConfig) -> Memor
 
 
 def sized_pool(model_config: ModelConfig, engine_config: EngineConfig, params: Any = None) -> EngineConfig:
-    """`engine` with the number of pages that memory allows, and no more than all slots can fill. `params` are weights that are loaded
-    already.
+    """`engine` with the number of pages that memory allows, and no more than all slots can fill.
 
-    Raises MemoryError naming weights, cache and workspace where not even one whole context fits, and the longest that does.
+    `params` are weights that are loaded already.
+
+    Raises MemoryError naming weights, cache and workspace where not even one whole context fits, and the longest that
+    does.
     """
     plan = memory_plan(model_config, dataclasses.replace(engine_config, num_pages=2))
     taken, on_cpu = _device_memory()[1], jax.local_devices()[0].platform == "cpu"
@@ -120,8 +122,10 @@ def _resident(params: Any) -> int:
 
 
 def check_fits(model_config: ModelConfig, engine_config: EngineConfig) -> None:
-    """Raises MemoryError where weights and cache are more than the whole machine has: the system would grant them, and end some process
-    once they are written. An accelerator refuses by itself."""
+    """Raises MemoryError where weights and cache are more than the whole machine has.
+
+    The system would grant them, and end some process once they are written. An accelerator refuses by itself.
+    """
     plan = memory_plan(model_config, engine_config)
     installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if jax.devices()[0].platform == "cpu" and plan.weights + plan.cache > installed:

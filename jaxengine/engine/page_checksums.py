@@ -1,12 +1,11 @@
 """Checksums of pages: they find pages of the KV cache that a fault of memory or another program has changed.
 
 After every step the keys and values of each token that the step's samples hold are summed up on the device
-(device/checksums.py). Before a token of that step is accepted, the sums are compared with those of the same tokens after
-earlier steps.
-Covered is every token in a page from the end of the step that wrote it: in full pages and in the front of partly filled ones,
-in shared pages, and in pages that lay in the prefix cache since. Not covered are what a step itself writes or reads wrongly,
-damage that is gone again when the step ends, weights, token history and block tables. All pages in use are read once more a
-step, and the host waits for the sums.
+(device/checksums.py). Before a token of that step is accepted, the sums are compared with those of the same tokens
+after earlier steps. Covered is every token in a page from the end of the step that wrote it: in full pages and in the
+front of partly filled ones, in shared pages, and in pages that lay in the prefix cache since. Not covered are what a
+step itself writes or reads wrongly, damage that is gone again when the step ends, weights, token history and block
+tables. All pages in use are read once more a step, and the host waits for the sums.
 """
 
 import dataclasses
@@ -55,7 +54,10 @@ class PageChecksums:
         return Watch([list(sample.pages) for sample in samples], pages, sums)
 
     def damaged(self, watch: Watch, pool: PagePool) -> set[int]:
-        """The pages in which a token changed since they were watched before; what is new in the others is remembered."""
+        """The pages in which a token changed since they were watched before.
+
+        What is new in the others is remembered.
+        """
         pages = set()
         rows = np.concatenate([np.asarray(part) for part in watch.sums]) if watch.sums else []
         for (page, births, count), sums in zip(watch.pages, rows, strict=False):

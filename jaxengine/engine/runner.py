@@ -1,4 +1,7 @@
-"""Several threads over one engine: the thread that holds the lock steps for all, and the others' requests ride along."""
+"""Several threads over one engine.
+
+The thread that holds the lock steps for all, and the others' requests ride along.
+"""
 
 import collections
 import contextlib
@@ -37,7 +40,9 @@ class Runner:
             )
 
     def run(self, requests: list[Request], *, with_text: bool = False) -> Iterator[None]:
-        """Queue a call's requests, all or none, and step until they have ended. Holds the lock while it queues and steps.
+        """Queue a call's requests, all or none, and step until they have ended.
+
+        Holds the lock while it queues and steps.
 
         The contract is found as they are queued, before the weights can change. `with_text` as in Engine.add.
         """
@@ -86,7 +91,10 @@ class Runner:
         self._going.set()
 
     def _wait(self) -> bool:
-        """Wait while paused; True where the engine goes. Raises where the thread that would wait is the one that has to resume."""
+        """Wait while paused; True where the engine goes.
+
+        Raises where the thread that would wait is the one that has to resume.
+        """
         if self._going.is_set():
             return True
         if self._paused_by is threading.current_thread():
@@ -100,8 +108,8 @@ class Runner:
     def abort_later(self, requests: list[Request]) -> None:
         """Abort those that the engine still has; while it is at work, the thread that works with it does so afterwards.
 
-        Waiting for the lock could be for ever: a stream may be collected as garbage, or a signal be handled, during this
-        very thread's step.
+        Waiting for the lock could be for ever: a stream may be collected as garbage, or a signal be handled, during
+        this very thread's step.
         """
         held = self.engine.requests
         self._to_abort.extend(request for request in requests if held.get(request.request_id) is request)

@@ -88,7 +88,10 @@ class Session:
         return [self.output(request) for request in requests]
 
     def stream(self, request: Request) -> Iterator[RequestOutput]:
-        """The request's output again and again as it grows; the last one is finished. Closing the iterator aborts it."""
+        """The request's output again and again as it grows; the last one is finished.
+
+        Closing the iterator aborts it.
+        """
         output = None
         for _ in self.runner.run([request], with_text=True):
             with self.runner.alone():  # no other thread's step may add a token to what is being read
@@ -156,7 +159,9 @@ class Session:
     def score(
         self, tokens: Any, mask: Any, sampling_params: Any, *, entropy: bool
     ) -> tuple[np.ndarray, np.ndarray | None]:
-        """(logprobs, entropies if asked) `[B, T]` of the tokens under `mask`, in batches of bounded size. Holds the lock.
+        """(logprobs, entropies if asked) `[B, T]` of the tokens under `mask`, in batches of bounded size.
+
+        Holds the lock.
 
         Where the wide tile does not hold on this machine the base tile is used.
         """

@@ -1,4 +1,7 @@
-"""From an engine's keywords to its EngineConfig: defaults of the device, the implementation by name, a pool sized from memory."""
+"""From an engine's keywords to its EngineConfig.
+
+Defaults of the device, the implementation by name, a pool sized from memory.
+"""
 
 import dataclasses
 from typing import Any
@@ -19,8 +22,8 @@ def resolve_engine_config(
 ) -> EngineConfig:
     """EngineConfig from keywords; None means the default.
 
-    The pool is sized from memory, where `params` may be already, unless num_pages is given. Raises ValueError for what is no
-    setting, MemoryError where the pool has no room.
+    The pool is sized from memory, where `params` may be already, unless num_pages is given. Raises ValueError for what
+    is no setting, MemoryError where the pool has no room.
     """
     given = {name: value for name, value in given.items() if value is not None}
     on_cpu = jax.devices()[0].platform == "cpu"

@@ -1,9 +1,9 @@
 """Step variants: which compiled step serves a plan, and the proof that it may.
 
-A step is compiled for a few tile shapes. The bits of BASE, the decode step on tiles of eight rows, are the definition. A wider or
-narrower tile serves only after it has answered PROBE_TOKENS random tokens, with the engine's own weights and program, with the
-same bits: logprobs, the likeliest tokens at every position, keys and values of every layer. Where one bit differs the base tile
-serves instead (fail closed).
+A step is compiled for a few tile shapes. The bits of BASE, the decode step on tiles of eight rows, are the definition.
+A wider or narrower tile serves only after it has answered PROBE_TOKENS random tokens, with the engine's own weights and
+program, with the same bits: logprobs, the likeliest tokens at every position, keys and values of every layer. Where one
+bit differs the base tile serves instead (fail closed).
 """
 
 import contextlib
@@ -62,13 +62,13 @@ class StepVariants:
         """
         self._expected = None
 
-    # -- serving ---------------------------------------------------------------------------------------------------------------
+    # -- serving -------------------------------------------------------------------------------------------------------
 
     def pick(self, kind: str, num_blocks: int, params: Decoder, cache: Cache) -> tuple[Cache, Tile]:
         """The tile for a step over num_blocks query blocks: the narrowest that holds them, or the widest.
 
-        One that is not compiled yet has to be wanted compile_patience times while another can serve: compiling takes longer than the
-        last steps of a batch, in which few rows are left.
+        One that is not compiled yet has to be wanted compile_patience times while another can serve: compiling takes
+        longer than the last steps of a batch, in which few rows are left.
         """
         tiles = self._tiles[kind]
         wanted = next((tile for tile in tiles if tile.blocks >= num_blocks), tiles[-1])
@@ -139,7 +139,7 @@ class StepVariants:
         self._compiled.add((kind, tile))
         self.report(f"compiled the {kind} step for {tile.rows} rows in {time.monotonic() - start:.1f} s")
 
-    # -- proof -----------------------------------------------------------------------------------------------------------------
+    # -- proof ---------------------------------------------------------------------------------------------------------
 
     def _prove(self, kind: str, tile: Tile, params: Decoder, cache: Cache) -> tuple[Cache, bool]:
         if self._expected is None:
@@ -225,7 +225,10 @@ def _fields(out: RowOutputs) -> tuple:
 
 
 def _written_part(tokens: np.ndarray, count: int) -> np.ndarray:
-    """The first `count` tokens of pages [n, p, …]: what lies behind them differs from step to step, and nobody reads it."""
+    """The first `count` tokens of pages [n, p, …].
+
+    What lies behind them differs from step to step, and nobody reads it.
+    """
     return tokens.reshape(-1, *tokens.shape[2:])[:count]
 
 

@@ -53,7 +53,10 @@ def _completion(sample: Sample, tokenizer: Tokenizer | None, contract: Contract)
 
 
 def _coordinate(sample: Sample, logprobs: np.ndarray, contract: Contract) -> Coordinate:
-    """A sample that several versions of the weights drew can be replayed by none of them: its contract names them all."""
+    """A sample that several versions of the weights drew can be replayed by none of them.
+
+    Its contract names them all.
+    """
     request, versions = sample.request, sorted(set(sample.drawn.versions))
     if versions and versions != [contract.parts["weights_version"]]:
         contract = Contract(contract.parts | {"weights_version": versions})

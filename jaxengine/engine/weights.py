@@ -25,8 +25,11 @@ def check_fits(params: Decoder, model_config: ModelConfig) -> None:
 
 
 def placed(params: Any, like: Decoder | None = None) -> Any:
-    """`params` where the weights `like` lie, or where they are. Leaves that are there already share their memory, nothing is copied:
-    JAX only notes that they have to stay there, without which a step would be compiled anew for weights that came another way."""
+    """`params` where the weights `like` lie, or where they are.
+
+    Leaves that are there already share their memory, nothing is copied: JAX only notes that they have to stay there,
+    without which a step would be compiled anew for weights that came another way.
+    """
     home = lambda leaf: (
         leaf.sharding if isinstance(leaf, jax.Array) else jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     )
@@ -37,8 +40,9 @@ def placed(params: Any, like: Decoder | None = None) -> Any:
 def prepared(params: Any, model_config: ModelConfig, like: Decoder | None, *, cast: bool = False) -> Decoder:
     """`params` checked, and placed where the weights `like` lie.
 
-    With `cast`, floating leaves are rounded to the declared dtype first. Raises ValueError, listing the first ten leaves, where leaves are
-    missing, misnamed, of another shape or dtype, or not finite; TypeError for what is no pytree of arrays.
+    With `cast`, floating leaves are rounded to the declared dtype first. Raises ValueError, listing the first ten
+    leaves, where leaves are missing, misnamed, of another shape or dtype, or not finite; TypeError for what is no
+    pytree of arrays.
     """
     if cast:
         params = _cast(params, model_config)

@@ -69,7 +69,10 @@ def own_key(key: Any, sampling: SamplingParams, prompt_index: int, sample_index:
 
 @dataclasses.dataclass(frozen=True)
 class Admission:
-    """Makes requests for one model and engine. Every method raises ValueError, naming the prompt and what is allowed."""
+    """Makes requests for one model and engine.
+
+    Every method raises ValueError, naming the prompt and what is allowed.
+    """
 
     model_config: ModelConfig
     engine_config: EngineConfig
@@ -203,7 +206,9 @@ class Admission:
 
 
 def token_ids_of(ids: Any, vocab_size: int, where: str) -> list[int]:
-    """`ids` as a list of Python ints in [0, vocab_size). Integers of any kind, numpy's and JAX's included, are accepted.
+    """`ids` as a list of Python ints in [0, vocab_size).
+
+    Integers of any kind, numpy's and JAX's included, are accepted.
 
     Raises ValueError with the index and the value: a JAX gather would clamp a wrong id and answer garbage.
     """
@@ -242,7 +247,10 @@ def _own_key_data(sampling: SamplingParams) -> tuple[int, int] | None:
 
 
 def _drawn_before(sample: CompletionOutput, request: Request) -> Drawn:
-    """What an earlier call drew for the sample. It has ended where a stop or an error says so, or its limit is reached."""
+    """What an earlier call drew for the sample.
+
+    It has ended where a stop or an error says so, or its limit is reached.
+    """
     sampling = request.sampling
     for name, is_wanted, values in (
         ("raw_logprobs", sampling.raw_logprobs, sample.raw_logprobs),

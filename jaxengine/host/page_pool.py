@@ -1,8 +1,9 @@
 """Pages of the KV cache: which are held, which can be shared, which goes next. Plain Python.
 
-A page is free, held (reference count above 0) or cached. A cached page has no holder, but its tokens are known, and a request
-with the same prefix may take it again. Full pages are found by a hash chained over token ids, weights version and cache salt; a hit
-compares the tokens and the parent page as well, so that a collision cannot serve another prompt's pages.
+A page is free, held (reference count above 0) or cached. A cached page has no holder, but its tokens are known, and a
+request with the same prefix may take it again. Full pages are found by a hash chained over token ids, weights version
+and cache salt; a hit compares the tokens and the parent page as well, so that a collision cannot serve another prompt's
+pages.
 """
 
 import dataclasses
@@ -19,7 +20,10 @@ class OutOfPages(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class PageKey:
-    """Identity of a full page's content. `uid` is new for every registration, so that a child names this very parent."""
+    """Identity of a full page's content.
+
+    `uid` is new for every registration, so that a child names this very parent.
+    """
 
     uid: int
     digest: bytes
@@ -117,10 +121,12 @@ class PagePool:
         self.discard(list(self._keys))
 
     def match(self, tokens: Sequence[int], version: int, salt: str, owner: object | None = None) -> list[int]:
-        """The longest run of cached pages that hold the front of `tokens`, at most all but the last token. Takes no holder.
+        """The longest run of cached pages that hold the front of `tokens`, at most all but the last token.
 
-        `owner` is the sample whose tokens they are. Its tokens only grow, so what was hashed for it stays valid until another
-        version of the weights runs.
+        Takes no holder.
+
+        `owner` is the sample whose tokens they are. Its tokens only grow, so what was hashed for it stays valid until
+        another version of the weights runs.
         """
         if not self.caching:
             return []
@@ -149,7 +155,10 @@ class PagePool:
         return prefix
 
     def register(self, page: int, parent: int | None, tokens: Sequence[int], version: int, salt: str) -> None:
-        """Make a full page findable. `parent` is the page before it; a page whose parent is not registered stays unfound."""
+        """Make a full page findable.
+
+        `parent` is the page before it; a page whose parent is not registered stays unfound.
+        """
         parent_key = self._keys.get(parent) if parent is not None else None
         if not self.caching or page in self._keys or (parent is not None and parent_key is None):
             return

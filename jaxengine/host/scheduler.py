@@ -51,7 +51,10 @@ class Scheduler:
         sample.status = Status.FINISHED
 
     def _release(self, sample: Sample) -> None:
-        """Out of the running set: pages and slot are free for the next plan, which the device runs after those under way."""
+        """Out of the running set.
+
+        Pages and slot are free for the next plan, which the device runs after those under way.
+        """
         self.running.remove(sample)
         self.page_pool.release(sample.pages)
         self._free_slots.append(sample.slot)
@@ -176,7 +179,10 @@ class Scheduler:
         return cdiv(num_tokens, self.engine_config.page_size)
 
     def _reserve(self) -> int:
-        """Pages kept back at admission: one for each running sample, or admission and preemption would take turns for ever."""
+        """Pages kept back at admission.
+
+        One for each running sample, or admission and preemption would take turns for ever.
+        """
         return min(len(self.running), self.engine_config.num_pages // 8)
 
     def _cached_pages(self, sample: Sample) -> list[int]:
@@ -208,7 +214,9 @@ class Scheduler:
         return chunk.num_blocks * QUERY_BLOCK
 
     def _fork(self, plan: Plan, chunk: Chunk) -> None:
-        """Samples of the same request that wait next share the prompt's full pages and copy the last, partly filled one."""
+        """Samples of the same request that wait next share the prompt's full pages and copy the last, partly filled
+        one.
+        """
         source, size = chunk.sample, self.engine_config.page_size
         full, num_partly_filled = source.prompt_length // size, 1 if source.prompt_length % size else 0
         while self.waiting and self._free_slots:

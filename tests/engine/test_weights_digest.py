@@ -1,4 +1,7 @@
-"""The digest of weights: the same for the same bits, another for any others, and so are the checksums that stand in on an accelerator."""
+"""The digest of weights.
+
+The same for the same bits, another for any others, and so are the checksums that stand in on an accelerator.
+"""
 
 import jax
 import jax.numpy as jnp

@@ -15,7 +15,10 @@ def manager(num_pages: int = 9, **options) -> PagePool:
 
 
 def put(pool: PagePool, tokens: list[int], version: int = 0, salt: str = "") -> list[int]:
-    """What a sequence does: take the cached front, allocate the rest, register what is full. Returns its block table."""
+    """What a sequence does: take the cached front, allocate the rest, register what is full.
+
+    Returns its block table.
+    """
     pages = pool.match(tokens, version, salt)
     pool.share(pages)
     pages = pages + pool.take(-(-len(tokens) // SIZE) - len(pages))
@@ -161,7 +164,10 @@ def test_a_held_chain_is_never_evicted():
 
 
 def test_the_same_content_is_cached_once():
-    """Two sequences that computed the same page side by side: the first stays the one to be found, the second's is plain."""
+    """Two sequences that computed the same page side by side.
+
+    The first stays the one to be found, the second's is plain.
+    """
     pool = manager()
     pages = pool.take(2)
     for page in pages:

@@ -1,7 +1,10 @@
-"""The scheduler against a fake device: plain Python that keeps, for every token in every page, a hash of the tokens up to it.
+"""The scheduler against a fake device.
 
-A row that reads its pages checks each of these hashes, so a page that is shared, freed, copied or recomputed wrongly is found where it is
-read. The token drawn is a function of the tokens before it and the sample's index, so every sequence has one right answer.
+Plain Python that keeps, for every token in every page, a hash of the tokens up to it.
+
+A row that reads its pages checks each of these hashes, so a page that is shared, freed, copied or recomputed wrongly is
+found where it is read. The token drawn is a function of the tokens before it and the sample's index, so every sequence
+has one right answer.
 """
 
 import dataclasses
@@ -175,7 +178,7 @@ def overlap(request) -> bool:
     return request.param
 
 
-# -- plans ------------------------------------------------------------------------------------------------------------------------
+# -- plans -------------------------------------------------------------------------------------------------------------
 
 
 def test_a_long_prompt_does_not_stall_decoding(overlap):
@@ -319,7 +322,7 @@ def test_prompt_logprobs_compute_every_position():
     assert [(c.start, c.stop) for c in loop.step().chunks] == [(0, 70)]
 
 
-# -- pages run out ----------------------------------------------------------------------------------------------------------------
+# -- pages run out -----------------------------------------------------------------------------------------------------
 
 
 def test_the_newest_is_preempted_first_and_recomputed(overlap):
@@ -395,7 +398,10 @@ def test_one_sequence_may_use_the_whole_pool(overlap):
 
 
 def test_recomputation_is_bounded(overlap):
-    """A sequence is not sent back and forth: what is computed again stays within a few times what there is to compute."""
+    """A sequence is not sent back and forth.
+
+    What is computed again stays within a few times what there is to compute.
+    """
     loop = Loop(overlap, num_pages=20, max_num_seqs=16, enable_prefix_caching=False)
     requests = [loop.add([i + 1] * 30, max_tokens=150) for i in range(16)]
     computed = 0
@@ -410,7 +416,7 @@ def test_recomputation_is_bounded(overlap):
     assert computed < 2 * sum(len(r.samples[0].token_ids) for r in requests)
 
 
-# -- ends -------------------------------------------------------------------------------------------------------------------------
+# -- ends --------------------------------------------------------------------------------------------------------------
 
 
 def test_finish_is_idempotent_wherever_the_sequence_is(overlap):
@@ -498,7 +504,7 @@ def test_the_same_requests_give_the_same_plans():
     assert list(plans()) == list(plans())
 
 
-# -- the simulation itself --------------------------------------------------------------------------------------------------------
+# -- the simulation itself ---------------------------------------------------------------------------------------------
 
 
 def _matching_any_parent(pool: PagePool) -> None:

@@ -1,4 +1,7 @@
-"""A simulation of any length: `python tests/simulation --steps 1000000 --seed 0`. A failure says which seed brings it back."""
+"""A simulation of any length: `python tests/simulation --steps 1000000 --seed 0`.
+
+A failure says which seed brings it back.
+"""
 
 import argparse
 import time

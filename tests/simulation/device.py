@@ -1,8 +1,10 @@
-"""The device, in plain Python: it takes the arrays that the real steps take and keeps, for every offset of every page, what belongs there.
+"""The device, in plain Python.
 
-A key-value pair depends on the weights and on every token up to its own, so a page holds a hash of just that. Whoever attends to a
-position reads it through the block table that the host sent, and everything it reads must be the hash of its own tokens. This module
-stands in for `steps` and `kv_cache` in the engine, and `Programs` for the compiled steps.
+It takes the arrays that the real steps take and keeps, for every offset of every page, what belongs there.
+
+A key-value pair depends on the weights and on every token up to its own, so a page holds a hash of just that. Whoever
+attends to a position reads it through the block table that the host sent, and everything it reads must be the hash of
+its own tokens. This module stands in for `steps` and `kv_cache` in the engine, and `Programs` for the compiled steps.
 """
 
 import contextlib
@@ -29,7 +31,10 @@ class Fault(Exception):
 
 @dataclasses.dataclass
 class Fuse:
-    """A fault in the device call after `calls` others: before or after its work, with or without the donated buffers."""
+    """A fault in the device call after `calls` others.
+
+    Before or after its work, with or without the donated buffers.
+    """
 
     calls: int
     after: bool

@@ -13,7 +13,10 @@ from jaxengine.host.scheduler import Chunk, MustCollect, Plan, Scheduler
 
 
 class Watched(Scheduler):
-    """The scheduler; whoever watches sees each plan as it is made, before the device and the results change anything."""
+    """The scheduler.
+
+    Whoever watches sees each plan as it is made, before the device and the results change anything.
+    """
 
     watch: "Watch"
 
@@ -148,7 +151,7 @@ def _head_waits(scheduler: Scheduler, head: Sample) -> bool:
     return needed > scheduler.page_pool.num_available - revived - reserve
 
 
-# -- behind a step ----------------------------------------------------------------------------------------------------------------
+# -- behind a step -----------------------------------------------------------------------------------------------------
 
 
 def check_step(engine: Engine, held: list[int]) -> None:
@@ -205,7 +208,10 @@ def _check_running(sample: Sample, size: int) -> None:
 
 
 class CacheCheck:
-    """Every page that can be found holds what its chain of keys says. What a key stands for is worked out once, from its tokens."""
+    """Every page that can be found holds what its chain of keys says.
+
+    What a key stands for is worked out once, from its tokens.
+    """
 
     def __init__(self) -> None:
         self._expected: dict[int, list[int]] = {}  # uid of a key -> the states that its page has to hold

@@ -16,7 +16,10 @@ def root(version: int) -> int:
 
 
 def link(state: int, token: int) -> int:
-    """The state behind a token: of the weights version and of every token up to this one. Hashes of ints are the same in every process."""
+    """The state behind a token: of the weights version and of every token up to this one.
+
+    Hashes of ints are the same in every process.
+    """
     return hash((state, token))
 
 
@@ -54,8 +57,11 @@ def score(state: int, token: int) -> float:
 
 
 def check_answer(request: Request, oldest_version: int, kept: dict[int, list[Spans]]) -> None:
-    """Assert that an ended request holds, in every sample, what it would have got alone. Weights are those that each token names, on pages
-    written by them or, where a sample's index is in `kept`, by the weights of one of those spans."""
+    """Assert that an ended request holds, in every sample, what it would have got alone.
+
+    Weights are those that each token names, on pages written by them or, where a sample's index is in `kept`, by the
+    weights of one of those spans.
+    """
     for sample in request.samples:
         _check_lengths(sample)
         versions = sample.drawn.versions

@@ -28,7 +28,7 @@ def around(patch: pytest.MonkeyPatch, owner: type, name: str):
     return lambda body: patch.setattr(owner, name, lambda self, *arguments: body(original, self, *arguments))
 
 
-# -- pages ------------------------------------------------------------------------------------------------------------------------
+# -- pages -------------------------------------------------------------------------------------------------------------
 
 
 @found_by("reference counts differ|released more often")
@@ -58,7 +58,7 @@ def a_failed_page_stays_in_the_cache(patch):
     patch.setattr(PagePool, "discard", lambda blocks, pages: None)
 
 
-# -- hashes -----------------------------------------------------------------------------------------------------------------------
+# -- hashes ------------------------------------------------------------------------------------------------------------
 
 
 @found_by("one digest names two prefixes")
@@ -92,7 +92,7 @@ def the_hash_leaves_out_the_salt(patch):
     patch.setattr(page_pool, "root_digest", lambda version, salt: root_digest(version, ""))
 
 
-# -- edges of pages ---------------------------------------------------------------------------------------------------------------
+# -- edges of pages ----------------------------------------------------------------------------------------------------
 
 
 @found_by("has no page|reads what is not its own|too few or too many")
@@ -118,7 +118,7 @@ def a_page_is_offered_before_its_last_token_is_computed(patch):
         sample.num_computed -= 1
 
 
-# -- forks ------------------------------------------------------------------------------------------------------------------------
+# -- forks -------------------------------------------------------------------------------------------------------------
 
 
 @found_by("written twice")
@@ -148,7 +148,7 @@ def siblings_wait_for_one_that_decodes(patch):
         return not sample.drawn.token_ids and any(other.request is sample.request for other in scheduler.running)
 
 
-# -- preemption and recovery ------------------------------------------------------------------------------------------------------
+# -- preemption and recovery -------------------------------------------------------------------------------------------
 
 
 @found_by("overtaken|was left out")
@@ -208,7 +208,7 @@ def a_long_prompt_starves_beside_the_decodes(patch):
         return budget if plan.decoding else original(scheduler, plan, budget)
 
 
-# -- weights ----------------------------------------------------------------------------------------------------------------------
+# -- weights -----------------------------------------------------------------------------------------------------------
 
 
 @found_by("than alone|holds other tokens")

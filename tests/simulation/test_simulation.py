@@ -1,4 +1,7 @@
-"""The host half in a simulated world: a hundred thousand steps, the same run from the same seed, and bugs that have to be found."""
+"""The host half in a simulated world.
+
+A hundred thousand steps, the same run from the same seed, and bugs that have to be found.
+"""
 
 import re
 
@@ -86,7 +89,10 @@ def test_planted_bugs_are_found(name, monkeypatch):
     ],
 )
 def test_answers_alone_betray_what_reads_wrong_pages(name, monkeypatch):
-    """No invariant looks, and the device draws from whatever it reads: then it is a token that differs from the request's run alone."""
+    """No invariant looks, and the device draws from whatever it reads.
+
+    Then it is a token that differs from the request's run alone.
+    """
     for owner, check in ((invariants.Watch, "see"), (invariants.CacheCheck, "check"), (world, "check_step")):
         monkeypatch.setattr(owner, check, lambda *given: None)
     plant, _ = PLANTED[name]

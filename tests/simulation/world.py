@@ -1,7 +1,9 @@
-"""The world that is simulated: the real engine loop over the fake device, and everything that may happen to it. No clock, no chance.
+"""The world that is simulated: the real engine loop over the fake device, and everything that may happen to it.
 
-Whoever drives it (a seed in `driver.py`, hypothesis in `test_state_machine.py`) decides what happens when; the world checks the invariants
-behind every step and every answer at its end.
+No clock, no chance.
+
+Whoever drives it (a seed in `driver.py`, hypothesis in `test_state_machine.py`) decides what happens when; the world
+checks the invariants behind every step and every answer at its end.
 """
 
 import contextlib
@@ -67,7 +69,7 @@ class World:
     def samples(self) -> list[Sample]:
         return [sample for request in self.live.values() for sample in request.samples]
 
-    # -- what happens ----------------------------------------------------------------------------------------------------------
+    # -- what happens --------------------------------------------------------------------------------------------------
 
     def add(
         self,
@@ -78,8 +80,10 @@ class World:
         interrupt_after: int = 0,
         **params,
     ) -> None:
-        """A request under the lowest free number, so that the ids of aborted ones are used again at once. Where an interrupt comes
-        between, its caller aborts it."""
+        """A request under the lowest free number, so that the ids of aborted ones are used again at once.
+
+        Where an interrupt comes between, its caller aborts it.
+        """
         room = (self.config.num_pages - 1) * self.config.page_size
         limit = min(len(prompt) + max_tokens, self.config.max_model_len, room)
         name = next(name for name in map(str, range(len(self.live) + 1)) if name not in self.live)
@@ -121,8 +125,10 @@ class World:
             self.scheduler.preempt(self.scheduler.running[-1])
 
     def raise_version(self, keep: bool = False) -> None:
-        """New weights between two steps: what runs is computed again under them or, with `keep`, goes on with its pages; what was drawn
-        stays."""
+        """New weights between two steps.
+
+        What runs is computed again under them or, with `keep`, goes on with its pages; what was drawn stays.
+        """
         before = self.scheduler.num_preemptions
         self._new_weights(keep)
         self.stats["recomputed under new weights"] += self.scheduler.num_preemptions - before
@@ -150,7 +156,7 @@ class World:
             self.engine._recover()
         self.held = []
 
-    # -- time ------------------------------------------------------------------------------------------------------------------
+    # -- time ----------------------------------------------------------------------------------------------------------
 
     def step(self, interrupt_after: int = 0) -> None:
         """One step of the engine, cut off after that many lines of the host half's code, if any."""
@@ -195,7 +201,10 @@ class World:
             shown += sample.token_ids[len(shown) :]
 
     def drain(self) -> None:
-        """To the end of all that is there. The oldest sequence comes forward with every step, which bounds their number."""
+        """To the end of all that is there.
+
+        The oldest sequence comes forward with every step, which bounds their number.
+        """
         self.relax()
         steps = sum(4 + s.request.limit // QUERY_BLOCK + 2 * (s.request.limit - len(s.token_ids)) for s in self.samples)
         while self.engine.has_work:
@@ -241,7 +250,10 @@ def state_of(sample: Sample) -> str:
 
 @contextlib.contextmanager
 def interrupted(lines: int) -> Iterator[None]:
-    """Raise behind that many lines of the host half, as Ctrl-C would: anywhere, the recovery from another fault included. 0: never."""
+    """Raise behind that many lines of the host half, as Ctrl-C would.
+
+    Anywhere, the recovery from another fault included. 0: never.
+    """
 
     def count(frame, event, arg):
         nonlocal lines

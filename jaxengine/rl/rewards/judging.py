@@ -107,9 +107,9 @@ def math_equivalence() -> Isolated:
     """
     if importlib.util.find_spec("math_verify") is None:
         raise ImportError("math_equivalence needs the library math-verify: pip install 'jaxengine[rl]'")
-    from jaxengine.rl.rewards import math_reward  # here, because it imports the library
+    from jaxengine.rl.rewards.math_reward import math_equivalent  # here, because it imports the library
 
-    return Isolated(math_reward.math_equivalent)
+    return Isolated(math_equivalent)
 
 
 def python_program(limits: ProgramLimits | None = None) -> ProgramCheck:
