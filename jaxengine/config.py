@@ -105,7 +105,7 @@ class ModelConfig:
     def padded_vocab_size(self) -> int:
         """vocab_size rounded up so that every leaf holds whole blocks.
 
-        The rows behind vocab_size are zeros and never drawn.
+        The rows from vocab_size on are zeros and never drawn.
         """
         unit = self.reduction_leaves * VOCAB_BLOCK
         return -(-self.vocab_size // unit) * unit
@@ -129,7 +129,7 @@ class EngineConfig:
     compile_patience: int = 16  # steps that a better fitting tile is wanted before it is compiled
     max_waiting: int = 100_000
     page_checksums: bool = (
-        False  # look after every step for pages that changed behind the engine's back (engine/page_checksums.py); slow
+        False  # find pages that a fault has changed, after every step (engine/page_checksums.py); slow
     )
     kernels: str = "auto"  # which code computes: one of KERNELS, whose bits differ; "auto" is the device's own
 
@@ -165,7 +165,7 @@ class EngineConfig:
 
     @property
     def probe_pages(self) -> int:
-        """Pages behind num_pages that belong to the probe."""
+        """Pages after num_pages that belong to the probe."""
         return -(-min(PROBE_TOKENS, self.max_model_len) // self.page_size)
 
     @property

@@ -1,4 +1,4 @@
-"""LLM: a model, its tokenizer and an engine behind the names that vLLM's users know."""
+"""LLM: a model, its tokenizer and an engine, under the names that vLLM's users know."""
 
 import os
 import threading

@@ -59,7 +59,8 @@ class CompletionOutput:
         pieces = self.token_texts or [self.text]
         marks = self.token_logprobs if self.token_texts else [0.0]
         tokens = "".join(_colored(piece, logprob) for piece, logprob in zip(pieces, marks, strict=False))
-        return f"<div><code style='white-space:pre-wrap'>{tokens}</code> <small>{html.escape(str(self.finish_reason))}</small></div>"
+        reason = html.escape(str(self.finish_reason))
+        return f"<div><code style='white-space:pre-wrap'>{tokens}</code> <small>{reason}</small></div>"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxengine.base.keys import sample_key, seeded
-from jaxengine.base.numbers import cdiv
 from jaxengine.base.progress import Report, say_nothing
 from jaxengine.config import QUERY_BLOCK
 from jaxengine.contract.compare import Comparison, compare
@@ -23,6 +22,7 @@ from jaxengine.engine.session import Session
 from jaxengine.outputs import CompletionOutput, RequestOutput
 from jaxengine.rl.rollout import Rollout
 from jaxengine.sampling_params import SamplingParams
+from pallas_kernels.numbers import cdiv
 
 LENGTHS = (
     1,

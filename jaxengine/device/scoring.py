@@ -15,7 +15,6 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxengine.base.numbers import ceil_to
 from jaxengine.base.pytree import pytree
 from jaxengine.config import KV_TILE, ModelConfig
 from jaxengine.device import sampler
@@ -28,6 +27,7 @@ from jaxengine.ops.kernels import Kernels
 from jaxengine.ops.regions import over_tiles
 from jaxengine.ops.tiles import HEAD_ROWS, Tile
 from jaxengine.sampling_params import SamplingParams, stop_token_ids
+from pallas_kernels.numbers import ceil_to
 from pallas_kernels.tiles import unknown_zero
 
 BATCH_TOKENS = 8192  # that one call scores, padding included, where a caller has more

@@ -13,10 +13,11 @@ from jaxengine.host.plan import Decode, Plan
 from jaxengine.host.sample import Sample
 from jaxengine.ops.query_blocks import QueryBlocks
 from jaxengine.ops.tiles import HISTORY_ROWS, NARROW_PREFILL, ROW_UNIT, WIDE_PREFILL
+from pallas_kernels.numbers import ceil_to
 
 
 class BatchBuilder:
-    """Host arrays of one engine. The last slot behind max_num_seqs belongs to the probe (programs.py)."""
+    """Host arrays of one engine. The slot after the first max_num_seqs belongs to the probe (step_variants.py)."""
 
     def __init__(self, engine_config: EngineConfig) -> None:
         self.engine_config = engine_config
@@ -25,17 +26,15 @@ class BatchBuilder:
         self._num_written = np.zeros(self.num_slots, np.int64)  # pages of each slot's row that are up to date
         self.host_slots = empty_slots(self.num_slots)
         self._device_slots: Any = None
-        self.decode_rows = _round_up(engine_config.max_num_seqs, ROW_UNIT)
-        self.prefill_query_blocks = _round_up(
-            engine_config.prefill_query_blocks,
-            NARROW_PREFILL if engine_config.prefill_query_blocks < WIDE_PREFILL else WIDE_PREFILL,
-        )
+        self.decode_rows = ceil_to(engine_config.max_num_seqs, ROW_UNIT)
+        num_blocks = engine_config.prefill_query_blocks
+        self.prefill_query_blocks = ceil_to(num_blocks, NARROW_PREFILL if num_blocks < WIDE_PREFILL else WIDE_PREFILL)
         self.prefill_rows = self.prefill_query_blocks * QUERY_BLOCK + engine_config.max_num_seqs
 
     # -- slots ---------------------------------------------------------------------------------------------------------
 
     def admit(self, sample: Sample) -> None:
-        """Write a sequence's sampling parameters into its slot."""
+        """Write a sample's sampling parameters into its slot."""
         request, params = sample.request, sample.request.sampling
         self._num_written[sample.slot] = 0
         write_sampling(self.host_slots.sampling, sample.slot, params, request.stop_token_ids)
@@ -135,7 +134,3 @@ def _padded(values: Sequence, size: int, dtype: type = np.int32) -> np.ndarray:
     out = np.zeros(size, dtype)
     out[: len(values)] = values
     return out
-
-
-def _round_up(value: int, unit: int) -> int:
-    return -(-value // unit) * unit

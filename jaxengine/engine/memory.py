@@ -85,19 +85,19 @@ def sized_pool(model_config: ModelConfig, engine_config: EngineConfig, params: A
         _pages_in(room, engine_config, plan.page_bytes),
     )
     if num_pages < _whole_context(engine_config):
-        shorter = lambda length: dataclasses.replace(engine_config, max_model_len=length)
-        too_long = lambda length: _pages_in(room, shorter(length), plan.page_bytes) < _whole_context(shorter(length))
-        longest = 1 + bisect.bisect_left(range(2, engine_config.max_model_len), True, key=too_long)
+
+        def is_too_long(length: int) -> bool:
+            shorter = dataclasses.replace(engine_config, max_model_len=length)
+            return _pages_in(room, shorter, plan.page_bytes) < _whole_context(shorter)
+
+        longest = 1 + bisect.bisect_left(range(2, engine_config.max_model_len), True, key=is_too_long)
         advice = f"max_model_len={longest} fits; or" if longest > 1 else "there is no room for any;"
-        others = (
-            ""
-            if on_cpu
-            else f", {taken / 1e9:.2f} GB are in use: raise gpu_memory_utilization={engine_config.gpu_memory_utilization}"
-        )
+        share = f"gpu_memory_utilization={engine_config.gpu_memory_utilization}"
+        others = "" if on_cpu else f", {taken / 1e9:.2f} GB are in use: raise {share}"
         raise MemoryError(
-            f"one context of max_model_len={engine_config.max_model_len} tokens needs {_whole_context(engine_config)} pages, "
-            f"{max(num_pages, 0)} fit: {plan}{others}; {advice} lower max_num_batched_tokens or max_num_seqs, or give "
-            "num_pages"
+            f"one context of max_model_len={engine_config.max_model_len} tokens needs "
+            f"{_whole_context(engine_config)} pages, {max(num_pages, 0)} fit: {plan}{others}; {advice} lower "
+            "max_num_batched_tokens or max_num_seqs, or give num_pages"
         )
     return dataclasses.replace(engine_config, num_pages=num_pages)
 
@@ -143,8 +143,8 @@ def ran_out(error: BaseException) -> bool:
 def advice(model_config: ModelConfig, engine_config: EngineConfig) -> str:
     """What memory is wanted for, and which settings want less."""
     return (
-        f"{memory_plan(model_config, engine_config)}; lower num_pages, max_num_seqs or max_model_len for the cache, max_num_batched_tokens for the "
-        f"workspace, or take a dtype smaller than {model_config.dtype} for the weights"
+        f"{memory_plan(model_config, engine_config)}; lower num_pages, max_num_seqs or max_model_len for the cache, "
+        f"max_num_batched_tokens for the workspace, or take a dtype smaller than {model_config.dtype} for the weights"
     )
 
 

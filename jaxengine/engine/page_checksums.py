@@ -14,12 +14,12 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from jaxengine.base.numbers import ceil_to
 from jaxengine.device import checksums
 from jaxengine.device.kv_cache import Cache
 from jaxengine.host.page_pool import PagePool
 from jaxengine.host.sample import Sample
 from jaxengine.ops.kernels import Kernels
+from pallas_kernels.numbers import ceil_to
 
 PAGES = 64  # that one call sums up: the shape is fixed, so that it is compiled once
 CAUSE = "a page of its keys and values was overwritten by a fault"

@@ -35,8 +35,8 @@ class Runner:
         """Raises RuntimeError in a fork."""
         if os.getpid() != self._process:
             raise RuntimeError(
-                f"this LLM belongs to process {self._process}, of which this one is a fork: its device does not live on "
-                "here. Build an LLM in each process, and start processes with multiprocessing's 'spawn'"
+                f"this LLM belongs to process {self._process}, of which this one is a fork: its device does not live "
+                "on here. Build an LLM in each process, and start processes with multiprocessing's 'spawn'"
             )
 
     def run(self, requests: list[Request], *, with_text: bool = False) -> Iterator[None]:

@@ -76,7 +76,8 @@ class StepVariants:
             self._times_wanted[kind, wanted] += 1
             ready = [tile for tile in tiles if self._proven.get((kind, tile))]
             if ready and self._times_wanted[kind, wanted] <= self.engine_config.compile_patience:
-                return cache, min(ready, key=lambda tile: abs(tile.blocks - wanted.blocks))
+                distances = [abs(tile.blocks - wanted.blocks) for tile in ready]
+                return cache, ready[distances.index(min(distances))]
             cache, self._proven[kind, wanted] = self._prove(kind, wanted, params, cache)
         return cache, wanted if self._proven[kind, wanted] else BASE
 
@@ -148,7 +149,8 @@ class StepVariants:
         same = all(np.array_equal(_bits(a), _bits(b)) for a, b in zip(self._expected, found, strict=True))
         if not same:
             self.report(
-                f"the {kind} step for {tile.rows} rows gives other bits than the base tile on this machine: it will not be used"
+                f"the {kind} step for {tile.rows} rows gives other bits than the base tile on this machine: "
+                "it will not be used"
             )
         return cache, same
 
@@ -227,7 +229,7 @@ def _fields(out: RowOutputs) -> tuple:
 def _written_part(tokens: np.ndarray, count: int) -> np.ndarray:
     """The first `count` tokens of pages [n, p, …].
 
-    What lies behind them differs from step to step, and nobody reads it.
+    What comes after them differs from step to step and is never read.
     """
     return tokens.reshape(-1, *tokens.shape[2:])[:count]
 

@@ -27,8 +27,8 @@ def check_fits(params: Decoder, model_config: ModelConfig) -> None:
 def placed(params: Any, like: Decoder | None = None) -> Any:
     """`params` where the weights `like` lie, or where they are.
 
-    Leaves that are there already share their memory, nothing is copied: JAX only notes that they have to stay there,
-    without which a step would be compiled anew for weights that came another way.
+    Leaves that are there already share their memory and nothing is copied. device_put only marks them as committed to
+    their device: a step compiled for committed weights would be compiled again for weights that are not.
     """
     home = lambda leaf: (
         leaf.sharding if isinstance(leaf, jax.Array) else jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 from jaxengine.base.arguments import as_integer, check_keywords, flag
 from jaxengine.base.keys import folded, key_data, key_of, sample_key, seed_data, seeded
-from jaxengine.base.numbers import cdiv
 from jaxengine.config import EngineConfig, ModelConfig
 from jaxengine.coordinate import Coordinate
 from jaxengine.host.sample import Drawn, Request
@@ -14,6 +13,7 @@ from jaxengine.outputs import CompletionOutput, RequestOutput
 from jaxengine.sampling_params import MAX_STOPS, SamplingParams, stop_token_ids
 from jaxengine.text.detokenizer import Detokenizer
 from jaxengine.text.tokenizer import Tokenizer
+from pallas_kernels.numbers import cdiv
 
 PROMPT_KEYS = ("prompt", "prompt_token_ids", "allow_special_tokens", "cache_salt")
 FINAL = ("stop", "error")  # finish reasons after which a sample cannot go on
@@ -87,7 +87,8 @@ class Admission:
         stops = stop_token_ids(sampling, self.model_config.eos_token_ids)
         if len(stops) > MAX_STOPS:
             raise ValueError(
-                f"prompts[{index}] has {len(stops)} stop token ids, end tokens included: at most {MAX_STOPS} are possible"
+                f"prompts[{index}] has {len(stops)} stop token ids, end tokens included: at most {MAX_STOPS} are "
+                "possible"
             )
         if sampling.stop and self.tokenizer is None:
             raise ValueError(f"prompts[{index}] has stop strings, but the model has no tokenizer: use stop_token_ids")

@@ -3,9 +3,9 @@
 import dataclasses
 from typing import NamedTuple
 
-from jaxengine.base.numbers import cdiv
 from jaxengine.config import QUERY_BLOCK
 from jaxengine.host.sample import Sample
+from pallas_kernels.numbers import cdiv
 
 
 class Decode(NamedTuple):
@@ -48,7 +48,7 @@ class Chunk:
         return [self.sample, *self.forks]
 
     def wanted_rows(self) -> list[Row]:
-        """The prompt's positions that are to be scored, then the last position once for each sample that draws there."""
+        """The prompt's positions to be scored, then the last position once for each sample that draws there."""
         rows = []
         if self.sample.scores_prompt:
             last = min(self.stop, self.sample.prompt_length - 1)

@@ -7,11 +7,11 @@ import contextlib
 from collections import deque
 from collections.abc import Iterable, Iterator
 
-from jaxengine.base.numbers import cdiv
 from jaxengine.config import QUERY_BLOCK, EngineConfig
 from jaxengine.host.page_pool import PagePool
 from jaxengine.host.plan import Chunk, Decode, Plan
 from jaxengine.host.sample import Request, Sample, Status
+from pallas_kernels.numbers import cdiv
 
 
 class MustCollect(Exception):

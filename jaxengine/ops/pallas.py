@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxengine.base.numbers import ceil_to
 from jaxengine.config import ModelConfig
 from jaxengine.ops.query_blocks import QueryBlocks
 from pallas_kernels import paged_attention_inputs as inputs
@@ -22,6 +21,7 @@ from pallas_kernels.draw_reference import Draw
 from pallas_kernels.implementations import Implementation
 from pallas_kernels.kv_write import kv_write
 from pallas_kernels.matmul import matmul
+from pallas_kernels.numbers import ceil_to
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.sizes import LANES, MATMUL
 from pallas_kernels.sizes_attention import ATTENTION, attention_sizes

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from jaxengine.base.numbers import cdiv
+from pallas_kernels.numbers import cdiv
 from pallas_kernels.tiles import is_float, unknown_zero
 
 Tree = Any

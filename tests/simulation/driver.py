@@ -31,7 +31,8 @@ class Episode:
             self.world.drain()
         except Exception as error:
             error.add_note(
-                f"step {self.world.stats['steps']} of seed {self.seed}; python tests/simulation --seed {self.seed} --steps 1"
+                f"step {self.world.stats['steps']} of seed {self.seed}; "
+                f"python tests/simulation --seed {self.seed} --steps 1"
             )
             raise
         return self.world.stats

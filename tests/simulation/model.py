@@ -1,4 +1,4 @@
-"""The simulation's model, one hash a token, and the answers that a request must get when it runs alone, without pages."""
+"""The simulation's model, one hash a token, and the answers that a request must get when it runs alone."""
 
 import itertools
 from collections.abc import Iterable, Sequence
