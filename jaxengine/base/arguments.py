@@ -33,9 +33,8 @@ def check_keywords(owner: str, given: Iterable[str], known: Iterable[str]) -> No
     for name in given:
         if name not in known and str(name).startswith(STRUCTURED):
             raise TypeError(
-                f"{owner} has no keyword {name!r}: output that follows a grammar, schema, regular expression or choice is "
-                "not "
-                "supported. Leave it out and check the text, or steer with logit_bias, stop and stop_token_ids"
+                f"{owner} has no keyword {name!r}: output that follows a grammar, schema, regular expression or choice "
+                "is not supported. Leave it out and check the text, or steer with logit_bias, stop and stop_token_ids"
             )
         if name not in known:
             raise TypeError(
