@@ -39,7 +39,7 @@ def whole_pair(tiny) -> list[tuple]:
 
 @pytest.fixture(params=[False, True], ids=["plain", "overlapped"])
 def llm(request, tiny, expected) -> LLM:
-    llm = make_llm(tiny.config, tiny.params, overlap=request.param, page_checksums=True, compile_patience=1_000_000)
+    llm = make_llm(tiny.config, tiny.params, overlap=request.param, page_checksums=True)
     assert run(llm, start(llm)) == expected, "watching moves no bit"
     return llm
 

@@ -71,7 +71,7 @@ def small():
 
 @pytest.fixture(params=[False, True], ids=["plain", "overlapped"])
 def llm(request, small) -> LLM:
-    return make_llm(*small, overlap=request.param, compile_patience=1_000_000, decode_steps=2)
+    return make_llm(*small, overlap=request.param, decode_steps=2)
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def expected(tiny) -> list[tuple]:
 
 def engine(params, overlap: bool, expected: list[tuple], like: LLM) -> LLM:
     """An engine of the shapes that are compiled already."""
-    llm = make_llm(like.config, params, overlap=overlap, compile_patience=1_000_000)
+    llm = make_llm(like.config, params, overlap=overlap)
     assert run(llm, start(llm)) == expected
     return llm
 
@@ -414,7 +414,7 @@ def test_pages_of_a_failed_request_leave_the_prefix_cache(poisoned, expected):
 def test_logits_that_overflow_under_a_temperature_are_an_error(overlap, tiny):
     """They are finite as the model gives them; divided by a small temperature they are not, and the softmax of infinities is NaN."""
     huge = dataclasses.replace(tiny.params, head=tiny.params.head * 1e35)
-    llm = make_llm(tiny.config, huge, overlap=overlap, compile_patience=1_000_000)
+    llm = make_llm(tiny.config, huge, overlap=overlap)
     alone = run(llm, start(llm))
     assert {reason for *_, reason, _ in alone} == {"length"}
     requests = [*start(llm, [[1, 2, 3]], SamplingParams(temperature=2e-5, max_tokens=5)), *start(llm)]

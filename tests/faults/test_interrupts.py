@@ -25,6 +25,7 @@ from jaxengine.device import steps
 PROMPT = list(range(200, 320))
 VICTIM = SamplingParams(max_tokens=30, seed=5)
 KEY = 7  # of neighbours.start
+STATIC = ("model_config", "kernels", "tile", "max_logprobs", "num_steps")  # arguments of a decode step that are no arrays
 pytestmark = pytest.mark.timeout(120)  # what goes wrong here may wait for ever
 
 
@@ -40,7 +41,7 @@ def whole(tiny) -> list[tuple]:
 
 def fresh(tiny: LLM, overlap: bool) -> LLM:
     """An engine that has proven nothing yet."""
-    return make_llm(tiny.config, tiny.params, overlap=overlap, compile_patience=1_000_000)
+    return make_llm(tiny.config, tiny.params, overlap=overlap)
 
 
 @pytest.fixture(params=[False, True], ids=["plain", "overlapped"])
@@ -93,10 +94,8 @@ def test_ctrl_c_while_steps_are_compiled_and_proven(tiny, overlap, expected):
 def test_ctrl_c_amid_tracing(llm, expected, monkeypatch):
     """JAX is in the midst of a program that is to take the cache."""
 
-    @functools.partial(
-        jax.jit, static_argnames=("config", "kernels", "tile", "max_logprobs", "num_steps"), donate_argnames="cache"
-    )
-    def traced(params, cache, *args, config, kernels, tile, max_logprobs, num_steps):
+    @functools.partial(jax.jit, static_argnames=STATIC, donate_argnames="cache")
+    def traced(params, cache, *args, model_config, kernels, tile, max_logprobs, num_steps):
         signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):

@@ -37,7 +37,7 @@ def whole(tiny) -> list[tuple]:
 
 @pytest.fixture(params=[False, True], ids=["plain", "overlapped"])
 def llm(request, tiny) -> LLM:
-    return make_llm(tiny.config, tiny.params, overlap=request.param, compile_patience=1_000_000)
+    return make_llm(tiny.config, tiny.params, overlap=request.param)
 
 
 # -- at start ---------------------------------------------------------------------------------------------------------------------
@@ -89,7 +89,7 @@ def test_a_pool_larger_than_the_machine_is_refused_before_it_is_taken(tiny, monk
 
 
 def test_no_memory_while_compiling_ahead(tiny, monkeypatch):
-    llm = make_llm(tiny.config, tiny.params, compile_patience=1_000_000)
+    llm = make_llm(tiny.config, tiny.params)
     with monkeypatch.context() as patched, pytest.raises(MemoryError, match=f"out of memory while compiling: {WANTED}"):
         patched.setattr(steps, "decode_step", short_of_memory(steps.decode_step, 0, "behind it"))
         llm.warm_up()

@@ -36,7 +36,7 @@ def seeded(tiny) -> list[tuple]:
 
 @pytest.fixture(params=[False, True], ids=["plain", "overlapped"])
 def llm(request, tiny, expected) -> LLM:
-    llm = make_llm(tiny.config, tiny.params, overlap=request.param, compile_patience=1_000_000)
+    llm = make_llm(tiny.config, tiny.params, overlap=request.param)
     assert run(llm, start(llm)) == expected
     return llm
 
@@ -142,7 +142,7 @@ def test_an_error_in_one_threads_step_leaves_the_others_bits(llm, seeded, monkey
 def test_two_engines_in_a_process_know_nothing_of_each_other(tiny, expected):
     """Other weights, the same ids and prompts, steps in turn: each answers as it does alone."""
     halved = jax.tree.map(lambda x: x * 0.5, tiny.params)
-    make = lambda: make_llm(tiny.config, halved, compile_patience=1_000_000)
+    make = lambda: make_llm(tiny.config, halved)
     alone = make()
     other_expected = run(alone, start(alone))
     assert other_expected != expected
