@@ -15,19 +15,21 @@ from unittest import mock
 import jax
 import numpy as np
 import pytest
-from conftest import FAMILIES, FEW_TILES, bits, make_llm, random_model
+from conftest import FAMILIES, FEW_TILES, ONE_TILE, bits, make_llm, random_model
 
 from jaxengine import LLM, SamplingParams
 from jaxengine.base.keys import sample_key
 from jaxengine.command.bench import compilations
 from jaxengine.engine import step_variants
-from jaxengine.engine.step_variants import TILES, StepVariants
+from jaxengine.engine.step_variants import BASE, TILES, StepVariants
 from jaxengine.models.decoder import Tile
 
 KEY = 7
 LENGTHS = (1, 2, 5, 15, 16, 17, 31, 32, 33, 47, 48, 63, 64, 65, 80, 95, 96, 97, 110, 127, 128, 129, 160, 200)
 DEFAULT = [("Qwen3", "bfloat16", 1), ("Qwen2", "bfloat16", 4), ("Llama", "float32", 4), ("calc", "bfloat16", 1)]
-ALL_TILES = DEFAULT[0]  # the model on which every tile serves as soon as it fits; the others take FEW_TILES, unless the run is long
+ALL_TILES = DEFAULT[
+    0
+]  # the model on which every tile serves as soon as it fits; the others take FEW_TILES, unless the run is long
 DEEP = DEFAULT[2]  # the model of four layers
 FULL = [(f, d, n) for f in (*FAMILIES, "calc") for d in ("bfloat16", "float32") for n in (1, 4)]
 
@@ -251,7 +253,7 @@ def test_c1_new_process():
 def test_a_tile_of_other_bits_is_refused(monkeypatch):
     """A decode step on single rows takes another path through XLA: the probe sees it and the base tile serves."""
     single = Tile(1, 1)
-    monkeypatch.setitem(TILES, "decode", (single, Tile(1, 8)))
+    monkeypatch.setattr(step_variants, "TILES", ONE_TILE | {"decode": (single, BASE)})
     config, params = random_model("Qwen3", dtype="float32")
     llm = make_llm(config, params, compile_patience=0)
     outputs = bits(llm.generate([[1, 2, 3]], SamplingParams(max_tokens=8, temperature=0)))
@@ -262,7 +264,7 @@ def test_a_tile_of_other_bits_is_refused(monkeypatch):
 
 def test_without_the_proof_bits_move(monkeypatch):
     """The control: single-row steps serve unproven, and a request alone no longer has the bits that it has in a batch."""
-    monkeypatch.setitem(TILES, "decode", (Tile(1, 1), Tile(1, 8)))
+    monkeypatch.setattr(step_variants, "TILES", ONE_TILE | {"decode": (Tile(1, 1), BASE)})
     monkeypatch.setattr(StepVariants, "_prove", lambda self, kind, tile, params, cache: (cache, True))
     config, params = random_model("Qwen3", dtype="float32")
     llm = make_llm(config, params, compile_patience=0)
@@ -271,24 +273,27 @@ def test_without_the_proof_bits_move(monkeypatch):
     assert bits(llm.generate(prompts[:1], greedy)) != bits(llm.generate(prompts, greedy))[:1]
 
 
-def test_each_step_is_compiled_once_and_nothing_after_warm_up():
+def test_each_step_is_compiled_once_and_nothing_after_warm_up(monkeypatch):
     """Whatever runs: other lengths, batch sizes and sampling parameters, hits, preemptions, a new cache for a lost one.
 
-    One test, because compiled code may be dropped between tests (conftest.py). What comes from the compilation cache counts as compiled.
+    One test, because compiled code may be dropped between tests (conftest.py). What comes from the compilation cache
+    counts as compiled. The model is one that no other test of this process has compiled.
     """
-    case, llm = answered(*DEFAULT[0]), make_llm(*random_model(num_hidden_layers=1), compile_patience=0)  # a model of its own
+    monkeypatch.setattr(step_variants, "TILES", FEW_TILES)
+    case, llm = answered(*DEFAULT[0]), make_llm(*random_model(num_hidden_layers=1, vocab_size=300), compile_patience=0)
+    prompts = [[token % 300 for token in prompt] for prompt in case.prompts]
     with compilations() as names:
         llm.warm_up()
     assert Counter(name for name in names if "_step" in name) == {
-        f"jit({kind}_step)": len(tiles) for kind, tiles in TILES.items()
+        f"jit({kind}_step)": len(tiles) for kind, tiles in FEW_TILES.items()
     }
     run = lambda: bits(llm.generate([[1, 2, 3]], SamplingParams(max_tokens=3), key=jax.random.key(KEY)))
     expected = run()
     with compilations() as names:
-        llm.generate(case.prompts, case.sampling, key=jax.random.key(KEY))
+        llm.generate(prompts, case.sampling, key=jax.random.key(KEY))
         for count in (1, 3, 24):
             llm.generate(
-                case.prompts[:count], SamplingParams(n=2, max_tokens=9, logprobs=3, prompt_logprobs=2, entropy=True)
+                prompts[:count], SamplingParams(n=2, max_tokens=9, logprobs=3, prompt_logprobs=2, entropy=True)
             )
         assert not names
         for array in jax.tree.leaves(llm.engine.cache):

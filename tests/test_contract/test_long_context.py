@@ -115,7 +115,7 @@ def test_rope_below_at_and_past_the_trained_length(kind):
     most, rng = config.max_position_embeddings, np.random.default_rng(0)
     lengths = [n for n in (TRAINED - 5, TRAINED - 1, TRAINED, TRAINED + 1, 3 * TRAINED, most - 8) if n < most]
     prompts = [rng.integers(0, config.vocab_size, n).tolist() for n in lengths]
-    llm = make_llm(config, params, max_model_len=most, max_num_batched_tokens=256, compile_patience=99)
+    llm = make_llm(config, params, max_model_len=most, max_num_batched_tokens=256)
     each = [SamplingParams(max_tokens=20, prompt_logprobs=0, key=jax.random.key(n)) for n in lengths]
     outputs = llm.generate(prompts, each)
     reference = jax.jit(lambda tokens: jax.nn.log_softmax(plain.logits(config, params, tokens)))
