@@ -74,7 +74,7 @@ def assert_aborted(llm: LLM, request: Request, whole: list[tuple]) -> list[int]:
     return [len(sample.generated) for sample in request.samples]
 
 
-# -- abort ------------------------------------------------------------------------------------------------------------------------
+# -- abort ------------------------------------------------------------------------------------------------------------
 
 
 @OVERLAP
@@ -161,7 +161,7 @@ def test_abort_of_everybody_at_any_step(llm, expected):
     assert run(llm, start(llm)) == expected
 
 
-# -- the caller goes away ---------------------------------------------------------------------------------------------------------
+# -- the caller goes away ---------------------------------------------------------------------------------------------
 
 
 @OVERLAP
@@ -292,7 +292,7 @@ def test_ctrl_c_at_any_line_of_a_step(llm, at, expected):
         assert_idle(llm)
 
 
-# -- no pages ---------------------------------------------------------------------------------------------------------------------
+# -- no pages ---------------------------------------------------------------------------------------------------------
 
 
 @OVERLAP
@@ -338,7 +338,7 @@ def test_a_request_larger_than_the_pool_is_refused(tiny):
     assert fits.limit == open_ended.limit == 128
 
 
-# -- logits that are no numbers ---------------------------------------------------------------------------------------------------
+# -- logits that are no numbers ---------------------------------------------------------------------------------------
 
 BAD = 778  # the token whose embedding is not finite: whoever reads it gets NaN logits, and nobody else (the probe of programs.py does not)
 CAUSE = "the model's logits were not finite"
@@ -430,7 +430,7 @@ def test_prompt_logprobs_of_a_poisoned_prompt_are_an_error(poisoned, expected):
     assert run(poisoned, beside) == expected
 
 
-# -- colliding prefix hashes ------------------------------------------------------------------------------------------------------
+# -- colliding prefix hashes ------------------------------------------------------------------------------------------
 
 
 @OVERLAP

@@ -67,7 +67,7 @@ def amid_a_step(llm: LLM, monkeypatch, fault) -> None:
     monkeypatch.setattr(llm.engine.step_variants, "run_decode", called)
 
 
-# -- while compiling --------------------------------------------------------------------------------------------------------------
+# -- while compiling --------------------------------------------------------------------------------------------------
 
 
 def interrupted_report(lines: list[str], at: int, text: str) -> None:
@@ -114,7 +114,7 @@ def test_ctrl_c_while_warming_up(llm, expected, monkeypatch):
     assert_idle(llm)
 
 
-# -- between steps ----------------------------------------------------------------------------------------------------------------
+# -- between steps ----------------------------------------------------------------------------------------------------
 
 
 def interrupt_at(place: str, seen: list[str]):
@@ -227,7 +227,7 @@ def test_ctrl_c_in_a_running_event_loop(llm, expected, monkeypatch):
     assert_idle(llm)
 
 
-# -- streams and aborts -----------------------------------------------------------------------------------------------------------
+# -- streams and aborts -----------------------------------------------------------------------------------------------
 
 
 def test_a_stream_that_is_let_go_is_aborted(llm, expected):

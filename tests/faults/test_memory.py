@@ -40,7 +40,7 @@ def llm(request, tiny) -> LLM:
     return make_llm(tiny.config, tiny.params, overlap=request.param)
 
 
-# -- at start ---------------------------------------------------------------------------------------------------------------------
+# -- at start ---------------------------------------------------------------------------------------------------------
 
 
 def too_large(*args):
@@ -97,7 +97,7 @@ def test_no_memory_while_compiling_ahead(tiny, monkeypatch):
     assert run(llm, requests) == run(tiny, start(tiny, [PROMPT], VICTIM))
 
 
-# -- in a step --------------------------------------------------------------------------------------------------------------------
+# -- in a step --------------------------------------------------------------------------------------------------------
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -41,7 +41,7 @@ def llm(request, tiny, expected) -> LLM:
     return llm
 
 
-# -- threads ----------------------------------------------------------------------------------------------------------------------
+# -- threads ----------------------------------------------------------------------------------------------------------
 
 
 def together(*calls) -> list:
@@ -136,7 +136,7 @@ def test_an_error_in_one_threads_step_leaves_the_others_bits(llm, seeded, monkey
     assert_idle(llm)
 
 
-# -- engines and processes --------------------------------------------------------------------------------------------------------
+# -- engines and processes --------------------------------------------------------------------------------------------
 
 
 def test_two_engines_in_a_process_know_nothing_of_each_other(tiny, expected):
@@ -212,7 +212,7 @@ def test_a_fork_is_refused_and_the_parent_goes_on(tiny, expected, call):
     assert run(tiny, requests) == expected
 
 
-# -- compiled code on disk ---------------------------------------------------------------------------------------------------------
+# -- compiled code on disk --------------------------------------------------------------------------------------------
 
 ONE_TOKEN = """
 from jaxengine import LLM, SamplingParams
@@ -245,7 +245,7 @@ def test_a_broken_compilation_cache_is_compiled_around(tmp_path):
     assert again.stdout == first.stdout and "compilation cache" in again.stderr
 
 
-# -- event loops and clocks -------------------------------------------------------------------------------------------------------
+# -- event loops and clocks -------------------------------------------------------------------------------------------
 
 
 def test_generate_works_inside_a_running_event_loop(llm, seeded):

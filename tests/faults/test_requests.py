@@ -31,7 +31,7 @@ def want(**settings):
     return lambda llm: llm.generate([[1, 2]], SamplingParams(**settings))
 
 
-# -- sampling parameters, which no engine has to see --------------------------------------------------------------------
+# -- sampling parameters, which no engine has to see ------------------------------------------------------------------
 
 # One value a field, and one an own rule; what integers, numbers and flags are is tests/base/test_arguments.py.
 # (field, value, what is allowed)
@@ -94,7 +94,7 @@ def test_sampling_parameters_that_go_together_are_refused_before_anything_is_all
         tracemalloc.stop()
 
 
-# -- requests -----------------------------------------------------------------------------------------------------------
+# -- requests ---------------------------------------------------------------------------------------------------------
 
 REFUSED = {
     # 1: nothing to continue
@@ -171,7 +171,7 @@ def test_refused_beside_running_requests(name, tiny, expected):
     assert_idle(tiny)
 
 
-# -- an empty batch ---------------------------------------------------------------------------------------------------------------
+# -- an empty batch ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batch", [[], (), np.zeros((0, 3), np.int32)], ids=["list", "tuple", "array"])
@@ -179,7 +179,7 @@ def test_an_empty_batch_is_answered_by_an_empty_list(batch, tiny, expected):
     assert run(tiny, start(tiny), lambda: tiny.generate(batch) == [] or pytest.fail("not empty")) == expected
 
 
-# -- integers of any kind ---------------------------------------------------------------------------------------------------------
+# -- integers of any kind ---------------------------------------------------------------------------------------------
 
 TOKENS = [5, 999, 0, 17]
 KINDS = {
@@ -239,7 +239,7 @@ def test_a_salt_of_none_is_no_salt(tiny):
         assert output.cache_salt == ""
 
 
-# -- the edge of the context ------------------------------------------------------------------------------------------------------
+# -- the edge of the context ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -254,7 +254,7 @@ def test_a_completion_ends_at_the_edge_of_the_context(length, max_tokens, genera
     assert run(tiny, beside) == expected
 
 
-# -- values that mean something else ----------------------------------------------------------------------------------------------
+# -- values that mean something else ----------------------------------------------------------------------------------
 
 
 def first_bits(llm: LLM, **settings) -> list[tuple]:
@@ -315,7 +315,7 @@ def test_all_bits_of_a_seed_count(tiny):
     assert first_bits(tiny, key=jax.random.key(5)) == [seeded[5]]
 
 
-# -- a full queue -----------------------------------------------------------------------------------------------------------------
+# -- a full queue -----------------------------------------------------------------------------------------------------
 
 
 def test_a_full_queue_refuses_the_whole_call(tiny):
@@ -330,7 +330,7 @@ def test_a_full_queue_refuses_the_whole_call(tiny):
         llm.generate([[3]], SamplingParams(n=16_384))
 
 
-# -- a request id in use ----------------------------------------------------------------------------------------------------------
+# -- a request id in use ----------------------------------------------------------------------------------------------
 
 IDS = [f"mine {i}" for i in range(len(PROMPTS))]
 

@@ -27,7 +27,7 @@ def folder(tmp_path_factory) -> Path:
     return path
 
 
-# -- the engine's ------------------------------------------------------------------------------------------------------------------
+# -- the engine's -----------------------------------------------------------------------------------------------------
 
 
 # One value a field; what values there are is tests/base/test_arguments.py. (field, value, what is allowed)
@@ -71,7 +71,7 @@ def test_numpys_and_jaxs_integers_and_bools_are_pythons():
     assert type(given.page_size) is type(given.max_num_seqs) is int and given.overlap is True
 
 
-# -- the model's -------------------------------------------------------------------------------------------------------------------
+# -- the model's ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_a_model_that_cannot_be_meant_is_refused(field, value, allowed):
         random_model(**{field: value})
 
 
-# -- an LLM's ----------------------------------------------------------------------------------------------------------------------
+# -- an LLM's ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_an_llm_in_a_dtype_by_another_name(folder, dtype, name):
     assert llm.config.dtype == name and llm.params.norm.dtype == name
 
 
-# -- a folder without tokenizer.json -----------------------------------------------------------------------------------------------
+# -- a folder without tokenizer.json ----------------------------------------------------------------------------------
 
 
 def test_a_folder_without_tokenizer_json_takes_token_ids(folder, tmp_path):
@@ -153,7 +153,7 @@ def test_a_folder_without_tokenizer_json_takes_anothers(folder):
     assert LLM(folder, tokenizer="calc", **ROOM).generate("12+30=", ONE)[0].prompt == "12+30="
 
 
-# -- the functional face -----------------------------------------------------------------------------------------------------------
+# -- the functional face ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

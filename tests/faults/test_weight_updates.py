@@ -59,7 +59,7 @@ def without_head(params):
     return dataclasses.replace(params, head=None)
 
 
-# -- weights that do not fit ---------------------------------------------------------------------------------------------------
+# -- weights that do not fit ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_donated_weights_are_told(model):
     assert bits(llm.generate(PROMPTS, PARAMS, key=jax.random.key(0))) == before
 
 
-# -- no copies, no compilation -------------------------------------------------------------------------------------------------
+# -- no copies, no compilation ----------------------------------------------------------------------------------------
 
 
 def test_an_update_compiles_nothing_and_copies_nothing(model, other):
@@ -168,7 +168,7 @@ def test_cast_rounds_a_trainers_weights(model):
     assert all(jax.tree.leaves(same))
 
 
-# -- amid requests, and at once ------------------------------------------------------------------------------------------------
+# -- amid requests, and at once ---------------------------------------------------------------------------------------
 
 
 def test_two_updates_at_once_come_one_behind_the_other(model, other):
@@ -280,7 +280,7 @@ def test_what_was_delivered_is_never_drawn_again(llm, model, other, monkeypatch)
     llm.update_params(model[1])
 
 
-# -- pause and resume ----------------------------------------------------------------------------------------------------------
+# -- pause and resume -------------------------------------------------------------------------------------------------
 
 
 def test_pause_and_resume_are_idempotent_and_visible(llm, expected):

@@ -197,7 +197,7 @@ def test_group_equals_singles(case):
     assert group == singles and len({tuple(tokens) for tokens, *_ in group}) > 1
 
 
-# -- axes that change the shapes of the programs, and so compile: one model each by default ------------------------------------------
+# -- axes that change the shapes of the programs, and so compile: one model each by default ---------------------------
 
 FIRST_TILES = dict(compile_patience=1_000_000)
 SMALL = dict(page_size=16, num_pages=21, **FIRST_TILES)
@@ -247,7 +247,7 @@ def test_c1_new_process():
     assert found.stdout.split()[-1] == digest(answered(*DEFAULT[0]))
 
 
-# -- the checks can fail -------------------------------------------------------------------------------------------------------------
+# -- the checks can fail ----------------------------------------------------------------------------------------------
 
 
 def test_a_tile_of_other_bits_is_refused(monkeypatch):

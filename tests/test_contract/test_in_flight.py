@@ -160,7 +160,7 @@ def test_many_updates_in_one_call(model, other):
         assert of_one[-1][2] == PARAMS.max_tokens and [v for v, _, _ in of_one] == sorted({v for v, _, _ in of_one})
 
 
-# -- partial rollouts ----------------------------------------------------------------------------------------------------------
+# -- partial rollouts -------------------------------------------------------------------------------------------------
 
 
 def test_a_partial_rollout_goes_on_with_the_same_bits(model):

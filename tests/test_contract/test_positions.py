@@ -39,7 +39,7 @@ def llm_of(config, params, page_size=32, chunk=256, longest=LONGEST) -> LLM:
     return llm
 
 
-# -- needle: which token ---------------------------------------------------------------------------------------------------------
+# -- needle: which token ----------------------------------------------------------------------------------------------
 
 
 def needle_llm(targets: np.ndarray, longest: int, dtype: str, **sizes) -> LLM:
@@ -97,7 +97,7 @@ def walk_cycles(longest: int, dtype: str, **sizes) -> None:
         assert output.outputs[0].token_ids == walk, f"prompt of {len(output.prompt_token_ids)} tokens"
 
 
-# -- counting: how many --------------------------------------------------------------------------------------------------------------
+# -- counting: how many -----------------------------------------------------------------------------------------------
 
 
 def counted(llm: LLM, prompts: list[list[int]], params: SamplingParams) -> None:
@@ -145,7 +145,7 @@ def test_every_token_of_cached_pages_counts_once():
         counted(llm, [whole[:n] + [7] * NEW for n in (*EDGES, 1024, 1499)], params.replace(max_tokens=8))
 
 
-# -- the checks can fail -------------------------------------------------------------------------------------------------------------
+# -- the checks can fail ----------------------------------------------------------------------------------------------
 
 
 def attention(change):

@@ -94,7 +94,7 @@ def test_the_base_tile_gives_the_same(scored):
     assert (bits(scored.score(tile=BASE)) == bits(scored.rollout.logprobs)).all()
 
 
-# -- one model -----------------------------------------------------------------------------------------------------------------------
+# -- one model --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
