@@ -1,7 +1,7 @@
 """Compiled code that all processes of a test run share and that stays in the user's cache folder between runs.
 
-Compiling is most of what the tests cost. A program's key in JAX's cache is what XLA is given, so changed code is compiled again. The folder's
-name adds what that key leaves out: the processor, and the number of cores, by which XLA splits work.
+Compiling is most of what the tests cost. A program's key in JAX's cache is what XLA is given, so changed code is
+compiled again. The folder's name adds what that key leaves out: the processor, and the number of cores.
 """
 
 import hashlib
@@ -14,8 +14,8 @@ from pathlib import Path
 
 import jax
 
-BYTES = 3_000_000_000  # of one folder: JAX drops what was not used for longest, and with a limit its processes lock the folder
-KEPT_SECONDS = 30 * 86_400  # folders of other processors and versions of jaxlib that were not used for so long are removed
+BYTES = 3_000_000_000  # of one folder. With a limit JAX locks it, and drops what was not used for longest
+KEPT_SECONDS = 30 * 86_400  # a folder of another processor or jaxlib that was not used for so long is removed
 PROCESSOR = ("model name", "flags", "CPU part", "Features")  # lines of /proc/cpuinfo, x86's and ARM's
 
 

@@ -45,11 +45,11 @@ FAMILIES = {
     "Qwen2": dict(architecture="Qwen2ForCausalLM", qkv_bias=True),
     "Llama": dict(architecture="LlamaForCausalLM", rope=RopeConfig(5e5, "llama3", 8.0, 256)),
 }
-# The one shape of engines that tests share: another number of pages, slots or tokens is four to six programs more. A test that wants
-# less room takes it with `engine.adjusted(held_pages=, held_slots=, max_num_batched_tokens=)`.
+# The one shape of engines that tests share: another number of pages, slots or tokens is four to six programs more.
+# A test that wants less room takes it with `engine.adjusted(held_pages=, held_slots=, max_num_batched_tokens=)`.
 ENGINE = dict(max_model_len=512, max_num_seqs=32, num_pages=400)
-# In the place of step_variants.TILES: what engines of that shape compile (scoring takes the same prefill tile), and what a test compiles
-# that proves all tiles of an engine and need not prove six.
+# In the place of step_variants.TILES: what engines of that shape compile (scoring takes the same prefill tile), and
+# what a test compiles that proves all tiles of an engine and need not prove six.
 ONE_TILE = {"decode": (BASE,), "prefill": (WIDE,)}
 FEW_TILES = ONE_TILE | {"decode": TILES["decode"][:2]}
 MAPS = Path("/proc/self/maps")
@@ -101,14 +101,14 @@ def random_model(family: str = "Qwen3", **changes) -> tuple[ModelConfig, Decoder
 
 
 def make_llm(config: ModelConfig, params: Decoder, **engine) -> LLM:
-    """An engine of the shape that tests share, but for what `engine` changes. One that is given a `compile_patience` has all tiles."""
+    """An engine of the shape that tests share, but for `engine`; one with a `compile_patience` has all tiles."""
     tiles = step_variants.TILES if "compile_patience" in engine else ONE_TILE
     with mock.patch.object(step_variants, "TILES", tiles):
         return LLM.from_params(config, params, **ENGINE | engine)
 
 
 def step_call(kind: str, engine: EngineConfig, num_steps: int = 1) -> tuple[Callable, tuple, dict]:
-    """A jitted step of eight rows or eight query blocks, its arguments after params and cache, and its static arguments."""
+    """A jitted step of eight rows or query blocks, its arguments after params and cache, and its static arguments."""
     batch, nothing = BatchBuilder(engine), np.zeros(engine.max_num_seqs, np.int32)
     slots = jax.tree.map(np.copy, batch.host_slots)
     if kind == "decode":

@@ -1,4 +1,4 @@
-"""Aborts, interrupts, no pages, NaN, colliding hashes. Others' bits do not move."""
+"""Aborts, interrupts, no pages, NaN, colliding hashes: the bits of other requests do not move."""
 
 import dataclasses
 import os
@@ -42,7 +42,7 @@ def llm(request, tiny, expected) -> LLM:
 
 @pytest.fixture(scope="module")
 def whole(tiny) -> list[tuple]:
-    """What the victim answers when it is left in peace."""
+    """What the victim answers without a fault."""
     return run(tiny, start(tiny, [PROMPT], VICTIM.replace(n=2)))
 
 
@@ -60,7 +60,7 @@ def step_until(llm: LLM, condition, held: list[int] | None = None) -> None:
 
 
 def assert_aborted(llm: LLM, request: Request, whole: list[tuple]) -> list[int]:
-    """Ended by abort, with the front of its whole answer; the lengths."""
+    """Ended by abort, with the first tokens of its whole answer. Returns how many, for each sample."""
     for (tokens, logprobs, reason, stop_reason), (all_tokens, all_logprobs, *_) in zip(
         answers(llm, [request]), whole, strict=True
     ):
@@ -148,7 +148,7 @@ def test_abort_after_the_end(llm, expected, whole):
 
 
 @OVERLAP
-def test_abort_of_everybody_at_any_step(llm, expected):
+def test_abort_of_all_requests_at_any_step(llm, expected):
     """The batch again and again, each time cut off a step later; then whole."""
     for at in range(0, 12, 2):
         requests = start(llm)
@@ -194,7 +194,7 @@ def test_a_stream_that_was_never_started_asks_for_nothing(llm):
 @pytest.mark.parametrize("name", ["run_decode", "run_prefill"])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_ctrl_c_in_a_step(llm, name, when, expected, whole, monkeypatch):
-    """The call ends with KeyboardInterrupt and none of it is left; the step's donated buffers are built anew and others go on."""
+    """The call ends with KeyboardInterrupt and leaves nothing; donated buffers are rebuilt, other requests go on."""
     original, calls = getattr(llm.engine.step_variants, name), []
 
     def interrupted(*args):
@@ -219,7 +219,7 @@ def test_ctrl_c_in_a_step(llm, name, when, expected, whole, monkeypatch):
 
 
 def interrupt_at(line: int, counter: list[int]):
-    """A trace function that raises KeyboardInterrupt at the given line, counted over all that the engine's host half executes."""
+    """A trace function that raises KeyboardInterrupt at a line, counted over all that the host half executes."""
     names = (
         "engine/engine.py",
         "host/scheduler.py",
@@ -256,7 +256,7 @@ class Read:
 @OVERLAP
 @pytest.mark.parametrize("at", [0, 1, 5], ids=["prefill", "forks decode", "some end"])
 def test_ctrl_c_at_any_line_of_a_step(llm, at, expected):
-    """Wherever it hits, no page is lost, no token is half written down, none is read twice, and the same bits come out."""
+    """At any line no page is lost, no token is half written down, none is read twice, and the bits are the same."""
     llm.engine._make_detokenizer = lambda sample: Read(sample.generated)
 
     def start_read() -> list[Request]:
@@ -298,7 +298,7 @@ def test_ctrl_c_at_any_line_of_a_step(llm, at, expected):
 @OVERLAP
 @pytest.mark.parametrize("spare", [4, 7])
 def test_without_pages_the_newest_is_preempted_and_recomputed(llm, spare, expected):
-    """Six requests that grow to four pages each, and four or seven pages for all of them. With four they run one by one."""
+    """Six requests that grow to four pages each, and four or seven pages for all. With four they run one by one."""
     grow = lambda: start(
         llm, [[i] * 20 for i in range(1, 7)], [SamplingParams(max_tokens=100, temperature=i % 2) for i in range(6)]
     )
@@ -340,7 +340,8 @@ def test_a_request_larger_than_the_pool_is_refused(tiny):
 
 # -- logits that are no numbers ---------------------------------------------------------------------------------------
 
-BAD = 778  # the token whose embedding is not finite: whoever reads it gets NaN logits, and nobody else (the probe of programs.py does not)
+# The token whose embedding is not finite: sequences that hold it get NaN logits, no others, nor does the probe.
+BAD = 778
 CAUSE = "the model's logits were not finite"
 
 
@@ -367,7 +368,7 @@ def test_a_request_with_nan_logits_ends_in_error(poisoned, where, expected):
 
 
 def test_a_drawn_token_may_lead_to_nan(poisoned, expected):
-    """The model may well answer with that token, whose own logits come from the head; there is no second one behind it."""
+    """The model may answer with that token, because its own logits come from the head; no second one follows it."""
     (request,), beside = (
         start(poisoned, [[1, 2, 3]], SamplingParams(max_tokens=9, temperature=0, logit_bias={BAD: 1e4})),
         start(poisoned),
@@ -412,7 +413,7 @@ def test_pages_of_a_failed_request_leave_the_prefix_cache(poisoned, expected):
 
 @pytest.mark.parametrize("overlap", [False, True], ids=["plain", "overlapped"])
 def test_logits_that_overflow_under_a_temperature_are_an_error(overlap, tiny):
-    """They are finite as the model gives them; divided by a small temperature they are not, and the softmax of infinities is NaN."""
+    """The model's are finite; divided by a small temperature they are not, and the softmax of infinities is NaN."""
     huge = dataclasses.replace(tiny.params, head=tiny.params.head * 1e35)
     llm = make_llm(tiny.config, huge, overlap=overlap)
     alone = run(llm, start(llm))
@@ -434,7 +435,7 @@ def test_prompt_logprobs_of_a_poisoned_prompt_are_an_error(poisoned, expected):
 
 
 @OVERLAP
-def test_a_prefix_hash_collision_serves_nobody_elses_pages(llm, expected, monkeypatch):
+def test_a_prefix_hash_collision_serves_no_other_prompts_pages(llm, expected, monkeypatch):
     """Every page has the same hash. Equal tokens are still found, other ones are not."""
     params, key = SamplingParams(max_tokens=6), jax.random.key(1)
     prompts = [[i] * 40 for i in range(1, 5)]

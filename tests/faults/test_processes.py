@@ -63,7 +63,7 @@ def test_threads_that_generate_at_once_get_their_own_bits(llm, seeded):
 
 
 def test_streams_and_calls_share_their_steps(llm, seeded):
-    """Whoever steps steps for all, so a call may bring the end of a stream: that one still yields its last, finished output."""
+    """A call steps for all requests, so it may end a stream, which still yields its last, finished output."""
     streams = [llm.stream(prompt, params) for prompt, params in zip(PROMPTS, SEEDED, strict=True)]
     last = {}
     for i, outputs in enumerate(itertools.zip_longest(*streams)):
@@ -76,7 +76,7 @@ def test_streams_and_calls_share_their_steps(llm, seeded):
     assert_idle(llm)
 
 
-def test_a_stream_is_read_while_nobody_steps(llm, monkeypatch):
+def test_a_stream_is_read_between_steps(llm, monkeypatch):
     """A token and its logprob are two writes: a stream that was read between them would show one without the other."""
     render = llm._output
     locked: list[bool] = []
@@ -224,7 +224,7 @@ print(output.outputs[0].token_ids, output.outputs[0].token_logprobs.tobytes().he
 
 @pytest.mark.slow
 def test_a_broken_compilation_cache_is_compiled_around(tmp_path):
-    """JAX warns and compiles anew; the bits are the same."""
+    """JAX warns and compiles; the bits are the same."""
 
     def run_with_cache() -> subprocess.CompletedProcess:
         settings = dict(

@@ -153,7 +153,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_beside_running_requests(name, tiny, expected):
-    """With the index or the name, and the value; what runs meanwhile keeps its bits, and nothing of the refused stays."""
+    """With the index or the name, and the value; what runs keeps its bits, and nothing of the refused stays."""
     refused, message = REFUSED[name]
 
     def fault():

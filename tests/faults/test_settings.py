@@ -1,4 +1,4 @@
-"""Settings of an engine: what cannot be meant is refused by name, with the value and what is allowed, before memory is taken."""
+"""Settings of an engine: what cannot be meant is refused by name and value, before memory is taken."""
 
 import dataclasses
 import re

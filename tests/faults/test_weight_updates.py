@@ -146,7 +146,7 @@ def test_an_update_compiles_nothing_and_copies_nothing(model, other):
     assert call() == before
 
 
-def test_a_step_proven_behind_an_update_is_measured_by_the_weights_that_run(model, other, monkeypatch):
+def test_a_step_proven_after_an_update_is_measured_by_the_weights_that_run(model, other, monkeypatch):
     monkeypatch.setattr(step_variants, "TILES", FEW_TILES)
     llm = make_llm(*model, compile_patience=1_000_000)
     llm.generate([PROMPTS[0]], PARAMS[0])
@@ -171,7 +171,7 @@ def test_cast_rounds_a_trainers_weights(model):
 # -- amid requests, and at once ---------------------------------------------------------------------------------------
 
 
-def test_two_updates_at_once_come_one_behind_the_other(model, other):
+def test_two_updates_at_once_come_one_after_the_other(model, other):
     llm = make_llm(*model)
     versions, barrier = [], threading.Barrier(8)
 
@@ -214,7 +214,7 @@ def test_threads_generate_while_weights_change(model, other):
     "owner, name, new", [(Engine, "_collect", False), (Scheduler, "change_version", True), (Scheduler, "preempt", True)]
 )
 def test_an_interrupt_amid_an_update_leaves_one_or_the_other(model, other, monkeypatch, owner, name, new):
-    """Wherever it strikes, the weights and their version belong together, and requests end with tokens of weights that they name."""
+    """Wherever it comes, weights and version agree, and requests end with tokens of weights that they name."""
     llm = make_llm(*model)
     requests = start(llm)
     for _ in range(5):
@@ -259,7 +259,7 @@ def test_a_replay_knows_its_weights(model, other):
 
 
 def test_what_was_delivered_is_never_drawn_again(llm, model, other, monkeypatch):
-    """A recovery behind an update would draw it from other weights: the tokens that a stream has shown stay, and who drew them."""
+    """A recovery would draw it from other weights: tokens that a stream has shown stay, with their version."""
     stream = llm.stream([PROMPTS[1]], SamplingParams(max_tokens=12), key=jax.random.key(3))
     shown = [next(stream) for _ in range(5)][-1].outputs[0]
     llm.update_params(other)

@@ -1,6 +1,7 @@
 """The contract, C1 to C7: every axis may change, no bit does. Bits are compared as bytes, never with a tolerance.
 
-Each model runs a mixed batch of 24 requests once, in one engine; every test runs the same requests in another way and compares.
+Each model runs a mixed batch of 24 requests once, in one engine; every test runs the same requests in another way and
+compares.
 """
 
 import functools
@@ -263,7 +264,7 @@ def test_a_tile_of_other_bits_is_refused(monkeypatch):
 
 
 def test_without_the_proof_bits_move(monkeypatch):
-    """The control: single-row steps serve unproven, and a request alone no longer has the bits that it has in a batch."""
+    """The control: single-row steps serve unproven, and a request alone has not the bits that it has in a batch."""
     monkeypatch.setattr(step_variants, "TILES", ONE_TILE | {"decode": (Tile(1, 1), BASE)})
     monkeypatch.setattr(StepVariants, "_prove", lambda self, kind, tile, params, cache: (cache, True))
     config, params = random_model("Qwen3", dtype="float32")

@@ -1,7 +1,8 @@
-"""New weights while requests run: each token's bits are those of the weights and of the keys and values that its version names.
+"""New weights while requests run: each token's bits are those of the weights, keys and values that its version names.
 
-A call is cut between two steps by weights that come in. Fresh engines say what must follow: one that goes on from the tokens drawn so far
-("recompute"), one with less room that is cut at the same token ("keep"), and one that never saw the new weights ("drain").
+A call is cut between two steps by weights that come in. Fresh engines say what must follow: one that goes on from the
+tokens drawn so far ("recompute"), one with less room that is cut at the same token ("keep"), and one that never saw the
+new weights ("drain").
 """
 
 import dataclasses
@@ -37,7 +38,7 @@ def engine(model, **changes) -> LLM:
 
 
 def cut(llm: LLM, steps: int, update, prompts=PROMPTS, params=PARAMS, **adjusted) -> list:
-    """The outputs of a call that `update(llm)` interrupts after so many steps; prefixes are cached, requests share them."""
+    """The outputs of a call that `update(llm)` interrupts after so many steps; requests share cached prefixes."""
     with llm.engine.adjusted(**adjusted):
         requests = llm._requests(prompts, params, KEY, None)
         run = llm._run(requests)
@@ -105,7 +106,7 @@ def test_recompute_goes_on_as_a_fresh_engine_under_the_new_weights(model, other,
 
 
 def test_keep_depends_on_the_cut_alone(model, other):
-    """The same cut in an engine with less room, one prompt at a time; and the kept cache is not what recomputing gives."""
+    """The same cut in an engine with less room, one prompt at a time; and recomputing gives another cache."""
     keep = lambda llm: llm.update_params(other, in_flight="keep")
     found = cut(engine(model), 12, keep)
     recomputed = engine((model[0], other)).extend(front(found), PARAMS)
@@ -129,7 +130,7 @@ def test_keep_with_the_same_weights_moves_no_bit_and_recompute_neither(model):
         )
 
 
-def test_kept_pages_are_nobody_elses(model, other):
+def test_kept_pages_serve_no_other_request(model, other):
     """After an update no request reads a page that was written, in part or in whole, under other weights."""
     llm = engine(model)
     cut(llm, 12, lambda llm: llm.update_params(other, in_flight="keep"))

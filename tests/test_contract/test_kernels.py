@@ -1,4 +1,4 @@
-"""The contract under Pallas kernels, whose TPU bodies a CPU interprets: the same axes, the same bits; and how kernels are chosen."""
+"""The contract under Pallas kernels, whose TPU bodies a CPU interprets: the same axes; how kernels are chosen."""
 
 import dataclasses
 import functools

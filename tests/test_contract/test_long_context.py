@@ -1,6 +1,7 @@
 """The contract and the drift bound at long contexts, and rope at and past the trained length.
 
-One batch of a few tokens beside the longest context, in as many ways as time allows, by bits. 4k runs by default, 16k and 40k as slow.
+One batch of a few tokens beside the longest context, in as many ways as time allows, by bits. 4k runs by default, 16k
+and 40k with `-m long`.
 """
 
 import jax
@@ -110,7 +111,7 @@ def rope_model(kind: str, **changes):
     "kind", ["yarn", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("default", "linear", "llama3"))]
 )
 def test_rope_below_at_and_past_the_trained_length(kind):
-    """Every position of prompts that end around it, and the tokens drawn there, against plain float32; in chunks and scored, by bits."""
+    """Prompts that end around it, and tokens drawn there, against plain float32; chunks and scores by bits."""
     config, params = rope_model(kind)
     most, rng = config.max_position_embeddings, np.random.default_rng(0)
     lengths = [n for n in (TRAINED - 5, TRAINED - 1, TRAINED, TRAINED + 1, 3 * TRAINED, most - 8) if n < most]

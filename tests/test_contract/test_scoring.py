@@ -1,4 +1,4 @@
-"""The contract, C11: what the trainer computes has the bits that `generate` reported; its gradients are those of a plain float32 model."""
+"""The contract, C11: the trainer's logprobs have the bits of `generate`; its gradients are a plain float32 model's."""
 
 import jax
 import jax.numpy as jnp
