@@ -10,7 +10,7 @@ MAX_JSON_BYTES = 100_000_000  # the index of a model of 100,000 tensors has abou
 
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in the file at `path`. Raises FileNotFoundError and ValueError, both naming the file."""
-    if not path.is_file():  # a named pipe would wait for ever
+    if not path.is_file():  # reading a named pipe would wait for ever
         raise FileNotFoundError(f"{path} is missing or not a regular file")
     size = path.stat().st_size
     if size > MAX_JSON_BYTES:
@@ -19,7 +19,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def parse_object(text: bytes, where: str) -> dict[str, Any]:
-    """`text` as a JSON object; raises ValueError that begins with `where`. A key given twice in one object is refused."""
+    """`text` as a JSON object. Raises ValueError that begins with `where`, for a key given twice too."""
     try:
         value = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
     except RecursionError:

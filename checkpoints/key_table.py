@@ -1,4 +1,7 @@
-"""A table between Hugging Face's tensor names and our leaves, strict both ways: each key used once, each leaf filled, shapes checked."""
+"""A table between Hugging Face's tensor names and our leaves, strict both ways.
+
+Each key is used once, each leaf is filled, shapes are checked.
+"""
 
 import os
 from collections import Counter
@@ -26,8 +29,8 @@ def _alone(leaf: np.ndarray) -> Sequence[np.ndarray]:
 class Entry:
     """One leaf of ours, and the Hugging Face tensors that make it up.
 
-    `pack` takes the sources, in order and of the given `shapes`, to our layout; `unpack` is its inverse, by bits. Both keep the dtype.
-    Left out, the leaf is its one source as it stands.
+    `pack` takes the sources, in order and of the given `shapes`, to our layout; `unpack` is its inverse, by bits. Both
+    keep the dtype. Left out, the leaf is its one source as it stands.
     """
 
     target: str  # the path of our leaf, "layers.3.attention.qkv"
@@ -48,8 +51,9 @@ def read(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yields (target, packed array) for each entry, in order; at most one leaf is in memory here.
 
-    `ignore` holds fnmatch patterns of keys that may be present and unused ("*.rotary_emb.inv_freq"). Everything is checked at the call,
-    before the first leaf: raises one ValueError that lists the first ten missing, misshapen and unexpected keys.
+    `ignore` holds fnmatch patterns of keys that may be present and unused ("*.rotary_emb.inv_freq"). Everything is
+    checked at the call, before the first leaf: raises one ValueError that lists the first ten missing, misshapen and
+    unexpected keys.
     """
     _check_table(entries)
     differences = _differences(folder, entries, ignore)
@@ -67,8 +71,8 @@ def write(
 ) -> None:
     """Writes `leaves(target)` of each entry under the Hugging Face names, one leaf after the other.
 
-    Raises ValueError where an unpacked source has not the shape of the table, and what `save_folder` raises; no half model is left
-    under the real names.
+    Raises ValueError where an unpacked source has not the shape of the table, and what `save_folder` raises; no half
+    model is left under the real names.
     """
     _check_table(entries)
     pairs = (pair for entry in entries for pair in _unpacked(entry, leaves(entry.target)))

@@ -1,4 +1,7 @@
-"""Finds the folder of a model and reads its configuration. Names become paths only inside this package; no code of a folder is ever run."""
+"""Finds the folder of a model and reads its configuration.
+
+Names become paths only inside this package; no code of a folder is ever run.
+"""
 
 import os
 import re
@@ -18,30 +21,33 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w][\w.-]*", re.ASCII)
 
 
 def find_folder(model: str | os.PathLike[str], what: str = "model") -> Path:
-    """The folder of `model`: a local folder, else a model that ships by its name, else a hub id "org/name", which is downloaded.
+    """The folder of `model`: a local folder, else a model that ships, by name, else a hub id "org/name", downloaded.
 
-    Raises FileNotFoundError that says what was tried, ValueError for what is neither text nor a path; `what` is asked for.
+    `what` is the argument's name in errors. Raises FileNotFoundError that says what was tried, ValueError for what is
+    neither text nor a path.
     """
     if not isinstance(model, (str, os.PathLike)) or not os.fspath(model):  # "" would be the working directory
         raise ValueError(f"{what} must be a folder, a name or a hub id, got {model!r:.80}")
     folder = os.path.expanduser(os.fspath(model))
-    found = shipped(model) if isinstance(model, str) and _PLAIN_NAME.fullmatch(model) else None
+    shipped_folder = shipped(model) if isinstance(model, str) and _PLAIN_NAME.fullmatch(model) else None
     # A folder that only happens to be called like a shipped model is not one.
-    if os.path.isdir(folder) and (found is None or os.path.isfile(os.path.join(folder, "config.json"))):
-        return Path(folder).absolute()  # absolute, since tensors are read later and a notebook may change its directory
+    if os.path.isdir(folder) and (shipped_folder is None or os.path.isfile(os.path.join(folder, "config.json"))):
+        return Path(folder).absolute()  # because tensors are read later, and a notebook may change its directory
     if not isinstance(model, str):
         raise FileNotFoundError(f"{folder} is not a folder")
-    return found if found is not None else _download(model, what)
+    return shipped_folder or _download(model, what)
 
 
 def shipped(name: str) -> Path | None:
-    """The folder of the model that ships under `name`, None when there is none. Raises ValueError for a name that could be a path."""
+    """The folder of the model that ships under `name`, None where there is none.
+
+    Raises ValueError for a name that could be a path.
+    """
     if not _PLAIN_NAME.fullmatch(name):
         raise ValueError(f"{name!r:.80} is not the name of a shipped model: letters, digits, '_', '.' and '-' only")
     folder = _package() / name
-    return (
-        folder if os.path.isfile(folder / "config.json") else None
-    )  # os.path: a name too long for the system is none, no OSError
+    is_model = os.path.isfile(folder / "config.json")  # unlike Path.is_file, False for a name too long for the system
+    return folder if is_model else None
 
 
 def shipped_names() -> list[str]:
@@ -52,7 +58,8 @@ def shipped_names() -> list[str]:
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """The parsed config.json of a model folder.
 
-    Raises FileNotFoundError or ValueError naming the file; ValueError when config.json or tokenizer_config.json asks for code.
+    Raises FileNotFoundError or ValueError naming the file; ValueError too where config.json or tokenizer_config.json
+    names code to run.
     """
     config = read_object(Path(folder) / "config.json")
     _refuse_remote_code(Path(folder) / "config.json", config)
@@ -63,13 +70,13 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def read_generation_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """The parsed generation_config.json of a model folder, {} when there is none. Raises ValueError naming an invalid file."""
+    """The parsed generation_config.json of a folder, {} where there is none. Raises ValueError naming a bad file."""
     path = Path(folder) / "generation_config.json"
     return read_object(path) if path.exists() else {}
 
 
 def _package() -> Path:
-    # Not importlib.resources: with an editable install, a folder "checkpoints" of the user's own would be taken for this package.
+    # With an editable install importlib.resources would take a folder "checkpoints" of the user's for this package.
     return Path(__file__).parent
 
 
@@ -93,7 +100,10 @@ def _download(model: str, what: str) -> Path:
 
 def _tried(what: str, model: str, hub: str) -> str:
     ships = ", ".join(shipped_names()) or "none"
-    return f"{what} {model!r:.200} was not found. Tried: a local folder (there is none) · the models that ship ({ships}) · the hub ({hub})"
+    return (
+        f"{what} {model!r:.200} was not found. Tried: a local folder (there is none) · the models that ship ({ships}) "
+        f"· the hub ({hub})"
+    )
 
 
 def _first_line(error: Exception) -> str:
@@ -106,7 +116,11 @@ def _refuse_remote_code(path: Path, config: dict[str, Any]) -> None:
         value = pending.pop()
         if isinstance(value, dict) and "auto_map" in value:
             raise ValueError(
-                f"{path} has an auto_map, which names code in the model's folder: remote code is never run, there is no trust_remote_code "
-                "here. If the architecture is a supported one, remove the auto_map from a copy of the folder"
+                f"{path} has an auto_map, which names code in the model's folder: remote code is never run, there is "
+                "no trust_remote_code here. If the architecture is a supported one, remove the auto_map from a copy of "
+                "the folder"
             )
-        pending += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        if isinstance(value, dict):
+            pending += value.values()
+        elif isinstance(value, list):
+            pending += value

@@ -1,4 +1,4 @@
-"""The tensors of a model folder: opened strictly and read lazily, written shard by shard. Only safetensors; a pickle is never opened."""
+"""The tensors of a model folder: opened strictly, read lazily, written shard by shard. A pickle is never opened."""
 
 import json
 import os
@@ -19,8 +19,8 @@ MAX_SHARD_BYTES = 4 * 2**30
 class TensorFolder:
     """The tensors of one model folder by name. Made by `open_folder`: all headers are checked, no tensor is read yet.
 
-    A file is mapped into memory, read-only, when the first of its tensors is read, so a tensor takes memory as its pages are touched
-    and the system can take it back. `close` lets go of the files; arrays that were read stay valid.
+    A file is mapped into memory, read-only, when the first of its tensors is read, so a tensor takes memory as its
+    pages are touched and the system can take it back. `close` lets go of the files; arrays that were read stay valid.
     """
 
     def __init__(self, path: Path, headers: Iterable[Header]) -> None:
@@ -43,7 +43,8 @@ class TensorFolder:
     def read(self, name: str) -> np.ndarray:
         """The tensor as a read-only view of the mapped file.
 
-        Raises KeyError for a name that is not here, ValueError when the folder is closed or the file has changed since it was opened.
+        Raises KeyError for a name that is not here, ValueError where the folder is closed or the file has changed since
+        it was opened.
         """
         header = self._header(name)
         slot = header.slots[name]
@@ -79,8 +80,8 @@ class TensorFolder:
 def open_folder(path: str | os.PathLike[str]) -> TensorFolder:
     """Opens the tensors of the folder at `path`: the shards of its index, or its one safetensors file.
 
-    Every header is checked first. Raises ValueError naming the file that is truncated, corrupt, of an unsupported dtype or a pickle, or
-    the index that is wrong; FileNotFoundError naming the shard, the index or the folder that is missing.
+    Every header is checked first. Raises ValueError naming the file that is truncated, corrupt, of an unsupported
+    dtype or a pickle, or the index that is wrong; FileNotFoundError naming the shard, index or folder that is missing.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -91,12 +92,13 @@ def open_folder(path: str | os.PathLike[str]) -> TensorFolder:
 def save_folder(
     path: str | os.PathLike[str], tensors: Iterable[tuple[str, np.ndarray]], *, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
-    """Writes (name, array) pairs as safetensors that `open_folder` and transformers read: bfloat16, float16 or float32 arrays.
+    """Writes (name, array) pairs of bfloat16, float16 or float32 as safetensors, which transformers reads too.
 
-    Shards of at most `max_shard_bytes` (a larger tensor has one of its own) and an index when there is more than one. Memory: the arrays
-    of one shard and the next array; they are kept, not copied, until their shard is written. Everything is written under other names
-    first and renamed at the end, the index last: a folder that a crash left behind does not open. Raises FileExistsError where tensors
-    are already, ValueError for what cannot be written.
+    Shards have at most `max_shard_bytes` (a larger tensor has one of its own); several have an index. Memory: the
+    arrays of one shard and the next array, kept and not copied until their shard is written (safetensors before 0.8
+    copies the shard while it writes). Everything is written under other names and renamed at the end, the index last,
+    so that a folder that a crash left does not open. Raises FileExistsError where tensors are already, ValueError for
+    what cannot be written.
     """
     folder = Path(path)
     if max_shard_bytes < 1:
@@ -126,7 +128,7 @@ def _shards(tensors: Iterable[tuple[str, np.ndarray]], max_shard_bytes: int) -> 
         array = _writable(name, tensor)
         if shard and num_bytes + array.nbytes > max_shard_bytes:
             yield shard
-            shard.clear()  # it is written; whoever holds the dict must not hold its arrays
+            shard.clear()  # it is written: the caller's reference to the dict must not keep its arrays
             num_bytes = 0
         seen.add(name)
         shard[name] = array
@@ -142,7 +144,7 @@ def _writable(name: str, tensor: np.ndarray) -> np.ndarray:
         raise ValueError(f"{name!r} cannot be the name of a tensor")
     if array.dtype not in DTYPES.values():
         raise ValueError(
-            f"tensor {name!r} has dtype {array.dtype}: supported are {', '.join(str(dtype) for dtype in DTYPES.values())}"
+            f"tensor {name!r} has dtype {array.dtype}: supported are {', '.join(map(str, DTYPES.values()))}"
         )
     if array.size == 0 or array.ndim > MAX_DIMENSIONS:
         raise ValueError(
@@ -156,7 +158,7 @@ def _write_shard(path: Path, shard: dict[str, np.ndarray]) -> tuple[Path, dict[s
     path.touch()
     mode = path.stat().st_mode
     save_file(shard, path, metadata={"format": "pt"})  # transformers opens no file without it
-    path.chmod(mode)  # save_file lets nobody but the owner read it, whatever the umask says
+    path.chmod(mode)  # save_file makes a file that its owner alone can read, whatever the umask
     with path.open("rb+") as file:
         os.fsync(file.fileno())
     return path, {name: array.nbytes for name, array in shard.items()}

@@ -1,7 +1,7 @@
 """The header of one safetensors file, checked against the file before any tensor of it is read.
 
-Format: https://huggingface.co/docs/safetensors - 8 bytes of header length (little endian), a JSON header, then the tensors' bytes,
-which cover the rest of the file without overlap and without gaps.
+Format: https://huggingface.co/docs/safetensors - 8 bytes of header length (little endian), a JSON header, then the
+tensors' bytes, which cover the rest of the file without overlap and without gaps.
 """
 
 import math
@@ -45,8 +45,9 @@ class Header:
 def read_header(path: Path) -> Header:
     """Reads and checks the header of the file at `path`; no tensor is read.
 
-    Raises ValueError with the file's name for a truncated or corrupt file, a dtype other than BF16, F16 and F32, a byte count that is
-    not the shape's, tensors that overlap or leave bytes unused.
+    Raises ValueError with the file's name for a truncated or corrupt file, a dtype other than BF16, F16 and F32, a byte
+    count that is not the shape's, tensors that overlap or leave bytes unused. The library's safe_open refuses less
+    (names given twice and unknown fields pass) and names neither the sizes nor both tensors.
     """
     if not path.is_file():
         raise ValueError(f"{path} is not a regular file")
@@ -54,9 +55,9 @@ def read_header(path: Path) -> Header:
     entries, start = _entries(path, num_bytes)
     _check_metadata(path, entries.pop("__metadata__", {}))
     slots = {name: _slot(f"{path}: tensor {name!r}", entry, start) for name, entry in entries.items()}
-    slots = dict(sorted(slots.items(), key=lambda item: item[1].start))
-    _check_coverage(path, slots, start, num_bytes)
-    return Header(path, num_bytes, slots)
+    in_order = dict(sorted(slots.items(), key=lambda item: item[1].start))
+    _check_coverage(path, in_order, start, num_bytes)
+    return Header(path, num_bytes, in_order)
 
 
 def _entries(path: Path, num_bytes: int) -> tuple[dict[str, Any], int]:

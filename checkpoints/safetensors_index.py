@@ -16,14 +16,15 @@ _ONE_OF_MANY = re.compile(r".*-of-0*([2-9]|[1-9]\d+)\.safetensors")
 
 
 def headers_of(folder: Path) -> list[Header]:
-    """The checked headers of the folder's one safetensors file, or of the shards of its index. Raises as `open_folder` does."""
+    """The checked headers of a folder's one file of tensors, or of its index's shards. Raises as `open_folder` does."""
     index = folder / INDEX_FILE
     if not index.exists():
         return [read_header(_only_file(folder))]
     weight_map = _weight_map(index)
     if (folder / SINGLE_FILE).exists() and SINGLE_FILE not in weight_map.values():
         raise ValueError(
-            f"{folder} has both {SINGLE_FILE} and {INDEX_FILE}, which does not name it: remove the one that is not meant"
+            f"{folder} has both {SINGLE_FILE} and {INDEX_FILE}, which does not name it: remove the one that is not "
+            "meant"
         )
     headers = [_shard_header(index, shard) for shard in sorted(set(weight_map.values()))]
     _check_index(index, weight_map, headers)
@@ -40,7 +41,8 @@ def _only_file(folder: Path) -> Path:
         raise FileNotFoundError(f"{folder / INDEX_FILE} is missing: {shards[0]} is one of several shards")
     if len(files) > 1:
         raise ValueError(
-            f"{folder} has {len(files)} safetensors files, {files[0].name} and others, and no {INDEX_FILE} to tell them apart"
+            f"{folder} has {len(files)} safetensors files, {files[0].name} and others, and no {INDEX_FILE} to tell "
+            "them apart"
         )
     if not files:
         _refuse_pickles(folder)
@@ -54,8 +56,9 @@ def _refuse_pickles(folder: Path) -> None:
     pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLE_SUFFIXES)
     if pickles:
         raise ValueError(
-            f"{folder / pickles[0]} is a pickle, which can run code when it is opened; only safetensors are read. To convert it, "
-            "where you trust it: transformers.AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
+            f"{folder / pickles[0]} is a pickle, which can run code when it is opened; only safetensors are read. To "
+            "convert it, where you trust it: transformers.AutoModelForCausalLM.from_pretrained(folder)."
+            "save_pretrained(new_folder)"
         )
 
 
@@ -81,11 +84,12 @@ def _shard_header(index: Path, shard: str) -> Header:
 
 def _check_index(index: Path, weight_map: dict[str, str], headers: Iterable[Header]) -> None:
     """Each tensor of the index lies in the shard that it names, and each tensor of a shard is in the index."""
-    found = {(name, header.path.name) for header in headers for name in header.slots}
-    absent, unnamed = sorted(set(weight_map.items()) - found), sorted(found - set(weight_map.items()))
+    present = {(name, header.path.name) for header in headers for name in header.slots}
+    absent, unnamed = sorted(set(weight_map.items()) - present), sorted(present - set(weight_map.items()))
     if absent:
         raise ValueError(f"{index} is wrong: {absent[0][1]} has no tensor {absent[0][0]!r} ({len(absent)} such)")
     if unnamed:
         raise ValueError(
-            f"{index} is wrong: it does not put {unnamed[0][0]!r} into {unnamed[0][1]}, which has it ({len(unnamed)} such)"
+            f"{index} is wrong: it does not put {unnamed[0][0]!r} into {unnamed[0][1]}, which has it "
+            f"({len(unnamed)} such)"
         )

@@ -1,4 +1,4 @@
-"""Snapshots of a run's state, any pytree of arrays, through orbax: written whole or not at all, read back to the same bits."""
+"""Snapshots of a run's state, any pytree of arrays, through orbax: written whole or not at all, read by bits."""
 
 import os
 import re
@@ -17,7 +17,8 @@ NAME = re.compile(r"step_(\d{8})")
 def save(folder: str | os.PathLike[str], step: int, state: Any, *, keep: int = 2) -> Path:
     """Write `state` as the snapshot of `step`, then delete all but the newest `keep`; returns when it is on the disk.
 
-    orbax writes beside and renames: a process that dies leaves the older snapshots. Raises ValueError where the step has one already.
+    orbax writes under another name and renames, so a process that dies leaves the older snapshots. Raises ValueError
+    where the step has one already.
     """
     if keep < 1:
         raise ValueError(f"keep must be at least 1, got {keep}")
@@ -34,22 +35,26 @@ def save(folder: str | os.PathLike[str], step: int, state: Any, *, keep: int = 2
 
 
 def restore(folder: str | os.PathLike[str], like: Any, step: int | None = None) -> Any:
-    """The state of `step`, or of the newest snapshot, in the tree, shapes, dtypes and places of `like`, whose values are
-    not read.
+    """The state of `step`, or of the newest snapshot.
 
+    `like` gives the tree, the shapes, the dtypes and the places; its values are not read.
     Raises FileNotFoundError where there is none, ValueError where the tree, a shape or a dtype is another.
     """
-    found = steps(folder)
-    if not found or (step is not None and step not in found):
+    present = steps(folder)
+    if not present or (step is not None and step not in present):
         raise FileNotFoundError(
-            f"{folder} has no snapshot{'' if step is None else f' of step {step}'}; it has steps {found}"
+            f"{folder} has no snapshot{'' if step is None else f' of step {step}'}; it has steps {present}"
         )
-    path = _path(folder, found[-1] if step is None else step)
+    path = _path(folder, present[-1] if step is None else step)
     with ocp.StandardCheckpointer() as checkpointer:
         _check_fits(path, checkpointer.metadata(path).item_metadata.tree, like)
-        found = checkpointer.restore(path, jax.tree.map(ocp.utils.to_shape_dtype_struct, like))
-    # orbax ties every array to a device; jit compiles anew for those that were not tied before.
-    return jax.tree.map(lambda x, y: x if getattr(y, "committed", True) else jnp.asarray(np.asarray(x)), found, like)
+        restored = checkpointer.restore(path, jax.tree.map(ocp.utils.to_shape_dtype_struct, like))
+    return jax.tree.map(_committed_like, restored, like)
+
+
+def _committed_like(restored: Any, like: Any) -> Any:
+    """orbax ties every array to a device; jit would compile again for one that was not tied before."""
+    return restored if getattr(like, "committed", True) else jnp.asarray(np.asarray(restored))
 
 
 def steps(folder: str | os.PathLike[str]) -> list[int]:
@@ -59,12 +64,8 @@ def steps(folder: str | os.PathLike[str]) -> list[int]:
 
 
 def _check_fits(path: Path, stored: Any, like: Any) -> None:
-    """orbax would convert another dtype without a word."""
-    named = lambda tree: {
-        jax.tree_util.keystr(p, simple=True, separator="."): f"{x.dtype}{list(x.shape)}"
-        for p, x in jax.tree_util.tree_leaves_with_path(tree)
-    }
-    have, want = named(stored), named(like)
+    """Raises ValueError, because orbax would convert another dtype silently."""
+    have, want = _kinds(stored), _kinds(like)
     wrong = [
         f"{name}: {have.get(name, 'nothing')} in the snapshot, {want.get(name, 'nothing')} asked for"
         for name in sorted(have.keys() | want.keys())
@@ -72,6 +73,14 @@ def _check_fits(path: Path, stored: Any, like: Any) -> None:
     ]
     if wrong:
         raise ValueError(f"{path} does not fit, {len(wrong)} arrays differ:\n  " + "\n  ".join(wrong[:10]))
+
+
+def _kinds(tree: Any) -> dict[str, str]:
+    """The dtype and shape of each array, by its path."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): f"{leaf.dtype}{list(leaf.shape)}"
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def _path(folder: str | os.PathLike[str], step: int) -> Path:

@@ -1,4 +1,4 @@
-"""One safetensors file of arrays of any dtype, with text beside them: what is recorded, not what a model is made of."""
+"""One safetensors file of arrays of any dtype, and text: what a run records, as opposed to a model's weights."""
 
 import os
 import tempfile
@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 
 
 def write_tensors(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
-    """Write the file, whole or not at all. Raises FileExistsError where something is there: a record is not written over."""
+    """Write the file, whole or not at all. Raises FileExistsError where there is one: a record is never overwritten."""
     if path.exists():
         raise FileExistsError(f"{path} exists: save under another name, or remove it first")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -19,14 +19,14 @@ def write_tensors(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str,
         unfinished.touch()
         mode = unfinished.stat().st_mode
         save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, unfinished, metadata=metadata)
-        unfinished.chmod(mode)  # save_file lets nobody but the owner read it, whatever the umask says
+        unfinished.chmod(mode)  # save_file makes a file that its owner alone can read, whatever the umask
         with unfinished.open("rb+") as file:
             os.fsync(file.fileno())
-        os.link(unfinished, path)  # unlike a rename it refuses what has come there meanwhile
+        os.link(unfinished, path)  # unlike a rename, it fails where a file has been made there since
 
 
 def read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """The arrays and the metadata. Raises FileNotFoundError, or ValueError naming a file that is truncated or corrupt."""
+    """The arrays and the metadata. Raises FileNotFoundError, or ValueError naming a truncated or corrupt file."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file")
     try:

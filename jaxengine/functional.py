@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxengine.base.arguments import check_keywords
+from jaxengine.base.keys import key_data
 from jaxengine.config import ModelConfig
 from jaxengine.device import scoring, trunk
+from jaxengine.engine.session import Session
+from jaxengine.engine.settings import ENGINE_KEYWORDS, resolve_engine_config
 from jaxengine.engine.weights import check_fits, placed
-from jaxengine.host.admission import check_scored, prompts_of, sampling_of
-from jaxengine.llm import ENGINE_KEYWORDS, LLM
+from jaxengine.host.admission import prompts_of, sampling_of
 from jaxengine.models.decoder import Tile
 from jaxengine.models.params import Decoder
 from jaxengine.ops.kernels import choose_kernels
@@ -20,8 +22,9 @@ from jaxengine.outputs import RequestOutputs
 from jaxengine.sampling_params import SamplingParams
 from jaxengine.text.tokenizer import Tokenizer
 
-POOLS_KEPT = 2  # engines whose pages and proofs are kept between calls
-_engines: dict[Any, tuple[LLM, threading.Lock]] = {}  # by settings, the latest last
+POOLS_KEPT = 2  # sessions whose pages and proofs are kept between calls
+OWN_KEYWORDS = ("params", "prompts", "sampling_params", "key", "config", "tokenizer")
+_sessions: dict[Any, tuple[Session, threading.Lock]] = {}  # by settings, the latest last
 _choosing = threading.Lock()
 
 
@@ -35,29 +38,29 @@ def generate(
     tokenizer: Tokenizer | None = None,
     **engine: Any,
 ) -> RequestOutputs:
-    """Complete prompts under `params`. Nothing is kept but compiled code and empty pages, both of which depend on `config` and the engine
-    keywords alone: a call with other weights compiles nothing and sees nothing of an earlier one.
+    """Complete prompts under `params`.
 
-    Prompts are lists of token ids, or text where a tokenizer is given. `key` is a typed JAX key; draws depend on it, on the index of the
-    prompt and of the sample, and on the position. Engine keywords are EngineConfig's. Raises ValueError where params do not fit config.
+    Nothing is kept but compiled code and empty pages, both of which depend on `config` and the engine keywords alone: a call with
+    other weights compiles nothing and sees nothing of an earlier one.
+
+    Prompts are lists of token ids, or text where a tokenizer is given. `key` is a typed JAX key; draws depend on it, on the
+    index of the prompt and of the sample, and on the position. Engine keywords are EngineConfig's. Raises ValueError where params
+    do not fit config.
     """
-    check_keywords(
-        "generate", engine, ("params", "prompts", "sampling_params", "key", "config", "tokenizer", *ENGINE_KEYWORDS)
-    )
+    check_keywords("generate", engine, (*OWN_KEYWORDS, *ENGINE_KEYWORDS))
     batch = prompts_of(prompts)
-    sampling_of(sampling_params, len(batch))  # refused before an engine is built
+    sampling = sampling_of(sampling_params, len(batch))  # refused before an engine is built
     if not batch:
         return RequestOutputs()
     check_fits(params, config)
     params = placed(params)
-    llm, lock = _engine_for(params, config, tokenizer, engine)
+    session, lock = _session_for(params, config, tokenizer, engine)
     with lock:  # an engine runs one set of weights at a time
-        llm.forget()  # the last call's, where an interrupt kept that one from it: all weights here are version 0
-        llm.engine.update_params(params, version=0)
+        session.set_first_weights(params)
         try:
-            return llm.generate(batch, sampling_params, key=key)
+            return RequestOutputs(session.complete(session.requests(batch, sampling, key_data(key))))
         finally:
-            llm.forget()
+            session.drop_weights()
 
 
 def score(
@@ -71,19 +74,19 @@ def score(
     kernels: str = "auto",
     tile: Tile = trunk.WIDE,
 ) -> Any:
-    """float32 logprobs `[B, T]` of the tokens under `mask`, equal by bits to those that `generate` reported for them; 0 elsewhere.
+    """float32 logprobs `[B, T]` of the tokens under `mask`, equal by bits to those that `generate` reported; 0 elsewhere.
 
-    tokens `[B, T]` are prompt then completion, padded on the right with anything; mask `[B, T]` is True on generated tokens: the layout of
-    Rollout. `sampling_params`, one for all or one each, say under which distribution they were drawn. With `entropy`, returns
-    (logprobs, entropies of the processed distribution in nats `[B, T]`).
+    tokens `[B, T]` are prompt then completion, padded on the right with anything; mask `[B, T]` is True on generated tokens: the
+    layout of Rollout. `sampling_params`, one for all or one each, say under which distribution they were drawn. With `entropy`,
+    returns (logprobs, entropies of the processed distribution in nats `[B, T]`).
 
-    Differentiable in params by reverse mode, and the same bits under jit and inside `jax.value_and_grad`, at any batch size and padding.
-    `kernels` as in EngineConfig: those that generated, whose bits they are. `tile` is the shape of the pinned regions: leave it, unless
-    `llm.engine.step_variants.refused` names the wide prefill step on your machine.
+    Differentiable in params by reverse mode, and the same bits under jit and inside `jax.value_and_grad`, at any batch size and
+    padding. `kernels` as in EngineConfig: those that generated, whose bits they are. `tile` is the shape of the pinned regions:
+    leave it, unless `llm.engine.step_variants.refused` names the wide prefill step on your machine.
     Raises ValueError where shapes do not fit each other or params do not fit config, and for a token outside the vocabulary.
     """
     tokens, mask = jnp.asarray(tokens), jnp.asarray(mask)
-    check_scored(tokens, mask, config)
+    scoring.check_scored(tokens, mask, config)
     check_fits(params, config)
     slots = scoring.sampling_arrays_of(sampling_of(sampling_params, tokens.shape[0]), config)
     logprobs, entropies = scoring.token_logprobs(
@@ -99,15 +102,19 @@ def score(
     return (logprobs, entropies) if entropy else logprobs
 
 
-def _engine_for(
+def _session_for(
     params: Decoder, config: ModelConfig, tokenizer: Tokenizer | None, engine: dict[str, Any]
-) -> tuple[LLM, threading.Lock]:
-    """The engine of the last call with these settings on these devices, or a new one, whose pool lies beside `params`; and its lock."""
+) -> tuple[Session, threading.Lock]:
+    """The session of the last call with these settings on these devices, or a new one with its pool beside `params`; its lock."""
     devices = frozenset(device for leaf in jax.tree.leaves(params) for device in leaf.devices())
     settings = config, tokenizer, devices, tuple(sorted(engine.items()))
     with _choosing:  # two threads at once would build two
-        found = _engines.pop(settings, None)
-        while len(_engines) >= POOLS_KEPT:
-            del _engines[next(iter(_engines))]  # the one that is longest out of use
-        _engines[settings] = found or (LLM.from_params(config, params, tokenizer=tokenizer, **engine), threading.Lock())
-        return _engines[settings]
+        known = _sessions.pop(settings, None)
+        while len(_sessions) >= POOLS_KEPT:
+            del _sessions[next(iter(_sessions))]  # the one that was not used for the longest time
+        _sessions[settings] = known or (_new_session(params, config, tokenizer, engine), threading.Lock())
+        return _sessions[settings]
+
+
+def _new_session(params: Decoder, config: ModelConfig, tokenizer: Tokenizer | None, engine: dict[str, Any]) -> Session:
+    return Session(config, resolve_engine_config(config, engine, params), params, tokenizer)

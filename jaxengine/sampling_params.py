@@ -1,16 +1,17 @@
-"""What a caller asks for: prompts and SamplingParams. Plain Python, validated before anything is allocated."""
+"""How a caller wants completions drawn: SamplingParams. Plain Python, validated before anything is allocated."""
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
-from jaxengine.base.arguments import as_integer, flag, integer, items, real, strict_keywords
+from jaxengine.base.arguments import flag, integer, items, real, strict_keywords
 
 MAX_N = 16_384  # samples of one request
 MAX_STOP_STRINGS = 64
 MAX_STOP_CHARACTERS = 1_024
 MAX_STOP_TOKEN_IDS = 16  # room for them beside the model's own in the fixed array of a slot
+MAX_STOPS = MAX_STOP_TOKEN_IDS + 16  # the request's own and the model's
 MAX_LOGIT_BIAS = 512
 LOGIT_BIAS = "a dict from token ids to numbers"
 GREEDY_BELOW = 1e-5  # a smaller temperature means greedy, as in vLLM
@@ -99,29 +100,9 @@ class SamplingParams:
         return dataclasses.replace(self, **changes)
 
 
-def token_ids_of(ids: Any, vocab_size: int, where: str) -> list[int]:
-    """`ids` as a list of Python ints in [0, vocab_size). Integers of any kind, numpy's and JAX's included, are accepted.
-
-    Raises ValueError with the index and the value: a JAX gather would clamp a wrong id and answer garbage.
-    """
-    array_ids = ids.tolist() if hasattr(ids, "tolist") else ids
-    if not isinstance(array_ids, Sequence) or isinstance(array_ids, (str, bytes)):
-        raise ValueError(f"{where} must be a list of token ids, got {type(ids).__name__}")
-    if len(array_ids) == 0:
-        raise ValueError(f"{where} is empty: at least one token is needed to predict the next one")
-    tokens = []
-    for position, value in enumerate(array_ids):
-        token = as_integer(value)
-        if token is None:
-            raise ValueError(
-                f"{where} has {value!r} ({type(value).__name__}) at index {position}: token ids are integers"
-            )
-        if not 0 <= token < vocab_size:
-            raise ValueError(
-                f"{where} has token id {token} at index {position}: the vocabulary is 0 … {vocab_size - 1}"
-            )
-        tokens.append(token)
-    return tokens
+def stop_token_ids(sampling: SamplingParams, eos_token_ids: Iterable[int]) -> frozenset[int]:
+    """The tokens that end a sample: the request's own, and the model's unless they are ignored."""
+    return frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else frozenset(eos_token_ids))
 
 
 def _stop_strings(stop: Any) -> tuple[str, ...]:

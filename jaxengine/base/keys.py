@@ -8,7 +8,6 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxengine.base.arguments import integer
-from jaxengine.sampling_params import SamplingParams
 
 THREEFRY = "threefry2x32"
 
@@ -45,14 +44,13 @@ def seeded(seed: int) -> Array:
     return key_of(seed_data(seed))
 
 
+def folded(key: Array, *indices: int) -> Array:
+    """The key with each index folded in, one after the other; a negative index stands for no fold."""
+    for index in indices:
+        key = jax.random.fold_in(key, index) if index >= 0 else key
+    return key
+
+
 def sample_key(key: Array, prompt_index: int, sample_index: int) -> Array:
     """The key of one sample of a call: with SamplingParams(key=…) and n=1 it draws the same bits again."""
-    return jax.random.fold_in(jax.random.fold_in(key, prompt_index), sample_index)
-
-
-def own_key(key: Array, params: SamplingParams, prompt_index: int, sample_index: int) -> Array:
-    """The key of one sample, whether its parameters bring one or the call's is folded: given to n=1, it draws the same bits again."""
-    if params.key is None and params.seed is None:
-        return sample_key(key, prompt_index, sample_index)
-    own: Any = params.key if params.seed is None else seeded(params.seed)
-    return own if params.n == 1 else jax.random.fold_in(own, sample_index)
+    return folded(key, prompt_index, sample_index)

@@ -31,3 +31,10 @@ class Progress:
                 bars[0].close()
 
         return update
+
+
+Report = Callable[[str], None]
+
+
+def say_nothing(text: str) -> None:
+    """A Report that shows nothing."""

@@ -196,7 +196,8 @@ def _generate(arguments: argparse.Namespace) -> int:
     params = sampling_params(arguments)
     if arguments.stream and params.n > 1:
         raise ValueError(f"--stream shows one sample of a prompt: n must be 1, got {params.n}")
-    from jaxengine.base.keys import own_key, seeded
+    from jaxengine.base.keys import seeded
+    from jaxengine.host.admission import own_key
     from jaxengine.llm import LLM
 
     llm = LLM(

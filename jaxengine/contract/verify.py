@@ -1,21 +1,25 @@
 """The contract on the user's own machine and model: every axis is run with random traffic, and every bit compared.
 
-`llm.verify()` in a notebook, `jaxengine verify MODEL` on a command line. A check runs the same requests in another way, on the engine that
-serves, and compares tokens and logprobs as uint32 with those of the plain batch.
+`llm.verify()` in a notebook, `jaxengine verify MODEL` on a command line. A check runs the same requests in another way, on the
+engine that serves, and compares tokens and logprobs as uint32 with those of the plain batch.
 """
 
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
 from jaxengine.base.keys import sample_key, seeded
+from jaxengine.base.numbers import cdiv
+from jaxengine.base.progress import Report, say_nothing
 from jaxengine.config import QUERY_BLOCK
 from jaxengine.contract.compare import Comparison, compare
 from jaxengine.contract.report import Check, Verification
 from jaxengine.device.scoring import plain_logprobs
+from jaxengine.engine.session import Session
 from jaxengine.outputs import CompletionOutput, RequestOutput
 from jaxengine.rl.rollout import Rollout
 from jaxengine.sampling_params import SamplingParams
@@ -40,82 +44,92 @@ LENGTHS = (
 )  # of prompts: around blocks, pages and tiles
 SAMPLES, QUICK_SAMPLES = 1000, 100
 DRIFT_LIMIT = 1e-3  # KL against float32 (the project's promise), in nats a token
+PLAIN = SamplingParams(ignore_eos=True, detokenize=False)
 Requests = list[tuple[list[int], SamplingParams]]
 
 
+class Outcome(NamedTuple):
+    """Whether every bit stayed, and the figures or the first difference in words."""
+
+    holds: bool
+    text: str
+
+
+class Axis(NamedTuple):
+    """One check to run: the contract's axis, what is changed, and the run."""
+
+    name: str
+    what: str
+    run: Callable[[], Outcome]
+
+
 def verify(
-    llm: Any,
-    *,
-    quick: bool = False,
-    samples: int | None = None,
-    seed: int = 0,
-    report: Callable[[str], None] = lambda text: None,
+    session: Session, *, quick: bool = False, samples: int | None = None, seed: int = 0, report: Report = say_nothing
 ) -> Verification:
-    """Run every check. `samples` of one prompt are drawn at temperature 0 and at temperature 1 among random traffic, 1,000 unless said
-    otherwise, 100 with `quick`; `seed` makes the traffic. The LLM must be idle, and is as it was afterwards but for its prefix cache."""
-    count = samples if samples is not None else QUICK_SAMPLES if quick else SAMPLES
+    """Run every check.
+
+    `samples` of one prompt are drawn at temperature 0 and at temperature 1 among random traffic: 1,000 unless said otherwise, 100
+    with `quick`. `seed` makes the traffic. The engine must be idle; afterwards it is as it was, except for its prefix cache.
+    Raises ValueError where it has work, and for fewer than two samples.
+    """
+    count = samples if samples is not None else (QUICK_SAMPLES if quick else SAMPLES)
     if count < 2:
         raise ValueError(f"samples must be at least 2, got {count}")
-    if llm.engine.has_work:
+    if session.engine.has_work:
         raise ValueError("the LLM has requests under way: verify it when they have ended")
-    traffic, checks = Traffic(llm, seed), []
-    for axis, what, run in _checks(llm, traffic, quick, count):
-        report(f"{axis}: {what} …")
+    checks = []
+    for axis in _axes(Traffic(session, seed), quick, count):
+        report(f"{axis.name}: {axis.what} …")
         start = time.perf_counter()
-        holds, found = run()
-        checks.append(Check(axis, what, holds, found, time.perf_counter() - start))
-    refused = [f"{kind} on {tile.rows} rows" for kind, tile in llm.engine.step_variants.refused]
-    return Verification(llm.contract(), refused, checks)
+        outcome = axis.run()
+        checks.append(Check(axis.name, axis.what, outcome.holds, outcome.text, time.perf_counter() - start))
+    refused = [f"{kind} on {tile.rows} rows" for kind, tile in session.engine.step_variants.refused]
+    return Verification(session.contract(), refused, checks)
 
 
-Run = Callable[[], tuple[bool, str]]
-
-
-def _checks(llm: Any, traffic: "Traffic", quick: bool, count: int) -> Iterator[tuple[str, str, Run]]:
-    adjusted, pages = llm.engine.adjusted, llm.engine_config.num_pages - 1
-
-    def among(**changes: Any) -> Run:
-        return lambda: traffic.again(adjusted(**changes))
-
-    yield "C1", "the same call again", among()
-    yield "C2", "every request alone", lambda: traffic.alone(len(LENGTHS) if not quick else 6)
-    yield "C2", "shuffled among others", lambda: traffic.shuffled()
-    yield "C2", f"temperature 0, {count} times among random traffic", lambda: greedy(traffic, count)
-    yield "C2", f"temperature 1, {count} keys, twice among random traffic", lambda: sampled(traffic, count)
+def _axes(traffic: "Traffic", quick: bool, count: int) -> Iterator[Axis]:
+    config = traffic.session.engine_config
+    yield Axis("C1", "the same call again", traffic.again)
+    yield Axis("C2", "every request alone", partial(traffic.alone, 6 if quick else len(LENGTHS)))
+    yield Axis("C2", "shuffled among others", traffic.shuffled)
+    yield Axis("C2", f"temperature 0, {count} times among random traffic", partial(greedy, traffic, count))
+    yield Axis("C2", f"temperature 1, {count} keys, twice among random traffic", partial(sampled, traffic, count))
     for chunk in (QUERY_BLOCK, 3 * QUERY_BLOCK):
-        yield "C3", f"prefill in chunks of {chunk}", among(max_num_batched_tokens=chunk, enable_prefix_caching=False)
-    yield "C4", "prefix cache off", among(enable_prefix_caching=False)
-    yield "C4", "hits on prompt pages", lambda: traffic.hits()
-    yield "C4", "hits on generated pages", lambda: traffic.second_turn()
-    yield "C5", "preempted and recomputed", lambda: traffic.preempted(pages)
-    yield "C6", "few slots", among(held_slots=llm.engine_config.max_num_seqs - min(3, llm.engine_config.max_num_seqs))
-    yield (
-        "C7",
-        "the overlapped loop" if not llm.engine_config.overlap else "the plain loop",
-        among(overlap=not llm.engine_config.overlap),
-    )
-    yield "C11", "score against generate", lambda: scored(traffic)
-    yield "drift", "against plain float32", lambda: drift(traffic, 4 if quick else len(LENGTHS))
+        chunked = partial(traffic.again, max_num_batched_tokens=chunk, enable_prefix_caching=False)
+        yield Axis("C3", f"prefill in chunks of {chunk}", chunked)
+    yield Axis("C4", "prefix cache off", partial(traffic.again, enable_prefix_caching=False))
+    yield Axis("C4", "hits on prompt pages", traffic.hits)
+    yield Axis("C4", "hits on generated pages", traffic.second_turn)
+    yield Axis("C5", "preempted and recomputed", traffic.preempted)
+    held_slots = config.max_num_seqs - min(3, config.max_num_seqs)
+    yield Axis("C6", "few slots", partial(traffic.again, held_slots=held_slots))
+    loop = "the plain loop" if config.overlap else "the overlapped loop"
+    yield Axis("C7", loop, partial(traffic.again, overlap=not config.overlap))
+    yield Axis("C11", "score against generate", partial(scored, traffic))
+    yield Axis("drift", "against plain float32", partial(drift, traffic, 4 if quick else len(LENGTHS)))
 
 
 class Traffic:
     """A mixed batch of random requests, each with its own key, and its answers from the plain batch."""
 
-    def __init__(self, llm: Any, seed: int) -> None:
-        self.llm, self.key = llm, seeded(seed)
+    def __init__(self, session: Session, seed: int) -> None:
+        self.session, self.key = session, seeded(seed)
         self.rng = random.Random(seed)
-        self.room = room = min(
-            llm.engine_config.max_model_len, (llm.engine_config.num_pages - 1) * llm.engine_config.page_size
-        )
-        self.new_tokens = max(min(24, room // 4), 1)
-        lengths = [n for n in LENGTHS if n <= room - 2 * self.new_tokens - 2] or [1]
-        self.requests = [(self.prompt(n), self._params(i)) for i, n in enumerate(lengths)]
+        config = session.engine_config
+        self.room = min(config.max_model_len, (config.num_pages - 1) * config.page_size)
+        self.new_tokens = max(min(24, self.room // 4), 1)
+        lengths = [n for n in LENGTHS if n <= self.room - 2 * self.new_tokens - 2] or [1]
+        self.requests = [(self.prompt(n), self._sampling(i)) for i, n in enumerate(lengths)]
         self.expected = self.run(self.requests)
 
-    def prompt(self, length: int) -> list[int]:
-        return [self.rng.randrange(self.llm.config.vocab_size) for _ in range(length)]
+    @property
+    def page_size(self) -> int:
+        return self.session.engine_config.page_size
 
-    def _params(self, i: int) -> SamplingParams:
+    def prompt(self, length: int) -> list[int]:
+        return [self.rng.randrange(self.session.model_config.vocab_size) for _ in range(length)]
+
+    def _sampling(self, i: int) -> SamplingParams:
         """A mix: greedy, sampled, cut, penalised."""
         return SamplingParams(
             max_tokens=max(self.new_tokens - i % 5 * 4, 1),
@@ -130,156 +144,143 @@ class Traffic:
             key=sample_key(self.key, i, 0),
         )
 
-    def run(self, requests: Requests) -> list[CompletionOutput]:
+    def outputs(self, requests: Requests) -> list[RequestOutput]:
         prompts = [{"prompt_token_ids": tokens} for tokens, _ in requests]
-        outputs = self.llm.generate(prompts, [params for _, params in requests], use_tqdm=False)
-        return [output.outputs[0] for output in outputs]
+        return self.session.complete(self.session.requests(prompts, [sampling for _, sampling in requests], (0, 0)))
+
+    def run(self, requests: Requests) -> list[CompletionOutput]:
+        return [output.outputs[0] for output in self.outputs(requests)]
 
     def random_requests(self, count: int, seed: int) -> Requests:
-        params = SamplingParams(max_tokens=self.new_tokens, ignore_eos=True, detokenize=False)
-        return [
-            (self.prompt(self.rng.choice(LENGTHS[:8])), params.replace(key=sample_key(self.key, seed, i)))
-            for i in range(count)
-        ]
+        sampling = PLAIN.replace(max_tokens=self.new_tokens)
+        prompts = [self.prompt(self.rng.choice(LENGTHS[:8])) for _ in range(count)]
+        return [(prompt, sampling.replace(key=sample_key(self.key, seed, i))) for i, prompt in enumerate(prompts)]
 
     def mixed(self, requests: Requests, others: Requests) -> list[CompletionOutput]:
         """Answers of `requests`, run shuffled among others."""
         order = list(range(len(requests) + len(others)))
         self.rng.shuffle(order)
-        found = dict(zip(order, self.run([(requests + others)[i] for i in order]), strict=True))
-        return [found[i] for i in range(len(requests))]
+        outputs = dict(zip(order, self.run([(requests + others)[i] for i in order]), strict=True))
+        return [outputs[i] for i in range(len(requests))]
 
-    # -- the axes that change how the same requests run --------------------------------------------------------------------------
+    # -- the axes that change how the same requests run ---------------------------------------------------------------
 
-    def again(self, adjusted: Any) -> tuple[bool, str]:
-        self.llm.engine.scheduler.page_pool.clear_cache()
-        with adjusted:
-            return said(compare("bit-equal", self.expected, self.run(self.requests)))
+    def again(self, **adjusted: int) -> Outcome:
+        """The same requests from an empty prefix cache, with the engine adjusted (Engine.adjusted)."""
+        self.session.engine.scheduler.page_pool.clear_cache()
+        with self.session.engine.adjusted(**adjusted):
+            return _outcome(compare("bit-equal", self.expected, self.run(self.requests)))
 
-    def alone(self, count: int) -> tuple[bool, str]:
+    def alone(self, count: int) -> Outcome:
         step = max(len(self.requests) // count, 1)
-        with self.llm.engine.adjusted(enable_prefix_caching=False):
-            found = [self.run([request])[0] for request in self.requests[::step]]
-        return said(compare("bit-equal", self.expected[::step], found))
+        with self.session.engine.adjusted(enable_prefix_caching=False):
+            outputs = [self.run([request])[0] for request in self.requests[::step]]
+        return _outcome(compare("bit-equal", self.expected[::step], outputs))
 
-    def shuffled(self) -> tuple[bool, str]:
-        return said(
-            compare("bit-equal", self.expected, self.mixed(self.requests, self.random_requests(len(self.requests), 1)))
-        )
+    def shuffled(self) -> Outcome:
+        others = self.random_requests(len(self.requests), 1)
+        return _outcome(compare("bit-equal", self.expected, self.mixed(self.requests, others)))
 
-    def hits(self) -> tuple[bool, str]:
-        with self.llm.engine.adjusted(enable_prefix_caching=True):
-            self.run(self.requests)
-            prompts = [{"prompt_token_ids": tokens} for tokens, _ in self.requests]
-            outputs = self.llm.generate(prompts, [params for _, params in self.requests], use_tqdm=False)
-        return _with_hits(
-            compare("bit-equal", self.expected, [o.outputs[0] for o in outputs]),
-            sum(o.num_cached_tokens for o in outputs),
-            any(len(tokens) > self.llm.engine_config.page_size for tokens, _ in self.requests),
-        )
+    def hits(self) -> Outcome:
+        return self._from_cache(self.requests, self.expected)
 
-    def second_turn(self) -> tuple[bool, str]:
+    def second_turn(self) -> Outcome:
         """Prompt and completion as the next prompt: its pages were written by decoding."""
         turns = [
-            (tokens + list(sample.token_ids) + [0], params.replace(max_tokens=self.new_tokens))
-            for (tokens, params), sample in zip(self.requests, self.expected, strict=True)
+            (tokens + list(sample.token_ids) + [0], sampling.replace(max_tokens=self.new_tokens))
+            for (tokens, sampling), sample in zip(self.requests, self.expected, strict=True)
         ]
-        prompts, params = [{"prompt_token_ids": tokens} for tokens, _ in turns], [params for _, params in turns]
-        with self.llm.engine.adjusted(enable_prefix_caching=False):
+        with self.session.engine.adjusted(enable_prefix_caching=False):
             cold = self.run(turns)
-        with self.llm.engine.adjusted(enable_prefix_caching=True):
+        return self._from_cache(turns, cold)
+
+    def _from_cache(self, requests: Requests, expected: list[CompletionOutput]) -> Outcome:
+        """`requests` after the traffic's own have filled the prefix cache; where pages are full, some must be hit."""
+        with self.session.engine.adjusted(enable_prefix_caching=True):
             self.run(self.requests)
-            outputs = self.llm.generate(prompts, params, use_tqdm=False)
-        return _with_hits(
-            compare("bit-equal", cold, [o.outputs[0] for o in outputs]),
-            sum(o.num_cached_tokens for o in outputs),
-            any(len(tokens) > self.llm.engine_config.page_size for tokens, _ in turns),
+            outputs = self.outputs(requests)
+        comparison = compare("bit-equal", expected, [output.outputs[0] for output in outputs])
+        cached = sum(output.num_cached_tokens for output in outputs)
+        must_hit = any(len(tokens) > self.page_size for tokens, _ in requests)
+        return Outcome(
+            comparison.holds and (cached > 0 or not must_hit), f"{comparison}, {cached} tokens from the cache"
         )
 
-    def preempted(self, pages: int) -> tuple[bool, str]:
+    def preempted(self) -> Outcome:
         """Requests that come to want more pages than there are, in a pool of little more than the longest needs."""
-        size, scheduler = self.llm.engine_config.page_size, self.llm.engine.scheduler
+        size, scheduler = self.page_size, self.session.engine.scheduler
         length = min(3 * size + 2, self.room)
-        params = SamplingParams(max_tokens=max(length - size + 2, 1), ignore_eos=True, detokenize=False)
-        requests = [
-            (self.prompt(max(min(size - 2, length - 1), 1)), params.replace(key=sample_key(self.key, 6, i)))
-            for i in range(8)
-        ]
+        sampling = PLAIN.replace(max_tokens=max(length - size + 2, 1))
+        prompts = [self.prompt(max(min(size - 2, length - 1), 1)) for _ in range(8)]
+        requests = [(prompt, sampling.replace(key=sample_key(self.key, 6, i))) for i, prompt in enumerate(prompts)]
         expected, before = self.run(requests), scheduler.num_preemptions
         scheduler.page_pool.clear_cache()
-        with self.llm.engine.adjusted(held_pages=max(pages - -(-length // size) - 6, 0), enable_prefix_caching=False):
-            found = compare("bit-equal", expected, self.run(requests))
-        return found.holds, f"{found}, {scheduler.num_preemptions - before} preemptions"
+        held_pages = max(self.session.engine_config.num_pages - 1 - cdiv(length, size) - 6, 0)
+        with self.session.engine.adjusted(held_pages=held_pages, enable_prefix_caching=False):
+            comparison = compare("bit-equal", expected, self.run(requests))
+        return Outcome(comparison.holds, f"{comparison}, {scheduler.num_preemptions - before} preemptions")
 
 
-def said(comparison: Comparison) -> tuple[bool, str]:
-    return comparison.holds, str(comparison)
+def _outcome(comparison: Comparison) -> Outcome:
+    return Outcome(comparison.holds, str(comparison))
 
 
-def _with_hits(comparison: Comparison, cached: int, expected: bool) -> tuple[bool, str]:
-    return comparison.holds and (cached > 0 or not expected), f"{comparison}, {cached} tokens from the cache"
-
-
-def greedy(traffic: Traffic, count: int) -> tuple[bool, str]:
+def greedy(traffic: Traffic, count: int) -> Outcome:
     """How many different completions one prompt has at temperature 0."""
-    request = (
-        traffic.prompt(33),
-        SamplingParams(max_tokens=traffic.new_tokens, temperature=0.0, ignore_eos=True, detokenize=False),
+    request = (traffic.prompt(33), PLAIN.replace(max_tokens=traffic.new_tokens, temperature=0.0))
+    samples = traffic.mixed([request] * count, traffic.random_requests(count // 4, 2))
+    different = {(tuple(sample.token_ids), sample.token_logprobs.tobytes()) for sample in samples}
+    difference = compare("", [samples[0]] * count, samples).first_difference
+    return Outcome(
+        len(different) == 1, f"{len(different)} different of {count}" + (f"; {difference}" if difference else "")
     )
-    found = traffic.mixed([request] * count, traffic.random_requests(count // 4, 2))
-    different = {(tuple(s.token_ids), s.token_logprobs.tobytes()) for s in found}
-    first = compare("", [found[0]] * count, found).first_difference
-    return len(different) == 1, f"{len(different)} different of {count}" + (f"; {first}" if first else "")
 
 
-def sampled(traffic: Traffic, count: int) -> tuple[bool, str]:
+def sampled(traffic: Traffic, count: int) -> Outcome:
     """Whether each key gives its own sample again."""
-    prompt, params = (
-        traffic.prompt(33),
-        SamplingParams(max_tokens=traffic.new_tokens, ignore_eos=True, detokenize=False),
-    )
-    requests = [(prompt, params.replace(key=sample_key(traffic.key, 3, i))) for i in range(count)]
+    prompt, sampling = traffic.prompt(33), PLAIN.replace(max_tokens=traffic.new_tokens)
+    requests = [(prompt, sampling.replace(key=sample_key(traffic.key, 3, i))) for i in range(count)]
     once, twice = (traffic.mixed(requests, traffic.random_requests(count // 4, seed)) for seed in (4, 5))
     some = range(0, count, max(count // 8, 1))
     alone = [traffic.run([requests[i]])[0] for i in some]
     comparisons = [compare("again", once, twice), compare("alone", [once[i] for i in some], alone)]
     different = len({tuple(sample.token_ids) for sample in once})
-    return all(c.holds for c in comparisons), f"{', '.join(map(str, comparisons))}; {different} different samples"
+    text = f"{', '.join(map(str, comparisons))}; {different} different samples"
+    return Outcome(all(comparison.holds for comparison in comparisons), text)
 
 
-def scored(traffic: Traffic) -> tuple[bool, str]:
+def scored(traffic: Traffic) -> Outcome:
     """generate's logprobs against those of the trainer's forward pass."""
     rollout = _rollout(traffic.requests, traffic.expected)
-    logprobs = traffic.llm.score(rollout.tokens, rollout.mask, [params for _, params in traffic.requests])
+    sampling = [sampling for _, sampling in traffic.requests]
+    logprobs, _ = traffic.session.score(rollout.tokens, rollout.mask, sampling, entropy=False)
     rows = [
         (sample.token_ids, row[mask])
         for sample, row, mask in zip(traffic.expected, logprobs, rollout.mask, strict=True)
     ]
     off = (logprobs - rollout.logprobs)[rollout.mask].astype(np.float64)
-    found = compare("bit-equal", traffic.expected, rows)
-    return found.holds, f"{found}; max |Δlogprob| {np.abs(off).max()}, KL {-off.mean() + 0.0}"
+    comparison = compare("bit-equal", traffic.expected, rows)
+    return Outcome(comparison.holds, f"{comparison}; max |Δlogprob| {np.abs(off).max()}, KL {-off.mean() + 0.0}")
 
 
-def drift(traffic: Traffic, count: int) -> tuple[bool, str]:
+def drift(traffic: Traffic, count: int) -> Outcome:
     """Logprobs of samples at temperature 1 against a plain float32 forward pass."""
-    requests = [
-        (tokens, SamplingParams(max_tokens=traffic.new_tokens, ignore_eos=True, detokenize=False, key=params.key))
-        for tokens, params in traffic.requests[-count:]
-    ]
+    sampling, session = PLAIN.replace(max_tokens=traffic.new_tokens), traffic.session
+    requests = [(tokens, sampling.replace(key=own.key)) for tokens, own in traffic.requests[-count:]]
     rollout = _rollout(requests, traffic.run(requests))
-    reference = np.stack(
-        [plain_logprobs(traffic.llm.params, tokens, model_config=traffic.llm.config) for tokens in rollout.tokens]
-    )
-    off = (reference - rollout.logprobs)[rollout.mask].astype(np.float64)
+    assert session.params is not None
+    rows = [plain_logprobs(session.params, tokens, model_config=session.model_config) for tokens in rollout.tokens]
+    off = (np.stack(rows) - rollout.logprobs)[rollout.mask].astype(np.float64)
     # Unbiased and never negative: Schulman, "Approximating KL Divergence", 2020, k3.
     kl = float(np.mean(np.expm1(off) - off))
-    return (
-        kl < DRIFT_LIMIT,
-        f"mean |Δlogprob| {np.abs(off).mean():.1e}, KL {kl:.1e} over {off.size} tokens (limit {DRIFT_LIMIT})",
+    mean = np.abs(off).mean()
+    return Outcome(
+        kl < DRIFT_LIMIT, f"mean |Δlogprob| {mean:.1e}, KL {kl:.1e} over {off.size} tokens (limit {DRIFT_LIMIT})"
     )
 
 
 def _rollout(requests: Requests, samples: Sequence[CompletionOutput]) -> Rollout:
-    return Rollout.from_outputs(
-        [RequestOutput("", None, tokens, [sample], True) for (tokens, _), sample in zip(requests, samples, strict=True)]
-    )
+    outputs = [
+        RequestOutput("", None, tokens, [sample], True) for (tokens, _), sample in zip(requests, samples, strict=True)
+    ]
+    return Rollout.from_outputs(outputs)

@@ -40,7 +40,7 @@ def abstract(model_config: ModelConfig, engine_config: EngineConfig, kernels: Ke
     return Cache((keys,) * layers, (values,) * layers, history)
 
 
-def allocate(model_config: ModelConfig, engine_config: EngineConfig, kernels: Kernels, beside: Any) -> Cache:
+def empty_cache(model_config: ModelConfig, engine_config: EngineConfig, kernels: Kernels, beside: Any) -> Cache:
     """An empty cache, committed to the one device where the arrays `beside` lie: that is how steps give it back, and JAX would compile
     the first step once more for a cache that is not."""
     homes = {x.sharding for x in jax.tree.leaves(beside)}
@@ -66,7 +66,7 @@ def rebuild(cache: Cache, model_config: ModelConfig, engine_config: EngineConfig
     """An empty cache in the place of a lost one, whose memory goes first: there is no room for two."""
     for array in jax.tree.leaves(cache):
         array.delete()
-    return allocate(model_config, engine_config, kernels, beside=cache)
+    return empty_cache(model_config, engine_config, kernels, beside=cache)
 
 
 def token_sums(cache: Cache, pages: Int[Array, " A"], *, kernels: Kernels) -> UInt32[Array, "A p"]:

@@ -6,9 +6,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from jaxengine.device.step_inputs import SamplingArrays
-from jaxengine.sampling_params import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS, SamplingParams
+from jaxengine.sampling_params import MAX_LOGIT_BIAS, MAX_STOPS, SamplingParams
 
-MAX_STOPS = MAX_STOP_TOKEN_IDS + 16  # the request's own and the model's
 MAX_TOP_K = 2**31 - 1  # more than any vocabulary, and an int32
 
 
@@ -58,11 +57,6 @@ def write_slot(
     )
     for name, value in (values | more).items():
         getattr(slots, name)[i] = value
-
-
-def stop_token_ids(params: SamplingParams, eos_token_ids: Iterable[int]) -> frozenset[int]:
-    """The tokens that end a sequence: the request's own, and the model's unless they are ignored."""
-    return frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else frozenset(eos_token_ids))
 
 
 def _padded(values: Sequence[float], size: int, fill: int) -> list[float]:

@@ -6,15 +6,17 @@ The head and the sampler's distribution run in a pinned region over the rows tha
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxengine.config import KV_TILE, ModelConfig
 from jaxengine.device import sampler
-from jaxengine.device.sampling_arrays import empty_slots, stop_token_ids, write_slot
+from jaxengine.device.sampling_arrays import empty_slots, write_slot
 from jaxengine.device.step_inputs import SamplingArrays
 from jaxengine.device.trunk import WIDE, hidden_states
 from jaxengine.models import decoder, plain
@@ -22,11 +24,33 @@ from jaxengine.models.decoder import Tile
 from jaxengine.models.params import Decoder
 from jaxengine.ops.kernels import Kernels
 from jaxengine.ops.regions import over_tiles
-from jaxengine.sampling_params import SamplingParams
+from jaxengine.sampling_params import SamplingParams, stop_token_ids
 from pallas_kernels.tiles import unknown_zero
 
 BATCH_TOKENS = 8192  # that one call scores, padding included, where a caller has more
 HEAD_ROWS = 32  # rows of the head to a tile, as in the widest decode step
+
+
+def check_scored(tokens: Any, mask: Any, config: ModelConfig) -> None:
+    """Raises ValueError where tokens and mask are no batch of sequences. Values are looked at where they are known: not inside jit."""
+    if tokens.ndim != 2 or tokens.shape != mask.shape or 0 in tokens.shape:
+        raise ValueError(f"tokens and mask must have one shape [B, T], got {list(tokens.shape)} and {list(mask.shape)}")
+    if not jnp.issubdtype(tokens.dtype, jnp.integer) or mask.dtype != bool:
+        raise ValueError(f"tokens must be integers and mask booleans, got {tokens.dtype} and {mask.dtype}")
+    if isinstance(tokens, Tracer) or isinstance(mask, Tracer):
+        return
+    tokens, mask = np.asarray(tokens), np.asarray(mask)
+    wrong = mask & ((tokens < 0) | (tokens >= config.vocab_size))
+    if wrong.any():
+        row, position = (int(i) for i in np.argwhere(wrong)[0])
+        raise ValueError(
+            f"tokens[{row}, {position}] is {int(tokens[row, position])} under the mask: the vocabulary is "
+            f"0 … {config.vocab_size - 1}"
+        )
+    if mask[:, 0].any():
+        raise ValueError(
+            f"mask[{int(mask[:, 0].argmax())}, 0] is True: the first token has nothing before it that could predict it"
+        )
 
 
 def sampling_arrays_of(params: Sequence[SamplingParams], model_config: ModelConfig) -> SamplingArrays:

@@ -9,8 +9,8 @@ import numpy as np
 from jaxengine.config import QUERY_BLOCK, EngineConfig
 from jaxengine.device.sampling_arrays import empty_slots, write_slot
 from jaxengine.device.step_inputs import Copies, QueryBlocks, Rows, SamplingArrays
+from jaxengine.host.plan import Decode, Plan
 from jaxengine.host.sample import Sample
-from jaxengine.host.scheduler import Chunk, Plan
 
 HISTORY_ROWS = 8  # sequences that one upload puts into their slots
 WIDE_PREFILL = 32  # blocks of the widest prefill tile: a step that can carry so many carries whole tiles
@@ -68,7 +68,7 @@ class BatchBuilder:
             tokens = np.zeros((HISTORY_ROWS, self.engine_config.max_model_len), np.int32)
             for row, sample in enumerate(samples[first : first + HISTORY_ROWS]):
                 slots[row] = sample.slot
-                tokens[row, : len(sample.token_ids)] = sample.token_ids
+                tokens[row, : sample.num_tokens] = sample.token_ids
             uploads.append((slots, tokens))
         return uploads
 
@@ -83,11 +83,10 @@ class BatchBuilder:
 
     # -- steps -----------------------------------------------------------------------------------------------------------------
 
-    def decode(self, samples: Sequence[Sample], positions: Sequence[int]) -> Rows:
-        """Rows of a decode step: each sequence's last token, at the given position."""
-        return rows_of(
-            self.decode_rows, range(len(samples)), [s.slot for s in samples], positions, [False] * len(samples)
-        )
+    def decode(self, decodes: Sequence[Decode]) -> Rows:
+        """Rows of a decode step: each sample's last token, at its position."""
+        slots, positions = [decode.sample.slot for decode in decodes], [decode.position for decode in decodes]
+        return rows_of(self.decode_rows, range(len(decodes)), slots, positions, [False] * len(decodes))
 
     def prefill(self, plan: Plan, tokens_per_block: int) -> tuple[QueryBlocks, Rows, Copies]:
         """Inputs of a prefill step, with blocks of `tokens_per_block` tokens."""
@@ -99,7 +98,7 @@ class BatchBuilder:
                 slots.append(chunk.sample.slot)
                 starts.append(start)
                 counts.append(min(tokens_per_block, chunk.stop - start))
-            for sample, position, is_scored in wanted_rows(chunk):
+            for sample, position, is_scored in chunk.rows:
                 indices.append(first_row + position - chunk.start)
                 row_slots.append(sample.slot)
                 positions.append(position)
@@ -116,19 +115,6 @@ class BatchBuilder:
             np.int32(len(plan.copies)),
         )
         return blocks, rows, copies
-
-
-def wanted_rows(chunk: Chunk) -> list[tuple[Sample, int, bool]]:
-    """(sequence, position, scored) of a chunk's rows, in the order in which the step answers them."""
-    rows = []
-    if chunk.sample.scores_prompt:
-        rows += [
-            (chunk.sample, position, True)
-            for position in range(chunk.start, min(chunk.stop, chunk.sample.prompt_length - 1))
-        ]
-    if chunk.is_last:
-        rows += [(sample, chunk.stop - 1, False) for sample in (chunk.sample, *chunk.forks)]
-    return rows
 
 
 def rows_of(

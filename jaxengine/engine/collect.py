@@ -1,4 +1,4 @@
-"""From a step's results to its sequences: tokens and what is known of them, and where a sequence ends."""
+"""From a step's results to its samples: tokens and what is known of them, and where a sample ends."""
 
 from typing import Any
 
@@ -10,6 +10,8 @@ from jaxengine.host.scheduler import Scheduler
 from jaxengine.outputs import Logprob
 
 DEAD_END = "min_tokens, stop tokens, logit_bias and penalties rule out every token of the vocabulary"
+NOT_FINITE = "the model's logits were not finite"
+Index = int | tuple[int, int]  # of a row: its place, or (step, place) where a dispatch ran several steps
 
 
 class HostRows:
@@ -17,80 +19,82 @@ class HostRows:
 
     def __init__(self, out: RowOutputs) -> None:
         self._out = out
-        self.tokens, self.logprobs, self.finite = (
-            np.asarray(out.tokens),
-            np.asarray(out.logprobs),
-            np.asarray(out.finite),
-        )
+        self.tokens = np.asarray(out.tokens)
+        self.logprobs = np.asarray(out.logprobs)
+        self.finite = np.asarray(out.finite)
 
     def __getattr__(self, name: str) -> Any:
         array = np.asarray(getattr(self._out, name))
         setattr(self, name, array)
         return array
 
-    def likeliest(self, lane, count: int) -> dict[int, Logprob]:
+    def likeliest(self, row: Index, count: int) -> dict[int, Logprob]:
         """The chosen token and the `count` likeliest, as vLLM's dictionary."""
-        chosen = {int(self.tokens[lane]): Logprob(float(self.logprobs[lane]), int(self.ranks[lane]))}
-        ids, values = self.top_ids[lane][:count], self.top_logprobs[lane][:count]
-        return chosen | {int(t): Logprob(float(v), i + 1) for i, (t, v) in enumerate(zip(ids, values, strict=True))}
+        found = {int(self.tokens[row]): Logprob(float(self.logprobs[row]), int(self.ranks[row]))}
+        likeliest = zip(self.top_ids[row][:count], self.top_logprobs[row][:count], strict=True)
+        for rank, (token, logprob) in enumerate(likeliest, start=1):
+            found[int(token)] = Logprob(float(logprob), rank)
+        return found
 
 
-def extend(scheduler: Scheduler, sample: Sample, rows: HostRows, lane: Any) -> None:
-    """Append the token in a lane of the results, unless the sequence ended in the meantime."""
+def append_token(scheduler: Scheduler, sample: Sample, rows: HostRows, row: Index) -> None:
+    """Append the token in a row of the results, unless the sample ended in the meantime."""
     if sample.status is Status.FINISHED:
         return
     sample.num_pending -= 1
-    if rows.tokens[lane] < 0:
+    if rows.tokens[row] < 0:
         scheduler.finish(sample, "error", DEAD_END)
-        return
-    if not rows.finite[lane]:
+    elif not rows.finite[row]:
         _fail_not_finite(scheduler, sample)
-        return
-    token, params = int(rows.tokens[lane]), sample.request.sampling
-    sample.token_ids.append(token)
-    sample.token_logprobs.append(float(rows.logprobs[lane]))
-    sample.token_versions.append(sample.version)
-    if params.raw_logprobs:
-        sample.raw_logprobs.append(rows.raw_logprobs[lane])
-    if params.entropy:
-        sample.entropies.append(rows.entropies[lane])
-    if params.logprobs is not None:
-        sample.logprobs.append(rows.likeliest(lane, params.logprobs))
-    scheduler.register_pages(sample)
-    _stop(scheduler, sample, token)
-    sample.num_settled += 1
+    else:
+        _record(sample, rows, row)
+        scheduler.register_pages(sample)
+        _stop(scheduler, sample)
+        sample.num_recorded += 1
 
 
-def _stop(scheduler: Scheduler, sample: Sample, token: int) -> None:
-    """End the sequence where its last token says so: a stop token, a stop string, or the edge."""
-    request = sample.request
-    num_generated = len(sample.token_ids) - sample.prompt_length
-    if token in request.stop_token_ids and num_generated >= request.sampling.min_tokens:
-        if sample.detokenizer is not None and request.sampling.include_stop_str_in_output:
+def _record(sample: Sample, rows: HostRows, row: Index) -> None:
+    drawn, sampling = sample.drawn, sample.request.sampling
+    drawn.token_ids.append(int(rows.tokens[row]))
+    drawn.logprobs.append(float(rows.logprobs[row]))
+    drawn.versions.append(sample.version)
+    if sampling.raw_logprobs:
+        drawn.raw_logprobs.append(rows.raw_logprobs[row])
+    if sampling.entropy:
+        drawn.entropies.append(rows.entropies[row])
+    if sampling.logprobs is not None:
+        drawn.top_logprobs.append(rows.likeliest(row, sampling.logprobs))
+
+
+def _stop(scheduler: Scheduler, sample: Sample) -> None:
+    """End the sample where its last token says so: a stop token, a stop string, or the edge."""
+    request, sampling, token = sample.request, sample.request.sampling, sample.drawn.token_ids[-1]
+    if token in request.stop_token_ids and len(sample.drawn.token_ids) >= sampling.min_tokens:
+        if sample.detokenizer is not None and sampling.include_stop_str_in_output:
             sample.detokenizer.push([token])
-        scheduler.finish(sample, "stop", token if token in request.sampling.stop_token_ids else None)
+        scheduler.finish(sample, "stop", token if token in sampling.stop_token_ids else None)
         return
     found = sample.detokenizer.push([token]) if sample.detokenizer is not None else None
     if found is not None:
         scheduler.finish(sample, "stop", found[1])
-    elif len(sample.token_ids) >= request.limit:
+    elif sample.num_tokens >= request.limit:
         scheduler.finish(sample, "length")
 
 
 def _fail_not_finite(scheduler: Scheduler, sample: Sample) -> None:
     scheduler.page_pool.discard(sample.pages)
-    scheduler.finish(sample, "error", "the model's logits were not finite")
+    scheduler.finish(sample, "error", NOT_FINITE)
 
 
-def score_prompt(scheduler: Scheduler, sample: Sample, rows: HostRows, lane: int, position: int) -> None:
+def score_prompt(scheduler: Scheduler, sample: Sample, rows: HostRows, row: int, position: int) -> None:
     """Write down the logprob of the prompt's token at `position`."""
     request = sample.request
     count = request.sampling.prompt_logprobs
     if sample.status is Status.FINISHED or count is None:
         return
-    if not rows.finite[lane]:
+    if not rows.finite[row]:
         _fail_not_finite(scheduler, sample)
         return
     entries: Any = request.prompt_logprobs or [None] * sample.prompt_length
-    entries[position] = rows.likeliest(lane, count)
+    entries[position] = rows.likeliest(row, count)
     request.prompt_logprobs = entries

@@ -1,24 +1,28 @@
-"""Several threads over one engine: who holds the lock steps for all, and the others' requests ride along."""
+"""Several threads over one engine: the thread that holds the lock steps for all, and the others' requests ride along."""
 
 import collections
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
+from jaxengine.engine.contract_digest import Contracts
 from jaxengine.engine.engine import Engine
-from jaxengine.host.sample import Request, Status
+from jaxengine.engine.weights import check_alive
+from jaxengine.host.sample import Request
 
-WAKE = 0.05  # seconds after which who waits for `resume` looks whether its requests were aborted meanwhile
+WAKE = 0.05  # seconds after which a call that waits for `resume` looks whether its requests were aborted meanwhile
 
 
 class Runner:
     """Queues requests and steps the engine until they have ended. Belongs to the process that made it."""
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+    def __init__(self, engine: Engine, contracts: Contracts) -> None:
+        self.engine, self.contracts = engine, contracts
         self.lock = threading.Lock()  # one step at a time
-        self._left: collections.deque[Request] = collections.deque()  # aborted, but the engine was at work: see leave
+        self._to_abort: collections.deque[Request] = (
+            collections.deque()
+        )  # while the engine was at work: see abort_later
         self._process = os.getpid()
         self._going = threading.Event()
         self._going.set()
@@ -32,41 +36,39 @@ class Runner:
                 "here. Build an LLM in each process, and start processes with multiprocessing's 'spawn'"
             )
 
-    def run(self, requests: list[Request], prepare: Callable[[], None] = lambda: None) -> Iterator[None]:
-        """Queue a call's requests, all or none, and step until they have ended; `prepare` runs as they are queued."""
-        left = collections.deque(requests)
+    def run(self, requests: list[Request], *, with_text: bool = False) -> Iterator[None]:
+        """Queue a call's requests, all or none, and step until they have ended. Holds the lock while it queues and steps.
 
-        def all_ended() -> bool:
-            while left and ended(left[0]):
-                left.popleft()  # looked at once, however many there are
-            return not left
-
+        The contract is found as they are queued, before the weights can change. `with_text` as in Engine.add.
+        """
+        remaining = collections.deque(requests)
         try:
             with self.lock:
-                self._end_left()  # their ids are free again
+                self._abort_now()  # their ids are free again
                 for request in requests:
-                    self.engine.add(request)
-                prepare()
-            while not all_ended():
+                    self.engine.add(request, with_text=with_text)
+                check_alive(self.engine.params)
+                self.contracts.current()
+            while not _all_ended(remaining):
                 if not self._wait():
                     continue
                 with self.lock:
-                    if self._going.is_set() and not all_ended():
+                    if self._going.is_set() and not _all_ended(remaining):
                         self.engine.step()
                 self.sweep()
                 yield
         finally:
-            self.leave(requests)
+            self.abort_later(requests)
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """Nobody steps or adds inside the block."""
+        """No other thread steps or adds inside the block. Holds the lock."""
         self.check_process()
         with self.lock:
             yield
         self.sweep()
 
-    # -- pause -----------------------------------------------------------------------------------------------------------------
+    # -- pause --------------------------------------------------------------------------------------------------------
 
     @property
     def is_paused(self) -> bool:
@@ -93,31 +95,34 @@ class Runner:
             )
         return self._going.wait(WAKE)
 
-    # -- leaving ---------------------------------------------------------------------------------------------------------------
+    # -- aborting -----------------------------------------------------------------------------------------------------
 
-    def leave(self, requests: list[Request]) -> None:
-        """Abort those that the engine still has; where it is at work, whoever works with it does so afterwards.
+    def abort_later(self, requests: list[Request]) -> None:
+        """Abort those that the engine still has; while it is at work, the thread that works with it does so afterwards.
 
-        Waiting for it could be for ever: a stream may be collected as garbage, or a signal be handled, amid this very thread's step.
+        Waiting for the lock could be for ever: a stream may be collected as garbage, or a signal be handled, during this
+        very thread's step.
         """
-        self._left.extend(request for request in requests if self.engine.requests.get(request.request_id) is request)
+        held = self.engine.requests
+        self._to_abort.extend(request for request in requests if held.get(request.request_id) is request)
         self.sweep()
 
     def sweep(self) -> None:
-        """To be called behind each use of the lock: somebody may have left in the meantime."""
-        while self._left and not self.lock.locked():
+        """To be called after each use of the lock: requests may have been given to `abort_later` in the meantime."""
+        while self._to_abort and not self.lock.locked():
             with self.lock:
-                self._end_left()
+                self._abort_now()
 
-    def _end_left(self) -> None:
-        while self._left:
-            request = self._left[0]
-            if (
-                self.engine.requests.get(request.request_id) is request
-            ):  # else it ended meanwhile, and its id may be another's
+    def _abort_now(self) -> None:
+        while self._to_abort:
+            request = self._to_abort[0]
+            if self.engine.requests.get(request.request_id) is request:  # else it ended, and its id may be another's
                 self.engine.abort(request.request_id)
-            self._left.popleft()
+            self._to_abort.popleft()
 
 
-def ended(request: Request) -> bool:
-    return all(sample.status is Status.FINISHED for sample in request.samples)
+def _all_ended(remaining: collections.deque[Request]) -> bool:
+    """Whether all have ended; those that have are taken out, so that each is looked at once, however many there are."""
+    while remaining and remaining[0].is_finished:
+        remaining.popleft()
+    return not remaining

@@ -1,18 +1,20 @@
-"""Which compiled step serves a plan, and the proof that it may.
+"""Step variants: which compiled step serves a plan, and the proof that it may.
 
-A step is compiled for a few tile shapes. The bits of BASE, the decode step on tiles of eight rows, are the definition; a wider or
-narrower tile serves only after it has answered PROBE_TOKENS random tokens, with the engine's own weights and program, with the same
-bits: logprobs, the likeliest tokens at every position, keys and values of every layer. Where one differs the base tile stays: fail closed.
+A step is compiled for a few tile shapes. The bits of BASE, the decode step on tiles of eight rows, are the definition. A wider or
+narrower tile serves only after it has answered PROBE_TOKENS random tokens, with the engine's own weights and program, with the
+same bits: logprobs, the likeliest tokens at every position, keys and values of every layer. Where one bit differs the base tile
+serves instead (fail closed).
 """
 
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import jax
 import numpy as np
 
+from jaxengine.base.progress import Report, say_nothing
 from jaxengine.config import PROBE_TOKENS, QUERY_BLOCK, EngineConfig, ModelConfig
 from jaxengine.device import steps
 from jaxengine.device.kv_cache import Cache
@@ -28,11 +30,9 @@ TILES = {
     "prefill": (Tile(QUERY_BLOCK, 2), Tile(QUERY_BLOCK, 8), Tile(QUERY_BLOCK, 32)),
 }
 
-Report = Callable[[str], None]
-
 
 class StepVariants:
-    """The steps of one engine by tile, compiled at first use and proven before they serve."""
+    """The compiled steps of one engine, a variant for each tile, compiled at first use and proven before they serve."""
 
     def __init__(
         self,
@@ -40,39 +40,36 @@ class StepVariants:
         engine_config: EngineConfig,
         kernels: Kernels,
         batch: BatchBuilder,
-        report: Report = lambda text: None,
+        report: Report = say_nothing,
     ) -> None:
-        self.model_config, self.engine_config, self.kernels, self.batch, self.report = (
-            model_config,
-            engine_config,
-            kernels,
-            batch,
-            report,
-        )
+        self.model_config, self.engine_config, self.kernels = model_config, engine_config, kernels
+        self.batch, self.report = batch, report
         self._max_logprobs = min(engine_config.max_logprobs, model_config.vocab_size)
         wide = tuple(Tile(1, rows) for rows in kernels.wide_rows if batch.decode_rows % rows == 0)
         self._tiles = {
             "decode": TILES["decode"] + wide,
             "prefill": tuple(t for t in TILES["prefill"] if t.blocks <= batch.prefill_query_blocks),
         }
-        self._trusted: dict[tuple[str, Tile], bool] = {("decode", BASE): True}
-        self._wishes: Counter[tuple[str, Tile]] = Counter()
+        self._proven: dict[tuple[str, Tile], bool] = {("decode", BASE): True}
+        self._times_wanted: Counter[tuple[str, Tile]] = Counter()
         self._expected: list[np.ndarray] | None = None
         self._compiled: set[tuple[str, Tile]] = set()
 
     @property
     def refused(self) -> list[tuple[str, Tile]]:
         """Steps whose bits differed from the base tile's on this machine."""
-        return [step for step, trusted in self._trusted.items() if not trusted]
+        return [step for step, is_proven in self._proven.items() if not is_proven]
 
-    def forget(self) -> None:
-        """Other weights run from now on: what the base step said under the old ones is no measure for them. Proofs stay good: whether
-        XLA adds in the same order is a matter of shapes."""
+    def forget_expected(self) -> None:
+        """Other weights run from now on, so the base step's answers under the old ones are no measure any more.
+
+        Proofs stay good: whether XLA adds in the same order depends on shapes alone.
+        """
         self._expected = None
 
     # -- serving ---------------------------------------------------------------------------------------------------------------
 
-    def choose(self, kind: str, num_blocks: int, params: Decoder, cache: Cache) -> tuple[Cache, Tile]:
+    def pick(self, kind: str, num_blocks: int, params: Decoder, cache: Cache) -> tuple[Cache, Tile]:
         """The tile for a step over num_blocks query blocks: the narrowest that holds them, or the widest.
 
         One that is not compiled yet has to be wanted compile_patience times while another can serve: compiling takes longer than the
@@ -80,30 +77,30 @@ class StepVariants:
         """
         tiles = self._tiles[kind]
         wanted = next((tile for tile in tiles if tile.blocks >= num_blocks), tiles[-1])
-        if (kind, wanted) not in self._trusted:
-            self._wishes[kind, wanted] += 1
-            ready = [tile for tile in tiles if self._trusted.get((kind, tile))]
-            if ready and self._wishes[kind, wanted] <= self.engine_config.compile_patience:
+        if (kind, wanted) not in self._proven:
+            self._times_wanted[kind, wanted] += 1
+            ready = [tile for tile in tiles if self._proven.get((kind, tile))]
+            if ready and self._times_wanted[kind, wanted] <= self.engine_config.compile_patience:
                 return cache, min(ready, key=lambda tile: abs(tile.blocks - wanted.blocks))
-            cache, self._trusted[kind, wanted] = self._prove(kind, wanted, params, cache)
-        return cache, wanted if self._trusted[kind, wanted] else BASE
+            cache, self._proven[kind, wanted] = self._prove(kind, wanted, params, cache)
+        return cache, wanted if self._proven[kind, wanted] else BASE
 
     def warm_up(self, params: Decoder, cache: Cache) -> Cache:
         """Compile and prove every step that can serve."""
         for kind, tiles in self._tiles.items():
             for tile in tiles:
-                if (kind, tile) not in self._trusted:
-                    cache, self._trusted[kind, tile] = self._prove(kind, tile, params, cache)
-            if not all(self._trusted[kind, tile] for tile in tiles):
+                if (kind, tile) not in self._proven:
+                    cache, self._proven[kind, tile] = self._prove(kind, tile, params, cache)
+            if not all(self._proven[kind, tile] for tile in tiles):
                 cache, _ = self._probe(kind, BASE, params, cache)
         return cache
 
-    def proven(self, tile: Tile, params: Decoder, cache: Cache) -> tuple[Cache, Tile]:
+    def checked_tile(self, tile: Tile, params: Decoder, cache: Cache) -> tuple[Cache, Tile]:
         """A prefill tile if it gives the base tile's bits, else the base tile."""
         step = ("prefill", tile)
-        if step not in self._trusted:
-            cache, self._trusted[step] = self._prove(*step, params, cache)
-        return cache, tile if self._trusted[step] else BASE
+        if step not in self._proven:
+            cache, self._proven[step] = self._prove(*step, params, cache)
+        return cache, tile if self._proven[step] else BASE
 
     def run_decode(self, params, cache, tables, slots, rows, tile: Tile) -> tuple[Cache, RowOutputs]:
         with self._first_use("decode", tile):

@@ -1,4 +1,4 @@
-"""From finished (or growing) sequences to the outputs that callers see."""
+"""From finished (or growing) requests to the outputs that callers see."""
 
 import itertools
 
@@ -10,80 +10,83 @@ from jaxengine.outputs import CompletionOutput, Logprob, RequestOutput, VersionS
 from jaxengine.text.tokenizer import Tokenizer
 
 
-def render(request: Request, tokenizer: Tokenizer | None, contract: Contract) -> RequestOutput:
+def to_output(request: Request, tokenizer: Tokenizer | None, contract: Contract) -> RequestOutput:
     """A RequestOutput of the request as it stands. `contract` is that of its newest token's weights."""
-    prompt_logprobs = request.prompt_logprobs
-    if prompt_logprobs is None and request.sampling.prompt_logprobs is not None:
-        prompt_logprobs = [None] * len(request.prompt_token_ids)
     return RequestOutput(
-        request.request_id,
-        request.prompt,
-        list(request.prompt_token_ids),
-        [_completion(sample, tokenizer, contract) for sample in request.samples],
-        all(sample.status is Status.FINISHED for sample in request.samples),
-        None if prompt_logprobs is None else [entry and _with_texts(entry, tokenizer) for entry in prompt_logprobs],
-        request.num_cached_tokens or 0,
-        contract.digest,
-        request.cache_salt,
+        request_id=request.request_id,
+        prompt=request.prompt,
+        prompt_token_ids=list(request.prompt_token_ids),
+        outputs=[_completion(sample, tokenizer, contract) for sample in request.samples],
+        finished=request.is_finished,
+        prompt_logprobs=_prompt_logprobs(request, tokenizer),
+        num_cached_tokens=request.num_cached_tokens or 0,
+        digest=contract.digest,
+        cache_salt=request.cache_salt,
     )
+
+
+def _prompt_logprobs(request: Request, tokenizer: Tokenizer | None) -> list[dict[int, Logprob] | None] | None:
+    if request.sampling.prompt_logprobs is None and request.prompt_logprobs is None:
+        return None
+    entries = request.prompt_logprobs or [None] * len(request.prompt_token_ids)
+    return [entry and _with_texts(entry, tokenizer) for entry in entries]
 
 
 def _completion(sample: Sample, tokenizer: Tokenizer | None, contract: Contract) -> CompletionOutput:
-    params, token_ids, logprobs = (
-        sample.request.sampling,
-        list(sample.generated),
-        np.asarray(sample.token_logprobs, np.float32),
-    )
-    optional = lambda wanted, values: np.asarray(values, np.float32) if wanted else None
+    drawn, sampling = sample.drawn, sample.request.sampling
+    logprobs = np.asarray(drawn.logprobs, np.float32)
+    top_logprobs = [_with_texts(entry, tokenizer) for entry in drawn.top_logprobs]
     return CompletionOutput(
-        sample.index,
-        _text(sample, tokenizer),
-        token_ids,
-        logprobs,
-        sample.finish_reason,
-        sample.stop_reason,
-        _spans(sample.token_versions),
-        [_with_texts(entry, tokenizer) for entry in sample.logprobs] if params.logprobs is not None else None,
-        optional(params.raw_logprobs, sample.raw_logprobs),
-        optional(params.entropy, sample.entropies),
-        [tokenizer.token_text(token) for token in token_ids] if tokenizer is not None else None,
-        _coordinate(sample, token_ids, logprobs, contract),
+        index=sample.index,
+        text=_text(sample, tokenizer),
+        token_ids=list(drawn.token_ids),
+        token_logprobs=logprobs,
+        finish_reason=drawn.finish_reason,
+        stop_reason=drawn.stop_reason,
+        weight_versions=_spans(drawn.versions),
+        logprobs=top_logprobs if sampling.logprobs is not None else None,
+        raw_logprobs=np.asarray(drawn.raw_logprobs, np.float32) if sampling.raw_logprobs else None,
+        entropies=np.asarray(drawn.entropies, np.float32) if sampling.entropy else None,
+        token_texts=[tokenizer.token_text(token) for token in drawn.token_ids] if tokenizer is not None else None,
+        coordinate=_coordinate(sample, logprobs, contract),
     )
 
 
-def _coordinate(sample: Sample, token_ids: list[int], logprobs: np.ndarray, contract: Contract) -> Coordinate:
-    """Of a sample that several versions of the weights drew, none of which could replay it, the contract names them all."""
-    request, versions = sample.request, sorted(set(sample.token_versions))
+def _coordinate(sample: Sample, logprobs: np.ndarray, contract: Contract) -> Coordinate:
+    """A sample that several versions of the weights drew can be replayed by none of them: its contract names them all."""
+    request, versions = sample.request, sorted(set(sample.drawn.versions))
     if versions and versions != [contract.parts["weights_version"]]:
         contract = Contract(contract.parts | {"weights_version": versions})
     return Coordinate(
-        contract,
-        request.key,
-        request.key_folds(sample.index),
-        request.prompt_token_ids,
-        request.sampling,
-        token_ids,
-        logprobs,
+        contract=contract,
+        key=request.key,
+        key_folds=request.key_folds(sample.index),
+        prompt_token_ids=request.prompt_token_ids,
+        sampling_params=request.sampling,
+        token_ids=list(sample.drawn.token_ids),
+        token_logprobs=logprobs,
     )
 
 
 def _text(sample: Sample, tokenizer: Tokenizer | None) -> str:
     """The completion's text so far."""
-    params = sample.request.sampling
-    if tokenizer is None or not params.detokenize:
+    sampling = sample.request.sampling
+    if tokenizer is None or not sampling.detokenize:
         return ""
-    if sample.detokenizer is not None:
-        if sample.status is Status.FINISHED:
-            sample.detokenizer.finish()
-        return sample.detokenizer.text
-    return tokenizer.decode(text_ids(sample), skip_special_tokens=params.skip_special_tokens)
+    if sample.detokenizer is None:
+        return tokenizer.decode(text_ids(sample), skip_special_tokens=sampling.skip_special_tokens)
+    if sample.status is Status.FINISHED:
+        sample.detokenizer.finish()
+    return sample.detokenizer.text
 
 
 def text_ids(sample: Sample) -> list[int]:
     """The tokens of the completion's text: all, but for a stop token that ended it, unless that is asked for."""
-    token_ids = list(sample.generated)
-    ended = sample.finish_reason == "stop" and token_ids and token_ids[-1] in sample.request.stop_token_ids
-    return token_ids[:-1] if ended and not sample.request.sampling.include_stop_str_in_output else token_ids
+    request, token_ids = sample.request, sample.drawn.token_ids
+    if sample.drawn.finish_reason != "stop" or request.sampling.include_stop_str_in_output:
+        return list(token_ids)
+    ends_with_stop_token = bool(token_ids) and token_ids[-1] in request.stop_token_ids
+    return token_ids[:-1] if ends_with_stop_token else list(token_ids)
 
 
 def _with_texts(entry: dict[int, Logprob], tokenizer: Tokenizer | None) -> dict[int, Logprob]:
@@ -95,7 +98,7 @@ def _with_texts(entry: dict[int, Logprob], tokenizer: Tokenizer | None) -> dict[
 def _spans(versions: list[int]) -> list[VersionSpan]:
     spans, start = [], 0
     for version, run in itertools.groupby(versions):
-        stop = start + sum(1 for _ in run)
+        stop = start + len(list(run))
         spans.append(VersionSpan(version, start, stop))
         start = stop
     return spans

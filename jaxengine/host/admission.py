@@ -1,25 +1,30 @@
 """From what a caller gives to a Request: everything is checked here, before anything is allocated."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.core import Tracer
-
-from jaxengine.base.arguments import check_keywords, flag
-from jaxengine.base.keys import key_data, key_of, seed_data
+from jaxengine.base.arguments import as_integer, check_keywords, flag
+from jaxengine.base.keys import folded, key_data, key_of, sample_key, seed_data, seeded
+from jaxengine.base.numbers import cdiv
 from jaxengine.config import EngineConfig, ModelConfig
 from jaxengine.coordinate import Coordinate
-from jaxengine.device.sampling_arrays import MAX_STOPS, stop_token_ids
-from jaxengine.host.sample import Earlier, Request
+from jaxengine.host.sample import Drawn, Request
 from jaxengine.outputs import CompletionOutput, RequestOutput
-from jaxengine.sampling_params import SamplingParams, token_ids_of
+from jaxengine.sampling_params import MAX_STOPS, SamplingParams, stop_token_ids
 from jaxengine.text.detokenizer import Detokenizer
 from jaxengine.text.tokenizer import Tokenizer
 
 PROMPT_KEYS = ("prompt", "prompt_token_ids", "allow_special_tokens", "cache_salt")
+FINAL = ("stop", "error")  # finish reasons after which a sample cannot go on
+
+
+class Prompt(NamedTuple):
+    """A prompt as the engine takes it; `text` is None where it came as token ids."""
+
+    text: str | None
+    token_ids: list[int]
+    cache_salt: str
 
 
 def prompts_of(prompts: Any) -> list[Any]:
@@ -29,234 +34,236 @@ def prompts_of(prompts: Any) -> list[Any]:
     if isinstance(prompts, (bytes, type(None))) or not hasattr(prompts, "__iter__"):
         raise ValueError(f"prompts must be strings, lists of token ids or dicts, got {type(prompts).__name__}")
     batch = list(prompts)
-    is_token = lambda x: getattr(x, "ndim", None) == 0 or not isinstance(x, str) and not hasattr(x, "__iter__")
-    return [batch] if batch and all(map(is_token, batch)) else batch
+    return [batch] if batch and all(map(_is_token, batch)) else batch
 
 
-def sampling_of(params: Any, count: int) -> list[SamplingParams]:
+def _is_token(item: Any) -> bool:
+    is_scalar_array = getattr(item, "ndim", None) == 0
+    return is_scalar_array or not isinstance(item, str) and not hasattr(item, "__iter__")
+
+
+def sampling_of(sampling_params: Any, count: int) -> list[SamplingParams]:
     """One SamplingParams a prompt: one for all, or one each."""
-    if params is None:
-        params = SamplingParams()
-    if isinstance(params, SamplingParams):
-        return [params] * count
-    if isinstance(params, (str, bytes, Mapping)) or not isinstance(params, Sequence):
-        raise TypeError(f"sampling_params must be a SamplingParams or a list of them, got {type(params).__name__}")
-    for index, item in enumerate(params):
+    if sampling_params is None:
+        sampling_params = SamplingParams()
+    if isinstance(sampling_params, SamplingParams):
+        return [sampling_params] * count
+    if isinstance(sampling_params, (str, bytes, Mapping)) or not isinstance(sampling_params, Sequence):
+        given = type(sampling_params).__name__
+        raise TypeError(f"sampling_params must be a SamplingParams or a list of them, got {given}")
+    for index, item in enumerate(sampling_params):
         if not isinstance(item, SamplingParams):
             raise TypeError(f"sampling_params[{index}] must be a SamplingParams, got {type(item).__name__}")
-    if len(params) != count:
-        raise ValueError(f"{len(params)} sampling_params for {count} prompts: give one for all, or one each")
-    return list(params)
+    if len(sampling_params) != count:
+        raise ValueError(f"{len(sampling_params)} sampling_params for {count} prompts: give one for all, or one each")
+    return list(sampling_params)
 
 
-def make_request(
-    request_id: str,
-    prompt: Any,
-    index: int,
-    params: SamplingParams,
-    key: tuple[int, int],
-    model_config: ModelConfig,
-    engine_config: EngineConfig,
-    tokenizer: Tokenizer | None,
-) -> Request:
-    """A checked Request; errors name the prompt's index."""
-    text, ids, salt = _tokens(prompt, index, model_config, tokenizer)
-    _check_params(params, index, model_config, engine_config)
-    stops = stop_token_ids(params, model_config.eos_token_ids)
-    if len(stops) > MAX_STOPS:
-        raise ValueError(
-            f"prompts[{index}] has {len(stops)} stop token ids, end tokens included: at most {MAX_STOPS} are possible"
+def own_key(key: Any, sampling: SamplingParams, prompt_index: int, sample_index: int) -> Any:
+    """The typed key of one sample of a call under `key`: given to n=1, it draws the same bits again."""
+    if sampling.key is None and sampling.seed is None:
+        return sample_key(key, prompt_index, sample_index)
+    own: Any = sampling.key if sampling.seed is None else seeded(sampling.seed)
+    return own if sampling.n == 1 else folded(own, sample_index)
+
+
+@dataclasses.dataclass(frozen=True)
+class Admission:
+    """Makes requests for one model and engine. Every method raises ValueError, naming the prompt and what is allowed."""
+
+    model_config: ModelConfig
+    engine_config: EngineConfig
+    tokenizer: Tokenizer | None
+
+    def request(
+        self, request_id: str, prompt: Any, index: int, sampling: SamplingParams, key: tuple[int, int] = (0, 0)
+    ) -> Request:
+        """The checked request for `prompts[index]`; `key` are the words of the call's key."""
+        given = self._prompt(prompt, index)
+        self._check_sampling(sampling, index)
+        stops = stop_token_ids(sampling, self.model_config.eos_token_ids)
+        if len(stops) > MAX_STOPS:
+            raise ValueError(
+                f"prompts[{index}] has {len(stops)} stop token ids, end tokens included: at most {MAX_STOPS} are possible"
+            )
+        if sampling.stop and self.tokenizer is None:
+            raise ValueError(f"prompts[{index}] has stop strings, but the model has no tokenizer: use stop_token_ids")
+        own = _own_key_data(sampling)
+        return Request(
+            request_id=request_id,
+            prompt_token_ids=given.token_ids,
+            sampling=sampling,
+            key=own or key,
+            prompt_index=-1 if own else index,
+            stop_token_ids=stops,
+            limit=self._limit(len(given.token_ids), index, sampling),
+            prompt=given.text,
+            cache_salt=given.cache_salt,
         )
-    if params.stop and tokenizer is None:
-        raise ValueError(f"prompts[{index}] has stop strings, but the model has no tokenizer: use stop_token_ids")
-    own = (
-        key_data(params.key) if params.key is not None else seed_data(params.seed) if params.seed is not None else None
-    )
-    return Request(
-        request_id,
-        ids,
-        params,
-        own or key,
-        -1 if own else index,
-        stops,
-        _limit(len(ids), index, params, engine_config),
-        text,
-        salt,
-    )
 
+    def replayed(self, request_id: str, coordinate: Coordinate) -> Request:
+        """The request that draws a coordinate's sample again, alone."""
+        key = folded(key_of(coordinate.key), *coordinate.key_folds)
+        return self.request(request_id, coordinate.prompt_token_ids, 0, coordinate.request_params().replace(key=key))
 
-def replayed(
-    request_id: str, coordinate: Coordinate, model_config: ModelConfig, engine_config: EngineConfig
-) -> Request:
-    """The request that draws a coordinate's sample again, alone."""
-    params, (prompt, sample) = coordinate.request_params(), coordinate.key_folds
-    key = key_of(coordinate.key)
-    for fold in (prompt, sample):
-        key = jax.random.fold_in(key, fold) if fold >= 0 else key
-    return make_request(
-        request_id, coordinate.prompt_token_ids, 0, params.replace(key=key), (0, 0), model_config, engine_config, None
-    )
+    def extended(self, request_id: str, output: RequestOutput, sampling: SamplingParams | None) -> Request:
+        """The request that goes on where the samples of an output stand; those that a stop or an error ended stay."""
+        begun = output.outputs[0].coordinate
+        assert begun is not None
+        sampling = sampling or begun.sampling_params
+        if sampling.n != len(output.outputs):
+            raise ValueError(
+                f"request {output.request_id} has {len(output.outputs)} samples, sampling_params has n={sampling.n}"
+            )
+        prompt = {"prompt": output.prompt, "prompt_token_ids": output.prompt_token_ids, "cache_salt": output.cache_salt}
+        request = self.request(request_id, prompt, 0, sampling.replace(key=None, seed=None), begun.key)
+        request.sampling, request.prompt_index = sampling, begun.key_folds[0]
+        request.earlier = [_drawn_before(sample, request) for sample in output.outputs]
+        if sampling.prompt_logprobs is not None and output.outputs[0].token_ids:  # else they are found now
+            if output.prompt_logprobs is None:
+                raise ValueError(f"prompt_logprobs is asked for, but request {output.request_id} was begun without")
+            request.prompt_logprobs = output.prompt_logprobs
+        self._check_stop_strings(request)
+        return request
 
-
-def extended(
-    request_id: str,
-    output: RequestOutput,
-    params: SamplingParams | None,
-    model_config: ModelConfig,
-    engine_config: EngineConfig,
-    tokenizer: Tokenizer | None,
-) -> Request:
-    """The request that goes on where the samples of an output stand; those that a stop or an error ended stay as they are."""
-    begun = output.outputs[0].coordinate
-    assert begun is not None
-    params = params or begun.sampling_params
-    if params.n != len(output.outputs):
-        raise ValueError(
-            f"request {output.request_id} has {len(output.outputs)} samples, sampling_params has n={params.n}"
-        )
-    prompt = {"prompt": output.prompt, "prompt_token_ids": output.prompt_token_ids, "cache_salt": output.cache_salt}
-    request = make_request(
-        request_id, prompt, 0, params.replace(key=None, seed=None), begun.key, model_config, engine_config, tokenizer
-    )
-    request.sampling, request.prompt_index = params, begun.key_folds[0]
-    request.earlier = [_earlier(sample, request) for sample in output.outputs]
-    if params.prompt_logprobs is not None and output.outputs[0].token_ids:  # else they are found now
-        if output.prompt_logprobs is None:
-            raise ValueError(f"prompt_logprobs is asked for, but request {output.request_id} was begun without")
-        request.prompt_logprobs = output.prompt_logprobs
-    for sample, earlier in zip(output.outputs, request.earlier, strict=True):
-        if params.stop and tokenizer is not None and earlier.finish_reason is None:
-            found = Detokenizer(tokenizer, stop=params.stop, min_tokens=params.min_tokens).push(earlier.token_ids)
+    def _check_stop_strings(self, request: Request) -> None:
+        """Raises where a sample that goes on has a stop string already."""
+        sampling = request.sampling
+        if not sampling.stop or self.tokenizer is None:
+            return
+        for index, drawn in enumerate(request.earlier):
+            if drawn.finish_reason is not None:
+                continue
+            detokenizer = Detokenizer(self.tokenizer, stop=tuple(sampling.stop), min_tokens=sampling.min_tokens)
+            found = detokenizer.push(drawn.token_ids)
             if found is not None:
                 raise ValueError(
-                    f"stop has {found[1]!r}, which ends at token {found[0] - 1} of sample {sample.index}, and that goes on: "
+                    f"stop has {found[1]!r}, which ends at token {found[0] - 1} of sample {index}, and that goes on: "
                     "leave it out, or cut the sample there"
                 )
-    return request
+
+    def _prompt(self, prompt: Any, index: int) -> Prompt:
+        where, vocab_size = f"prompts[{index}]", self.model_config.vocab_size
+        salt, special = "", False
+        if isinstance(prompt, Mapping):
+            check_keywords(where, prompt, PROMPT_KEYS)
+            special = flag(f"{where}['allow_special_tokens']", prompt.get("allow_special_tokens", False))
+            salt = _cache_salt(prompt, where)
+            if prompt.get("prompt_token_ids") is not None:
+                ids = token_ids_of(prompt["prompt_token_ids"], vocab_size, f"{where}['prompt_token_ids']")
+                return Prompt(prompt.get("prompt"), ids, salt)
+            if not isinstance(prompt.get("prompt"), str):
+                raise ValueError(f"{where} needs 'prompt' or 'prompt_token_ids', got the keys {sorted(prompt)}")
+            prompt = prompt["prompt"]
+        if not isinstance(prompt, str):
+            return Prompt(None, token_ids_of(prompt, vocab_size, where), salt)
+        if not prompt:
+            raise ValueError(f"{where} is empty: at least one token is needed to predict the next one")
+        if self.tokenizer is None:
+            raise ValueError(
+                f"{where} is text, but the model has no tokenizer: give {{'prompt_token_ids': [...]}}, or give the "
+                "LLM a folder with a tokenizer.json as tokenizer="
+            )
+        text = str(prompt)  # a numpy.str_ is a str too, and stays one in outputs otherwise
+        ids = self.tokenizer.encode(text, allow_special_tokens=special)
+        return Prompt(text, token_ids_of(ids, vocab_size, where), salt)
+
+    def _check_sampling(self, sampling: SamplingParams, index: int) -> None:
+        most, vocab_size = self.engine_config.max_logprobs, self.model_config.vocab_size
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(sampling, name)
+            if value is not None and value > most:
+                raise ValueError(f"{name}={value} of prompts[{index}] is more than max_logprobs={most} of this engine")
+        biased = [token for token, _ in sampling.biases]
+        for name, tokens in (("logit_bias", biased), ("stop_token_ids", sampling.stop_token_ids)):
+            if any(token >= vocab_size for token in tokens):
+                raise ValueError(
+                    f"{name} of prompts[{index}] names token {max(tokens)}: the vocabulary is 0 … {vocab_size - 1}"
+                )
+
+    def _limit(self, prompt_length: int, index: int, sampling: SamplingParams) -> int:
+        """Where the sample ends; raises where the prompt leaves no room, or where it could never fit the pool."""
+        config = self.engine_config
+        if prompt_length >= config.max_model_len:
+            raise ValueError(
+                f"prompts[{index}] has {prompt_length} tokens, the context is max_model_len={config.max_model_len}: "
+                "no room for one token more"
+            )
+        room = (config.num_pages - 1) * config.page_size
+        if sampling.max_tokens is None:
+            limit = config.max_model_len if prompt_length >= room else min(config.max_model_len, room)
+        else:
+            limit = min(prompt_length + sampling.max_tokens, config.max_model_len)
+        if limit > room:
+            raise ValueError(
+                f"prompts[{index}] needs {cdiv(limit, config.page_size)} pages of {config.page_size} tokens, the pool "
+                f"has {config.num_pages - 1}: raise num_pages, or lower max_tokens"
+            )
+        return limit
 
 
-def _earlier(sample: CompletionOutput, request: Request) -> Earlier:
-    params = request.sampling
-    for name, wanted, have in (
-        ("raw_logprobs", params.raw_logprobs, sample.raw_logprobs),
-        ("entropy", params.entropy, sample.entropies),
-        ("logprobs", params.logprobs is not None, sample.logprobs),
+def token_ids_of(ids: Any, vocab_size: int, where: str) -> list[int]:
+    """`ids` as a list of Python ints in [0, vocab_size). Integers of any kind, numpy's and JAX's included, are accepted.
+
+    Raises ValueError with the index and the value: a JAX gather would clamp a wrong id and answer garbage.
+    """
+    array_ids = ids.tolist() if hasattr(ids, "tolist") else ids
+    if not isinstance(array_ids, Sequence) or isinstance(array_ids, (str, bytes)):
+        raise ValueError(f"{where} must be a list of token ids, got {type(ids).__name__}")
+    if len(array_ids) == 0:
+        raise ValueError(f"{where} is empty: at least one token is needed to predict the next one")
+    tokens = []
+    for position, value in enumerate(array_ids):
+        token = as_integer(value)
+        if token is None:
+            raise ValueError(
+                f"{where} has {value!r} ({type(value).__name__}) at index {position}: token ids are integers"
+            )
+        if not 0 <= token < vocab_size:
+            raise ValueError(
+                f"{where} has token id {token} at index {position}: the vocabulary is 0 … {vocab_size - 1}"
+            )
+        tokens.append(token)
+    return tokens
+
+
+def _cache_salt(prompt: Mapping[str, Any], where: str) -> str:
+    salt = "" if prompt.get("cache_salt") is None else prompt["cache_salt"]
+    if not isinstance(salt, str):
+        raise ValueError(f"{where}['cache_salt'] must be a string or None, got {salt!r:.80}")
+    return salt
+
+
+def _own_key_data(sampling: SamplingParams) -> tuple[int, int] | None:
+    """The words of the key that the parameters bring."""
+    if sampling.key is not None:
+        return key_data(sampling.key)
+    return None if sampling.seed is None else seed_data(sampling.seed)
+
+
+def _drawn_before(sample: CompletionOutput, request: Request) -> Drawn:
+    """What an earlier call drew for the sample. It has ended where a stop or an error says so, or its limit is reached."""
+    sampling = request.sampling
+    for name, is_wanted, values in (
+        ("raw_logprobs", sampling.raw_logprobs, sample.raw_logprobs),
+        ("entropy", sampling.entropy, sample.entropies),
+        ("logprobs", sampling.logprobs is not None, sample.logprobs),
     ):
-        if wanted and have is None:
+        if is_wanted and values is None:
             raise ValueError(
                 f"{name} is asked for, but sample {sample.index} was begun without: its earlier tokens have none"
             )
-    length = len(request.prompt_token_ids) + len(sample.token_ids)
-    ended = sample.finish_reason in ("stop", "error") or length >= request.limit
-    versions = [span.version for span in sample.weight_versions for _ in range(span.start, span.stop)]
-    floats = lambda values: [] if values is None else values.tolist()
-    return Earlier(
-        list(sample.token_ids),
-        sample.token_logprobs.tolist(),
-        versions,
-        floats(sample.raw_logprobs),
-        floats(sample.entropies),
-        list(sample.logprobs or []),
-        (sample.finish_reason if sample.finish_reason in ("stop", "error") else "length") if ended else None,
-        sample.stop_reason if ended else None,
+    drawn = Drawn(
+        token_ids=list(sample.token_ids),
+        logprobs=sample.token_logprobs.tolist(),
+        raw_logprobs=[] if sample.raw_logprobs is None else sample.raw_logprobs.tolist(),
+        entropies=[] if sample.entropies is None else sample.entropies.tolist(),
+        top_logprobs=list(sample.logprobs or []),
     )
-
-
-def check_scored(tokens: Any, mask: Any, config: ModelConfig) -> None:
-    """Raises ValueError where tokens and mask are no batch of sequences. Values are looked at where they are known: not inside jit."""
-    if tokens.ndim != 2 or tokens.shape != mask.shape or 0 in tokens.shape:
-        raise ValueError(f"tokens and mask must have one shape [B, T], got {list(tokens.shape)} and {list(mask.shape)}")
-    if not jnp.issubdtype(tokens.dtype, jnp.integer) or mask.dtype != bool:
-        raise ValueError(f"tokens must be integers and mask booleans, got {tokens.dtype} and {mask.dtype}")
-    if isinstance(tokens, Tracer) or isinstance(mask, Tracer):
-        return
-    tokens, mask = np.asarray(tokens), np.asarray(mask)
-    wrong = mask & ((tokens < 0) | (tokens >= config.vocab_size))
-    if wrong.any():
-        row, position = (int(i) for i in np.argwhere(wrong)[0])
-        raise ValueError(
-            f"tokens[{row}, {position}] is {int(tokens[row, position])} under the mask: the vocabulary is "
-            f"0 … {config.vocab_size - 1}"
-        )
-    if mask[:, 0].any():
-        raise ValueError(
-            f"mask[{int(mask[:, 0].argmax())}, 0] is True: the first token has nothing before it that could predict it"
-        )
-
-
-def _tokens(
-    prompt: Any, index: int, model_config: ModelConfig, tokenizer: Tokenizer | None
-) -> tuple[str | None, list[int], str]:
-    """(text, token ids, cache salt) of one prompt."""
-    where, salt, special = f"prompts[{index}]", "", False
-    if isinstance(prompt, Mapping):
-        check_keywords(where, prompt, PROMPT_KEYS)
-        special = flag(f"{where}['allow_special_tokens']", prompt.get("allow_special_tokens", False))
-        salt = "" if prompt.get("cache_salt") is None else prompt["cache_salt"]
-        if not isinstance(salt, str):
-            raise ValueError(f"{where}['cache_salt'] must be a string or None, got {salt!r:.80}")
-        if prompt.get("prompt_token_ids") is not None:
-            return (
-                prompt.get("prompt"),
-                token_ids_of(prompt["prompt_token_ids"], model_config.vocab_size, f"{where}['prompt_token_ids']"),
-                salt,
-            )
-        if not isinstance(prompt.get("prompt"), str):
-            raise ValueError(f"{where} needs 'prompt' or 'prompt_token_ids', got the keys {sorted(prompt)}")
-        prompt = prompt["prompt"]
-    if not isinstance(prompt, str):
-        return None, token_ids_of(prompt, model_config.vocab_size, where), salt
-    if not prompt:
-        raise ValueError(f"{where} is empty: at least one token is needed to predict the next one")
-    if tokenizer is None:
-        raise ValueError(
-            f"{where} is text, but the model has no tokenizer: give {{'prompt_token_ids': [...]}}, or give the "
-            "LLM a folder with a tokenizer.json as tokenizer="
-        )
-    text = str(prompt)  # a numpy.str_ is a str too, and stays one in outputs otherwise
-    return (
-        text,
-        token_ids_of(tokenizer.encode(text, allow_special_tokens=special), model_config.vocab_size, where),
-        salt,
-    )
-
-
-def _check_params(params: SamplingParams, index: int, model_config: ModelConfig, engine_config: EngineConfig) -> None:
-    for name in ("logprobs", "prompt_logprobs"):
-        value = getattr(params, name)
-        if value is not None and value > engine_config.max_logprobs:
-            raise ValueError(
-                f"{name}={value} of prompts[{index}] is more than max_logprobs={engine_config.max_logprobs} of this engine"
-            )
-    for name, tokens in (
-        ("logit_bias", [token for token, _ in params.biases]),
-        ("stop_token_ids", params.stop_token_ids),
-    ):
-        if any(token >= model_config.vocab_size for token in tokens):
-            raise ValueError(
-                f"{name} of prompts[{index}] names token {max(tokens)}: the vocabulary is 0 … {model_config.vocab_size - 1}"
-            )
-
-
-def _limit(prompt_length: int, index: int, params: SamplingParams, engine_config: EngineConfig) -> int:
-    """Where the sequence ends; raises where the prompt leaves no room, or where it could never fit the pool."""
-    if prompt_length >= engine_config.max_model_len:
-        raise ValueError(
-            f"prompts[{index}] has {prompt_length} tokens, the context is max_model_len={engine_config.max_model_len}: "
-            "no room for one token more"
-        )
-    limit = (
-        engine_config.max_model_len
-        if params.max_tokens is None
-        else min(prompt_length + params.max_tokens, engine_config.max_model_len)
-    )
-    room = (engine_config.num_pages - 1) * engine_config.page_size
-    if params.max_tokens is None and prompt_length < room:
-        return min(limit, room)
-    if limit > room:
-        pages = lambda tokens: -(-tokens // engine_config.page_size)
-        raise ValueError(
-            f"prompts[{index}] needs {pages(limit)} pages of {engine_config.page_size} tokens, the pool has {engine_config.num_pages - 1}: "
-            "raise num_pages, or lower max_tokens"
-        )
-    return limit
+    for span in sample.weight_versions:
+        drawn.versions += [span.version] * (span.stop - span.start)
+    if sample.finish_reason in FINAL:
+        drawn.finish_reason, drawn.stop_reason = sample.finish_reason, sample.stop_reason
+    elif len(request.prompt_token_ids) + len(sample.token_ids) >= request.limit:
+        drawn.finish_reason, drawn.stop_reason = "length", sample.stop_reason
+    return drawn

@@ -1,12 +1,13 @@
-"""Pages of the KV cache: who holds them, which ones can be shared, which one goes next. Plain Python.
+"""Pages of the KV cache: which are held, which can be shared, which goes next. Plain Python.
 
-A page is free, held (reference count above 0) or cached: held by nobody, but its tokens are known and a request with the same prefix may
-take it again. Full pages are found by a hash chained over token ids, weights version and cache salt; a hit compares the tokens
-and the parent page as well, so a collision cannot serve another prompt's pages.
+A page is free, held (reference count above 0) or cached. A cached page has no holder, but its tokens are known, and a request
+with the same prefix may take it again. Full pages are found by a hash chained over token ids, weights version and cache salt; a hit
+compares the tokens and the parent page as well, so that a collision cannot serve another prompt's pages.
 """
 
 import dataclasses
 import hashlib
+import weakref
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -26,6 +27,14 @@ class PageKey:
     tokens: bytes
 
 
+@dataclasses.dataclass
+class PrefixDigests:
+    """(digest, content) of each full page of one sample's tokens, found once: the sample may wait for many steps."""
+
+    root: bytes
+    pages: list[tuple[bytes, bytes]] = dataclasses.field(default_factory=list)
+
+
 def chain_digest(parent: bytes, tokens: bytes) -> bytes:
     """Hash of a page's tokens on top of its parent's hash."""
     return hashlib.blake2b(tokens, key=parent, digest_size=16).digest()
@@ -43,18 +52,19 @@ class PagePool:
         self.num_pages, self.page_size, self.caching = num_pages, page_size, enable_prefix_caching
         self._free = list(range(num_pages - 1, 0, -1))
         self._holders = [0] * num_pages
-        self.births = [0] * num_pages  # how often a page was handed out anew: (page, births) names one content for ever
-        self._cached: OrderedDict[int, None] = OrderedDict()  # held by nobody, oldest first
+        self.births = [0] * num_pages  # how often a page was handed out: (page, births) names one content for ever
+        self._cached: OrderedDict[int, None] = OrderedDict()  # without a holder, oldest first
         self._keys: dict[int, PageKey] = {}  # page -> its content, for full registered pages
         self._by_digest: dict[bytes, int] = {}
+        self._prefixes: weakref.WeakKeyDictionary[object, PrefixDigests] = weakref.WeakKeyDictionary()
         self._next_uid = 1
 
     @property
     def num_available(self) -> int:
-        """Pages that allocate can hand out."""
+        """Pages that `take` can hand out."""
         return len(self._free) + len(self._cached)
 
-    def allocate(self, count: int) -> list[int]:
+    def take(self, count: int) -> list[int]:
         """`count` pages with one holder each; raises OutOfPages and takes none where fewer are available."""
         if count > self.num_available:
             raise OutOfPages(f"{count} pages needed, {self.num_available} available")
@@ -70,10 +80,10 @@ class PagePool:
 
     def _evict(self) -> int:
         page, _ = self._cached.popitem(last=False)
-        self._forget(page)
+        self._unregister(page)
         return page
 
-    def _forget(self, page: int) -> None:
+    def _unregister(self, page: int) -> None:
         key = self._keys.pop(page, None)
         if key is not None and self._by_digest.get(key.digest) == page:
             del self._by_digest[key.digest]
@@ -89,16 +99,15 @@ class PagePool:
         for page in reversed(pages):
             assert self._holders[page] > 0, f"page {page} released more often than held"
             self._holders[page] -= 1
-            if self._holders[page] == 0:
-                if page in self._keys:
-                    self._cached[page] = None
-                else:
-                    self._free.append(page)
+            if self._holders[page] == 0 and page in self._keys:
+                self._cached[page] = None
+            elif self._holders[page] == 0:
+                self._free.append(page)
 
     def discard(self, pages: Sequence[int]) -> None:
-        """Take pages out of the prefix cache: nobody new will read them."""
+        """Take pages out of the prefix cache: no new request will read them."""
         for page in pages:
-            self._forget(page)
+            self._unregister(page)
             if page in self._cached:
                 del self._cached[page]
                 self._free.append(page)
@@ -107,18 +116,17 @@ class PagePool:
         """Forget every cached prefix."""
         self.discard(list(self._keys))
 
-    def match(
-        self, tokens: Sequence[int], version: int, salt: str, known: list[tuple[bytes, bytes]] | None = None
-    ) -> list[int]:
+    def match(self, tokens: Sequence[int], version: int, salt: str, owner: object | None = None) -> list[int]:
         """The longest run of cached pages that hold the front of `tokens`, at most all but the last token. Takes no holder.
 
-        `known` keeps digests and contents from one call to the next with the same version, salt and front of tokens.
+        `owner` is the sample whose tokens they are. Its tokens only grow, so what was hashed for it stays valid until another
+        version of the weights runs.
         """
         if not self.caching:
             return []
         pages: list[int] = []
-        known = [] if known is None else known
-        parent = digest = root_digest(version, salt)
+        root = root_digest(version, salt)
+        known, parent, digest = self._prefix_of(owner, root).pages, root, root
         for index, start in enumerate(range(0, len(tokens) - self.page_size, self.page_size)):
             if index == len(known):
                 content = _content(tokens[start : start + self.page_size])
@@ -132,8 +140,16 @@ class PagePool:
             parent = key.uid
         return pages
 
+    def _prefix_of(self, owner: object | None, root: bytes) -> PrefixDigests:
+        if owner is None:
+            return PrefixDigests(root)
+        prefix = self._prefixes.get(owner)
+        if prefix is None or prefix.root != root:
+            prefix = self._prefixes[owner] = PrefixDigests(root)
+        return prefix
+
     def register(self, page: int, parent: int | None, tokens: Sequence[int], version: int, salt: str) -> None:
-        """Make a full page findable. `parent` is the page before it; where that one is not registered, neither is this."""
+        """Make a full page findable. `parent` is the page before it; a page whose parent is not registered stays unfound."""
         parent_key = self._keys.get(parent) if parent is not None else None
         if not self.caching or page in self._keys or (parent is not None and parent_key is None):
             return
@@ -156,12 +172,10 @@ class PagePool:
         assert held == self._holders, "reference counts differ from the block tables"
         free, cached = set(self._free), set(self._cached)
         in_use = {page for page, count in enumerate(held) if count}
-        assert len(free) == len(self._free) and not free & cached and not (free | cached) & in_use, (
-            "a page is in two places"
-        )
-        assert len(free) + len(cached) + len(in_use) == self.num_pages - 1 and 0 not in free | cached | in_use, (
-            "a page is lost"
-        )
+        in_two_places = len(free) < len(self._free) or free & cached or (free | cached) & in_use
+        assert not in_two_places, "a page is in two places"
+        is_lost = len(free) + len(cached) + len(in_use) != self.num_pages - 1 or 0 in free | cached | in_use
+        assert not is_lost, "a page is lost"
         assert cached <= set(self._keys) and not free & set(self._keys), "cached pages are those whose content is known"
 
 

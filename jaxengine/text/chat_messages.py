@@ -9,7 +9,7 @@ _ROLE = re.compile("[A-Za-z][A-Za-z0-9_-]{0,63}")
 
 
 def messages_of(messages: Any) -> list[dict[str, Any]]:
-    """Plain copies, without the keys that hold None; content that is a list of text parts becomes one string, joined by newlines."""
+    """Plain copies, without the keys that hold None. Content that is a list of text parts becomes its lines."""
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
         raise ValueError(f'messages must be a list of {{"role": …, "content": …}}, one at least, got {messages!r:.80}')
     return [_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
@@ -18,19 +18,17 @@ def messages_of(messages: Any) -> list[dict[str, Any]]:
 def _message(message: Any, where: str) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise ValueError(f'{where} must be {{"role": …, "content": …}}, got {message!r:.80}')
-    found = {key: value for key, value in plain(message, where).items() if value is not None}
-    role, content = found.get("role"), found.get("content", "")
+    copy = {key: value for key, value in plain(message, where).items() if value is not None}
+    role, content = copy.get("role"), copy.get("content", "")
     if not isinstance(role, str) or not _ROLE.fullmatch(role):
         raise ValueError(f"{where}.role must be a word of at most 64 letters, digits, - and _, got {role!r:.80}")
     if isinstance(content, list):
-        found["content"] = "\n".join(
-            _part_text(part, f"{where}.content[{index}]") for index, part in enumerate(content)
-        )
+        copy["content"] = "\n".join(_part_text(part, f"{where}.content[{index}]") for index, part in enumerate(content))
     elif not isinstance(content, str):
         raise ValueError(
             f'{where}.content must be a string or a list of {{"type": "text", "text": …}}, got {content!r:.80}'
         )
-    return found
+    return copy
 
 
 def _part_text(part: Any, where: str) -> str:

@@ -12,7 +12,7 @@ _NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # Unicode keeps 
 
 
 class Controls:
-    """The control tokens, and a copy of the tokenizer that is blind to them but for the places where they were put on purpose."""
+    """The control tokens, and a copy of the tokenizer that makes them only where they were put on purpose."""
 
     def __init__(self, spec: dict[str, Any], tokens: dict[str, tokenizers.AddedToken]) -> None:
         added = [token | {"special": token["special"] or token["content"] in tokens} for token in spec["added_tokens"]]
@@ -25,17 +25,11 @@ class Controls:
         self.beginnings = frozenset(content[:cut] for content in tokens for cut in range(1, len(content)))
         self.longest = max(map(len, tokens), default=0)
         self.endings = frozenset(content[cut:] for content in tokens for cut in range(1, len(content)))
-        self.place, cut = (
-            f"{_NONCHARACTERS[0]}{secrets.token_hex(16)}{mark}" for mark in "pc"
-        )  # no text can hold these
-        self._backend.add_tokens(
-            [tokenizers.AddedToken(self.place, normalized=False), tokenizers.AddedToken(cut, normalized=False)]
-        )
-        self._cut, self._place_id, self._cut_id = (
-            cut,
-            self._backend.token_to_id(self.place),
-            self._backend.token_to_id(cut),
-        )
+        secret = f"{_NONCHARACTERS[0]}{secrets.token_hex(16)}"  # no text can hold it
+        self.place, self._cut = f"{secret}p", f"{secret}c"
+        own = [tokenizers.AddedToken(mark, normalized=False) for mark in (self.place, self._cut)]
+        self._backend.add_tokens(own)
+        self._place_id, self._cut_id = (self._backend.token_to_id(token.content) for token in own)
         unknown = spec["model"].get("unk_token"), spec["model"].get("unk_id")  # what plain text may well become
         self._forbidden = frozenset(
             token_id for content, token_id in self.ids.items() if not {content, token_id} & {*unknown}
@@ -59,16 +53,17 @@ class Controls:
         if self._forbidden.isdisjoint(encoding.ids):
             return []
         own_marks = encoding.special_tokens_mask
-        found = [
+        forged = [
             index for index, token_id in enumerate(encoding.ids) if token_id in self._forbidden and not own_marks[index]
         ]
-        return [encoding.offsets[index] for index in found]
+        return [encoding.offsets[index] for index in forged]
 
     def _divided(self, text: str, spans: list[tuple[int, int]]) -> str:
         for start, end in reversed(spans):
             if end - start < 2:
                 raise ValueError(
-                    f"the tokenizer makes a control token of the text {text[start:end]!r}: leave it out or give token ids"
+                    f"the tokenizer makes a control token of the text {text[start:end]!r}: leave it out or give token "
+                    "ids"
                 )
             text = text[: start + 1] + self._cut + text[start + 1 :]
         return text
@@ -77,9 +72,9 @@ class Controls:
 class Guard:
     """Tells, in one rendered chat, what the user spelled from what the template wrote.
 
-    Noncharacters that occur in nothing given stand around every control token that is spelled there, and where a string begins or
-    ends with a part of one, so that two strings cannot be joined to one. A template that deletes text from the middle of a message
-    could still join what stood around it.
+    Noncharacters that occur in nothing given stand around every control token that is spelled there, and where a string
+    begins or ends with a part of one, so that two strings cannot be joined to one. A template that deletes text from
+    the middle of a message could still join what stood around it.
     """
 
     def __init__(self, controls: Controls, strings: list[str]) -> None:
@@ -103,10 +98,10 @@ class Guard:
     def encode(self, rendered: str) -> list[int]:
         controls, placed = self._controls, []
 
-        def replaced(found: re.Match[str]) -> str:
-            if found["control"] is None:
-                return found["text"] or ""
-            content = found["control"] if found["control"] in controls.ids else found["control"].strip()
+        def replaced(match: re.Match[str]) -> str:
+            if match["control"] is None:
+                return match["text"] or ""
+            content = match["control"] if match["control"] in controls.ids else match["control"].strip()
             placed.append(controls.ids[content])
             return controls.place
 
@@ -117,7 +112,7 @@ class Guard:
         return controls.encode(re.sub(pattern, replaced, rendered), placed=placed)
 
     def _guarded_text(self, text: str) -> str:
-        text = re.sub(self._controls.spelling, lambda found: f"{self._open}{found[0]}{self._close}", text)
+        text = re.sub(self._controls.spelling, rf"{self._open}\g<0>{self._close}", text)
         lengths = range(1, self._controls.longest)
         end = len(text.rstrip())
         if any(text[max(end - length, 0) : end] in self._controls.beginnings for length in lengths):
@@ -131,5 +126,5 @@ class Guard:
 def _with_context(token: tokenizers.AddedToken) -> str:
     """A pattern for the token in the template's text, with the white space that the token swallows."""
     word = (r"(?<!\w)", r"(?!\w)") if token.single_word else ("", "")
-    # The look behind finds the beginning of white space at once: without it, a long run before no token takes quadratic time.
+    # (?<!\s) finds the beginning of white space at once; without it, a long run before no token takes quadratic time.
     return r"(?:(?<!\s)\s+)?" * token.lstrip + word[0] + re.escape(token.content) + word[1] + r"\s*" * token.rstrip

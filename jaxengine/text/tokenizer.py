@@ -1,9 +1,10 @@
 """Text to token ids and back: a folder's tokenizer, prompts, chats. User text never makes a control token.
 
-Control tokens are those that the tokenizer flags as special, and its added tokens spelled `<|…|>` or `<｜…｜>` (DeepSeek's `<｜User｜>`
-carries no flag). They come from the tokenizer's own beginning and end marks, from the chat template's own text, or from a caller who
-says `allow_special_tokens=True`. Spelled in a prompt or a message they are ordinary text. Other added tokens (`<think>`) are
-vocabulary like any word. No code of a model folder ever runs: `auto_map` and `tokenizer_class` are not looked at.
+Control tokens are those that the tokenizer flags as special, and its added tokens spelled `<|…|>` or `<｜…｜>`
+(DeepSeek's `<｜User｜>` carries no flag). They come from the tokenizer's own beginning and end marks, from the chat
+template's own text, or from a caller who says `allow_special_tokens=True`. Spelled in a prompt or a message they are
+ordinary text. Other added tokens (`<think>`) are vocabulary like any word. No code of a model folder ever runs:
+`auto_map` and `tokenizer_class` are not looked at.
 """
 
 import json
@@ -18,13 +19,13 @@ import tokenizers
 from jaxengine.text import chat_template as templates
 from jaxengine.text.chat_messages import check_characters, messages_of, plain, strings
 from jaxengine.text.control_tokens import Controls, Guard
-from jaxengine.text.detokenizer import Pieces
+from jaxengine.text.pieces import Pieces
 
 _BARRED = re.compile("<[|｜].*[|｜]>", re.DOTALL)
 
 
 class Tokenizer:
-    """A tokenizer and its chat template. `special_ids` are the flagged tokens: `skip_special_tokens` leaves these out of the text."""
+    """A tokenizer and its chat template. `special_ids` are the tokens that `skip_special_tokens` leaves out of text."""
 
     def __init__(
         self,
@@ -33,7 +34,7 @@ class Tokenizer:
         named_tokens: Mapping[str, str] | None = None,
         chat_template: str | Mapping[str, str] | None = None,
     ) -> None:
-        """`named_tokens`: bos_token, eos_token, … as chat templates know them. `chat_template`: one, or several by name."""
+        """`named_tokens`: bos_token, eos_token, … as templates know them. `chat_template`: one, or several by name."""
         backend.no_truncation()
         backend.no_padding()
         spec = json.loads(backend.to_str())
@@ -62,8 +63,9 @@ class Tokenizer:
         file = Path(folder) / "tokenizer.json"
         if not file.is_file():
             raise ValueError(
-                f"{folder} has no tokenizer.json, so text can be neither read nor written: add the file (save_pretrained of a "
-                "transformers tokenizer writes it), or leave tokenizer= out and give prompts as token ids"
+                f"{folder} has no tokenizer.json, so text can be neither read nor written: add the file "
+                "(save_pretrained of a transformers tokenizer writes it), or leave tokenizer= out and give prompts as "
+                "token ids"
             )
         try:
             loaded = _fast_tokenizer_class().from_pretrained(str(folder), local_files_only=True)
@@ -74,7 +76,8 @@ class Tokenizer:
     def encode(self, text: str, *, add_special_tokens: bool = True, allow_special_tokens: bool = False) -> list[int]:
         """The ids of `text`, with the tokenizer's own beginning and end marks if `add_special_tokens`.
 
-        With `allow_special_tokens` a control token's spelling in `text` makes the token: for text of the caller's own rendering only.
+        With `allow_special_tokens` a control token's spelling in `text` makes the token: only for text that the caller
+        has rendered.
         """
         if not isinstance(text, str):
             raise ValueError(f"text must be a string, got {type(text).__name__}")
@@ -86,12 +89,11 @@ class Tokenizer:
     def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """The text of `token_ids`, as `Detokenizer` streams it; bytes that are no UTF-8 are U+FFFD."""
         skipped = self.special_ids if skip_special_tokens else frozenset()
-        return self.pieces.join(token_id for token_id in token_ids if token_id not in skipped).decode(
-            "utf-8", "replace"
-        )
+        text = self.pieces.join(token_id for token_id in token_ids if token_id not in skipped)
+        return text.decode("utf-8", "replace")
 
     def token_text(self, token_id: int) -> str:
-        """One token for display: special tokens by name, a part of a character as U+FFFD, "" for an id that the tokenizer lacks."""
+        """One token for display: special tokens by name, a part of a character as U+FFFD, "" for an unknown id."""
         return self.pieces.piece(token_id, first=False).decode("utf-8", "replace")
 
     def encode_chat(
@@ -105,7 +107,8 @@ class Tokenizer:
     ) -> list[int]:
         """The ids of a chat: the template's control tokens stay tokens, everything given here is text.
 
-        `chat_template` is a template, or the name of one of the tokenizer's. Raises ValueError, saying what is wrong and where.
+        `chat_template` is a template, or the name of one of the tokenizer's. Raises ValueError that says what is wrong
+        and where.
         """
         source = self._template(chat_template, tools)
         given = plain(template_kwargs or {}, "template_kwargs")
@@ -119,18 +122,18 @@ class Tokenizer:
     def _template(self, given: str | None, tools: object) -> str:
         if given is not None:
             return self._templates.get(given, given)
-        for name in ["tool_use"] * bool(tools) + ["default"]:
+        for name in ("tool_use", "default") if tools else ("default",):
             if name in self._templates:
                 return self._templates[name]
         names = f" It has templates named {', '.join(sorted(self._templates))}: choose one." if self._templates else ""
         raise ValueError(
-            "the tokenizer has no chat template, so messages cannot be made a prompt: pass chat_template= (Jinja, as in "
-            f"the model's chat_template.jinja), or give a prompt as text or token ids.{names}"
+            "the tokenizer has no chat template, so messages cannot be made a prompt: pass chat_template= (Jinja, as "
+            f"in the model's chat_template.jinja), or give a prompt as text or token ids.{names}"
         )
 
 
 def _fast_tokenizer_class() -> Any:
-    """transformers' wrapper of the tokenizers library, imported late (a second) and without its advice to install PyTorch."""
+    """transformers' tokenizer class, imported late (it takes a second), without its advice to install PyTorch."""
 
     def is_no_advice(record: logging.LogRecord) -> bool:
         return "PyTorch was not found" not in record.getMessage()

@@ -6,7 +6,8 @@ import pytest
 from conftest import make_llm
 
 from jaxengine import SamplingParams
-from jaxengine.base.keys import own_key, seeded
+from jaxengine.base.keys import seeded
+from jaxengine.host.admission import own_key
 
 PARAMS = SamplingParams(n=2, max_tokens=4, ignore_eos=True)
 

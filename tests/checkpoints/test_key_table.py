@@ -65,7 +65,7 @@ def test_all_differences_come_in_one_error_before_any_leaf(tmp_path):
     entries = [
         Entry(e.target, e.sources, e.shapes, pack=lambda parts: packed.append(parts) or parts[0]) for e in table()
     ]
-    with pytest.raises(ValueError) as error:  # at the call: nothing has been asked for yet
+    with pytest.raises(ValueError) as error:  # at the call, before the first leaf
         key_table.read(saved(tmp_path, tensors), entries)
     lines = str(error.value).splitlines()
     assert lines[0] == f"{tmp_path} does not fit the model, 3 differences:"

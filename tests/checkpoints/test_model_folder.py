@@ -1,6 +1,7 @@
 """Where a model is found, what is fetched, and what its configuration may say."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from checkpoints.model_folder import find_folder, read_config, read_generation_c
 
 
 @pytest.fixture
-def asked(monkeypatch, tmp_path) -> list[tuple[str, dict]]:
+def hub_calls(monkeypatch, tmp_path) -> list[tuple[str, dict]]:
     """Calls to the hub, which answers each with one folder."""
     calls = []
     monkeypatch.setattr(
@@ -34,13 +35,13 @@ def run_python(program: str, cwd: Path, **environment: str) -> str:
     return result.stdout.strip()
 
 
-def test_a_local_folder_comes_first(tmp_path, monkeypatch, asked):
+def test_a_local_folder_comes_first(tmp_path, monkeypatch, hub_calls):
     (tmp_path / "org" / "name").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert find_folder("org/name") == find_folder(tmp_path / "org" / "name") == tmp_path / "org" / "name"
     monkeypatch.setenv("HOME", str(tmp_path))
     assert find_folder("~/org") == tmp_path / "org"
-    assert asked == []
+    assert hub_calls == []
 
 
 def test_a_local_folder_stays_the_same_when_the_working_directory_changes(tmp_path, monkeypatch):
@@ -49,9 +50,9 @@ def test_a_local_folder_stays_the_same_when_the_working_directory_changes(tmp_pa
     assert find_folder("mine").is_absolute()
 
 
-def test_a_hub_id_is_downloaded_without_pickles_and_code(tmp_path, asked):
+def test_a_hub_id_is_downloaded_without_pickles_and_code(tmp_path, hub_calls):
     assert find_folder("org/name-1.5") == tmp_path
-    ((name, options),) = asked
+    ((name, options),) = hub_calls
     assert name == "org/name-1.5"
     wanted = [
         "config.json",
@@ -93,38 +94,39 @@ def test_a_hub_id_is_downloaded_without_pickles_and_code(tmp_path, asked):
         "x" * 5000,
     ],
 )
-def test_what_is_no_hub_id_is_not_asked_for(model, asked, tmp_path, monkeypatch):
+def test_the_hub_is_not_asked_for_what_is_no_hub_id(model, hub_calls, tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")  # so that nobody's ../calc is found
-    with pytest.raises(
-        FileNotFoundError, match='was not found. Tried: a local folder .* models that ship .* hub .*"organisation/name"'
-    ):
+    monkeypatch.chdir(tmp_path / "here")  # so that there is no ../calc
+    with pytest.raises(FileNotFoundError, match='local folder .* models that ship .* hub .*"organisation/name"'):
         find_folder(model)
-    assert asked == []
+    assert hub_calls == []
 
 
 @pytest.mark.parametrize("model", ["", None, 7])
 def test_what_is_no_name_at_all_is_refused(model):
-    with pytest.raises(ValueError, match="model must be a folder, a name or a hub id, got"):
+    with pytest.raises(ValueError, match=f"^model .*{model!r}"):
         find_folder(model)
-    with pytest.raises(ValueError, match="tokenizer must be a folder, a name or a hub id, got"):
+    with pytest.raises(ValueError, match=f"^tokenizer .*{model!r}"):
         find_folder(model, "tokenizer")
 
 
-def test_a_path_is_never_taken_for_a_name(tmp_path, asked):
-    with pytest.raises(FileNotFoundError, match="is not a folder"):
+def test_a_path_is_never_taken_for_a_name(tmp_path, hub_calls):
+    with pytest.raises(FileNotFoundError, match="org/name"):
         find_folder(Path("org/name"))
     (tmp_path / "file").write_text("")
-    with pytest.raises(FileNotFoundError, match="file is not a folder"):
+    with pytest.raises(FileNotFoundError, match="file"):
         find_folder(tmp_path / "file")
-    assert asked == []
+    assert hub_calls == []
 
 
 def test_an_unreachable_hub_is_reported_with_what_was_tried(tmp_path):
-    program = "from checkpoints.model_folder import resolve\ntry: find_folder('org/name')\nexcept FileNotFoundError as error: print(error)"
+    program = (
+        "from checkpoints.model_folder import find_folder\n"
+        "try: find_folder('org/name')\n"
+        "except FileNotFoundError as error: print(error)"
+    )
     text = run_python(program, Path(model_folder.__file__).parents[1], HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
-    assert text.startswith("model 'org/name' was not found. Tried: a local folder (there is none)")
-    assert "the hub (not reached, and not complete in its cache (Cannot find" in text
+    assert re.match("model 'org/name' .*local folder .*hub .not reached", text)
 
 
 def test_a_missing_repository_is_reported_with_what_was_tried(monkeypatch):
@@ -133,20 +135,18 @@ def test_a_missing_repository_is_reported_with_what_was_tried(monkeypatch):
         raise huggingface_hub.errors.RepositoryNotFoundError(f"404 for {name}", response=response)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
-    with pytest.raises(
-        FileNotFoundError, match=r"Tried: .* the hub \(no such repository, or a private one: log in .*404 for org/name"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"hub \(no such repository.*log in .*404 for org/name"):
         find_folder("org/name")
 
 
 def test_an_id_that_the_hub_finds_invalid_is_reported_with_what_was_tried():
-    with pytest.raises(FileNotFoundError, match="the hub .no such repository"):
+    with pytest.raises(FileNotFoundError, match="org/two--dashes.*no such repository"):
         find_folder("org/two--dashes")
 
 
 def test_shipped_names_cannot_leave_the_package():
     for name in ("../checkpoints", "a/b", "a\\b", "..", ".", "", "/etc", "calc\n"):
-        with pytest.raises(ValueError, match="is not the name of a shipped model"):
+        with pytest.raises(ValueError, match=re.escape(repr(name))):
             shipped(name)
     assert shipped("no-such-model") is None
 
@@ -165,11 +165,12 @@ def test_an_installed_copy_finds_what_ships_in_it_and_needs_no_accelerator_libra
     program = (
         "import sys\n"
         "from checkpoints import key_table, model_folder\n"
-        "print(model_folder.resolve('toy'), 'toy' in model_folder.shipped_names(), {'jax', 'torch', 'jaxengine'} & set(sys.modules))"
+        "print(model_folder.find_folder('toy'), 'toy' in model_folder.shipped_names())\n"
+        "print({'jax', 'torch', 'jaxengine'} & set(sys.modules))"
     )
     search_path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
     text = run_python(program, tmp_path / "elsewhere", PYTHONPATH=search_path)
-    assert text == f"{package / 'toy'} True set()"
+    assert text == f"{package / 'toy'} True\nset()"
 
 
 def test_configurations_are_read_as_they_stand(tmp_path):
@@ -192,12 +193,12 @@ def test_invalid_json_is_an_error_with_the_files_name(tmp_path, name, text):
 
 
 def test_a_missing_config_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="config.json is missing"):
+    with pytest.raises(FileNotFoundError, match="config.json"):
         read_config(tmp_path)
 
 
 def test_a_huge_json_file_is_refused_before_it_is_read(tmp_path):
     with (tmp_path / "config.json").open("wb") as file:
         file.truncate(2**40)  # sparse
-    with pytest.raises(ValueError, match=f"config.json has {2**40} bytes: at most"):
+    with pytest.raises(ValueError, match=f"config.json .*{2**40}"):
         read_config(tmp_path)

@@ -1,4 +1,4 @@
-"""jaxengine.generate: one engine behind calls with any weights, whatever cuts a call off."""
+"""jaxengine.generate: one engine after calls with any weights, whatever cuts a call off."""
 
 import contextlib
 import itertools
@@ -9,9 +9,10 @@ import pytest
 from conftest import bits, random_model
 
 import jaxengine
-from jaxengine import LLM, SamplingParams, functional
+from jaxengine import SamplingParams, functional
 from jaxengine.command.bench import compilations
 from jaxengine.engine.engine import Engine
+from jaxengine.engine.session import Session
 from jaxengine.models.params import initialise
 
 PROMPTS, PARAMS = [[5, 6, 7] * 20], SamplingParams(max_tokens=6, ignore_eos=True)
@@ -20,8 +21,8 @@ OTHER = initialise(CONFIG, jax.random.key(9), scale=0.1)
 
 
 @pytest.fixture(autouse=True)
-def no_engines(monkeypatch):
-    monkeypatch.setattr(functional, "_engines", {})
+def no_sessions(monkeypatch):
+    monkeypatch.setattr(functional, "_sessions", {})
 
 
 def generate(policy, **engine):
@@ -46,25 +47,25 @@ def test_the_first_call_compiles_each_step_once():
     assert not names
 
 
-@pytest.mark.parametrize("behind", [False, True], ids=["before", "behind"])
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize(
     "home, name, at",
     [
-        (Engine, "forget", 1),
-        (Engine, "forget", 2),
+        (Engine, "drop_weights", 1),
+        (Engine, "drop_weights", 2),
         (Engine, "_recover", 2),
         (Engine, "update_params", 1),
-        (LLM, "generate", 1),
+        (Session, "complete", 1),
     ],
 )
-def test_an_interrupt_leaves_nothing_of_a_policy_to_the_next(home, name, behind, at, monkeypatch):
-    """Before or behind each call of the method. All weights here are version 0, which pages and contracts are found by."""
+def test_an_interrupt_leaves_nothing_of_a_policy_to_the_next(home, name, after, at, monkeypatch):
+    """Before or after each call of the method. All weights here are version 0, which pages and contracts are found by."""
     (expected,) = generate(OTHER)
     real, calls = getattr(home, name), itertools.count(1)
 
     def interrupted(*args, **kwargs):
         now = next(calls) == at
-        if now and not behind:
+        if now and not after:
             raise KeyboardInterrupt
         out = real(*args, **kwargs)
         if now:
@@ -77,19 +78,19 @@ def test_an_interrupt_leaves_nothing_of_a_policy_to_the_next(home, name, behind,
     (found,) = generate(OTHER)
     assert bits([found]) == bits([expected]) and found.digest == expected.digest
     assert found.num_cached_tokens == expected.num_cached_tokens == 0
-    ((llm, _),) = functional._engines.values()
-    llm.engine.scheduler.check_integrity()
-    assert llm.params is None and not llm.engine.requests and not llm._contracts
+    ((session, _),) = functional._sessions.values()
+    session.engine.scheduler.check_integrity()
+    assert session.params is None and not session.engine.requests and not session.contracts._by_version
 
 
 def test_two_threads_that_call_first_share_an_engine(monkeypatch):
-    made, real, both = [], LLM.from_params, threading.Barrier(2)
+    made, real, both = [], functional.Session, threading.Barrier(2)
 
     def counted(*args, **kwargs):
         made.append(real(*args, **kwargs))
         return made[-1]
 
-    monkeypatch.setattr(LLM, "from_params", counted)
+    monkeypatch.setattr(functional, "Session", counted)
     answers: list = [None, None]
 
     def call(index: int) -> None:
@@ -108,5 +109,5 @@ def test_two_pools_are_kept():
     engines = []
     for max_waiting in (40, 41, 40, 42, 40):
         generate(POLICY, max_waiting=max_waiting)
-        engines.append(next(reversed(functional._engines.values()))[0])
-    assert len(functional._engines) == 2 and engines[0] is engines[2] is engines[4]
+        engines.append(next(reversed(functional._sessions.values()))[0])
+    assert len(functional._sessions) == 2 and engines[0] is engines[2] is engines[4]

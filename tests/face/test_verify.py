@@ -8,7 +8,8 @@ from conftest import make_llm, random_model
 
 from benchmarks.plain_engine import plain
 from jaxengine.command import main
-from jaxengine.contract.verify import verify
+from jaxengine.contract.verify import Axis, Outcome, verify
+from jaxengine.engine.session import Session
 from jaxengine.models import loading
 
 AXES = {"C1", "C2", "C3", "C4", "C5", "C6", "C7", "C11", "drift"}
@@ -16,7 +17,7 @@ AXES = {"C1", "C2", "C3", "C4", "C5", "C6", "C7", "C11", "drift"}
 
 @pytest.fixture(scope="module")
 def sound(tiny):
-    return verify(tiny, quick=True, samples=12)
+    return verify(tiny.session, quick=True, samples=12)
 
 
 def test_a_sound_engine_holds(sound):
@@ -46,7 +47,7 @@ def test_taken_out_pinning_is_named():
     """The control of every axis: the engine with plain products in place of regions, and which axes then move bits."""
     with plain():
         llm = make_llm(*random_model("Qwen3", dtype="float32", num_hidden_layers=2), compile_patience=0)
-        found = verify(llm, quick=True, samples=24)
+        found = verify(llm.session, quick=True, samples=24)
     failed = {check.axis: check.found for check in found.checks if not check.holds}
     assert {"C2", "C3", "C4", "C5", "C6", "C11"} <= failed.keys(), str(found)
     assert "first difference: sample " in failed["C2"] and "logprob bits" in failed["C2"]
@@ -54,9 +55,14 @@ def test_taken_out_pinning_is_named():
 
 
 def test_a_wrong_score_is_named(tiny, monkeypatch):
-    score = type(tiny).score
-    monkeypatch.setattr(type(tiny), "score", lambda self, *a, **k: np.nextafter(score(self, *a, **k), np.float32(0)))
-    found = {check.axis: check for check in verify(tiny, quick=True, samples=4).checks}
+    score = Session.score
+
+    def wrong(self, *given, **how):
+        logprobs, entropies = score(self, *given, **how)
+        return np.nextafter(logprobs, np.float32(0)), entropies
+
+    monkeypatch.setattr(Session, "score", wrong)
+    found = {check.axis: check for check in verify(tiny.session, quick=True, samples=4).checks}
     assert not found["C11"].holds and "first difference: sample 0, token 0" in found["C11"].found
 
 
@@ -75,9 +81,8 @@ def test_the_command(tmp_path, capsys, monkeypatch, holds):
     """What it prints, writes and exits with. The checks themselves are planted: they are tested above."""
     path, model = tmp_path / "verified.json", str(tmp_path / "model")
     loading.save(model, *random_model(num_hidden_layers=1))
-    monkeypatch.setattr(
-        "jaxengine.contract.verify._checks", lambda *given: [("C2", "planted", lambda: (holds, "2 different of 8"))]
-    )
+    planted = Axis("C2", "planted", lambda: Outcome(holds, "2 different of 8"))
+    monkeypatch.setattr("jaxengine.contract.verify._axes", lambda *given: [planted])
     options = ["--quick", "--samples=8", "--max-model-len=256", "--no-progress", f"--json={path}"]
     assert main.main(["verify", model, *options]) == (0 if holds else 1)
     assert ("the contract holds: 1 checks" if holds else "the contract FAILS on C2") in capsys.readouterr().out

@@ -7,7 +7,6 @@ import jax
 from conftest import bits
 
 from jaxengine import LLM, SamplingParams
-from jaxengine.engine.runner import ended
 from jaxengine.host.sample import Request
 
 PROMPTS = [[3], list(range(56)), list(range(100, 190)), [9] * 20]  # the second and third come to want a page more
@@ -48,7 +47,7 @@ def run(
         assert i < 1_000, "no end"
         if fault is not None and i == at:
             fault()
-        if all(map(ended, requests)):
+        if all(request.is_finished for request in requests):
             assert fault is None or i >= at, "the requests ended before the fault"
             return answers(llm, requests)
         step(llm, held)
@@ -56,7 +55,7 @@ def run(
 
 
 def answers(llm: LLM, requests: list[Request]) -> list[tuple]:
-    return bits([llm._output(request) for request in requests])
+    return bits([llm.session.output(request) for request in requests])
 
 
 def assert_idle(llm: LLM) -> None:

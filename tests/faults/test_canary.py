@@ -65,7 +65,7 @@ def flip_a_bit(cache: Cache, side: str, layer: int, index: tuple[int, ...], bit:
 def victim(llm: LLM, n: int = 1, tokens: int = 5) -> Request:
     """A request in the midst of its answer."""
     (request,) = start(llm, [PROMPT], VICTIM.replace(n=n))
-    while not request.samples or any(len(sample.generated) < tokens for sample in request.samples):
+    while not request.samples or any(len(sample.drawn.token_ids) < tokens for sample in request.samples):
         step(llm)
     return request
 
@@ -104,7 +104,7 @@ def test_all_sequences_with_the_page_fail_and_no_others(llm, expected, whole_pai
     """Two samples, and a later request that was served the page from the prefix cache."""
     request, beside = victim(llm, n=2), start(llm)
     (later,) = start(llm, [PROMPT], VICTIM.replace(max_tokens=40, n=2))
-    while any(len(sample.generated) < 5 for sample in later.samples):
+    while any(len(sample.drawn.token_ids) < 5 for sample in later.samples):
         step(llm)
     page = later.samples[1].pages[1]
     assert all(page in sample.pages for sample in (*request.samples, *later.samples)) and not ended(request)
@@ -143,7 +143,7 @@ def test_one_flipped_bit_is_found_wherever_it_is(llm, whole):
         run(llm, [request])
         assert_failed(llm, request, whole)
     request = victim(llm)
-    page, after = request.samples[0].pages[3], (len(PROMPT) + len(request.samples[0].generated) + 1) % p
+    page, after = request.samples[0].pages[3], (len(PROMPT) + len(request.samples[0].drawn.token_ids) + 1) % p
     assert 27 < after < p
     llm.engine.cache = flip_a_bit(llm.engine.cache, "keys", 0, (page, 3, 31, p - 1), 30)
     assert run(llm, [request]) == whole
@@ -176,7 +176,7 @@ def test_a_page_that_is_handed_out_again_is_no_damage(llm, expected):
     grow = lambda: start(
         llm, [[i] * 20 for i in range(1, 7)], [SamplingParams(max_tokens=60, temperature=i % 2) for i in range(6)]
     )
-    right, held = run(llm, grow()), blocks.allocate(blocks.num_available - 5)
+    right, held = run(llm, grow()), blocks.take(blocks.num_available - 5)
     before = llm.engine.scheduler.num_preemptions
     requests = grow()
     assert run(llm, requests, held=held) == right and llm.engine.scheduler.num_preemptions > before

@@ -70,8 +70,8 @@ def assert_aborted(llm: LLM, request: Request, whole: list[tuple]) -> list[int]:
             and logprobs == all_logprobs[: len(logprobs)]
             and len(logprobs) == 4 * len(tokens)
         )
-    assert llm._output(request).finished
-    return [len(sample.generated) for sample in request.samples]
+    assert llm.session.output(request).finished
+    return [len(sample.drawn.token_ids) for sample in request.samples]
 
 
 # -- abort ------------------------------------------------------------------------------------------------------------
@@ -86,7 +86,7 @@ def test_abort_of_an_unknown_id_is_nothing(llm, expected):
 @pytest.mark.parametrize("times", [1, 2])
 def test_abort_returns_the_tokens_so_far(llm, times, expected, whole):
     beside, request = start(llm), victim(llm)
-    step_until(llm, lambda: len(request.samples[1].generated) >= 3)
+    step_until(llm, lambda: len(request.samples[1].drawn.token_ids) >= 3)
     for _ in range(times):
         llm.abort("victim")
         assert ended(request) and not any(s in llm.engine.scheduler.running for s in request.samples), (
@@ -125,10 +125,10 @@ def test_abort_in_the_middle_of_a_prompt(llm, expected, whole, monkeypatch):
 @OVERLAP
 def test_abort_while_preempted(llm, expected, whole):
     beside, request = start(llm), victim(llm)
-    step_until(llm, lambda: len(request.samples[1].generated) >= 3)
+    step_until(llm, lambda: len(request.samples[1].drawn.token_ids) >= 3)
     blocks, held = llm.engine.scheduler.page_pool, []
     while request.samples[1].status is Status.RUNNING:
-        held += blocks.allocate(blocks.num_available)
+        held += blocks.take(blocks.num_available)
         step(llm, held)
     assert request.samples[1].status is Status.WAITING
     llm.abort("victim")
@@ -143,7 +143,7 @@ def test_abort_after_the_end(llm, expected, whole):
     beside, request = start(llm), victim(llm)
     assert run(llm, [request]) == whole
     llm.abort("victim")
-    assert answers(llm, [request]) == whole and request.samples[0].finish_reason == "length"
+    assert answers(llm, [request]) == whole and request.samples[0].drawn.finish_reason == "length"
     assert run(llm, beside) == expected
 
 
@@ -255,9 +255,10 @@ class Read:
 
 @OVERLAP
 @pytest.mark.parametrize("at", [0, 1, 5], ids=["prefill", "forks decode", "some end"])
-def test_ctrl_c_at_any_line_of_a_step(llm, at, expected):
+def test_ctrl_c_at_any_line_of_a_step(llm, at, expected, monkeypatch):
     """At any line no page is lost, no token is half written down, none is read twice, and the bits are the same."""
-    llm.engine._make_detokenizer = lambda sample: Read(sample.generated)
+    monkeypatch.setattr(llm.engine, "tokenizer", object())  # without one no sample has a detokenizer
+    monkeypatch.setattr(llm.engine, "_detokenizer", lambda tokenizer, sample: Read(sample.drawn.token_ids))
 
     def start_read() -> list[Request]:
         llm.engine.scheduler.page_pool.clear_cache()
@@ -286,7 +287,7 @@ def test_ctrl_c_at_any_line_of_a_step(llm, at, expected):
         assert run(llm, requests, lambda line=line: interrupted_step(line), at) == expected, (
             f"interrupted at line {line}"
         )
-        assert all(s.detokenizer.token_ids == s.generated for r in requests for s in r.samples), (
+        assert all(s.detokenizer.token_ids == s.drawn.token_ids for r in requests for s in r.samples), (
             f"interrupted at line {line}"
         )
         assert_idle(llm)
@@ -304,7 +305,7 @@ def test_without_pages_the_newest_is_preempted_and_recomputed(llm, spare, expect
     )
     right, blocks, preempted = run(llm, grow()), llm.engine.scheduler.page_pool, []
     blocks.clear_cache()
-    held, preempt = blocks.allocate(blocks.num_available - spare), llm.engine.scheduler.preempt
+    held, preempt = blocks.take(blocks.num_available - spare), llm.engine.scheduler.preempt
 
     def watched(sequence):
         assert sequence is llm.engine.scheduler.running[-1], "the newest goes first"

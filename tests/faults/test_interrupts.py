@@ -249,10 +249,10 @@ def test_a_stream_that_is_collected_as_garbage_amid_a_step(llm, expected, monkey
     amid_a_step(llm, monkeypatch, lambda: (gc.collect(), ends.append(ended(request))))
     ends: list[bool] = []
     assert generate(llm) == expected
-    assert ends == [False] and ended(request) and request.samples[0].finish_reason == "abort", (
+    assert ends == [False] and ended(request) and request.samples[0].drawn.finish_reason == "abort", (
         "with the end of that step"
     )
-    assert len(request.samples[0].generated) < 6
+    assert len(request.samples[0].drawn.token_ids) < 6
     assert_idle(llm)
 
 
@@ -264,7 +264,7 @@ def test_a_signal_handler_may_abort_amid_a_step(llm, expected, monkeypatch):
         assert generate(llm) == expected
     finally:
         signal.signal(signal.SIGUSR1, before)
-    assert request.samples[0].finish_reason == "abort" and len(request.samples[0].generated) < 6
+    assert request.samples[0].drawn.finish_reason == "abort" and len(request.samples[0].drawn.token_ids) < 6
     assert_idle(llm)
 
 
@@ -283,5 +283,5 @@ def test_an_abort_from_another_thread_ends_it_with_the_step_that_runs(llm, expec
     thread.start()
     assert generate(llm) == expected
     thread.join()
-    assert request.samples[0].finish_reason == "abort" and len(request.samples[0].generated) < 6
+    assert request.samples[0].drawn.finish_reason == "abort" and len(request.samples[0].drawn.token_ids) < 6
     assert_idle(llm)

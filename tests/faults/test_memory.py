@@ -61,7 +61,7 @@ def test_no_memory_at_start_says_what_is_wanted_and_what_to_change(doing, fault,
             monkeypatch.context() as patched,
             pytest.raises(MemoryError, match=f"out of memory while {doing}: {WANTED}{SETTINGS}"),
         ):
-            patched.setattr(*((kv_cache, "allocate") if "cache" in doing else (jax, "device_put")), fault)
+            patched.setattr(*((kv_cache, "empty_cache") if "cache" in doing else (jax, "device_put")), fault)
             LLM("calc", progress=False, num_pages=200)
 
     requests = start(tiny)
@@ -75,14 +75,14 @@ def test_other_errors_at_start_are_left_as_they_are(tiny, monkeypatch):
     def broken(*args):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
-    monkeypatch.setattr(kv_cache, "allocate", broken)
+    monkeypatch.setattr(kv_cache, "empty_cache", broken)
     with pytest.raises(jax.errors.JaxRuntimeError, match="^INTERNAL: something else"):
         make_llm(tiny.config, tiny.params)
 
 
 def test_a_pool_larger_than_the_machine_is_refused_before_it_is_taken(tiny, monkeypatch):
     """The host's own lists of pages would already fill the machine."""
-    monkeypatch.setattr(kv_cache, "allocate", lambda *args: pytest.fail("it was taken"))
+    monkeypatch.setattr(kv_cache, "empty_cache", lambda *args: pytest.fail("it was taken"))
     with pytest.raises(
         MemoryError, match=rf"this machine has \d+\.\d\d GB of memory in all: {WANTED}{SETTINGS} float32"
     ):
@@ -129,7 +129,7 @@ CAUSE = f"^the device ran out of memory: {WANTED}{SETTINGS}"
 
 def assert_failed(llm: LLM, request: Request, whole: list[tuple], at_least: int) -> None:
     """Ended by an error that says what is wanted, with the first tokens of its whole answer."""
-    output = llm._output(request)
+    output = llm.session.output(request)
     ((all_tokens, all_logprobs, *_),) = whole
     (sample,) = output.outputs
     assert output.finished and sample.finish_reason == "error" and re.match(CAUSE, str(sample.stop_reason))
@@ -143,7 +143,7 @@ def assert_failed(llm: LLM, request: Request, whole: list[tuple], at_least: int)
 def test_no_memory_to_decode_fails_those_that_decode(llm, when, expected, whole, monkeypatch):
     """The victim is in the decode that fails; the others' prompts are in the same plan, and are computed again."""
     (victim,) = start(llm, [PROMPT], VICTIM)
-    while len(victim.samples[0].generated) < 5:
+    while len(victim.samples[0].drawn.token_ids) < 5:
         step(llm)
     beside = start(llm)
     monkeypatch.setattr(steps, "decode_step", short_of_memory(steps.decode_step, 0, when))
@@ -208,7 +208,7 @@ def test_other_errors_are_raised_as_before(llm, message, expected, monkeypatch):
 
 
 def test_a_cache_that_only_answers_with_an_error_is_lost(tiny):
-    cache = kv_cache.allocate(tiny.config, tiny.engine_config, tiny.engine.kernels, tiny.params)
+    cache = kv_cache.empty_cache(tiny.config, tiny.engine_config, tiny.engine.kernels, tiny.params)
     assert not kv_cache.is_lost(cache)
     poisoned = jax.tree.map(needing_too_much, cache)
     assert not any(x.is_deleted() for x in jax.tree.leaves(poisoned)) and all(

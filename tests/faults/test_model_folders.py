@@ -1,4 +1,4 @@
-"""Broken, hostile and foreign model folders. Each error names the file; nothing is half opened and no code ever runs."""
+"""Broken, hostile and foreign model folders. Each error names the file; nothing is half opened and no code runs."""
 
 import json
 import os
@@ -196,7 +196,7 @@ def test_a_broken_second_shard_is_found_before_the_first_is_read(tmp_path):
 def test_a_wrong_index_is_refused(tmp_path, weight_map, message):
     two_shards(tmp_path)
     write_index(tmp_path, weight_map)
-    if message is None:  # one shard that agrees with the index; the other is a file of somebody else
+    if message is None:  # one shard that agrees with the index; the other file is not of this model
         assert open_folder(tmp_path).names == ("a",)
         return
     with pytest.raises(ValueError, match=message) as error:
@@ -242,7 +242,7 @@ def test_a_shard_name_that_leads_elsewhere_is_refused(tmp_path, shard):
     (folder / "sub").mkdir(parents=True)
     save_folder(tmp_path / "other", [("a", np.ones(1, np.float32))])
     for place in (tmp_path / "outside.safetensors", folder / "sub" / "x.safetensors", folder / ".hidden.safetensors"):
-        place.write_bytes((tmp_path / "other" / "model.safetensors").read_bytes())  # it would open, were it asked for
+        place.write_bytes((tmp_path / "other" / "model.safetensors").read_bytes())  # it would open if it were tried
     write_index(folder, {"a": shard})
     with pytest.raises(ValueError, match=f"{INDEX} puts 'a' into .* expected the plain name of a safetensors file"):
         open_folder(folder)

@@ -78,9 +78,11 @@ def test_streams_and_calls_share_their_steps(llm, seeded):
 
 def test_a_stream_is_read_between_steps(llm, monkeypatch):
     """A token and its logprob are two writes: a stream that was read between them would show one without the other."""
-    render = llm._output
+    render = llm.session.output
     locked: list[bool] = []
-    monkeypatch.setattr(llm, "_output", lambda request: (locked.append(llm.runner.lock.locked()), render(request))[1])
+    monkeypatch.setattr(
+        llm.session, "output", lambda request: (locked.append(llm.session.runner.lock.locked()), render(request))[1]
+    )
     for output in llm.stream([1, 2], SamplingParams(max_tokens=5)):
         assert output.finished or all(locked)
     assert len(locked) >= 5

@@ -40,7 +40,7 @@ def folder(path: Path, config: dict[str, object] | None = None, template: str | 
 TOKENIZER = Tokenizer(byte_level(), named_tokens={"eos_token": "<|end|>"}, chat_template=PLAIN)
 
 
-# -- a chat template that escapes, loops or explodes ------------------------------------------------------------------------------
+# -- a chat template that escapes, loops or explodes --
 
 ESCAPES = {
     "class": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
@@ -50,74 +50,53 @@ ESCAPES = {
     "environment": "{{ self._TemplateReference__context.environment }}",
     "builtins": "{{ range.__self__.open('x') }}",
     "class by format": "{{ '{0.__class__.__mro__}'.format(messages) }}",
-    "format_map": "{{ '{x.__class__}'.format_map({'x': 1}) }}",
+    "class by format_map": "{{ '{x.__class__.__mro__}'.format_map({'x': 1}) }}",
     "mutation": "{{ messages.append(1) }}",
-    "dunder of a namespace": "{% set ns = namespace() %}{% set ns.__class__ = 1 %}",
+    "dunder of a namespace": "{% set ns = namespace() %}{% set ns.__class__ = 1 %}{{ ns.__class__.__mro__ }}",
     "file": "{% include 'tokenizer_config.json' %}",
     "import": "{% import 'os' as os %}",
 }
-LOOPS = {
-    "range": ("{% for i in range(10 ** 12) %}x{% endfor %}", "Range too big"),
-    "nested": (
-        "{% set r = range(2000) | list %}{% for i in r %}{% for j in r %}{% endfor %}{% endfor %}",
-        "more than 1000000 loop turns",
-    ),
-    "lazy filters": ("{{ range(90000)" + " | select" * 40 + " | list | length }}", "more than 1000000 loop turns"),
-    "outputs": ("{% set r = range(90000) | list %}{% for i in r %}" + "{{ i }}" * 40 + "{% endfor %}", "was stopped"),
+TOO_MUCH = {
+    "range": ("{% for i in range(10 ** 12) %}x{% endfor %}", "OverflowError"),
     "macro": ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "RecursionError"),
     "block": ("{% block a %}{{ self.a() }}{% endblock %}", "RecursionError"),
     "depth": ("{{ " + "(" * 5_000 + "1" + ")" * 5_000 + " }}", "cannot be compiled, RecursionError"),
-    "length": ("x" * 65_537, "may have at most 65536 characters, got 65537"),
+    "length": ("x" * 65_537, "65536 .* 65537"),
     "digits": ("{{ " + "9" * 60_000 + " }}", "cannot be compiled, ValueError"),
-    "lorem ipsum": ("{{ lipsum(n=10 ** 9) }}", "'lipsum' is undefined"),
+    "memory": ("{% set s = 'a' * 10 ** 9 %}", "512 MiB"),
+    "output": ("{% for i in range(9999) %}{{ 'y' * 1000 }}{% endfor %}", "more than 1000120 characters"),
 }
 
 
 def doubled(first: str, again: str) -> str:
-    """Made twice as large 24 times; it is compared at the end, so that only the bound on what is made stops it."""
-    return (
-        f"{{% set ns = namespace(x={first}) %}}{{% for i in range(24) %}}{{% set ns.x = {again} %}}{{% endfor %}}"
-        "{% if ns.x == 0 %}{% endif %}"
-    )
+    """Made twice as large 64 times, and shown."""
+    loop = f"{{% for i in range(64) %}}{{% set ns.x = {again} %}}{{% endfor %}}"
+    return f"{{% set ns = namespace(x={first}) %}}{loop}{{{{ ns.x }}}}"
 
 
 EXPLOSIONS = {
-    "text": "{{ 'a' * 10 ** 8 }}",
-    "text from the right": "{{ 10 ** 8 * 'a' }}",
-    "list": "{{ [0] * 10 ** 8 }}",
-    "number": "{{ 10 ** (10 ** 8) }}",
+    "nested loops": "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}",
+    "lazy filters": "{% for i in range(99) %}{% if range(90000)"
+    + " | select" * 40
+    + " | list %}{% endif %}{% endfor %}",
+    "slow searches": "{% for i in range(90000) %}{% if 'ba' * 90000 in 'a' * 900000 %}{% endif %}{% endfor %}",
+    "power": "{{ 10 ** (10 ** 8) }}",
     "squares": doubled("3", "ns.x * ns.x"),
+    "text": "{{ 'a' * 10 ** 8 }}",
+    "list": "{{ [0] * 10 ** 8 }}",
+    "lorem ipsum": "{{ lipsum(n=10 ** 9) }}",
     "doubled by +": doubled("'a'", "ns.x + ns.x"),
     "doubled by ~": doubled("'a'", "ns.x ~ ns.x"),
     "doubled by a list": doubled("['ab', 1]", "[ns.x, ns.x]"),
-    "doubled by a tuple": doubled("['ab', 1]", "(ns.x, ns.x)"),
-    "doubled by a dict": doubled("['ab', 1]", "{'a': ns.x, 'b': ns.x}"),
     "doubled by dict()": doubled("['ab', 1]", "dict(a=ns.x, b=ns.x)"),
-    "doubled by list +": doubled("['ab', 1]", "[ns.x + ns.x]"),
     "doubled by macros": "{% macro m(x) %}{{ x }}{{ x }}{% endmacro %}" + doubled("'a'", "m(ns.x)"),
-    "doubled by arguments": "{% set ns = namespace(x=[1]) %}{% macro m() %}{% set ns.x = varargs %}{% endmacro %}"
-    "{% for i in range(24) %}{{ m(ns.x, ns.x) }}{% endfor %}",
-    "many at once": "{% set s = 'a' * 900000 %}{% set x = s" + " ~ s" * 100 + " %}",
     "% width": "{{ '%100000000d' % 1 }}",
-    "% width as argument": "{{ '%*d' % (100000000, 1) }}",
-    "% width behind a name": "{{ '%((a))100000000d' % {'(a)': 1} }}",
-    "% precision": "{{ '%.100000000f' | format(1) }}",
-    "% many times": "{% set s = 'a' * 900000 %}{{ '" + "%(s)s" * 100 + "' % {'s': s} }}",
-    "format width": "{{ '{:>100000000}'.format(1) }}",
     "format width as argument": "{{ '{:>{}}'.format(1, 10 ** 8) }}",
-    "padding": "{{ 'a'.ljust(10 ** 8) }}",
-    "replace": "{% set s = 'a' * 9000 %}{{ s.replace('a', s) }}",
     "replace filter": "{% set s = 'a' * 9000 %}{{ s | replace('a', s) }}",
     "join": "{% set s = 'a' * 9000 %}{{ s.join(s) }}",
-    "join filter": "{% set s = 'a' * 9000 %}{{ s | join(s) }}",
     "indent": "{{ ('a\n' * 9000) | indent(10000) }}",
     "json indent": "{{ [1] | tojson(indent=10 ** 8) }}",
-    "slow search": "{{ ('a' * 400000).rfind('b' + 'a' * 200000) }}",
-    "slow strip": "{{ ('a' * 900000) | trim('b' * 900000) }}",
-    "slices": "{% set s = 'a' * 900000 %}{% for i in range(999) %}{% set x = s[1:] %}{% endfor %}",
-    "output": "{% for i in range(99999) %}{{ 'y' * 1000 }}{% endfor %}",
-    "literal output": "{% for i in range(99999) %}" + "z" * 1000 + "{% endfor %}",
-    "set block": "{% set s %}{% for i in range(99999) %}" + "z" * 1000 + "{% endfor %}{% endset %}",
+    "set block": "{% set s %}{% for i in range(90000) %}{{ 'z' * 10000 }}{% endfor %}{% endset %}",
 }
 
 
@@ -127,47 +106,28 @@ def test_a_template_cannot_escape(name):
         TOKENIZER.encode_chat(CHAT, chat_template=ESCAPES[name])
 
 
-@pytest.mark.parametrize("name", LOOPS)
-def test_a_template_cannot_loop_or_be_endless_itself(name):
-    template, said = LOOPS[name]
-    with pytest.raises(ValueError, match=said):
+@pytest.mark.parametrize("name", TOO_MUCH)
+def test_a_template_that_asks_for_too_much_is_told_what(name):
+    template, reason = TOO_MUCH[name]
+    with pytest.raises(ValueError, match=reason):
         TOKENIZER.encode_chat(CHAT, chat_template=template)
 
 
 @pytest.mark.parametrize("name", EXPLOSIONS)
-def test_a_template_cannot_explode(name):
+def test_a_template_cannot_run_for_ever_or_explode(name, monkeypatch):
+    monkeypatch.setattr(chat_template, "MAX_SECONDS", 1.0)
     tracemalloc.start()
     try:
-        with pytest.raises(ValueError, match="the chat template was stopped"):
+        with pytest.raises(ValueError, match="was stopped: it (ran .* 1.0 sec|takes .* MiB|makes .* char)"):
             TOKENIZER.encode_chat(CHAT, chat_template=EXPLOSIONS[name])
         assert tracemalloc.get_traced_memory()[1] < 30_000_000
     finally:
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize(
-    "source",
-    [
-        "{% if a == b %}{% endif %}",
-        "{% if a < b < a %}{% endif %}",
-        "{% if 0 in a %}{% endif %}",
-        "{% if a is eq b %}{% endif %}",
-        "{% if d[a] %}{% endif %}",
-        "{% set x = a * 0 %}",
-    ],
-)
-def test_the_clock_is_looked_at_on_every_operation_between_values(source, monkeypatch):
-    """Three thousand of them fit into a template, and each may take a while: values have a million elements."""
-    variables = {"a": [1], "b": [1], "d": {}}
-    chat_template.render(source, variables, 0)
-    monkeypatch.setattr(chat_template, "MAX_SECONDS", -1.0)
-    with pytest.raises(ValueError, match="the chat template was stopped: it ran for more than"):
-        chat_template.render(source, variables, 0)
-
-
 @pytest.mark.timeout(60)
 def test_white_space_before_no_token_takes_linear_time():
-    """Tokens may swallow the white space before them, so each run of it is a candidate: a million would take most of an hour."""
+    """Tokens may swallow the white space before them, so each run of it is a candidate; it is looked through once."""
     backend = byte_level()
     backend.add_special_tokens([tokenizers.AddedToken("<|left|>", lstrip=True)])
     tokenizer = Tokenizer(backend, chat_template="{{ messages[0].content }}  <|left|>{{ ' ' * 300000 }}x \t<|left|>")
@@ -185,22 +145,22 @@ def test_white_space_before_no_token_takes_linear_time():
 
 
 @pytest.mark.parametrize(
-    "template, said",
+    "template, error",
     [
         (ESCAPES["class"], "was stopped"),
-        LOOPS["nested"],
-        (EXPLOSIONS["text"], "was stopped"),
+        TOO_MUCH["macro"],
+        TOO_MUCH["memory"],
         ("{{ raise_exception('no') }}", "refused"),
         ("{% if %}", "is not valid"),
     ],
 )
-def test_a_hostile_template_moves_no_bit_of_requests_that_run(template, said, tiny):
+def test_a_hostile_template_moves_no_bit_of_requests_that_run(template, error, tiny):
     right = neighbours.run(tiny, neighbours.start(tiny))
     llm = make_llm(tiny.config, tiny.params)
     requests = neighbours.start(llm)
     neighbours.step(llm)
     llm.tokenizer = TOKENIZER
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=error):
         llm.chat([CHAT, CHAT], SamplingParams(max_tokens=1), chat_template=template)
     llm.tokenizer = None  # the others are token ids of a larger vocabulary
     assert neighbours.run(llm, requests) == right
@@ -210,7 +170,7 @@ def test_a_hostile_template_moves_no_bit_of_requests_that_run(template, said, ti
 def test_a_template_that_was_stopped_leaves_the_next_chat_alone():
     before = TOKENIZER.encode_chat(CHAT)
     with pytest.raises(ValueError, match="was stopped"):
-        TOKENIZER.encode_chat(CHAT, chat_template=EXPLOSIONS["text"])
+        TOKENIZER.encode_chat(CHAT, chat_template=TOO_MUCH["memory"][0])
     assert TOKENIZER.encode_chat(CHAT) == before
 
 
@@ -221,11 +181,11 @@ def test_a_template_says_what_it_refuses_and_where_it_is_wrong():
         TOKENIZER.encode_chat(CHAT, chat_template="a\n{% if %}")
 
 
-# -- a folder with auto_map, without tokenizer, without chat template ---------------------------------------------------------------
+# -- a folder with auto_map, without tokenizer, without chat template --
 
 
 def test_a_folder_without_tokenizer_says_what_is_missing(tmp_path):
-    with pytest.raises(ValueError, match="has no tokenizer.json.*give prompts as token ids"):
+    with pytest.raises(ValueError, match="tokenizer.json.*token ids"):
         Tokenizer.load(tmp_path)
 
 
@@ -233,7 +193,7 @@ def test_a_folder_without_tokenizer_says_what_is_missing(tmp_path):
 def test_a_broken_tokenizer_is_named(tmp_path, content):
     folder(tmp_path)
     (tmp_path / "tokenizer.json").write_text(content)
-    with pytest.raises(ValueError, match=r"tokenizer\.json or the tokenizer_config\.json beside it cannot be read"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json"):
         Tokenizer.load(tmp_path)
 
 
@@ -246,7 +206,7 @@ def test_no_code_of_a_folder_runs(tmp_path):
 
 def test_no_chat_template_says_how_to_pass_one(tmp_path):
     tokenizer = Tokenizer.load(folder(tmp_path))
-    with pytest.raises(ValueError, match="has no chat template.*pass chat_template="):
+    with pytest.raises(ValueError, match="chat_template="):
         tokenizer.encode_chat(CHAT)
     assert tokenizer.encode_chat(CHAT, chat_template=PLAIN) == TOKENIZER.encode_chat(CHAT)
 
@@ -258,13 +218,13 @@ def test_the_chat_template_is_found_in_either_file(tmp_path, config, template):
     assert Tokenizer.load(folder(tmp_path, config, template)).encode_chat(CHAT) == TOKENIZER.encode_chat(CHAT)
 
 
-# -- lone surrogates, NUL, emoji across tokens, text that spells a special token ----------------------------------------------------
+# -- lone surrogates, NUL, emoji across tokens, text that spells a special token --
 
 
 def test_lone_surrogates_are_refused_everywhere():
-    with pytest.raises(ValueError, match=r"lone surrogate, U\+D800, at position 1"):
+    with pytest.raises(ValueError, match=r"U\+D800.* 1"):
         TOKENIZER.encode("a\ud800")
-    with pytest.raises(ValueError, match=r"messages\[0\]\.content has a lone surrogate"):
+    with pytest.raises(ValueError, match=r"messages\[0\]\.content .*U\+DFFF"):
         TOKENIZER.encode_chat([{"role": "user", "content": "\udfff"}])
 
 
@@ -292,7 +252,7 @@ def test_streaming_shows_no_half_character_and_joins_to_the_text():
     assert stream.text == TOKENIZER.decode(ids)
 
 
-# -- stop strings -------------------------------------------------------------------------------------------------------------------
+# -- stop strings --
 
 
 def stopped(text: str, *stop: str) -> tuple[str, int | None]:

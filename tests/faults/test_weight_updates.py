@@ -250,7 +250,7 @@ def test_a_replay_knows_its_weights(model, other):
     llm.update_params(other)
     for _ in run_:
         pass
-    mixed = llm._output(requests[0]).outputs[0]
+    mixed = llm.session.output(requests[0]).outputs[0]
     assert len(mixed.weight_versions) == 2
     with pytest.raises(ValueError, match=r"weights_version: \[0, 1\], here 1"):
         llm.replay(mixed.coordinate)
@@ -312,7 +312,7 @@ def test_a_pause_holds_other_threads_and_lets_weights_in(model, other):
         time.sleep(0.01)
     with pytest.raises(RuntimeError, match='in_flight="drain" waits for requests, and the LLM is paused'):
         llm.update_params(other, in_flight="drain")
-    drawn = len(next(iter(llm.engine.requests.values())).samples[0].generated)
+    drawn = len(next(iter(llm.engine.requests.values())).samples[0].drawn.token_ids)
     llm.update_params(other)
     assert not outputs, "a step was made during the pause"
     llm.resume()

@@ -15,7 +15,7 @@ import pytest
 from jaxengine.config import QUERY_BLOCK, EngineConfig
 from jaxengine.host.page_pool import PagePool
 from jaxengine.host.sample import Request, Sample, Status
-from jaxengine.host.scheduler import MustSettle, Plan, Scheduler
+from jaxengine.host.scheduler import MustCollect, Plan, Scheduler
 from jaxengine.sampling_params import SamplingParams
 
 STOP = 0
@@ -46,9 +46,9 @@ class Loop:
     def __init__(self, overlap: bool = False, **config) -> None:
         sizes = dict(max_num_seqs=8, max_num_batched_tokens=64, max_model_len=256, page_size=PAGE, num_pages=64)
         self.config = EngineConfig(**sizes | config)
-        self.blocks = PagePool(self.config.num_pages, self.config.page_size, self.config.enable_prefix_caching)
-        self.scheduler = Scheduler(self.config, self.blocks)
-        self.overlap, self.num_settled, self.num_steps = overlap, 0, 0
+        self.pool = PagePool(self.config.num_pages, self.config.page_size, self.config.enable_prefix_caching)
+        self.scheduler = Scheduler(self.config, self.pool)
+        self.overlap, self.num_collected, self.num_steps = overlap, 0, 0
         self.pages = [[0] * self.config.page_size for _ in range(self.config.num_pages)]
         self.written: set[tuple[int, int, int]] = set()  # (page, births, offset)
         self.history: dict[int, list[int]] = {}
@@ -69,9 +69,9 @@ class Loop:
         running = [s for s in self.scheduler.running if s.is_decoding and s.length < s.request.limit]
         try:
             plan = self.scheduler.schedule()
-        except MustSettle:
-            assert self._in_flight, "there is nothing to settle"
-            self.num_settled += 1
+        except MustCollect:
+            assert self._in_flight, "there is nothing to collect"
+            self.num_collected += 1
             self._collect()
             running = [s for s in running if s.status is Status.RUNNING and s.length < s.request.limit]
             plan = self.scheduler.schedule()
@@ -99,8 +99,8 @@ class Loop:
         stayed = [
             s for s in running if s.status is Status.RUNNING and s not in plan.admitted
         ]  # some were preempted, and may be back
-        assert plan.decode == stayed, "running decodes are left out"
-        budget = max(self.config.max_num_batched_tokens - len(plan.decode), QUERY_BLOCK)
+        assert plan.decoding == stayed, "running decodes are left out"
+        budget = max(self.config.max_num_batched_tokens - len(plan.decoding), QUERY_BLOCK)
         assert sum(chunk.num_blocks for chunk in plan.chunks) * QUERY_BLOCK <= budget, "more tokens than the budget"
         assert all(chunk.start % QUERY_BLOCK == 0 and chunk.start < chunk.stop for chunk in plan.chunks)
         assert all(chunk.stop % QUERY_BLOCK == 0 or chunk.is_last for chunk in plan.chunks)
@@ -112,7 +112,7 @@ class Loop:
         for sample in plan.admitted:
             self.history[sample.slot] = list(sample.token_ids)
         rows = []
-        for sample, position, count in zip(plan.decode, plan.decode_positions, plan.decode_counts, strict=True):
+        for sample, position, count in plan.decodes:
             for at in range(position, position + count):
                 self._write(sample, at, at + 1)
                 rows.append(self._draw(sample, at))
@@ -132,7 +132,7 @@ class Loop:
             assert self.pages[sample.pages[at // size]][at % size] == hashes[at], f"position {at} holds another prefix"
         for at in range(start, stop):
             page = sample.pages[at // size]
-            place = page, self.blocks.births[page], at % size
+            place = page, self.pool.births[page], at % size
             assert place not in self.written, "a place in a page is written twice: somebody else's page"
             self.written.add(place)
             self.pages[page][at % size] = hashes[at]
@@ -148,7 +148,7 @@ class Loop:
             if sample.status is Status.FINISHED:
                 continue
             sample.num_pending -= 1
-            sample.token_ids.append(token)
+            sample.drawn.token_ids.append(token)
             self.scheduler.register_pages(sample)
             if token in sample.request.stop_token_ids:
                 self.scheduler.finish(sample, "stop")
@@ -159,13 +159,15 @@ class Loop:
 def assert_answered(*requests: Request) -> None:
     for request in requests:
         for sample in request.samples:
-            assert list(sample.generated) == answer(request, sample.index)
-            assert sample.finish_reason == ("stop" if sample.token_ids[-1] in request.stop_token_ids else "length")
+            assert list(sample.drawn.token_ids) == answer(request, sample.index)
+            assert sample.drawn.finish_reason == (
+                "stop" if sample.token_ids[-1] in request.stop_token_ids else "length"
+            )
 
 
 def assert_empty(loop: Loop) -> None:
     assert not loop.scheduler.running and not loop.scheduler.waiting
-    assert loop.blocks.num_available == loop.config.num_pages - 1, "pages are still held"
+    assert loop.pool.num_available == loop.config.num_pages - 1, "pages are still held"
 
 
 @pytest.fixture(params=[False, True], ids=["plain", "overlapped"])
@@ -184,7 +186,7 @@ def test_a_long_prompt_does_not_stall_decoding(overlap):
     plans = []
     while long.samples[0].num_computed < 199:
         plans.append(loop.step())
-    assert len(plans) == 5, "199 tokens in chunks of 48: what 64 leave beside four decodes, in whole blocks"
+    assert len(plans) == 5, "199 tokens in chunks of 48: what 64 leave beside four decodes, in whole pool"
     assert [(c.start, c.stop) for p in plans for c in p.chunks] == [
         (0, 48),
         (48, 96),
@@ -192,7 +194,7 @@ def test_a_long_prompt_does_not_stall_decoding(overlap):
         (144, 192),
         (192, 199),
     ]
-    assert all(len(p.decode) == 4 for p in plans)
+    assert all(len(p.decodes) == 4 for p in plans)
     loop.run()
     assert_answered(*short, long)
     assert_empty(loop)
@@ -229,8 +231,8 @@ def test_a_large_request_at_the_head_is_not_overtaken():
     )
     plan = loop.step()
     assert [c.sample.request for c in plan.chunks] == [first]
-    while not first.samples[0].finish_reason:
-        assert not small.samples[0].generated
+    while not first.samples[0].drawn.finish_reason:
+        assert not small.samples[0].drawn.token_ids
         loop.step()
     loop.run()
     assert_answered(first, large, small)
@@ -280,8 +282,8 @@ def test_another_sample_takes_over_when_the_first_ends_in_the_middle_of_its_prom
     loop.scheduler.check_integrity()
     loop.run()
     for sample in request.samples[1:]:
-        assert list(sample.generated) == answer(request, sample.index)
-    assert list(request.samples[0].generated) == [] and request.samples[0].finish_reason == "abort"
+        assert list(sample.drawn.token_ids) == answer(request, sample.index)
+    assert list(request.samples[0].drawn.token_ids) == [] and request.samples[0].drawn.finish_reason == "abort"
     assert_empty(loop)
 
 
@@ -305,7 +307,7 @@ def test_of_equal_prompts_in_one_step_the_first_alone_is_computed(overlap):
     plan = loop.step()
     assert [(chunk.start, chunk.stop) for chunk in plan.chunks] == [(0, PAGE * 2 + 8)] + [(PAGE * 2, PAGE * 2 + 8)] * 3
     loop.run()
-    assert [request.samples[0].generated for request in requests] == [answer(requests[0], 0)] * 4
+    assert [request.samples[0].drawn.token_ids for request in requests] == [answer(requests[0], 0)] * 4
 
 
 def test_prompt_logprobs_compute_every_position():
@@ -344,23 +346,23 @@ def test_a_preempted_sequence_goes_to_the_front_with_its_tokens():
     old, new, later = [loop.add([i + 1] * 20, max_tokens=20) for i in range(3)]
     for _ in range(4):
         loop.step()
-    so_far = [list(r.samples[0].generated) for r in (old, new)]
+    so_far = [list(r.samples[0].drawn.token_ids) for r in (old, new)]
     assert len(so_far[0]) >= 3
     for request in (later, new):
         loop.scheduler.preempt(request.samples[0])
     loop.scheduler.check_integrity()
     assert [s.request for s in loop.scheduler.waiting] == [new, later]
-    assert [list(r.samples[0].generated) for r in (old, new)] == so_far
+    assert [list(r.samples[0].drawn.token_ids) for r in (old, new)] == so_far
     loop.run()
     assert_answered(old, new, later)
     assert loop.scheduler.num_preemptions == 2
 
 
-def test_results_under_way_are_settled_before_a_preemption():
+def test_results_under_way_are_collected_before_a_preemption():
     loop = Loop(overlap=True, num_pages=8, enable_prefix_caching=False)
     requests = [loop.add([i + 1] * 60, max_tokens=60) for i in range(3)]
     loop.run()
-    assert loop.num_settled > 0 and loop.scheduler.num_preemptions > 0
+    assert loop.num_collected > 0 and loop.scheduler.num_preemptions > 0
     assert_answered(*requests)
     assert_empty(loop)
 
@@ -372,7 +374,7 @@ def test_the_scheduler_asks_for_results_and_leaves_nothing_half_done():
         before = [(s.length, s.num_computed) for r in requests for s in r.samples]
         try:
             plan = loop.scheduler.schedule()
-        except MustSettle:
+        except MustCollect:
             break
         loop._in_flight.append(loop._run(plan))
         if len(loop._in_flight) > 1:
@@ -399,7 +401,9 @@ def test_recomputation_is_bounded(overlap):
     computed = 0
     while loop.scheduler.running or loop.scheduler.waiting:
         plan = loop.step()
-        computed += sum(plan.decode_counts) + sum(chunk.stop - chunk.start for chunk in plan.chunks)
+        computed += sum(decode.count for decode in plan.decodes) + sum(
+            chunk.stop - chunk.start for chunk in plan.chunks
+        )
     loop.run()
     assert_answered(*requests)
     assert loop.scheduler.num_preemptions > 0
@@ -422,7 +426,7 @@ def test_finish_is_idempotent_wherever_the_sequence_is(overlap):
         for reason in ("abort", "length"):
             loop.scheduler.finish(request.samples[0], reason)
             loop.scheduler.check_integrity()
-        assert request.samples[0].finish_reason == "abort"
+        assert request.samples[0].drawn.finish_reason == "abort"
     loop.run()
     assert_answered(other)
     assert_empty(loop)
@@ -475,7 +479,9 @@ def test_random_work(seed):
         for sample in request.samples:
             right = answer(request, sample.index)
             assert sample.status is Status.FINISHED
-            assert list(sample.generated) == (right[: len(sample.generated)] if sample in aborted else right)
+            assert list(sample.drawn.token_ids) == (
+                right[: len(sample.drawn.token_ids)] if sample in aborted else right
+            )
     assert_empty(loop)
 
 
@@ -487,7 +493,7 @@ def test_the_same_requests_give_the_same_plans():
         for _ in range(300):
             plan = loop.step()
             chunks = [(chunk.sample.arrival, chunk.start, chunk.stop) for chunk in plan.chunks]
-            yield [(s.arrival, list(s.pages), s.slot) for s in plan.decode], chunks, plan.copies
+            yield [(s.arrival, list(s.pages), s.slot) for s in plan.decoding], chunks, plan.copies
 
     assert list(plans()) == list(plans())
 
@@ -495,46 +501,46 @@ def test_the_same_requests_give_the_same_plans():
 # -- the simulation itself --------------------------------------------------------------------------------------------------------
 
 
-def _matching_any_parent(blocks: PagePool) -> None:
-    def match(tokens, version, salt, known=None):
+def _matching_any_parent(pool: PagePool) -> None:
+    def match(tokens, version, salt, owner=None):
         pages = []
         for start in range(0, len(tokens) - PAGE, PAGE):
             content = array("i", tokens[start : start + PAGE]).tobytes()
-            pages += next(([page] for page, key in blocks._keys.items() if key.tokens == content), [])
+            pages += next(([page] for page, key in pool._keys.items() if key.tokens == content), [])
             if len(pages) * PAGE != start + PAGE:
                 return pages[: start // PAGE]
         return pages
 
-    blocks.match = match
+    pool.match = match
 
 
-def _sharing_without_counting(blocks: PagePool) -> None:
-    blocks.share = lambda pages: None
+def _sharing_without_counting(pool: PagePool) -> None:
+    pool.share = lambda pages: None
 
 
-def _registering_other_tokens(blocks: PagePool) -> None:
-    register = blocks.register
-    blocks.register = lambda page, parent, tokens, *home: register(
+def _registering_other_tokens(pool: PagePool) -> None:
+    register = pool.register
+    pool.register = lambda page, parent, tokens, *home: register(
         page, parent, [*tokens[:-1], tokens[-1] % 4 + 1], *home
     )
 
 
-def _registering_too_early(blocks: PagePool) -> None:
+def _registering_too_early(pool: PagePool) -> None:
     """A page can be found when it is allocated, before anything is written to it."""
-    allocate = blocks.allocate
+    take = pool.take
 
-    def allocate_and_register(count):
-        pages = allocate(count)
+    def take_and_register(count):
+        pages = take(count)
         if count == 3:
-            blocks.register(pages[0], None, [2] * PAGE, 0, "")
+            pool.register(pages[0], None, [2] * PAGE, 0, "")
         return pages
 
-    blocks.allocate = allocate_and_register
+    pool.take = take_and_register
 
 
-def _releasing_one_too_few(blocks: PagePool) -> None:
-    release = blocks.release
-    blocks.release = lambda pages: release(pages[:-1])
+def _releasing_one_too_few(pool: PagePool) -> None:
+    release = pool.release
+    pool.release = lambda pages: release(pages[:-1])
 
 
 PLANTED = [
@@ -549,7 +555,7 @@ PLANTED = [
 @pytest.mark.parametrize("plant", PLANTED)
 def test_the_fake_device_finds_planted_bugs(plant):
     loop = Loop(num_pages=40)
-    plant(loop.blocks)
+    plant(loop.pool)
     with pytest.raises(AssertionError):
         for first, second in itertools.product(([1] * 32, [2] * 32, [2] * 31 + [3]), repeat=2):
             loop.add(first + second + [1] * 10, n=2)

@@ -85,8 +85,8 @@ class Cache:
         return values[: position + 1]
 
 
-def allocate(model: Any, config: EngineConfig, kernels: Any, beside: Any) -> Cache:
-    """In place of kv_cache.allocate."""
+def empty_cache(model: Any, config: EngineConfig, kernels: Any, beside: Any) -> Cache:
+    """In place of kv_cache.empty_cache."""
     return Cache(config)
 
 
@@ -126,10 +126,10 @@ class StepVariants:
         self.fuse: Fuse | None = None
         self.rows_until_nan = -1
 
-    def forget(self) -> None:
+    def forget_expected(self) -> None:
         """There is no proof to forget."""
 
-    def choose(self, kind: str, num_blocks: int, params: int, cache: Cache) -> tuple[Cache, Tile]:
+    def pick(self, kind: str, num_blocks: int, params: int, cache: Cache) -> tuple[Cache, Tile]:
         return cache, Tile(self.tokens_per_block if kind == "prefill" else 1, 8)
 
     def run_decode(self, params: int, cache: Cache, tables: np.ndarray, slots: SamplingArrays, rows: Rows, tile: Tile):

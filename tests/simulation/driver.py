@@ -61,7 +61,7 @@ class Episode:
 
     def somebody(self) -> str:
         """A request to abort. Most are still in the queue, so those that ran get a chance of their own."""
-        ran = [s.request.request_id for s in self.world.samples if s.generated or s.num_computed]
+        ran = [s.request.request_id for s in self.world.samples if s.drawn.token_ids or s.num_computed]
         return self.rng.choice([*self.world.live, "nobody"] if self.rng.random() < 0.4 or not ran else ran)
 
     def disturb(self, happens) -> None:

@@ -9,7 +9,7 @@ from jaxengine.config import QUERY_BLOCK
 from jaxengine.engine.engine import Engine
 from jaxengine.host.page_pool import PageKey, PagePool, root_digest
 from jaxengine.host.sample import Request, Sample, Status
-from jaxengine.host.scheduler import Chunk, MustSettle, Plan, Scheduler
+from jaxengine.host.scheduler import Chunk, MustCollect, Plan, Scheduler
 
 
 class Watched(Scheduler):
@@ -21,7 +21,7 @@ class Watched(Scheduler):
         ready = [s for s in self.running if s.is_decoding and s.length < s.request.limit]
         try:
             plan = super().schedule()
-        except MustSettle:
+        except MustCollect:
             self.watch.stats["settled"] += 1
             raise
         self.watch.see(self, plan, ready)
@@ -50,11 +50,11 @@ class Watch:
         self.stats["forks"] += len(forks)
         self.stats["copied pages"] += len(plan.copies)
         self.stats["prefill tokens"] += sum(chunk.stop - chunk.start for chunk in plan.chunks)
-        self.stats["decode tokens"] += sum(plan.decode_counts)
+        self.stats["decode tokens"] += sum(decode.count for decode in plan.decodes)
         self.trace = hash(
             (
                 self.trace,
-                *((s.arrival, s.slot, *s.pages) for s in plan.decode),
+                *((s.arrival, s.slot, *s.pages) for s in plan.decoding),
                 *plan.copies,
                 *((c.sample.arrival, c.start, c.stop, *c.sample.pages) for c in plan.chunks),
             )
@@ -70,12 +70,12 @@ class Watch:
         )
         self.stats["hits"] += bool(found)
         self.stats["hits under new weights"] += bool(found) and scheduler.version > 0
-        self.stats["hits of recomputed sequences"] += bool(found) and bool(sample.generated)
+        self.stats["hits of recomputed sequences"] += bool(found) and bool(sample.drawn.token_ids)
 
     def _see_writes(self, scheduler: Scheduler, plan: Plan) -> None:
         if self._blocks is not scheduler.page_pool:
             self._blocks, self._filled = scheduler.page_pool, {}
-        for sample, at, count in zip(plan.decode, plan.decode_positions, plan.decode_counts, strict=True):
+        for sample, at, count in plan.decodes:
             self._see_write(scheduler, sample, at, at + count)
         for chunk in plan.chunks:
             if chunk.sample in plan.admitted:
@@ -99,7 +99,7 @@ class Watch:
 
 
 def _budget_left(scheduler: Scheduler, plan: Plan) -> int:
-    budget = max(scheduler.engine_config.max_num_batched_tokens - len(plan.decode), QUERY_BLOCK)
+    budget = max(scheduler.engine_config.max_num_batched_tokens - len(plan.decoding), QUERY_BLOCK)
     return budget - QUERY_BLOCK * sum(chunk.num_blocks for chunk in plan.chunks)
 
 
@@ -117,9 +117,9 @@ def _check_budget(scheduler: Scheduler, plan: Plan) -> None:
 
 def _check_reasons(scheduler: Scheduler, plan: Plan, ready: list[Sample]) -> None:
     """Every sequence is served or waits for a reason that can be named; the oldest one has none but its own results."""
-    served = {*plan.decode, *(s for chunk in plan.chunks for s in (chunk.sample, *chunk.forks))}
+    served = {*plan.decoding, *(s for chunk in plan.chunks for s in (chunk.sample, *chunk.forks))}
     gone = {s for s in ready if s.status is Status.WAITING} | set(plan.admitted)
-    assert [s for s in ready if s not in gone] == plan.decode, "a sequence that decodes was left out"
+    assert [s for s in ready if s not in gone] == plan.decoding, "a sequence that decodes was left out"
     short = _budget_left(scheduler, plan) < QUERY_BLOCK
     for index, sample in enumerate(scheduler.running):
         ending = sample.num_pending > 0 and sample.length >= sample.request.limit
@@ -135,7 +135,7 @@ def _head_waits(scheduler: Scheduler, head: Sample) -> bool:
     """Whether the head of the queue lacks a slot, a sibling's prompt or pages."""
     if len(scheduler.running) == scheduler.engine_config.max_num_seqs:
         return True
-    if head.request.prefilling in scheduler.running and not head.generated:
+    if not head.drawn.token_ids and any(_prefills_prompt_of(head.request, other) for other in scheduler.running):
         return True
     found = (
         []
@@ -167,9 +167,9 @@ def check_step(engine: Engine, held: list[int]) -> None:
 def _rows_under_way(engine: Engine) -> Counter[Sample]:
     rows: Counter[Sample] = Counter()
     if engine._in_flight is not None:
-        for sample, count in zip(engine._in_flight.decode, engine._in_flight.decode_counts, strict=True):
+        for sample, _, count in engine._in_flight.plan.decodes:
             rows[sample] += count
-        rows.update(sample for sample, _, scored in engine._in_flight.prefill if not scored)
+        rows.update(sample for sample, _, scored in engine._in_flight.plan.rows if not scored)
     return rows
 
 
@@ -189,15 +189,10 @@ def _check_queues(engine: Engine) -> None:
     assert all(not s.pages and s.slot < 0 and not s.num_pending + s.num_computed for s in waiting), (
         "one that waits holds something"
     )
-    for request in engine.requests.values():
-        _check_prefilling(request)
 
 
-def _check_prefilling(request: Request) -> None:
-    leader = request.prefilling
-    assert leader is None or (
-        leader.status is Status.RUNNING and not leader.generated and leader.num_computed < leader.prompt_length
-    ), "samples wait for a sibling that does not compute their prompt"
+def _prefills_prompt_of(request: Request, sample: Sample) -> bool:
+    return sample.request is request and not sample.drawn.token_ids and sample.num_computed < sample.prompt_length
 
 
 def _check_running(sample: Sample, size: int) -> None:

@@ -58,19 +58,19 @@ def check_answer(request: Request, oldest_version: int, kept: dict[int, list[Spa
     written by them or, where a sample's index is in `kept`, by the weights of one of those spans."""
     for sample in request.samples:
         _check_lengths(sample)
-        versions = sample.token_versions
+        versions = sample.drawn.versions
         assert versions == sorted(versions) and all(v >= oldest_version for v in versions), (
             "a token of weights that were gone"
         )
         spans = [((0, version),) for version in sorted(set(versions))] + kept.get(sample.index, [])
         states = [(span[-1][1], states_under(sample.token_ids, span)) for span in spans]
-        for i, (token, version) in enumerate(zip(sample.generated, versions, strict=True)):
+        for i, (token, version) in enumerate(zip(sample.drawn.token_ids, versions, strict=True)):
             expected = [
                 draw(of_one[sample.prompt_length + i - 1], request.key, (request.prompt_index, sample.index))
                 for last, of_one in states
                 if last == version
             ]
-            assert (token, sample.token_logprobs[i]) in expected, (
+            assert (token, sample.drawn.logprobs[i]) in expected, (
                 f"token {i} of sample {sample.index} is another than alone"
             )
         _check_end(sample)
@@ -78,36 +78,36 @@ def check_answer(request: Request, oldest_version: int, kept: dict[int, list[Spa
 
 
 def _check_lengths(sample: Sample) -> None:
-    params, count = sample.request.sampling, len(sample.generated)
+    params, count = sample.request.sampling, len(sample.drawn.token_ids)
     assert list(sample.token_ids[: sample.prompt_length]) == sample.request.prompt_token_ids, "the prompt was changed"
-    assert len(sample.token_logprobs) == len(sample.token_versions) == count, (
+    assert len(sample.drawn.logprobs) == len(sample.drawn.versions) == count, (
         "tokens and their logprobs are not aligned"
     )
     for asked, values in (
-        (params.raw_logprobs, sample.raw_logprobs),
-        (params.entropy, sample.entropies),
-        (params.logprobs is not None, sample.logprobs),
+        (params.raw_logprobs, sample.drawn.raw_logprobs),
+        (params.entropy, sample.drawn.entropies),
+        (params.logprobs is not None, sample.drawn.top_logprobs),
     ):
         assert len(values) == (count if asked else 0), "tokens and their details are not aligned"
 
 
 def _check_end(sample: Sample) -> None:
-    request, generated, full = sample.request, sample.generated, len(sample.token_ids) == sample.request.limit
+    request, generated, full = sample.request, sample.drawn.token_ids, len(sample.token_ids) == sample.request.limit
     stopped = bool(generated) and generated[-1] in request.stop_token_ids
     assert not request.stop_token_ids & set(generated[:-1]), "tokens behind a stop token"
     assert len(sample.token_ids) <= request.limit, "tokens behind the limit"
     reason = "stop" if stopped else "length" if full else "early"
-    assert sample.finish_reason == reason or (reason == "early" and sample.finish_reason in ("abort", "error")), (
-        "a wrong finish reason"
-    )
+    assert sample.drawn.finish_reason == reason or (
+        reason == "early" and sample.drawn.finish_reason in ("abort", "error")
+    ), "a wrong finish reason"
 
 
 def _check_prompt_scores(request: Request) -> None:
     """The scores belong to the weights that drew the first token: whatever came before them was computed again."""
     first, prompt = request.samples[0], request.prompt_token_ids
-    if request.sampling.prompt_logprobs is None or not first.generated or len(prompt) == 1:
+    if request.sampling.prompt_logprobs is None or not first.drawn.token_ids or len(prompt) == 1:
         return
-    states = states_of(prompt, first.token_versions[0])
+    states = states_of(prompt, first.drawn.versions[0])
     expected = [None] + [{token: score(state, token)} for state, token in zip(states, prompt[1:], strict=False)]
     found = [
         entry and {token: value.logprob for token, value in entry.items()} for entry in request.prompt_logprobs or ()

@@ -141,13 +141,11 @@ def the_copy_for_a_fork_is_left_out(patch):
         plan.copies.clear()
 
 
-@found_by("samples wait for a sibling|waits for nothing")
-def siblings_wait_for_one_that_left(patch):
-    @around(patch, Scheduler, "_leave")
-    def leave(original, scheduler, sample):
-        leader = sample.request.prefilling
-        original(scheduler, sample)
-        sample.request.prefilling = leader
+@found_by("waits for nothing")
+def siblings_wait_for_one_that_decodes(patch):
+    @around(patch, Scheduler, "_waits_for_sibling")
+    def waits(original, scheduler, sample):
+        return not sample.drawn.token_ids and any(other.request is sample.request for other in scheduler.running)
 
 
 # -- preemption and recovery ------------------------------------------------------------------------------------------------------
@@ -174,16 +172,16 @@ def results_under_way_are_forgotten_by_a_preemption(patch):
 def a_restart_keeps_the_token_that_is_half_written(patch):
     @around(patch, Sample, "restart")
     def restart(original, sample):
-        tokens = list(sample.token_ids)
+        tokens = list(sample.drawn.token_ids)
         original(sample)
-        sample.token_ids[:] = tokens
+        sample.drawn.token_ids[:] = tokens
 
 
 @found_by("a token that was delivered has changed")
 def a_restart_drops_a_token_that_was_delivered(patch):
     @around(patch, Sample, "restart")
     def restart(original, sample):
-        sample.num_settled = max(sample.num_settled - 1, 0)
+        sample.num_recorded = max(sample.num_recorded - 1, 0)
         original(sample)
 
 
@@ -207,7 +205,7 @@ def admission_wants_a_page_more_than_it_needs(patch):
 def a_long_prompt_starves_beside_the_decodes(patch):
     @around(patch, Scheduler, "_plan_running_prefills")
     def plan_running_prefills(original, scheduler, plan, budget):
-        return budget if plan.decode else original(scheduler, plan, budget)
+        return budget if plan.decoding else original(scheduler, plan, budget)
 
 
 # -- weights ----------------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from device import Fuse
 from world import World
 
 from jaxengine.config import EngineConfig
-from jaxengine.host.scheduler import MustSettle
+from jaxengine.host.scheduler import MustCollect
 
 
 def test_a_request_whose_end_was_settled_is_returned_though_memory_runs_out(monkeypatch):
@@ -17,12 +17,12 @@ def test_a_request_whose_end_was_settled_is_returned_though_memory_runs_out(monk
 
     def settle_first():
         monkeypatch.undo()
-        raise MustSettle
+        raise MustCollect
 
     monkeypatch.setattr(world.scheduler, "schedule", settle_first)
     world.device.fuse = Fuse(0, after=False, lose=False, no_memory=True)
     world.step()
-    assert [request.samples[0].finish_reason for request in world.ended] == ["length", "error"]
+    assert [request.samples[0].drawn.finish_reason for request in world.ended] == ["length", "error"]
 
 
 @pytest.mark.parametrize("overlap", [False, True], ids=["plain", "overlapped"])

@@ -109,7 +109,7 @@ class World:
 
     def squeeze(self, num_pages: int) -> None:
         """Take pages away from the scheduler."""
-        self.held += self.scheduler.page_pool.allocate(min(num_pages, self.scheduler.page_pool.num_available))
+        self.held += self.scheduler.page_pool.take(min(num_pages, self.scheduler.page_pool.num_available))
 
     def relax(self) -> None:
         self.scheduler.page_pool.release(self.held)
@@ -215,8 +215,8 @@ class World:
                 sample.index: self._kept.pop(id(sample))[1] for sample in request.samples if id(sample) in self._kept
             }
             check_answer(request, self._first_versions.pop(request.request_id), kept)
-            self.stats.update(f"ended by {sample.finish_reason}" for sample in request.samples)
-            self.stats["tokens"] += sum(len(sample.generated) for sample in request.samples)
+            self.stats.update(f"ended by {sample.drawn.finish_reason}" for sample in request.samples)
+            self.stats["tokens"] += sum(len(sample.drawn.token_ids) for sample in request.samples)
             assert all(not s.pages and s.slot < 0 for s in request.samples), "an ended sequence holds pages or a slot"
         self.ended = [*self.ended, *ended][-8:]
         assert self.engine.requests == self.live, "a request that ended is kept, or one that runs is not"
@@ -233,7 +233,7 @@ def state_of(sample: Sample) -> str:
     if sample.status is Status.FINISHED:
         return "ended"
     if sample.status is Status.WAITING:
-        return "preempted" if sample.generated else "waiting"
+        return "preempted" if sample.drawn.token_ids else "waiting"
     if not sample.is_decoding:
         return "prefilling"
     return "under way" if sample.num_pending else "decoding"

@@ -13,7 +13,6 @@ from conftest import bits, make_llm, random_model
 
 from jaxengine import LLM, SamplingParams
 from jaxengine.base.keys import sample_key
-from jaxengine.engine.runner import ended
 from jaxengine.models.params import initialise
 
 PROMPTS = [[3], list(range(56)), list(range(100, 190)), [9] * 20]
@@ -48,8 +47,8 @@ def cut(llm: LLM, steps: int, update, prompts=PROMPTS, params=PARAMS, **adjusted
         for _ in run:
             pass
     llm.engine.scheduler.check_integrity()
-    assert all(map(ended, requests)) and not llm.engine.requests
-    return [llm._output(request) for request in requests]
+    assert all(request.is_finished for request in requests) and not llm.engine.requests
+    return [llm.session.output(request) for request in requests]
 
 
 def spans(outputs) -> list[list[tuple[int, int, int]]]:
@@ -156,7 +155,7 @@ def test_many_updates_in_one_call(model, other):
                 llm.update_params((other, model[1])[step // 3 % 2], in_flight=("recompute", "keep")[step // 6 % 2])
     llm.engine.scheduler.check_integrity()
     assert llm.engine.scheduler.num_preemptions > 0
-    for of_one in spans([llm._output(request) for request in requests]):
+    for of_one in spans([llm.session.output(request) for request in requests]):
         assert [start for _, start, _ in of_one[1:]] == [stop for _, _, stop in of_one[:-1]] and of_one[0][1] == 0
         assert of_one[-1][2] == PARAMS.max_tokens and [v for v, _, _ in of_one] == sorted({v for v, _, _ in of_one})
 
@@ -181,7 +180,7 @@ def test_an_aborted_sample_goes_on_from_where_it_stood(model):
         for _ in range(steps):
             next(run)
         run.close()
-        assert bits(llm.extend([llm._output(request) for request in requests])) == bits(expected)
+        assert bits(llm.extend([llm.session.output(request) for request in requests])) == bits(expected)
 
 
 def test_what_a_stop_ended_stays_as_it_is(model):

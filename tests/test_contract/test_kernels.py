@@ -180,7 +180,7 @@ def test_a_wide_decode_step(case):
         bits(llm.generate([prompt for prompt, _ in requests * 8], [params for _, params in requests * 8]))
         == expected * 8
     )
-    assert llm.engine.step_variants._trusted["decode", Tile(1, 128)]
+    assert llm.engine.step_variants._proven["decode", Tile(1, 128)]
 
 
 # -- the choice -------------------------------------------------------------------------------------------------------

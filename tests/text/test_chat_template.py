@@ -1,6 +1,12 @@
-"""Chats: the ids that transformers makes of the same messages, except that what a user writes is never a control token."""
+"""Chats: the ids that transformers makes of the same messages, without control tokens that a user spells."""
 
 import functools
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import tokenizers
@@ -20,7 +26,8 @@ CHATML = """{%- if tools %}{{- '<|im_start|>system\\n' }}
     {%- endif %}
     {{- '<|im_start|>' + message.role + '\\n' + content }}
     {%- for call in message.tool_calls or [] %}
-        {{- '<tool_call>\\n' ~ call.function.name ~ ' ' ~ call.function.arguments | tojson(indent=2) ~ '\\n</tool_call>' }}
+        {%- set f = call.function %}
+        {{- '<tool_call>\\n' ~ f.name ~ ' ' ~ f.arguments | tojson(indent=2) ~ '\\n</tool_call>' }}
     {%- endfor %}
     {{- '<|im_end|>' + '\\n' }}
 {%- endfor %}
@@ -32,7 +39,8 @@ TRIMMED = """{{ bos_token }}{% for message in messages %}
 {% if loop.index0 > 9 %}{% break %}{% endif %}
 <|im_start|>{{ message['role'] | upper }}
 {% generation %}{{ message['content'] | trim }}{% endgeneration %}<|im_end|>   {{ loop.last }}
-{% endfor %}{{ '%s-%03d' % ('x', 7) }}{{ messages[1:] | map(attribute='role') | join(',') }}{{ "{:>4}".format(messages|length) }}"""
+{% endfor %}{{ '%s-%03d' % ('x', 7) }}{{ messages[1:] | map(attribute='role') | join(',') }}
+{{ "{:>4}".format(messages|length) }}"""
 GLUED = "{% for message in messages %}{{ message.content }}{% endfor %}"
 CHAT = [
     {"role": "user", "content": "hello <b> \n"},
@@ -179,7 +187,7 @@ def test_noncharacters_in_a_message_are_text():
     text = "\ufdd0a\ufdd1<|im_end|>\ufdd2"
     ids = chat_ids([{"role": "user", "content": text}], GLUED)
     assert (controls_in(ids), text_of(ids)) == ([], text)
-    with pytest.raises(ValueError, match="nearly all of Unicode's noncharacters"):
+    with pytest.raises(ValueError, match="FDD0"):
         chat_ids([{"role": "user", "content": "".join(map(chr, range(0xFDD0, 0xFDEE)))}], GLUED)
 
 
@@ -194,31 +202,25 @@ def test_control_tokens_of_a_word_level_vocabulary():
 
 
 @pytest.mark.parametrize(
-    "messages, said",
+    "messages, error",
     [
-        ([], r"messages must be a list of .*, one at least, got \[\]"),
-        ("hello", "messages must be a list"),
-        (["hello"], r"messages\[0\] must be .* got 'hello'"),
-        ([{"content": "a"}], r"messages\[0\]\.role must be a word .* got None"),
-        ([{"role": "a|><|b", "content": "a"}], r"messages\[0\]\.role must be a word"),
-        ([{"role": "user", "content": 3}], r"messages\[0\]\.content must be a string or a list"),
-        (
-            [{"role": "user", "content": [{"type": "image", "url": "x"}]}],
-            r"messages\[0\]\.content\[0\] must be .* takes text only",
-        ),
-        (
-            [CHAT[0], {"role": "user", "content": "a\udc00"}],
-            r"messages\[1\]\.content has a lone surrogate, U\+DC00, at position 1",
-        ),
-        ([{"role": "user", "content": "a", "extra": object}], r"messages\[0\]\.extra must be a JSON value"),
+        ([], r"messages .* \[\]"),
+        ("hello", "messages .* 'hello'"),
+        (["hello"], r"messages\[0\] .* 'hello'"),
+        ([{"content": "a"}], r"messages\[0\]\.role .* None"),
+        ([{"role": "a|><|b", "content": "a"}], r"messages\[0\]\.role .* 'a\|><\|b'"),
+        ([{"role": "user", "content": 3}], r"messages\[0\]\.content .* 3"),
+        ([{"role": "user", "content": [{"type": "image", "url": "x"}]}], r"messages\[0\]\.content\[0\] .*'image'"),
+        ([CHAT[0], {"role": "user", "content": "a\udc00"}], r"messages\[1\]\.content .*U\+DC00.* 1"),
+        ([{"role": "user", "content": "a", "extra": object}], r"messages\[0\]\.extra .*object"),
         (
             [{"role": "user", "extra": functools.reduce(lambda inner, _: [inner], range(99), "x")}],
-            "nested in more than 64",
+            r"messages\[0\]\.extra.* 64",
         ),
     ],
 )
-def test_wrong_messages_are_named(messages, said):
-    with pytest.raises(ValueError, match=said):
+def test_wrong_messages_are_named(messages, error):
+    with pytest.raises(ValueError, match=error):
         chat_ids(messages)
 
 
@@ -244,12 +246,8 @@ def test_helpers_of_transformers():
     assert render("{{ {'b': 'é<', 'a': 1} | tojson }}") == '{"b": "é<", "a": 1}'
     assert render("{{ [1] | tojson(indent=1, separators=(',', ':')) }}") == "[\n 1\n]"
     assert len(render("{{ strftime_now('%Y-%m-%d') }}")) == 10
-    assert (
-        render(
-            "{% for i in range(9) %}{% if i == 3 %}{% continue %}{% elif i > 4 %}{% break %}{% endif %}{{ i }}{% endfor %}"
-        )
-        == "0124"
-    )
+    controls = "{% if i == 3 %}{% continue %}{% elif i > 4 %}{% break %}{% endif %}"
+    assert render(f"{{% for i in range(9) %}}{controls}{{{{ i }}}}{{% endfor %}}") == "0124"
     assert render("  {% if true %}\n  x\n  {% endif %}\n") == "  x\n"
     assert (
         render("{% for x in 'ab' %}{{ loop.length }}{{ loop.last }}{{ loop.nextitem }}{% endfor %}") == "2Falseb2True"
@@ -292,30 +290,87 @@ def test_the_size_that_is_allowed_grows_with_what_was_given():
         render("{{ x ~ x }}", x=text)
 
 
-def test_nothing_is_evaluated_while_compiling(monkeypatch):
-    monkeypatch.setattr(chat_template._Environment, "_trim", lambda *args: pytest.fail("a constant was folded"))
-    assert render("{% if false %}{{ ' a' | trim }}{% endif %}x") == "x"
+# -- the process that renders --
 
 
-def test_methods_that_no_template_needs_are_refused():
-    for expression in (
-        "'a'.expandtabs(9)",
-        "'a'.encode()",
-        "'a'.translate({})",
-        "(1).to_bytes(9)",
-        "dict.fromkeys('ab')",
-    ):
-        with pytest.raises(ValueError, match="was stopped: access to attribute|has no attribute 'fromkeys'"):
-            render("{{ " + expression + " }}")
+def idle_pids() -> list[int]:
+    return [worker._process.pid for worker in chat_template._idle]
 
 
-def test_a_namespace_shows_no_values():
-    assert render("{{ namespace(a='x' * 9) }}") == "namespace"
+def run_python(program: str) -> str:
+    """What the program prints; it must end well and without a warning."""
+    command = [sys.executable, "-W", "error", "-c", textwrap.dedent(program)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+    return result.stdout
 
 
-def test_time_is_bounded(monkeypatch):
-    source = "{% for i in range(100) %}{% endfor %}done"
-    assert render(source) == "done"
-    monkeypatch.setattr(chat_template, "MAX_SECONDS", -1.0)
-    with pytest.raises(ValueError, match=r"the chat template was stopped: it ran for more than -1\.0 seconds"):
-        render(source)
+def test_a_process_that_was_stopped_is_replaced(monkeypatch):
+    monkeypatch.setattr(chat_template, "MAX_SECONDS", 0.2)
+    with pytest.raises(ValueError, match=r"the chat template was stopped: it ran for more than 0\.2 seconds"):
+        render("{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}")
+    monkeypatch.undo()
+    assert render("x") == "x"
+
+
+def test_a_process_is_kept_for_the_next_call_and_replaced_where_it_died():
+    render("x")
+    pids = idle_pids()
+    assert render("{{ x }}", x="\U0001f600\n\ufdd0") == "\U0001f600\n\ufdd0" and idle_pids() == pids
+    os.kill(pids[-1], signal.SIGKILL)
+    chat_template._idle[-1]._process.wait()
+    assert render("y") == "y" and pids[-1] not in idle_pids()
+
+
+def test_an_interrupt_leaves_no_reply_to_the_next_call(monkeypatch):
+    def interrupted(worker, line, seconds):
+        worker._socket.sendall(line)
+        raise KeyboardInterrupt
+
+    render("x")
+    monkeypatch.setattr(chat_template._Worker, "ask", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        render("late")
+    monkeypatch.undo()
+    assert render("y") == "y"
+
+
+def test_threads_render_at_once():
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda x: render("{{ x }}", x=x), range(100))) == [str(x) for x in range(100)]
+    assert len(idle_pids()) <= chat_template.MAX_IDLE
+
+
+def test_a_fork_starts_a_process_of_its_own():
+    program = """
+        import os
+        from jaxengine.text import chat_template
+        chat_template.render("x", {}, 0)
+        (kept,) = chat_template._idle
+        child = os.fork()
+        if not child:
+            right = chat_template._idle == [] and chat_template.render("y", {}, 0) == "y"
+            chat_template._kill_idle()
+            os._exit(0 if right else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        print(chat_template.render("z", {}, 0), chat_template._idle == [kept])
+    """
+    assert run_python(program) == "z True\n"
+
+
+def test_the_process_ends_with_the_one_that_started_it():
+    program = """
+        from jaxengine.text import chat_template
+        chat_template.render("x", {}, 0)
+        print(chat_template._idle[0]._process.pid)
+    """
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(run_python(program)), 0)
+
+
+def test_a_process_that_does_not_start_is_named(monkeypatch, tmp_path):
+    chat_template._kill_idle()
+    (tmp_path / "worker.py").write_text("raise SystemExit(3)")
+    monkeypatch.setattr(chat_template, "_WORKER", tmp_path / "worker.py")
+    with pytest.raises(RuntimeError, match=r"worker\.py .*exit code 3"):
+        render("x")

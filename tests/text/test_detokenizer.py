@@ -1,6 +1,7 @@
-"""Detokenizer: whatever the chunks, the joined deltas are the text decoded whole and cut where a naive search finds the first stop."""
+"""Detokenizer: in any chunks, the joined deltas are the text decoded whole, cut where a naive search finds a stop."""
 
 import itertools
+from collections import Counter
 
 import pytest
 import tokenizers
@@ -8,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
-from jaxengine.text import detokenizer
-from jaxengine.text.detokenizer import Detokenizer, StopStrings
+from jaxengine.sampling_params import SamplingParams
+from jaxengine.text.detokenizer import Detokenizer, detokenizer_for
+from jaxengine.text.pieces import byte_of_character
 from jaxengine.text.tokenizer import Tokenizer
 
 MERGES = [("a", "b"), ("ab", "c"), ("b", "c"), ("Ġ", "a"), ("ð", "Ł"), ("â", "Ĥ"), ("âĤ", "¬"), ("¬", "a"), ("c", "ð")]
@@ -36,12 +38,12 @@ def ids_of(*tokens: str) -> list[int]:
 
 def bytes_of(text: str | bytes) -> list[int]:
     """One token for each byte."""
-    table = {byte: BACKEND.token_to_id(character) for character, byte in detokenizer._byte_of_character().items()}
+    table = {byte: BACKEND.token_to_id(character) for character, byte in byte_of_character().items()}
     return [table[byte] for byte in (text.encode() if isinstance(text, str) else text)]
 
 
 def run(chunks, **options) -> tuple[Detokenizer, list[str], tuple[int, str] | None]:
-    """Pushes chunk after chunk and takes every delta; the stop comes back with the number of tokens since the beginning."""
+    """Pushes chunk after chunk and takes every delta. The stop comes with the number of tokens since the beginning."""
     text, deltas, before = Detokenizer(TOKENIZER, **options), [], 0
     for chunk in chunks:
         found = text.push(chunk)
@@ -56,7 +58,7 @@ def run(chunks, **options) -> tuple[Detokenizer, list[str], tuple[int, str] | No
 
 
 def complete(ids: list[int], skip: bool) -> str:
-    """The decoded text without a last character whose bytes are not all there: some byte behind it would change it."""
+    """The decoded text without a last character whose bytes are not all there: some byte after it would change it."""
     text = BACKEND.decode(ids, skip_special_tokens=skip)
     grows = [
         BACKEND.decode([*ids, *bytes_of(bytes([byte]))], skip_special_tokens=skip) for byte in (0x80, 0x90, 0xA0, 0xBF)
@@ -154,7 +156,7 @@ def test_finish_twice_changes_nothing_and_nothing_may_follow():
     text.finish()
     text.finish()
     assert text.text == "\ufffd"
-    with pytest.raises(AssertionError, match="the text has ended"):
+    with pytest.raises(AssertionError, match="ended"):
         text.push(ids_of("a"))
 
 
@@ -167,7 +169,7 @@ def test_finish_twice_changes_nothing_and_nothing_may_follow():
         (["abcab", "bc"], "a", 1, "bc"),  # the one that ends first, though it begins later
         (["c", "bc", "abc"], "", 1, "abc"),  # all end together: the longest
         (["cab", "abca"], "", 2, "abca"),  # overlapping: abca ends first
-        (["abcabcx", "bcab"], "a", 2, "bcab"),  # what was held for a longer one is let go
+        (["abcabcx", "bcab"], "a", 2, "bcab"),  # the longer one that was held for can no longer come
         (["abcabcabcabcx"], "abcabcabc", None, None),
     ],
 )
@@ -208,7 +210,14 @@ def test_a_stop_string_within_min_tokens_is_text():
     assert (text.text, stopped) == ("ab", (4, "ab"))
 
 
-def test_half_a_character_behind_a_stop_string_is_cut_too():
+def test_the_detokenizer_of_a_sample_follows_its_sampling_parameters():
+    sampling = SamplingParams(stop="ab", include_stop_str_in_output=True, skip_special_tokens=False, min_tokens=3)
+    text = detokenizer_for(TOKENIZER, sampling)
+    assert text.push([*END, *ids_of("a", "b"), *END, *ids_of("ab", "c")]) == (5, "ab")
+    assert text.text == "<|end|>ab<|end|>ab"
+
+
+def test_half_a_character_after_a_stop_string_is_cut_too():
     text = Detokenizer(TOKENIZER, stop=["c"])
     assert text.push(ids_of("a", "cð")) == (2, "c")
     text.finish()
@@ -222,9 +231,8 @@ def test_special_tokens_are_no_text_and_match_no_stop_string():
     assert (text.text, stopped) == ("<|", (1, "end"))
 
 
-def test_time_is_linear_in_tokens_and_characters(monkeypatch):
-    """Counted, not timed: each token's piece is asked for once, each character takes one step, nothing is decoded again."""
-    tokenizer, counts = Tokenizer(byte_level()), {"piece": 0, "step": 0, "decode": 0}
+def test_each_token_is_looked_up_once_and_each_distinct_one_decoded_once(monkeypatch):
+    tokenizer, counts = Tokenizer(byte_level()), Counter()
     ids = (bytes_of("\ufffd") + bytes_of(b"\xff") + ids_of("abc")) * 1_000
 
     def counted(name, function):
@@ -236,25 +244,10 @@ def test_time_is_linear_in_tokens_and_characters(monkeypatch):
 
     monkeypatch.setattr(tokenizer.pieces, "piece", counted("piece", tokenizer.pieces.piece))
     monkeypatch.setattr(tokenizer.pieces, "_decoded", counted("decode", tokenizer.pieces._decoded))
-    monkeypatch.setattr(StopStrings, "step", counted("step", StopStrings.step))
     text = Detokenizer(tokenizer, stop=["aX", "ab" * 500, "\ufffd" * 400])
-    counts["step"] = 0  # those of the automaton's own construction
     for token in ids:
         text.push([token])
     text.finish()
     assert text.text == "\ufffd\ufffdabc" * 1_000
     assert counts["piece"] == len(ids)
-    assert counts["step"] == len(text.text)
     assert counts["decode"] <= len(set(ids)) + 1  # the first token of a text is looked up on its own
-
-
-@settings(max_examples=200, deadline=None)
-@given(STOPS, st.text("abc €", max_size=30))
-def test_the_automaton_knows_the_longest_beginning_and_the_longest_end(stop, text):
-    automaton, state = StopStrings(stop), 0
-    for end, character in enumerate(text, 1):
-        state = automaton.step(state, character)
-        seen = text[:end]
-        assert automaton.found[state] == max((string for string in stop if seen.endswith(string)), key=len, default="")
-        beginnings = [string[:cut] for string in stop for cut in range(1, len(string))]
-        assert automaton.held[state] == max((len(part) for part in beginnings if seen.endswith(part)), default=0)

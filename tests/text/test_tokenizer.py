@@ -212,11 +212,11 @@ def test_a_bad_byte_spoils_no_character_before_it():
     assert Tokenizer(backend).decode([*euro, bad, *euro]) == "€\ufffd€"
 
 
-def test_a_decoder_that_looks_ahead_is_refused():
+def test_a_decoder_under_which_later_tokens_matter_is_refused():
     vocab = {"a</w>": 0, "b": 1, "c</w>": 2, "d": 3}
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[], end_of_word_suffix="</w>"))
     backend.decoder = decoders.BPEDecoder(suffix="</w>")
-    with pytest.raises(ValueError, match="depends on the tokens behind it"):
+    with pytest.raises(ValueError, match="decoder .*BPEDecoder"):
         Tokenizer(backend)
 
 

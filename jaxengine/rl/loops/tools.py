@@ -12,9 +12,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from jaxengine.base.keys import own_key
 from jaxengine.config import EngineConfig
-from jaxengine.host.admission import prompts_of, sampling_of
+from jaxengine.host.admission import own_key, prompts_of, sampling_of
 from jaxengine.outputs import UNDRAWN, CompletionOutput, RequestOutputs, VersionSpan
 from jaxengine.rl.loops.calculator import calculate
 from jaxengine.sampling_params import SamplingParams

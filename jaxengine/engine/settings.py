@@ -1,0 +1,39 @@
+"""From an engine's keywords to its EngineConfig: defaults of the device, the implementation by name, a pool sized from memory."""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from jaxengine.config import EngineConfig, ModelConfig
+from jaxengine.engine import memory
+from jaxengine.models.params import Decoder
+from jaxengine.ops.kernels import choose_kernels
+
+CPU_TOKENS, DEVICE_TOKENS = 512, 8192  # default budget of a step
+ENGINE_KEYWORDS = tuple(field.name for field in dataclasses.fields(EngineConfig))
+
+
+def resolve_engine_config(
+    model_config: ModelConfig, given: dict[str, Any], params: Decoder | None = None
+) -> EngineConfig:
+    """EngineConfig from keywords; None means the default.
+
+    The pool is sized from memory, where `params` may be already, unless num_pages is given. Raises ValueError for what is no
+    setting, MemoryError where the pool has no room.
+    """
+    given = {name: value for name, value in given.items() if value is not None}
+    on_cpu = jax.devices()[0].platform == "cpu"
+    given.setdefault("max_model_len", model_config.max_position_embeddings)
+    given.setdefault("max_num_batched_tokens", CPU_TOKENS if on_cpu else DEVICE_TOKENS)
+    given["kernels"] = choose_kernels(given.get("kernels", "auto"), model_config).name
+    engine_config = EngineConfig(**given)
+    if engine_config.max_model_len > model_config.max_position_embeddings:
+        raise ValueError(
+            f"max_model_len={engine_config.max_model_len} is more than the model's max_position_embeddings="
+            f"{model_config.max_position_embeddings}"
+        )
+    if "num_pages" not in given:
+        engine_config = memory.sized_pool(model_config, engine_config, params)
+    memory.check_fits(model_config, engine_config)
+    return engine_config
