@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import make_llm
-from neighbours import answers, assert_idle, ended, run, start, step
+from neighbours import answers, assert_idle, run, start, step
 
 from jaxengine import LLM, SamplingParams
 from jaxengine.device import steps
@@ -93,7 +93,7 @@ def test_an_overwritten_page_is_found_and_dropped(llm, place, expected, whole):
     assert cached(llm) == 3
     overwrite(llm, page)
     step(llm), step(llm)
-    assert ended(request) and cached(llm) == 0 and page in llm.engine.scheduler.page_pool._free
+    assert request.is_finished and cached(llm) == 0 and page in llm.engine.scheduler.page_pool._free
     assert run(llm, beside) == expected
     assert_failed(llm, request, whole)
     assert run(llm, start(llm, [PROMPT], VICTIM)) == whole, "computed again"
@@ -107,7 +107,7 @@ def test_all_sequences_with_the_page_fail_and_no_others(llm, expected, whole_pai
     while any(len(sample.drawn.token_ids) < 5 for sample in later.samples):
         step(llm)
     page = later.samples[1].pages[1]
-    assert all(page in sample.pages for sample in (*request.samples, *later.samples)) and not ended(request)
+    assert all(page in sample.pages for sample in (*request.samples, *later.samples)) and not request.is_finished
     overwrite(llm, page)
     assert run(llm, beside) == expected
     assert_failed(llm, request, whole_pair), assert_failed(llm, later, whole_pair)

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import bits, make_llm
-from neighbours import answers, assert_idle, ended, run, start, step
+from neighbours import answers, assert_idle, run, start, step
 
 import jaxengine
 from jaxengine import LLM, SamplingParams
@@ -89,7 +89,7 @@ def test_abort_returns_the_tokens_so_far(llm, times, expected, whole):
     step_until(llm, lambda: len(request.samples[1].drawn.token_ids) >= 3)
     for _ in range(times):
         llm.abort("victim")
-        assert ended(request) and not any(s in llm.engine.scheduler.running for s in request.samples), (
+        assert request.is_finished and not any(s in llm.engine.scheduler.running for s in request.samples), (
             "its pages are free at once"
         )
         llm.engine.scheduler.check_integrity()
@@ -314,7 +314,7 @@ def test_without_pages_the_newest_is_preempted_and_recomputed(llm, spare, expect
 
     llm.engine.scheduler.preempt = watched
     requests, num_steps = grow(), 0
-    while not all(map(ended, requests)):
+    while not all(request.is_finished for request in requests):
         step(llm, held)
         num_steps += 1
     assert answers(llm, requests) == right

@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 import pytest
 from conftest import bits, make_llm
-from neighbours import PARAMS, PROMPTS, assert_idle, ended, run, start, step
+from neighbours import PARAMS, PROMPTS, assert_idle, run, start, step
 
 import jaxengine
 from jaxengine import LLM, SamplingParams
@@ -202,7 +202,7 @@ def test_ctrl_c_twice(llm, expected, monkeypatch):
         llm.generate([PROMPT, PROMPT], VICTIM)
     assert next(calls) > 0, "there was a second one"
     assert generate(llm) == expected
-    assert len(asked) == 2 and all(map(ended, asked)), "another thread may wait for them"
+    assert len(asked) == 2 and all(request.is_finished for request in asked), "another thread may wait for them"
     assert_idle(llm)
 
 
@@ -234,7 +234,7 @@ def test_a_stream_that_is_dropped_is_aborted(llm, expected):
     beside, stream = start(llm), llm.stream(PROMPT, VICTIM)
     request = llm.engine.requests[next(stream).request_id]
     del stream
-    assert ended(request) and request.request_id not in llm.engine.requests
+    assert request.is_finished and request.request_id not in llm.engine.requests
     assert run(llm, beside) == expected
     assert_idle(llm)
 
@@ -246,10 +246,10 @@ def test_a_stream_that_is_collected_as_garbage_amid_a_step(llm, expected, monkey
     cycle.append(cycle)
     request = llm.engine.requests[next(stream).request_id]
     del stream, cycle
-    amid_a_step(llm, monkeypatch, lambda: (gc.collect(), ends.append(ended(request))))
+    amid_a_step(llm, monkeypatch, lambda: (gc.collect(), ends.append(request.is_finished)))
     ends: list[bool] = []
     assert generate(llm) == expected
-    assert ends == [False] and ended(request) and request.samples[0].drawn.finish_reason == "abort", (
+    assert ends == [False] and request.is_finished and request.samples[0].drawn.finish_reason == "abort", (
         "with the end of that step"
     )
     assert len(request.samples[0].drawn.token_ids) < 6

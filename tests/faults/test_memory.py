@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from conftest import make_llm
-from neighbours import answers, assert_idle, ended, run, start, step
+from neighbours import answers, assert_idle, run, start, step
 
 from jaxengine import LLM, SamplingParams
 from jaxengine.device import kv_cache, steps
@@ -176,7 +176,9 @@ def test_no_memory_in_each_decode_ends_all_in_bounded_time(llm, when, expected, 
         requests = start(llm)
         ends = [request for _ in range(40) for request in llm.engine.step()]
     assert (
-        all(map(ended, requests)) and {id(r) for r in ends} == {id(r) for r in requests} and len(ends) == len(requests)
+        all(request.is_finished for request in requests)
+        and {id(r) for r in ends} == {id(r) for r in requests}
+        and len(ends) == len(requests)
     )
     assert {reason for *_, reason, _ in answers(llm, requests)} <= {"error", "length", "stop"}
     assert run(llm, start(llm)) == expected
