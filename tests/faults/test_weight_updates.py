@@ -244,7 +244,9 @@ def test_a_replay_knows_its_weights(model, other):
     llm = make_llm(*model)
     (output,) = llm.generate([PROMPTS[1]], SamplingParams(max_tokens=6), key=jax.random.key(3))
     assert llm.replay(output.outputs[0].coordinate).holds
-    run_ = llm._run(requests := llm._requests([PROMPTS[1]], SamplingParams(max_tokens=6), jax.random.key(3), None))
+    run_ = llm.session.runner.run(
+        requests := llm._requests([PROMPTS[1]], SamplingParams(max_tokens=6), jax.random.key(3), None)
+    )
     for _ in range(3):
         next(run_)
     llm.update_params(other)
