@@ -372,11 +372,11 @@ def test_one_bad_prompt_refuses_its_whole_call(bad, tiny, expected):
 def test_an_interrupt_while_a_call_is_queued_leaves_none_of_it(tiny, monkeypatch):
     add, added = tiny.engine.add, []
 
-    def interrupted(request):
+    def interrupted(request, **how):
         if len(added) == 2:
             raise KeyboardInterrupt
         added.append(request)
-        add(request)
+        add(request, **how)
 
     monkeypatch.setattr(tiny.engine, "add", interrupted)
     with pytest.raises(KeyboardInterrupt):
