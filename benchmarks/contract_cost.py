@@ -1,9 +1,10 @@
-"""What the contract costs: this engine with pinned regions beside the same engine with plain `x @ w`, on the same requests in lockstep.
+"""What the contract costs: this engine with pinned regions beside the same engine with plain `x @ w`, in lockstep.
 
-    python benchmarks/contract_cost.py [--model qwen3-0.6b-shape] [--batch 1 8 32 64] [--workloads decode group] [--repeats 3]
+    python benchmarks/contract_cost.py [--model qwen3-0.6b-shape] [--batch 1 8 32 64] [--workloads decode group]
 
-The engines take turns step by step, and their order swaps with each step: what else the machine does falls on both. A cost is the pinned
-engine's time beyond the plain one's; beside it stands the middle half of the single steps' costs. plain_engine.py says what is taken out.
+Both serve the same requests, in turns step by step, and their order swaps with each step, so that what else the
+machine does costs both the same. A cost is the pinned engine's time beyond the plain engine's, given with the
+quartiles of the single steps' costs. plain_engine.py describes what is taken out.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from stepping import drain, queue, reads_prompts
 
 from jaxengine import LLM
 from jaxengine.command import bench
-from jaxengine.command.workloads import Decode, Group, Prompts
+from jaxengine.command.workloads import Decode, Group, Prompts, Workload
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,10 +53,29 @@ def lockstep(pinned: LLM, bare: LLM, prompts: Prompts, lengths: list[int]) -> It
 
 def row(name: str, steps: Sequence[Step]) -> str:
     pinned, bare = sum(step.pinned for step in steps), sum(step.plain for step in steps)
-    low, middle, high = (
-        statistics.quantiles([step.cost for step in steps], n=4) if len(steps) > 1 else [steps[0].cost] * 3
-    )
-    return f"| {name} | {len(steps)} | {pinned:.1f} | {bare:.1f} | {pinned / bare - 1:+.1%} | {low:+.1%} … {middle:+.1%} … {high:+.1%} |"
+    costs = [step.cost for step in steps]
+    low, middle, high = statistics.quantiles(costs, n=4) if len(steps) > 1 else costs * 3
+    quartiles = f"{low:+.1%} … {middle:+.1%} … {high:+.1%}"
+    return f"| {name} | {len(steps)} | {pinned:.1f} | {bare:.1f} | {pinned / bare - 1:+.1%} | {quartiles} |"
+
+
+def measured(workload: Workload, pinned: LLM, bare: LLM, repeats: int) -> Iterator[str]:
+    """The rows of one workload."""
+    requests = functools.partial(workload.requests, vocab_size=pinned.config.vocab_size)
+    queue(pinned, *requests(-1))
+    drain(pinned)
+    with plain():  # the plain engine's steps are compiled in here; once both have run, nothing more is compiled
+        queue(bare, *requests(-1))
+        drain(bare)
+    steps: list[Step] = []
+    with bench.compilations() as compiled:
+        for repeat in range(repeats):
+            steps += lockstep(pinned, bare, *requests(repeat))
+    for kind, reads in (("with prompts", True), ("decode alone", False)):
+        if chosen := [step for step in steps if step.reads_prompts == reads]:
+            yield row(f"{workload}, steps {kind}", chosen)
+    warning = f" {len(compiled)} functions were compiled meanwhile" if compiled else ""
+    yield row(f"{workload}, all", steps) + warning
 
 
 def main() -> None:
@@ -70,35 +90,19 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     if arguments.layers:
-        bench.SHAPES[arguments.model] = dataclasses.replace(
-            bench.SHAPES[arguments.model], num_hidden_layers=arguments.layers
-        )
+        shape = bench.SHAPES[arguments.model]
+        bench.SHAPES[arguments.model] = dataclasses.replace(shape, num_hidden_layers=arguments.layers)
     pinned = bench.open_model(arguments.model, dtype=arguments.dtype, compile_patience=0)
     with plain():
         bare = LLM.from_params(pinned.config, pinned.params, **dataclasses.asdict(pinned.engine_config))
     each = {"decode": [*map(Decode, arguments.batch)], "group": [Group()]}
     print(", ".join(f"{name} {value}" for name, value in bench.machine().items()), flush=True)
-    print(
-        "| workload | steps | pinned, s | plain, s | cost | cost of a step: quartiles |\n|---|---|---|---|---|---|",
-        flush=True,
-    )
-    for workload in (workload for name in arguments.workloads for workload in each[name]):
-        drawn = functools.partial(workload.requests, vocab_size=pinned.config.vocab_size)
-        queue(pinned, *drawn(-1))
-        drain(pinned)
-        with plain():  # what the plain engine needs is compiled in here, and nothing is once both have run
-            queue(bare, *drawn(-1))
-            drain(bare)
-        with bench.compilations() as compiled:
-            steps = [step for repeat in range(arguments.repeats) for step in lockstep(pinned, bare, *drawn(repeat))]
-        for kind, reads in (("with prompts", True), ("decode alone", False)):
-            if chosen := [step for step in steps if step.reads_prompts == reads]:
-                print(row(f"{workload}, steps {kind}", chosen), flush=True)
-        print(
-            row(f"{workload}, all", steps)
-            + (f" {len(compiled)} functions were compiled meanwhile" if compiled else ""),
-            flush=True,
-        )
+    print("| workload | steps | pinned, s | plain, s | cost | cost of a step: quartiles |")
+    print("|---|---|---|---|---|---|", flush=True)
+    for name in arguments.workloads:
+        for workload in each[name]:
+            for line in measured(workload, pinned, bare, arguments.repeats):
+                print(line, flush=True)
     if pinned.engine.step_variants.refused:
         print("refused, so not in use:", pinned.engine.step_variants.refused)
 

@@ -1,12 +1,12 @@
-"""How far bfloat16 inference drifts from float32: sampled logprobs against a plain float32 forward pass, at long contexts.
+"""How far bfloat16 drifts from float32: sampled logprobs against a plain float32 forward pass, at long contexts.
 
     python benchmarks/drift.py [--length 4096 16384 40960] [--scale 0.05]
 
-The model is random (normal weights of deviation `scale`, 2 layers of width 64), with norms that make it as decided as a trained one:
-attention picks few of its tokens instead of averaging over all, which would hide any error, and so does the output (see the entropies).
-A prompt of random tokens is completed at temperature 1. The reference is jaxengine/models/plain.py on the same weights, cast to float32.
-KL is estimated without bias, and never below 0, from d = log p_ref - log p as the mean of e^d - 1 - d: Schulman, "Approximating KL
-Divergence", 2020, k3.
+The model is random (normal weights of deviation `scale`, 2 layers of width 64). Its norms make it as decided as a
+trained model: attention picks few tokens, because an average over all would hide any error, and the output picks few
+tokens too (see the entropies). A prompt of random tokens is completed at temperature 1. The reference is
+jaxengine/models/plain.py on the same weights, cast to float32. KL is estimated without bias, and never below 0, from d
+= log p_ref - log p as the mean of e^d - 1 - d: Schulman, "Approximating KL Divergence", 2020, k3.
 """
 
 import argparse
@@ -43,7 +43,8 @@ class Drift:
 
 
 def small_llm(length: int, scale: float = SCALE) -> LLM:
-    """A random bfloat16 model that a CPU can run at 40,000 tokens, with room for a completion behind `length` and for others beside it."""
+    """A random bfloat16 model that a CPU can run at 40,000 tokens, with room for two sequences of `length` and
+    completions."""
     config = ModelConfig(
         architecture="Qwen3ForCausalLM",
         vocab_size=500,
@@ -60,7 +61,10 @@ def small_llm(length: int, scale: float = SCALE) -> LLM:
         dtype="bfloat16",
     )
     weights = {"q_norm": PEAKED, "k_norm": PEAKED, "norm": DECIDED}
-    scaled = lambda path, x: x * weights.get(path[-1].name, 1.0) if hasattr(path[-1], "name") else x
+
+    def scaled(path, x):
+        return x * weights.get(path[-1].name, 1.0) if hasattr(path[-1], "name") else x
+
     params = jax.tree_util.tree_map_with_path(scaled, initialise(config, jax.random.key(0), scale))
     return LLM.from_params(
         config,
@@ -81,7 +85,7 @@ def plain_logprobs(config: ModelConfig, params: Decoder, tokens: jax.Array, coun
 
 
 def drift(length: int, scale: float = SCALE) -> Drift:
-    """Sample behind `length` tokens, and compare."""
+    """Sample after a prompt of `length` tokens, and compare."""
     llm = small_llm(length, scale)
     prompt = np.random.default_rng(0).integers(0, llm.config.vocab_size, length).tolist()
     (output,) = llm.generate([prompt], SamplingParams(max_tokens=NEW, entropy=True), key=jax.random.key(0))
@@ -101,9 +105,8 @@ def main() -> None:
     print("| context | tokens | mean difference | largest | KL | entropy |\n|---|---|---|---|---|---|")
     for length in arguments.length:
         d = drift(length, arguments.scale)
-        print(
-            f"| {d.length} | {d.tokens} | {d.mean:.1e} | {d.largest:.1e} | {d.kl:.1e} | {d.entropy:.1f} |", flush=True
-        )
+        figures = f"{d.mean:.1e} | {d.largest:.1e} | {d.kl:.1e} | {d.entropy:.1f}"
+        print(f"| {d.length} | {d.tokens} | {figures} |", flush=True)
 
 
 if __name__ == "__main__":

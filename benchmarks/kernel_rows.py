@@ -1,4 +1,4 @@
-"""What kernels.py measures: each kernel at decoders' own shapes, XLA's own operation on the same numbers, and the work that both do."""
+"""What kernels.py measures: a kernel at decoders' shapes, XLA's operation on the same numbers, and the work of both."""
 
 import dataclasses
 import functools
@@ -11,10 +11,14 @@ from jaxtyping import Array
 
 from jaxengine.config import QUERY_BLOCK
 from pallas_kernels.cases import attention as attention_cases
+from pallas_kernels.cases import draw as draw_cases
 from pallas_kernels.cases import grouped_matmul as grouped_cases
 from pallas_kernels.cases import matmul as matmul_cases
-from pallas_kernels.cases import sampling as sampling_cases
 from pallas_kernels.cases.attention import AttentionCase
+from pallas_kernels.cases.grouped_matmul import GroupedCase
+from pallas_kernels.cases.matmul import MatmulCase
+from pallas_kernels.draw import draw_and_score
+from pallas_kernels.draw_reference import plain_draw
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.grouped_matmul_reference import grouped_plain
 from pallas_kernels.implementations import Implementation
@@ -23,8 +27,6 @@ from pallas_kernels.matmul import matmul
 from pallas_kernels.matmul_reference import plain
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.paged_attention_inputs import EIGHT_BIT, PagedBlocks, Pages
-from pallas_kernels.sampling import draw_and_score
-from pallas_kernels.sampling_reference import plain_draw
 
 WRITES = 100  # of one call, so that bringing the pools into the call is no part of the time
 
@@ -41,7 +43,7 @@ class Row:
     flops: float
     moved: float  # bytes that have to be read and written
     calls: int = 1  # of the kernel in one call of `ours`
-    sdpa: dict[str, Any] | None = None  # the same for torch_attention.py, where torch has it
+    sdpa: dict[str, Any] | None = None  # the same for peer_torch_attention.py, if torch has it
 
 
 def size_of(tree: Any) -> int:
@@ -55,40 +57,44 @@ def row(name: str, ours: Callable, theirs: Callable, operands: tuple, flops: flo
 
 def matmul_rows(implementation: Implementation, cases: Sequence = matmul_cases.DECODER) -> Iterator[Row]:
     for case in cases:
-        x, w, bias, residual = case.operands()
-        parts = 2 if case.gated else 1
-        in_parts = lambda a, parts=parts: None if a is None else a.reshape(parts, -1, *a.shape[1:])
-        ours = jax.jit(
-            functools.partial(
-                lambda x, w, b, r, gated: matmul(x, w, bias=b, residual=r, gated=gated, implementation=implementation),
-                gated=case.gated,
-            )
-        )
-        theirs = jax.jit(lambda x, w, b, r, in_parts=in_parts: plain(x, in_parts(w), in_parts(b), r))
-        yield row(f"matmul {case}", ours, theirs, (x, w, bias, residual), 2 * case.rows * case.inputs * case.outputs)
+        ours = jax.jit(functools.partial(our_matmul, case, implementation))
+        theirs = jax.jit(functools.partial(plain_matmul, case))
+        yield row(f"matmul {case}", ours, theirs, case.operands(), 2 * case.rows * case.inputs * case.outputs)
+
+
+def our_matmul(case: MatmulCase, implementation: Implementation, x: Array, w: Array, bias, residual) -> Array:
+    return matmul(x, w, bias=bias, residual=residual, gated=case.gated, implementation=implementation)
+
+
+def plain_matmul(case: MatmulCase, x: Array, w: Array, bias, residual) -> Array:
+    parts = 2 if case.gated else 1
+    return plain(x, w.reshape(parts, -1, w.shape[1]), None if bias is None else bias.reshape(parts, -1), residual)
 
 
 def grouped_rows(implementation: Implementation, cases: Sequence = grouped_cases.DECODER) -> Iterator[Row]:
     for case in cases:
-        x, w, sizes = case.operands()
-        parts = 2 if case.gated else 1
         ours = jax.jit(functools.partial(grouped_matmul, gated=case.gated, implementation=implementation))
-        theirs = jax.jit(lambda x, w, s, parts=parts: grouped_plain(x, w.reshape(w.shape[0], parts, -1, w.shape[2]), s))
-        yield row(f"grouped {case}", ours, theirs, (x, w, sizes), 2 * case.rows * case.inputs * case.outputs)
+        theirs = jax.jit(functools.partial(plain_grouped, case))
+        yield row(f"grouped {case}", ours, theirs, case.operands(), 2 * case.rows * case.inputs * case.outputs)
 
 
-def sampling_rows(implementation: Implementation, cases: Sequence = sampling_cases.DECODER) -> Iterator[Row]:
+def plain_grouped(case: GroupedCase, x: Array, w: Array, group_sizes: Array) -> Array:
+    parts = 2 if case.gated else 1
+    return grouped_plain(x, w.reshape(w.shape[0], parts, -1, w.shape[2]), group_sizes)
+
+
+def draw_rows(implementation: Implementation, cases: Sequence = draw_cases.DECODER) -> Iterator[Row]:
     for case in cases:
         logits, uniforms = case.operands()
         ours = jax.jit(functools.partial(draw_and_score, implementation=implementation))
-        yield row(f"sampling {case}", ours, jax.jit(plain_draw), (logits, jnp.full(case.rows, -1), uniforms), 0)
+        yield row(f"draw {case}", ours, jax.jit(plain_draw), (logits, jnp.full(case.rows, -1), uniforms), 0)
 
 
-# -- attention -----------------------------------------------------------------------------------------------------------------
+# -- attention --------------------------------------------------------------------------------------------------------
 
 
 def attention_operands(case: AttentionCase) -> tuple[Array, Pages, PagedBlocks]:
-    """(queries, a pool of random pages, blocks), made on the device: a case's own pool would be filled on the host, token by token."""
+    """(queries, a pool of random pages, blocks), made on the device, because a case fills its pool token by token."""
     r = 1 if case.chunk == 1 else QUERY_BLOCK
     blocks, rows = case.blocks(r)
     keys = jax.random.split(jax.random.key(0), 3)
@@ -115,14 +121,13 @@ def seen_keys(case: AttentionCase) -> int:
 
 def attention_moved(case: AttentionCase, q: Array) -> float:
     """Bytes of queries and answers, and of the keys and values that some query sees."""
-    first = lambda length: max(length - case.chunk + 1 - case.window, 0) if case.window else 0
-    tokens = sum(length - min(first(length), length) for length in case.lengths)
+    tokens = sum(min(length, case.chunk - 1 + case.window) if case.window else length for length in case.lengths)
     width = jnp.dtype(case.dtype).itemsize
     return 2 * tokens * case.num_kv_heads * case.head_dim * width + 2 * q.size * q.dtype.itemsize
 
 
 def plain_attention(case: AttentionCase, q: Array, k: Array, v: Array) -> Array:
-    """XLA's own on contexts that lie in a row. q [S, c, H, h], k and v [S, C, K, h]."""
+    """XLA's own on contexts without pages. q [S, c, H, h], k and v [S, C, K, h]."""
     lengths = jnp.asarray(case.lengths)[:, None]
     positions = lengths - case.chunk + jnp.arange(case.chunk)
     distance = positions[:, :, None] - jnp.arange(k.shape[1])
@@ -132,11 +137,8 @@ def plain_attention(case: AttentionCase, q: Array, k: Array, v: Array) -> Array:
 
 def in_a_row(case: AttentionCase, pool: Array, tables: Array) -> Array:
     """Contexts of one length out of their pages, [S, C, K, h]."""
-    return (
-        pool[tables]
-        .swapaxes(2, 3)
-        .reshape(len(case.lengths), -1, *pool.shape[1::2])[:, : case.lengths[0], :, : case.head_dim]
-    )
+    contexts = pool[tables].swapaxes(2, 3).reshape(len(case.lengths), -1, *pool.shape[1::2])
+    return contexts[:, : case.lengths[0], :, : case.head_dim]
 
 
 def attention_rows(
@@ -198,9 +200,10 @@ def kv_write_rows(
 
 
 def many_times(write: Callable) -> Callable:
-    return jax.jit(
-        lambda pages, k, v, blocks: jax.lax.fori_loop(0, WRITES, lambda _, pages: write(pages, k, v, blocks), pages)
-    )
+    def run(pages: Pages, k: Array, v: Array, blocks: PagedBlocks) -> Pages:
+        return jax.lax.fori_loop(0, WRITES, lambda _, pages: write(pages, k, v, blocks), pages)
+
+    return jax.jit(run)
 
 
 def scatter(pages: Pages, k: Array, v: Array, blocks: PagedBlocks) -> Pages:
@@ -208,8 +211,11 @@ def scatter(pages: Pages, k: Array, v: Array, blocks: PagedBlocks) -> Pages:
     size = pages.keys.shape[2]
     ids = jnp.take_along_axis(blocks.tables[blocks.slots], positions // size, axis=1)
     ids = jnp.where(jnp.arange(k.shape[1]) < blocks.counts[:, None], ids, pages.keys.shape[0])
-    put = lambda pool, x: pool.at[ids, :, positions % size, : x.shape[-1]].set(x, mode="drop")
+
+    def put(pool: Array, x: Array) -> Array:
+        return pool.at[ids, :, positions % size, : x.shape[-1]].set(x, mode="drop")
+
     return pages._replace(keys=put(pages.keys, k), values=put(pages.values, v))
 
 
-ROWS = (attention_rows, kv_write_rows, matmul_rows, grouped_rows, sampling_rows)
+ROWS = (attention_rows, kv_write_rows, matmul_rows, grouped_rows, draw_rows)

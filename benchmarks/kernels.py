@@ -1,10 +1,11 @@
-"""Each kernel on the accelerator of this machine, beside XLA's own operation at the same shapes, and a whole decode step.
+"""Each kernel on the accelerator of this machine, beside XLA's own operation at the same shapes, and a whole decode
+step.
 
     python benchmarks/kernels.py [--repeats 20] [--torch-python PEER/bin/python] [--only attention matmul …]
 
 A share of "copy" is of the bandwidth of copying a GiB on this device, a share of "peak" of the best bf16 dot of
-8192 x 8192 x 8192, both measured in the same run. With --torch-python attention also stands beside torch's
-(peers/peer_torch_attention.py). A CPU is refused: the kernels only run interpreted there.
+8192 x 8192 x 8192, both measured in the same run. With --torch-python attention is also compared with torch's
+(peers/peer_torch_attention.py). A CPU is refused, because it can only interpret the kernels.
 """
 
 import argparse
@@ -89,15 +90,17 @@ def measured(row: Row, repeats: int, bandwidth: float, peak: float, torch: Torch
     mine = seconds(row.ours, row.operands, repeats) / row.calls
     xla = None if row.theirs is None else seconds(row.theirs, row.their_operands, repeats) / row.calls
     other = torch.seconds(row)
-    us = lambda x: "" if x is None else f"{x * 1e6:.1f}"
-    return (
-        f"| {row.name} | {us(mine)} | {row.moved / mine / bandwidth:.0%} | {row.flops / mine / peak:.0%} | {us(xla)} | "
-        f"{'' if xla is None else f'{xla / mine:.2f}'} | {us(other)} |"
-    )
+    ratio = "" if xla is None else f"{xla / mine:.2f}"
+    shares = f"{row.moved / mine / bandwidth:.0%} | {row.flops / mine / peak:.0%}"
+    return f"| {row.name} | {microseconds(mine)} | {shares} | {microseconds(xla)} | {ratio} | {microseconds(other)} |"
+
+
+def microseconds(value: float | None) -> str:
+    return "" if value is None else f"{value * 1e6:.1f}"
 
 
 def decode_steps(batches: list[int], repeats: int, bandwidth: float) -> Iterator[str]:
-    """Whole decode steps of Qwen3-0.6B's shape behind 128 tokens: what has to be read is the weights and the contexts."""
+    """Whole decode steps of Qwen3-0.6B's shape after 128 tokens. A step has to read the weights and the contexts."""
     llm = bench.open_model("qwen3-0.6b-shape", dtype="bfloat16", compile_patience=0)
     weights, config = size_of(llm.params), llm.config
     for batch in batches:

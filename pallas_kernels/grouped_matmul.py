@@ -1,4 +1,4 @@
-"""Matrix products of a mixture of experts: rows sorted by expert, a row's bits free of the rows and experts beside it."""
+"""Matrix products of a mixture of experts: rows are sorted by expert; a row's bits do not depend on the others."""
 
 import functools
 
@@ -10,15 +10,10 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.grouped_matmul_gpu import grouped_matmul_gpu
 from pallas_kernels.grouped_matmul_reference import grouped_matmul_reference, grouped_plain
 from pallas_kernels.grouped_matmul_tpu import grouped_matmul_tpu
-from pallas_kernels.implementations import Implementation
+from pallas_kernels.implementations import Implementation, bodies
 from pallas_kernels.sizes import matmul_sizes
 
-BODIES = {
-    "xla": grouped_matmul_reference,
-    "pallas_tpu": grouped_matmul_tpu,
-    "pallas_gpu": grouped_matmul_gpu,
-    "pallas_interpret": functools.partial(grouped_matmul_tpu, interpret=True),
-}
+BODIES = bodies(grouped_matmul_reference, grouped_matmul_tpu, grouped_matmul_gpu)
 
 
 def grouped_matmul(
@@ -30,12 +25,13 @@ def grouped_matmul(
     gated: bool = False,
     out_dtype: jnp.dtype = jnp.float32,
 ) -> Float[Array, "M R"]:
-    """x @ w[e].T in float32 for the `group_sizes[e]` rows of each expert e in turn, rounded once to `out_dtype`; zeros behind them.
+    """x @ w[e].T in float32 for the `group_sizes[e]` rows of each expert e in turn, rounded once to `out_dtype`.
 
-    x is rounded to the weights' dtype first. Rows behind the last group may hold anything. Gated: the first half of an expert's N outputs
-    are gates, and silu(gate) · up is returned, N / 2 wide; otherwise R is N. Differentiable in x and w: the value is the kernel's,
-    gradients are XLA's of the same expression. The groups' sum must not exceed M: it is known at run time only, and is not checked.
-    Raises ValueError for shapes that do not fit and for weights in a dtype that the device has no block sizes for.
+    x is rounded to the weights' dtype first. Rows after the last group may hold anything; their results are 0. Gated:
+    the first half of an expert's N outputs are gates, and silu(gate) · up is returned, N / 2 wide; otherwise R is N.
+    Differentiable in x and w: the value is the kernel's, gradients are XLA's of the same expression. The sum of the
+    groups must not exceed M, which is not checked because it is known at run time only. Raises ValueError for shapes
+    that do not fit and for weights in a dtype that the device has no sizes for.
     """
     if x.ndim != 2 or w.ndim != 3 or x.shape[1] != w.shape[2] or group_sizes.shape != w.shape[:1]:
         raise ValueError(
@@ -53,8 +49,8 @@ def grouped_matmul(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _grouped(implementation: Implementation, out_dtype: jnp.dtype, x, w, group_sizes):
-    blocks = matmul_sizes(implementation.device, w.dtype, w.shape[2], w.shape[3])
-    return BODIES[implementation.name](x, w, group_sizes, blocks, out_dtype)
+    sizes = matmul_sizes(implementation.device, w.dtype, w.shape[2], w.shape[3])
+    return BODIES[implementation.name](x, w, group_sizes, sizes, out_dtype)
 
 
 def _forward(implementation, out_dtype, *operands):

@@ -1,4 +1,5 @@
-"""The grouped product's GPU body (Triton): a program takes one visit of one block of outputs, and stores its own rows."""
+"""The grouped product's GPU body (Triton): a program computes one visit and block of outputs, and stores its own
+rows."""
 
 import functools
 
@@ -9,49 +10,41 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.grouped_matmul_reference import visits_of, without_rest
-from pallas_kernels.matmul_gpu import split_sums, zeros
+from pallas_kernels.matmul_gpu import added, split_sums, zeros
 from pallas_kernels.matmul_reference import finish
 from pallas_kernels.sizes import MatmulSizes
 
 
-def _kernel(tiles, experts, starts, ends, x_ref, w_ref, out_ref, *, blocks: MatmulSizes) -> None:
+def _kernel(tiles, experts, starts, ends, x_ref, w_ref, out_ref, *, sizes: MatmulSizes) -> None:
     visit = pl.program_id(0)
-    row, column = tiles[visit] * blocks.rows, pl.program_id(1) * blocks.columns
+    row, column = tiles[visit] * sizes.rows, pl.program_id(1) * sizes.columns
     (m, inputs), outputs = x_ref.shape, out_ref.shape[1]
 
     def step(split, sums):
-        return [
-            s + one
-            for s, one in zip(
-                sums, split_sums(x_ref, w_ref, (experts[visit],), row, column, split, blocks, m), strict=True
-            )
-        ]
+        return added(sums, split_sums(x_ref, w_ref, (experts[visit],), row, column, split, sizes, m))
 
-    sums = jax.lax.fori_loop(0, pl.cdiv(inputs, blocks.split), step, zeros(w_ref.shape[1], blocks))
-    rows, columns = row + jnp.arange(blocks.rows), column + jnp.arange(blocks.columns)
+    sums = jax.lax.fori_loop(0, pl.cdiv(inputs, sizes.split), step, zeros(w_ref.shape[1], sizes))
+    rows, columns = row + jnp.arange(sizes.rows), column + jnp.arange(sizes.columns)
     mine = ((rows >= starts[visit]) & (rows < ends[visit]))[:, None] & (columns < outputs)[None, :]
-    plgpu.store(
-        out_ref.at[pl.ds(row, blocks.rows), pl.ds(column, blocks.columns)],
-        finish(sums, [], None).astype(out_ref.dtype),
-        mask=mine,
-    )
+    y = finish(sums, [], None).astype(out_ref.dtype)
+    plgpu.store(out_ref.at[pl.ds(row, sizes.rows), pl.ds(column, sizes.columns)], y, mask=mine)
 
 
 def grouped_matmul_gpu(
     x: Float[Array, "M K"],
     w: Float[Array, "E parts N K"],
     group_sizes: Int[Array, " E"],
-    blocks: MatmulSizes,
+    sizes: MatmulSizes,
     out_dtype: jnp.dtype,
     *,
     interpret: bool = False,
 ) -> Float[Array, "M N"]:
-    """The product visit by visit, all side by side: two visits of a tile store different rows."""
+    """The product, all visits side by side, because two visits of a tile store different rows."""
     (m, _), outputs = x.shape, w.shape[2]
-    visits = visits_of(group_sizes, m, blocks.rows)
+    visits = visits_of(group_sizes, m, sizes.rows)
     out = pl.pallas_call(
-        functools.partial(_kernel, blocks=blocks),
-        grid=(visits.tiles.shape[0], pl.cdiv(outputs, blocks.columns)),
+        functools.partial(_kernel, sizes=sizes),
+        grid=(visits.tiles.shape[0], pl.cdiv(outputs, sizes.columns)),
         out_shape=jax.ShapeDtypeStruct((m, outputs), out_dtype),
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
         name="grouped_matmul_gpu",

@@ -1,7 +1,7 @@
 """Grouped matrix products: which tile of rows meets which expert, and the twin in plain XLA.
 
-Rows are sorted by expert. A tile that several experts share is visited once by each, and each keeps its own rows: a row's dot has the same
-shape whoever stands beside it.
+Rows are sorted by expert. A tile that several experts share is visited once by each, and each keeps its own rows, so
+that a row's dot has the same shape whichever rows are beside it.
 """
 
 from typing import NamedTuple
@@ -11,12 +11,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.matmul_reference import dot, finish
+from pallas_kernels.numbers import cdiv
 from pallas_kernels.sizes import MatmulSizes
 from pallas_kernels.tiles import padded_rows
 
 
 class Visits(NamedTuple):
-    """For each visit, in the order of rows: tile, expert and that expert's rows. Visits from `count` on repeat the last, with no rows."""
+    """For each visit, in the order of rows: tile, expert, and that expert's rows, from `starts` up to `ends`.
+
+    Visits from `count` on repeat the last, with no rows.
+    """
 
     tiles: Int[Array, " v"]
     experts: Int[Array, " v"]
@@ -26,25 +30,24 @@ class Visits(NamedTuple):
 
 
 def visits_of(group_sizes: Int[Array, " E"], num_rows: int, tile: int) -> Visits:
-    """All visits: each expert goes to every tile that holds a row of it. At most one for each tile, and one for each boundary inside."""
-    most = -(-num_rows // tile) + group_sizes.shape[0] - 1
+    """All visits: each expert visits every tile that holds a row of it.
+
+    There is at most one visit for each tile and one more for each boundary between experts inside a tile.
+    """
+    most = cdiv(num_rows, tile) + group_sizes.shape[0] - 1
     ends = jnp.cumsum(group_sizes.astype(jnp.int32))
     starts = ends - group_sizes
     first = starts // tile
     number = jnp.where(group_sizes > 0, (ends - 1) // tile - first + 1, 0)
-    behind = jnp.cumsum(number)
-    count = behind[-1]
+    visited = jnp.cumsum(number)  # visits up to and with each expert's
+    count = visited[-1]
     visit = jnp.minimum(jnp.arange(most), jnp.maximum(count - 1, 0))
-    expert = jnp.minimum(jnp.searchsorted(behind, visit, side="right"), group_sizes.shape[0] - 1).astype(jnp.int32)
+    expert = jnp.minimum(jnp.searchsorted(visited, visit, side="right"), group_sizes.shape[0] - 1).astype(jnp.int32)
     live = jnp.arange(most) < count
-    tiles = first[expert] + visit - (behind - number)[expert]
-    return Visits(
-        jnp.where(count > 0, tiles, 0),
-        expert,
-        jnp.where(live, starts[expert], 0),
-        jnp.where(live, ends[expert], 0),
-        count,
-    )
+    tiles = first[expert] + visit - (visited - number)[expert]
+    tiles = jnp.where(count > 0, tiles, 0)
+    starts, ends = (jnp.where(live, x[expert], 0) for x in (starts, ends))
+    return Visits(tiles, expert, starts, ends, count)
 
 
 def rows_of_visit(tile: Array, size: int, start: Array, end: Array) -> Array:
@@ -54,14 +57,14 @@ def rows_of_visit(tile: Array, size: int, start: Array, end: Array) -> Array:
 
 
 def without_rest(out: Float[Array, "M N"], group_sizes: Int[Array, " E"]) -> Float[Array, "M N"]:
-    """`out` with zeros in the rows behind the last group."""
+    """`out` with zeros in the rows after the last group."""
     return jnp.where(jnp.arange(out.shape[0])[:, None] < group_sizes.sum(), out, jnp.zeros_like(out))
 
 
 def grouped_plain(
     x: Float[Array, "M K"], w: Float[Array, "E parts N K"], group_sizes: Int[Array, " E"]
 ) -> Float[Array, "M N"]:
-    """The product by XLA's own grouped dot: gradients come from here."""
+    """The product by XLA's own grouped dot. Gradients come from here."""
     experts, parts, outputs, inputs = w.shape
     x = without_rest(x, group_sizes)
     precision = jax.lax.Precision.HIGHEST if w.dtype == jnp.float32 else None
@@ -76,16 +79,17 @@ def grouped_matmul_reference(
     x: Float[Array, "M K"],
     w: Float[Array, "E parts N K"],
     group_sizes: Int[Array, " E"],
-    blocks: MatmulSizes,
+    sizes: MatmulSizes,
     out_dtype: jnp.dtype,
 ) -> Float[Array, "M N"]:
-    """The product visit by visit: a tile of rows times one expert's weights in one dot, of which the expert's own rows are kept."""
-    (m, _), (_, parts, outputs, inputs), tile = x.shape, w.shape, blocks.rows
+    """The product visit by visit: one dot of a tile of rows and one expert's weights, of which the expert's rows are
+    kept."""
+    (m, _), (_, parts, outputs, inputs), tile = x.shape, w.shape, sizes.rows
     visits = visits_of(group_sizes, m, tile)
     padded = padded_rows(x, tile)
 
     def step(v, out):
-        weights, _ = jax.lax.optimization_barrier((w, v))  # XLA on CPU would widen all experts in front of the loop
+        weights, _ = jax.lax.optimization_barrier((w, v))  # or XLA on CPU would widen all experts before the loop
         one = jax.lax.dynamic_index_in_dim(weights, visits.experts[v], keepdims=False).reshape(-1, inputs)
         start = visits.tiles[v] * tile
         sums = jnp.split(dot(jax.lax.dynamic_slice_in_dim(padded, start, tile), one), parts, axis=1)

@@ -1,4 +1,4 @@
-"""The grouped product's TPU body: which block of weights is fetched follows from the visits, known before the kernel starts."""
+"""The grouped product's TPU body: the visits, known before the kernel starts, name the blocks of weights to fetch."""
 
 import functools
 
@@ -14,8 +14,8 @@ from pallas_kernels.matmul_tpu import VMEM_LIMIT, add_block
 from pallas_kernels.sizes import MatmulSizes
 
 
-def _kernel(tiles, experts, starts, ends, x_ref, w_ref, out_ref, sum_ref, *, blocks: MatmulSizes, inputs: int) -> None:
-    add_block(x_ref, w_ref, sum_ref, blocks, inputs)
+def _kernel(tiles, experts, starts, ends, x_ref, w_ref, out_ref, sum_ref, *, sizes: MatmulSizes, inputs: int) -> None:
+    add_block(x_ref, w_ref, sum_ref, sizes, inputs)
     visit = pl.program_id(1)
 
     @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
@@ -23,35 +23,35 @@ def _kernel(tiles, experts, starts, ends, x_ref, w_ref, out_ref, sum_ref, *, blo
         y = finish([sum_ref[part] for part in range(w_ref.shape[0])], [], None).astype(out_ref.dtype)
         first_of_tile = (visit == 0) | (tiles[visit] != tiles[jnp.maximum(visit - 1, 0)])
         others = jnp.where(first_of_tile, jnp.zeros_like(y), out_ref[...])
-        out_ref[...] = jnp.where(rows_of_visit(tiles[visit], blocks.rows, starts[visit], ends[visit]), y, others)
+        out_ref[...] = jnp.where(rows_of_visit(tiles[visit], sizes.rows, starts[visit], ends[visit]), y, others)
 
 
 def grouped_matmul_tpu(
     x: Float[Array, "M K"],
     w: Float[Array, "E parts N K"],
     group_sizes: Int[Array, " E"],
-    blocks: MatmulSizes,
+    sizes: MatmulSizes,
     out_dtype: jnp.dtype,
     *,
     interpret: bool = False,
 ) -> Float[Array, "M N"]:
-    """The product visit by visit. Visits of one tile follow each other, and its result stays in VMEM in between."""
+    """The product visit by visit. The visits of a tile are consecutive, so its result stays in VMEM between them."""
     (m, inputs), (_, parts, outputs, _) = x.shape, w.shape
-    visits = visits_of(group_sizes, m, blocks.rows)
-    grid = (pl.cdiv(outputs, blocks.columns), visits.tiles.shape[0], pl.cdiv(inputs, blocks.depth))
+    visits = visits_of(group_sizes, m, sizes.rows)
+    of_x = pl.BlockSpec((sizes.rows, sizes.depth), lambda j, v, k, tiles, *_: (tiles[v], k))
+    of_w = pl.BlockSpec(
+        (None, parts, sizes.columns, sizes.depth), lambda j, v, k, _, experts, *__: (experts[v], 0, j, k)
+    )
+    of_out = pl.BlockSpec((sizes.rows, sizes.columns), lambda j, v, k, tiles, *_: (tiles[v], j))
+    grid = (pl.cdiv(outputs, sizes.columns), visits.tiles.shape[0], pl.cdiv(inputs, sizes.depth))
     out = pl.pallas_call(
-        functools.partial(_kernel, blocks=blocks, inputs=inputs),
+        functools.partial(_kernel, sizes=sizes, inputs=inputs),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
             grid=grid,
-            in_specs=[
-                pl.BlockSpec((blocks.rows, blocks.depth), lambda j, v, k, tiles, *_: (tiles[v], k)),
-                pl.BlockSpec(
-                    (None, parts, blocks.columns, blocks.depth), lambda j, v, k, _, experts, *__: (experts[v], 0, j, k)
-                ),
-            ],
-            out_specs=pl.BlockSpec((blocks.rows, blocks.columns), lambda j, v, k, tiles, *_: (tiles[v], j)),
-            scratch_shapes=[pltpu.VMEM((parts, blocks.rows, blocks.columns), jnp.float32)],
+            in_specs=[of_x, of_w],
+            out_specs=of_out,
+            scratch_shapes=[pltpu.VMEM((parts, sizes.rows, sizes.columns), jnp.float32)],
         ),
         out_shape=jax.ShapeDtypeStruct((m, outputs), out_dtype),
         compiler_params=pltpu.CompilerParams(

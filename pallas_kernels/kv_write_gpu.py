@@ -15,25 +15,25 @@ def kv_write_gpu(
 ) -> tuple[Array, Array]:
     """Pools `[P, K, p, h]` with the blocks' `[B, r, K, h]` written, in place.
 
-    Raises ValueError for a head width that is no power of two: Triton's arrays have such sizes.
+    Raises ValueError for a head width that is no power of two, because Triton's arrays have such sizes only.
     """
     batch, r, num_kv_heads, h = k.shape
     if h & (h - 1):
         raise ValueError(
             f"the GPU's KV write takes head widths that are powers of two, got {h}: take implementation 'xla'"
         )
-    whole, num_inputs = pl.BlockSpec(memory_space=pl.ANY), len(blocks) + 4
+    whole, operands = pl.BlockSpec(memory_space=pl.ANY), (*blocks, k, v, keys, values)
     keys, values = pl.pallas_call(
         functools.partial(_kernel, page_size=keys.shape[2]),
         grid=(batch, r, num_kv_heads),
-        in_specs=[whole] * num_inputs,
+        in_specs=[whole] * len(operands),
         out_specs=[whole, whole],
         out_shape=[jax.ShapeDtypeStruct(pool.shape, pool.dtype) for pool in (keys, values)],
-        input_output_aliases={num_inputs - 2: 0, num_inputs - 1: 1},
+        input_output_aliases={len(operands) - 2: 0, len(operands) - 1: 1},
         compiler_params=plgpu.CompilerParams(num_warps=1),
         name="kv_write_gpu",
         interpret=interpret,
-    )(*blocks, k, v, keys, values)
+    )(*operands)
     return keys, values
 
 

@@ -1,8 +1,12 @@
-"""The KV write's TPU body: the memory tile that a token lies in is read, the token's row replaced, and the tile written back.
+"""The KV write's TPU body: it reads the memory tile of a token, replaces the token's row, and writes the tile back.
 
-A TPU copies whole memory tiles (8 rows of 32 bits, 16 of 16, 32 of 8). Many are under way at once, so two blocks whose tokens share a tile
-must not undo each other: each writes the tokens of all blocks that lie in the tile, hence the same bits, in whatever order.
+A TPU copies whole memory tiles (8 rows of 32 bits, 16 of 16, 32 of 8). Many copies run at once, and two blocks whose
+tokens share a tile must not undo each other. So each of them writes the tokens of all blocks in the tile: the same
+bits, in whatever order the copies end.
 """
+
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +15,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Int
 
 from pallas_kernels.paged_attention_inputs import PagedBlocks
-from pallas_kernels.paged_attention_tpu import SUBLANE_BYTES, check_pool
+from pallas_kernels.paged_attention_tpu_pages import SUBLANE_BYTES, check_pool
 
-AT_ONCE = 8  # tiles under way
+AT_ONCE = 8  # tiles that one grid step copies
 
 
 def kv_write_tpu(
@@ -26,61 +30,83 @@ def kv_write_tpu(
     _, num_kv_heads, page_size, h = keys.shape
     check_pool(keys, interpret)
     height = SUBLANE_BYTES // keys.dtype.itemsize
-    slots, tiles, used = _touched(blocks, k.shape[1], height)
-    owners, tokens, new = _tokens_of_tiles(blocks, slots, tiles, height)
+    touched = _touched(blocks, k.shape[1], height)
+    owners, tokens, new = _tokens_of_tiles(blocks, touched, height)
     rows = [x[owners, tokens].swapaxes(1, 2) for x in (k, v)]  # [E, K, height, h]
-    pages = blocks.tables[slots, jnp.minimum(tiles * height // page_size, blocks.tables.shape[1] - 1)]
-    of_tiles = lambda shape: pl.BlockSpec((AT_ONCE, *shape), lambda i, *_: (i,) + (0,) * len(shape))
+    columns = jnp.minimum(touched.tiles * height // page_size, blocks.tables.shape[1] - 1)
+    pages, offsets = blocks.tables[touched.slots, columns], touched.tiles * height % page_size
+    flags = touched.used.astype(jnp.int32), new.astype(jnp.int32)[..., None]
+    of_rows, anywhere = _of_tiles(*rows[0].shape[1:]), pl.BlockSpec(memory_space=pl.ANY)
     buffer = pltpu.VMEM((AT_ONCE, num_kv_heads, height, h), keys.dtype)
-    anywhere = pl.BlockSpec(memory_space=pl.ANY)
+    operands = (pages, offsets, *flags, *rows, keys, values)
     keys, values = pl.pallas_call(
         _kernel,
         out_shape=[jax.ShapeDtypeStruct(pool.shape, pool.dtype) for pool in (keys, values)],
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
-            grid=(slots.shape[0] // AT_ONCE,),
-            in_specs=[of_tiles((height, 1)), *[of_tiles(rows[0].shape[1:])] * 2, anywhere, anywhere],
+            grid=(pages.shape[0] // AT_ONCE,),
+            in_specs=[_of_tiles(height, 1), of_rows, of_rows, anywhere, anywhere],
             out_specs=[anywhere, anywhere],
             scratch_shapes=[buffer, buffer, pltpu.SemaphoreType.DMA],
         ),
-        input_output_aliases={6: 0, 7: 1},
+        input_output_aliases={len(operands) - 2: 0, len(operands) - 1: 1},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), has_side_effects=True),
         name="kv_write_tpu",
         interpret=interpret,
-    )(pages, tiles * height % page_size, used.astype(jnp.int32), new.astype(jnp.int32)[..., None], *rows, keys, values)
+    )(*operands)
     return keys, values
 
 
-def _touched(blocks: PagedBlocks, r: int, height: int) -> tuple[Int[Array, " E"], Int[Array, " E"], Bool[Array, " E"]]:
-    """(slot, tile of its sequence, whether it is one) for every memory tile that a block may touch, padded to a multiple of AT_ONCE."""
+def _of_tiles(*shape: int) -> pl.BlockSpec:
+    """AT_ONCE arrays of that shape, one a tile, for each grid step."""
+    return pl.BlockSpec((AT_ONCE, *shape), lambda i, *_: (i,) + (0,) * len(shape))
+
+
+class _Touched(NamedTuple):
+    """Every memory tile that a block may touch."""
+
+    slots: Int[Array, " E"]
+    tiles: Int[Array, " E"]  # of the slot's sequence
+    used: Bool[Array, " E"]  # whether the block has a token in it
+
+
+def _touched(blocks: PagedBlocks, r: int, height: int) -> _Touched:
+    """The tiles of all blocks, padded to a multiple of AT_ONCE."""
     most = (r + height - 2) // height + 1
     tiles = (blocks.starts // height)[:, None] + jnp.arange(most)
     used = (tiles * height < (blocks.starts + blocks.counts)[:, None]) & (blocks.counts > 0)[:, None]
     flat = (jnp.repeat(blocks.slots, most), tiles.reshape(-1), used.reshape(-1))
-    return tuple(jnp.pad(x, (0, -x.shape[0] % AT_ONCE)) for x in flat)  # pyright: ignore
+    return _Touched(*(jnp.pad(x, (0, -x.shape[0] % AT_ONCE)) for x in flat))
 
 
 def _tokens_of_tiles(
-    blocks: PagedBlocks, slots: Array, tiles: Array, height: int
+    blocks: PagedBlocks, touched: _Touched, height: int
 ) -> tuple[Array, Array, Bool[Array, "E height"]]:
-    """(block, token of the block, whether there is one) for every row of the tiles."""
-    positions = (tiles[:, None] * height + jnp.arange(height))[..., None]
-    holds = (
-        (blocks.slots == slots[:, None, None])
-        & (positions >= blocks.starts)
-        & (positions < blocks.starts + blocks.counts)
-    )
+    """(block, token of the block, whether there is such a token) for every row of the tiles."""
+    positions = (touched.tiles[:, None] * height + jnp.arange(height))[..., None]
+    same_slot = blocks.slots == touched.slots[:, None, None]
+    holds = same_slot & (positions >= blocks.starts) & (positions < blocks.starts + blocks.counts)
     owners = holds.argmax(-1)
     new = holds.any(-1)
     return owners, jnp.where(new, positions[..., 0] - blocks.starts[owners], 0), new
 
 
+class _Side(NamedTuple):
+    """Refs of the keys or of the values."""
+
+    pool: Any
+    buffer: Any  # the tiles of this grid step
+    rows: Any  # what the tiles' new rows hold
+
+
 def _kernel(pages, offsets, used, new, k, v, _keys, _values, keys, values, key_buffer, value_buffer, semaphore) -> None:
+    """`_keys` and `_values` are the same memory as `keys` and `values`."""
     first, height = pl.program_id(0) * AT_ONCE, key_buffer.shape[2]
+    sides = (_Side(keys, key_buffer, k), _Side(values, value_buffer, v))
 
     def each_used(body):
         def one(e, _):
-            pl.when(used[first + e] > 0)(lambda: body(e))
+            pl.when(used[first + e] > 0)(functools.partial(body, e))
             return 0
 
         jax.lax.fori_loop(0, AT_ONCE, one, 0)
@@ -88,24 +114,26 @@ def _kernel(pages, offsets, used, new, k, v, _keys, _values, keys, values, key_b
     def tile(pool, e):
         return pool.at[pages[first + e], :, pl.ds(pl.multiple_of(offsets[first + e], height), height)]
 
-    both = ((keys, key_buffer, k), (values, value_buffer, v))
-    reads = lambda e: [pltpu.make_async_copy(tile(pool, e), buffer.at[e], semaphore) for pool, buffer, _ in both]
-    writes = lambda e: [pltpu.make_async_copy(buffer.at[e], tile(pool, e), semaphore) for pool, buffer, _ in both]
+    def reads(e):
+        return [pltpu.make_async_copy(tile(side.pool, e), side.buffer.at[e], semaphore) for side in sides]
 
-    def replace(e):
-        for _, buffer, x in both:
-            buffer[e] = jnp.where(new[e][None] > 0, x[e], buffer[e])
+    def writes(e):
+        return [pltpu.make_async_copy(side.buffer.at[e], tile(side.pool, e), semaphore) for side in sides]
 
-    def start(copies):
-        for copy in copies:
+    def start(copies, e):
+        for copy in copies(e):
             copy.start()
 
-    def wait(copies):
-        for copy in copies:
+    def wait(copies, e):
+        for copy in copies(e):
             copy.wait()
 
-    each_used(lambda e: start(reads(e)))
-    each_used(lambda e: wait(reads(e)))
+    def replace(e):
+        for side in sides:
+            side.buffer[e] = jnp.where(new[e][None] > 0, side.rows[e], side.buffer[e])
+
+    each_used(functools.partial(start, reads))
+    each_used(functools.partial(wait, reads))
     each_used(replace)
-    each_used(lambda e: start(writes(e)))
-    each_used(lambda e: wait(writes(e)))
+    each_used(functools.partial(start, writes))
+    each_used(functools.partial(wait, writes))

@@ -1,4 +1,5 @@
-"""Matrix products with one fixed order along K at any number of rows: a row's bits depend on the row and the weights alone."""
+"""Matrix products with one fixed order along K for any number of rows: a row's bits depend on it and the weights
+alone."""
 
 import functools
 
@@ -6,18 +7,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.implementations import Implementation
+from pallas_kernels.implementations import Implementation, bodies
 from pallas_kernels.matmul_gpu import matmul_gpu
 from pallas_kernels.matmul_reference import matmul_reference, plain
 from pallas_kernels.matmul_tpu import matmul_tpu
 from pallas_kernels.sizes import matmul_sizes
 
-BODIES = {
-    "xla": matmul_reference,
-    "pallas_tpu": matmul_tpu,
-    "pallas_gpu": matmul_gpu,
-    "pallas_interpret": functools.partial(matmul_tpu, interpret=True),
-}
+BODIES = bodies(matmul_reference, matmul_tpu, matmul_gpu)
 
 
 def matmul(
@@ -34,19 +30,13 @@ def matmul(
 
     Gated: the first half of the N outputs are gates, and silu(gate) · up is returned, N / 2 wide; otherwise R is N.
     Differentiable in x, w, bias and residual: the value is the kernel's, gradients are XLA's of the same expression.
-    Raises ValueError for shapes that do not fit and for weights in a dtype that the device has no block sizes for.
+    Raises ValueError for shapes that do not fit and for weights in a dtype that the device has no sizes for.
     """
     parts = 2 if gated else 1
     _check(x, w, bias, residual, parts)
-    in_parts = lambda a: a.reshape(parts, a.shape[0] // parts, *a.shape[1:])
-    return _matmul(
-        implementation,
-        jnp.dtype(out_dtype),
-        x.astype(w.dtype),
-        in_parts(w),
-        None if bias is None else in_parts(bias),
-        residual,
-    )
+    w = w.reshape(parts, w.shape[0] // parts, w.shape[1])
+    bias = None if bias is None else bias.reshape(parts, -1)
+    return _matmul(implementation, jnp.dtype(out_dtype), x.astype(w.dtype), w, bias, residual)
 
 
 def _check(x: Array, w: Array, bias: Array | None, residual: Array | None, parts: int) -> None:
@@ -62,8 +52,8 @@ def _check(x: Array, w: Array, bias: Array | None, residual: Array | None, parts
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _matmul(implementation: Implementation, out_dtype: jnp.dtype, x, w, bias, residual):
-    blocks = matmul_sizes(implementation.device, w.dtype, w.shape[1], w.shape[2])
-    return BODIES[implementation.name](x, w, bias, residual, blocks, out_dtype)
+    sizes = matmul_sizes(implementation.device, w.dtype, w.shape[1], w.shape[2])
+    return BODIES[implementation.name](x, w, bias, residual, sizes, out_dtype)
 
 
 def _forward(implementation, out_dtype, *operands):

@@ -15,34 +15,34 @@ VMEM_LIMIT = 48 * 2**20  # bytes: above the compiler's own 16 MiB, below every g
 
 
 def within(x: Array, first: Array, size: int) -> Array:
-    """`x [_, depth]`, whose columns start at `first`, with zeros from column `size` on: a block behind the end holds anything."""
+    """`x [_, depth]`, whose columns start at `first`, with zeros from column `size` on: past the end a block holds
+    anything."""
     columns = first + jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
     return jnp.where(columns < size, x, jnp.zeros_like(x))
 
 
-def add_block(x_ref, w_ref, sum_ref, blocks: MatmulSizes, inputs: int) -> None:
-    """sum_ref [parts, rows, columns] += the products of one block, a dot of one fixed shape for each row tile and part."""
+def add_block(x_ref, w_ref, sum_ref, sizes: MatmulSizes, inputs: int) -> None:
+    """sum_ref [parts, rows, columns] += the products of one block, one dot of fixed shape for each row tile and
+    part."""
     k = pl.program_id(2)
 
     @pl.when(k == 0)
     def _():
         sum_ref[...] = jnp.zeros_like(sum_ref)
 
-    cut = (lambda x: x) if inputs % blocks.depth == 0 else lambda x: within(x, k * blocks.depth, inputs)
+    def cut(x):
+        return x if inputs % sizes.depth == 0 else within(x, k * sizes.depth, inputs)
+
     for part in range(w_ref.shape[0]):
         w = cut(w_ref[part])
-        for first in range(0, x_ref.shape[0], blocks.rows):
-            rows = slice(first, first + blocks.rows)
+        for first in range(0, x_ref.shape[0], sizes.rows):
+            rows = slice(first, first + sizes.rows)
             sum_ref[part, rows] += dot(cut(x_ref[rows]), w)
 
 
-def _kernel(*refs, blocks: MatmulSizes, inputs: int, has_bias: bool, has_residual: bool) -> None:
-    refs = list(refs)
-    x_ref, w_ref = refs.pop(0), refs.pop(0)
-    bias_ref = refs.pop(0) if has_bias else None
-    residual_ref = refs.pop(0) if has_residual else None
-    out_ref, sum_ref = refs
-    add_block(x_ref, w_ref, sum_ref, blocks, inputs)
+def _kernel(x_ref, w_ref, bias_ref, residual_ref, out_ref, sum_ref, *, sizes: MatmulSizes, inputs: int) -> None:
+    """`bias_ref` and `residual_ref` are None where the product has no such operand."""
+    add_block(x_ref, w_ref, sum_ref, sizes, inputs)
 
     @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
     def _():
@@ -57,34 +57,28 @@ def matmul_tpu(
     w: Float[Array, "parts N K"],
     bias: Float[Array, "parts N"] | None,
     residual: Float[Array, "M N"] | None,
-    blocks: MatmulSizes,
+    sizes: MatmulSizes,
     out_dtype: jnp.dtype,
     *,
     interpret: bool = False,
 ) -> Float[Array, "M N"]:
-    """The product by blocks. Row tiles that share a fetched block of weights: as many as M has, up to the table's."""
+    """The product by blocks. As many row tiles share a fetched block of weights as M has, up to the table's number."""
     (m, inputs), (parts, outputs, _) = x.shape, w.shape
-    rows = blocks.rows * min(blocks.shared_tiles, pl.cdiv(m, blocks.rows))
-    of_out = pl.BlockSpec((rows, blocks.columns), lambda i, j, k: (i, j))
-    specs = [
-        pl.BlockSpec((rows, blocks.depth), lambda i, j, k: (i, k)),
-        pl.BlockSpec((parts, blocks.columns, blocks.depth), lambda i, j, k: (0, j, k)),
-    ]
-    specs += [] if bias is None else [pl.BlockSpec((parts, blocks.columns), lambda i, j, k: (0, j))]
-    specs += [] if residual is None else [of_out]
-    kernel = functools.partial(
-        _kernel, blocks=blocks, inputs=inputs, has_bias=bias is not None, has_residual=residual is not None
-    )
+    rows = sizes.rows * min(sizes.shared_tiles, pl.cdiv(m, sizes.rows))
+    of_x = pl.BlockSpec((rows, sizes.depth), lambda i, j, k: (i, k))
+    of_w = pl.BlockSpec((parts, sizes.columns, sizes.depth), lambda i, j, k: (0, j, k))
+    of_bias = pl.BlockSpec((parts, sizes.columns), lambda i, j, k: (0, j))
+    of_out = pl.BlockSpec((rows, sizes.columns), lambda i, j, k: (i, j))
     return pl.pallas_call(
-        kernel,
-        grid=(pl.cdiv(m, rows), pl.cdiv(outputs, blocks.columns), pl.cdiv(inputs, blocks.depth)),
-        in_specs=specs,
+        functools.partial(_kernel, sizes=sizes, inputs=inputs),
+        grid=(pl.cdiv(m, rows), pl.cdiv(outputs, sizes.columns), pl.cdiv(inputs, sizes.depth)),
+        in_specs=[of_x, of_w, None if bias is None else of_bias, None if residual is None else of_out],
         out_specs=of_out,
         out_shape=jax.ShapeDtypeStruct((m, outputs), out_dtype),
-        scratch_shapes=[pltpu.VMEM((parts, rows, blocks.columns), jnp.float32)],
+        scratch_shapes=[pltpu.VMEM((parts, rows, sizes.columns), jnp.float32)],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
         ),
         name="matmul_tpu",
         interpret=interpret,
-    )(x, w, *(a for a in (bias, residual) if a is not None))
+    )(x, w, bias, residual)

@@ -1,23 +1,17 @@
-"""Attention over pages with one fixed order along the context: a query's bits depend on its own sequence and position alone."""
-
-import functools
+"""Attention over pages with one fixed order along the context: a query's bits depend on its sequence and position
+alone."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.implementations import Implementation
+from pallas_kernels.implementations import Implementation, bodies
 from pallas_kernels.paged_attention_gpu import paged_attention_gpu
-from pallas_kernels.paged_attention_inputs import EIGHT_BIT, PagedBlocks, Pages, Scoring
+from pallas_kernels.paged_attention_inputs import EIGHT_BIT, PagedBlocks, Pages, Scoring, check_blocks, check_scales
 from pallas_kernels.paged_attention_reference import paged_attention_reference
 from pallas_kernels.paged_attention_tpu import paged_attention_tpu
 from pallas_kernels.sizes_attention import AttentionSizes, attention_sizes
 
-BODIES = {
-    "xla": paged_attention_reference,
-    "pallas_tpu": paged_attention_tpu,
-    "pallas_gpu": paged_attention_gpu,
-    "pallas_interpret": functools.partial(paged_attention_tpu, interpret=True),
-}
+BODIES = bodies(paged_attention_reference, paged_attention_tpu, paged_attention_gpu)
 DTYPES = ("bfloat16", "float16", "float32", *EIGHT_BIT)
 
 
@@ -30,12 +24,13 @@ def paged_attention(
     implementation: Implementation,
     sinks: Float[Array, " H"] | None = None,
 ) -> Float[Array, "B r H h"]:
-    """Causal attention of query blocks over their sequences' pages, in float32; 0 for tokens behind a block's count.
+    """Causal attention of query blocks over their sequences' pages, in float32; 0 for tokens past a block's count.
 
-    The blocks' own keys and values are already in the pages. Queries are rounded to the cache's dtype (bfloat16 for 8-bit ones) after
-    scaling, softmax weights before they meet the values; everything else is float32. Query head i reads key-value head i // (H / K).
-    `sinks` adds a score for each head that takes weight and has no value.
-    Raises ValueError for shapes and dtypes that do not fit together and for a page size that does not divide the tile of the block sizes.
+    The blocks' own keys and values are already in the pages. Queries are rounded to the cache's dtype (bfloat16 for an
+    8-bit cache) after scaling, softmax weights before they are multiplied with the values; everything else is float32.
+    Query head i reads key-value head i // (H / K). `sinks` adds a score for each head that takes weight and has no
+    value. Raises ValueError for shapes and dtypes that do not fit together and for a page size that does not divide
+    the device's tile of keys.
     """
     _check(q, pages, blocks, sinks)
     _, num_kv_heads, page_size, head_dim = pages.keys.shape
@@ -47,26 +42,20 @@ def paged_attention(
 def _check(q: Array, pages: Pages, blocks: PagedBlocks, sinks: Array | None) -> None:
     keys, values = pages.keys, pages.values
     if keys.ndim != 4 or keys.shape != values.shape or keys.dtype != values.dtype:
-        found = " and ".join(f"{x.dtype}{x.shape}" for x in (keys, values))
-        raise ValueError(f"keys and values must both be [P, K, p, h] of one dtype, got {found}")
+        got = " and ".join(f"{x.dtype}{x.shape}" for x in (keys, values))
+        raise ValueError(f"keys and values must both be [P, K, p, h] of one dtype, got {got}")
     if keys.dtype.name not in DTYPES:
         raise ValueError(f"pages must be one of {', '.join(DTYPES)}, got {keys.dtype}")
     if q.ndim != 4 or q.shape[3] > keys.shape[3] or q.shape[2] % keys.shape[1]:
         raise ValueError(
-            f"q must be [B, r, H, h] with H a multiple of the pages' {keys.shape[1]} heads and h at most their width of "
-            f"{keys.shape[3]}, got {q.shape}"
+            f"q must be [B, r, H, h] with H a multiple of the pages' {keys.shape[1]} heads and h at most their width "
+            f"of {keys.shape[3]}, got {q.shape}"
         )
-    if (keys.dtype.name in EIGHT_BIT) != (pages.key_scales is not None) or (pages.key_scales is None) != (
-        pages.value_scales is None
-    ):
-        raise ValueError(
-            f"pages of 8 bits take key_scales and value_scales [P, K], others neither; the pages are {keys.dtype}"
-        )
+    check_scales(pages)
     for scales in (pages.key_scales, pages.value_scales):
         if scales is not None and (scales.shape != keys.shape[:2] or scales.dtype != jnp.float32):
             raise ValueError(f"scales must be float32{keys.shape[:2]}, got {scales.dtype}{scales.shape}")
-    if any(x.shape != q.shape[:1] for x in (blocks.slots, blocks.starts, blocks.counts)):
-        raise ValueError(f"slots, starts and counts must be [{q.shape[0]}] as q, got {[x.shape for x in blocks[1:]]}")
+    check_blocks(blocks, q.shape[0], "q")
     if sinks is not None and sinks.shape != q.shape[2:3]:
         raise ValueError(f"sinks must be [{q.shape[2]}], one for each query head, got {sinks.shape}")
 

@@ -1,19 +1,27 @@
-"""Paged attention as the CPU likes it, in plain XLA. Its pools differ from the kernels', whose twin is paged_attention_reference.py."""
+"""Paged attention in plain XLA, laid out for a CPU. Its pools differ from the kernels'; paged_attention_reference.py
+is their twin.
+
+The masking and the online softmax are those of paged_attention_softmax.py, written for all sequences at once. They do
+not call its `fold`, which masks the weights a second time: XLA would compile other code for it, and might round
+otherwise.
+"""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.paged_attention_softmax import MASKED
 from pallas_kernels.pinned_math import LOG2_E, exp2, row_sum
-
-MASKED = -1e30  # finite, so that a fully masked tile gives 2^(MASKED - m) == 0 and never NaN
 
 
 def load_pages(pages: Array, page_ids: Int[Array, "B n"], dtype: jnp.dtype) -> Array:
     """Pages by id, `[P, ...] -> [B, n, ...]`, in `dtype`.
 
-    The pool stores 16-bit floats as uint16: XLA on CPU widens 16-bit floats to float32 and would move that conversion
-    in front of the gather, over the whole pool. Integers stay where they are; the bits are read as floats after the gather.
+    The pool stores 16-bit floats as uint16, because XLA on CPU widens 16-bit floats to float32 and would move that
+    conversion before the gather, so that it widens the whole pool. Integers are gathered as they are, and their bits
+    are read as floats after the gather.
     """
     tile = pages[page_ids]
     return tile if tile.dtype == dtype else jax.lax.bitcast_convert_type(tile, dtype)
@@ -30,27 +38,25 @@ def paged_attention(
     kv_tile: int,
     dtype: jnp.dtype,
 ) -> Float[Array, "B r H h"]:
-    """Causal attention of r queries a sequence, the first at `positions[b]`, over pages named by a block table.
+    """Causal attention of r queries a sequence, the first at `positions[b]`, over the pages of a block table.
 
-    k_pages [P, K, h, p] holds keys transposed, v_pages [P, K, p, h] values; tables must cover whole tiles of kv_tile keys.
-    Scores, softmax and sums are float32. Keys are taken kv_tile at a time from the start of the context, so a query's bits do not
-    depend on the page size, on the other queries, or on how long the other contexts are: a tile behind its own context changes
-    nothing (the running maximum, sum and accumulator are multiplied by 1 and have 0 added).
-    The softmax is taken to base 2 and its running maximum rounded up to a whole number: rescaling multiplies by a power of two, which is
-    exact, so that a compiler may fuse it into the addition behind it or not. Online softmax: Milakov and Gimelshein 2018, arXiv:1805.02867.
+    k_pages [P, K, h, p] holds keys transposed, v_pages [P, K, p, h] values; tables must cover whole tiles of kv_tile
+    keys. Scores, softmax and sums are float32. Keys are taken kv_tile at a time from the start of the context, so a
+    query's bits do not depend on the page size, on the other queries, or on the lengths of the other contexts: a tile
+    past its own context multiplies the running maximum, sum and accumulator by 1 and adds 0.
     """
     batch, r, num_heads, h = q.shape
     num_kv_heads, page_size = v_pages.shape[1], v_pages.shape[2]
     group, pages_per_tile = num_heads // num_kv_heads, kv_tile // page_size
     # [B, K, r * group, h]: the queries that share a key-value head are rows of one dot
-    queries = (
-        q.reshape(batch, r, num_kv_heads, group, h).transpose(0, 2, 1, 3, 4).reshape(batch, num_kv_heads, r * group, h)
-    )
-    queries = queries.astype(jnp.float32) * (scale * LOG2_E)
-    rows = max(r * group, 2)  # a dot with one row takes another path in XLA: other bits, and slow
+    queries = q.reshape(batch, r, num_kv_heads, group, h).transpose(0, 2, 1, 3, 4)
+    queries = queries.reshape(batch, num_kv_heads, r * group, h).astype(jnp.float32) * (scale * LOG2_E)
+    rows = max(
+        r * group, 2
+    )  # at least two, because XLA takes another path for a dot with one row: other bits, and slow
     queries = jnp.pad(queries, ((0, 0), (0, 0), (0, rows - r * group), (0, 0)))
     query_positions = jnp.pad(jnp.repeat(jnp.arange(r), group), (0, rows - r * group)) + positions[:, None]  # [B, rows]
-    dot = lambda spec, a, b: jnp.einsum(spec, a, b, precision="highest", preferred_element_type=jnp.float32)
+    dot = functools.partial(jnp.einsum, precision="highest", preferred_element_type=jnp.float32)
 
     def step(i, carry):
         high, total, out = carry
@@ -59,17 +65,14 @@ def paged_attention(
         values = load_pages(v_pages, ids, dtype).transpose(0, 2, 1, 3, 4).reshape(batch, num_kv_heads, kv_tile, h)
         key_positions = i * kv_tile + jnp.arange(kv_tile)
         visible = key_positions <= query_positions[:, None, :, None]
-        # Behind the context a page may hold anything, NaN too, and 0 * NaN is NaN.
+        # Past the context a page may hold anything, NaN too, and 0 * NaN is NaN.
         written = (key_positions <= positions[:, None] + r - 1)[:, None, :, None]
         values = jnp.where(written, values.astype(jnp.float32), 0.0)
         scores = jnp.where(visible, dot("bkmh,bkhs->bkms", queries, keys.astype(jnp.float32)), MASKED)
         new_high = jnp.maximum(high, jnp.ceil(scores.max(-1)))
         shrink, weights = exp2(high - new_high), exp2(scores - new_high[..., None])
-        return (
-            new_high,
-            total * shrink + row_sum(weights),
-            out * shrink[..., None] + dot("bkms,bksh->bkmh", weights, values),
-        )
+        total = total * shrink + row_sum(weights)
+        return new_high, total, out * shrink[..., None] + dot("bkms,bksh->bkmh", weights, values)
 
     num_tiles = (positions.max() + r - 1) // kv_tile + 1
     start = jnp.full((batch, num_kv_heads, rows), MASKED, jnp.float32)

@@ -1,4 +1,5 @@
-"""What paged attention takes, and how it is laid out for kernels: rows of one dot are the queries that share a key-value head."""
+"""What paged attention takes, and its layout for kernels: the rows of a dot are the queries that share a key-value
+head."""
 
 import dataclasses
 from typing import NamedTuple
@@ -10,13 +11,15 @@ from pallas_kernels.pinned_math import LOG2_E
 from pallas_kernels.sizes_attention import AttentionSizes
 
 EIGHT_BIT = ("int8", "float8_e4m3fn")
-NO_TOKEN = 2**30  # the token of a row that only fills a tile: behind every count
+NO_TOKEN = 2**30  # the token of a row that only fills a tile: no count is so large
 
 
 class Pages(NamedTuple):
-    """One layer's pool. 8-bit pages hold numbers that their page's and head's scale multiplies; others have no scales.
+    """One layer's pool. 8-bit pages hold numbers that the scale of their page and head multiplies; others have no
+    scales.
 
-    Pages may be wider than the heads (a TPU wants whole lanes of 128): what lies behind a token's head is 0, and kv_write keeps it so.
+    Pages may be wider than the heads, because a TPU takes whole lanes of 128. The columns past the head's width are 0,
+    and kv_write keeps them so.
     """
 
     keys: Array  # [P, K, p, h]
@@ -28,10 +31,11 @@ class Pages(NamedTuple):
 class PagedBlocks(NamedTuple):
     """Query blocks: `counts[b]` consecutive tokens of the sequence in `slots[b]`, the first at position `starts[b]`.
 
-    Decoding is one token to a block; a chunk of a prompt is cut into blocks, of which the last may be short. Padding has count 0.
+    Decoding is one token to a block; a chunk of a prompt is cut into blocks, of which the last may be short. A block
+    that is only padding has count 0.
     """
 
-    tables: Int[Array, "S n"]  # a sequence's pages, in order; behind its context anything may stand
+    tables: Int[Array, "S n"]  # a sequence's pages, in order; entries past its context may be anything
     slots: Int[Array, " B"]
     starts: Int[Array, " B"]
     counts: Int[Array, " B"]
@@ -39,7 +43,10 @@ class PagedBlocks(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Scoring:
-    """score = soft_cap · tanh(scale · q·k / soft_cap), or scale · q·k; a query sees its own key and the `window - 1` before it, or all."""
+    """score = soft_cap · tanh(scale · q·k / soft_cap), or scale · q·k without a cap.
+
+    A query sees its own key and the `window - 1` before it, or all before it without a window.
+    """
 
     scale: float
     window: int | None = None
@@ -52,16 +59,32 @@ class Scoring:
             raise ValueError(f"soft_cap must be above 0, got {self.soft_cap}; None means no cap")
 
 
+def check_scales(pages: Pages) -> None:
+    """Raises ValueError for 8-bit pages without scales, and for others with them."""
+    wanted = pages.keys.dtype.name in EIGHT_BIT
+    if any((scales is not None) != wanted for scales in (pages.key_scales, pages.value_scales)):
+        raise ValueError(
+            f"pages of 8 bits take key_scales and value_scales [P, K], others neither; the pages are {pages.keys.dtype}"
+        )
+
+
+def check_blocks(blocks: PagedBlocks, batch: int, name: str) -> None:
+    """Raises ValueError unless there are `batch` blocks, as the operand of that name has."""
+    shapes = [x.shape for x in (blocks.slots, blocks.starts, blocks.counts)]
+    if any(shape != (batch,) for shape in shapes):
+        raise ValueError(f"slots, starts and counts must be [{batch}] as {name}, got {shapes}")
+
+
 def dot_dtype(pages: Pages) -> jnp.dtype:
-    """What the dots take: the cache's own floats; bfloat16, which holds them exactly, for 8-bit ones."""
+    """The dtype of the dots' operands: the cache's own, or bfloat16 for 8-bit pages, whose numbers it holds exactly."""
     return jnp.dtype(jnp.bfloat16) if pages.keys.dtype.name in EIGHT_BIT else pages.keys.dtype
 
 
 def arrange(q: Float[Array, "B r H _"], pages: Pages, scoring: Scoring, rows: int) -> Float[Array, "B K m h"]:
-    """Queries as rows (token, then head of the group), scaled, rounded to the dots' dtype, padded to the pages' width and to
-    whole tiles of `rows`.
+    """Queries as rows (token, then head of the group): scaled, rounded to the dots' dtype, padded to the pages' width
+    and to whole tiles of `rows`.
 
-    Without a cap scores are wanted to base 2, and log2 e joins the scale.
+    Without a cap the dots give scores to base 2, because log2 e is part of the scale.
     """
     batch, r, num_heads, _ = q.shape
     _, num_kv_heads, _, h = pages.keys.shape
@@ -85,18 +108,19 @@ def sinks_of_rows(sinks: Float[Array, " H"], num_kv_heads: int, r: int, rows: in
 
 
 def widen(x: Array, h: int) -> Array:
-    """x with its last axis padded with zeros to the pages' width."""
+    """x with its last axis padded with zeros to the pages' width, h."""
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, h - x.shape[-1])])
 
 
 def restore(out: Float[Array, "B K m h"], like: Float[Array, "B r H _"]) -> Float[Array, "B r H _"]:
-    """The rows' results where their queries stood."""
+    """The rows' results in the places of their queries."""
     (batch, num_kv_heads, _, h), (_, r, num_heads, width) = out.shape, like.shape
     group = num_heads // num_kv_heads
     out = out[:, :, : r * group].reshape(batch, num_kv_heads, r, group, h)
     return out.transpose(0, 2, 1, 3, 4).reshape(batch, r, num_heads, h)[..., :width]
 
 
-def cover_tiles(tables: Int[Array, "S n"], page_size: int, blocks: AttentionSizes) -> Int[Array, "S n2"]:
-    """Tables widened to whole tiles of keys. What is added lies behind every context and is never followed."""
-    return jnp.pad(tables, ((0, 0), (0, -tables.shape[1] % (blocks.kv_tile // page_size))))
+def cover_tiles(tables: Int[Array, "S n"], page_size: int, sizes: AttentionSizes) -> Int[Array, "S n2"]:
+    """Tables widened to whole tiles of keys. The entries that are added lie past every context, so no page is read by
+    them."""
+    return jnp.pad(tables, ((0, 0), (0, -tables.shape[1] % (sizes.kv_tile // page_size))))

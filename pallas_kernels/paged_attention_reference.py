@@ -1,9 +1,12 @@
 """Paged attention's XLA twin: the same tiles in the same order, one query block and key-value head after the other."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels.numbers import cdiv
 from pallas_kernels.paged_attention_inputs import (
     PagedBlocks,
     Pages,
@@ -27,7 +30,8 @@ def paged_attention_reference(
     scoring: Scoring,
     sizes: AttentionSizes,
 ) -> Float[Array, "B r H h"]:
-    """Attention over pages. Loops over tiles and splits have bounds known at run time only, so that XLA compiles their bodies apart."""
+    """Attention over pages. The bounds of the loops over tiles and splits are known at run time only, so XLA compiles
+    the bodies once."""
     batch, r, num_heads, _ = q.shape
     _, num_kv_heads, page_size, _ = pages.keys.shape
     rows = arrange(q, pages, scoring, sizes.rows)
@@ -38,10 +42,10 @@ def paged_attention_reference(
 
     def one(index):
         b, k, m = index // (num_kv_heads * num_tiles), index // num_tiles % num_kv_heads, index % num_tiles * sizes.rows
-        cut = lambda x, axis: jax.lax.dynamic_slice_in_dim(x, m, sizes.rows, axis)
+        cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=m, slice_size=sizes.rows)
         table, start, count = tables[blocks.slots[b]], blocks.starts[b], blocks.counts[b]
-        partial = _attend(cut(rows[b, k], 0), cut(tokens, 0), pages, k, table, start, count, scoring, sizes)
-        return finish(partial, None if of_rows is None else cut(of_rows[k], 0))
+        partial = _attend(cut(rows[b, k]), cut(tokens), pages, k, table, start, count, scoring, sizes)
+        return finish(partial, None if of_rows is None else cut(of_rows[k]))
 
     out = jax.lax.map(one, jnp.arange(batch * num_kv_heads * num_tiles))
     return restore(out.reshape(rows.shape), q)
@@ -61,18 +65,19 @@ def _attend(q, tokens, pages: Pages, k, table, start, count, scoring: Scoring, s
         return fold(partial, scores, seen, values, value_scales, lambda x: row_sum(x)[:, None])
 
     def split(s, done):
-        begin, stop = jnp.maximum(first // sizes.kv_tile, s * sizes.split_tiles), -(-end // sizes.kv_tile)
-        return combine(
-            done, jax.lax.fori_loop(begin, jnp.minimum(stop, (s + 1) * sizes.split_tiles), tile, empty(rows, h))
-        )
+        begin, stop = jnp.maximum(first // sizes.kv_tile, s * sizes.split_tiles), cdiv(end, sizes.kv_tile)
+        stop = jnp.minimum(stop, (s + 1) * sizes.split_tiles)
+        return combine(done, jax.lax.fori_loop(begin, stop, tile, empty(rows, h)))
 
-    return jax.lax.fori_loop(first // sizes.split, -(-end // sizes.split), split, empty(rows, h))
+    return jax.lax.fori_loop(first // sizes.split, cdiv(end, sizes.split), split, empty(rows, h))
 
 
-def _tile(pages: Pages, table, i, k, length: int):
+def _tile(pages: Pages, table, i, k, length: int) -> Pages:
     """Keys and values `[s, h]` of tile i and head k, and their scales `[1, s]`."""
     h, page_size = pages.keys.shape[3], pages.keys.shape[2]
     ids = jax.lax.dynamic_slice_in_dim(table, i * (length // page_size), length // page_size)
-    join = lambda pool: pool[ids, k].reshape(length, h)
-    scales = lambda pool: None if pool is None else jnp.repeat(pool[ids, k], page_size)[None]
-    return join(pages.keys), join(pages.values), scales(pages.key_scales), scales(pages.value_scales)
+    keys, values = (pool[ids, k].reshape(length, h) for pool in (pages.keys, pages.values))
+    if pages.key_scales is None or pages.value_scales is None:
+        return Pages(keys, values)
+    scales = (jnp.repeat(pool[ids, k], page_size)[None] for pool in (pages.key_scales, pages.value_scales))
+    return Pages(keys, values, *scales)

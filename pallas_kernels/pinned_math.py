@@ -1,12 +1,14 @@
 """Elementary functions and sums whose bits do not depend on the size of the array around them.
 
-Elementary functions are spelled out in multiplications, additions and bit operations: XLA compiles the exponential of a small array with
-scalar code and that of a large one with vector code, which round differently; a few results in a thousand differ in the last bit. The same
-polynomial, written out, is compiled to the same roundings either way.
+Elementary functions are spelled out in multiplications, additions and bit operations, because XLA compiles the
+exponential of a small array with scalar code and that of a large one with vector code, which round differently: a few
+results in a thousand differ in the last bit. A polynomial that is written out is compiled to the same roundings either
+way.
 
-Sums along the last axis are dots with ones: XLA's own reduce changes its order with the shape (on CPU the sum of a row differs between
-2, 8 and 128 rows), a dot whose right side is `[N, K]`, as every weight is, does not; with `[K, N]` it does too. Rows are summed in blocks
-of SUM_BLOCK, then the block sums are, which also keeps the rounding small.
+Sums along the last axis are dots with ones, because XLA's own reduce changes its order with the shape (on CPU the sum
+of a row differs between 2, 8 and 128 rows). A dot whose right side is `[N, K]`, as every weight is, keeps its order;
+one with `[K, N]` does not. Rows are summed in blocks of SUM_BLOCK, then the sums of the blocks are, which also keeps
+the rounding small.
 """
 
 import jax
@@ -17,7 +19,7 @@ LOG2_E, LN2 = 1.442695040888963, 0.6931471805599453
 LN2_HIGH, LN2_LOW = 0.693359375, -2.12194440e-4  # ln 2 in two parts, so that n · LN2_HIGH is exact
 COEFFICIENTS = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
 SUM_BLOCK = 128
-SUM_COLUMNS = 8  # equal columns of ones: a dot with one output is another algorithm
+SUM_COLUMNS = 8  # equal columns of ones, because XLA takes another algorithm for a dot with one output
 LOWEST, HIGHEST = -87.0, 88.0  # 2^n stays a normal number in between
 
 
@@ -65,7 +67,7 @@ def silu(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 def row_sum(x: Float[Array, "... n"]) -> Float[Array, "..."]:
-    """Sum over the last axis in float32. A row must not be the only one: at least two rows go into a dot."""
+    """Sum over the last axis in float32. There must be at least two rows: XLA takes another path for a dot with one."""
     if x.shape[-1] > SUM_BLOCK:
         return row_sum(row_sum(_blocks(x)))
     return _dot(x, jnp.ones((SUM_COLUMNS, x.shape[-1]), jnp.float32))[..., 0]

@@ -1,17 +1,19 @@
-"""Block sizes of the kernels, one table: keyed by device, dtype and the weights' geometry, never by batch.
+"""Sizes of the matrix products' tiles, one table: keyed by device, dtype and the weights' geometry, never by batch.
 
-The split along K is part of the result's bits, so it is here and nowhere else. Rows are always taken `rows` at a time, at any M; how many
-such tiles share one fetched block of weights follows M and changes no dot's shape.
-None of these figures was measured on its device yet: they are what fits on-chip memory twice over and fills the matrix unit.
+The split along K is part of the result's bits, so it is here and nowhere else. Rows are always taken `rows` at a time,
+at any M; how many such tiles share one fetched block of weights depends on M and changes no dot's shape. None of these
+figures was measured on its device yet: they are what fits twice into on-chip memory and fills the matrix unit.
 """
 
 import dataclasses
 
 import numpy as np
 
-INTERPRETED = "interpreter"  # small blocks: a CPU runs many of them in a test of small shapes
+from pallas_kernels.numbers import ceil_to
+
+INTERPRETED = "interpreter"  # small tiles, so that small shapes in a test have several
 LANES = 128  # the unit of a TPU's last axis
-VOCAB_BLOCK = 128  # token ids that a draw takes together: part of which token a key draws
+VOCAB_BLOCK = 128  # token ids that a draw takes together; it decides which token a key draws
 
 # What a device calls itself -> (platform, row of the table).
 FAMILIES = {
@@ -29,7 +31,7 @@ FAMILIES = {
 
 @dataclasses.dataclass(frozen=True)
 class MatmulSizes:
-    """One dot is [rows, depth] x [columns, depth]; along K the dots' results are added one after the other."""
+    """One dot is [rows, depth] x [columns, depth]; the results of the dots along K are added one after the other."""
 
     rows: int
     columns: int
@@ -53,31 +55,29 @@ MATMUL = {
 
 
 def device_family(kind: str) -> tuple[str, str]:
-    """(platform, row of the table) of a device kind. Raises ValueError where the table has none: add one, do not guess."""
-    names = [name for name in FAMILIES if kind == name or name.startswith("NVIDIA") and kind.startswith(name + " ")]
+    """(platform, row of the table) of a device kind. Raises ValueError where the table has no such row."""
+    names = [name for name in FAMILIES if kind == name or (name.startswith("NVIDIA") and kind.startswith(f"{name} "))]
     if not names:
         raise ValueError(
             f"no block sizes for device {kind!r}; there are some for {', '.join(FAMILIES)}. Take implementation 'xla', "
-            "or add the device to pallas_kernels/block_sizes.py"
+            "or add the device to pallas_kernels/sizes.py"
         )
     return FAMILIES[names[0]]
 
 
 def matmul_sizes(device: str, dtype: np.dtype, outputs: int, inputs: int) -> MatmulSizes:
-    """Blocks for weights [outputs, inputs] of a dtype on a device of the table.
+    """Sizes for weights [outputs, inputs] of a dtype on a device of the table.
 
-    Raises ValueError for a dtype without a row. A depth that divides K needs no mask: the largest such one is taken, if it is no less
-    than half of the table's.
+    A depth that divides K needs no mask, so the largest such depth is taken if it is at least half of the table's.
+    Raises ValueError for a dtype without a row.
     """
     name = np.dtype(dtype).name
     if (device, name) not in MATMUL:
-        raise ValueError(
-            f"a matmul on {device} takes weights in {' or '.join(d for kind, d in MATMUL if kind == device)}, got {name}"
-        )
+        allowed = " or ".join(dtype for kind, dtype in MATMUL if kind == device)
+        raise ValueError(f"a matmul on {device} takes weights in {allowed}, got {name}")
     table = MATMUL[device, name]
     if device == "Hopper":
         return table
-    whole = lambda n: -(-n // LANES) * LANES
     depths = [d for d in range(table.depth, table.depth // 2 - 1, -LANES) if inputs % d == 0]
-    depth = depths[0] if depths else min(table.depth, whole(inputs))
-    return dataclasses.replace(table, columns=min(table.columns, whole(outputs)), depth=depth)
+    depth = depths[0] if depths else min(table.depth, ceil_to(inputs, LANES))
+    return dataclasses.replace(table, columns=min(table.columns, ceil_to(outputs, LANES)), depth=depth)

@@ -1,8 +1,8 @@
-"""Block sizes of paged attention, one table: keyed by device, dtype and head geometry, never by batch.
+"""Sizes of paged attention's tiles, one table: keyed by device, dtype and head geometry, never by batch.
 
-Tile and split lengths are part of the result's bits. So may be the number of rows of a dot (a GPU takes other instructions for 16 rows than
-for 64), which is why one number serves decoding and prefill.
-None of these figures was measured on its device yet: they are what fits on-chip memory twice over.
+Tile and split lengths are part of the result's bits. The number of rows of a dot may be too (a GPU takes other
+instructions for 16 rows than for 64), so one number serves decoding and prefill.
+None of these figures was measured on its device yet: they are what fits twice into on-chip memory.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ GPU_KEY_BYTES = 128 * 2  # of one head's key: a GPU's block takes one head
 
 
 def attention_sizes(device: str, dtype: jnp.dtype, num_kv_heads: int, head_dim: int) -> AttentionSizes:
-    """Blocks for a cache of that dtype and geometry on a device of the table."""
+    """Sizes for a cache of that dtype and geometry on a device of the table."""
     head_bytes = jnp.dtype(dtype).itemsize * head_dim
     is_wide = head_bytes > GPU_KEY_BYTES if device == "Hopper" else head_bytes * num_kv_heads > TPU_KEY_BYTES
     return ATTENTION[device, "wide" if is_wide else "narrow"]

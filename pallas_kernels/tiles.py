@@ -8,19 +8,23 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from pallas_kernels.numbers import ceil_to
+
 
 def unknown_zero(*arrays: Array) -> Int[Array, ""]:
-    """0, computed from the arrays' first elements in a way that XLA does not see through: what is added to it waits for them, and is
-    no constant unless all of them are."""
+    """0, computed from the arrays' first elements in a way that XLA does not see through.
+
+    What it is added to waits for the arrays, and XLA cannot fold it into a constant unless all of them are constants.
+    """
     bits = functools.reduce(jnp.bitwise_xor, (_bits_of_first(x) for x in arrays))
     return jax.lax.shift_right_logical(bits & 0xFFFF, jnp.int32(16))
 
 
 def _bits_of_first(x: Array) -> Int[Array, ""]:
     first = x[(0,) * x.ndim]
-    return (
-        jax.lax.bitcast_convert_type(first.astype(jnp.float32), jnp.int32) if is_float(x) else first.astype(jnp.int32)
-    )
+    if is_float(x):
+        return jax.lax.bitcast_convert_type(first.astype(jnp.float32), jnp.int32)
+    return first.astype(jnp.int32)
 
 
 def is_float(x: Array) -> bool:
@@ -28,21 +32,30 @@ def is_float(x: Array) -> bool:
 
 
 def padded_rows(x: Array, tile: int) -> Array:
-    """`x` with zeros behind its rows up to a whole number of tiles, at least one."""
-    return jnp.pad(x, ((0, max(tile, -(-x.shape[0] // tile) * tile) - x.shape[0]), *((0, 0),) * (x.ndim - 1)))
+    """`x` with rows of zeros added at the end, up to a whole number of tiles, at least one."""
+    size = max(tile, ceil_to(x.shape[0], tile))
+    return jnp.pad(x, ((0, size - x.shape[0]), *((0, 0),) * (x.ndim - 1)))
 
 
 def by_tiles(body: Callable[..., Any], tile: int, *rows: Array) -> Any:
-    """`body(*one tile of the rows)`, an array or a tree of them, over all rows `[M, ...]`: a loop of one body whose trip count the compiler
-    does not know."""
+    """`body(*one tile of the rows)`, an array or a tree of arrays, over all rows `[M, ...]`.
+
+    It is a loop whose trip count the compiler does not know, so that the body is compiled once, at one shape.
+    """
     size = rows[0].shape[0]
     rows = tuple(padded_rows(x, tile) for x in rows)
     shapes = jax.eval_shape(body, *(x[:tile] for x in rows))
     zero = unknown_zero(rows[0])
-    out = jax.tree.map(lambda s: jnp.full((rows[0].shape[0], *s.shape[1:]), zero, s.dtype), shapes)
+
+    def blank(shape):
+        return jnp.full((rows[0].shape[0], *shape.shape[1:]), zero, shape.dtype)
 
     def step(i, out):
-        part = body(*(jax.lax.dynamic_slice_in_dim(x, i * tile, tile) for x in rows))
-        return jax.tree.map(lambda o, p: jax.lax.dynamic_update_slice_in_dim(o, p, i * tile, 0), out, part)
+        def put(whole, part):
+            return jax.lax.dynamic_update_slice_in_dim(whole, part, i * tile, 0)
 
-    return jax.tree.map(lambda o: o[:size], jax.lax.fori_loop(0, rows[0].shape[0] // tile + zero, step, out))
+        return jax.tree.map(put, out, body(*(jax.lax.dynamic_slice_in_dim(x, i * tile, tile) for x in rows)))
+
+    out = jax.tree.map(blank, shapes)
+    out = jax.lax.fori_loop(0, rows[0].shape[0] // tile + zero, step, out)
+    return jax.tree.map(lambda x: x[:size], out)

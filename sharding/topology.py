@@ -1,7 +1,7 @@
-"""Programs compiled ahead of time, by the accelerators' own compilers, on a machine that has none of them.
+"""Programs compiled ahead of time, by the compilers of accelerators, on a machine without any.
 
-It tells whether a program compiles, which kernels are in it, its memory and its cost; it runs nothing. The TPU compiler comes with
-`jax[tpu]`, the GPU one with `jax[cuda13]`.
+It shows whether a program compiles, which kernels are in it, its memory and its cost. Nothing is run. The TPU compiler
+comes with `jax[tpu]`, the GPU one with `jax[cuda13]`.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 KERNEL_CALLS = ("tpu_custom_call", "__gpu$xla.gpu.triton", "triton_kernel_call_ffi", "mosaic_gpu_v2", "mosaic_gpu")
-# What the TPU's library wants to hear: ask no metadata server, and let other processes compile beside this one.
+# Settings of the TPU's library: it asks no metadata server, and other processes may compile at the same time.
 WITHOUT_A_TPU = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
 
@@ -39,7 +39,8 @@ TARGETS = {
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """A program that compiled: seconds it took, bytes on a device, work of one run as the compiler counts it, and its kernels by name."""
+    """A compiled program: seconds to compile, bytes on a device, work of one run as the compiler counts it, kernels'
+    names."""
 
     seconds: float
     argument_bytes: int
@@ -50,11 +51,12 @@ class Compiled:
     kernels: tuple[str, ...]
 
     def __str__(self) -> str:
-        mib = lambda size: f"{size / 2**20:.2f}"
+        sizes = (self.argument_bytes, self.output_bytes, self.workspace_bytes, self.bytes_accessed)
+        arguments, output, workspace, moved = (f"{size / 2**20:.2f}" for size in sizes)
         return (
-            f"{self.seconds:.1f} s to compile; MiB: {mib(self.argument_bytes)} in, {mib(self.output_bytes)} out, "
-            f"{mib(self.workspace_bytes)} workspace, {mib(self.bytes_accessed)} moved; {self.flops / 1e6:.1f} Mflop outside kernels; "
-            f"kernels: {', '.join(self.kernels) or 'none'}"
+            f"{self.seconds:.1f} s to compile; "
+            f"MiB: {arguments} in, {output} out, {workspace} workspace, {moved} moved; "
+            f"{self.flops / 1e6:.1f} Mflop outside kernels; kernels: {', '.join(self.kernels) or 'none'}"
         )
 
 
@@ -65,7 +67,10 @@ def missing(target: str) -> str | None:
     if not importlib.util.find_spec("jax_cuda13_plugin"):
         return "no GPU compiler here: pip install 'jax[cuda13]'"
     if not os.environ.get("JAX_SKIP_CUDA_CONSTRAINTS_CHECK"):
-        return "a machine with no GPU must say JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1, and name the CUDA libraries in LD_LIBRARY_PATH"
+        return (
+            "a machine with no GPU must set JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1, "
+            "and name the CUDA libraries in LD_LIBRARY_PATH"
+        )
     return None
 
 
@@ -88,14 +93,14 @@ def mesh_of(target: str, num_devices: int = 1, gpu_config: str = "") -> Mesh:
 
 
 def compile_ahead(mesh: Mesh, jitted: Any, *args: Any, **static: Any) -> Compiled:
-    """Compile a jitted function for the mesh's devices. Arguments are arrays or shapes; without a sharding, replicated."""
+    """Compile a jitted function for the mesh's devices. Arguments are arrays or shapes; without a sharding,
+    replicated."""
     replicated = NamedSharding(mesh, PartitionSpec())
 
     def placed(x: Any) -> jax.ShapeDtypeStruct:
         sharding = getattr(x, "sharding", None)
-        return jax.ShapeDtypeStruct(
-            x.shape, x.dtype, sharding=sharding if isinstance(sharding, NamedSharding) else replicated
-        )
+        sharding = sharding if isinstance(sharding, NamedSharding) else replicated
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
     with jax.set_mesh(mesh):
         start = time.monotonic()
@@ -114,10 +119,11 @@ def compile_ahead(mesh: Mesh, jitted: Any, *args: Any, **static: Any) -> Compile
 
 
 def kernels_of(program: str) -> tuple[str, ...]:
-    """Names of the Pallas kernels that a compiled program calls, one for each call: the `name` that pallas_call
-    was given, without the transformations around it."""
-    calls = [
-        line for line in program.splitlines() if any(f'custom_call_target="{name}"' in line for name in KERNEL_CALLS)
-    ]
-    named = (re.search(r'op_name="[^"]*?([^/"()]+)\)*/pallas_call', line) for line in calls)
-    return tuple(sorted(found[1] if found else "unnamed" for found in named))
+    """Names of the Pallas kernels that a compiled program calls, one for each call.
+
+    A name is the `name` that pallas_call was given, without the transformations around it.
+    """
+    targets = [f'custom_call_target="{name}"' for name in KERNEL_CALLS]
+    calls = [line for line in program.splitlines() if any(target in line for target in targets)]
+    named = (re.search(r'op_name="[^"]*?([^/"()]+)\)*/pallas_call', call) for call in calls)
+    return tuple(sorted(match[1] if match else "unnamed" for match in named))

@@ -21,13 +21,12 @@ from jaxengine import LLM
 from jaxengine.config import QUERY_BLOCK, EngineConfig, ModelConfig, RopeConfig
 from jaxengine.device import steps
 from jaxengine.device.kv_cache import Cache
-from jaxengine.device.step_inputs import Copies, QueryBlocks
-from jaxengine.device.trunk import WIDE
+from jaxengine.device.step_inputs import Copies
 from jaxengine.engine import step_variants
 from jaxengine.engine.batch import BatchBuilder, rows_of
-from jaxengine.engine.step_variants import BASE, TILES
-from jaxengine.models.decoder import Tile
-from jaxengine.models.params import Decoder, initialise
+from jaxengine.models.params import Decoder, initialise, path_name
+from jaxengine.ops.query_blocks import QueryBlocks
+from jaxengine.ops.tiles import BASE, TILES, WIDE, Tile
 from jaxengine.text.tokenizer import Tokenizer
 
 SIZES = dict(
@@ -91,12 +90,11 @@ def random_model(family: str = "Qwen3", **changes) -> tuple[ModelConfig, Decoder
     params = initialise(config, jax.random.key(0), scale=0.1)
     if config.qkv_bias:  # zeros would not show a bias that is left out
         keys = iter(jax.random.split(jax.random.key(1), 1000))
-        params = jax.tree_util.tree_map_with_path(
-            lambda path, x: (
-                jax.random.normal(next(keys), x.shape).astype(x.dtype) if "bias" in jax.tree_util.keystr(path) else x
-            ),
-            params,
-        )
+
+        def filled(path, x):
+            return jax.random.normal(next(keys), x.shape).astype(x.dtype) if "bias" in path_name(path) else x
+
+        params = jax.tree_util.tree_map_with_path(filled, params)
     return config, params
 
 

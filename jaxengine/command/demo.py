@@ -1,4 +1,5 @@
-"""What ships, in one command: arithmetic sampled and graded, and every sample drawn again, alone and among others, bit for bit."""
+"""What ships, in one command: arithmetic sampled and graded, and every sample drawn again, alone and among others, bit
+for bit."""
 
 import random
 import time
@@ -26,7 +27,7 @@ Say = Callable[[str], None]
 
 
 def draw_alone(llm: LLM, prompts: Sequence[str], samples: int, key: jax.Array) -> list[CompletionOutput]:
-    """Every sample of `generate(prompts, n=samples, key=key)` by itself: a call each, nothing beside it."""
+    """Every sample of `generate(prompts, n=samples, key=key)` by itself, in a call of its own."""
     return [
         llm.generate([prompt], _own(sample_key(key, p, i)), use_tqdm=False)[0].outputs[0]
         for p, prompt in enumerate(prompts)
@@ -39,13 +40,12 @@ def draw_among_others(
 ) -> list[CompletionOutput]:
     """The same samples in one batch, each a request of its own, shuffled and with other requests between them."""
     wanted = [(prompt, sample_key(key, p, i)) for p, prompt in enumerate(prompts) for i in range(samples)]
-    others = [
-        (problem.prompt, sample_key(seeded(seed + 1), i, 0))
-        for i, problem in enumerate(arithmetic.problems(seed, OTHERS))
-    ]
+    other_key, other_problems = seeded(seed + 1), arithmetic.problems(seed, OTHERS)
+    others = [(problem.prompt, sample_key(other_key, i, 0)) for i, problem in enumerate(other_problems)]
     batch = list(enumerate(wanted + others))
     random.Random(seed).shuffle(batch)
-    outputs = llm.generate([prompt for _, (prompt, _) in batch], [_own(own) for _, (_, own) in batch], use_tqdm=False)
+    prompts, params = [prompt for _, (prompt, _) in batch], [_own(own) for _, (_, own) in batch]
+    outputs = llm.generate(prompts, params, use_tqdm=False)
     placed = {index: output.outputs[0] for (index, _), output in zip(batch, outputs, strict=True)}
     return [placed[index] for index in range(len(wanted))]
 
@@ -60,23 +60,28 @@ def demo(
     """Sample problems, show and grade the answers, and draw them all again; True where every bit was the same."""
     say(f"Loading {model}. The first call compiles the steps of the engine, which takes most of this demo's time.")
     llm = LLM(model, max_model_len=CONTEXT)
-    asked, key = arithmetic.problems(seed, problems, "held-out"), seeded(seed)
-    prompts, params = [problem.prompt for problem in asked], SamplingParams(n=samples, max_tokens=MAX_TOKENS)
+    chosen, key = arithmetic.problems(seed, problems, "held-out"), seeded(seed)
+    prompts, params = [problem.prompt for problem in chosen], SamplingParams(n=samples, max_tokens=MAX_TOKENS)
     say(
-        f"{_size(llm)}. {problems} problems that it was not trained on, {samples} samples each, temperature 1, key {seed}:"
+        f"{_size(llm)}. {problems} problems that it was not trained on, "
+        f"{samples} samples each, temperature 1, key {seed}:"
     )
-    draw = lambda: [
-        sample for request in llm.generate(prompts, params, key=key, use_tqdm=False) for sample in request.outputs
-    ]
+
+    def draw() -> list[CompletionOutput]:
+        requests = llm.generate(prompts, params, key=key, use_tqdm=False)
+        return [sample for request in requests for sample in request.outputs]
+
     first, compiling = _timed(draw)
-    _show(asked, first, samples, color, say)
+    _show(chosen, first, samples, color, say)
     again, seconds = _timed(draw)
     tokens = sum(len(sample.token_ids) for sample in again)
     say(
-        f"\n{tokens} tokens in {seconds:.2f} s: {tokens / seconds:.0f} tokens/s (the first call, with compilation, took {compiling:.1f} s)"
+        f"\n{tokens} tokens in {seconds:.2f} s: {tokens / seconds:.0f} tokens/s "
+        f"(the first call, with compilation, took {compiling:.1f} s)"
     )
     say(
-        f"\nThe same call again; each sample alone, with its own key; all in one batch, shuffled among {OTHERS} other requests …"
+        "\nThe same call again; each sample alone, with its own key; "
+        f"all in one batch, shuffled among {OTHERS} other requests …"
     )
     comparisons = [
         compare("in the same call again", first, again),
@@ -89,11 +94,8 @@ def demo(
 def _verdict(comparisons: Sequence[Comparison], say: Say) -> bool:
     """Print what held; True where everything did."""
     holds = all(comparison.holds for comparison in comparisons)
-    say(
-        ("bit-equal: " if holds else "BITS DIFFER: ")
-        + ", ".join(map(str, comparisons))
-        + " (tokens, and logprobs as uint32)"
-    )
+    verdict = "bit-equal" if holds else "BITS DIFFER"
+    say(f"{verdict}: {', '.join(map(str, comparisons))} (tokens, and logprobs as uint32)")
     return holds
 
 
@@ -107,14 +109,14 @@ def _size(llm: LLM) -> str:
     return f"{size / 1e6:.1f} million parameters, {llm.config.dtype}, on {jax.devices()[0].device_kind}"
 
 
-# -- text ----------------------------------------------------------------------------------------------------------------------
+# -- text --------------------------------------------------------------------------------------------------------------
 
 
-def _show(asked: Sequence[Problem], drawn: Sequence[CompletionOutput], samples: int, color: bool, say: Say) -> None:
+def _show(problems: Sequence[Problem], drawn: Sequence[CompletionOutput], samples: int, color: bool, say: Say) -> None:
     """A line a problem: its answer, how many samples are right, and the samples token by token."""
     say(_legend(color) + "\n")
-    wide, total = max(len(f"{problem.prompt}{problem.answer}") for problem in asked), 0
-    for i, problem in enumerate(asked):
+    wide, total = max(len(f"{problem.prompt}{problem.answer}") for problem in problems), 0
+    for i, problem in enumerate(problems):
         own = drawn[i * samples : (i + 1) * samples]
         right = sum(is_right(problem, sample.text) for sample in own)
         total += right
@@ -129,7 +131,7 @@ def _legend(color: bool) -> str:
         shown = ", ".join(_paint(word, shade) for word, (_, shade, _) in zip(words, SHADES, strict=True))
         return f"color: the token's probability ({shown}); {END_MARK} is the end token"
     marks = ", ".join(f"{mark} {word}" for word, (_, _, mark) in zip(words, SHADES, strict=True) if mark)
-    return f"mark behind a token: its probability ({marks}; none: 0.5 and more); {END_MARK} is the end token"
+    return f"mark after a token: its probability ({marks}; none: 0.5 and more); {END_MARK} is the end token"
 
 
 def colored(sample: CompletionOutput, color: bool) -> str:
@@ -141,7 +143,7 @@ def colored(sample: CompletionOutput, color: bool) -> str:
 
 
 def _marked(text: str, logprob: float, color: bool) -> str:
-    # Falls through for NaN, which is shown as the least likely.
+    # No comparison with NaN holds, so it is shown as the least likely.
     _, shade, mark = next((shade for shade in SHADES if np.exp(logprob) >= shade[0]), SHADES[-1])
     return _paint(text, shade) if color else text + mark
 
@@ -151,5 +153,6 @@ def _paint(text: str, shade: int) -> str:
 
 
 def printable(text: str, keep: str = "") -> str:
-    """`text` with control characters spelled out, but for those to `keep`: what a model writes must not steer the terminal."""
+    """`text` with control characters spelled out, but for those to `keep`: what a model writes must not steer the
+    terminal."""
     return "".join(c if c.isprintable() or c in keep else repr(c)[1:-1] for c in text)

@@ -1,4 +1,4 @@
-"""Command-line options made from the fields of a dataclass, and the readers of their values. A new field appears by itself."""
+"""Command-line options made from the fields of a dataclass, a new field included, and the readers of their values."""
 
 import argparse
 import dataclasses
@@ -11,9 +11,9 @@ from jaxengine.sampling_params import SamplingParams
 
 
 def add_fields(group: Any, cls: type, defaults: Mapping[str, str] = types.MappingProxyType({})) -> None:
-    """An option for every field of a dataclass; `given_fields` reads them back. Fields that are not given stay out of the namespace.
+    """An option for every field of a dataclass; `given_fields` reads them back.
 
-    `defaults` says in words what a field becomes that is not given, where that is not its own default.
+    Fields that are not given stay out of the namespace; `defaults` describes what they become, if not their default.
     """
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
@@ -28,11 +28,8 @@ def add_fields(group: Any, cls: type, defaults: Mapping[str, str] = types.Mappin
 
 def _form(name: str, hint: Any, known: str) -> dict[str, Any]:
     """How an option of a field's type reads its value."""
-    kinds = [
-        kind
-        for kind in (typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,))
-        if kind is not types.NoneType
-    ]
+    members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    kinds = [member for member in members if member is not types.NoneType]
     origin = typing.get_origin(kinds[-1]) or kinds[-1]
     if name == "key":
         return dict(

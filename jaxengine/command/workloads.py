@@ -10,7 +10,8 @@ Prompts = list[list[int]]
 
 
 class System(Protocol):
-    """What can be measured: `seconds` completes prompts with exactly so many tokens each, at temperature 1, and tells the wall time.
+    """What can be measured: `seconds` completes prompts with exactly so many tokens each, at temperature 1, and tells
+    the wall time.
 
     `workloads` are the kinds that it is able to do.
     """
@@ -46,32 +47,32 @@ class Decode:
         return f"decode B={self.batch}"
 
     def warm_up(self, system: System) -> None:
-        """The same shapes without counting: prompts of this size, and the first decode steps behind them."""
+        """The same shapes, without counting: prompts of this size, and the first decode steps after them."""
         drawn = random_prompts(random.Random(f"{self} warm-up"), self.batch, self.prompt_tokens, system.vocab_size)
         system.seconds(drawn, [2] * self.batch, logprobs=False)
 
     def requests(self, repeat: int, vocab_size: int, new_tokens: int = 0) -> tuple[Prompts, list[int]]:
         """(prompts, new tokens of each) of a run."""
         count = new_tokens or self.new_tokens
-        return random_prompts(random.Random(f"{self} {count} {repeat}"), self.batch, self.prompt_tokens, vocab_size), [
-            count
-        ] * self.batch
+        rng = random.Random(f"{self} {count} {repeat}")
+        return random_prompts(rng, self.batch, self.prompt_tokens, vocab_size), [count] * self.batch
 
     def rate(self, system: System, repeat: int) -> float:
         """Tokens per second of a run whose prompts no other run has."""
-        times = [
+        first, all_tokens = (
             system.seconds(*self.requests(repeat, system.vocab_size, count), logprobs=False)
             for count in (1, self.new_tokens)
-        ]
-        spent = times[1] - times[0]
-        return (
-            self.batch * (self.new_tokens - 1) / spent if spent > 0 else math.nan
-        )  # a machine too noisy for so little work
+        )
+        spent = all_tokens - first
+        if spent <= 0:  # the machine is too noisy for so little work
+            return math.nan
+        return self.batch * (self.new_tokens - 1) / spent
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Prompts with several samples each, exactly uniform(shortest, longest) new tokens a sample, with the logprobs of the sampled tokens.
+    """Prompts with several samples each, exactly uniform(shortest, longest) new tokens a sample, with the logprobs of
+    the sampled tokens.
 
     Tokens per second are all generated tokens over the whole time.
     """

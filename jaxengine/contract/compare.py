@@ -7,7 +7,7 @@ import numpy as np
 
 from jaxengine.outputs import CompletionOutput
 
-Sample = CompletionOutput | tuple[Sequence[int], np.ndarray]
+SampleBits = CompletionOutput | tuple[Sequence[int], np.ndarray]  # an output, or (token ids, logprobs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,20 +24,24 @@ class Comparison:
         return self.equal == self.total
 
     def __str__(self) -> str:
-        found = f"; first difference: {self.first_difference}" if self.first_difference else ""
-        return f"{self.equal} of {self.total} samples {self.name}{found}"
+        detail = f"; first difference: {self.first_difference}" if self.first_difference else ""
+        return f"{self.equal} of {self.total} samples {self.name}{detail}"
 
 
-def compare(name: str, expected: Sequence[Sample], found: Sequence[Sample]) -> Comparison:
-    """Compare samples one by one, outputs or pairs (token ids, logprobs); samples that are missing count as different."""
-    differences = [text and f"sample {i}, {text}" for i, text in enumerate(map(difference, expected, found))]
-    total = max(len(expected), len(found))
-    differences += [f"sample {i} is missing" for i in range(len(differences), total)]
-    return Comparison(name, differences.count(None), total, next(filter(None, differences), None))
+def compare(name: str, expected: Sequence[SampleBits], found: Sequence[SampleBits]) -> Comparison:
+    """Compare samples one by one. Samples that are missing count as different."""
+    differences = []
+    for index, (a, b) in enumerate(zip(expected, found, strict=False)):
+        text = difference(a, b)
+        if text is not None:
+            differences.append(f"sample {index}, {text}")
+    present, total = min(len(expected), len(found)), max(len(expected), len(found))
+    differences += [f"sample {index} is missing" for index in range(present, total)]
+    return Comparison(name, total - len(differences), total, differences[0] if differences else None)
 
 
-def difference(a: Sample, b: Sample) -> str | None:
-    """Where two samples part, None where every bit is equal."""
+def difference(a: SampleBits, b: SampleBits) -> str | None:
+    """Where two samples first differ, None if every bit is equal."""
     rows = [list(zip(*_bits(sample), strict=True)) for sample in (a, b)]
     for position, (x, y) in enumerate(zip(*rows, strict=False)):
         if x != y:
@@ -45,6 +49,6 @@ def difference(a: Sample, b: Sample) -> str | None:
     return None if len(rows[0]) == len(rows[1]) else f"{len(rows[0])} tokens became {len(rows[1])}"
 
 
-def _bits(sample: Sample) -> tuple[list[int], list[int]]:
+def _bits(sample: SampleBits) -> tuple[list[int], list[int]]:
     token_ids, logprobs = sample if isinstance(sample, tuple) else (sample.token_ids, sample.token_logprobs)
     return list(token_ids), np.asarray(logprobs, np.float32).view(np.uint32).tolist()

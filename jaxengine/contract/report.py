@@ -1,4 +1,4 @@
-"""What a verification found, as text, as a notebook's table and as JSON."""
+"""The results of a verification as text, as a notebook's table and as JSON."""
 
 import dataclasses
 import html
@@ -23,7 +23,7 @@ class Check:
 
 @dataclasses.dataclass(frozen=True)
 class Verification:
-    """All checks of one model on one machine. True where every one held."""
+    """All checks of one model on one machine. True if every one held."""
 
     contract: Contract
     refused: list[str]  # compiled steps that are not used here, because they round differently
@@ -45,29 +45,25 @@ class Verification:
         return "\n".join([*self._head(), *lines, self._verdict()])
 
     def _head(self) -> list[str]:
-        parts, refused = self.contract.parts, ", ".join(self.refused)
+        parts = self.contract.parts
         model, kernels = parts["model"], parts["kernels"]["name"]
+        steps = "every compiled step gives the base step's bits"
+        if self.refused:
+            steps = f"steps refused on this machine: {', '.join(self.refused)}"
         return [
-            f"{model['architecture']}, {model['dtype']}, kernels {kernels} on {parts['device']['kind']}, jax {parts['jax']}, "
-            f"jaxlib {parts['jaxlib']}, contract {self.contract.digest}",
-            f"steps refused on this machine: {refused}"
-            if refused
-            else "every compiled step gives the base step's bits",
+            f"{model['architecture']}, {model['dtype']}, kernels {kernels} on {parts['device']['kind']}, "
+            f"jax {parts['jax']}, jaxlib {parts['jaxlib']}, contract {self.contract.digest}",
+            steps,
         ]
 
     def _verdict(self) -> str:
         failed = sorted({check.axis for check in self.checks if not check.holds})
-        return (
-            f"the contract FAILS on {', '.join(failed)}" if failed else f"the contract holds: {len(self.checks)} checks"
-        )
+        if failed:
+            return f"the contract FAILS on {', '.join(failed)}"
+        return f"the contract holds: {len(self.checks)} checks"
 
     def _repr_html_(self) -> str:
-        cell = lambda text, style="": f"<td style='text-align:left;{style}'>{html.escape(text)}</td>"
-        color = lambda check: f"background:hsl({120 if check.holds else 0},80%,85%)"
-        rows = "".join(
-            f"<tr>{cell(c.axis)}{cell(c.what)}{cell(MARKS[c.holds], color(c))}{cell(f'{c.seconds:.1f} s')}{cell(c.found)}</tr>"
-            for c in self.checks
-        )
+        rows = "".join(map(_html_row, self.checks))
         head = "".join(f"<div>{html.escape(line)}</div>" for line in self._head())
         return f"<div>{head}<table>{rows}</table><b>{html.escape(self._verdict())}</b></div>"
 
@@ -80,3 +76,16 @@ class Verification:
             "refused": self.refused,
             "checks": [dataclasses.asdict(check) for check in self.checks],
         }
+
+
+def _html_row(check: Check) -> str:
+    color = f"background:hsl({120 if check.holds else 0},80%,85%)"
+    mark = _html_cell(MARKS[check.holds], color)
+    return (
+        f"<tr>{_html_cell(check.axis)}{_html_cell(check.what)}{mark}"
+        f"{_html_cell(f'{check.seconds:.1f} s')}{_html_cell(check.found)}</tr>"
+    )
+
+
+def _html_cell(text: str, style: str = "") -> str:
+    return f"<td style='text-align:left;{style}'>{html.escape(text)}</td>"

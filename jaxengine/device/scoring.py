@@ -1,12 +1,13 @@
-"""Scoring: the float32 logprobs of given tokens, in the meaning that sampling gives the word, with the bits that `generate` reported.
+"""Scoring: the float32 logprobs of given tokens, in the meaning that sampling gives the word, with the bits that
+`generate` reported.
 
-The head and the sampler's distribution run in a pinned region over the rows that are asked for alone, wherever they stand.
+The head and the sampler's distribution run in a pinned region over the rows that are asked for alone, wherever they
+stand.
 """
 
-import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,21 +15,22 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxengine.base.numbers import ceil_to
+from jaxengine.base.pytree import pytree
 from jaxengine.config import KV_TILE, ModelConfig
 from jaxengine.device import sampler
-from jaxengine.device.sampling_arrays import empty_slots, write_slot
+from jaxengine.device.sampling_arrays import empty_sampling, write_sampling
 from jaxengine.device.step_inputs import SamplingArrays
 from jaxengine.device.trunk import WIDE, hidden_states
 from jaxengine.models import decoder, plain
-from jaxengine.models.decoder import Tile
 from jaxengine.models.params import Decoder
 from jaxengine.ops.kernels import Kernels
 from jaxengine.ops.regions import over_tiles
+from jaxengine.ops.tiles import HEAD_ROWS, Tile
 from jaxengine.sampling_params import SamplingParams, stop_token_ids
 from pallas_kernels.tiles import unknown_zero
 
 BATCH_TOKENS = 8192  # that one call scores, padding included, where a caller has more
-HEAD_ROWS = 32  # rows of the head to a tile, as in the widest decode step
 
 
 def check_scored(tokens: Any, mask: Any, config: ModelConfig) -> None:
@@ -53,12 +55,21 @@ def check_scored(tokens: Any, mask: Any, config: ModelConfig) -> None:
         )
 
 
-def sampling_arrays_of(params: Sequence[SamplingParams], model_config: ModelConfig) -> SamplingArrays:
-    """Sampling parameters of B sequences. `prompt_length` is left at 0 and `first_stop` at min_tokens: the mask says the rest."""
-    slots = empty_slots(len(params))
+@pytree
+class ScoringArrays:
+    """The sampling parameters of B sequences, as scoring takes them."""
+
+    sampling: SamplingArrays
+    min_tokens: Int[Array, " B"]
+
+
+def sampling_arrays_of(params: Sequence[SamplingParams], model_config: ModelConfig) -> ScoringArrays:
+    """Sampling parameters of B sequences, as numpy arrays."""
+    arrays = empty_sampling(len(params))
     for i, each in enumerate(params):
-        write_slot(slots, i, each, stop_token_ids(each, model_config.eos_token_ids), first_stop=each.min_tokens)
-    return slots
+        write_sampling(arrays, i, each, stop_token_ids(each, model_config.eos_token_ids))
+    min_tokens: Any = np.array([each.min_tokens for each in params], np.int32)
+    return ScoringArrays(arrays, min_tokens)
 
 
 @functools.partial(jax.jit, static_argnames=("model_config", "kernels", "entropy", "tile"))
@@ -66,20 +77,21 @@ def token_logprobs(
     params: Decoder,
     tokens: Int[Array, "B T"],
     mask: Bool[Array, "B T"],
-    slots: SamplingArrays,
+    arrays: ScoringArrays,
     *,
     model_config: ModelConfig,
     kernels: Kernels,
     entropy: bool = False,
     tile: Tile = WIDE,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"] | None]:
-    """(logprobs, entropies if asked) of the tokens under `mask`, each at its own position, 0 elsewhere. Differentiable in params.
+    """(logprobs, entropies if asked) of the tokens under `mask`, each at its own position, 0 elsewhere. Differentiable
+    in params.
 
-    A run of tokens under the mask is a completion, and all that stands before it its prompt. What stands behind the last token under
-    the mask is never read; nothing predicts the first token, which is 0 too.
+    A run of tokens under the mask is a completion, and everything before it is its prompt. Tokens after the last one
+    under the mask are never read; nothing predicts the first token, which is 0 too.
     """
     x, tokens = trunk(params, tokens, mask, model_config=model_config, kernels=kernels, tile=tile)
-    return head_logprobs(params, x, tokens, mask, slots, model_config=model_config, kernels=kernels, entropy=entropy)
+    return head_logprobs(params, x, tokens, mask, arrays, model_config=model_config, kernels=kernels, entropy=entropy)
 
 
 def trunk(
@@ -91,13 +103,32 @@ def trunk(
     kernels: Kernels,
     tile: Tile = WIDE,
 ) -> tuple[Float[Array, "B T D"], Int[Array, "B T"]]:
-    """(residual stream behind the last layer, as far as tokens under `mask` are predicted by it; tokens, those that are none as 0)."""
+    """(residual stream after the last layer, wherever it predicts a token under `mask`; tokens, with 0 for ids outside
+    the vocabulary).
+    """
     tokens = jnp.where((tokens >= 0) & (tokens < model_config.vocab_size), tokens, 0).astype(jnp.int32)
     wanted = mask.at[:, 0].set(False)
-    lengths = jnp.where(wanted, jnp.arange(tokens.shape[1]), 0).max(
-        -1
-    )  # the last token is predicted, and needs no forward pass of its own
+    # The last token is predicted, and needs no forward pass of its own.
+    lengths = jnp.where(wanted, jnp.arange(tokens.shape[1]), 0).max(-1)
     return hidden_states(model_config, kernels, params, tokens, lengths, tile), tokens
+
+
+class _Weights(NamedTuple):
+    """What all tiles of the region read."""
+
+    norm: Float[Array, " D"]
+    head: Float[Array, "leaf V D"]
+    arrays: ScoringArrays
+    tokens: Int[Array, "B T"]
+
+
+class _RowInputs(NamedTuple):
+    """What one tile of the region reads: of each row."""
+
+    x: Float[Array, "t D"]  # the stream that predicts the token
+    sequences: Int[Array, " t"]
+    positions: Int[Array, " t"]
+    prompts: Int[Array, " t"]  # where the completion begins that the token belongs to
 
 
 def head_logprobs(
@@ -105,13 +136,13 @@ def head_logprobs(
     x: Float[Array, "B T D"],
     tokens: Int[Array, "B T"],
     mask: Bool[Array, "B T"],
-    slots: SamplingArrays,
+    arrays: ScoringArrays,
     *,
     model_config: ModelConfig,
     kernels: Kernels,
     entropy: bool = False,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"] | None]:
-    """token_logprobs from what `trunk` gives: a critic shares the trunk (critic.py)."""
+    """token_logprobs from what `trunk` gives: a critic shares the trunk (rl/critic.py)."""
     batch, length = tokens.shape
     where, wanted = jnp.arange(length), mask.at[:, 0].set(False)
     begins = mask & ~jnp.pad(mask[:, :-1], ((0, 0), (1, 0)))
@@ -120,55 +151,69 @@ def head_logprobs(
     order = jnp.argsort(~wanted.reshape(-1), stable=True)
     order = jnp.pad(order, (0, -order.shape[0] % HEAD_ROWS))
     sequences, positions = order // length, order % length
-    rows = (x[sequences, jnp.maximum(positions - 1, 0)], sequences, positions, prompts.reshape(-1)[order])
-    weights = (params.norm, params.output_head, _opaque(slots, params, tokens), tokens)
+    predicting = x[sequences, jnp.maximum(positions - 1, 0)]
+    rows = _RowInputs(predicting, sequences, positions, prompts.reshape(-1)[order])
+    weights = _Weights(params.norm, params.output_head, _opaque(arrays, params, tokens), tokens)
     body = functools.partial(_row_scores, model_config, kernels, entropy)
     found = over_tiles(body, HEAD_ROWS, weights, rows, wanted.sum(dtype=jnp.int32) + unknown_zero(params.norm, tokens))
-    placed = [
-        jnp.where(wanted, each[jnp.argsort(order[: batch * length])].reshape(batch, length), 0.0) for each in found
-    ]
-    return placed[0], placed[1] if entropy else None
+
+    def placed(scores: Float[Array, " R"]) -> Float[Array, "B T"]:
+        return jnp.where(wanted, scores[jnp.argsort(order[: batch * length])].reshape(batch, length), 0.0)
+
+    return placed(found[0]), placed(found[1]) if entropy else None
 
 
 def _row_scores(
-    model_config: ModelConfig, kernels: Kernels, entropy: bool, weights: tuple, rows: tuple
+    model_config: ModelConfig, kernels: Kernels, entropy: bool, weights: _Weights, rows: _RowInputs
 ) -> tuple[Float[Array, " t"], ...]:
-    norm, head, slots, tokens = weights
-    x, sequences, positions, prompts = rows
-    row: SamplingArrays = jax.tree.map(lambda a: a[sequences], slots)
-    row = dataclasses.replace(
-        row, prompt_length=prompts, first_stop=jnp.where(row.first_stop > 0, prompts + row.first_stop, 0)
-    )
-    logits = decoder.logits(model_config, kernels, norm, head, x)
-    _, drawn_from = sampler.distribution(logits, row, tokens, sequences, positions, jnp.zeros(x.shape[0], bool))
-    out = kernels.draw_and_score(drawn_from, tokens[sequences, positions])
+    """(logprobs, and entropies if asked) of the rows' tokens, each float32 `[t]`."""
+    row: ScoringArrays = jax.tree.map(lambda a: a[rows.sequences], weights.arrays)
+    first_stop = jnp.where(row.min_tokens > 0, rows.prompts + row.min_tokens, 0)
+    context = sampler.Context(weights.tokens, rows.sequences, rows.positions, rows.prompts, first_stop)
+    logits = decoder.logits(model_config, kernels, weights.norm, weights.head, rows.x)
+    raw = jnp.zeros(rows.x.shape[0], bool)
+    _, drawn_from = sampler.distribution(logits, row.sampling, context, raw)
+    out = kernels.draw.draw_and_score(drawn_from, weights.tokens[rows.sequences, rows.positions])
     return (out.logprobs, sampler.entropy(out.all_logprobs(drawn_from))) if entropy else (out.logprobs,)
 
 
-def _opaque(slots: SamplingArrays, params: Decoder, tokens: Array) -> SamplingArrays:
-    """The same parameters as numbers of run time: XLA divides by a constant in another way than by a number it does not know."""
+def _opaque(arrays: ScoringArrays, params: Decoder, tokens: Array) -> ScoringArrays:
+    """The same numbers, as ones that XLA knows at run time only: it divides by a constant in another way than by an
+    unknown number.
+    """
     zero = unknown_zero(params.norm, tokens)
-    return jax.tree.map(lambda x: jnp.where(zero == 0, x, jnp.zeros_like(x)), slots)
+    return jax.tree.map(lambda x: jnp.where(zero == 0, x, jnp.zeros_like(x)), arrays)
 
 
 def in_batches(
-    params: Decoder, tokens: np.ndarray, mask: np.ndarray, slots: SamplingArrays, **how
+    params: Decoder, tokens: np.ndarray, mask: np.ndarray, arrays: ScoringArrays, **how: Any
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """token_logprobs over batches of bounded size, as numpy arrays. Shapes are powers of two, so that few of them are ever compiled."""
-    length = max(_power_of_two(tokens.shape[1]), KV_TILE)
-    rows = max(min(BATCH_TOKENS // length, _power_of_two(tokens.shape[0])), 1)
+    """token_logprobs over batches of bounded size, as numpy arrays.
+
+    Shapes are powers of two, so that few of them are ever compiled.
+    """
+    count, length = tokens.shape
+    width = max(_power_of_two(length), KV_TILE)
+    rows = max(min(BATCH_TOKENS // width, _power_of_two(count)), 1)
+    tokens, mask, arrays = jax.tree.map(functools.partial(_padded, ceil_to(count, rows)), (tokens, mask, arrays))
+    tokens, mask = (np.pad(x, ((0, 0), (0, width - length))) for x in (tokens, mask))
     found = []
-    for first in range(0, tokens.shape[0], rows):
-        cut = lambda x, first=first: _padded(x[first : first + rows], rows)
-        widen = lambda x: np.pad(x, ((0, 0), (0, length - x.shape[1])))
-        found.append(token_logprobs(params, widen(cut(tokens)), widen(cut(mask)), jax.tree.map(cut, slots), **how))
-    joined = lambda parts: np.concatenate([np.asarray(x) for x in parts])[: tokens.shape[0], : tokens.shape[1]]
+    for first in range(0, count, rows):
+        batch = jax.tree.map(functools.partial(_cut, first, rows), (tokens, mask, arrays))
+        found.append(token_logprobs(params, *batch, **how))
     logprobs, entropies = zip(*found, strict=True)
-    return joined(logprobs), None if entropies[0] is None else joined(entropies)
+    logprobs = np.concatenate([np.asarray(x) for x in logprobs])[:count, :length]
+    if entropies[0] is None:
+        return logprobs, None
+    return logprobs, np.concatenate([np.asarray(x) for x in entropies])[:count, :length]
 
 
-def _padded(x: np.ndarray, rows: int) -> np.ndarray:
+def _padded(rows: int, x: np.ndarray) -> np.ndarray:
     return np.pad(x, ((0, rows - x.shape[0]), *((0, 0),) * (x.ndim - 1)))
+
+
+def _cut(first: int, rows: int, x: np.ndarray) -> np.ndarray:
+    return x[first : first + rows]
 
 
 def _power_of_two(n: int) -> int:
@@ -177,6 +222,8 @@ def _power_of_two(n: int) -> int:
 
 @functools.partial(jax.jit, static_argnames="model_config")
 def plain_logprobs(params: Decoder, tokens: Int[Array, " T"], *, model_config: ModelConfig) -> Float[Array, " T"]:
-    """Of each token, 0 for the first, under a plain float32 forward pass (models/plain.py): what drift is measured against."""
+    """Of each token, 0 for the first, under a plain float32 forward pass (models/plain.py): what drift is measured
+    against.
+    """
     logprobs = jax.nn.log_softmax(plain.logits(model_config, params, tokens[:-1]))
     return jnp.pad(jnp.take_along_axis(logprobs, tokens[1:, None], axis=-1)[:, 0], (1, 0))

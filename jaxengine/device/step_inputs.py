@@ -1,4 +1,7 @@
-"""What the host hands to a step, as pytrees of small arrays. `B` query blocks, `R` rows that want a token or its logprob."""
+"""What the host hands to a step, as pytrees of small arrays.
+
+`B` query blocks, `R` rows that want a token or its logprob.
+"""
 
 from typing import Any
 
@@ -10,18 +13,9 @@ Array = Any  # numpy on the host, jax.Array inside a step
 
 
 @pytree
-class QueryBlocks:
-    """Query blocks: `counts[b]` tokens of the sequence in `slots[b]`, the first at position `starts[b]`. Padding has count 0."""
-
-    slots: Int[Array, " B"]
-    starts: Int[Array, " B"]
-    counts: Int[Array, " B"]
-    num_blocks: Int[Array, ""]
-
-
-@pytree
 class Rows:
-    """Positions whose next token is drawn, or scored where `scored`: row `indices[i]` of the flattened blocks, for `slots[i]`.
+    """Positions with a next token to draw, or to score where `scored`: row `indices[i]` of the flattened blocks, for
+    `slots[i]`.
 
     Several rows may share an index: the samples of a group draw their first tokens from one hidden state.
     """
@@ -44,7 +38,10 @@ class Copies:
 
 @pytree
 class SamplingArrays:
-    """Sampling parameters of the sequence in each slot; changes when a slot does, not from step to step."""
+    """How each slot's distribution is processed: SamplingParams as arrays.
+
+    Wide, and the same for a request's whole life.
+    """
 
     temperature: Float[Array, " slots"]  # 0 means greedy
     top_p: Float[Array, " slots"]
@@ -53,12 +50,21 @@ class SamplingArrays:
     presence_penalty: Float[Array, " slots"]
     frequency_penalty: Float[Array, " slots"]
     top_k: Int[Array, " slots"]  # 0 means off
-    prompt_length: Int[Array, " slots"]
-    first_stop: Int[Array, " slots"]  # stop tokens are ruled out at positions before this one (min_tokens)
     stop_ids: Int[Array, "slots stops"]  # padded with -1
     bias_ids: Int[Array, "slots biases"]  # padded with -1
     bias_values: Float[Array, "slots biases"]
-    limit: Int[Array, " slots"]  # no token is generated at this position or behind it
+
+
+@pytree
+class RequestArrays:
+    """The request in each slot: where it begins and ends, its key, what it wants to be told. A few numbers a slot.
+
+    What a step needs of a slot beyond its distribution belongs here (a token mask, an adapter's index).
+    """
+
+    prompt_length: Int[Array, " slots"]
+    first_stop: Int[Array, " slots"]  # stop tokens are ruled out at positions before this one (min_tokens)
+    limit: Int[Array, " slots"]  # the first position at which no token is generated
     key: UInt32[Array, "slots 2"]
     key_folds: Int[Array, "slots 2"]  # prompt and sample index to fold in; -1 means no fold
     num_logprobs: Int[Array, " slots"]  # likeliest tokens asked for; 0 means none
@@ -66,8 +72,16 @@ class SamplingArrays:
 
 
 @pytree
+class Slots:
+    """What steps know of the sequence in each slot; changes when a slot is given away, not from step to step."""
+
+    sampling: SamplingArrays
+    request: RequestArrays
+
+
+@pytree
 class RowOutputs:
-    """What a step says of each row."""
+    """A step's answer for each row."""
 
     tokens: Int[Array, " R"]  # -1 where every token is ruled out
     logprobs: Float[Array, " R"]  # of the distribution the token was drawn from (scored rows: of the model's own)

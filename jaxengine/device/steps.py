@@ -1,26 +1,25 @@
-"""The jitted steps, pure functions of (params, cache, inputs). The only jax.jit of the engine is in here; the cache is donated."""
+"""The jitted steps, pure functions of (params, cache, inputs). The cache is donated."""
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxengine.config import ModelConfig
 from jaxengine.device import kv_cache, sampler
 from jaxengine.device.kv_cache import Cache
-from jaxengine.device.step_inputs import Copies, QueryBlocks, RowOutputs, Rows, SamplingArrays
+from jaxengine.device.step_inputs import Copies, RequestArrays, RowOutputs, Rows, Slots
 from jaxengine.models import decoder
-from jaxengine.models.decoder import Tile
 from jaxengine.models.params import Decoder
 from jaxengine.ops.kernels import Kernels
+from jaxengine.ops.query_blocks import QueryBlocks
 from jaxengine.ops.regions import over_tiles
-from pallas_kernels.sampling_reference import Draw
+from jaxengine.ops.tiles import HEAD_TILE, Tile
+from pallas_kernels.draw_reference import Draw
 from pallas_kernels.tiles import unknown_zero
-
-HEAD_TILE = 8  # rows of the head in a prefill, where few of many rows draw
 
 
 @functools.partial(
@@ -29,8 +28,8 @@ HEAD_TILE = 8  # rows of the head in a prefill, where few of many rows draw
 def prefill_step(
     params: Decoder,
     cache: Cache,
-    tables: Array,
-    slots: SamplingArrays,
+    tables: Int[Array, "slots n"],
+    slots: Slots,
     blocks: QueryBlocks,
     rows: Rows,
     copies: Copies,
@@ -40,13 +39,18 @@ def prefill_step(
     tile: Tile,
     max_logprobs: int,
 ) -> tuple[Cache, RowOutputs]:
-    """Run prompt chunks and draw (or score) the token after each of `rows`. Drawn tokens are appended to the history."""
-    cache, hidden = decoder.forward(model_config, kernels, params, cache, tables, blocks, tile)
-    # Copies wait for the attention that reads the pools they change: XLA on CPU would rather copy all pools than see to the order.
+    """Run prompt chunks and draw (or score) the token after each of `rows`.
+
+    Drawn tokens are appended to the history.
+    """
+    cache, hidden = _run_blocks(model_config, kernels, params, cache, tables, blocks, tile)
+    # Depends on `hidden`, so that the copies wait for the attention that reads the pools which they change: XLA on CPU
+    # would otherwise copy all pools.
     cache = kv_cache.copy_pages(cache, copies.sources, copies.targets, copies.num_copies + unknown_zero(hidden))
     x = hidden.reshape(-1, hidden.shape[-1])[rows.indices]
     out = next_tokens(model_config, kernels, params, cache, slots, x, rows, HEAD_TILE, max_logprobs)
-    return append(cache, rows, out), out
+    drawn = ~rows.scored & (jnp.arange(rows.slots.shape[0]) < rows.num_rows)
+    return _append(cache, rows, out, drawn), out
 
 
 @functools.partial(
@@ -55,8 +59,8 @@ def prefill_step(
 def decode_step(
     params: Decoder,
     cache: Cache,
-    tables: Array,
-    slots: SamplingArrays,
+    tables: Int[Array, "slots n"],
+    slots: Slots,
     rows: Rows,
     *,
     model_config: ModelConfig,
@@ -65,16 +69,19 @@ def decode_step(
     max_logprobs: int,
     num_steps: int,
 ) -> tuple[Cache, RowOutputs]:
-    """`num_steps` tokens for each of `rows`, outputs `[num_steps, R]`. A row that reaches its limit is idle from there on."""
-    lane = jnp.arange(rows.slots.shape[0])
+    """`num_steps` tokens for each of `rows`, outputs `[num_steps, R]`.
+
+    A row that reaches its limit is idle from there on.
+    """
 
     def one(cache: Cache, rows: Rows) -> tuple[Cache, RowOutputs]:
         # Position `limit` is the end of the sequence: the token before it is the last, and needs no successor.
-        live = (lane < rows.num_rows) & (rows.positions + 1 < slots.limit[rows.slots])
+        live = jnp.arange(rows.slots.shape[0]) < rows.num_rows
+        live &= rows.positions + 1 < slots.request.limit[rows.slots]
         blocks = QueryBlocks(rows.slots, jnp.where(live, rows.positions, 0), live.astype(jnp.int32), rows.num_rows)
-        cache, hidden = decoder.forward(model_config, kernels, params, cache, tables, blocks, tile)
+        cache, hidden = _run_blocks(model_config, kernels, params, cache, tables, blocks, tile)
         out = next_tokens(model_config, kernels, params, cache, slots, hidden[:, 0], rows, tile.rows, max_logprobs)
-        return append(cache, rows, out, live), out
+        return _append(cache, rows, out, ~rows.scored & live), out
 
     def step(cache: Cache, i: Array) -> tuple[Cache, RowOutputs]:
         return one(cache, dataclasses.replace(rows, positions=rows.positions + i))
@@ -87,36 +94,18 @@ def decode_step(
 
 @functools.partial(jax.jit, donate_argnames="cache")
 def write_history(cache: Cache, slots: Int[Array, " A"], tokens: Int[Array, "A max_len"]) -> Cache:
-    """Put whole sequences into their slots; a slot behind the last one is padding."""
+    """Put whole sequences into their slots; a slot after the last one is padding."""
     return dataclasses.replace(cache, history=cache.history.at[slots].set(tokens, mode="drop"))
 
 
 @jax.jit
 def read_pages(cache: Cache, pages: Int[Array, " A"]) -> Cache:
     """The given pages of every layer."""
-    take = lambda pool: jnp.stack([jax.lax.dynamic_index_in_dim(pool, page, keepdims=False) for page in pages])
+
+    def take(pool: Array) -> Array:
+        return jnp.stack([jax.lax.dynamic_index_in_dim(pool, page, keepdims=False) for page in pages])
+
     return dataclasses.replace(cache, keys=tuple(map(take, cache.keys)), values=tuple(map(take, cache.values)))
-
-
-token_sums = jax.jit(kv_cache.token_sums, static_argnames="kernels")
-
-
-@jax.jit
-def word_sums(x: Array) -> UInt32[Array, " 2"]:
-    """Two checksums of an array's words, each of which is stirred with its place first: any single word that changes, changes both.
-
-    Sums of integers are the same in any order, and so on any mesh. Other words have the same sums with a chance of about 2**-64.
-    """
-    rows = x.reshape(-1, x.shape[-1])
-    words = rows.view(f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
-    place = lambda axis: jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
-    stirred = (words ^ ((place(0) * np.uint32(words.shape[1]) + place(1)) * np.uint32(0x9E3779B1))) * np.uint32(
-        0x85EBCA6B
-    )
-    stirred = (stirred ^ (stirred >> 15)) * np.uint32(0xC2B2AE35)
-    columns = (stirred ^ (stirred >> 13)).sum(0, dtype=jnp.uint32)
-    odd = 2 * jnp.arange(columns.shape[0], dtype=jnp.uint32) + 1
-    return jnp.stack([columns.sum(dtype=jnp.uint32), (columns * odd).sum(dtype=jnp.uint32)])
 
 
 @jax.jit
@@ -125,12 +114,51 @@ def all_finite(params: Decoder) -> Decoder:
     return jax.tree.map(lambda x: jnp.isfinite(x).all(), params)
 
 
-def append(cache: Cache, rows: Rows, out: RowOutputs, live: Array | None = None) -> Cache:
-    """Write drawn tokens behind the positions they follow."""
-    drawn = ~rows.scored & (jnp.arange(rows.slots.shape[0]) < rows.num_rows)
-    drawn = drawn if live is None else drawn & live
+def _run_blocks(
+    model_config: ModelConfig,
+    kernels: Kernels,
+    params: Decoder,
+    cache: Cache,
+    tables: Int[Array, "slots n"],
+    blocks: QueryBlocks,
+    tile: Tile,
+) -> tuple[Cache, Float[Array, "B r D"]]:
+    """The history's tokens of the blocks through the layers: the cache with their keys and values, and their hidden
+    states.
+    """
+    positions = jnp.minimum(blocks.starts[:, None] + jnp.arange(tile.tokens), cache.history.shape[1] - 1)
+    tokens = cache.history[blocks.slots[:, None], positions]
+    keys, values, hidden = decoder.forward(
+        model_config, kernels, params, cache.keys, cache.values, tables, blocks, tokens, tile
+    )
+    return dataclasses.replace(cache, keys=keys, values=values), hidden
+
+
+def _append(cache: Cache, rows: Rows, out: RowOutputs, drawn: Bool[Array, " R"]) -> Cache:
+    """Write the tokens of the rows that drew one after the positions that they follow."""
     slots = jnp.where(drawn, rows.slots, cache.history.shape[0])
     return dataclasses.replace(cache, history=cache.history.at[slots, rows.positions + 1].set(out.tokens, mode="drop"))
+
+
+# -- head and sampler --------------------------------------------------------------------------------------------------
+
+
+class _Weights(NamedTuple):
+    """What all tiles of the region read."""
+
+    norm: Float[Array, " D"]
+    head: Float[Array, "leaf V D"]
+    slots: Slots
+    history: Int[Array, "slots max_len"]
+
+
+class _RowInputs(NamedTuple):
+    """What one tile of the region reads: of each row."""
+
+    x: Float[Array, "t D"]
+    slots: Int[Array, " t"]
+    positions: Int[Array, " t"]
+    scored: Bool[Array, " t"]
 
 
 def next_tokens(
@@ -138,64 +166,84 @@ def next_tokens(
     kernels: Kernels,
     params: Decoder,
     cache: Cache,
-    slots: SamplingArrays,
-    x: Array,
+    slots: Slots,
+    x: Float[Array, "R D"],
     rows: Rows,
     tile: int,
     max_logprobs: int,
 ) -> RowOutputs:
     """Head and sampler over the rows, as one pinned region."""
     padding = -x.shape[0] % tile
-    pad = lambda a: jnp.pad(a, ((0, padding), *((0, 0),) * (a.ndim - 1)))
+
+    def pad(a: Array) -> Array:
+        return jnp.pad(a, ((0, padding), *((0, 0),) * (a.ndim - 1)))
+
     body = functools.partial(next_token, model_config, kernels, max_logprobs)
-    weights = (params.norm, params.output_head, slots, cache.history)
-    inputs = jax.tree.map(pad, (x, rows.slots, rows.positions, rows.scored))
+    weights = _Weights(params.norm, params.output_head, slots, cache.history)
+    inputs = jax.tree.map(pad, _RowInputs(x, rows.slots, rows.positions, rows.scored))
     out = over_tiles(body, tile, weights, inputs, rows.num_rows)
     return jax.tree.map(lambda a: a[: x.shape[0]], out)
 
 
 def next_token(
-    model_config: ModelConfig, kernels: Kernels, max_logprobs: int, weights: tuple, inputs: tuple
+    model_config: ModelConfig, kernels: Kernels, max_logprobs: int, weights: _Weights, rows: _RowInputs
 ) -> RowOutputs:
     """One tile of rows: logits, processed distribution, token, logprob and what else was asked for."""
-    norm, head, slots, history = weights
-    x, slot, position, scored = inputs
-    row: SamplingArrays = jax.tree.map(lambda a: a[slot], slots)
-    logits = decoder.logits(model_config, kernels, norm, head, x)
+    row: Slots = jax.tree.map(lambda a: a[rows.slots], weights.slots)
+    request, history, position = row.request, weights.history, rows.positions + 1
+    logits = decoder.logits(model_config, kernels, weights.norm, weights.head, rows.x)
     finite = (jnp.isfinite(logits) | (jnp.arange(logits.shape[1]) >= model_config.vocab_size)).all(-1)
-    penalised, drawn_from = sampler.distribution(logits, row, history, slot, position + 1, scored)
+    context = sampler.Context(history, rows.slots, position, request.prompt_length, request.first_stop)
+    penalised, drawn_from = sampler.distribution(logits, row.sampling, context, rows.scored)
     best = jnp.argmax(penalised, axis=-1).astype(jnp.int32)
-    dead_end = finite & ~scored & (jnp.take_along_axis(penalised, best[:, None], axis=-1)[:, 0] == -jnp.inf)
-    follows = history[slot, jnp.minimum(position + 1, history.shape[1] - 1)]
-    given = jnp.where(scored, follows, jnp.where(row.temperature == 0, best, -1))
-    uniforms = sampler.uniforms(sampler.fold_keys(row.key, row.key_folds, position + 1))
-    out = kernels.draw_and_score(drawn_from, given, uniforms)
+    dead_end = finite & ~rows.scored & (jnp.take_along_axis(penalised, best[:, None], axis=-1)[:, 0] == -jnp.inf)
+    follows = history[rows.slots, jnp.minimum(position, history.shape[1] - 1)]
+    given = jnp.where(rows.scored, follows, jnp.where(row.sampling.temperature == 0, best, -1))
+    uniforms = sampler.uniforms(sampler.fold_keys(request.key, request.key_folds, position))
+    out = kernels.draw.draw_and_score(drawn_from, given, uniforms)
     finite &= ~dead_end & ~jnp.isnan(out.logprobs)  # logits may be finite, and overflow when a temperature divides them
-    raw, entropies = _details(kernels, logits, drawn_from, out, row)
-    ranks, top_ids, top_logprobs = _likeliest(drawn_from, out, row, max_logprobs)
+    raw_logprobs, entropies = _details(kernels, logits, drawn_from, out, request)
+    ranks, top_ids, top_logprobs = _likeliest(drawn_from, out, request, max_logprobs)
     return RowOutputs(
-        jnp.where(dead_end, -1, out.tokens), out.logprobs, raw, entropies, ranks, top_ids, top_logprobs, finite
+        tokens=jnp.where(dead_end, -1, out.tokens),
+        logprobs=out.logprobs,
+        raw_logprobs=raw_logprobs,
+        entropies=entropies,
+        ranks=ranks,
+        top_ids=top_ids,
+        top_logprobs=top_logprobs,
+        finite=finite,
     )
 
 
-def _details(kernels: Kernels, logits: Array, drawn_from: Array, out: Draw, row: SamplingArrays) -> tuple[Array, Array]:
+def _details(
+    kernels: Kernels, logits: Float[Array, "t V"], drawn_from: Float[Array, "t V"], out: Draw, request: RequestArrays
+) -> tuple[Float[Array, " t"], Float[Array, " t"]]:
     """(raw logprobs, entropies), zeros where no row asked."""
-    asked = lambda: (kernels.draw_and_score(logits, out.tokens).logprobs, sampler.entropy(out.all_logprobs(drawn_from)))
-    nothing = jnp.zeros(out.tokens.shape, jnp.float32)
-    return jax.lax.cond(row.details.any(), asked, lambda: (nothing, nothing))
+
+    def asked() -> tuple[Array, Array]:
+        raw = kernels.draw.draw_and_score(logits, out.tokens)
+        return raw.logprobs, sampler.entropy(out.all_logprobs(drawn_from))
+
+    def not_asked() -> tuple[Array, Array]:
+        nothing = jnp.zeros(out.tokens.shape, jnp.float32)
+        return nothing, nothing
+
+    return jax.lax.cond(request.details.any(), asked, not_asked)
 
 
-def _likeliest(drawn_from: Array, out: Draw, row: SamplingArrays, n: int) -> tuple[Array, Array, Array]:
+def _likeliest(
+    drawn_from: Float[Array, "t V"], out: Draw, request: RequestArrays, n: int
+) -> tuple[Int[Array, " t"], Int[Array, "t n"], Float[Array, "t n"]]:
     """(rank of the chosen token, likeliest ids, their logprobs), zeros where no row asked. Ties go to the lower id."""
+    batch = out.logprobs.shape[0]
 
-    def asked():
+    def asked() -> tuple[Array, Array, Array]:
         logprobs = out.all_logprobs(drawn_from)
         values, ids = jax.lax.top_k(logprobs, n)
         return (logprobs > out.logprobs[:, None]).sum(-1).astype(jnp.int32) + 1, ids, values
 
-    batch = out.logprobs.shape[0]
-    return jax.lax.cond(
-        (row.num_logprobs > 0).any(),
-        asked,
-        lambda: (jnp.zeros(batch, jnp.int32), jnp.zeros((batch, n), jnp.int32), jnp.zeros((batch, n), jnp.float32)),
-    )
+    def not_asked() -> tuple[Array, Array, Array]:
+        return jnp.zeros(batch, jnp.int32), jnp.zeros((batch, n), jnp.int32), jnp.zeros((batch, n), jnp.float32)
+
+    return jax.lax.cond((request.num_logprobs > 0).any(), asked, not_asked)

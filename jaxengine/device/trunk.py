@@ -1,36 +1,31 @@
 """The trainer's forward pass: the engine's pinned regions over whole sequences, differentiable in the parameters.
 
-A sequence is cut into query blocks of QUERY_BLOCK tokens, and a block is a page: attention reads keys and values of whole sequences through
-block tables, as it does in the engine. Blocks that nothing asks for are sorted to the end, where the regions' loops do not come.
+A sequence is cut into query blocks of QUERY_BLOCK tokens, and a block is a page: attention reads keys and values of
+whole sequences through block tables, as it does in the engine. Blocks that nothing asks for are sorted to the end,
+which the regions' loops do not reach.
 
-Reverse mode keeps the residual stream in front of each layer and computes the rest again, a layer at a time.
+Reverse mode keeps the residual stream before each layer and computes the rest a second time, a layer at a time.
 """
 
 import functools
-from collections.abc import Iterable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxengine.base.pytree import pytree
 from jaxengine.config import KV_TILE, QUERY_BLOCK, ModelConfig
-from jaxengine.device.step_inputs import QueryBlocks
 from jaxengine.models import decoder
-from jaxengine.models.decoder import Tile
 from jaxengine.models.params import Decoder, Layer
 from jaxengine.ops.kernels import Kernels
-from jaxengine.ops.regions import over_tiles
-from jaxengine.ops.xla import ATTENTION_TILE
+from jaxengine.ops.query_blocks import QueryBlocks
+from jaxengine.ops.regions import no_gradient, over_tiles
+from jaxengine.ops.tiles import ATTENTION_TILE, WIDE, Tile
 from pallas_kernels.tiles import unknown_zero
-
-WIDE = Tile(QUERY_BLOCK, 8)  # rows to a tile, as in the widest prefill step
 
 
 @pytree
-class Plan:
+class BlockLayout:
     """Where the blocks of sequences `[B, T]` are: block i holds tokens of one sequence from position `starts[i]` on."""
 
     tokens: Int[Array, "NB q"]
@@ -48,22 +43,23 @@ def hidden_states(
     lengths: Int[Array, " B"],
     tile: Tile = WIDE,
 ) -> Float[Array, "B T D"]:
-    """The residual stream behind the last layer, of the first `lengths[b]` tokens of each sequence; undefined behind them."""
+    """The residual stream after the last layer, of the first `lengths[b]` tokens of each sequence; the rest is
+    undefined.
+    """
     batch, length = tokens.shape
-    plan = plan_blocks(params, tokens, lengths)
-    count, num_blocks = plan.count * (QUERY_BLOCK // tile.tokens), plan.tokens.shape[0]
-    parts = lambda x: jnp.repeat(x, QUERY_BLOCK // tile.tokens, axis=0)
-    starts = parts(plan.starts) + jnp.tile(jnp.arange(0, QUERY_BLOCK, tile.tokens), num_blocks)
+    layout, parts = lay_out(params, tokens, lengths), QUERY_BLOCK // tile.tokens
+    starts, tables = jnp.repeat(layout.starts, parts, axis=0), jnp.repeat(layout.tables, parts, axis=0)
+    starts += jnp.tile(jnp.arange(0, QUERY_BLOCK, tile.tokens), layout.tokens.shape[0])
+    count = layout.count * parts
     embed = functools.partial(decoder.embed, model_config, kernels)
-    x = over_tiles(embed, tile.blocks, params.embed, plan.tokens.reshape(-1, tile.tokens), count)
-    tables = parts(plan.tables)
+    x = over_tiles(embed, tile.blocks, params.embed, layout.tokens.reshape(-1, tile.tokens), count)
     for layer in params.layers:
         x = _layer(model_config, kernels, tile, layer, x, starts, tables, count)
-    whole = x.reshape(-1, QUERY_BLOCK, x.shape[-1])[plan.places]
+    whole = x.reshape(-1, QUERY_BLOCK, x.shape[-1])[layout.places]
     return whole.reshape(batch, -1, x.shape[-1])[:, :length]
 
 
-def plan_blocks(params: Decoder, tokens: Int[Array, "B T"], lengths: Int[Array, " B"]) -> Plan:
+def lay_out(params: Decoder, tokens: Int[Array, "B T"], lengths: Int[Array, " B"]) -> BlockLayout:
     """Cut sequences into blocks, those with tokens before `lengths` first."""
     batch, length = tokens.shape
     tokens = jnp.pad(tokens, ((0, 0), (0, -length % QUERY_BLOCK)))
@@ -73,15 +69,20 @@ def plan_blocks(params: Decoder, tokens: Int[Array, "B T"], lengths: Int[Array, 
     order = jnp.argsort(~wanted, stable=True)
     places = jnp.argsort(order).reshape(batch, blocks).astype(jnp.int32)
     tables = jnp.pad(places, ((0, 0), (0, -blocks % (KV_TILE // QUERY_BLOCK))))[order // blocks]
-    rest = -(batch * blocks) % ATTENTION_TILE
-    pad = lambda x: jnp.pad(x, ((0, rest), *((0, 0),) * (x.ndim - 1)))
-    return Plan(
-        pad(tokens.reshape(-1, QUERY_BLOCK)[order]),
-        pad(starts[order]),
-        pad(tables),
-        places,
-        wanted.sum(dtype=jnp.int32) + unknown_zero(params.norm, tokens),
+
+    def whole_tiles(x: Array) -> Array:
+        return jnp.pad(x, ((0, -x.shape[0] % ATTENTION_TILE), *((0, 0),) * (x.ndim - 1)))
+
+    return BlockLayout(
+        tokens=whole_tiles(tokens.reshape(-1, QUERY_BLOCK)[order]),
+        starts=whole_tiles(starts[order]),
+        tables=whole_tiles(tables),
+        places=places,
+        count=wanted.sum(dtype=jnp.int32) + unknown_zero(params.norm, tokens),
     )
+
+
+# -- a layer -----------------------------------------------------------------------------------------------------------
 
 
 def _layer_of_regions(
@@ -89,14 +90,13 @@ def _layer_of_regions(
     kernels: Kernels,
     tile: Tile,
     layer: Layer,
-    x: Array,
-    starts: Array,
-    tables: Array,
-    count: Array,
-) -> Array:
-    q, k, v = over_tiles(
-        functools.partial(decoder.project, model_config, kernels), tile.blocks, layer, (x, starts), count
-    )
+    x: Float[Array, "NB r D"],
+    starts: Int[Array, " NB"],
+    tables: Int[Array, "NB n"],
+    count: Int[Array, ""],
+) -> Float[Array, "NB r D"]:
+    before = functools.partial(decoder.project, model_config, kernels)
+    q, k, v = over_tiles(before, tile.blocks, layer, (x, starts), count)
     attended = _attention(model_config, kernels, q, k, v, tables, starts, count)
     return over_tiles(functools.partial(decoder.mix, model_config, kernels), tile.blocks, layer, (x, attended), count)
 
@@ -110,42 +110,43 @@ def _layer_forward(model_config, kernels, tile, layer, x, *where):
 
 def _layer_backward(model_config, kernels, tile, saved, cotangent):
     (layer, x, where), cotangent = jax.lax.optimization_barrier((saved, cotangent))
-    # The trip counts follow from the cotangent, so that no layer is computed again before its turn, and kept. (jax.checkpoint ties a
-    # layer to its turn with a barrier, which XLA on CPU drops before it schedules.)
     starts, tables, count = where
+    # The trip count depends on the cotangent, so that XLA cannot compute a layer again before its turn and keep the
+    # result. (jax.checkpoint ties a layer to its turn with a barrier, which XLA on CPU drops before it schedules.)
     count += unknown_zero(cotangent)
-    _, pullback = jax.vjp(
-        lambda layer, x: _layer_of_regions(model_config, kernels, tile, layer, x, starts, tables, count), layer, x
-    )
-    return *pullback(cotangent), *_no_gradients(where)
+
+    def again(layer: Layer, x: Array) -> Array:
+        return _layer_of_regions(model_config, kernels, tile, layer, x, starts, tables, count)
+
+    _, pullback = jax.vjp(again, layer, x)
+    return *pullback(cotangent), *map(no_gradient, where)
 
 
 _layer.defvjp(_layer_forward, _layer_backward)
 
 
-def _no_gradients(integers: Iterable[Array]) -> list[np.ndarray]:
-    """The cotangents that JAX wants for integer inputs."""
-    return [np.zeros(x.shape, jax.dtypes.float0) for x in integers]
+# -- attention ---------------------------------------------------------------------------------------------------------
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attention(
     model_config: ModelConfig,
     kernels: Kernels,
-    q: Array,
-    k: Array,
-    v: Array,
-    tables: Array,
-    starts: Array,
-    count: Array,
-) -> Array:
-    """The engine's paged attention. q `[NB, r, H, h]`, k and v `[NB, r, K, h]`; returns `[NB, r, Hh]`."""
+    q: Float[Array, "NB r H h"],
+    k: Float[Array, "NB r K h"],
+    v: Float[Array, "NB r K h"],
+    tables: Int[Array, "NB n"],
+    starts: Int[Array, " NB"],
+    count: Int[Array, ""],
+) -> Float[Array, "NB r Hh"]:
+    """The engine's paged attention."""
     each, r = jnp.arange(q.shape[0], dtype=jnp.int32), q.shape[1]
     blocks = QueryBlocks(each, starts, jnp.where(each < count, r, 0), count)  # every block brings its own table
-    return kernels.attend(model_config, *kernels.as_pages(_whole_blocks(k), _whole_blocks(v)), q, tables, blocks)
+    keys, values = kernels.attention.as_pages(_whole_blocks(k), _whole_blocks(v))
+    return kernels.attention.attend(model_config, keys, values, q, tables, blocks)
 
 
-def _whole_blocks(x: Array) -> Array:
+def _whole_blocks(x: Float[Array, "NB r K h"]) -> Float[Array, "blocks q K h"]:
     return x.reshape(-1, QUERY_BLOCK, *x.shape[2:])
 
 
@@ -157,30 +158,36 @@ def _attention_backward(model_config, kernels, saved, cotangent):
     """Gradient of plain attention in float32, a block of queries at a time: nothing of size T × T is kept."""
     q, k, v, tables, starts, count = jax.lax.optimization_barrier(saved)
     keys, values = (_whole_blocks(x).astype(jnp.float32) for x in (k, v))
-    context = lambda pages, table: pages[table].reshape(-1, *pages.shape[2:])
 
     def step(i, gradients):
         of_q, of_k, of_v = gradients
         table = tables[i]
         plain = functools.partial(_plain_attention, model_config, start=starts[i])
-        _, pullback = jax.vjp(plain, q[i], context(keys, table), context(values, table))
+        _, pullback = jax.vjp(plain, q[i], _joined(keys[table]), _joined(values[table]))
         dq, dk, dv = pullback(cotangent[i].astype(jnp.float32))
-        put = lambda total, part: total.at[table].add(part.reshape(-1, *total.shape[1:]))
-        return of_q.at[i].set(dq), put(of_k, dk), put(of_v, dv)
+        return of_q.at[i].set(dq), _add_pages(of_k, table, dk), _add_pages(of_v, table, dv)
 
     zero = unknown_zero(cotangent)
     start = tuple(jnp.full(x.shape, zero, x.dtype) for x in (q, keys, values))
     of_q, of_k, of_v = jax.lax.fori_loop(0, count, step, start)
-    return (
-        of_q,
-        of_k.reshape(k.shape).astype(k.dtype),
-        of_v.reshape(v.shape).astype(v.dtype),
-        *_no_gradients((tables, starts, count)),
-    )
+    of_k, of_v = of_k.reshape(k.shape).astype(k.dtype), of_v.reshape(v.shape).astype(v.dtype)
+    return of_q, of_k, of_v, *map(no_gradient, (tables, starts, count))
+
+
+def _joined(pages: Float[Array, "n q K h"]) -> Float[Array, "S K h"]:
+    return pages.reshape(-1, *pages.shape[2:])
+
+
+def _add_pages(total: Float[Array, "P q K h"], table: Int[Array, " n"], part: Float[Array, "S K h"]) -> Array:
+    return total.at[table].add(part.reshape(-1, *total.shape[1:]))
 
 
 def _plain_attention(
-    model_config: ModelConfig, q: Float[Array, "r H h"], k: Float[Array, "S K h"], v: Float[Array, "S K h"], start: Any
+    model_config: ModelConfig,
+    q: Float[Array, "r H h"],
+    k: Float[Array, "S K h"],
+    v: Float[Array, "S K h"],
+    start: Int[Array, ""],
 ) -> Float[Array, "r Hh"]:
     """Causal attention of r queries from position `start` on, written for its gradient."""
     r = q.shape[0]

@@ -7,14 +7,12 @@ import jax
 import numpy as np
 
 from jaxengine.config import QUERY_BLOCK, EngineConfig
-from jaxengine.device.sampling_arrays import empty_slots, write_slot
-from jaxengine.device.step_inputs import Copies, QueryBlocks, Rows, SamplingArrays
+from jaxengine.device.sampling_arrays import empty_slots, write_request, write_sampling
+from jaxengine.device.step_inputs import Copies, Rows, Slots
 from jaxengine.host.plan import Decode, Plan
 from jaxengine.host.sample import Sample
-
-HISTORY_ROWS = 8  # sequences that one upload puts into their slots
-WIDE_PREFILL = 32  # blocks of the widest prefill tile: a step that can carry so many carries whole tiles
-ROW_UNIT = 32  # row arrays are whole numbers of the widest decode tile that every kernel has
+from jaxengine.ops.query_blocks import QueryBlocks
+from jaxengine.ops.tiles import HISTORY_ROWS, NARROW_PREFILL, ROW_UNIT, WIDE_PREFILL
 
 
 class BatchBuilder:
@@ -29,7 +27,8 @@ class BatchBuilder:
         self._device_slots: Any = None
         self.decode_rows = _round_up(engine_config.max_num_seqs, ROW_UNIT)
         self.prefill_query_blocks = _round_up(
-            engine_config.prefill_query_blocks, 8 if engine_config.prefill_query_blocks < WIDE_PREFILL else WIDE_PREFILL
+            engine_config.prefill_query_blocks,
+            NARROW_PREFILL if engine_config.prefill_query_blocks < WIDE_PREFILL else WIDE_PREFILL,
         )
         self.prefill_rows = self.prefill_query_blocks * QUERY_BLOCK + engine_config.max_num_seqs
 
@@ -39,11 +38,10 @@ class BatchBuilder:
         """Write a sequence's sampling parameters into its slot."""
         request, params = sample.request, sample.request.sampling
         self._num_written[sample.slot] = 0
-        write_slot(
-            self.host_slots,
+        write_sampling(self.host_slots.sampling, sample.slot, params, request.stop_token_ids)
+        write_request(
+            self.host_slots.request,
             sample.slot,
-            params,
-            request.stop_token_ids,
             prompt_length=sample.prompt_length,
             first_stop=min(sample.prompt_length + params.min_tokens, request.limit) if params.min_tokens else 0,
             limit=request.limit,
@@ -54,7 +52,7 @@ class BatchBuilder:
         )
         self._device_slots = None
 
-    def device_slots(self) -> SamplingArrays:
+    def device_slots(self) -> Slots:
         """The slots' parameters on the device; uploaded when one changed."""
         if self._device_slots is None:
             self._device_slots = jax.device_put(jax.tree.map(np.copy, self.host_slots))

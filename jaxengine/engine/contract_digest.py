@@ -11,7 +11,7 @@ import numpy as np
 from jaxengine.base import machine
 from jaxengine.config import KV_TILE, QUERY_BLOCK, VOCAB_BLOCK, ModelConfig
 from jaxengine.coordinate import Contract
-from jaxengine.device import steps
+from jaxengine.device import checksums
 from jaxengine.engine.engine import Engine
 from jaxengine.engine.step_variants import BASE
 from jaxengine.host.sample import Request
@@ -28,7 +28,7 @@ def weights_digest(params: Decoder) -> str:
     """
     digest, leaves = hashlib.sha256(), jax.tree.leaves(params)
     # All checksums are under way before the first is waited for.
-    contents = [_bytes(leaf) if _on_cpu(leaf) else steps.word_sums(leaf) for leaf in leaves]
+    contents = [_bytes(leaf) if _on_cpu(leaf) else checksums.word_sums(leaf) for leaf in leaves]
     for leaf, content in zip(leaves, contents, strict=True):
         digest.update(f"{leaf.dtype}{leaf.shape}".encode())
         digest.update(np.asarray(content).data)

@@ -20,9 +20,9 @@ from jaxengine.host.page_pool import PagePool
 from jaxengine.host.plan import Plan
 from jaxengine.host.sample import Request, Sample, Status
 from jaxengine.host.scheduler import MustCollect, Scheduler
-from jaxengine.models.decoder import Tile
 from jaxengine.ops.kernels import choose_kernels
-from jaxengine.text.detokenizer import Detokenizer
+from jaxengine.ops.tiles import Tile
+from jaxengine.text.detokenizer import Detokenizer, detokenizer_for
 from jaxengine.text.tokenizer import Tokenizer
 
 ADJUSTABLE = {"overlap", "enable_prefix_caching", "max_num_batched_tokens"}
@@ -111,14 +111,7 @@ class Engine:
 
     def _detokenizer(self, tokenizer: Tokenizer, sample: Sample) -> Detokenizer:
         """One that has read what the sample has."""
-        sampling = sample.request.sampling
-        detokenizer = Detokenizer(
-            tokenizer,
-            stop=tuple(sampling.stop),
-            include_stop_str_in_output=sampling.include_stop_str_in_output,
-            skip_special_tokens=sampling.skip_special_tokens,
-            min_tokens=sampling.min_tokens,
-        )
+        detokenizer = detokenizer_for(tokenizer, sample.request.sampling)
         detokenizer.push(text_ids(sample))
         return detokenizer
 

@@ -156,7 +156,9 @@ def explained(model_config: ModelConfig, engine_config: EngineConfig, doing: str
 
 
 def _page_bytes(model_config: ModelConfig, engine_config: EngineConfig) -> int:
-    pools = choose_kernels(engine_config.kernels, model_config).pools(model_config, 1, engine_config.page_size)
+    pools = choose_kernels(engine_config.kernels, model_config).attention.pools(
+        model_config, 1, engine_config.page_size
+    )
     return model_config.num_hidden_layers * sum(math.prod(pool.shape) * pool.dtype.itemsize for pool in pools)
 
 

@@ -1,7 +1,7 @@
 """Checksums of pages: they find pages of the KV cache that a fault of memory or another program has changed.
 
 After every step the keys and values of each token that the step's samples hold are summed up on the device
-(kv_cache.token_sums). Before a token of that step is accepted, the sums are compared with those of the same tokens after
+(device/checksums.py). Before a token of that step is accepted, the sums are compared with those of the same tokens after
 earlier steps.
 Covered is every token in a page from the end of the step that wrote it: in full pages and in the front of partly filled ones,
 in shared pages, and in pages that lay in the prefix cache since. Not covered are what a step itself writes or reads wrongly,
@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from jaxengine.base.numbers import ceil_to
-from jaxengine.device import steps
+from jaxengine.device import checksums
 from jaxengine.device.kv_cache import Cache
 from jaxengine.host.page_pool import PagePool
 from jaxengine.host.sample import Sample
@@ -51,7 +51,7 @@ class PageChecksums:
         pages = [(page, pool.births[page], count) for page, count in filled.items() if count > 0]
         ids = np.zeros(ceil_to(len(pages), PAGES), np.int32)
         ids[: len(pages)] = [page for page, *_ in pages]
-        sums = [steps.token_sums(cache, part, kernels=self.kernels) for part in ids.reshape(-1, PAGES)]
+        sums = [checksums.token_sums(cache, part, kernels=self.kernels) for part in ids.reshape(-1, PAGES)]
         return Watch([list(sample.pages) for sample in samples], pages, sums)
 
     def damaged(self, watch: Watch, pool: PagePool) -> set[int]:

@@ -18,17 +18,12 @@ from jaxengine.base.progress import Report, say_nothing
 from jaxengine.config import PROBE_TOKENS, QUERY_BLOCK, EngineConfig, ModelConfig
 from jaxengine.device import steps
 from jaxengine.device.kv_cache import Cache
-from jaxengine.device.step_inputs import Copies, QueryBlocks, RowOutputs
+from jaxengine.device.step_inputs import Copies, RowOutputs
 from jaxengine.engine.batch import BatchBuilder, rows_of
-from jaxengine.models.decoder import Tile
 from jaxengine.models.params import Decoder
 from jaxengine.ops.kernels import Kernels
-
-BASE = Tile(tokens=1, blocks=8)
-TILES = {
-    "decode": (Tile(1, 2), BASE, Tile(1, 32)),
-    "prefill": (Tile(QUERY_BLOCK, 2), Tile(QUERY_BLOCK, 8), Tile(QUERY_BLOCK, 32)),
-}
+from jaxengine.ops.query_blocks import QueryBlocks
+from jaxengine.ops.tiles import BASE, HISTORY_ROWS, TILES, Tile
 
 
 class StepVariants:
@@ -168,7 +163,7 @@ class StepVariants:
         written = [
             _written_part(pool, count)
             for keys, values in zip(pages.keys, pages.values, strict=True)
-            for pool in self.kernels.by_token(np.asarray(keys), np.asarray(values))
+            for pool in self.kernels.attention.by_token(np.asarray(keys), np.asarray(values))
         ]
         return cache, outputs + written
 
@@ -178,10 +173,11 @@ class StepVariants:
         tables[slot, : self.engine_config.probe_pages] = self.engine_config.num_pages + np.arange(
             self.engine_config.probe_pages
         )
-        slots.limit[slot], slots.num_logprobs[slot] = self.engine_config.max_model_len + 1, self._max_logprobs
-        tokens = np.zeros((8, self.engine_config.max_model_len), np.int32)
+        slots.request.limit[slot] = self.engine_config.max_model_len + 1
+        slots.request.num_logprobs[slot] = self._max_logprobs
+        tokens = np.zeros((HISTORY_ROWS, self.engine_config.max_model_len), np.int32)
         tokens[0, :num_tokens] = np.random.RandomState(0).randint(0, self.model_config.vocab_size, num_tokens)
-        upload_slots = np.full(8, self.batch.num_slots, np.int32)
+        upload_slots = np.full(HISTORY_ROWS, self.batch.num_slots, np.int32)
         upload_slots[0] = slot
         return slot, tables, slots, (upload_slots, tokens)
 

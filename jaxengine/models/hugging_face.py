@@ -1,4 +1,7 @@
-"""Hugging Face's config.json and tensor names, in both directions. What the families share; each family file adds its differences."""
+"""Hugging Face's config.json and tensor names, in both directions.
+
+What the families share; each family file adds its differences.
+"""
 
 import math
 from typing import Any
@@ -58,7 +61,9 @@ def given(hf: dict[str, Any], key: str, default: Any) -> Any:
 
 def end_tokens(eos_token_id: Any) -> tuple[int, ...]:
     """The end tokens that config.json or generation_config.json names: none, one or a list."""
-    tokens = () if eos_token_id is None else eos_token_id if isinstance(eos_token_id, list) else (eos_token_id,)
+    if eos_token_id is None:
+        return ()
+    tokens = eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
     return tuple(integer("eos_token_id", token, 0) for token in tokens)
 
 
@@ -72,7 +77,10 @@ def rope_config(hf: dict[str, Any]) -> RopeConfig:
         )
     if scaling.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0)) != 1.0:
         raise ValueError("partial_rotary_factor other than 1 is not supported")
-    number = lambda name, default: real(name, given(scaling, name, default), 0.0, open_low=True)
+
+    def number(name: str, default: float) -> float:
+        return real(name, given(scaling, name, default), 0.0, open_low=True)
+
     theta, length = number("rope_theta", given(hf, "rope_theta", 10_000.0)), hf["max_position_embeddings"]
     # In this order, as in transformers: some configurations name the number beside the rope's parameters.
     original = hf.get("original_max_position_embeddings") or scaling.get("original_max_position_embeddings") or length
@@ -111,7 +119,10 @@ def _yarn_attention_factor(scaling: dict[str, Any], factor: float) -> float:
     """How much yarn scales the rotations. Peng et al. 2023, arXiv:2309.00071, equation 22."""
     if scaling.get("attention_factor") is not None:
         return real("attention_factor", scaling["attention_factor"], 0.0, open_low=True)
-    scale = lambda m: 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    def scale(m: float) -> float:
+        return 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0
+
     mscale, all_dim = (real(name, given(scaling, name, 0.0), 0.0) for name in ("mscale", "mscale_all_dim"))
     return scale(mscale) / scale(all_dim) if mscale and all_dim else scale(1.0)
 
@@ -213,22 +224,34 @@ def _vocabulary(model_config: ModelConfig, target: str, source: str) -> Entry:
         out[:size] = sources[0]
         return out.reshape(model_config.reduction_leaves, -1, width)
 
-    return Entry(target, (source,), ((size, width),), pack, lambda leaf: (leaf.reshape(-1, width)[:size],))
+    def unpack(leaf):
+        return (leaf.reshape(-1, width)[:size],)
+
+    return Entry(target, (source,), ((size, width),), pack, unpack)
 
 
 def _outputs(model_config: ModelConfig, target: str, sources: list[str], shapes: list[tuple[int, ...]]) -> Entry:
     """Matrices [N, K] (or biases [N]) cut along N into leaves, and joined leaf by leaf."""
     leaves = model_config.reduction_leaves
-    cut = lambda x: x.reshape(leaves, x.shape[0] // leaves, *x.shape[1:])
     edges = np.cumsum([shape[0] // leaves for shape in shapes])[:-1]
-    unpack = lambda leaf: [part.reshape(-1, *part.shape[2:]) for part in np.split(leaf, edges, axis=1)]
-    return Entry(
-        target, tuple(sources), tuple(shapes), lambda parts: np.concatenate([cut(x) for x in parts], axis=1), unpack
-    )
+
+    def pack(parts):
+        return np.concatenate([x.reshape(leaves, x.shape[0] // leaves, *x.shape[1:]) for x in parts], axis=1)
+
+    def unpack(leaf):
+        return [part.reshape(-1, *part.shape[2:]) for part in np.split(leaf, edges, axis=1)]
+
+    return Entry(target, tuple(sources), tuple(shapes), pack, unpack)
 
 
 def _inputs(model_config: ModelConfig, target: str, source: str, shape: tuple[int, int]) -> Entry:
     """[N, K] cut along K into leaves."""
     leaves, (n, k) = model_config.reduction_leaves, shape
-    pack = lambda sources: np.ascontiguousarray(sources[0].reshape(n, leaves, k // leaves).swapaxes(0, 1))
-    return Entry(target, (source,), (shape,), pack, lambda leaf: (leaf.swapaxes(0, 1).reshape(n, k),))
+
+    def pack(sources):
+        return np.ascontiguousarray(sources[0].reshape(n, leaves, k // leaves).swapaxes(0, 1))
+
+    def unpack(leaf):
+        return (leaf.swapaxes(0, 1).reshape(n, k),)
+
+    return Entry(target, (source,), (shape,), pack, unpack)

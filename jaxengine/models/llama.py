@@ -10,9 +10,11 @@ MODEL_TYPE = "llama"
 
 
 def configure(hf: dict[str, Any]) -> ModelConfig:
+    """ModelConfig of a parsed config.json."""
     biased = flag("attention_bias", given(hf, "attention_bias", False))
     return model_config_of(hf, qkv_bias=biased, out_bias=biased)
 
 
 def differences(model_config: ModelConfig) -> dict[str, Any]:
+    """What this family's config.json says beside what all families' say."""
     return {"attention_bias": model_config.qkv_bias, "mlp_bias": False}

@@ -1,4 +1,7 @@
-"""From a Hugging Face folder to parameters on the device and back, leaf by leaf: never two copies of a model in memory."""
+"""From a Hugging Face folder to parameters on the device and back.
+
+Leaf by leaf, so that a model is never in memory twice.
+"""
 
 import contextlib
 import dataclasses
@@ -17,7 +20,7 @@ from checkpoints.model_folder import read_config, read_generation_config
 from checkpoints.safetensors_files import open_folder
 from jaxengine.config import DTYPES, ModelConfig
 from jaxengine.models import hugging_face, registry
-from jaxengine.models.params import Decoder, map_declared
+from jaxengine.models.params import Decoder, by_path, declare, map_declared
 
 OTHER_NAMES = {"half": "float16", "float": "float32"}  # of dtypes, in vLLM
 
@@ -63,18 +66,21 @@ def dtype_name(dtype: Any, auto: str) -> str:
     return name
 
 
-def load(
-    folder: Path, model_config: ModelConfig, progress: Callable[[int, int], None] = lambda done, total: None
-) -> Decoder:
-    """Parameters of a folder, in the configuration's dtype. Raises ValueError listing what does not fit, before memory is taken."""
-    leaves: dict[str, jax.Array] = {}
+def load(folder: Path, model_config: ModelConfig, progress: Callable[[int, int], None] | None = None) -> Decoder:
+    """Parameters of a folder, in their declared dtypes.
+
+    Raises ValueError listing what does not fit, before memory is taken.
+    """
+    declared, leaves = by_path(declare(model_config)), {}
     with open_folder(folder) as tensors:
         table = hugging_face.key_table(model_config)
         for target, array in key_table.read(tensors, table, ignore=hugging_face.ignored_keys(model_config)):
-            leaves[target] = jax.device_put(
-                np.array(array, jnp.dtype(model_config.dtype), order="C")
-            )  # a copy: the file may change or go
-            progress(len(leaves), len(table))
+            own = np.array(
+                array, jnp.dtype(declared[target].dtype), order="C"
+            )  # a copy, because the file may change or go
+            leaves[target] = jax.device_put(own)
+            if progress is not None:
+                progress(len(leaves), len(table))
     return map_declared(lambda path, _: leaves[path], model_config)
 
 
@@ -83,17 +89,12 @@ def save(
 ) -> None:
     """Write config.json and safetensors that transformers opens. `dtype` converts on the way out."""
     model_config = model_config if dtype is None else dataclasses.replace(model_config, dtype=dtype)
-    paths: dict[str, Any] = {}
-    jax.tree_util.tree_map_with_path(
-        lambda path, x: paths.setdefault(jax.tree_util.keystr(path, simple=True, separator="."), x), params
-    )
-    key_table.write(
-        folder,
-        hugging_face.key_table(model_config),
-        lambda target: np.asarray(paths[target]).astype(jnp.dtype(model_config.dtype)),
-    )
+    declared, leaves = by_path(declare(model_config)), by_path(params)
+
+    def stored(target: str) -> np.ndarray:
+        return np.asarray(leaves[target]).astype(jnp.dtype(declared[target].dtype))
+
+    key_table.write(folder, hugging_face.key_table(model_config), stored)
     family = registry.family(model_config.architecture)
-    text = json.dumps(
-        hugging_face.config_json(model_config, family.MODEL_TYPE) | family.differences(model_config), indent=2
-    )
-    Path(folder, "config.json").write_text(text + "\n")
+    config = hugging_face.config_json(model_config, family.MODEL_TYPE) | family.differences(model_config)
+    Path(folder, "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -1,6 +1,7 @@
-"""The decoder once more, in plain float32 and nothing else: no pages, no tiles, no pinned regions, one sequence.
+"""The decoder a second time, in plain float32 and nothing else: no pages, no tiles, no pinned regions, one sequence.
 
-What drift is measured against, and what gradients and tokens are compared with. Only the declarations of the parameters are shared.
+What drift is measured against, and what gradients and tokens are compared with. Only the declarations of the parameters
+are shared.
 """
 
 import functools
@@ -18,7 +19,7 @@ dot = functools.partial(jnp.einsum, precision="highest")
 
 
 def logits(model_config: ModelConfig, params: Decoder, tokens: Int[Array, " T"]) -> Float[Array, "T V"]:
-    """Logits of the token behind each position."""
+    """Logits of the token after each position."""
     x = hidden_states(model_config, params, tokens)
     head = params.output_head
     return dot("td,vd->tv", x, _joined(head))[:, : model_config.vocab_size]
@@ -53,9 +54,8 @@ def _attention(model_config: ModelConfig, layer: Layer, y: Float[Array, "T D"]) 
         packed += attention.qkv_bias.astype(jnp.float32)[:, None]
     heads = packed.reshape(leaves, length, -1, h)
     each = model_config.num_attention_heads // leaves, model_config.num_key_value_heads // leaves
-    q, k, v = (
-        part.transpose(1, 0, 2, 3).reshape(length, -1, h) for part in jnp.split(heads, [each[0], sum(each)], axis=2)
-    )
+    parts = jnp.split(heads, [each[0], sum(each)], axis=2)
+    q, k, v = (part.transpose(1, 0, 2, 3).reshape(length, -1, h) for part in parts)
     if attention.q_norm is not None and attention.k_norm is not None:
         q, k = _norm(model_config, q, attention.q_norm), _norm(model_config, k, attention.k_norm)
     mixed = _causal(_rotated(model_config, q), _rotated(model_config, k), v)
@@ -64,13 +64,9 @@ def _attention(model_config: ModelConfig, layer: Layer, y: Float[Array, "T D"]) 
 
 
 def _rotated(model_config: ModelConfig, x: Float[Array, "T heads h"]) -> Float[Array, "T heads h"]:
-    angles = jnp.arange(x.shape[0], dtype=jnp.float32)[:, None, None] * inverse_frequencies(
-        model_config.rope, model_config.head_dim
-    )
-    cos, sin = (
-        jnp.cos(angles) * model_config.rope.attention_factor,
-        jnp.sin(angles) * model_config.rope.attention_factor,
-    )
+    rope, positions = model_config.rope, jnp.arange(x.shape[0], dtype=jnp.float32)
+    angles = positions[:, None, None] * inverse_frequencies(rope, model_config.head_dim)
+    cos, sin = jnp.cos(angles) * rope.attention_factor, jnp.sin(angles) * rope.attention_factor
     a, b = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 

@@ -9,8 +9,10 @@ MODEL_TYPE = "qwen2"
 
 
 def configure(hf: dict[str, Any]) -> ModelConfig:
+    """ModelConfig of a parsed config.json."""
     return model_config_of(hf, qkv_bias=True)
 
 
 def differences(model_config: ModelConfig) -> dict[str, Any]:
+    """What this family's config.json says beside what all families' say."""
     return {}

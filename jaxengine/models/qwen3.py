@@ -10,10 +10,12 @@ MODEL_TYPE = "qwen3"
 
 
 def configure(hf: dict[str, Any]) -> ModelConfig:
+    """ModelConfig of a parsed config.json."""
     biased = flag("attention_bias", given(hf, "attention_bias", False))
     hf = {"head_dim": 128} | hf  # transformers' default, whatever the hidden size
     return model_config_of(hf, qk_norm=True, qkv_bias=biased, out_bias=biased)
 
 
 def differences(model_config: ModelConfig) -> dict[str, Any]:
+    """What this family's config.json says beside what all families' say."""
     return {"attention_bias": model_config.qkv_bias}

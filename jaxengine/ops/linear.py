@@ -1,4 +1,6 @@
-"""Matrix products with weights `[leaf, N, K]`: outputs by rows, as Hugging Face stores them and as a CPU reads them fastest."""
+"""Matrix products with weights `[leaf, N, K]`: outputs by rows, as Hugging Face stores them and as a CPU reads them
+fastest.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +8,10 @@ from jaxtyping import Array, Float
 
 
 def dot(x: Float[Array, "leaf t K"], w: Float[Array, "leaf N K"]) -> Float[Array, "leaf t N"]:
-    """One dot per leaf at one shape, accumulated in float32. A float32 weight asks for full precision, on every device."""
+    """One dot per leaf at one shape, accumulated in float32.
+
+    A float32 weight asks for full precision, on every device.
+    """
     precision = jax.lax.Precision.HIGHEST if w.dtype == jnp.float32 else None
     numbers = (((2,), (2,)), ((0,), (0,)))
     if w.shape[0] > 1:

@@ -1,7 +1,8 @@
 """The decoder's ops by Pallas kernels, on a TPU or a GPU. kernels.py says what each op has to be.
 
-A product runs inside its caller's pinned region, whose element-wise code still is XLA's. Attention and the write take all blocks at once: a
-kernel's bits do not depend on what else it is given, and between kernels nothing but copying and one conversion happens.
+A product runs inside its caller's pinned region, whose element-wise code is still XLA's. Attention and the write take
+all blocks at once, because a kernel's bits do not depend on what else it is given; between kernels nothing but copying
+and one conversion happens.
 """
 
 import dataclasses
@@ -12,60 +13,56 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxengine.base.numbers import ceil_to
 from jaxengine.config import ModelConfig
-from jaxengine.device.step_inputs import QueryBlocks
+from jaxengine.ops.query_blocks import QueryBlocks
 from pallas_kernels import paged_attention_inputs as inputs
+from pallas_kernels.draw import draw_and_score
+from pallas_kernels.draw_reference import Draw
 from pallas_kernels.implementations import Implementation
 from pallas_kernels.kv_write import kv_write
 from pallas_kernels.matmul import matmul
 from pallas_kernels.paged_attention import paged_attention
-from pallas_kernels.sampling import draw_and_score
-from pallas_kernels.sampling_reference import Draw
 from pallas_kernels.sizes import LANES, MATMUL
 from pallas_kernels.sizes_attention import ATTENTION, attention_sizes
 from sharding.leaves import tree_sum
 
 GPU_WIDTHS = (16, 32, 64, 128, 256)  # of heads in pages: Triton's arrays are powers of two
+WIDE_ROWS = (
+    128,
+)  # a product reads the weights once for so many rows, and a matrix unit takes them in the time of a few
+
+
+def check_model(implementation: Implementation, model_config: ModelConfig) -> None:
+    """Raises ValueError for a model with a dtype or heads that the kernels do not take."""
+    name = implementation.name
+    allowed = [dtype for family, dtype in MATMUL if family == implementation.device]
+    if model_config.dtype not in allowed:
+        raise ValueError(
+            f"kernels {name!r} take weights in {' or '.join(allowed)}, got {model_config.dtype}: give another dtype, "
+            "or take kernels 'xla'"
+        )
+    if name == "pallas_gpu" and model_config.head_dim > GPU_WIDTHS[-1]:
+        raise ValueError(
+            f"kernels {name!r} take heads of at most {GPU_WIDTHS[-1]}, got head_dim={model_config.head_dim}: "
+            "take kernels 'xla'"
+        )
+
+
+def _sizes_of_device(table: dict[tuple[str, str], Any], device: str) -> dict[str, Any]:
+    """A device's block sizes by dtype, ready for JSON: how a sum is split is part of its bits."""
+    return {dtype: dataclasses.asdict(sizes) for (family, dtype), sizes in table.items() if family == device}
 
 
 @dataclasses.dataclass(frozen=True)
-class Pallas:
-    """Keys and values lie alike, `[P, K, p, h]`, wider than the heads where the device wants it: what is behind a head is 0."""
+class PallasProducts:
+    """One kernel call for each leaf."""
 
     implementation: Implementation
 
-    @property
-    def name(self) -> str:
-        return self.implementation.name
-
-    @property
-    def wide_rows(self) -> tuple[int, ...]:
-        """A product reads the weights once for so many rows, and a matrix unit takes them in the time of a few."""
-        return (128,)
-
     def parts(self) -> dict[str, Any]:
-        """The device's block sizes with the name: how a sum is split is part of its bits."""
         device = self.implementation.device
-        of_device = lambda table: {
-            kind: dataclasses.asdict(blocks) for (family, kind), blocks in table.items() if family == device
-        }
-        return {"name": self.name, "device": device, "matmul": of_device(MATMUL), "attention": of_device(ATTENTION)}
-
-    def check(self, model_config: ModelConfig) -> None:
-        """Raises ValueError for a model whose dtype or heads the kernels do not take."""
-        allowed = [dtype for family, dtype in MATMUL if family == self.implementation.device]
-        if model_config.dtype not in allowed:
-            raise ValueError(
-                f"kernels {self.name!r} take weights in {' or '.join(allowed)}, got {model_config.dtype}: give another dtype, "
-                "or take kernels 'xla'"
-            )
-        if self.name == "pallas_gpu" and model_config.head_dim > GPU_WIDTHS[-1]:
-            raise ValueError(
-                f"kernels {self.name!r} take heads of at most {GPU_WIDTHS[-1]}, got head_dim={model_config.head_dim}: "
-                "take kernels 'xla'"
-            )
-
-    # -- rows ------------------------------------------------------------------------------------------------------------------
+        return {"device": device, "matmul": _sizes_of_device(MATMUL, device)}
 
     def embed(self, table: Float[Array, "leaf V D"], ids: Int[Array, " t"]) -> Float[Array, "t D"]:
         return table.reshape(-1, table.shape[-1])[ids].astype(jnp.float32)
@@ -80,44 +77,52 @@ class Pallas:
         return tree_sum(self._of_leaves(x, w))
 
     def _of_leaves(self, x: Array, w: Array, **how: Any) -> Array:
-        """One product a leaf; x is the leaf's own `[leaf, t, K]`, or all leaves' `[t, K]`. One leaf is a view of the weight: a slice
-        of several would be a copy."""
+        """The product of each leaf. x is the leaf's own `[leaf, t, K]`, or all leaves' `[t, K]`.
+
+        One leaf is passed as a view of the weight, because a slice of several leaves would be a copy.
+        """
         run, shared = functools.partial(matmul, implementation=self.implementation, **how), x.ndim == 2
         if w.shape[0] == 1:
             return run(x if shared else x[0], w[0])[None]
         return jax.vmap(run, in_axes=(None if shared else 0, 0))(x, w)
 
-    def draw_and_score(
-        self, logits: Float[Array, "t V"], given: Int[Array, " t"], uniforms: Float[Array, "t 2"] | None = None
-    ) -> Draw:
-        return draw_and_score(logits, given, uniforms, implementation=self.implementation)
 
-    # -- pages -----------------------------------------------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True)
+class PallasAttention:
+    """Keys and values are laid out alike, `[P, K, p, width]`.
+
+    Where the device wants rows wider than a head, the rest is 0.
+    """
+
+    implementation: Implementation
+
+    def parts(self) -> dict[str, Any]:
+        device = self.implementation.device
+        return {"device": device, "attention": _sizes_of_device(ATTENTION, device)}
 
     def pools(self, model_config: ModelConfig, num_pages: int, page_size: int) -> tuple[Any, Any]:
         """Raises ValueError for a page size that does not divide the kernel's tile of keys."""
-        dtype, heads, width = (
-            jnp.dtype(model_config.dtype),
-            model_config.num_key_value_heads,
-            self._width(model_config.head_dim),
-        )
+        dtype, heads = jnp.dtype(model_config.dtype), model_config.num_key_value_heads
+        width = self._width(model_config.head_dim)
         tile = attention_sizes(self.implementation.device, dtype, heads, width).kv_tile
         if tile % page_size:
             raise ValueError(
-                f"kernels {str(self.implementation)!r} take {tile} keys of this model at a time, and whole pages: page_size "
-                f"must divide that, got {page_size}"
+                f"kernels {str(self.implementation)!r} take {tile} keys of this model at a time, and whole pages: "
+                f"page_size must divide that, got {page_size}"
             )
         pool: Any = jax.ShapeDtypeStruct((num_pages, heads, page_size, width), dtype)
         return pool, pool
 
     def _width(self, head_dim: int) -> int:
-        if self.name == "pallas_gpu":
+        if self.implementation.name == "pallas_gpu":
             return next(width for width in GPU_WIDTHS if width >= head_dim)
-        return -(-head_dim // LANES) * LANES
+        return ceil_to(head_dim, LANES)
 
     def as_pages(self, k: Float[Array, "B r K h"], v: Float[Array, "B r K h"]) -> tuple[Array, Array]:
-        lay = lambda x: inputs.widen(x.transpose(0, 2, 1, 3), self._width(x.shape[-1]))
-        return lay(k), lay(v)
+        return self._page(k), self._page(v)
+
+    def _page(self, x: Float[Array, "B r K h"]) -> Float[Array, "B K r width"]:
+        return inputs.widen(x.transpose(0, 2, 1, 3), self._width(x.shape[-1]))
 
     def by_token(self, keys: Any, values: Any) -> tuple[Any, Any]:
         return keys.transpose(0, 2, 1, 3), values.transpose(0, 2, 1, 3)
@@ -135,7 +140,9 @@ class Pallas:
         tables: Int[Array, "slots n"],
         blocks: QueryBlocks,
     ) -> tuple[Array, Array]:
-        """Where two blocks hold the same tokens, as those of a probe do, they hold the same bits, and it does not matter whose stay."""
+        """Two blocks that hold the same tokens (a probe's) hold the same bits, so the order in which they are written
+        does not matter.
+        """
         pages = kv_write(inputs.Pages(keys, values), k, v, _located(tables, blocks), implementation=self.implementation)
         return pages.keys, pages.values
 
@@ -160,3 +167,15 @@ class Pallas:
 
 def _located(tables: Int[Array, "slots n"], blocks: QueryBlocks) -> inputs.PagedBlocks:
     return inputs.PagedBlocks(tables, blocks.slots, blocks.starts, blocks.counts)
+
+
+@dataclasses.dataclass(frozen=True)
+class PallasDraw:
+    """One kernel call for all rows of a tile."""
+
+    implementation: Implementation
+
+    def draw_and_score(
+        self, logits: Float[Array, "t V"], given: Int[Array, " t"], uniforms: Float[Array, "t 2"] | None = None
+    ) -> Draw:
+        return draw_and_score(logits, given, uniforms, implementation=self.implementation)

@@ -1,14 +1,15 @@
-"""Pinned regions: pieces of the forward pass whose bits do not depend on what stands around them.
+"""Pinned regions: pieces of the forward pass with bits that do not depend on the code around them.
 
-XLA picks a dot's algorithm by its shape and fuses element-wise code by its surroundings, so one Python function traced at two token
-counts, or with and without gradients, gives different bits. A region runs on tiles of a fixed number of rows, in a loop whose body is
-the same HLO wherever it stands: a loop's body is compiled apart from the code around it, and a trip count that is known only at run
-time keeps XLA from unrolling the loop into that code. The same count lets a half-empty step skip its empty tiles.
-Under differentiation a region saves its inputs and recomputes, so the values seen inside `value_and_grad` are the same loop's.
+XLA picks a dot's algorithm by its shape and fuses element-wise code by its surroundings, so one Python function traced
+at two token counts, or with and without gradients, gives different bits. A region runs on tiles of a fixed number of
+rows, in a loop with a body that is the same HLO in every program: XLA compiles a loop's body apart from the code around
+it, and a trip count that is known only at run time keeps XLA from unrolling the loop into that code. The same count
+lets a half-empty step skip its empty tiles. Under differentiation a region saves its inputs and recomputes, so the
+values seen inside `value_and_grad` are the same loop's.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from jaxengine.base.numbers import cdiv
 from pallas_kernels.tiles import is_float, unknown_zero
 
 Tree = Any
@@ -24,7 +26,7 @@ Tree = Any
 def over_tiles(body: Callable[[Tree, Tree], Tree], tile: int, weights: Tree, rows: Tree, count: Int[Array, ""]) -> Tree:
     """`body(weights, rows of one tile)` over the first `count` of the rows `[R, ...]`; R is a multiple of `tile`.
 
-    Rows behind the last tile that holds one of the first `count` rows are zeros. `count` must be known at run time only
+    Rows after the last tile that holds one of the first `count` rows are zeros. `count` must be known at run time only
     (an argument of the step, or computed from one). Differentiable in weights and rows.
     """
     return _over_tiles(body, tile, weights, rows, count)
@@ -35,18 +37,28 @@ def _over_tiles(body, tile, weights, rows, count):
     size = jax.tree.leaves(rows)[0].shape[0]
     assert size % tile == 0, f"{size} rows are no whole number of tiles of {tile}"
     shapes = jax.eval_shape(body, weights, jax.tree.map(lambda x: x[:tile], rows))
-    # Zeros that follow from the rows and the count: XLA would else make those of every region of a program first, and keep them all.
-    # Where a region is computed again, its rows were known long before; the count waits for its turn (rl/forward.py).
+    # Depends on the rows and on `count`, so that XLA cannot make the zeros of all regions of a program first and keep
+    # them. Where a region is computed again, its rows were known long before; `count` becomes known at its turn
+    # (device/trunk.py).
     zero = unknown_zero(jax.tree.leaves(rows)[0], count)
-    out = jax.tree.map(lambda s: jnp.full((size, *s.shape[1:]), zero, s.dtype), shapes)
+
+    def zeros(part: jax.ShapeDtypeStruct) -> Array:
+        return jnp.full((size, *part.shape[1:]), zero, part.dtype)
 
     def step(i, out):
-        part = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i * tile, tile), rows)
-        return jax.tree.map(
-            lambda o, y: jax.lax.dynamic_update_slice_in_dim(o, y, i * tile, 0), out, body(weights, part)
-        )
+        return _put(out, i, tile, body(weights, _cut(rows, i, tile)))
 
-    return jax.lax.fori_loop(0, -(-count // tile), step, out)
+    return jax.lax.fori_loop(0, cdiv(count, tile), step, jax.tree.map(zeros, shapes))
+
+
+def _cut(rows: Tree, i: Array, tile: int) -> Tree:
+    """Tile i of each array."""
+    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i * tile, tile), rows)
+
+
+def _put(rows: Tree, i: Array, tile: int, part: Tree) -> Tree:
+    """The arrays with `part` as tile i of each."""
+    return jax.tree.map(lambda x, p: jax.lax.dynamic_update_slice_in_dim(x, p, i * tile, 0), rows, part)
 
 
 def _forward(body, tile, weights, rows, count):
@@ -56,51 +68,54 @@ def _forward(body, tile, weights, rows, count):
 def _backward(body, tile, saved, cotangent):
     # The barrier keeps XLA from merging the recomputation with the forward loop, which would fuse across the region.
     weights, rows, count = jax.lax.optimization_barrier(saved)
-    weight_leaves, weight_tree = jax.tree.flatten(weights)
-    row_leaves, row_tree = jax.tree.flatten(rows)
-    float_weights, float_rows = [is_float(x) for x in weight_leaves], [is_float(x) for x in row_leaves]
-
-    def apply(some_weights, some_rows, part):
-        return body(
-            weight_tree.unflatten(_merge(float_weights, some_weights, weight_leaves)),
-            row_tree.unflatten(_merge(float_rows, some_rows, part)),
-        )
+    weights, rows = _Floats(weights), _Floats(rows)
 
     def step(i, gradients):
         total, of_rows = gradients
-        cut = lambda x: jax.lax.dynamic_slice_in_dim(x, i * tile, tile)
-        part = [cut(x) for x in row_leaves]
-        _, pullback = jax.vjp(
-            lambda w, r: apply(w, r, part), _pick(float_weights, weight_leaves), _pick(float_rows, part)
-        )
-        more, of_part = pullback(jax.tree.map(cut, cotangent))
-        put = lambda whole, x: jax.lax.dynamic_update_slice_in_dim(whole, x, i * tile, 0)
-        return [t + g.astype(jnp.float32) for t, g in zip(total, more, strict=True)], [*map(put, of_rows, of_part)]
+        part = _cut(rows.leaves, i, tile)
+
+        def apply(some_weights, some_rows):
+            return body(weights.with_floats(some_weights, weights.leaves), rows.with_floats(some_rows, part))
+
+        _, pullback = jax.vjp(apply, weights.pick(weights.leaves), rows.pick(part))
+        more, of_part = pullback(_cut(cotangent, i, tile))
+        total = [t + g.astype(jnp.float32) for t, g in zip(total, more, strict=True)]
+        return total, _put(of_rows, i, tile, of_part)
 
     zero = unknown_zero(jax.tree.leaves(cotangent)[0])
-    zeros = lambda leaves, dtype: [jnp.full(x.shape, zero, dtype or x.dtype) for x in leaves]
-    start = (zeros(_pick(float_weights, weight_leaves), jnp.float32), zeros(_pick(float_rows, row_leaves), None))
-    total, of_rows = jax.lax.fori_loop(0, -(-count // tile), step, start)
-    total = [t.astype(x.dtype) for t, x in zip(total, _pick(float_weights, weight_leaves), strict=True)]
+    of_weights = [jnp.full(x.shape, zero, jnp.float32) for x in weights.pick(weights.leaves)]
+    of_rows = [jnp.full(x.shape, zero, x.dtype) for x in rows.pick(rows.leaves)]
+    total, of_rows = jax.lax.fori_loop(0, cdiv(count, tile), step, (of_weights, of_rows))
+    total = [t.astype(x.dtype) for t, x in zip(total, weights.pick(weights.leaves), strict=True)]
     return (
-        weight_tree.unflatten(_merge(float_weights, total, map(_no_gradient, weight_leaves))),
-        row_tree.unflatten(_merge(float_rows, of_rows, map(_no_gradient, row_leaves))),
-        _no_gradient(count),
+        weights.with_floats(total, map(no_gradient, weights.leaves)),
+        rows.with_floats(of_rows, map(no_gradient, rows.leaves)),
+        no_gradient(count),
     )
 
 
 _over_tiles.defvjp(_forward, _backward)
 
 
-def _no_gradient(x: Array) -> Any:
+def no_gradient(x: Array) -> Any:
     """The cotangent that JAX wants for an integer input."""
     return np.zeros(x.shape, jax.dtypes.float0)
 
 
-def _pick(chosen: list[bool], leaves: list) -> list:
-    return [x for x, take in zip(leaves, chosen, strict=True) if take]
+class _Floats:
+    """A tree's floating-point leaves, apart from its integers."""
 
+    def __init__(self, tree: Tree) -> None:
+        self.leaves, self._tree = jax.tree.flatten(tree)
+        self._chosen = [is_float(x) for x in self.leaves]
 
-def _merge(chosen: list[bool], picked: Any, others: Any) -> list:
-    picked = iter(picked)
-    return [next(picked) if take else other for take, other in zip(chosen, others, strict=True)]
+    def pick(self, leaves: list[Array]) -> list[Array]:
+        """Those of all leaves that are floating-point."""
+        return [x for x, chosen in zip(leaves, self._chosen, strict=True) if chosen]
+
+    def with_floats(self, floats: Iterable[Array], others: Iterable[Array]) -> Tree:
+        """The tree with `floats` in their places, and what `others` has in all others."""
+        floats = iter(floats)
+        return self._tree.unflatten(
+            [next(floats) if chosen else other for other, chosen in zip(others, self._chosen, strict=True)]
+        )

@@ -10,16 +10,18 @@ from jaxengine.config import RopeConfig
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
-    """Angle per position of each pair of dimensions, float32 [h / 2]."""
+    """Angle per position of each pair of dimensions, in radians, float32 `[h / 2]`."""
     exponent = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
     plain = (1.0 / rope.theta**exponent).astype(np.float32)
-    stretch = {
-        "default": lambda: plain,
-        "linear": lambda: plain / np.float32(rope.factor),
-        "llama3": lambda: _llama3(rope, plain),
-        "yarn": lambda: _yarn(rope, plain, head_dim),
-    }
-    return stretch[rope.kind]().astype(np.float32)
+    if rope.kind == "linear":
+        plain = plain / np.float32(rope.factor)
+    elif rope.kind == "llama3":
+        plain = _llama3(rope, plain)
+    elif rope.kind == "yarn":
+        plain = _yarn(rope, plain, head_dim)
+    elif rope.kind != "default":
+        raise KeyError(rope.kind)
+    return plain.astype(np.float32)
 
 
 def _llama3(rope: RopeConfig, plain: np.ndarray) -> np.ndarray:
@@ -35,19 +37,15 @@ def _yarn(rope: RopeConfig, plain: np.ndarray, head_dim: int) -> np.ndarray:
     """Interpolation by parts. Peng et al. 2023, arXiv:2309.00071, section 3.2."""
 
     def dimension(rotations: float) -> float:
-        return (
-            head_dim
-            * math.log(rope.original_max_position_embeddings / (rotations * 2 * math.pi))
-            / (2 * math.log(rope.theta))
-        )
+        turns = rope.original_max_position_embeddings / (rotations * 2 * math.pi)
+        return head_dim * math.log(turns) / (2 * math.log(rope.theta))
 
     low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
-    ramp = np.clip(
-        (np.arange(head_dim // 2) - low) / ((high - low) or 0.001), 0.0, 1.0
-    )  # high < low is as in transformers
+    width = (high - low) or 0.001  # high < low is as in transformers
+    ramp = np.clip((np.arange(head_dim // 2) - low) / width, 0.0, 1.0)
     return plain / rope.factor * ramp + plain * (1 - ramp)
 
 

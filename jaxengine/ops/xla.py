@@ -9,35 +9,30 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxengine.config import KV_TILE, ModelConfig
-from jaxengine.device.step_inputs import QueryBlocks
 from jaxengine.ops.linear import dot, split_outputs
+from jaxengine.ops.query_blocks import QueryBlocks
 from jaxengine.ops.regions import over_tiles
+from jaxengine.ops.tiles import ATTENTION_TILE
+from pallas_kernels.draw_reference import Draw, plain_draw
 from pallas_kernels.paged_attention_cpu import paged_attention
 from pallas_kernels.pinned_math import silu
-from pallas_kernels.sampling_reference import Draw, plain_draw
 from sharding.leaves import tree_sum
-
-# Query blocks that attention takes together, in every step: more do not stay in a CPU's cache, and with fewer XLA compiles
-# the exponentials of so small an array to other bits.
-ATTENTION_TILE = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class Xla:
-    """Keys lie transposed, `[P, K, h, p]`, so that a score is a plain dot with the keys of a tile in a row; values are `[P, K, p, h]`."""
-
-    name = "xla"
-    wide_rows = ()
+class XlaProducts:
+    """One dot at one shape for each product, whatever its tile is part of."""
 
     def parts(self) -> dict[str, Any]:
-        return {"name": self.name}
-
-    # -- rows ------------------------------------------------------------------------------------------------------------------
+        return {}
 
     def embed(self, table: Float[Array, "leaf V D"], ids: Int[Array, " t"]) -> Float[Array, "t D"]:
-        """One slice a token: a gather would make XLA on CPU widen the whole table first."""
+        """One slice a token, because a gather would make XLA on CPU widen the whole table first."""
         flat = table.reshape(-1, table.shape[-1])
-        put = lambda i, out: jax.lax.dynamic_update_slice_in_dim(out, slice_widened(flat, ids[i], 1, 0, i), i, 0)
+
+        def put(i, out):
+            return jax.lax.dynamic_update_slice_in_dim(out, slice_widened(flat, ids[i], 1, 0, i), i, 0)
+
         return jax.lax.fori_loop(0, ids.shape[0], put, jnp.zeros((ids.shape[0], flat.shape[1]), jnp.float32))
 
     def outputs(self, x: Float[Array, "t K"], w: Float[Array, "leaf N K"]) -> Float[Array, "leaf t N"]:
@@ -50,28 +45,24 @@ class Xla:
     def summed(self, x: Float[Array, "leaf t K"], w: Float[Array, "leaf N K"]) -> Float[Array, "t N"]:
         return tree_sum(dot(x, w))
 
-    def draw_and_score(
-        self, logits: Float[Array, "t V"], given: Int[Array, " t"], uniforms: Float[Array, "t 2"] | None = None
-    ) -> Draw:
-        return plain_draw(logits, given, uniforms)
 
-    # -- pages -----------------------------------------------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True)
+class XlaAttention:
+    """Keys are stored transposed, `[P, K, h, p]`, values as `[P, K, p, h]`: a score is a plain dot with a row of the
+    tile's keys.
+    """
+
+    def parts(self) -> dict[str, Any]:
+        return {}
 
     def pools(self, model_config: ModelConfig, num_pages: int, page_size: int) -> tuple[Any, Any]:
-        heads, h, dtype = (
-            model_config.num_key_value_heads,
-            model_config.head_dim,
-            storage_dtype(jnp.dtype(model_config.dtype)),
-        )
-        return (
-            jax.ShapeDtypeStruct((num_pages, heads, h, page_size), dtype),
-            jax.ShapeDtypeStruct((num_pages, heads, page_size, h), dtype),
-        )
+        heads, h = model_config.num_key_value_heads, model_config.head_dim
+        dtype = storage_dtype(jnp.dtype(model_config.dtype))
+        keys = jax.ShapeDtypeStruct((num_pages, heads, h, page_size), dtype)
+        return keys, jax.ShapeDtypeStruct((num_pages, heads, page_size, h), dtype)
 
     def as_pages(self, k: Float[Array, "B r K h"], v: Float[Array, "B r K h"]) -> tuple[Array, Array]:
-        stored = storage_dtype(k.dtype)
-        raw = lambda x: x if x.dtype == stored else jax.lax.bitcast_convert_type(x, stored)
-        return raw(k.transpose(0, 2, 3, 1)), raw(v.transpose(0, 2, 1, 3))
+        return _stored(k.transpose(0, 2, 3, 1)), _stored(v.transpose(0, 2, 1, 3))
 
     def by_token(self, keys: Any, values: Any) -> tuple[Any, Any]:
         return keys.transpose(0, 3, 1, 2), values.transpose(0, 2, 1, 3)
@@ -89,18 +80,20 @@ class Xla:
         tables: Int[Array, "B n"],
         blocks: QueryBlocks,
     ) -> tuple[Array, Array]:
-        """The rows behind a block's count are written as they are: nothing attends to them before their own token overwrites them."""
+        """Rows after a block's count are written as they are: nothing attends to them before their own token overwrites
+        them.
+        """
         page_size = values.shape[2]
         k, v = self.as_pages(k, v)
         pages = jnp.take_along_axis(tables, (blocks.starts // page_size)[:, None], axis=1)[:, 0]
         pages, offsets = jnp.where(blocks.counts > 0, pages, 0), blocks.starts % page_size
 
-        def step(i, pool):
-            one = lambda x: jax.lax.dynamic_slice_in_dim(x, i, 1)
+        def step(i, pools):
             page, offset, zero = pages[i], offsets[i], jnp.int32(0)
+            new_k, new_v = jax.lax.dynamic_slice_in_dim(k, i, 1), jax.lax.dynamic_slice_in_dim(v, i, 1)
             return (
-                jax.lax.dynamic_update_slice(pool[0], one(k), (page, zero, zero, offset)),
-                jax.lax.dynamic_update_slice(pool[1], one(v), (page, zero, offset, zero)),
+                jax.lax.dynamic_update_slice(pools[0], new_k, (page, zero, zero, offset)),
+                jax.lax.dynamic_update_slice(pools[1], new_v, (page, zero, offset, zero)),
             )
 
         return jax.lax.fori_loop(0, blocks.num_blocks, step, (keys, values))
@@ -114,13 +107,18 @@ class Xla:
         tables: Int[Array, "B n"],
         blocks: QueryBlocks,
     ) -> Float[Array, "B r Hh"]:
-        return over_tiles(
-            functools.partial(attend_tile, model_config),
-            ATTENTION_TILE,
-            (keys, values),
-            (q, tables, blocks.starts),
-            blocks.num_blocks,
-        )
+        body = functools.partial(attend_tile, model_config)
+        return over_tiles(body, ATTENTION_TILE, (keys, values), (q, tables, blocks.starts), blocks.num_blocks)
+
+
+@dataclasses.dataclass(frozen=True)
+class XlaDraw:
+    """All rows of a tile at once."""
+
+    def draw_and_score(
+        self, logits: Float[Array, "t V"], given: Int[Array, " t"], uniforms: Float[Array, "t 2"] | None = None
+    ) -> Draw:
+        return plain_draw(logits, given, uniforms)
 
 
 def storage_dtype(dtype: jnp.dtype) -> jnp.dtype:
@@ -128,11 +126,16 @@ def storage_dtype(dtype: jnp.dtype) -> jnp.dtype:
     return jnp.dtype(jnp.uint16) if jnp.dtype(dtype).itemsize == 2 else jnp.dtype(dtype)
 
 
+def _stored(x: Array) -> Array:
+    dtype = storage_dtype(x.dtype)
+    return x if x.dtype == dtype else jax.lax.bitcast_convert_type(x, dtype)
+
+
 def slice_widened(x: Array, start: Array, size: int, axis: int, step: Array) -> Array:
     """`x[start : start + size]` along axis in float32, inside a loop at iteration `step`.
 
     XLA on CPU slices 16-bit floats by widening them first, and moves the widening of the whole array out of the loop.
-    Tied to the loop's counter it has to stay, and is fused into the slice.
+    Depends on `step`, so that XLA cannot move it, and fuses it into the slice.
     """
     x, _ = jax.lax.optimization_barrier((x, step))
     return jax.lax.dynamic_slice_in_dim(x, start, size, axis).astype(jnp.float32)

@@ -7,21 +7,21 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxengine.base.pytree import pytree
 from jaxengine.config import ModelConfig
 from jaxengine.device import scoring
-from jaxengine.device.scoring import HEAD_ROWS
-from jaxengine.device.step_inputs import SamplingArrays
-from jaxengine.device.trunk import WIDE
-from jaxengine.models.decoder import Tile
-from jaxengine.models.params import Decoder
+from jaxengine.device.scoring import ScoringArrays
+from jaxengine.models.params import Decoder, abstract
 from jaxengine.ops.kernels import Kernels
 from jaxengine.ops.norm import rms_norm
 from jaxengine.ops.regions import over_tiles
+from jaxengine.ops.tiles import HEAD_ROWS, WIDE, Tile
 from pallas_kernels.pinned_math import row_sum
 from pallas_kernels.tiles import unknown_zero
 
 
 @pytree
 class Critic:
-    """The value of a state is weight · norm(x) + bias, x the residual stream that the token's logits are made of, norm the policy's."""
+    """The value of a state is weight · norm(x) + bias, x the residual stream that the token's logits are made of, norm
+    the policy's.
+    """
 
     weight: Float[Array, " D"]
     bias: Float[Array, ""]
@@ -36,7 +36,10 @@ class ActorCritic:
 
 
 def initialise(model_config: ModelConfig) -> Critic:
-    """A critic that says 0 everywhere. Its first gradients are not zero, since they are those of a linear function's weights."""
+    """A critic with the value 0 everywhere.
+
+    Its first gradients are not zero, because they are those of a linear function's weights.
+    """
     return Critic(jnp.zeros(model_config.hidden_size, jnp.float32), jnp.zeros((), jnp.float32))
 
 
@@ -44,20 +47,21 @@ def logprobs_and_values(
     model: ActorCritic,
     tokens: Int[Array, "B T"],
     mask: Bool[Array, "B T"],
-    slots: SamplingArrays,
+    arrays: ScoringArrays,
     *,
     model_config: ModelConfig,
     kernels: Kernels,
     tile: Tile = WIDE,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"] | None]:
-    """(logprobs of the tokens under `mask`, values of the states they were drawn in), from one pass through the trunk; 0 elsewhere.
+    """(logprobs of the tokens under `mask`, values of the states they were drawn in), from one pass through the trunk;
+    0 elsewhere.
 
-    The logprobs are those of scoring.token_logprobs, by bits. Values are None without a critic. Differentiable in `model`.
+    The logprobs are those of scoring.token_logprobs, by bits. Values are None without a critic. Differentiable in
+    `model`.
     """
     x, tokens = scoring.trunk(model.policy, tokens, mask, model_config=model_config, kernels=kernels, tile=tile)
-    logprobs, _ = scoring.head_logprobs(
-        model.policy, x, tokens, mask, slots, model_config=model_config, kernels=kernels
-    )
+    how: dict = dict(model_config=model_config, kernels=kernels)
+    logprobs, _ = scoring.head_logprobs(model.policy, x, tokens, mask, arrays, **how)
     return logprobs, None if model.critic is None else _values(model_config, model.critic, model.policy.norm, x, mask)
 
 
@@ -78,16 +82,21 @@ def _values(
         return row_sum(rms_norm(rows, norm, model_config.rms_norm_eps) * critic.weight) + critic.bias
 
     found = over_tiles(body, HEAD_ROWS, (norm, critic), rows, count)[: batch * length].reshape(batch, length)
-    behind = jnp.pad(found[:, :-1], ((0, 0), (1, 0)))  # the state in front of token t is that behind token t - 1
-    return jnp.where(mask.at[:, 0].set(False), behind, 0.0)
+    before = jnp.pad(found[:, :-1], ((0, 0), (1, 0)))  # the state before token t is the one after token t - 1
+    return jnp.where(mask.at[:, 0].set(False), before, 0.0)
 
 
 def cast(model: ActorCritic, model_config: ModelConfig) -> ActorCritic:
-    """The float32 master copy as it runs: the policy in the dtype of the configuration, the critic in float32. Always a new copy.
+    """The float32 master copy as it runs: the policy in its parameters' dtypes, the critic in float32. Always a new
+    copy.
 
-    Rounded by reduce_precision: a plain conversion and the widening that a region begins with cancel in XLA's eyes, and the region would
-    see weights that were never rounded, which the engine does not have.
+    Rounded by reduce_precision, because XLA folds a plain conversion and the widening that a region begins with, and
+    the region would read weights that were never rounded, which the engine does not have.
     """
-    numbers = jnp.finfo(model_config.dtype)
-    rounded = lambda x: jax.lax.reduce_precision(x, numbers.nexp, numbers.nmant).astype(model_config.dtype)
-    return ActorCritic(jax.tree.map(rounded, model.policy), jax.tree.map(jnp.copy, model.critic))
+
+    def rounded(x: Array, declared: jax.ShapeDtypeStruct) -> Array:
+        numbers = jnp.finfo(declared.dtype)
+        return jax.lax.reduce_precision(x, numbers.nexp, numbers.nmant).astype(declared.dtype)
+
+    policy = jax.tree.map(rounded, model.policy, abstract(model_config))
+    return ActorCritic(policy, jax.tree.map(jnp.copy, model.critic))

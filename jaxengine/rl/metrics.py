@@ -1,4 +1,4 @@
-"""What practitioners watch: how far the policy that learns has moved from the one that sampled. On-policy, all of it is exactly nothing."""
+"""Metrics: how far the policy that learns has moved from the one that sampled. On-policy the distance is exactly 0."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -13,11 +13,12 @@ def mismatch(
     advantages: Float[Array, " B"] | Float[Array, "B T"],
     objective: Objective,
 ) -> dict[str, Float[Array, ""]]:
-    """Over the tokens under `mask`, as scalars: ratio_mean, ratio_max (of the objective's ratio), clip_rate (the share of tokens whose
-    gradient the clip takes), kl (of π_old from π_new, in nats a token) and max_delta (the largest |Δlogprob|).
+    """Scalars over the tokens under `mask`: ratio_mean and ratio_max of the objective's ratio, clip_rate (the share of
+    tokens that the clip leaves without a gradient), kl (of π_old from π_new, in nats a token) and max_delta (the
+    largest |Δlogprob|).
 
-    The KL is k3 of Schulman's note with r = π_new / π_old at tokens drawn from π_old (losses.kl_penalty); it is infinite, as max_delta
-    is, where π_new has cut a token from its support that π_old drew.
+    The KL is estimator k3 of losses.kl_penalty with r = π_new / π_old at tokens drawn from π_old. It is infinite, as
+    max_delta is, where π_new gives probability 0 to a token that π_old drew.
     """
     advantages = jnp.broadcast_to(advantages[:, None] if advantages.ndim == 1 else advantages, mask.shape)
     rho, delta = ratios(logprobs, old_logprobs, mask, objective), jnp.where(mask, logprobs - old_logprobs, 0.0)
@@ -39,6 +40,9 @@ def mean_over(x: Array, mask: Bool[Array, "B T"]) -> Float[Array, ""]:
 def explained_variance(
     values: Float[Array, "B T"], returns: Float[Array, "B T"], mask: Bool[Array, "B T"]
 ) -> Float[Array, ""]:
-    """1 - Var(returns - values) / Var(returns) over the tokens under `mask`: 1 is a perfect critic, 0 one that knows the mean alone."""
-    variance = lambda x: mean_over((x - mean_over(x, mask)) ** 2, mask)
-    return 1 - variance(returns - values) / jnp.maximum(variance(returns), 1e-8)
+    """1 - Var(returns - values) / Var(returns) over the tokens under `mask`: 1 for a perfect critic, 0 for the mean."""
+    return 1 - _variance(returns - values, mask) / jnp.maximum(_variance(returns, mask), 1e-8)
+
+
+def _variance(x: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, ""]:
+    return mean_over((x - mean_over(x, mask)) ** 2, mask)

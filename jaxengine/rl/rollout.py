@@ -1,11 +1,11 @@
-"""Rollout: what was generated, as the arrays that a trainer takes; on disk as safetensors."""
+"""Rollout: generated samples as the arrays that a trainer takes, and as a safetensors file."""
 
 import dataclasses
 import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -22,21 +22,20 @@ FORMAT = "jaxengine.Rollout/1"
 
 @dataclasses.dataclass(frozen=True)
 class Rollout:
-    """B samples, a row each: prompt then completion, padded on the right with token 0. A pytree of its arrays.
+    """B samples, one in each row: prompt then completion, padded on the right with token 0. A pytree of its arrays.
 
-    `score(params, rollout.tokens, rollout.mask, rollout.sampling_params, config=…)` gives `logprobs` again, bit for bit.
+    `score(params, rollout.tokens, rollout.mask, rollout.sampling_params, config=…)` gives `logprobs`, bit for bit.
     """
 
     tokens: Int[Array, "B T"]
-    mask: Bool[Array, "B T"]  # True on generated tokens, and not on those of a tool
-    logprobs: Float[Array, "B T"]  # of generated tokens, each at its own position; 0 elsewhere
+    mask: Bool[Array, "B T"]  # True on generated tokens; False on those of a tool
+    logprobs: Float[Array, "B T"]  # of generated tokens, each at its position; 0 elsewhere
     lengths: Int[Array, " B"]  # prompt and completion
     group: Int[Array, " B"]  # index of the prompt: samples of one prompt share it
     weight_versions: Int[Array, "B T"]  # of the weights that drew each generated token; -1 elsewhere
-    entropies: Float[Array, "B T"] | None = None  # of the processed distribution, where it was asked for
-    coordinates: tuple[Coordinate, ...] | None = (
-        None  # of each row, for LLM.replay; no part of the pytree: transformations drop them
-    )
+    entropies: Float[Array, "B T"] | None = None  # of the processed distribution, in nats; None where not asked for
+    # Of each row, for LLM.replay. No part of the pytree, so that jax's transformations drop them.
+    coordinates: tuple[Coordinate, ...] | None = None
 
     @classmethod
     def from_outputs(cls, outputs: Sequence[RequestOutput], *, length: int | None = None) -> "Rollout":
@@ -45,79 +44,97 @@ class Rollout:
         Raises ValueError where there is no sample, or one is longer than `length`, or only some have entropies.
         """
         rows = [
-            (group, output.prompt_token_ids, sample)
+            Row(group, output.prompt_token_ids, sample)
             for group, output in enumerate(outputs)
             for sample in output.outputs
         ]
         if not rows:
             raise ValueError("no outputs: a rollout has at least one sample")
-        lengths = np.array([len(prompt) + len(sample.token_ids) for _, prompt, sample in rows], np.int32)
+        lengths = np.array([row.stop for row in rows], np.int32)
         width = int(lengths.max()) if length is None else length
         if lengths.max() > width:
             raise ValueError(f"sample {int(lengths.argmax())} has {lengths.max()} tokens, more than length={length}")
-        place = lambda dtype, fill, part: _placed((len(rows), width), dtype, fill, rows, part)
-        versions = place(np.int32, UNDRAWN, _versions)
-        coordinates = tuple(sample.coordinate for _, _, sample in rows if sample.coordinate is not None)
+        shape = len(rows), width
+        versions = _of_completions(np.full(shape, UNDRAWN, np.int32), rows, [_versions(row.sample) for row in rows])
+        logprobs = [row.sample.token_logprobs for row in rows]
+        coordinates = tuple(row.sample.coordinate for row in rows if row.sample.coordinate is not None)
         return cls(
-            _tokens((len(rows), width), rows),
-            versions != UNDRAWN,
-            place(np.float32, 0, lambda s: s.token_logprobs),
-            lengths,
-            np.array([group for group, _, _ in rows], np.int32),
-            versions,
-            place(np.float32, 0, lambda s: s.entropies) if _have_entropies(rows) else None,
-            coordinates if len(coordinates) == len(rows) else None,
+            tokens=_tokens(shape, rows),
+            mask=versions != UNDRAWN,
+            logprobs=_of_completions(np.zeros(shape, np.float32), rows, logprobs),
+            lengths=lengths,
+            group=np.array([row.group for row in rows], np.int32),
+            weight_versions=versions,
+            entropies=_entropies(shape, rows),
+            coordinates=coordinates if len(coordinates) == len(rows) else None,
         )
 
     @property
     def sampling_params(self) -> list[SamplingParams]:
-        """Of each row, as `score` takes them. Raises ValueError where the coordinates were dropped."""
+        """Of each row, as `score` takes them. Raises ValueError where there are no coordinates."""
         if self.coordinates is None:
             raise ValueError(
-                "this rollout has no coordinates (a transformation such as jax.tree.map drops them: take the original's; "
+                "this rollout has no coordinates (transformations such as jax.tree.map drop them: take the original's; "
                 "conversations with tools have none: give the sampling parameters that they were generated with)"
             )
         return [coordinate.sampling_params for coordinate in self.coordinates]
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file, at once or not at all: arrays with every bit, and the coordinates. It must not exist yet."""
+        """Write a safetensors file of the arrays, bit for bit, and the coordinates. It is written whole or not at all.
+
+        Raises FileExistsError where the file exists.
+        """
         arrays = {field: np.asarray(getattr(self, field)) for field in ARRAYS if getattr(self, field) is not None}
         write_tensors(Path(path), arrays, {"format": FORMAT, "origins": json.dumps(_origins(self.coordinates))})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Rollout":
         """The rollout that `save` wrote. Raises ValueError naming the file where it holds something else."""
-        found, metadata = read_tensors(Path(path))
-        arrays: dict[str, Any] = found
-        if metadata.get("format") != FORMAT or not set(ARRAYS) - {"entropies"} <= arrays.keys() <= set(ARRAYS):
+        tensors, metadata = read_tensors(Path(path))
+        if metadata.get("format") != FORMAT or not set(ARRAYS) - {"entropies"} <= tensors.keys() <= set(ARRAYS):
             raise ValueError(
-                f"{path} is no rollout that Rollout.save wrote: it holds {', '.join(sorted(arrays)) or 'nothing'}"
+                f"{path} is no rollout that Rollout.save wrote: it holds {', '.join(sorted(tensors)) or 'nothing'}"
             )
+        arrays: dict[str, Any] = tensors
         loaded = cls(**arrays)
         return dataclasses.replace(loaded, coordinates=_coordinates(loaded, json.loads(metadata["origins"])))
 
 
 ARRAYS = tuple(field.name for field in dataclasses.fields(Rollout) if field.name != "coordinates")
 jax.tree_util.register_dataclass(Rollout, data_fields=list(ARRAYS), meta_fields=[], drop_fields=["coordinates"])
-Row = tuple[int, list[int], CompletionOutput]
 
 
-# -- from outputs --------------------------------------------------------------------------------------------------------------
+# -- from outputs ------------------------------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """A sample, its prompt and the index of the prompt."""
+
+    group: int
+    prompt_token_ids: list[int]
+    sample: CompletionOutput
+
+    @property
+    def start(self) -> int:
+        """Position of the completion's first token."""
+        return len(self.prompt_token_ids)
+
+    @property
+    def stop(self) -> int:
+        return self.start + len(self.sample.token_ids)
 
 
 def _tokens(shape: tuple[int, int], rows: list[Row]) -> np.ndarray:
     tokens = np.zeros(shape, np.int32)
-    for row, (_, prompt, sample) in zip(tokens, rows, strict=True):
-        row[: len(prompt)] = prompt
-        row[len(prompt) : len(prompt) + len(sample.token_ids)] = sample.token_ids
+    for out, row in zip(tokens, rows, strict=True):
+        out[: row.stop] = row.prompt_token_ids + row.sample.token_ids
     return tokens
 
 
-def _placed(shape, dtype, fill, rows: list[Row], part) -> np.ndarray:
-    """`part(sample)` on each row's generated tokens, `fill` elsewhere."""
-    out = np.full(shape, fill, dtype)
-    for row, (_, prompt, sample) in zip(out, rows, strict=True):
-        row[len(prompt) : len(prompt) + len(sample.token_ids)] = part(sample)
+def _of_completions(out: np.ndarray, rows: list[Row], values: list[Any]) -> np.ndarray:
+    """`out`, with `values[i]` written to the tokens of row i's completion."""
+    for line, row, value in zip(out, rows, values, strict=True):
+        line[row.start : row.stop] = value
     return out
 
 
@@ -126,35 +143,33 @@ def _versions(sample: CompletionOutput) -> np.ndarray:
     return np.repeat(np.array([span.version for span in spans], np.int32), [span.stop - span.start for span in spans])
 
 
-def _have_entropies(rows: list[Row]) -> bool:
-    have = {sample.entropies is not None for _, _, sample in rows}
-    if len(have) > 1:
+def _entropies(shape: tuple[int, int], rows: list[Row]) -> np.ndarray | None:
+    values = [row.sample.entropies for row in rows if row.sample.entropies is not None]
+    if not values:
+        return None
+    if len(values) < len(rows):
         raise ValueError("only some samples have entropies: ask for them in all sampling parameters, or in none")
-    return have.pop()
+    return _of_completions(np.zeros(shape, np.float32), rows, values)
 
 
-# -- on disk -------------------------------------------------------------------------------------------------------------------
+# -- on disk -----------------------------------------------------------------------------------------------------------
 
 
 def _origins(coordinates: tuple[Coordinate, ...] | None) -> dict[str, Any] | None:
-    """What of the coordinates the arrays do not hold. Rows share most contracts and sampling parameters: each is written once."""
+    """What the coordinates hold and the arrays do not. Contracts and sampling parameters that rows share stand once."""
     if coordinates is None:
         return None
+    digests = [coordinate.contract.digest for coordinate in coordinates]
+    samplings = [json.dumps(changed_sampling(coordinate.sampling_params)) for coordinate in coordinates]
     contracts = {coordinate.contract.digest: coordinate.contract.parts for coordinate in coordinates}
-    params = {json.dumps(changed_sampling(coordinate.sampling_params)): None for coordinate in coordinates}
-    digests, kinds = list(contracts), list(params)
-    rows = [
-        (
-            digests.index(c.contract.digest),
-            kinds.index(json.dumps(changed_sampling(c.sampling_params))),
-            *c.key,
-            *c.key_folds,
-        )
-        for c in coordinates
-    ]
+    distinct_digests, distinct_samplings = list(contracts), list(dict.fromkeys(samplings))
+    rows = []
+    for coordinate, digest, sampling in zip(coordinates, digests, samplings, strict=True):
+        indices = distinct_digests.index(digest), distinct_samplings.index(sampling)
+        rows.append((*indices, *coordinate.key, *coordinate.key_folds))
     return {
         "contracts": list(contracts.values()),
-        "sampling_params": [json.loads(kind) for kind in kinds],
+        "sampling_params": [json.loads(sampling) for sampling in distinct_samplings],
         "rows": rows,
     }
 
@@ -162,21 +177,21 @@ def _origins(coordinates: tuple[Coordinate, ...] | None) -> dict[str, Any] | Non
 def _coordinates(rollout: Rollout, origins: dict[str, Any] | None) -> tuple[Coordinate, ...] | None:
     if origins is None:
         return None
-    contracts, params = [*map(Contract, origins["contracts"])], [*map(sampling_of_changes, origins["sampling_params"])]
-    counts = rollout.mask.sum(1)
-    found = []
-    for row, (contract, kind, high, low, prompt, sample) in enumerate(origins["rows"]):
-        start, stop = rollout.lengths[row] - counts[row], rollout.lengths[row]
+    contracts = [Contract(parts) for parts in origins["contracts"]]
+    samplings = [sampling_of_changes(changes) for changes in origins["sampling_params"]]
+    starts = rollout.lengths - rollout.mask.sum(1)
+    coordinates = []
+    for row, (contract, sampling, high, low, prompt, sample) in enumerate(origins["rows"]):
+        start, stop = starts[row], rollout.lengths[row]
         tokens = rollout.tokens[row].tolist()
-        found.append(
-            Coordinate(
-                contracts[contract],
-                (high, low),
-                (prompt, sample),
-                tokens[:start],
-                params[kind],
-                tokens[start:stop],
-                rollout.logprobs[row, start:stop],
-            )
+        coordinate = Coordinate(
+            contracts[contract],
+            (high, low),
+            (prompt, sample),
+            tokens[:start],
+            samplings[sampling],
+            tokens[start:stop],
+            rollout.logprobs[row, start:stop],
         )
-    return tuple(found)
+        coordinates.append(coordinate)
+    return tuple(coordinates)

@@ -1,10 +1,12 @@
-"""The trainer: a state, a batch, and one compiled update that the engine's own logprobs go through.
+"""The trainer: one compiled update, in which the logprobs are the engine's own.
 
-Weights are kept in float32 and rounded to the model's dtype for each update: the rounded ones are what the engine runs and what the
-gradient is taken at; changes too small for 16 bits add up in the float32 copy. Everything that a run needs to go on is in TrainState.
+Weights are kept in float32 and rounded to the model's dtype for each update. The engine runs the rounded weights, and
+the gradient is taken at them; changes that are too small for 16 bits add up in the float32 copy.
 """
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,216 +14,161 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float
 
-from jaxengine.base.arguments import strict_keywords
 from jaxengine.base.keys import key_data, key_of
-from jaxengine.base.pytree import pytree
 from jaxengine.config import ModelConfig
-from jaxengine.device.scoring import sampling_arrays_of, token_logprobs
-from jaxengine.device.trunk import WIDE
-from jaxengine.models.decoder import Tile
+from jaxengine.device.scoring import ScoringArrays, sampling_arrays_of, token_logprobs
 from jaxengine.models.params import Decoder
 from jaxengine.ops.kernels import choose_kernels
+from jaxengine.ops.tiles import WIDE, Tile
 from jaxengine.rl import advantages as estimators
 from jaxengine.rl import critic, metrics
 from jaxengine.rl.critic import ActorCritic
-from jaxengine.rl.losses import ALGORITHMS, Objective, policy_loss, token_shares, token_weights, value_loss
+from jaxengine.rl.losses import policy_loss, token_shares, token_weights, value_loss
 from jaxengine.rl.rollout import Rollout
-from jaxengine.sampling_params import SamplingParams
-
-DRAWS, SHUFFLES = 0, 1  # what the state's key is folded with for completions, and for the order of mini-batches
-
-
-@strict_keywords
-@dataclasses.dataclass(frozen=True)
-class TrainerConfig:
-    """How a rollout is learned from: `epochs` passes over it, each in `mini_batches` updates, each update in `micro_batches` pieces whose
-    gradients are added: more of them take less memory and change no logprob. `sampling` is what the completions were drawn with.
-
-    The last three are for a critic: what its loss counts, and γ and λ of the generalized advantages.
-    """
-
-    objective: Objective = ALGORITHMS["grpo"]
-    sampling: SamplingParams = SamplingParams()
-    epochs: int = 1
-    mini_batches: int = 1
-    micro_batches: int = 1
-    value_coefficient: float = 0.5
-    value_clip: float = 0.2
-    discount: float = 1.0
-    decay: float = 0.95
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "mini_batches", "micro_batches"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-
-
-@pytree
-class TrainState:
-    """All that a run is: it goes on from here to the same bits."""
-
-    master: Any  # an ActorCritic in float32
-    moments: Any  # the optimiser's
-    step: Int[Array, ""]  # updates so far
-    version: Int[Array, ""]  # of the weights: rollouts learned from so far
-    key: UInt32[Array, " 2"]  # never changes; everything random folds it with what it is for and a count
-
-
-@pytree
-class Batch:
-    """What one update learns from. None where the objective has no use for it."""
-
-    tokens: Int[Array, "B T"]
-    mask: Bool[Array, "B T"]
-    old_logprobs: Float[Array, "B T"]
-    advantages: Float[Array, "B T"]
-    reference: Float[Array, "B T"] | None = None
-    old_values: Float[Array, "B T"] | None = None
-    returns: Float[Array, "B T"] | None = None
+from jaxengine.rl.train_state import SHUFFLES, Batch, TrainerConfig, TrainState
 
 
 class Trainer:
-    """Pure functions of a TrainState for one model, optimiser and configuration; each is compiled once for a shape.
+    """Pure functions of a TrainState, for one model, optimiser and configuration; each compiles once for a shape.
 
-    `kernels` and `tile` as in jaxengine.score. The optimiser works on the float32 weights: optax.adamw(1e-4), or a chain with a clip in
-    front.
+    `kernels` and `tile` are as in jaxengine.score. The optimiser works on the float32 weights: optax.adamw(1e-4), or a
+    chain with a clip before it.
     """
 
     def __init__(
         self,
-        model: ModelConfig,
+        model_config: ModelConfig,
         optimizer: optax.GradientTransformation,
         config: TrainerConfig | None = None,
         *,
         kernels: str = "auto",
         tile: Tile = WIDE,
     ) -> None:
-        self.model_config, self.optimizer, self.config, self.tile = model, optimizer, config or TrainerConfig(), tile
-        self.kernels = choose_kernels(kernels, model)
+        self.model_config, self.optimizer, self.config = model_config, optimizer, config or TrainerConfig()
+        self.kernels, self.tile = choose_kernels(kernels, model_config), tile
         self.update = jax.jit(self._update, donate_argnums=0)  # (state, batch) -> (state, metrics)
-        self.policy = jax.jit(
-            lambda state: critic.cast(state.master, model).policy
-        )  # what the engine runs; a copy, the state may go
-        self._forward = jax.jit(lambda master, tokens, mask: self._run(critic.cast(master, model), tokens, mask))
+        self.policy = jax.jit(self._policy)  # state -> weights for the engine, a copy: the state may be donated
+        self._forward = jax.jit(self._rounded_run)
 
     @property
     def has_critic(self) -> bool:
         return self.config.objective.advantage == "generalized"
 
     def start(self, params: Decoder, key: Array) -> TrainState:
-        """The state before the first update: `params` in float32, an optimiser that has seen nothing."""
+        """The state before the first update: `params` in float32, and the optimiser's initial moments."""
         widened = jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)
         master = ActorCritic(widened, critic.initialise(self.model_config) if self.has_critic else None)
-        zero = lambda: jnp.zeros((), jnp.int32)
         return TrainState(
-            master, jax.jit(self.optimizer.init)(master), zero(), zero(), jnp.array(key_data(key), jnp.uint32)
+            master=master,
+            moments=jax.jit(self.optimizer.init)(master),
+            step=jnp.zeros((), jnp.int32),
+            version=jnp.zeros((), jnp.int32),
+            key=jnp.array(key_data(key), jnp.uint32),
         )
 
     def train(
         self, state: TrainState, rollout: Rollout, rewards: Float[np.ndarray, " B"], *, reference: Decoder | None = None
     ) -> tuple[TrainState, list[dict[str, float]]]:
-        """All updates for one rollout with a reward for each sample: the next version's state, and the metrics of each update.
+        """All updates of one rollout: the state with the next version of the weights, and the metrics of each update.
 
-        A sample whose reward is NaN is left out. `state` is donated. Raises ValueError where the rows are no multiple of
-        mini_batches · micro_batches.
+        `rewards` are one for each sample. A sample whose reward is NaN is left out. `state` is donated. Raises
+        ValueError where the number of samples is no multiple of mini_batches · micro_batches.
         """
-        whole, found = self.batch(state, rollout, rewards, reference=reference), []
+        whole, updates = self.batch(state, rollout, rewards, reference=reference), []
         for batch in self._mini_batches(state, whole):
             state, values = self.update(state, batch)
-            found.append(values)
+            updates.append(values)
         state = dataclasses.replace(state, version=state.version + 1)
-        return state, [{name: float(x) for name, x in values.items()} for values in jax.device_get(found)]
+        return state, [{name: float(x) for name, x in values.items()} for values in jax.device_get(updates)]
 
     def batch(
         self, state: TrainState, rollout: Rollout, rewards: Float[np.ndarray, " B"], *, reference: Decoder | None = None
     ) -> Batch:
-        """A rollout with its advantages, and what else the objective asks for. Raises ValueError where `rewards` are not one a sample, or
-        where the objective's penalty has no `reference`."""
-        kind, rewards = self.config.objective.advantage, np.asarray(rewards, np.float32)
+        """A rollout with its advantages, and what else the objective needs.
+
+        Raises ValueError where `rewards` are not one for each sample, and where a KL penalty has no `reference`.
+        """
+        rewards = np.asarray(rewards, np.float32)
         if rewards.shape != rollout.group.shape:
             raise ValueError(f"rewards must be {list(rollout.group.shape)}, one a sample, got {list(rewards.shape)}")
-        counts = np.isfinite(rewards)
-        known, group = jnp.asarray(np.where(counts, rewards, 0)), jnp.asarray(np.where(counts, rollout.group, -1))
-        tokens, mask = jnp.asarray(rollout.tokens), jnp.asarray(rollout.mask & counts[:, None])
-        start = Batch(tokens, mask, jnp.asarray(rollout.logprobs), jnp.zeros(mask.shape, jnp.float32))
+        has_reward = np.isfinite(rewards)
+        rewards, group = np.where(has_reward, rewards, 0), np.where(has_reward, rollout.group, -1)
+        tokens, mask = jnp.asarray(rollout.tokens), jnp.asarray(rollout.mask & has_reward[:, None])
+        batch = Batch(tokens, mask, jnp.asarray(rollout.logprobs), jnp.zeros(mask.shape, jnp.float32))
         if self.config.objective.kl_coefficient > 0:
-            start = dataclasses.replace(start, reference=self._reference(reference, tokens, mask))
-        if kind == "generalized":
-            return self._with_values(state, start, known)
-        each = (
-            estimators.leave_one_out(known, group)
-            if kind == "leave-one-out"
-            else estimators.group_relative(known, group, scaled=kind == "scaled")
-        )
-        return dataclasses.replace(start, advantages=jnp.where(mask, each[:, None], 0.0))
+            batch = dataclasses.replace(batch, reference=self._reference(reference, tokens, mask))
+        if self.has_critic:
+            return self._with_values(state, batch, jnp.asarray(rewards))
+        per_sample = self._advantages(jnp.asarray(rewards), jnp.asarray(group))
+        return dataclasses.replace(batch, advantages=jnp.where(mask, per_sample[:, None], 0.0))
 
-    # -- inside ----------------------------------------------------------------------------------------------------------------
+    # -- inside ------------------------------------------------------------------------------------------------------
+
+    def _policy(self, state: TrainState) -> Decoder:
+        return critic.cast(state.master, self.model_config).policy
+
+    def _advantages(self, rewards: Float[Array, " B"], group: Array) -> Float[Array, " B"]:
+        kind = self.config.objective.advantage
+        if kind == "leave-one-out":
+            return estimators.leave_one_out(rewards, group)
+        return estimators.group_relative(rewards, group, scaled=kind == "scaled")
 
     def _reference(self, params: Decoder | None, tokens: Array, mask: Array) -> Float[Array, "B T"]:
         if params is None:
             raise ValueError(
-                f"kl_coefficient={self.config.objective.kl_coefficient} asks for a penalty: give reference, the weights of "
-                "the policy to stay near"
+                f"kl_coefficient={self.config.objective.kl_coefficient} asks for a penalty: "
+                "give reference, the weights of the policy to stay near"
             )
-        return token_logprobs(
-            params,
-            tokens,
-            mask,
-            self._slots(tokens),
-            model_config=self.model_config,
-            kernels=self.kernels,
-            tile=self.tile,
-        )[0]
+        sampling = self._sampling_arrays(tokens)
+        logprobs, _ = token_logprobs(
+            params, tokens, mask, sampling, model_config=self.model_config, kernels=self.kernels, tile=self.tile
+        )
+        return logprobs
 
     def _with_values(self, state: TrainState, batch: Batch, rewards: Float[Array, " B"]) -> Batch:
+        """The batch with the critic's values, and the advantages and returns that follow from them."""
         _, values = self._forward(state.master, batch.tokens, batch.mask)
-        found, returns = estimators.generalized(
-            estimators.at_last_token(rewards, batch.mask),
-            values,
-            batch.mask,
-            discount=self.config.discount,
-            decay=self.config.decay,
+        token_rewards = estimators.at_last_token(rewards, batch.mask)
+        advantages, returns = estimators.generalized(
+            token_rewards, values, batch.mask, discount=self.config.discount, decay=self.config.decay
         )
-        return dataclasses.replace(
-            batch, advantages=estimators.standardized(found, batch.mask), old_values=values, returns=returns
-        )
+        standardized = estimators.standardized(advantages, batch.mask)
+        return dataclasses.replace(batch, advantages=standardized, old_values=values, returns=returns)
 
     def _mini_batches(self, state: TrainState, batch: Batch) -> Iterator[Batch]:
-        """The rows in a new order each epoch, cut into mini-batches; as they stand where there is but one."""
-        rows, count = batch.tokens.shape[0], self.config.mini_batches
-        if rows % (count * self.config.micro_batches):
-            raise ValueError(
-                f"{rows} samples are no multiple of mini_batches · micro_batches = {count} · {self.config.micro_batches}"
-            )
+        """The rows, shuffled in each epoch and cut into mini-batches; not shuffled where there is one mini-batch."""
+        rows, count, parts = batch.tokens.shape[0], self.config.mini_batches, self.config.micro_batches
+        if rows % (count * parts):
+            raise ValueError(f"{rows} samples are no multiple of mini_batches · micro_batches = {count} · {parts}")
         key = jax.random.fold_in(jax.random.fold_in(key_of(state.key), SHUFFLES), state.version)
         for epoch in range(self.config.epochs):
             order = jnp.arange(rows) if count == 1 else jax.random.permutation(jax.random.fold_in(key, epoch), rows)
-            for chosen in jnp.split(order, count):
-                yield jax.tree.map(lambda x, chosen=chosen: x[chosen], batch)
+            for indices in jnp.split(order, count):
+                yield jax.tree.map(operator.itemgetter(indices), batch)
 
     def _update(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
-        """One step of the optimiser on the gradient of the whole batch."""
+        """One step of the optimiser, on the gradient of the whole batch."""
         weights = token_weights(batch.mask, self.config.objective), token_shares(batch.mask)
-        batch = dataclasses.replace(batch, mask=batch.mask & self._needed(batch)[:, None])
-        gradient, losses, (logprobs, values) = self.gradient(
-            critic.cast(state.master, self.model_config), batch, weights
-        )
+        batch = dataclasses.replace(batch, mask=batch.mask & self._has_gradient(batch)[:, None])
+        model = critic.cast(state.master, self.model_config)
+        gradient, losses, (logprobs, values) = self.gradient(model, batch, weights)
         change, moments = self.optimizer.update(gradient, state.moments, state.master)
         state = dataclasses.replace(
             state, master=optax.apply_updates(state.master, change), moments=moments, step=state.step + 1
         )
-        found = losses | metrics.mismatch(
+        measured = losses | metrics.mismatch(
             logprobs, batch.old_logprobs, batch.mask, batch.advantages, self.config.objective
         )
         if values is not None and batch.returns is not None:
-            found["explained_variance"] = metrics.explained_variance(values, batch.returns, batch.mask)
-        return state, found | {"gradient_norm": optax.global_norm(gradient)}
+            measured["explained_variance"] = metrics.explained_variance(values, batch.returns, batch.mask)
+        return state, measured | {"gradient_norm": optax.global_norm(gradient)}
 
-    def _needed(self, batch: Batch) -> Bool[Array, " B"]:
-        """Samples that have a gradient. The others, of groups that were all right or all wrong, are masked: the regions' loops do not
-        come to blocks that nothing asks for, so a batch costs what can be learned from it."""
+    def _has_gradient(self, batch: Batch) -> Bool[Array, " B"]:
+        """Samples that have a gradient. Those of groups that are all right or all wrong have none, and are masked: the
+        loops over rows stop before blocks that are masked, so that a batch costs what can be learned from it.
+        """
         if self.has_critic or self.config.objective.kl_coefficient > 0:
             return jnp.ones(batch.mask.shape[0], bool)
         return (batch.advantages != 0).any(-1)
@@ -229,23 +176,26 @@ class Trainer:
     def gradient(
         self, model: ActorCritic, batch: Batch, weights: tuple[Array, Array]
     ) -> tuple[Any, dict[str, Array], tuple[Array, Array | None]]:
-        """(gradient, an ActorCritic in float32; losses; logprobs and values `[B, T]` that they were found with), over all micro-batches.
+        """(gradient, an ActorCritic in float32; losses; the logprobs and values `[B, T]` of the same forward pass).
 
-        `weights` `[B, T]` are what each token counts in the loss of the policy and in the critic's.
+        Of all micro-batches. `weights` `[B, T]` are those of the tokens in the policy's loss and in the critic's.
         """
         count, shape = self.config.micro_batches, batch.tokens.shape
         parts = jax.tree.map(lambda x: x.reshape(count, -1, shape[1]), (batch, weights))
+        total = jax.tree.map(_float32_zeros, model)
+        total, (losses, (logprobs, values)) = jax.lax.scan(functools.partial(self._add_gradient, model), total, parts)
+        values = None if values is None else values.reshape(shape)
+        return total, jax.tree.map(jnp.sum, losses), (logprobs.reshape(shape), values)
 
-        def add(total: ActorCritic, part: tuple) -> tuple[ActorCritic, Any]:
-            (_, found), gradient = jax.value_and_grad(self._loss, has_aux=True)(model, *part)
-            return jax.tree.map(lambda t, g: t + g.astype(jnp.float32), total, gradient), found
-
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), model)
-        total, (losses, seen) = jax.lax.scan(add, zeros, parts)
-        return total, jax.tree.map(jnp.sum, losses), jax.tree.map(lambda x: x.reshape(shape), seen)
+    def _add_gradient(
+        self, model: ActorCritic, total: ActorCritic, part: tuple[Batch, tuple[Array, Array]]
+    ) -> tuple[ActorCritic, Any]:
+        """The total with a micro-batch's gradient added, and what `_loss` gives beside the loss."""
+        (_, others), gradient = jax.value_and_grad(self._loss, has_aux=True)(model, *part)
+        return jax.tree.map(_add_in_float32, total, gradient), others
 
     def _loss(self, model: ActorCritic, batch: Batch, weights: tuple[Array, Array]) -> tuple[Array, Any]:
-        """(loss, (its parts, (logprobs, values))) of a micro-batch, whose tokens count what they do in the whole batch."""
+        """(loss, (its parts, (logprobs, values))) of a micro-batch; `weights` of its tokens are those in the batch."""
         logprobs, values = self._run(model, batch.tokens, batch.mask)
         loss = policy_loss(
             logprobs,
@@ -264,16 +214,23 @@ class Trainer:
         )
         return loss + self.config.value_coefficient * error, ({"loss": loss, "value_loss": error}, (logprobs, values))
 
+    def _rounded_run(self, master: ActorCritic, tokens: Array, mask: Array) -> tuple[Array, Array | None]:
+        return self._run(critic.cast(master, self.model_config), tokens, mask)
+
     def _run(self, model: ActorCritic, tokens: Array, mask: Array) -> tuple[Array, Array | None]:
+        """(logprobs, values) `[B, T]`; the values are None without a critic."""
+        sampling = self._sampling_arrays(tokens)
         return critic.logprobs_and_values(
-            model,
-            tokens,
-            mask,
-            self._slots(tokens),
-            model_config=self.model_config,
-            kernels=self.kernels,
-            tile=self.tile,
+            model, tokens, mask, sampling, model_config=self.model_config, kernels=self.kernels, tile=self.tile
         )
 
-    def _slots(self, tokens: Array) -> Any:
+    def _sampling_arrays(self, tokens: Array) -> ScoringArrays:
         return sampling_arrays_of([self.config.sampling] * tokens.shape[0], self.model_config)
+
+
+def _float32_zeros(x: Array) -> Array:
+    return jnp.zeros(x.shape, jnp.float32)
+
+
+def _add_in_float32(total: Array, gradient: Array) -> Array:
+    return total + gradient.astype(jnp.float32)

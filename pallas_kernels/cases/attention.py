@@ -1,4 +1,4 @@
-"""Paged attention: small cases of awkward shapes for tests, decoders' own for measurements. A case makes its own pool."""
+"""Paged attention: small cases of awkward shapes for tests, decoders' own for measurements. A case makes its pool."""
 
 import dataclasses
 from typing import Any
@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from pallas_kernels.numbers import cdiv
 from pallas_kernels.paged_attention_inputs import EIGHT_BIT, PagedBlocks, Pages, Scoring
 
 
 @dataclasses.dataclass(frozen=True)
 class AttentionCase:
-    """Sequences of some lengths in pages, and the last `chunk` tokens of each (or all, where there are fewer) as queries."""
+    """Sequences of some lengths in pages; the last `chunk` tokens of each, or all if there are fewer, are queries."""
 
     lengths: tuple[int, ...]
     chunk: int = 1
@@ -29,12 +30,15 @@ class AttentionCase:
     spare_pages: int = 3  # in no table, poisoned
 
     def __str__(self) -> str:
-        extras = [f"window{self.window}"] * (self.window is not None) + [f"cap{self.soft_cap}"] * (
-            self.soft_cap is not None
-        )
-        extras += ["sinks"] * self.has_sinks
         geometry = [f"{self.num_heads}/{self.num_kv_heads}x{self.head_dim}", f"page{self.page_size}", self.dtype]
-        return "-".join([f"{len(self.lengths)}seq{max(self.lengths)}", f"chunk{self.chunk}", *geometry, *extras])
+        parts = [f"{len(self.lengths)}seq{max(self.lengths)}", f"chunk{self.chunk}", *geometry]
+        if self.window is not None:
+            parts.append(f"window{self.window}")
+        if self.soft_cap is not None:
+            parts.append(f"cap{self.soft_cap}")
+        if self.has_sinks:
+            parts.append("sinks")
+        return "-".join(parts)
 
     @property
     def scoring(self) -> Scoring:
@@ -46,17 +50,19 @@ class AttentionCase:
         return len(self.lengths), max(*self.lengths, 1), self.num_kv_heads, self.head_dim
 
     def tokens(self, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(queries [S, C, H, h], keys and values [S, C, K, h]) of every position, float32, whatever the page size and chunk."""
+        """(queries [S, C, H, h], keys, values [S, C, K, h]) of every position, float32, for any page size and chunk."""
         slots, context, _, h = self.shape
-        normal = lambda i, shape: np.random.RandomState(3 * seed + i).randn(*shape).astype(np.float32)
-        return 2 * normal(0, (slots, context, self.num_heads, h)), normal(1, self.shape), normal(2, self.shape)
+        shapes = (slots, context, self.num_heads, h), self.shape, self.shape
+        generators = (np.random.RandomState(3 * seed + i) for i in range(3))
+        q, k, v = (rng.randn(*shape).astype(np.float32) for rng, shape in zip(generators, shapes, strict=True))
+        return 2 * q, k, v
 
     def sinks(self) -> Array | None:
         return jnp.linspace(-1.0, 3.0, self.num_heads, dtype=jnp.float32) if self.has_sinks else None
 
     def tables(self) -> np.ndarray:
-        """Pages of each sequence, scattered over the pool; -1, which is no page, behind its context."""
-        needed = [-(-length // self.page_size) for length in self.lengths]
+        """Pages of each sequence, scattered over the pool; -1, which is no page, past its context."""
+        needed = [cdiv(length, self.page_size) for length in self.lengths]
         ids = np.random.RandomState(1).permutation(sum(needed) + self.spare_pages)
         tables = np.full((len(needed), max(*needed, 1)), -1, np.int32)
         for slot, count in enumerate(needed):
@@ -64,7 +70,7 @@ class AttentionCase:
         return tables
 
     def pages(self, keys: np.ndarray, values: np.ndarray) -> tuple[Pages, np.ndarray]:
-        """(the pool that holds the contexts, tables). Every position that holds no token is NaN, or the largest number for integers."""
+        """(the pool that holds the contexts, tables). Positions without a token are NaN, or the largest integer."""
         tables, (_, _, heads, h) = self.tables(), self.shape
         size = (tables >= 0).sum() + self.spare_pages
         pool = np.full((2, size, heads, self.page_size, self.page_width or h), np.nan, np.float32)
@@ -98,21 +104,24 @@ class AttentionCase:
         self, r: int, num_pages: int = 4096
     ) -> tuple[jax.ShapeDtypeStruct, Pages, PagedBlocks, jax.ShapeDtypeStruct | None]:
         """(queries, pool, blocks, sinks) of the case cut into blocks of r, as shapes: nothing is allocated."""
-        shape: Any = lambda sizes, dtype="float32": jax.ShapeDtypeStruct(sizes, jnp.dtype(dtype))
         slots, context, heads, h = self.shape
-        batch = slots * -(-self.chunk // r)
-        pool = shape((num_pages, heads, self.page_size, self.page_width or h), self.dtype)
-        scales = [shape((num_pages, heads))] * 2 if self.dtype in EIGHT_BIT else []
-        blocks = PagedBlocks(shape((slots, -(-context // self.page_size)), "int32"), *[shape((batch,), "int32")] * 3)
-        sinks = shape((self.num_heads,)) if self.has_sinks else None
-        return shape((batch, r, self.num_heads, h)), Pages(pool, pool, *scales), blocks, sinks
+        batch = slots * cdiv(self.chunk, r)
+        pool = _shape((num_pages, heads, self.page_size, self.page_width or h), self.dtype)
+        scales = [_shape((num_pages, heads))] * 2 if self.dtype in EIGHT_BIT else []
+        blocks = PagedBlocks(_shape((slots, cdiv(context, self.page_size)), "int32"), *[_shape((batch,), "int32")] * 3)
+        sinks = _shape((self.num_heads,)) if self.has_sinks else None
+        return _shape((batch, r, self.num_heads, h)), Pages(pool, pool, *scales), blocks, sinks
 
     def queries(self, tokens: np.ndarray, rows: np.ndarray, r: int) -> Array:
-        """The blocks' queries [B, r, H, h]; NaN behind a block's count."""
+        """The blocks' queries [B, r, H, h]; NaN past a block's count."""
         out = np.full((len(rows), r, *tokens.shape[2:]), np.nan, np.float32)
         for b, (slot, start, count) in enumerate(rows):
             out[b, :count] = tokens[slot, start : start + count]
         return jnp.asarray(out)
+
+
+def _shape(sizes: tuple[int, ...], dtype: str = "float32") -> Any:
+    return jax.ShapeDtypeStruct(sizes, jnp.dtype(dtype))
 
 
 EDGES = (0, 1, 15, 16, 17, 32, 33, 64, 65, 131)  # around a page of 16, a tile of 32 and a split of 64
@@ -132,7 +141,8 @@ PREFILL = (
 )
 GROUPS = tuple(AttentionCase((37,), num_heads=group, num_kv_heads=1, dtype="bfloat16") for group in range(1, 17))
 
-# Decoders' own: Qwen3-0.6B's and an 8B's attention, narrow heads, all heads of their own, caches of other dtypes; r = 16 for chunks.
+# Decoders' own: Qwen3-0.6B's and an 8B's attention, caches of other dtypes, as many key-value heads as heads, narrow
+# heads, and chunks, which are cut into blocks of r = 16.
 BIG = AttentionCase((4096,) * 8, num_heads=32, num_kv_heads=8, head_dim=128, dtype="bfloat16")
 DECODER = (
     dataclasses.replace(BIG, lengths=(4096,) * 64, num_heads=16),

@@ -1,4 +1,4 @@
-"""Grouped products: experts with no row, one row, many; tiles that several share; rows that belong to nobody."""
+"""Grouped products: experts with no row, one row, many; tiles that several experts share; rows of no expert."""
 
 import dataclasses
 
@@ -19,7 +19,8 @@ class GroupedCase:
     rest: int = 0
 
     def __str__(self) -> str:
-        return f"{len(self.sizes)}experts-{self.rows}x{self.inputs}x{self.outputs}-{self.dtype}{'-gated' if self.gated else ''}"
+        parts = [f"{len(self.sizes)}experts", f"{self.rows}x{self.inputs}x{self.outputs}", self.dtype]
+        return "-".join([*parts, "gated"] if self.gated else parts)
 
     @property
     def rows(self) -> int:
@@ -31,7 +32,7 @@ class GroupedCase:
         return self.outputs // 2 if self.gated else self.outputs
 
     def operands(self, seed: int = 0) -> tuple[Array, Array, Array]:
-        """(x, w, group sizes); rows behind the groups are NaN."""
+        """(x, w, group sizes); rows after the groups are NaN."""
         keys = jax.random.split(jax.random.key(seed), 2)
         x = jax.random.normal(keys[0], (self.rows, self.inputs), jnp.float32)
         x = jnp.where(jnp.arange(self.rows)[:, None] < sum(self.sizes), x, jnp.nan)

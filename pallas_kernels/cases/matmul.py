@@ -29,15 +29,13 @@ class MatmulCase:
         return self.outputs // 2 if self.gated else self.outputs
 
     def operands(self, seed: int = 0) -> tuple[Array, Array, Array | None, Array | None]:
-        """(x, w, bias, residual), normal, w small enough that results are near 1."""
+        """(x, w, bias, residual), normal; w is so small that results are near 1."""
         keys = jax.random.split(jax.random.key(seed), 4)
-        normal = lambda key, shape, dtype: jax.random.normal(key, shape, jnp.float32).astype(dtype)
-        return (
-            normal(keys[0], (self.rows, self.inputs), self.dtype),
-            (normal(keys[1], (self.outputs, self.inputs), jnp.float32) * self.inputs**-0.5).astype(self.dtype),
-            normal(keys[2], (self.outputs,), self.dtype) if self.bias else None,
-            normal(keys[3], (self.rows, self.width), jnp.float32) if self.residual else None,
-        )
+        x = jax.random.normal(keys[0], (self.rows, self.inputs), jnp.float32).astype(self.dtype)
+        w = jax.random.normal(keys[1], (self.outputs, self.inputs), jnp.float32) * self.inputs**-0.5
+        bias = jax.random.normal(keys[2], (self.outputs,), jnp.float32).astype(self.dtype) if self.bias else None
+        residual = jax.random.normal(keys[3], (self.rows, self.width), jnp.float32) if self.residual else None
+        return x, w.astype(self.dtype), bias, residual
 
 
 SMALL = tuple(

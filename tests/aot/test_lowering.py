@@ -1,13 +1,13 @@
 """Kernels and whole steps, compiled by the TPU's and the GPU's own compilers on a machine that has neither.
 
-Run in environments of their own: `pytest -m aot -k tpu` with jax[tpu], `-k gpu` with jax[cuda13] (sharding/topology.py says what it wants).
+machines.py says how to run them.
 """
 
 import functools
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import machines
 import pytest
 from conftest import pool_bytes, step_call
 from jax.experimental import pallas as pl
@@ -16,27 +16,21 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxengine.config import EngineConfig, ModelConfig
 from jaxengine.device import kv_cache
 from jaxengine.models import params
-from jaxengine.ops.kernels import Kernels
-from jaxengine.ops.pallas import Pallas
-from jaxengine.ops.sharded import Sharded
+from jaxengine.ops.kernels import Kernels, kernels_of
+from jaxengine.ops.sharded import sharded
+from pallas_kernels.cases.draw import DrawCase
 from pallas_kernels.cases.grouped_matmul import GroupedCase
 from pallas_kernels.cases.matmul import MatmulCase
-from pallas_kernels.cases.sampling import SamplingCase
+from pallas_kernels.draw import draw_and_score
 from pallas_kernels.grouped_matmul import grouped_matmul
-from pallas_kernels.implementations import choose
 from pallas_kernels.matmul import matmul
-from pallas_kernels.sampling import draw_and_score
-from sharding.topology import TARGETS, Compiled, compile_ahead, mesh_of, missing
+from sharding.topology import TARGETS, Compiled, compile_ahead, mesh_of
 
 pytestmark = pytest.mark.aot
-NAMES = {name: f"{'tpu' if target.platform == 'tpu' else 'gpu'}-{name}" for name, target in TARGETS.items()}
-STEP_TARGETS = pytest.mark.parametrize(  # whole steps for v5p by hand, `-m 'aot and long'`: what differs from v5e are its kernels' tables
-    "target",
-    [pytest.param(name, marks=pytest.mark.long if name == "v5p" else ()) for name in TARGETS],
-    indirect=True,
-    ids=NAMES.get,
-)
-H100 = Path(__file__).parent / "targets" / "h100.pbtxt"
+target, mesh, kernels, report = machines.target, machines.mesh, machines.kernels, machines.report  # fixtures
+# Whole steps for v5p are compiled by hand, `-m 'aot and long'`: it differs from v5e in its kernels' sizes alone.
+TARGETS_OF_STEPS = [pytest.param(name, marks=pytest.mark.long if name == "v5p" else ()) for name in TARGETS]
+STEP_TARGETS = pytest.mark.parametrize("target", TARGETS_OF_STEPS, indirect=True, ids=machines.NAMES.get)
 
 MATMULS = (
     MatmulCase(8, 1024, 4096),
@@ -70,79 +64,42 @@ MODEL = ModelConfig(
     dtype="bfloat16",
 )
 ENGINE = EngineConfig(max_num_seqs=32, max_model_len=2048, num_pages=4096)
-SAMPLING = (SamplingCase(8, 151_936), SamplingCase(64, 128_256), SamplingCase(1, 1024), SamplingCase(3, 262_144))
-
-
-@pytest.fixture(scope="module", params=TARGETS, ids=NAMES.get)
-def target(request) -> str:
-    reason = missing(request.param)
-    if reason:
-        pytest.skip(reason)
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def mesh(target):
-    return mesh_of(target, gpu_config=H100.read_text())
-
-
-@pytest.fixture(scope="module")
-def kernels(target, mesh):
-    """The target's own implementation."""
-    return choose(
-        "pallas_gpu" if TARGETS[target].platform == "cuda" else "pallas_tpu", mesh.devices.flat[0].device_kind
-    )
-
-
-@pytest.fixture
-def report(target, request, capsys):
-    """Prints what a compiled program takes, past pytest's capture."""
-
-    def say(compiled):
-        with capsys.disabled():
-            print(f"\n{target} {request.node.name}: {compiled}", end="")
-        return compiled
-
-    return say
+DRAWS = (DrawCase(8, 151_936), DrawCase(64, 128_256), DrawCase(1, 1024), DrawCase(3, 262_144))
 
 
 @pytest.mark.parametrize("case", MATMULS, ids=str)
 def test_matmul(case, mesh, kernels, report):
-    x, w, bias, residual = jax.eval_shape(case.operands)
-    run = functools.partial(matmul, gated=case.gated, implementation=kernels)
-    compiled = report(
-        compile_ahead(mesh, jax.jit(lambda x, w, b, r: run(x, w, bias=b, residual=r)), x, w, bias, residual)
-    )
-    assert any(name.startswith("matmul_") for name in compiled.kernels)
+    @jax.jit
+    def run(x, w, bias, residual):
+        return matmul(x, w, bias=bias, residual=residual, gated=case.gated, implementation=kernels)
+
+    assert calls(report(compile_ahead(mesh, run, *jax.eval_shape(case.operands))), "matmul_")
 
 
 def test_matmul_of_leaves(mesh, kernels, report):
     x, w, *_ = jax.eval_shape(MATMULS[0].operands)
     leaves = [jax.ShapeDtypeStruct((4, *a.shape), a.dtype) for a in (x, w)]
-    compiled = report(
-        compile_ahead(mesh, jax.jit(jax.vmap(functools.partial(matmul, implementation=kernels))), *leaves)
-    )
-    assert any(name.startswith("matmul_") for name in compiled.kernels)
+    run = jax.jit(jax.vmap(functools.partial(matmul, implementation=kernels)))
+    assert calls(report(compile_ahead(mesh, run, *leaves)), "matmul_")
 
 
 @pytest.mark.parametrize("case", GROUPED, ids=str)
 def test_grouped_matmul(case, mesh, kernels, report):
-    x, w, sizes = jax.eval_shape(case.operands)
-    run = functools.partial(grouped_matmul, gated=case.gated, implementation=kernels)
-    assert any(
-        name.startswith("grouped_matmul_") for name in report(compile_ahead(mesh, jax.jit(run), x, w, sizes)).kernels
-    )
+    run = jax.jit(functools.partial(grouped_matmul, gated=case.gated, implementation=kernels))
+    assert calls(report(compile_ahead(mesh, run, *jax.eval_shape(case.operands))), "grouped_matmul_")
 
 
-@pytest.mark.parametrize("case", SAMPLING, ids=str)
-def test_sampling_tail(case, mesh, kernels, report):
+@pytest.mark.parametrize("case", DRAWS, ids=str)
+def test_draw_and_score(case, mesh, kernels, report):
     logits, uniforms = jax.eval_shape(case.operands)
     given = jax.ShapeDtypeStruct((case.rows,), jnp.int32)
-    run = functools.partial(draw_and_score, implementation=kernels)
-    assert any(
-        name.startswith("sampling_")
-        for name in report(compile_ahead(mesh, jax.jit(run), logits, given, uniforms)).kernels
-    )
+    run = jax.jit(functools.partial(draw_and_score, implementation=kernels))
+    assert calls(report(compile_ahead(mesh, run, logits, given, uniforms)), "draw_")
+
+
+def calls(compiled: Compiled, name: str) -> int:
+    """How many kernels the program calls whose names begin with `name`."""
+    return sum(kernel.startswith(name) for kernel in compiled.kernels)
 
 
 def compiled_step(kind: str, mesh: Mesh, ops: Kernels, state: tuple) -> Compiled:
@@ -151,18 +108,18 @@ def compiled_step(kind: str, mesh: Mesh, ops: Kernels, state: tuple) -> Compiled
 
 
 def assert_kernels(compiled: Compiled) -> None:
-    """Each layer's four products, attention and write are there, the head's product and the draw. On a GPU one may be two kernels."""
-    calls = lambda name: sum(kernel.startswith(name) for kernel in compiled.kernels)
+    """A layer has four products, attention and a write; a step the head and the draw. One may be two GPU kernels."""
     layers = MODEL.num_hidden_layers
-    assert calls("matmul_") >= 4 * layers + 1 and calls("paged_attention_") >= layers and calls("kv_write_") == layers
-    assert calls("sampling_") >= 1
+    assert calls(compiled, "matmul_") >= 4 * layers + 1
+    assert calls(compiled, "paged_attention_") >= layers and calls(compiled, "kv_write_") == layers
+    assert calls(compiled, "draw_") >= 1
 
 
 @STEP_TARGETS
 @pytest.mark.parametrize("kind", ["decode", "prefill"])
 def test_step(kind, mesh, kernels, report):
     """A whole step of a 4-layer model on the device's own kernels."""
-    ops = Pallas(kernels)
+    ops = kernels_of(kernels)
     state = params.abstract(MODEL), kv_cache.abstract(MODEL, ENGINE, ops)
     compiled = report(compiled_step(kind, mesh, ops, state))
     weights_and_pages = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
@@ -174,15 +131,19 @@ def test_step(kind, mesh, kernels, report):
 @STEP_TARGETS
 @pytest.mark.parametrize("kind", ["decode", "prefill"])
 def test_step_sharded(kind, target, kernels, report):
-    """The same steps on four devices, each with a leaf of its own: they gather, and no sum of floats goes over the wire."""
+    """The same steps on four devices, each with a leaf of its own: they gather, and send no sum of floats."""
     if TARGETS[target].platform == "cuda":
-        pytest.skip("the GPU that is described here is one alone")
+        pytest.skip("only one GPU is described")
     mesh = mesh_of(target, MODEL.reduction_leaves)
-    ops = Sharded(Pallas(kernels), mesh, "devices")
-    split = lambda _, p: NamedSharding(mesh, PartitionSpec("devices" if p.axes[0] == "leaf" else None))
-    weights = jax.tree.map(
-        lambda x, sharding: x.update(sharding=sharding), params.abstract(MODEL), params.map_declared(split, MODEL)
-    )
+    ops = sharded(kernels_of(kernels), mesh, "devices")
+
+    def split(_, parameter):
+        return NamedSharding(mesh, PartitionSpec("devices" if parameter.axes[0] == "leaf" else None))
+
+    def put(x, sharding):
+        return x.update(sharding=sharding)
+
+    weights = jax.tree.map(put, params.abstract(MODEL), params.map_declared(split, MODEL))
     state = weights, kv_cache.abstract(MODEL, ENGINE, ops)
     compiled = report(compiled_step(kind, mesh, ops, state))
     shared = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state) if x.ndim > 1)
@@ -192,17 +153,17 @@ def test_step_sharded(kind, target, kernels, report):
 
 
 def test_plain_xla_has_no_kernel(mesh):
-    """The test of the tests: a program without a Pallas kernel is seen to have none."""
+    """A test of these tests: a program without a Pallas kernel is reported to have none."""
     x = jax.ShapeDtypeStruct((64, 256), jnp.bfloat16)
     assert compile_ahead(mesh, jax.jit(lambda x: x @ x.T), x).kernels == ()
 
 
 def test_a_broken_kernel_is_refused(mesh, target):
-    """A kernel that the interpreter runs and the hardware cannot: a sort inside."""
+    """The kernel sorts, which the interpreter can do and the hardware cannot."""
 
     def body(x_ref, out_ref):
         out_ref[...] = jnp.sort(x_ref[...], axis=0)
 
-    broken = lambda x: pl.pallas_call(body, out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype))(x)
+    x = jax.ShapeDtypeStruct((64, 128), jnp.float32)
     with pytest.raises(NotImplementedError, match="sort"):
-        compile_ahead(mesh, jax.jit(broken), jax.ShapeDtypeStruct((64, 128), jnp.float32))
+        compile_ahead(mesh, jax.jit(pl.pallas_call(body, out_shape=x)), x)

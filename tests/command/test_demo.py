@@ -1,4 +1,4 @@
-"""The demo: its comparison sees every bit, and its text says what was found."""
+"""The demo: its comparison sees every bit, and its text has the results."""
 
 import dataclasses
 
@@ -11,14 +11,11 @@ from jaxengine.contract.compare import Comparison
 
 
 def test_a_verdict_says_what_differs():
-    said: list[str] = []
+    texts: list[str] = []
     good, bad = Comparison("alone", 4, 4), Comparison("among others", 3, 4, "sample 1, token 0")
-    assert demo._verdict([good], said.append) and not demo._verdict([good, bad], said.append)
-    assert (
-        said[0].startswith("bit-equal: 4 of 4 samples alone")
-        and said[1].startswith("BITS DIFFER: ")
-        and "sample 1, token 0" in said[1]
-    )
+    assert demo._verdict([good], texts.append) and not demo._verdict([good, bad], texts.append)
+    assert texts[0].startswith("bit-equal: 4 of 4 samples alone")
+    assert texts[1].startswith("BITS DIFFER: ") and "sample 1, token 0" in texts[1]
 
 
 def test_tokens_are_marked_by_probability():
@@ -29,9 +26,8 @@ def test_tokens_are_marked_by_probability():
     assert demo.colored(sample, False) == "ab\\x1b~d!|"
     shown = demo.colored(sample, True)
     assert shown.count("\x1b[38;5;") == 5 and "\x1b[38;5;196md\x1b[0m" in shown
-    assert (
-        demo.colored(dataclasses.replace(sample, token_logprobs=np.full(5, np.nan, np.float32)), False).count("!") == 5
-    )
+    unlikely = dataclasses.replace(sample, token_logprobs=np.full(5, np.nan, np.float32))
+    assert demo.colored(unlikely, False).count("!") == 5
 
 
 @pytest.mark.slow

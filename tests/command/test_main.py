@@ -12,8 +12,10 @@ import pytest
 from conftest import bits, random_model
 
 from jaxengine import LLM, SamplingParams
-from jaxengine.command import main
+from jaxengine.command import commands, main
 from jaxengine.command.options import add_fields, given_fields, sampling_params
+from jaxengine.command.parser import parser
+from jaxengine.command.records import plain
 from jaxengine.config import EngineConfig
 from jaxengine.models import loading
 
@@ -61,17 +63,17 @@ def llm(folder) -> LLM:
     return LLM(folder, progress=False, **ENGINE)
 
 
-# -- options -------------------------------------------------------------------------------------------------------------------
+# -- options ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(SamplingParams)])
 def test_every_sampling_field_is_an_option(field):
     if field == "key":
-        arguments = main._parser().parse_args(["generate", "m", "--key", "1,4294967295"])
+        arguments = parser().parse_args(["generate", "m", "--key", "1,4294967295"])
         assert jax.random.key_data(sampling_params(arguments).key).tolist() == [1, 2**32 - 1]
         return
     words, value = FIELDS[field]
-    arguments = main._parser().parse_args(["generate", "m", *words])
+    arguments = parser().parse_args(["generate", "m", *words])
     assert set(given_fields(arguments, SamplingParams)) == {field}
     assert sampling_params(arguments) == SamplingParams(**{field: value})
 
@@ -80,58 +82,46 @@ def test_every_sampling_field_is_an_option(field):
 @pytest.mark.parametrize("command", ["generate m", "bench"])
 def test_every_engine_field_is_an_option(command, field):
     name, kind = field.replace("_", "-"), type(getattr(EngineConfig(), field))
-    flag = kind is bool
-    arguments = main._parser().parse_args([*command.split(), *([f"--no-{name}"] if flag else [f"--{name}", "64"])])
-    assert given_fields(arguments, EngineConfig) == {field: False if flag else "64" if kind is str else 64}
+    words, value = [f"--{name}", "64"], "64" if kind is str else 64
+    if kind is bool:
+        words, value = [f"--no-{name}"], False
+    arguments = parser().parse_args([*command.split(), *words])
+    assert given_fields(arguments, EngineConfig) == {field: value}
 
 
 def test_what_is_not_given_is_left_to_the_dataclass():
-    assert sampling_params(main._parser().parse_args(["generate", "m"])) == SamplingParams()
+    assert sampling_params(parser().parse_args(["generate", "m"])) == SamplingParams()
 
 
 def test_a_field_of_an_unknown_type_is_refused_by_name():
     parts = dataclasses.make_dataclass("Odd", [("shape", complex, 0j)])
     with pytest.raises(TypeError, match="no form for the field shape"):
-        add_fields(main._parser(), parts)
+        add_fields(parser(), parts)
 
 
 def test_help_needs_no_jax():
-    code = "import sys; from jaxengine.command.main import main; assert main(['bench', '--help']) == 0; assert 'jax' not in sys.modules"
-    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "qwen3-0.6b-shape" in found.stdout and "--max-num-seqs" in found.stdout
+    lines = (
+        "import sys",
+        "from jaxengine.command.main import main",
+        "assert main(['bench', '--help']) == 0",
+        "assert 'jax' not in sys.modules",
+    )
+    code = "; ".join(lines)
+    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "qwen3-0.6b-shape" in shown and "--max-num-seqs" in shown
 
 
-# -- generate ------------------------------------------------------------------------------------------------------------------
+# -- generate ---------------------------------------------------------------------------------------------------------
 
 
 def test_json_has_the_bits_of_generate(folder, llm, capsys):
-    assert (
-        main.main(
-            [
-                "generate",
-                folder,
-                *PROMPT_OPTIONS,
-                *OPTIONS,
-                "--n=2",
-                "--max-tokens=6",
-                "--logprobs=2",
-                "--top-k=9",
-                "--json",
-            ]
-        )
-        == 0
-    )
+    words = ["--n=2", "--max-tokens=6", "--logprobs=2", "--top-k=9", "--json"]
+    assert main.main(["generate", folder, *PROMPT_OPTIONS, *OPTIONS, *words]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     expected = llm.generate(PROMPTS, SamplingParams(n=2, max_tokens=6, logprobs=2, top_k=9), key=jax.random.key(0))
-    found = [
-        (
-            line["token_ids"],
-            np.array(line["token_logprobs"], np.float32).tobytes(),
-            line["finish_reason"],
-            line["stop_reason"],
-        )
-        for line in lines
-    ]
+    logprobs = [np.array(line["token_logprobs"], np.float32).tobytes() for line in lines]
+    ends = [(line["finish_reason"], line["stop_reason"]) for line in lines]
+    found = [(line["token_ids"], own, *end) for line, own, end in zip(lines, logprobs, ends, strict=True)]
     assert found == bits(expected)
     assert [(line["prompt_token_ids"], line["index"]) for line in lines] == [(p, i) for p in PROMPTS for i in range(2)]
     assert {line["digest"] for line in lines} == {expected[0].digest} != {""}
@@ -139,17 +129,15 @@ def test_json_has_the_bits_of_generate(folder, llm, capsys):
 
 
 def test_json_has_null_for_what_json_cannot_say():
-    assert main._plain({"a": np.array([-np.inf, 0.5], np.float32), "b": [np.nan]}) == {"a": [None, 0.5], "b": [None]}
+    assert plain({"a": np.array([-np.inf, 0.5], np.float32), "b": [np.nan]}) == {"a": [None, 0.5], "b": [None]}
 
 
 def test_streaming_shows_the_same_tokens(folder, llm, capsys):
-    assert (
-        main.main(["generate", folder, *PROMPT_OPTIONS, *OPTIONS, "--max-tokens=5", "--call-seed=3", "--stream"]) == 0
-    )
+    words = ["--max-tokens=5", "--call-seed=3", "--stream"]
+    assert main.main(["generate", folder, *PROMPT_OPTIONS, *OPTIONS, *words]) == 0
     outputs = llm.generate(PROMPTS, SamplingParams(max_tokens=5), key=jax.random.key(3))
-    assert capsys.readouterr().out.splitlines() == [
-        " ".join(map(str, output.outputs[0].token_ids)) for output in outputs
-    ]
+    expected = [" ".join(map(str, output.outputs[0].token_ids)) for output in outputs]
+    assert capsys.readouterr().out.splitlines() == expected
 
 
 def test_plain_output_shows_prompts_and_endings(folder, capsys):
@@ -159,7 +147,7 @@ def test_plain_output_shows_prompts_and_endings(folder, capsys):
 
 
 def one_line(capsys) -> str:
-    """What stands on standard error, which must be one line."""
+    """The text on standard error, which must be one line."""
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.count("\n") == 1 and captured.err.startswith("jaxengine: ")
     return captured.err
@@ -186,21 +174,8 @@ def one_line(capsys) -> str:
     ],
 )
 def test_a_wrong_value_ends_with_one_line(folder, capsys, words, message):
-    assert (
-        main.main(
-            [
-                "generate",
-                folder,
-                PROMPT_OPTIONS[0],
-                "--no-progress",
-                "--num-pages=100",
-                "--max-num-seqs=8",
-                "--max-model-len=256",
-                *words,
-            ]
-        )
-        == 2
-    )
+    room = ["--num-pages=100", "--max-num-seqs=8", "--max-model-len=256"]
+    assert main.main(["generate", folder, PROMPT_OPTIONS[0], "--no-progress", *room, *words]) == 2
     assert message in one_line(capsys)
 
 
@@ -232,6 +207,6 @@ def test_an_interrupt_ends_with_130(monkeypatch, capsys):
     def interrupted(arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(main, "_generate", interrupted)
+    monkeypatch.setattr(commands, "run_generate", interrupted)
     assert main.main(["generate", "m"]) == 130
     assert capsys.readouterr().err == "interrupted\n"

@@ -1,4 +1,6 @@
-"""The sampler against plain numpy: what is cut, penalised and biased, which keys draw, what is drawn, and the arithmetic underneath."""
+"""The sampler against plain numpy: what is cut, penalised and biased, which keys draw, what is drawn, and the
+arithmetic underneath.
+"""
 
 import contextlib
 import functools
@@ -13,8 +15,8 @@ from jaxengine.device import sampler
 from jaxengine.engine.batch import BatchBuilder
 from jaxengine.host.sample import Request, Sample
 from jaxengine.sampling_params import SamplingParams
-from pallas_kernels import pinned_math, sampling_reference
-from pallas_kernels.sampling_reference import draw_blocks, log_softmax
+from pallas_kernels import draw_reference, pinned_math
+from pallas_kernels.draw_reference import draw_blocks, log_softmax
 
 V = 384
 ENGINE = EngineConfig(max_num_seqs=16, max_model_len=64)
@@ -30,11 +32,14 @@ def same_bits(a, b) -> bool:
     return np.array_equal(np.asarray(a).view(np.uint32), np.asarray(b).view(np.uint32))
 
 
-# -- truncation -------------------------------------------------------------------------------------------------------------------
+# -- truncation --------------------------------------------------------------------------------------------------------
 
 
 def cut(logits: np.ndarray, top_k: int, top_p: float, min_p: float) -> set[int]:
-    """The ids kept, by sorting: top-k, then the shortest run of the likeliest with mass top_p, then min-p. Ties go to the lower id."""
+    """The ids kept, by sorting: top-k, then the shortest run of the likeliest with mass top_p, then min-p.
+
+    Ties go to the lower id.
+    """
     ids = sorted(range(len(logits)), key=lambda i: (-logits[i], i))
     ids = ids[:top_k] if top_k else ids
     p = np.exp(logits[ids].astype(np.float64) - logits[ids[0]])
@@ -112,7 +117,7 @@ def test_disabled_settings_leave_logits_as_they_are(top_k):
     assert same_bits(truncate(logits, *settings), logits)
 
 
-# -- bias and penalties -----------------------------------------------------------------------------------------------------------
+# -- bias and penalties ------------------------------------------------------------------------------------------------
 
 
 def processed(
@@ -133,12 +138,16 @@ def processed(
         batch.admit(Sample(request, 0, prompt + generated, slot, slot=slot))
         positions[slot] = len(prompt) + len(generated)
         history[slot, : positions[slot]] = prompt + generated
-    row = jax.tree.map(lambda x: x[slots], batch.host_slots)
-    return tuple(np.asarray(x)[:count] for x in process(logits, row, history, slots, positions))
+    sampling, request = batch.host_slots.sampling, batch.host_slots.request
+    row = jax.tree.map(lambda x: x[slots], sampling)
+    context = sampler.Context(history, slots, positions, request.prompt_length[slots], request.first_stop[slots])
+    return tuple(np.asarray(x)[:count] for x in process(logits, row, context))
 
 
 def penalised(logits: np.ndarray, params: SamplingParams, prompt: list[int], generated: list[int]) -> np.ndarray:
-    """vLLM's order: bias, then the repetition penalty of Hugging Face (prompt and completion), then OpenAI's two (completion alone)."""
+    """vLLM's order: bias, then the repetition penalty of Hugging Face (prompt and completion), then OpenAI's two
+    (completion alone).
+    """
     out = logits.astype(np.float64)
     for token, value in params.logit_bias or ():
         out[token] += value
@@ -243,7 +252,7 @@ def test_the_extremes_that_are_allowed_stay_finite():
     np.testing.assert_allclose(np.exp(logprobs.astype(np.float64)).sum(-1), 1.0, rtol=1e-5)
 
 
-# -- keys -------------------------------------------------------------------------------------------------------------------------
+# -- keys --------------------------------------------------------------------------------------------------------------
 
 
 def test_fold_keys_are_chains_of_fold_in():
@@ -264,7 +273,7 @@ def test_keys_of_samples_positions_and_prompts_differ():
     assert len({tuple(key) for key in jax.random.key_data(fold_keys(data, folds, positions)).tolist()}) == 512
 
 
-# -- the draw ---------------------------------------------------------------------------------------------------------------------
+# -- the draw ----------------------------------------------------------------------------------------------------------
 
 
 def some_distribution(seed: int = 0) -> np.ndarray:
@@ -279,7 +288,9 @@ def keys_of(count: int, seed: int = 0):
 
 
 def test_draws_follow_the_probabilities():
-    """Pearson's chi-square over tokens expected at least ten times, the rest together: within six deviations of its mean."""
+    """Pearson's chi-square over tokens expected at least ten times, the rest together: within six deviations of its
+    mean.
+    """
     count, logprobs = 40_000, some_distribution()
     tokens = np.asarray(draw(np.tile(logprobs, (count, 1)), keys_of(count)))
     expected, found = count * np.exp(logprobs.astype(np.float64)), np.bincount(tokens, minlength=V)
@@ -336,7 +347,7 @@ def test_rounding_at_the_edge_never_picks_what_has_no_mass():
     weights[:, 5], weights[0, 9], weights[1, 380] = 0.1, 1e-30, 0.2
     weights[2] = 1 / 3
     for u in (0.0, 0.5, np.nextafter(np.float32(1), np.float32(0)), 1.0):  # 1 stands for a product that was rounded up
-        found = np.asarray(sampling_reference._inverse_cdf(weights, np.full(4, u, np.float32)))
+        found = np.asarray(draw_reference._inverse_cdf(weights, np.full(4, u, np.float32)))
         assert (weights[np.arange(4), found] > 0).all(), f"u = {u}"
     assert found.tolist() == [9, 380, V - 1, 5], "the last one of positive weight"
 
@@ -347,7 +358,7 @@ def test_a_certain_token_is_always_drawn():
     assert np.asarray(draw(logprobs, keys_of(64))).tolist() == [i * 6 for i in range(64)]
 
 
-# -- logprob and entropy ----------------------------------------------------------------------------------------------------------
+# -- logprob and entropy -----------------------------------------------------------------------------------------------
 
 
 def test_logprobs_are_renormalised_over_what_is_kept():
@@ -371,7 +382,7 @@ def test_entropy_counts_only_what_is_possible():
     np.testing.assert_allclose(jax.jit(sampler.entropy)(logprobs), expected, rtol=1e-5, atol=1e-7)
 
 
-# -- pinned arithmetic ------------------------------------------------------------------------------------------------------------
+# -- pinned arithmetic -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name, low, high", [("exp", -87.0, 88.0), ("exp2", -125.9, 127.0)])

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxengine.device import steps
+from jaxengine.device import checksums
 from jaxengine.engine import contract_digest
 
 SHAPES = [
@@ -47,7 +47,7 @@ def test_any_change_is_seen(shape, dtype, on_device, monkeypatch):
 
 def test_each_sum_sees_a_word_by_itself():
     x = jnp.zeros((40, 50), jnp.uint16)
-    before = np.asarray(steps.word_sums(x))
+    before = np.asarray(checksums.word_sums(x))
     for place in ((0, 0), (39, 49), (7, 21)):
         for value in (1, 0x8000, 0xFFFF):
-            assert (np.asarray(steps.word_sums(x.at[place].set(value))) != before).all()
+            assert (np.asarray(checksums.word_sums(x.at[place].set(value))) != before).all()

@@ -19,9 +19,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 import jaxengine
 from jaxengine import LLM, Rollout, SamplingParams
 from jaxengine.config import EngineConfig, ModelConfig
-from jaxengine.device.sampling_arrays import stop_token_ids
 from jaxengine.engine.step_variants import BASE
 from jaxengine.models.params import map_declared
+from jaxengine.sampling_params import stop_token_ids
 
 CLOSE = 1e-4  # nats between plain float32 and pinned float32
 ROUNDING = 1e-4  # a choice by less may fall either way

@@ -15,7 +15,7 @@ from test_equivalence import check, few_flips
 from jaxengine import SamplingParams
 from jaxengine.config import KV_TILE, EngineConfig, ModelConfig
 from jaxengine.device import sampler, scoring
-from jaxengine.models import decoder
+from jaxengine.models import attention_block
 from jaxengine.ops import xla
 from jaxengine.ops.rope import cos_sin
 
@@ -55,7 +55,7 @@ def edge_left_out(real):
 
 def prompt_is_penalised(real):
     """Frequency and presence penalties count the prompt's tokens too."""
-    return lambda logits, row, *more: real(logits, dataclasses.replace(row, prompt_length=0 * row.prompt_length), *more)
+    return lambda logits, row, context: real(logits, row, context._replace(prompt_length=0 * context.prompt_length))
 
 
 def keys_of_the_next_position(real):
@@ -82,12 +82,11 @@ def first_tile_for_the_second(real):
 
 def softmax_of_xlas_own(real):
     """The trainer's distribution with the right numbers and other bits."""
-    other = lambda logits, row, *more: (
-        logits,
-        jax.nn.log_softmax(
-            jnp.where((row.temperature == 0)[:, None], logits, real.process(logits, row, *more[:-1])[1])
-        ),
-    )
+
+    def other(logits, row, context, raw):
+        processed = real.process(logits, row, context)[1]
+        return logits, jax.nn.log_softmax(jnp.where((row.temperature == 0)[:, None], logits, processed))
+
     return types.SimpleNamespace(**vars(real) | dict(distribution=other))
 
 
@@ -98,7 +97,7 @@ PLANTS = [
     pytest.param(3, xla, "paged_attention", first_tile_for_the_second, marks=SLOW),
     pytest.param(4, sampler, "process", prompt_is_penalised, marks=SLOW),
     pytest.param(5, sampler, "fold_keys", keys_of_the_next_position, marks=SLOW),
-    pytest.param(6, decoder, "rotate", queries_one_ahead, marks=SLOW),
+    pytest.param(6, attention_block, "rotate", queries_one_ahead, marks=SLOW),
 ]
 
 

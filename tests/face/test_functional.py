@@ -59,7 +59,7 @@ def test_the_first_call_compiles_each_step_once():
     ],
 )
 def test_an_interrupt_leaves_nothing_of_a_policy_to_the_next(home, name, after, at, monkeypatch):
-    """Before or after each call of the method. All weights here are version 0, which pages and contracts are found by."""
+    """Before or after each call of the method. All weights here are version 0, the key of pages and contracts."""
     (expected,) = generate(OTHER)
     real, calls = getattr(home, name), itertools.count(1)
 

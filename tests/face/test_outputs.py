@@ -39,7 +39,7 @@ def test_one_span_a_token_with_its_text():
 @pytest.mark.parametrize(
     "text", ["<script>alert(1)</script>", "</span>q", "'\"><img src=x onerror=alert(1)>", "</code></div>q"]
 )
-def test_text_is_escaped_wherever_it_stands(text):
+def test_text_is_escaped_everywhere(text):
     sample = completion([text], [-1.0])
     page = RequestOutputs([request(sample, prompt=text, request_id=text)])._repr_html_()
     assert page.count(html.escape(text)) == 3 and text not in page

@@ -1,4 +1,4 @@
-"""verify(): it says what held on a sound engine, and names the axis, the token and the bits where pinning is taken out."""
+"""verify(): the checks hold on a sound engine, and name the axis, the token and the bits if pinning is taken out."""
 
 import json
 

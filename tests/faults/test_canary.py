@@ -10,7 +10,7 @@ from conftest import make_llm
 from neighbours import answers, assert_idle, run, start, step
 
 from jaxengine import LLM, SamplingParams
-from jaxengine.device import steps
+from jaxengine.device import checksums
 from jaxengine.device.kv_cache import Cache
 from jaxengine.engine.page_checksums import CAUSE
 from jaxengine.host.sample import Request
@@ -154,13 +154,13 @@ def test_sums_change_with_each_stored_word():
     """Of 16-bit floats too, which are stored as integers."""
     stored = np.random.RandomState(0).randint(0, 2**16, (3, 2, 4, 16)).astype(np.uint16)
     cache = Cache((jnp.array(stored),), (jnp.array(stored.swapaxes(2, 3)),), jnp.zeros((1, 1), jnp.int32))
-    before = np.asarray(steps.token_sums(cache, jnp.array([1, 2]), kernels=XLA))
+    before = np.asarray(checksums.token_sums(cache, jnp.array([1, 2]), kernels=XLA))
     for head in range(2):
         for i in range(4):
             changed = stored.copy()
             changed[2, head, i, 5] ^= 1 << 15
             one = dataclasses.replace(cache, keys=(jnp.array(changed),))
-            found = np.argwhere(np.asarray(steps.token_sums(one, jnp.array([1, 2]), kernels=XLA)) != before)
+            found = np.argwhere(np.asarray(checksums.token_sums(one, jnp.array([1, 2]), kernels=XLA)) != before)
             assert found.tolist() == [[1, 5]]
 
 
@@ -202,15 +202,15 @@ def test_an_interrupt_is_no_damage(llm, expected, monkeypatch):
 
 
 def test_the_watch_compiles_once(llm):
-    before = steps.token_sums._cache_size()
+    before = checksums.token_sums._cache_size()
     run(llm, start(llm, [[i] * 450 for i in range(9)], SamplingParams(max_tokens=4)))
-    assert steps.token_sums._cache_size() == before > 0
+    assert checksums.token_sums._cache_size() == before > 0
 
 
 def test_without_page_checksums_nothing_is_summed_up_and_nothing_found(tiny, expected, whole, monkeypatch):
     """Off by default, and then free; and the fault of these tests does move bits."""
     assert tiny.engine.page_checksums is None
-    monkeypatch.setattr(steps, "token_sums", lambda *args, **how: pytest.fail("it was summed up"))
+    monkeypatch.setattr(checksums, "token_sums", lambda *args, **how: pytest.fail("it was summed up"))
     tiny.engine.scheduler.page_pool.clear_cache()
     request, beside = victim(tiny), start(tiny)
     overwrite(tiny, request.samples[0].pages[0])

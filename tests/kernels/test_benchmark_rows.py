@@ -1,4 +1,4 @@
-"""What benchmarks/kernels.py sets side by side computes the same: kernels, interpreted here, and XLA's own operations."""
+"""benchmarks/kernels.py compares kernels, which are interpreted here, with operations of XLA that compute the same."""
 
 import dataclasses
 import subprocess
@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from pallas_kernels.cases.attention import AttentionCase
+from pallas_kernels.cases.draw import DrawCase
 from pallas_kernels.cases.grouped_matmul import GroupedCase
 from pallas_kernels.cases.matmul import MatmulCase
-from pallas_kernels.cases.sampling import SamplingCase
 from pallas_kernels.implementations import choose
 
 BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"
@@ -23,7 +23,7 @@ CASES = {
     "kv_write": (dataclasses.replace(DECODING, chunk=20),),
     "matmul": (MatmulCase(9, 200, 96, "float32"),),
     "grouped": (GroupedCase((3, 0, 5), 200, 96, "float32"),),
-    "sampling": (SamplingCase(5, 256),),
+    "draw": (DrawCase(5, 256),),
 }
 
 
@@ -36,9 +36,10 @@ def rows(monkeypatch):
     return kernel_rows
 
 
-@pytest.mark.parametrize(
-    "kind", [kind if kind in ("kv_write", "matmul") else pytest.param(kind, marks=pytest.mark.long) for kind in CASES]
-)
+KINDS = [kind if kind in ("kv_write", "matmul") else pytest.param(kind, marks=pytest.mark.long) for kind in CASES]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_both_sides_compute_the_same(rows, kind):
     for row in getattr(rows, f"{kind}_rows")(choose("pallas_interpret"), CASES[kind]):
         ours, theirs = jax.tree.leaves(row.ours(*row.operands)), jax.tree.leaves(row.theirs(*row.their_operands))
@@ -54,11 +55,10 @@ def test_both_sides_compute_the_same(rows, kind):
 def test_work_is_counted_as_it_is(rows):
     """Two sequences of 40 tokens, 4 heads and 2 key-value heads of 32, in float32."""
     one, windowed = (next(rows.attention_rows(choose("xla"), [case])) for case in ATTENTION)
-    queries = lambda n: 2 * n * 4 * 32 * 4
-    assert one.flops == 4 * (2 * 40) * 4 * 32 and one.moved == 2 * 2 * 40 * 2 * 32 * 4 + queries(2)
-    assert windowed.flops == 4 * (2 * 20 * 10) * 4 * 32 and windowed.moved == 2 * 2 * (20 + 9) * 2 * 32 * 4 + queries(
-        2 * 32
-    )
+    query, key = 4 * 32 * 4, 2 * 32 * 4  # bytes
+    assert one.flops == 4 * (2 * 40) * 4 * 32 and one.moved == 2 * 2 * 40 * key + 2 * 2 * query
+    assert windowed.flops == 4 * (2 * 20 * 10) * 4 * 32
+    assert windowed.moved == 2 * 2 * (20 + 9) * key + 2 * (2 * 32) * query
 
 
 def test_a_cpu_is_refused():

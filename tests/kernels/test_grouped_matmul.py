@@ -1,4 +1,4 @@
-"""The grouped product: every body against float64, and a row's bits whichever rows and experts stand beside it."""
+"""The grouped product: every body against float64, and a row's bits whichever rows and experts are beside it."""
 
 import functools
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from pallas_kernels.sizes import MatmulSizes
 
 LONG = pytest.mark.long
 CASES = [case if case in (SMALL[1], SMALL[6]) else pytest.param(case, marks=LONG) for case in SMALL]
-GPU_BLOCKS = MatmulSizes(rows=16, columns=64, depth=64, shared_tiles=1, split=128)
+GPU_SIZES = MatmulSizes(rows=16, columns=64, depth=64, shared_tiles=1, split=128)
 EPS = float(jnp.finfo(jnp.float32).eps)
 
 
@@ -35,10 +35,8 @@ def reference(case: GroupedCase, x, w) -> tuple[np.ndarray, np.ndarray]:
         if case.gated:
             (gate, up), (gate_error, up_error) = np.split(sums, 2, axis=1), np.split(error, 2, axis=1)
             silu = gate / (1 + np.exp(-gate))
-            sums, error = (
-                silu * up,
-                1.1 * gate_error * np.abs(up) + np.abs(silu) * up_error + 8 * EPS * np.abs(silu * up),
-            )
+            error = 1.1 * gate_error * np.abs(up) + np.abs(silu) * up_error + 8 * EPS * np.abs(silu * up)
+            sums = silu * up
         out[rows], bound[rows], first = sums, error, first + size
     return out, bound
 
@@ -75,18 +73,16 @@ class Body:
         for taken in ([7], [20], range(3, 23)):
             taken = np.array(taken)
             some = jnp.array(np.bincount(experts[taken], minlength=len(case.sizes)), jnp.int32)
-            assert same_bits(self.jitted(case, x[taken], w, some), whole[taken]), (
-                f"rows {taken} differ from those in the whole batch"
-            )
+            part = self.jitted(case, x[taken], w, some)
+            assert same_bits(part, whole[taken]), f"rows {taken} differ from those in the whole batch"
 
     def test_other_experts_are_not_read(self):
         case = SMALL[1]
         x, w, sizes = case.operands()
         poisoned = jnp.full_like(w, jnp.nan).at[2].set(w[2])
-        mine = slice(15, 32)
-        assert same_bits(
-            self.jitted(case, x.at[:15].set(jnp.nan), poisoned, sizes)[mine], self.jitted(case, x, w, sizes)[mine]
-        )
+        mine = slice(15, 32)  # rows of expert 2
+        found = self.jitted(case, x.at[:15].set(jnp.nan), poisoned, sizes)
+        assert same_bits(found[mine], self.jitted(case, x, w, sizes)[mine])
 
 
 class TestReference(Body):
@@ -106,9 +102,8 @@ class TestReference(Body):
 
         (_, value), found = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(x, w)
         assert same_bits(value, self.jitted(case, x, w, sizes)), "the value inside value_and_grad is another"
-        expected = jax.grad(lambda x, w: (dense_float32(case, x, w) * weight).sum(), (0, 1))(
-            x.astype(jnp.float32), w.astype(jnp.float32)
-        )
+        widened = x.astype(jnp.float32), w.astype(jnp.float32)
+        expected = jax.grad(lambda x, w: (dense_float32(case, x, w) * weight).sum(), (0, 1))(*widened)
         for f, e in zip(found, expected, strict=True):
             tolerance = float(jnp.abs(e).max()) * (1e-2 if f.dtype == jnp.bfloat16 else 1e-5)
             np.testing.assert_allclose(f.astype(jnp.float32), e, rtol=0, atol=tolerance)
@@ -135,7 +130,7 @@ class TestGpuBody(Body):
     def run(self, case, x, w, sizes):
         parts = 2 if case.gated else 1
         in_parts = w.reshape(w.shape[0], parts, -1, w.shape[2])
-        return grouped_matmul_gpu(x, in_parts, sizes, GPU_BLOCKS, jnp.dtype(jnp.float32), interpret=True)
+        return grouped_matmul_gpu(x, in_parts, sizes, GPU_SIZES, jnp.dtype(jnp.float32), interpret=True)
 
 
 @pytest.mark.parametrize(
@@ -144,12 +139,9 @@ class TestGpuBody(Body):
 def test_visits_cover_every_row_once(sizes):
     tile = 8
     visits = visits_jitted(jnp.array(sizes, jnp.int32), 71, tile)
-    seen = [
-        row
-        for tile_index, start, end in zip(visits.tiles, visits.starts, visits.ends, strict=True)
-        for row in range(int(tile_index) * tile, (int(tile_index) + 1) * tile)
-        if start <= row < end
-    ]
+    seen = []
+    for tile_index, start, end in zip(visits.tiles.tolist(), visits.starts, visits.ends, strict=True):
+        seen += [row for row in range(tile_index * tile, (tile_index + 1) * tile) if start <= row < end]
     pairs = {(row // tile, expert) for row, expert in enumerate(np.repeat(np.arange(5), sizes))}
     assert int(visits.count) == len(pairs), "no visit without a row"
     assert sorted(seen) == list(range(sum(sizes))), "each row belongs to one visit"

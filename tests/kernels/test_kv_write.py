@@ -39,9 +39,8 @@ def expected(pages: Pages, k: np.ndarray, v: np.ndarray, tables: np.ndarray, row
         for t in range(count):
             page, offset = tables[slot, (start + t) // pages.keys.shape[2]], (start + t) % pages.keys.shape[2]
             for pool, x, scales in zip(pools, (k, v), (pages.key_scales, pages.value_scales), strict=True):
-                pool[page, :, offset] = bits(
-                    stored(x[b, t], pages.keys.dtype, None if scales is None else np.asarray(scales[page]))
-                )
+                own = None if scales is None else np.asarray(scales[page])
+                pool[page, :, offset] = bits(stored(x[b, t], pages.keys.dtype, own))
     return pools
 
 
@@ -65,7 +64,8 @@ class Body:
         tokens = case.tokens()
         pages, tables = case.pages(*tokens[1:])
         blocks, rows = case.blocks(r)
-        # Other numbers than the pages hold, some too large for 8 bits; what stands behind a block's count is no NaN, as dead rows are.
+        # Other numbers than the pages hold, some too large for 8 bits. Rows past a count are 7, not NaN, because
+        # the engine's are finite too.
         new = [np.nan_to_num(case.queries(5 * x[:, :, ::-1], rows, r), nan=7.0) for x in tokens[1:]]
         given = new if pages.key_scales is not None else [x.astype(case.dtype) for x in new]
         found = jax.jit(self.run)(pages, *given, blocks)
@@ -123,20 +123,17 @@ def test_every_body_in_short(body):
 
 class TestErrors:
     @pytest.mark.parametrize(
-        "found, change",
+        "message, shape, dtype",
         (
-            (
-                r"k and v must be \[B, r, 2, h\] with h at most the pages' width of 32",
-                dict(k=jnp.ones((4, 1, 3, 32), jnp.bfloat16)),
-            ),
-            ("k and v must have the pages' dtype bfloat16, got float32", dict(k=jnp.ones((4, 1, 2, 32)))),
+            (r"k and v must be \[B, r, 2, h\] with h at most the pages' width of 32", (4, 1, 3, 32), "bfloat16"),
+            ("k and v must have the pages' dtype bfloat16, got float32", (4, 1, 2, 32), "float32"),
         ),
     )
-    def test_shapes_and_dtypes(self, found, change):
+    def test_shapes_and_dtypes(self, message, shape, dtype):
         case = CASES[0]
         pages, _ = case.pages(*case.tokens()[1:])
-        k = change["k"]
-        with pytest.raises(ValueError, match=found):
+        k = jnp.ones(shape, dtype)
+        with pytest.raises(ValueError, match=message):
             kv_write(pages, k, k, case.blocks(1)[0], implementation=choose("xla"))
 
     def test_what_a_tpu_cannot_copy(self):

@@ -14,14 +14,12 @@ from pallas_kernels.matmul import matmul
 from pallas_kernels.matmul_gpu import matmul_gpu
 from pallas_kernels.sizes import MatmulSizes, matmul_sizes
 
-GPU_BLOCKS = MatmulSizes(
-    rows=16, columns=64, depth=64, shared_tiles=1, split=128
-)  # three splits and more, of two steps each
+# Three splits or more, of two steps each.
+GPU_SIZES = MatmulSizes(rows=16, columns=64, depth=64, shared_tiles=1, split=128)
 EPS = float(jnp.finfo(jnp.float32).eps)
 BATCHES = (slice(0, 1), slice(5, 6), slice(36, 37), slice(3, 19))
-CASES = [
-    case if case in (SMALL[0], SMALL[3], SMALL[9]) else pytest.param(case, marks=pytest.mark.long) for case in SMALL
-]
+LONG = pytest.mark.long
+CASES = [case if case in (SMALL[0], SMALL[3], SMALL[9]) else pytest.param(case, marks=LONG) for case in SMALL]
 
 
 def same_bits(a, b) -> bool:
@@ -80,7 +78,7 @@ class Body:
         poisoned = jnp.full_like(x, jnp.nan).at[7].set(x[7])
         assert same_bits(self.jitted(case, poisoned, w, None, None)[7], self.jitted(case, x, w, None, None)[7])
 
-    def test_a_row_may_stand_anywhere(self):
+    def test_a_row_has_the_same_bits_in_any_place(self):
         case = SMALL[0]
         x, w, *_ = case.operands()
         order = np.random.RandomState(0).permutation(len(x))
@@ -109,18 +107,15 @@ class TestReference(Body):
         widened = jax.tree.map(lambda a: a.astype(jnp.float32), operands)
         expected = jax.grad(lambda some: (plain_float32(case, *some) * weight).sum())(widened)
         for f, e in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-            scale = float(jnp.abs(e).max())
-            np.testing.assert_allclose(
-                f.astype(jnp.float32), e, rtol=0, atol=scale * (1e-2 if f.dtype == jnp.bfloat16 else 1e-5)
-            )
+            tolerance = float(jnp.abs(e).max()) * (1e-2 if f.dtype == jnp.bfloat16 else 1e-5)
+            np.testing.assert_allclose(f.astype(jnp.float32), e, rtol=0, atol=tolerance)
 
     def test_leaves_under_vmap_have_the_bits_of_each_alone(self):
-        """Weights of the decoder carry a leaf axis in front."""
+        """The decoder's weights have a leading leaf axis."""
         case = SMALL[0]
         (x, w, *_), (y, v, *_) = case.operands(), case.operands(seed=1)
-        leaves = jax.jit(jax.vmap(functools.partial(matmul, implementation=self.implementation)))(
-            jnp.stack([x, y]), jnp.stack([w, v])
-        )
+        run = jax.jit(jax.vmap(functools.partial(matmul, implementation=self.implementation)))
+        leaves = run(jnp.stack([x, y]), jnp.stack([w, v]))
         assert same_bits(leaves, jnp.stack([self.jitted(case, x, w, None, None), self.jitted(case, y, v, None, None)]))
 
 
@@ -139,13 +134,13 @@ class TestGpuBody(Body):
     side_by_side = False
 
     def run(self, case, x, w, bias, residual):
-        in_parts = lambda a: a.reshape(2 if case.gated else 1, -1, *a.shape[1:])
+        parts = 2 if case.gated else 1
         return matmul_gpu(
             x,
-            in_parts(w),
-            None if bias is None else in_parts(bias),
+            w.reshape(parts, -1, w.shape[1]),
+            None if bias is None else bias.reshape(parts, -1),
             residual,
-            GPU_BLOCKS,
+            GPU_SIZES,
             jnp.dtype(jnp.float32),
             interpret=True,
             side_by_side=self.side_by_side,
@@ -163,24 +158,18 @@ class TestGpuBodySideBySide(TestGpuBody):
 
 class TestErrors:
     def test_shapes(self):
-        xla, x, w = choose("xla"), jnp.ones((3, 8)), jnp.ones((4, 8))
-        for found, given in (
-            (
-                r"takes x \[M, K\] and w \[N, K\], got \(3, 8\) and \(4, 7\)",
-                lambda: matmul(x, w[:, :7], implementation=xla),
-            ),
-            ("N must be even, got 3", lambda: matmul(x, w[:3], gated=True, implementation=xla)),
-            (r"bias must be \[4\]", lambda: matmul(x, w, bias=jnp.ones(3), implementation=xla)),
-            (r"residual must be \[3, 4\]", lambda: matmul(x, w, residual=jnp.ones((3, 5)), implementation=xla)),
-            (
-                "takes weights in bfloat16 or float32, got float16",
-                lambda: matmul(x, w.astype(jnp.float16), implementation=xla),
-            ),
+        x, w = jnp.ones((3, 8)), jnp.ones((4, 8))
+        for message, weights, given in (
+            (r"takes x \[M, K\] and w \[N, K\], got \(3, 8\) and \(4, 7\)", w[:, :7], {}),
+            ("N must be even, got 3", w[:3], dict(gated=True)),
+            (r"bias must be \[4\]", w, dict(bias=jnp.ones(3))),
+            (r"residual must be \[3, 4\]", w, dict(residual=jnp.ones((3, 5)))),
+            ("takes weights in bfloat16 or float32, got float16", w.astype(jnp.float16), {}),
         ):
-            with pytest.raises(ValueError, match=found):
-                given()
+            with pytest.raises(ValueError, match=message):
+                matmul(x, weights, implementation=choose("xla"), **given)
 
-    def test_implementations_are_chosen_by_name_and_said(self, caplog):
+    def test_implementations_are_chosen_by_name_and_logged(self, caplog):
         with pytest.raises(ValueError, match="unknown implementation 'palas_tpu', did you mean 'pallas_tpu'"):
             choose("palas_tpu")
         with pytest.raises(ValueError, match="'pallas_tpu' needs a tpu, the device is 'NVIDIA H100 80GB HBM3'"):
@@ -191,7 +180,7 @@ class TestErrors:
             choose("pallas_tpu", "TPU v5 lite")
         assert caplog.messages == ["kernels: pallas_tpu with the block sizes of TPU v5e"]
 
-    def test_blocks_follow_geometry_and_never_the_batch(self):
-        blocks = matmul_sizes("TPU v5e", jnp.dtype("bfloat16"), 4096, 3 * 384)
-        assert (blocks.columns, blocks.depth) == (512, 384), "a depth that divides K is taken"
+    def test_sizes_depend_on_geometry_and_never_on_the_batch(self):
+        sizes = matmul_sizes("TPU v5e", jnp.dtype("bfloat16"), 4096, 3 * 384)
+        assert (sizes.columns, sizes.depth) == (512, 384), "a depth that divides K is taken"
         assert matmul_sizes("TPU v5e", jnp.dtype("bfloat16"), 100, 100).columns == 128

@@ -1,4 +1,4 @@
-"""Paged attention: every body against float64, and a query's bits alone, in a batch, in other chunks, pages and splits."""
+"""Paged attention: every body against float64; a query's bits alone, in a batch, in other chunks, pages and splits."""
 
 import dataclasses
 import functools
@@ -13,7 +13,7 @@ from pallas_kernels.implementations import choose
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.paged_attention_gpu import paged_attention_gpu
 from pallas_kernels.paged_attention_inputs import PagedBlocks, Pages, Scoring
-from pallas_kernels.paged_attention_softmax import combine, empty, fold
+from pallas_kernels.paged_attention_softmax import combine, empty, fold, lane_sum
 from pallas_kernels.sizes import INTERPRETED
 from pallas_kernels.sizes_attention import attention_sizes
 
@@ -35,21 +35,16 @@ def reference(case: AttentionCase, tokens, pages: Pages, tables: np.ndarray) -> 
         scores = scores if case.soft_cap is None else case.soft_cap * np.tanh(scores / case.soft_cap)
         distance = np.arange(length)[:, None] - np.arange(length)
         scores = np.where((distance >= 0) & (distance < (case.window or length + 1)), scores, -np.inf)
-        sinks = case.sinks()
-        rest = (
-            np.full((case.num_heads, length, 1), -np.inf)
-            if sinks is None
-            else np.broadcast_to(np.asarray(sinks)[:, None, None], (case.num_heads, length, 1))
-        )
-        weights = np.exp(
-            np.concatenate([scores, rest], -1) - np.concatenate([scores, rest], -1).max(-1, keepdims=True, initial=-1e9)
-        )
+        sinks = np.full(case.num_heads, -np.inf) if case.sinks() is None else np.asarray(case.sinks())
+        sinks = np.broadcast_to(sinks[:, None, None], (case.num_heads, length, 1))
+        scores = np.concatenate([scores, sinks], -1)
+        weights = np.exp(scores - scores.max(-1, keepdims=True, initial=-1e9))
         results.append(np.einsum("hqk,khd->qhd", weights[..., :-1] / weights.sum(-1, keepdims=True), values))
     return results
 
 
 def rounding(case: AttentionCase) -> float:
-    """What rounding queries and weights to the dots' dtype may move a result by: scores and values are below about 4."""
+    """How far rounding queries and weights to the dots' dtype may move a result: scores and values are below 4."""
     return {"float32": 4e-6, "float16": 6e-3}.get(case.dtype, 5e-2)
 
 
@@ -70,7 +65,7 @@ def computed(body: type, case: AttentionCase, r: int, slots: tuple[int, ...] | N
     out = np.asarray(jitted(body)(case.scoring, case.queries(tokens[0], rows, r), pages, blocks, case.sinks()))
     assert out.dtype == np.float32
     for b, (_, _, count) in enumerate(rows):
-        assert not out[b, count:].any(), "a token behind the count has a result"
+        assert not out[b, count:].any(), "a token past the count has a result"
     return {(slot, start + t): out[b, t] for b, (slot, start, count) in enumerate(rows) for t in range(count)}
 
 
@@ -128,9 +123,8 @@ class Body:
 def assert_same_bits(some: dict, others: dict) -> None:
     assert some
     for at, row in some.items():
-        assert np.array_equal(row.view(np.uint32), others[at].view(np.uint32)), (
-            f"other bits at (sequence, position) {at}"
-        )
+        same = np.array_equal(row.view(np.uint32), others[at].view(np.uint32))
+        assert same, f"other bits at (sequence, position) {at}"
 
 
 class TestReference(Body):
@@ -160,7 +154,7 @@ class TestGpuBody(Body):
             q, pages, blocks, sinks, scoring, sizes, interpret=True, side_by_side=self.side_by_side
         )
 
-    def test_head_widths_that_triton_has_not_are_refused(self):
+    def test_head_widths_that_triton_lacks_are_refused(self):
         with pytest.raises(ValueError, match="head widths 16, 32, 64, 128, 256, got 48"):
             self.rows_of(AttentionCase((5,), head_dim=48), 1)
 
@@ -173,21 +167,15 @@ class TestGpuBodySideBySide(TestGpuBody):
         assert_same_bits(self.rows_of(case, 4), TestGpuBody().rows_of(case, 4))
 
 
-def test_the_running_maximum_is_whole_and_a_tile_that_nobody_sees_changes_no_bit():
+def test_the_running_maximum_is_whole_and_a_tile_that_no_row_sees_changes_no_bit():
     scores, values = jnp.asarray(np.random.RandomState(0).randn(16, 32), jnp.float32), jnp.ones((32, 8))
-    row_sum = lambda x: x.sum(-1, keepdims=True)
     seen = jnp.ones((16, 32), bool)
-    some = fold(empty(16, 8), scores, seen, values, None, row_sum)
+    some = fold(empty(16, 8), scores, seen, values, None, lane_sum)
     assert np.array_equal(some.high, np.ceil(np.asarray(scores).max(-1, keepdims=True)))
-    for same in (
-        fold(some, scores, ~seen, values, None, row_sum),
-        combine(some, empty(16, 8)),
-        combine(empty(16, 8), some),
-    ):
-        assert all(
-            np.array_equal(np.asarray(a).view(np.uint32), np.asarray(b).view(np.uint32))
-            for a, b in zip(some, same, strict=True)
-        )
+    unseen = fold(some, scores, ~seen, values, None, lane_sum)
+    for same in (unseen, combine(some, empty(16, 8)), combine(empty(16, 8), some)):
+        for a, b in zip(some, same, strict=True):
+            assert np.array_equal(np.asarray(a).view(np.uint32), np.asarray(b).view(np.uint32))
 
 
 QUICK = AttentionCase((71, 3), chunk=8, dtype="bfloat16", num_heads=6, has_sinks=True)

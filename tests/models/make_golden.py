@@ -1,12 +1,14 @@
-"""Writes tests/models/golden: tiny random models of transformers, and what it computes with them in float32 on a CPU. Needs torch.
+"""Writes tests/models/golden: tiny random models of transformers, and what it computes with them in float32 on a CPU.
+Needs torch.
 
     pip install torch transformers
-    python tests/models/make_golden.py            # every case anew
+    python tests/models/make_golden.py            # every case again
     python tests/models/make_golden.py NAME …     # only these
 
-A case is a folder as save_pretrained writes it, and expected.npz: `tokens` [B, T], `logits` [B, T, V] in float32 for every position, and
-`generated` [B, N], the tokens that transformers' generate appends greedily. Most cases keep their weights in bfloat16, half the bytes;
-the logits are those of these weights widened to float32, so they are read with dtype="float32".
+A case is a folder as save_pretrained writes it, and expected.npz: `tokens` [B, T], `logits` [B, T, V] in float32 for
+every position, and `generated` [B, N], the tokens that transformers' generate appends greedily. Most cases keep their
+weights in bfloat16, half the bytes; the logits are those of these weights widened to float32, so they are read with
+dtype="float32".
 """
 
 import shutil
@@ -25,11 +27,11 @@ FAMILIES = {
     "llama": (LlamaConfig, LlamaForCausalLM),
 }
 NUM_GENERATED = 8
-SMALLEST_GAP = (
-    0.01  # between the likeliest token and the next one, of the largest logit: greedy tokens must not hang on rounding
-)
+# Between the likeliest token and the next one, of the largest logit: greedy tokens must not depend on rounding.
+SMALLEST_GAP = 0.01
 
-ORIGINAL = 48  # positions for which the stretched ropes were trained; the long cases go past them, and past a key tile of attention
+# Positions for which the stretched ropes were trained; the long cases go past them, and past a key tile of attention.
+ORIGINAL = 48
 PLAIN = {"rope_type": "default", "rope_theta": 1e6}
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}
 LLAMA3 = {
@@ -159,7 +161,10 @@ CASES: dict[str, tuple[dict[str, Any], tuple[int, int], torch.dtype]] = {
 
 
 def build(family: str, settings: dict[str, Any], seed: int, dtype: torch.dtype = torch.float32) -> Any:
-    """A random model whose weights are exact in `dtype`, held in float32. Norms and biases are random too: ones and zeros hide mistakes."""
+    """A random model whose weights are exact in `dtype`, held in float32.
+
+    Norms and biases are random too: ones and zeros hide mistakes.
+    """
     config_class, model_class = FAMILIES[family]
     model = model_class(config_class(**settings)).eval()
     generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,6 @@
-"""Shared by the tests of this folder: this project's own forward pass over whole sequences, and how far two logits are apart."""
+"""Shared by the tests of this folder: this project's own forward pass over whole sequences, and how far two logits are
+apart.
+"""
 
 import functools
 
@@ -28,6 +30,8 @@ def model_logits(config: ModelConfig, params: Decoder, tokens: np.ndarray) -> np
 
 
 def largest_difference(found: np.ndarray, expected: np.ndarray) -> float:
-    """The largest difference of a position's logits, relative to the largest logit of that position: the worst position counts."""
+    """The largest difference of a position's logits, relative to the largest logit of that position: the worst position
+    counts.
+    """
     assert found.shape == expected.shape and np.isfinite(found).all()
     return float((np.abs(found - expected).max(-1) / np.abs(expected).max(-1)).max())

@@ -1,4 +1,5 @@
-"""Each family against what transformers computed in float32 (make_golden.py): every position's logits, through the model and the engine.
+"""Each family against what transformers computed in float32 (make_golden.py): every position's logits, through the
+model and the engine.
 
 Run with -s to see the differences.
 """

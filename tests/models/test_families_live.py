@@ -102,8 +102,8 @@ def test_logits_of_every_position(case, record_property):
     difference = largest_difference(model_logits(config, loading.load(folder, config), tokens), logits(model, tokens))
     record_property("largest_difference", difference)
     print(
-        f"\n{config.architecture}, {config.rope.kind}, group {config.group_size}, head width {config.head_dim}, {leaves} leaves: "
-        f"logits differ by {difference:.1e}",
+        f"\n{config.architecture}, {config.rope.kind}, group {config.group_size}, head width {config.head_dim}, "
+        f"{leaves} leaves: logits differ by {difference:.1e}",
         end="",
     )
     assert difference < TOLERANCE

@@ -1,4 +1,6 @@
-"""config.json and tensor names of Hugging Face: what is read, what is refused, and that a model comes back from a folder by bits."""
+"""config.json and tensor names of Hugging Face: what is read, what is refused, and that a model comes back from a
+folder by bits.
+"""
 
 import json
 import math
@@ -55,7 +57,7 @@ def write_configs(folder: Path, config: dict[str, Any], generation: dict[str, An
     return folder
 
 
-# -- refused ---------------------------------------------------------------------------------------------------------------------
+# -- refused -----------------------------------------------------------------------------------------------------------
 
 
 SUPPORTED = r"\(supported: LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM\)"
@@ -263,7 +265,7 @@ def test_weights_of_another_configuration_are_refused(family, tmp_path):
         loading.load(tmp_path, wider)
 
 
-# -- read ------------------------------------------------------------------------------------------------------------------------
+# -- read --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("architecture", registry.FAMILIES)
@@ -343,7 +345,7 @@ def test_end_tokens_are_the_generation_configs_where_it_names_some(tmp_path, in_
     assert loading.read_model_config(folder).eos_token_ids == expected
 
 
-# -- rope ------------------------------------------------------------------------------------------------------------------------
+# -- rope --------------------------------------------------------------------------------------------------------------
 
 
 def plain_frequencies(theta: float, width: int) -> np.ndarray:
@@ -401,7 +403,7 @@ def test_inverse_frequencies_of_each_kind(theta, width):
 
 
 def test_yarn_where_its_range_is_empty_or_turned_round():
-    """transformers then divides by 0.001, or by a number below 0: nothing is stretched before `low`, or everything is."""
+    """transformers then divides by 0.001, or by a number below 0: nothing before `low` is stretched, or all is."""
     same = lambda rope, expected: np.testing.assert_allclose(inverse_frequencies(rope, 20), expected, rtol=5e-7)
     same(RopeConfig(1.5, "yarn", 4.0, 8192), plain_frequencies(1.5, 20) / 4)  # low 91, high 19
     same(
@@ -434,7 +436,7 @@ def test_only_yarn_has_an_attention_factor():
         )
 
 
-# -- there and back --------------------------------------------------------------------------------------------------------------
+# -- there and back ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("leaves", [1, 2, 4])

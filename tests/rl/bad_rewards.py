@@ -8,7 +8,7 @@ import time
 
 
 def by_completion(prompt, completion, answer, **options):
-    """Does what the completion says; else the length of the answer."""
+    """Does what the completion names; any other completion gets the length of the answer."""
     if completion == "raise":
         raise KeyError("no such luck")
     if completion == "exit":
@@ -18,7 +18,7 @@ def by_completion(prompt, completion, answer, **options):
     if completion == "hang":
         time.sleep(10_000)
     if completion == "busy":
-        return 9 ** (9**9)  # never lets another thread run
+        return 9 ** (9**9)  # keeps the interpreter lock
     if completion == "memory":
         return len(bytes(1 << 40))
     if completion == "print":
@@ -28,7 +28,7 @@ def by_completion(prompt, completion, answer, **options):
 
 
 def with_child(prompt, completion, answer):
-    """Starts a process that outlives it, writes its id down, and hangs."""
+    """Starts a process that does not end with it, writes its id to the file `answer`, and hangs."""
     child = subprocess.Popen(["sleep", "10000"])
     with open(answer, "w") as file:
         file.write(str(child.pid))

@@ -1,4 +1,4 @@
-"""The arithmetic problems, and the model that ships to solve them half right."""
+"""The arithmetic problems, and the model that ships, which solves about half of them."""
 
 import ast
 import functools
@@ -14,12 +14,11 @@ import transformers
 import jaxengine
 from checkpoints import model_folder
 from jaxengine.models import loading, params
-from jaxengine.rl.calc import arithmetic
-from jaxengine.rl.calc import train as train_calc
+from jaxengine.rl.calc import arithmetic, model, train
 from jaxengine.rl.calc.arithmetic import Problem, is_held_out, is_right, problems
 from jaxengine.text.tokenizer import Tokenizer
 
-FOLDER = model_folder.resolve("calc")
+FOLDER = model_folder.find_folder("calc")
 OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
 
 
@@ -118,13 +117,15 @@ def test_the_shipped_folder_is_small_and_whole():
 @pytest.mark.parametrize("leaves", [2, 4])
 def test_the_shipped_model_divides_into_leaves(leaves):
     config = loading.read_model_config(FOLDER, reduction_leaves=leaves)
-    shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
-    assert shapes(loading.load(FOLDER, config)) == shapes(params.abstract(config))
+    loaded, expected = loading.load(FOLDER, config), params.abstract(config)
+    assert jax.tree.structure(loaded) == jax.tree.structure(expected)
+    for array, abstract in zip(jax.tree.leaves(loaded), jax.tree.leaves(expected), strict=True):
+        assert (array.shape, array.dtype) == (abstract.shape, abstract.dtype)
 
 
 def test_the_tokenizer_is_the_one_trained_with_and_encodes_every_text():
     tokenizer = Tokenizer.load(FOLDER)
-    trained_with = train_calc.build_tokenizer()
+    trained_with = model.build_tokenizer()
     texts = [problem.prompt for problem in problems(0, 500)] + [
         "".join(map(chr, range(128))),
         " a  b ",
@@ -143,70 +144,65 @@ def test_completions_end_with_the_end_token():
     assert calc()[0].eos_token_ids == (tokenizer.eos_token_id,)
     assert model_folder.read_config(FOLDER)["eos_token_id"] == tokenizer.eos_token_id
     assert model_folder.read_generation_config(FOLDER)["eos_token_id"] == tokenizer.eos_token_id
-    assert tokenizer.token_text(tokenizer.eos_token_id) == train_calc.END
+    assert tokenizer.token_text(tokenizer.eos_token_id) == model.END
 
 
 def test_transformers_reads_the_tokenizer_and_its_chat_template():
     tokenizer = transformers.AutoTokenizer.from_pretrained(FOLDER)
     message = [{"role": "user", "content": "12+30="}]
-    assert tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True) == train_calc.chat_prompt(
+    assert tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True) == model.chat_prompt(
         "12+30="
     )
     for text in ("( 7 - 2 ) * 3 = , don't", "12+30=42", " naïve"):
         assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.decode(tokenizer.encode("42<|im_end|>"), skip_special_tokens=True) == "42"
-    assert (tokenizer.eos_token, tokenizer.pad_token, tokenizer.bos_token) == (train_calc.END, train_calc.PAD, None)
+    assert (tokenizer.eos_token, tokenizer.pad_token, tokenizer.bos_token) == (model.END, model.PAD, None)
 
 
 def test_chats_are_what_the_model_was_trained_on():
     ids = Tokenizer.load(FOLDER).encode_chat([{"role": "user", "content": "7*8="}])
-    assert ids == train_calc.build_tokenizer().encode(train_calc.chat_prompt("7*8=")).ids
+    assert ids == model.build_tokenizer().encode(model.chat_prompt("7*8=")).ids
 
 
 def test_rows_hold_whole_examples_once():
-    tokenizer = train_calc.build_tokenizer()
+    tokenizer = model.build_tokenizer()
     drawn = problems(0, 300)
-    pairs = list(train_calc.examples(drawn))
+    pairs = list(train.examples(drawn))
     tokens, mask = (
-        np.concatenate(parts)
-        for parts in zip(*train_calc.batches(train_calc.packed_rows(tokenizer, pairs)), strict=True)
+        np.concatenate(parts) for parts in zip(*train.batches(train.packed_rows(tokenizer, pairs)), strict=True)
     )
-    assert (
-        tokens.shape == mask.shape and tokens.shape[1] == train_calc.LENGTH and tokens.shape[0] % train_calc.ROWS == 0
-    )
+    assert tokens.shape == mask.shape and tokens.shape[1] == train.LENGTH and tokens.shape[0] % train.ROWS == 0
     text = tokenizer.decode(tokens[tokens >= 0].tolist(), skip_special_tokens=False)
     assert text == "".join(prompt + completion for prompt, completion in pairs)
     assert tokenizer.decode(tokens[mask].tolist(), skip_special_tokens=False) == "".join(
-        p.answer + train_calc.END for p in drawn
+        p.answer + model.END for p in drawn
     )
 
 
 def test_the_shipped_model_is_as_good_as_recorded_and_no_better():
     config, weights = calc()
-    right, probability = train_calc.grade(
-        config, weights, train_calc.build_tokenizer(), problems(1234, 200, "held-out")
-    )
+    right, probability = train.grade(config, weights, model.build_tokenizer(), problems(1234, 200, "held-out"))
     assert recorded().keys() == {*arithmetic.KINDS, "all"}
     assert 0.35 < right.mean() < 0.75
     assert abs(right.mean() - recorded()["all"]) < 4 * (0.25 / 200) ** 0.5
     assert 0.3 < probability.mean() < 0.6
-    assert max(recorded().values()) < 0.9 and min(recorded().values()) > 0.1  # no kind is done, none is hopeless
+    assert max(recorded().values()) < 0.9 and min(recorded().values()) > 0.1  # every kind can improve
 
 
 def test_grading_is_the_trainers_logprobs():
     config, weights = calc()
-    tokenizer, drawn = train_calc.build_tokenizer(), problems(7, train_calc.ROWS, "held-out")
-    pairs = [(problem.prompt, problem.answer + train_calc.END) for problem in drawn]
-    ((tokens, mask),) = train_calc.batches(train_calc.packed_rows(tokenizer, pairs, per_row=1))
+    tokenizer, drawn = model.build_tokenizer(), problems(7, train.ROWS, "held-out")
+    pairs = [(problem.prompt, problem.answer + model.END) for problem in drawn]
+    ((tokens, mask),) = train.batches(train.packed_rows(tokenizer, pairs, per_row=1))
     logprobs = np.asarray(jaxengine.score(weights, tokens, mask, config=config))
-    right, probability = train_calc.grade(config, weights, tokenizer, drawn)
+    right, probability = train.grade(config, weights, tokenizer, drawn)
     np.testing.assert_allclose(np.exp(logprobs.sum(-1)), probability, rtol=1e-4)
     assert right[probability > 0.5].all() and not right[logprobs.min(-1) < np.log(0.001)].any()
 
 
 @pytest.mark.slow
 def test_training_repeats_by_bits():
-    tokenizer = train_calc.build_tokenizer()
-    once, again, other = (train_calc.train(tokenizer, seed=seed, steps=5) for seed in (0, 0, 1))
+    tokenizer = model.build_tokenizer()
+    once, again, other = (train.train(tokenizer, seed=seed, steps=5) for seed in (0, 0, 1))
     equal = lambda a, b: all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
     assert equal(once, again) and not equal(once, other)

@@ -23,16 +23,19 @@ CASES = ALGORITHMS | {
 
 
 class Drawn:
-    """Random logprobs on a ragged mask; what stands outside the mask is NaN."""
+    """Random logprobs on a ragged mask; NaN outside the mask."""
 
     def __init__(self, seed: int = 0) -> None:
         rng = np.random.RandomState(seed)
         self.mask = ragged(rng)
-        draw = lambda scale: np.where(self.mask, rng.normal(0, scale, self.mask.shape), np.nan).astype(np.float32)
+
+        def draw(scale: float) -> np.ndarray:
+            return np.where(self.mask, rng.normal(0, scale, self.mask.shape), np.nan).astype(np.float32)
+
         self.old = draw(1) - 2
         self.new, self.reference = self.old + draw(0.3), self.old + draw(0.3)
         self.advantages = rng.normal(size=self.mask.shape[0]).astype(np.float32)
-        self.each = draw(1)  # an advantage a token
+        self.token_advantages = draw(1)
 
 
 def naive(objective: Objective, drawn: Drawn, advantages: np.ndarray) -> float:
@@ -62,21 +65,21 @@ def naive(objective: Objective, drawn: Drawn, advantages: np.ndarray) -> float:
 @pytest.mark.parametrize("name", CASES)
 def test_against_a_loop_over_tokens(name, shape):
     drawn, objective = Drawn(), CASES[name]
-    advantages = drawn.advantages if shape == "a sample" else drawn.each
-    found = jax.jit(
+    advantages = drawn.advantages if shape == "a sample" else drawn.token_advantages
+    actual = jax.jit(
         lambda new: policy_loss(new, drawn.old, drawn.mask, advantages, objective, reference=drawn.reference)
     )(drawn.new)
-    np.testing.assert_allclose(found, naive(objective, drawn, advantages), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(actual, naive(objective, drawn, advantages), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_gradient_against_differences_of_the_loop(name):
-    """In float64 by central differences; with one advantage a sample, for which GSPO's token form has GSPO's gradient."""
+    """Central differences in float64. With one advantage for a sample, GSPO's token form has GSPO's gradient."""
     drawn, objective = Drawn(1), CASES[name]
     loss = lambda new: policy_loss(new, drawn.old, drawn.mask, drawn.advantages, objective, reference=drawn.reference)
-    found = np.asarray(jax.grad(loss)(drawn.new))
-    assert (found[~drawn.mask] == 0).all() and np.isfinite(found).all()
-    step = 2.0**-12  # exact in float32 beside numbers of this size
+    actual = np.asarray(jax.grad(loss)(drawn.new))
+    assert (actual[~drawn.mask] == 0).all() and np.isfinite(actual).all()
+    step = 2.0**-12  # exact when added to float32 numbers of this size
     for i, t in zip(*np.nonzero(drawn.mask), strict=True):
         ends = []
         for sign in (1, -1):
@@ -84,10 +87,10 @@ def test_gradient_against_differences_of_the_loop(name):
             moved.new = moved.new.astype(np.float64)
             moved.new[i, t] += sign * step
             ends.append(naive(objective, moved, drawn.advantages))
-        assert found[i, t] == pytest.approx((ends[0] - ends[1]) / (2 * step), rel=1e-3, abs=1e-6), (i, t)
+        assert actual[i, t] == pytest.approx((ends[0] - ends[1]) / (2 * step), rel=1e-3, abs=1e-6), (i, t)
 
 
-def test_the_averages_by_hand():
+def test_averages_by_hand():
     """Two samples of 1 and 3 tokens, advantages 1 and -1, ratio 1."""
     mask = np.array([[False, True, False, False], [False, True, True, True]])
     old, advantages = np.zeros((2, 4), np.float32), np.array([1.0, -1.0], np.float32)
@@ -100,7 +103,7 @@ def test_the_averages_by_hand():
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_at_ratio_one_the_gradient_is_the_policy_gradient(name):
-    """−weight · A at each token, exactly: nothing is clipped, and nothing is halved between equals."""
+    """Exactly −weight · A at each token: nothing is clipped, and no gradient is halved between equal arguments."""
     drawn, objective = Drawn(), ALGORITHMS[name]
     gradient = jax.jit(jax.grad(lambda new: policy_loss(new, drawn.old, drawn.mask, drawn.advantages, objective)))(
         drawn.old
@@ -113,8 +116,8 @@ def test_at_ratio_one_the_gradient_is_the_policy_gradient(name):
 @pytest.mark.parametrize("ratio", ["token", "sequence"])
 def test_the_ratio_is_exactly_one_where_nothing_changed(ratio):
     logprobs = np.concatenate([-np.geomspace(1e-38, 80, 997), [0.0, -0.0, -1 / 3]]).astype(np.float32).reshape(10, 100)
-    found = jax.jit(lambda x, y: ratios(x, y, np.ones(x.shape, bool), Objective(ratio=ratio)))(logprobs, logprobs)
-    assert (bits(found) == bits(np.ones(1))).all()
+    actual = jax.jit(lambda x, y: ratios(x, y, np.ones(x.shape, bool), Objective(ratio=ratio)))(logprobs, logprobs)
+    assert (bits(actual) == bits(np.ones(1))).all()
 
 
 @pytest.mark.parametrize(
@@ -132,13 +135,11 @@ def test_the_ratio_is_exactly_one_where_nothing_changed(ratio):
     ],
 )
 def test_the_edges_of_the_clip(rho, advantage, moves):
-    """On the edge there is a gradient yet; behind it, where the advantage drives on, none; on the other side always."""
+    """There is a gradient at the edge, none beyond it in the direction of the advantage, and one on the other side."""
     objective, mask = Objective(clip_low=0.25, clip_high=0.25), np.ones((1, 1), bool)
     new = np.log(np.array([[rho]], np.float64)).astype(np.float32)
-    if rho in (1.25, 0.75):  # the nearest float32 whose ratio is not behind the edge
-        while (
-            ratios(new, 0 * new, mask, objective) > 1.25 if rho > 1 else ratios(new, 0 * new, mask, objective) < 0.75
-        ).any():
+    if rho in (1.25, 0.75):  # the nearest float32 whose ratio is not beyond the edge
+        while not 0.75 <= float(ratios(new, 0 * new, mask, objective)[0, 0]) <= 1.25:
             new = np.nextafter(new, np.float32(0))
     advantages = np.array([advantage], np.float32)
     gradient = jax.grad(lambda x: policy_loss(x, jnp.zeros((1, 1)), mask, advantages, objective))(new)
@@ -147,14 +148,13 @@ def test_the_edges_of_the_clip(rho, advantage, moves):
         np.testing.assert_allclose(gradient, -advantage * np.exp(new), rtol=1e-5)
 
 
-def test_a_token_that_the_new_distribution_cannot_give():
-    """top-k and the like may cut a token that was drawn: its ratio is 0, and no NaN comes of it."""
+def test_a_token_that_the_new_policy_has_cut():
+    """top-k and the like may cut a token that was drawn: its ratio is 0, and nothing is NaN."""
     mask, old = np.ones((1, 2), bool), np.full((1, 2), -1.0, np.float32)
     new = np.array([[-np.inf, -1.0]], np.float32)
-    for name in ALGORITHMS:
-        value, gradient = jax.value_and_grad(
-            lambda x, o=ALGORITHMS[name]: policy_loss(x, old, mask, np.ones(1, np.float32), o)
-        )(new)
+    for name, objective in ALGORITHMS.items():
+        loss_and_gradient = jax.value_and_grad(policy_loss)
+        value, gradient = loss_and_gradient(new, old, mask, np.ones(1, np.float32), objective)
         assert np.isfinite(value) and np.isfinite(gradient).all() and gradient[0, 0] == 0, name
     assert ratios(new, old, mask, Objective())[0, 0] == 0.0
 
@@ -163,14 +163,15 @@ def test_parts_add_up_to_the_batch():
     drawn = Drawn(3)
     for name, objective in ALGORITHMS.items():
         weights = token_weights(drawn.mask, objective)
-        loss = lambda rows, o=objective, w=weights: policy_loss(
-            drawn.new[rows], drawn.old[rows], drawn.mask[rows], drawn.advantages[rows], o, weights=w[rows]
-        )
-        parts = sum(float(loss(slice(i, i + 2))) for i in range(0, 6, 2))
-        assert parts == pytest.approx(float(loss(slice(None))), rel=1e-5, abs=1e-7), name
+        losses = []
+        for rows in (slice(None), slice(0, 2), slice(2, 4), slice(4, 6)):
+            batch = drawn.new[rows], drawn.old[rows], drawn.mask[rows], drawn.advantages[rows]
+            losses.append(float(policy_loss(*batch, objective, weights=weights[rows])))
+        whole, *parts = losses
+        assert sum(parts) == pytest.approx(whole, rel=1e-5, abs=1e-7), name
 
 
-# -- KL ------------------------------------------------------------------------------------------------------------------------
+# -- KL ----------------------------------------------------------------------------------------------------------------
 
 
 def test_kl_is_exactly_zero_between_equals():
@@ -181,22 +182,24 @@ def test_kl_is_exactly_zero_between_equals():
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 def test_kl_at_tokens_that_a_policy_has_cut(estimator):
-    """Truncation moves with the weights: what either cannot give counts nothing, and its neighbours count as before."""
+    """A token that either policy has cut counts nothing, and the tokens beside it count as before."""
     new, reference = jnp.array([[-jnp.inf, -1.0, -jnp.inf, -2.0]]), jnp.array([[-1.0, -jnp.inf, -jnp.inf, -1.5]])
-    found = lambda x: kl_penalty(x, reference, np.ones((1, 4), bool), estimator)
-    gradient = jax.grad(lambda x: found(x).sum())(new)
-    assert (bits(np.abs(found(new)[:, :3])) == 0).all() and (bits(np.abs(gradient[:, :3])) == 0).all()
-    assert (
-        bits(found(new)[:, 3:]) == bits(kl_penalty(new[:, 3:], reference[:, 3:], np.ones((1, 1), bool), estimator))
-    ).all()
-    assert found(new)[0, 3] != 0 and np.isfinite(gradient).all()
+    mask = np.ones((1, 4), bool)
+    actual = kl_penalty(new, reference, mask, estimator)
+    gradient = jax.grad(lambda x: kl_penalty(x, reference, mask, estimator).sum())(new)
+    assert (bits(np.abs(actual[:, :3])) == 0).all() and (bits(np.abs(gradient[:, :3])) == 0).all()
+    alone = kl_penalty(new[:, 3:], reference[:, 3:], mask[:, 3:], estimator)
+    assert (bits(actual[:, 3:]) == bits(alone)).all()
+    assert actual[0, 3] != 0 and np.isfinite(gradient).all()
 
 
 def test_kl_estimators_mean_the_kl():
     """Over a whole distribution: k1 and k3 average to the KL, and k2's gradient to the KL's gradient."""
     logits, target = jax.random.normal(jax.random.key(0), (2, 9))
     mask = np.ones(9, bool)
-    kl = lambda logits: (jax.nn.softmax(logits) * (jax.nn.log_softmax(logits) - jax.nn.log_softmax(target))).sum()
+
+    def kl(logits):
+        return (jax.nn.softmax(logits) * (jax.nn.log_softmax(logits) - jax.nn.log_softmax(target))).sum()
 
     def averaged(logits, estimator):
         logprobs = jax.nn.log_softmax(logits)
@@ -225,43 +228,44 @@ def test_a_penalty_needs_a_reference():
         ({"budget": 0}, "budget must be at least 1 token, got 0"),
     ],
 )
-def test_an_objective_that_is_none(how, error):
+def test_wrong_objectives_are_refused(how, error):
     with pytest.raises(ValueError, match=error):
         Objective(**how)
     with pytest.raises(TypeError, match="did you mean 'clip_high'"):
         Objective(cliphigh=0.3)
 
 
-# -- values and metrics --------------------------------------------------------------------------------------------------------
+# -- values and metrics ------------------------------------------------------------------------------------------------
 
 
 def test_value_loss_against_a_loop():
     drawn, clip, total = Drawn(4), 0.2, 0.0
     returns = drawn.reference
     for i, t in zip(*np.nonzero(drawn.mask), strict=True):
-        v, old, aim = (float(x[i, t]) for x in (drawn.new, drawn.old, returns))
-        kept = min(max(v, old - clip), old + clip)
-        total += 0.5 * max((v - aim) ** 2, (kept - aim) ** 2) / drawn.mask.sum()
+        v, old, target = (float(x[i, t]) for x in (drawn.new, drawn.old, returns))
+        clipped = min(max(v, old - clip), old + clip)
+        total += 0.5 * max((v - target) ** 2, (clipped - target) ** 2) / drawn.mask.sum()
     value, gradient = jax.value_and_grad(lambda v: value_loss(v, drawn.old, returns, drawn.mask, clip=clip))(drawn.new)
     assert float(value) == pytest.approx(total, rel=1e-5)
     assert (np.asarray(gradient)[~drawn.mask] == 0).all() and np.isfinite(gradient).all()
 
 
 @pytest.mark.parametrize(
-    "value, aim, expected", [(0.1, 1.0, -0.9), (0.5, 1.0, 0.0), (0.5, -1.0, 1.5), (0.5, 0.35, 0.15)]
+    "value, target, expected", [(0.1, 1.0, -0.9), (0.5, 1.0, 0.0), (0.5, -1.0, 1.5), (0.5, 0.35, 0.15)]
 )
-def test_value_gradient_by_hand(value, aim, expected):
-    """The old value is 0, the clip 0.2: moved further towards the aim there is no gradient; away from it, or beyond it, there is."""
-    one = lambda x: np.full((1, 1), x, np.float32)
-    found = jax.grad(lambda v: value_loss(v, one(0), one(aim), np.ones((1, 1), bool)))(one(value))
-    assert float(found[0, 0]) == pytest.approx(expected, abs=1e-6)
+def test_value_gradient_by_hand(value, target, expected):
+    """The old value is 0, the clip 0.2. A value that moved further towards the target has no gradient; one that moved
+    away from the target, or beyond it, has one.
+    """
+    value, old, returns = np.array([value, 0, target], np.float32).reshape(3, 1, 1)
+    actual = jax.grad(value_loss)(value, old, returns, np.ones((1, 1), bool))
+    assert float(actual[0, 0]) == pytest.approx(expected, abs=1e-6)
 
 
 def test_metrics_against_a_loop():
     drawn, objective = Drawn(5), Objective(clip_low=0.2, clip_high=0.3)
-    found = {
-        name: float(x) for name, x in mismatch(drawn.new, drawn.old, drawn.mask, drawn.advantages, objective).items()
-    }
+    metrics = mismatch(drawn.new, drawn.old, drawn.mask, drawn.advantages, objective)
+    actual = {name: float(x) for name, x in metrics.items()}
     deltas, clipped = [], []
     for i, t in zip(*np.nonzero(drawn.mask), strict=True):
         deltas.append(float(drawn.new[i, t]) - float(drawn.old[i, t]))
@@ -275,14 +279,14 @@ def test_metrics_against_a_loop():
         "kl": np.mean(rho - 1 - deltas),
         "max_delta": np.abs(deltas).max(),
     }
-    assert found == pytest.approx(expected, rel=1e-4) and 0 < found["clip_rate"] < 1
+    assert actual == pytest.approx(expected, rel=1e-4) and 0 < actual["clip_rate"] < 1
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_metrics_of_the_same_policy_are_exactly_nothing(name):
+def test_metrics_of_an_unchanged_policy(name):
     drawn = Drawn()
-    found = mismatch(drawn.old, drawn.old, drawn.mask, drawn.each, ALGORITHMS[name])
-    assert {name: float(x) for name, x in found.items()} == {
+    actual = mismatch(drawn.old, drawn.old, drawn.mask, drawn.token_advantages, ALGORITHMS[name])
+    assert {name: float(x) for name, x in actual.items()} == {
         "ratio_mean": 1,
         "ratio_max": 1,
         "clip_rate": 0,

@@ -11,7 +11,7 @@ from flax import nnx
 from jaxengine import Rollout, SamplingParams
 from jaxengine.ops.regions import over_tiles
 from jaxengine.rl.integrations.nnx_policy import Policy
-from pallas_kernels.sampling_reference import log_softmax
+from pallas_kernels.draw_reference import log_softmax
 from pallas_kernels.tiles import unknown_zero
 
 

@@ -1,4 +1,4 @@
-"""Rewards: values in order, and every way to fail is one sample's."""
+"""Rewards: values in order, and a failure of any kind is that of one sample."""
 
 import importlib.util
 import os
@@ -25,11 +25,14 @@ from jaxengine.rl.rewards import (
 
 
 def outputs(*texts: list[str], finish_reason: str = "stop") -> list[RequestOutput]:
-    sample = lambda i, text: CompletionOutput(i, text, [1], np.zeros(1, np.float32), finish_reason, None, [])
-    return [
-        RequestOutput(str(i), f"prompt {i}", [1], [sample(j, text) for j, text in enumerate(each)], True)
-        for i, each in enumerate(texts)
-    ]
+    requests = []
+    for i, completions in enumerate(texts):
+        samples = [
+            CompletionOutput(j, text, [1], np.zeros(1, np.float32), finish_reason, None, [])
+            for j, text in enumerate(completions)
+        ]
+        requests.append(RequestOutput(str(i), f"prompt {i}", [1], samples, True))
+    return requests
 
 
 def judge(reward, texts: list[str], answer="four", **how) -> Rewards:
@@ -37,7 +40,7 @@ def judge(reward, texts: list[str], answer="four", **how) -> Rewards:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process runs; the dead whose parent has not collected them do not."""
+    """Whether a process runs; a zombie does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
@@ -45,18 +48,18 @@ def alive(pid: int) -> bool:
 
 
 def ends(pid: int) -> bool:
-    """Whether a process that was sent its end reaches it; nobody here can collect it."""
+    """Whether a process that was killed ends within a minute. It is no child, so that it cannot be waited for."""
     deadline = time.monotonic() + 60
     while alive(pid) and time.monotonic() < deadline:
         os.sched_yield()
     return not alive(pid)
 
 
-# -- what is computed ------------------------------------------------------------------------------------------------------------------
+# -- what is computed --------------------------------------------------------------------------------------------------
 
 
 def test_samples_are_judged_in_order_and_in_parallel():
-    together = threading.Barrier(3, timeout=60)  # breaks unless three rewards run at once
+    together = threading.Barrier(3, timeout=60)  # breaks unless three rewards run at the same time
 
     def reward(prompt, completion, answer):
         if completion in "abc":
@@ -64,8 +67,10 @@ def test_samples_are_judged_in_order_and_in_parallel():
         time.sleep(0.02 if completion == "a" else 0)
         return float(f"{prompt[-1]}{answer}{'abcdef'.index(completion)}")
 
-    found = compute_rewards(outputs(["a", "b", "c"], [], ["d", "e"]), ["1", "2", "3"], reward, workers=3)
-    assert found.values.tolist() == [10, 11, 12, 233, 234] and found.values.dtype == np.float32 and not found.failures
+    judged = compute_rewards(outputs(["a", "b", "c"], [], ["d", "e"]), ["1", "2", "3"], reward, workers=3)
+    assert (
+        judged.values.tolist() == [10, 11, 12, 233, 234] and judged.values.dtype == np.float32 and not judged.failures
+    )
 
 
 def test_exact_match():
@@ -80,12 +85,14 @@ def test_regular_expression():
         regular_expression("(")
 
 
-def test_a_regular_expression_that_explodes_fails_alone():
-    found = judge(regular_expression("(?:a+)+$"), ["aaa", "a" * 64 + "!", "aa"], timeout=1.0)
-    assert found.values.tolist() == [1, 0, 1] and found.failures == {1: "TimeoutError: the reward took longer than 1 s"}
+def test_a_regular_expression_without_end_fails_alone():
+    judged = judge(regular_expression("(?:a+)+$"), ["aaa", "a" * 64 + "!", "aa"], timeout=1.0)
+    assert judged.values.tolist() == [1, 0, 1] and judged.failures == {
+        1: "TimeoutError: the reward took longer than 1 s"
+    }
 
 
-# -- rewards that go wrong -------------------------------------------------------------------------------------------------------------
+# -- rewards that go wrong ---------------------------------------------------------------------------------------------
 
 FAILURES = {
     "raise": "KeyError: 'no such luck'",
@@ -99,16 +106,16 @@ ALONE = {"die": "ended with SIGSEGV", "busy": "took longer than 1 s", "memory": 
 
 
 @pytest.mark.parametrize("isolated", [False, True], ids=["thread", "process"])
-def test_a_reward_that_goes_wrong_is_its_samples_failure(isolated):
+def test_a_reward_that_goes_wrong_fails_one_sample(isolated):
     reward = Isolated(bad_rewards.by_completion, more=0.5) if isolated else bad_rewards.by_completion
     expected = FAILURES | (ALONE if isolated else {})
     texts = [text for bad in expected for text in ("good", bad)]
-    found = judge(reward, texts, timeout=1.0, failed=-1.0)
-    assert found.values.tolist() == [4.5 if isolated else 4.0, -1.0] * len(expected)
-    assert found.failures.keys() == set(range(1, len(texts), 2))
-    for row, reason in zip(sorted(found.failures), expected.values(), strict=True):
-        assert reason in found.failures[row]
-    assert f"{len(expected)} failed, the first in row 1: " in repr(found)
+    judged = judge(reward, texts, timeout=1.0, failed=-1.0)
+    assert judged.values.tolist() == [4.5 if isolated else 4.0, -1.0] * len(expected)
+    assert judged.failures.keys() == set(range(1, len(texts), 2))
+    for row, reason in zip(sorted(judged.failures), expected.values(), strict=True):
+        assert reason in judged.failures[row]
+    assert f"{len(expected)} failed, the first in row 1: " in repr(judged)
 
 
 def test_a_loop_without_end_is_interrupted():
@@ -125,13 +132,16 @@ def test_a_loop_without_end_is_interrupted():
     assert ended.wait(60)
 
 
-def test_a_workers_output_is_no_reply():
+def test_what_a_worker_prints_is_no_reply():
     assert judge(Isolated(bad_rewards.by_completion), ["print"]).values.tolist() == [4]
 
 
 def test_workers_are_kept_and_killed_with_their_children(tmp_path):
     reward = Isolated(bad_rewards.by_completion)
-    pid_of = lambda reward: int(reward(None, "process", ""))
+
+    def pid_of(reward: Isolated) -> int:
+        return int(reward(None, "process", ""))
+
     first = pid_of(reward)
     assert pid_of(reward) == first and alive(first)
     reward.close()
@@ -152,14 +162,14 @@ def test_what_a_worker_cannot_import_is_refused():
         Isolated(bad_rewards.by_completion, more={1, 2})
 
 
-def test_an_answer_that_is_no_json_fails_alone():
-    found = compute_rewards(outputs(["good"], ["good"]), ["four", {1, 2}], Isolated(bad_rewards.by_completion))
-    assert found.values.tolist() == [4, 0] and "not JSON serializable" in found.failures[1]
+def test_an_answer_that_is_no_json_fails_one_sample():
+    judged = compute_rewards(outputs(["good"], ["good"]), ["four", {1, 2}], Isolated(bad_rewards.by_completion))
+    assert judged.values.tolist() == [4, 0] and "not JSON serializable" in judged.failures[1]
 
 
 def test_an_engines_error_is_not_judged():
-    found = compute_rewards(outputs(["42"], finish_reason="error"), ["42"], exact_match)
-    assert found.values.tolist() == [0] and found.failures == {0: "the engine ended the sample with an error: None"}
+    judged = compute_rewards(outputs(["42"], finish_reason="error"), ["42"], exact_match)
+    assert judged.values.tolist() == [0] and judged.failures == {0: "the engine ended the sample with an error: None"}
 
 
 def test_wrong_calls_are_refused():
@@ -170,23 +180,23 @@ def test_wrong_calls_are_refused():
     assert len(compute_rewards([], [], exact_match).values) == 0
 
 
-# -- mathematics -----------------------------------------------------------------------------------------------------------------------
+# -- mathematics -------------------------------------------------------------------------------------------------------
 
 
 def test_math_equivalence():
     pytest.importorskip("math_verify", reason="math-verify is not installed: pip install 'jaxengine[rl]'")
     texts = ["so it is $\\frac{1}{2}$", "\\boxed{0.5}", "0.25", "I do not know", "$\\frac{2}{4}$"]
-    found = judge(math_equivalence(), texts, "\\frac{1}{2}")
-    assert found.values.tolist() == [1, 1, 0, 0, 1] and not found.failures
+    judged = judge(math_equivalence(), texts, "\\frac{1}{2}")
+    assert judged.values.tolist() == [1, 1, 0, 0, 1] and not judged.failures
     assert judge(math_equivalence(), ["the answer is 42"], 42).values.tolist() == [1]
     assert "no mathematical expression in the answer" in judge(math_equivalence(), ["42"], "").failures[0]
     assert judge(math_equivalence(), ["$(x+1)^2$", "$x^2+2x$"], "x^2+2x+1").values.tolist() == [1, 0]
 
 
-def test_math_that_explodes_fails_alone():
+def test_math_without_end_fails_alone():
     pytest.importorskip("math_verify", reason="math-verify is not installed: pip install 'jaxengine[rl]'")
-    found = judge(math_equivalence(), ["$2$", "$9^{9^{9^{9}}}$", "$2$"], "2", timeout=5.0)
-    assert found.values.tolist() == [1, 0, 1] and list(found.failures) == [1]
+    judged = judge(math_equivalence(), ["$2$", "$9^{9^{9^{9}}}$", "$2$"], "2", timeout=5.0)
+    assert judged.values.tolist() == [1, 0, 1] and list(judged.failures) == [1]
 
 
 def test_without_math_verify_the_extra_is_named(monkeypatch):
@@ -195,7 +205,7 @@ def test_without_math_verify_the_extra_is_named(monkeypatch):
         judging.math_equivalence()
 
 
-# -- programs --------------------------------------------------------------------------------------------------------------------------
+# -- programs ----------------------------------------------------------------------------------------------------------
 
 ADD = "def add(a, b):\n    return a + b\n"
 TESTS = "assert add(1, 2) == 3\nassert add(-1, 1) == 0"
@@ -221,21 +231,21 @@ PROGRAMS = {
 
 
 def test_programs():
-    found = judge(python_program(), list(PROGRAMS), TESTS, timeout=4.0, workers=2)
-    assert found.values.tolist() == list(PROGRAMS.values()) and not found.failures
+    judged = judge(python_program(), list(PROGRAMS), TESTS, timeout=4.0, workers=2)
+    assert judged.values.tolist() == list(PROGRAMS.values()) and not judged.failures
 
 
 def test_a_program_is_judged_by_its_output():
     program = "n = int(input())\nprint(n * n)\n"
-    found = judge(python_program(), [program, "print(9)", program + "exit(1)"], {"3\n": "9\n", "4": "16"})
-    assert found.values.tolist() == [1, 0, 0]
+    judged = judge(python_program(), [program, "print(9)", program + "exit(1)"], {"3\n": "9\n", "4": "16"})
+    assert judged.values.tolist() == [1, 0, 0]
     assert "Python source or a mapping" in judge(python_program(), [program], 9).failures[0]
 
 
 def test_a_spinning_program_is_stopped_by_its_processor_time():
     began = time.process_time()
-    found = judge(python_program(ProgramLimits(cpu_seconds=1)), ["while True: pass"], "", timeout=600.0)
-    assert found.values.tolist() == [0] and time.process_time() - began < 60
+    judged = judge(python_program(ProgramLimits(cpu_seconds=1)), ["while True: pass"], "", timeout=600.0)
+    assert judged.values.tolist() == [0] and time.process_time() - began < 60
 
 
 ESCAPE = """
@@ -247,7 +257,7 @@ with open({note!r}, "w") as file:
 """
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="only Linux tells a process's descendants")
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="only Linux lists a process's descendants")
 @pytest.mark.parametrize("then", ["time.sleep(10000)", "pass"], ids=["hangs", "ends"])
 def test_children_end_with_their_program(tmp_path, then):
     note = tmp_path / "pid"
@@ -255,13 +265,13 @@ def test_children_end_with_their_program(tmp_path, then):
     assert not alive(int(note.read_text()))
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="only Linux tells a process's descendants")
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="only Linux lists a process's descendants")
 def test_too_many_processes_are_one_failure(tmp_path):
-    bomb = "import os, time\nfor _ in range(40): os.fork() or time.sleep(1000)\ntime.sleep(60)"  # seen at the next look, whenever that is
+    bomb = "import os, time\nfor _ in range(40): os.fork() or time.sleep(1000)\ntime.sleep(60)"  # until the next check
     assert judge(python_program(), [bomb], "", timeout=600.0).values.tolist() == [0]
 
 
-def test_a_program_that_ends_its_supervisor_is_ended_too(tmp_path):
+def test_a_program_that_kills_its_supervisor_is_killed_too(tmp_path):
     note = tmp_path / "pid"
     program = (
         f"import os, time\nopen({str(note)!r}, 'w').write(str(os.getpid()))\nos.kill(os.getppid(), 9)\ntime.sleep(1000)"

@@ -1,4 +1,4 @@
-"""Rollout: the layout that a trainer takes."""
+"""Rollout: its layout, and its file."""
 
 import dataclasses
 
@@ -26,14 +26,14 @@ def outputs() -> list[RequestOutput]:
 
 
 def test_the_layout():
-    found = Rollout.from_outputs(outputs())
-    np.testing.assert_array_equal(found.tokens, [[1, 2, 7, 8, 9], [1, 2, 0, 0, 0], [3, 4, 0, 0, 0]])
-    np.testing.assert_array_equal(found.mask, [[0, 0, 1, 1, 1], [0] * 5, [0, 1, 0, 0, 0]])
-    np.testing.assert_array_equal(found.logprobs, [[0, 0, -1, -2, -3], [0] * 5, [0, -1, 0, 0, 0]])
-    np.testing.assert_array_equal(found.weight_versions, [[-1, -1, 0, 2, 2], [-1] * 5, [-1, 1, -1, -1, -1]])
-    np.testing.assert_array_equal(found.lengths, [5, 2, 2])
-    np.testing.assert_array_equal(found.group, [0, 0, 1])
-    assert found.entropies is None and found.tokens.dtype == np.int32 and found.logprobs.dtype == np.float32
+    rollout = Rollout.from_outputs(outputs())
+    np.testing.assert_array_equal(rollout.tokens, [[1, 2, 7, 8, 9], [1, 2, 0, 0, 0], [3, 4, 0, 0, 0]])
+    np.testing.assert_array_equal(rollout.mask, [[0, 0, 1, 1, 1], [0] * 5, [0, 1, 0, 0, 0]])
+    np.testing.assert_array_equal(rollout.logprobs, [[0, 0, -1, -2, -3], [0] * 5, [0, -1, 0, 0, 0]])
+    np.testing.assert_array_equal(rollout.weight_versions, [[-1, -1, 0, 2, 2], [-1] * 5, [-1, 1, -1, -1, -1]])
+    np.testing.assert_array_equal(rollout.lengths, [5, 2, 2])
+    np.testing.assert_array_equal(rollout.group, [0, 0, 1])
+    assert rollout.entropies is None and rollout.tokens.dtype == np.int32 and rollout.logprobs.dtype == np.float32
 
 
 def test_a_length_pads_and_refuses():
@@ -58,7 +58,7 @@ def test_it_is_a_pytree_of_arrays():
     assert isinstance(moved, Rollout) and moved.tokens.shape == (2, 5) and moved.group.shape == (2,)
 
 
-# -- on disk -------------------------------------------------------------------------------------------------------------------
+# -- on disk -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Tool use: one sequence of turns and answers, with the bits of generate in the turns and no loss on the answers."""
+"""Tool use: one sequence of turns and replies; turns have the bits of generate, and replies carry no loss."""
 
 import re
 
@@ -15,7 +15,7 @@ from jaxengine.rl.loops.tools import Tool, calculator, generate_with_tools
 
 KEY = jax.random.key(5)
 BUDGET = 40
-TOOL = calculator(begin="", end="=")  # one token is one byte: what stands behind a "=" to the line's end is the tool's
+TOOL = calculator(begin="", end="=")  # a token is a byte: the text after a "=", to the end of the line, is the tool's
 PROMPTS = ["1+1=2\n", "sum:", "go", "then 3*"]
 
 
@@ -26,7 +26,7 @@ def llm(tiny_with_text) -> LLM:
 
 @pytest.fixture(scope="module")
 def sampling(llm) -> SamplingParams:
-    """Digits, "+" and "=" alone; everything that counts where a turn began."""
+    """Digits, "+" and "=" alone; with every parameter whose effect depends on where a turn begins."""
     ids = llm.tokenizer.encode("0123456789+==")
     return SamplingParams(
         n=2,
@@ -58,21 +58,20 @@ def conversations(outputs):
 
 
 def test_every_turn_keeps_the_prompts_cache_salt(llm, sampling, monkeypatch):
-    """Else a tenant's conversation would be found by others from its second turn on."""
+    """Without it, a tenant's conversation would be in the cache of others from its second turn on."""
     salts, generate = [], llm.generate
-    monkeypatch.setattr(
-        llm,
-        "generate",
-        lambda prompts, *how, **more: (
-            salts.append([p["cache_salt"] for p in prompts]) or generate(prompts, *how, **more)
-        ),
-    )
+
+    def recorded(prompts, *positional, **keywords):
+        salts.append([prompt["cache_salt"] for prompt in prompts])
+        return generate(prompts, *positional, **keywords)
+
+    monkeypatch.setattr(llm, "generate", recorded)
     generate_with_tools(llm, [{"prompt": PROMPTS[1], "cache_salt": "tenant"}], TOOL, sampling, key=KEY, max_calls=1)
-    assert len(salts) > 1 and {salt for each in salts for salt in each} == {"tenant"}
+    assert len(salts) > 1 and all(set(of_call) == {"tenant"} for of_call in salts)
 
 
 def test_conversations_have_calls(outputs):
-    """What the other tests look at is there: several turns, answers and errors, ends of both kinds."""
+    """The outputs of the other tests have several turns, answers and errors, and both finish reasons."""
     samples = conversations(outputs)
     assert [o.prompt for o in outputs] == PROMPTS and {len(s.turns) for s in samples} >= {3, 5}
     assert "error: " in "".join(s.text for s in samples) and any(re.search(r"\d+\+\d+=\d+\n", s.text) for s in samples)
@@ -80,13 +79,13 @@ def test_conversations_have_calls(outputs):
 
 
 def test_no_loss_on_the_tools_tokens(llm, outputs, rollout):
-    """The mask, told from the text alone: nothing from behind a "=" to the line's end is under it, everything else of a completion is."""
+    """The mask follows from the text: all of a completion is under it but the text from each "=" to the line's end."""
     for row, output in enumerate(o for o in outputs for _ in o.outputs):
         sample = conversations(outputs)[row]
         text = llm.tokenizer.decode(sample.token_ids)
         drawn = np.ones(len(text), bool)
-        for found in re.finditer("=[^\n]*\n", text):
-            drawn[found.start() + 1 : found.end()] = False
+        for reply in re.finditer("=[^\n]*\n", text):
+            drawn[reply.start() + 1 : reply.end()] = False
         assert len(text) == len(sample.token_ids) and 0 < drawn.sum() < len(text)
         start = len(output.prompt_token_ids)
         expected = np.pad(drawn, (start, rollout.mask.shape[1] - start - len(text)))
@@ -104,7 +103,9 @@ def test_score_is_generate(llm, sampling, rollout):
     assert (entropies.view(np.uint32) == rollout.entropies.view(np.uint32)).all()
     one_more = rollout.mask | np.pad(rollout.mask, ((0, 0), (1, 0)))[:, :-1]
     with_answers = llm.score(rollout.tokens, one_more, sampling)
-    assert (with_answers != rollout.logprobs).any()  # the control: a token of the tool's under the mask is seen
+    assert (
+        with_answers != rollout.logprobs
+    ).any()  # the control: a token of the tool under the mask changes the logprobs
 
 
 def test_every_turn_replays(llm, outputs):
@@ -114,10 +115,10 @@ def test_every_turn_replays(llm, outputs):
 
 
 def test_alone_or_in_the_batch(llm, sampling, outputs):
-    """A conversation depends on its own key alone, however the key is given."""
+    """A conversation depends on its key alone, however the key is given."""
     assert bits(generate_with_tools(llm, PROMPTS[:1], TOOL, sampling, key=KEY, max_calls=4)) == bits(outputs[:1])
-    own = sampling.replace(n=1, key=sample_key(KEY, 2, 1))
-    (alone,) = generate_with_tools(llm, PROMPTS[2], TOOL, own, key=jax.random.key(99), max_calls=4)
+    one = sampling.replace(n=1, key=sample_key(KEY, 2, 1))
+    (alone,) = generate_with_tools(llm, PROMPTS[2], TOOL, one, key=jax.random.key(99), max_calls=4)
     assert bits([alone])[0] == bits(outputs[2:3])[1]
     group = sampling.replace(key=jax.random.fold_in(KEY, 3))
     assert bits(generate_with_tools(llm, PROMPTS[3:], TOOL, group, key=jax.random.key(99), max_calls=4)) == bits(
@@ -133,10 +134,8 @@ def test_a_seed_is_its_key(llm, sampling):
 
 def test_without_a_call_it_is_generate(llm, sampling):
     never = Tool(calculate, begin="", end="no such text")
-    plain, tooled = (
-        llm.generate(PROMPTS, sampling, key=KEY),
-        generate_with_tools(llm, PROMPTS, never, sampling, key=KEY),
-    )
+    plain = llm.generate(PROMPTS, sampling, key=KEY)
+    tooled = generate_with_tools(llm, PROMPTS, never, sampling, key=KEY)
     assert bits(plain) == bits(tooled)
     for a, b in zip(conversations(plain), conversations(tooled), strict=True):
         assert (a.text, a.logprobs, a.token_texts) == (b.text, b.logprobs, b.token_texts)

@@ -1,4 +1,4 @@
-"""The trainer and the loop on a tiny model: on-policy to the bit, whatever the micro-batch, and resumed to the same bits."""
+"""The trainer and the loop on a tiny model: exactly on-policy with any micro-batch, and resumed to the same bits."""
 
 import dataclasses
 import functools
@@ -13,10 +13,12 @@ from test_advantages import bits
 import jaxengine
 from checkpoints import snapshots
 from jaxengine import Rollout, SamplingParams
+from jaxengine.outputs import CompletionOutput, RequestOutput
 from jaxengine.rl import critic
 from jaxengine.rl.loops.loop import Loop, judged_by
 from jaxengine.rl.losses import ALGORITHMS, policy_loss, token_shares, token_weights
-from jaxengine.rl.trainer import Trainer, TrainerConfig
+from jaxengine.rl.train_state import TrainerConfig
+from jaxengine.rl.trainer import Trainer
 
 SAMPLING = SamplingParams(n=4, max_tokens=12, temperature=0.9, top_k=200, stop_token_ids=[*range(10)], entropy=True)
 ENGINE = dict(max_model_len=64, max_num_seqs=16, num_pages=80)
@@ -37,7 +39,7 @@ def even_share(outputs, answers) -> np.ndarray:
 
 @functools.cache
 def make(algorithm: str = "grpo", kl: float = 0.0, **how) -> Trainer:
-    """Compiled once for all tests: a trainer keeps nothing of a state."""
+    """One trainer for all tests, compiled once: it keeps nothing of a state."""
     objective = dataclasses.replace(ALGORITHMS[algorithm], kl_coefficient=kl)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(RATE))
     return Trainer(TINY[0], optimizer, TrainerConfig(objective, SAMPLING, **how))
@@ -53,15 +55,20 @@ def on_policy(update: dict[str, float]) -> dict[str, float]:
 
 @functools.cache
 def _gradient(trainer: Trainer):
-    def found(state, batch):
+    def gradient(state, batch):
         weights = token_weights(batch.mask, trainer.config.objective), token_shares(batch.mask)
         return trainer.gradient(critic.cast(state.master, trainer.model_config), batch, weights)
 
-    return jax.jit(found)
+    return jax.jit(gradient)
 
 
 def gradient_of(trainer: Trainer, state, batch):
     return _gradient(trainer)(state, batch)
+
+
+def rounded(policy):
+    """The policy's arrays, rounded to bfloat16."""
+    return jax.tree.map(lambda x: x.astype("bfloat16").astype(np.float32), policy)
 
 
 def same(a, b) -> bool:
@@ -79,7 +86,7 @@ def drawn() -> Rollout:
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
-    """Two iterations of two epochs in two mini-batches, with a snapshot between; what is compared is copied, since states are donated."""
+    """Two iterations of two epochs in two mini-batches, with a snapshot between. States are copied, being donated."""
     folder = tmp_path_factory.mktemp("run")
     loop = Loop(make(epochs=2, mini_batches=2, micro_batches=2), problems, even_share, WIDTH, engine=ENGINE)
     state = start(loop.trainer)
@@ -91,7 +98,7 @@ def ran(tmp_path_factory):
 
 
 def test_the_first_update_of_every_iteration_is_on_policy(ran):
-    """Exactly, by the second iteration too, whose weights are rounded from what bfloat16 cannot hold; later updates move."""
+    """Exactly, also in the second iteration, whose float32 weights are no bfloat16 numbers. Later ones are not."""
     *_, iterations = ran
     for iteration in iterations:
         assert len(iteration.updates) == 4 and on_policy(iteration.updates[0]) == ON_POLICY
@@ -102,11 +109,8 @@ def test_the_first_update_of_every_iteration_is_on_policy(ran):
 
 def test_the_float32_copy_holds_what_bfloat16_does_not(ran):
     _, _, begin, end, _ = ran
-    rounded = jax.tree.map(lambda x: x.astype("bfloat16").astype(np.float32), end.master.policy)
-    assert same(
-        begin.master.policy, jax.tree.map(lambda x: x.astype("bfloat16").astype(np.float32), begin.master.policy)
-    )
-    assert not same(rounded, end.master.policy) and int(end.step) == 8 and int(end.version) == 2
+    assert same(rounded(begin.master.policy), begin.master.policy)
+    assert not same(rounded(end.master.policy), end.master.policy) and int(end.step) == 8 and int(end.version) == 2
 
 
 def test_a_run_that_stopped_goes_on_to_the_same_bits(ran):
@@ -127,8 +131,9 @@ REWARDS = np.linspace(0, 1, 16, dtype=np.float32)  # of four groups of four: no 
 
 @pytest.mark.slow
 def test_micro_batches_change_no_logprob(drawn):
-    """C11: inside the update's gradient the logprobs are the engine's bits. Gradients are close, not equal: each micro-batch's is rounded
-    to the weights' 8 bits before it is added."""
+    """Inside the update's gradient the logprobs are the engine's bits. Gradients are close and not equal, because the
+    gradient of each micro-batch is rounded to the weights' 8 bits before it is added.
+    """
     gradients = []
     for micro_batches in (1, 4):
         trainer = make(micro_batches=micro_batches)
@@ -141,12 +146,13 @@ def test_micro_batches_change_no_logprob(drawn):
 
 
 def test_a_critic_changes_no_logprob(drawn):
-    """Beside values, the logprobs have the engine's bits too; values are the same in the gradient and in front of it. A critic that says
-    something reaches the trunk by its loss alone."""
+    """With a critic, the logprobs have the engine's bits too, and values are the same in the gradient and outside it.
+    A critic that is not 0 changes the trunk through its loss alone.
+    """
     trainer = make("ppo", micro_batches=2)
     state = start(trainer)
-    said = critic.Critic(np.linspace(-1, 1, 96, dtype=np.float32), np.float32(0.1))
-    state = dataclasses.replace(state, master=dataclasses.replace(state.master, critic=said))
+    not_zero = critic.Critic(np.linspace(-1, 1, 96, dtype=np.float32), np.float32(0.1))
+    state = dataclasses.replace(state, master=dataclasses.replace(state.master, critic=not_zero))
     batch = trainer.batch(state, drawn, REWARDS)
     batch = dataclasses.replace(batch, advantages=0 * batch.advantages)
     gradient, losses, (logprobs, values) = gradient_of(trainer, state, batch)
@@ -177,19 +183,19 @@ def test_an_update_raises_what_was_rewarded(drawn):
 
 
 @pytest.mark.long
-def test_what_teaches_nothing_costs_nothing_and_changes_nothing(drawn):
-    """Groups that are all right or all wrong are skipped: the loss and the gradient are those of the whole batch all the same."""
+def test_samples_without_an_advantage_are_skipped(drawn):
+    """Groups that are all right or all wrong are skipped; the loss and the gradient are those of the whole batch."""
     trainer, rewards = make(), REWARDS.copy()
     rewards[:4], rewards[8:12] = 1.0, 0.0
     batch = trainer.batch(start(trainer), drawn, rewards)
     gradient, losses, _ = gradient_of(trainer, start(trainer), batch)
-    _, found = trainer.update(start(trainer), batch)
-    assert float(found["loss"]) == pytest.approx(float(losses["loss"]), abs=1e-7)
-    assert float(found["gradient_norm"]) == pytest.approx(float(optax.global_norm(gradient)), rel=2**-7)
+    _, metrics = trainer.update(start(trainer), batch)
+    assert float(metrics["loss"]) == pytest.approx(float(losses["loss"]), abs=1e-7)
+    assert float(metrics["gradient_norm"]) == pytest.approx(float(optax.global_norm(gradient)), rel=2**-7)
 
 
 def test_the_policy_outlives_the_state():
-    """In float32 too, where nothing is rounded: the engine's weights are a copy, and an update that takes the state leaves them."""
+    """In float32 too, where nothing is rounded: the engine's weights are a copy, and outlive a donated state."""
     config, params = random_model(vocab_size=250, num_hidden_layers=1)
     trainer = Trainer(config, optax.sgd(1.0))
     state = trainer.start(params, jax.random.key(0))
@@ -203,10 +209,8 @@ def test_a_sample_without_a_reward_is_left_out(drawn):
     trainer, rewards = make(), REWARDS.copy()
     rewards[5] = np.nan
     batch = trainer.batch(start(trainer), drawn, rewards)
-    assert (
-        not batch.mask[5].any() and np.isfinite(batch.advantages).all() and (np.asarray(batch.advantages[5]) == 0).all()
-    )
-    assert batch.mask[4].any()
+    assert not batch.mask[5].any() and batch.mask[4].any()
+    assert np.isfinite(batch.advantages).all() and (np.asarray(batch.advantages[5]) == 0).all()
 
 
 @pytest.mark.parametrize(
@@ -220,7 +224,7 @@ def test_a_sample_without_a_reward_is_left_out(drawn):
         ),
     ],
 )
-def test_what_cannot_be_learned_from(drawn, change, error):
+def test_rollouts_that_do_not_fit_are_refused(drawn, change, error):
     rewards = change.pop("rewards", np.ones(16, np.float32))
     config, params = TINY
     trainer = Trainer(config, optax.sgd(1.0), TrainerConfig(sampling=SAMPLING, **change))
@@ -230,22 +234,32 @@ def test_what_cannot_be_learned_from(drawn, change, error):
 
 @pytest.mark.long
 def test_a_reference_holds_back(drawn):
-    """At the reference itself the penalty is exactly 0; under weights that have moved away from it, it is not."""
+    """At the reference the penalty is exactly 0; under weights that have moved away from it, it is positive."""
     trainer = make(kl=1.0)
     batch = trainer.batch(start(trainer), drawn, REWARDS, reference=TINY[1])
     assert (bits(batch.reference) == bits(drawn.logprobs)).all()
     state, here = trainer.update(start(trainer), batch)
     policy = trainer.policy(state)
     _, moved = trainer.update(state, batch)
-    without = lambda old: policy_loss(old, drawn.logprobs, drawn.mask, batch.advantages, ALGORITHMS["grpo"])
-    assert float(here["loss"]) == pytest.approx(float(without(drawn.logprobs)), abs=1e-6)
+
+    def without(logprobs):
+        """The loss without a penalty."""
+        return float(policy_loss(logprobs, drawn.logprobs, drawn.mask, batch.advantages, ALGORITHMS["grpo"]))
+
+    assert float(here["loss"]) == pytest.approx(without(drawn.logprobs), abs=1e-6)
     after = jaxengine.score(policy, drawn.tokens, drawn.mask, SAMPLING.replace(n=1), config=trainer.model_config)
-    assert float(moved["loss"]) > float(without(np.asarray(after))) + 1e-6
+    assert float(moved["loss"]) > without(np.asarray(after)) + 1e-6
 
 
 def test_a_judge_calls_the_reward_for_each_sample():
-    output = lambda text, reason: dataclasses.make_dataclass("Sample", ["text", "finish_reason"])(text, reason)
-    request = dataclasses.make_dataclass("Request", ["prompt", "outputs"])
-    outputs = [request("1+1=", [output("2", "stop"), output("3", "stop")]), request("2*2=", [output("4", "error")])]
-    found = judged_by(lambda prompt, text, answer: float(text == answer) + (prompt == "1+1="))(outputs, ["2", "4"])
-    np.testing.assert_array_equal(found, [2, 1, np.nan])
+    def reward(prompt, text, answer):
+        return float(text == answer) + (prompt == "1+1=")
+
+    def sample(text, finish_reason):
+        return CompletionOutput(0, text, [1], np.zeros(1, np.float32), finish_reason, None, [])
+
+    outputs = [
+        RequestOutput("a", "1+1=", [1], [sample("2", "stop"), sample("3", "stop")], True),
+        RequestOutput("b", "2*2=", [1], [sample("4", "error")], True),
+    ]
+    np.testing.assert_array_equal(judged_by(reward)(outputs, ["2", "4"]), [2, 1, np.nan])

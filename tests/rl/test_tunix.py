@@ -1,4 +1,4 @@
-"""google-tunix: real GRPO steps over our engine and our policy. Needs `pip install google-tunix==0.1.7`, in an environment of its own."""
+"""google-tunix: GRPO steps over the engine and the policy. Needs `pip install google-tunix==0.1.7`, in its own venv."""
 
 import functools
 import importlib.util
@@ -34,7 +34,7 @@ def bits(x) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def tunix():
-    """Names of Tunix that the tests use, and those of our module that imports it."""
+    """The modules of Tunix that the tests use, and `ours`, which imports Tunix."""
     from tunix.rl import common, rl_cluster
     from tunix.rl.grpo import grpo_learner
     from tunix.rl.rollout import base_rollout
@@ -56,7 +56,7 @@ def policy(tunix):
 
 @pytest.fixture(scope="module")
 def cluster(tunix, policy):
-    """An RLCluster whose rollout engine is ours, every role on one device."""
+    """An RLCluster with JaxEngineRollout, all roles on one device."""
     from transformers import PreTrainedTokenizerFast
 
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("fsdp", "tp"))
@@ -86,10 +86,10 @@ def padded(output, pad_id: int) -> np.ndarray:
 
 
 def of_tunix(tunix, cluster, model, output) -> np.ndarray:
-    """The completions' logprobs by Tunix's own forward pass over a model of ours, 0 on padding."""
+    """The completions' logprobs by Tunix's forward pass over a TunixPolicy, 0 on padding."""
     pad = cluster.rollout.pad_id()
     completions = padded(output, pad)
-    found = tunix.compute_per_token_logps(
+    logprobs = tunix.compute_per_token_logps(
         *nnx.split(model),
         prompt_tokens=jnp.asarray(output.left_padded_prompt_tokens),
         completion_tokens=jnp.asarray(completions),
@@ -97,7 +97,7 @@ def of_tunix(tunix, cluster, model, output) -> np.ndarray:
         eos_id=cluster.rollout.eos_id(),
         temperature=0.9,
     )
-    return np.where(completions != pad, np.asarray(found), 0)
+    return np.where(completions != pad, np.asarray(logprobs), 0)
 
 
 def of_rollout(output) -> np.ndarray:
@@ -105,17 +105,17 @@ def of_rollout(output) -> np.ndarray:
 
 
 def test_grpo_steps(tunix, cluster, capsys):
-    """GRPO with two iterations a batch and a KL penalty: our engine draws, scores and takes over weights; Tunix trains."""
-    rollout, seen = cluster.rollout, []
+    """GRPO with two iterations for each batch and a KL penalty: the engine draws and scores, Tunix trains."""
+    rollout, calls = cluster.rollout, []
     assert isinstance(rollout, tunix.ours.JaxEngineRollout)
 
     def watched(original, prompts, config, **more):
         output = original(prompts, config, **more)
-        seen.append(
+        calls.append(
             (
                 prompts,
                 output,
-                of_tunix(tunix, cluster, cluster.actor_trainer.model_config, output),
+                of_tunix(tunix, cluster, cluster.actor_trainer.model, output),
                 rollout._llm.weights_version,
             )
         )
@@ -124,7 +124,7 @@ def test_grpo_steps(tunix, cluster, capsys):
     def reward(prompts, completions, answers, **kwargs):
         return [float(text == answer) - 0.1 * len(text) for text, answer in zip(completions, answers, strict=True)]
 
-    before = jax.tree.map(np.asarray, cluster.actor_trainer.model_config.params)
+    before = jax.tree.map(np.asarray, cluster.actor_trainer.model.params)
     rollout.generate = functools.partial(watched, rollout.generate)
     problems = arithmetic.problems(0, 4 * STEPS)
     batches = [
@@ -140,8 +140,8 @@ def test_grpo_steps(tunix, cluster, capsys):
     learner.train(batches)
     del rollout.generate
 
-    assert cluster.global_steps == STEPS == rollout._llm.weights_version and len(seen) == STEPS
-    trained = cluster.actor_trainer.model_config.params
+    assert cluster.global_steps == STEPS == rollout._llm.weights_version and len(calls) == STEPS
+    trained = cluster.actor_trainer.model.params
     assert all(
         a is b
         for a, b in zip(jax.tree.leaves(rollout.model().params), jax.tree.leaves(rollout._llm.params), strict=True)
@@ -153,13 +153,13 @@ def test_grpo_steps(tunix, cluster, capsys):
     moved = [not np.array_equal(a, b) for a, b in zip(jax.tree.leaves(trained), jax.tree.leaves(before), strict=True)]
     assert all(same) and all(moved)
     worst = 0.0
-    for version, (prompts, output, theirs, drawn_by) in enumerate(seen):
+    for version, (prompts, output, theirs, drawn_by) in enumerate(calls):
         assert (
             drawn_by == version and isinstance(prompts[0], np.str_) and len(prompts) == 4 * GROUP == len(output.tokens)
         )
         assert output.left_padded_prompt_tokens.shape == (4 * GROUP, PROMPT_LENGTH)
         groups = [{tuple(tokens) for tokens in output.tokens[i : i + GROUP]} for i in range(0, 4 * GROUP, GROUP)]
-        assert sum(map(len, groups)) > len(groups)  # samples of a group differ, where the model is not sure
+        assert sum(map(len, groups)) > len(groups)  # samples of a group differ where the model is not sure
         worst = max(worst, np.abs(of_rollout(output) - theirs).max())
     with capsys.disabled():
         print(f"\nTunix: {STEPS} GRPO steps, rollout against Tunix's forward: max |Δlogprob| {worst:.3g}")
@@ -167,7 +167,7 @@ def test_grpo_steps(tunix, cluster, capsys):
 
 
 def test_old_logprobs_are_generates(tunix, cluster):
-    """get_per_token_logps, from Tunix's padded arrays, has the bits that were drawn."""
+    """get_per_token_logps, from Tunix's padded arrays, gives the bits that `generate` gave."""
     config = tunix.rollout.RolloutConfig(
         max_tokens_to_generate=TOKENS, max_prompt_length=PROMPT_LENGTH, temperature=0.9
     )
@@ -176,36 +176,43 @@ def test_old_logprobs_are_generates(tunix, cluster):
     assert any(tokens[-1] == eos for tokens in output.tokens) and not any(
         text.endswith("<|im_end|>") for text in output.text
     )
-    found = cluster.rollout.get_per_token_logps(
+    logprobs = cluster.rollout.get_per_token_logps(
         jnp.asarray(output.left_padded_prompt_tokens), jnp.asarray(padded(output, pad))
     )
-    assert (bits(found) == bits(of_rollout(output))).all() and np.asarray(found).any()
+    assert (bits(logprobs) == bits(of_rollout(output))).all() and np.asarray(logprobs).any()
 
 
 def test_threads_and_lengths_compile_nothing(tunix, cluster):
     """Several threads with other lengths, prompts and temperatures: one set of compiled steps."""
-    sizes = lambda: (steps.prefill_step._cache_size(), steps.decode_step._cache_size())
-    config = lambda i: tunix.rollout.RolloutConfig(
-        max_tokens_to_generate=1 + i % TOKENS,
-        max_prompt_length=PROMPT_LENGTH,
-        temperature=1.0,
-        top_k=5 * (i % 2),
-        top_p=None if i % 3 else 0.9,
-    )
-    before = sizes()
+
+    def num_compiled():
+        return steps.prefill_step._cache_size(), steps.decode_step._cache_size()
+
+    def generate(i):
+        config = tunix.rollout.RolloutConfig(
+            max_tokens_to_generate=1 + i % TOKENS,
+            max_prompt_length=PROMPT_LENGTH,
+            temperature=1.0,
+            top_k=5 * (i % 2),
+            top_p=None if i % 3 else 0.9,
+        )
+        return cluster.rollout.generate(np.array([f"{i}+{i}="] * 2), config)
+
+    before = num_compiled()
     with ThreadPoolExecutor(4) as pool:
-        outputs = list(pool.map(lambda i: cluster.rollout.generate(np.array([f"{i}+{i}="] * 2), config(i)), range(12)))
-    assert sizes() == before
-    assert all(1 <= len(tokens) <= 1 + i % TOKENS for i, output in enumerate(outputs) for tokens in output.tokens)
+        outputs = list(pool.map(generate, range(12)))
+    assert num_compiled() == before
+    for i, output in enumerate(outputs):
+        assert all(1 <= len(tokens) <= 1 + i % TOKENS for tokens in output.tokens)
 
 
 def test_seeds_and_calls(tunix, cluster):
-    config = lambda seed: tunix.rollout.RolloutConfig(
-        max_tokens_to_generate=TOKENS, max_prompt_length=PROMPT_LENGTH, seed=seed, temperature=1.0
-    )
     words = jax.random.PRNGKey(3)
-    first, second = (cluster.rollout.generate(["31*27="] * 8, config(words)) for _ in range(2))
-    assert [*map(tuple, first.tokens)] != [*map(tuple, second.tokens)]  # one seed, yet no two calls draw alike
+    config = tunix.rollout.RolloutConfig(
+        max_tokens_to_generate=TOKENS, max_prompt_length=PROMPT_LENGTH, seed=words, temperature=1.0
+    )
+    first, second = (cluster.rollout.generate(["31*27="] * 8, config) for _ in range(2))
+    assert [*map(tuple, first.tokens)] != [*map(tuple, second.tokens)]  # two calls with one seed draw different tokens
     rollout = cluster.rollout
     calls = next(rollout._calls)
     keys = []
@@ -215,7 +222,7 @@ def test_seeds_and_calls(tunix, cluster):
     assert keys[0] == keys[1] == keys[2]
 
 
-def test_what_would_go_wrong_in_silence_is_refused(tunix, cluster, policy):
+def test_what_tunix_would_accept_silently_is_refused(tunix, cluster, policy):
     config = tunix.rollout.RolloutConfig(max_tokens_to_generate=TOKENS, max_prompt_length=4)
     with pytest.raises(ValueError, match="has 9 tokens, max_prompt_length is 4"):
         cluster.rollout.generate(["12*(3+4)="], config)
@@ -240,8 +247,11 @@ def test_padding_may_stand_anywhere(tunix):
     """The logits of tokens do not depend on where padding stands, bit for bit."""
     model = tunix.ours.TunixPolicy(*random_model(num_hidden_layers=1, vocab_size=300))
     tokens = np.random.default_rng(0).integers(1, 300, (1, 9))
-    mask = lambda real: jnp.asarray(real)[:, None, :] & jnp.tril(jnp.ones((real.shape[1],) * 2, bool))
-    whole = np.arange(9)[None] >= 0
+
+    def mask(real):
+        return jnp.asarray(real)[:, None, :] & jnp.tril(jnp.ones((real.shape[1],) * 2, bool))
+
+    whole = np.ones((1, 9), bool)
     real = np.array([[0, 0, 1, 1, 1, 0, 1, 1, 0, 1, 1, 1, 1, 0]], bool)
     spread = np.zeros((1, 14), np.int64)
     spread[real] = tokens[0]

@@ -15,9 +15,10 @@ import numpy as np
 from model import UNKNOWN, draw, link, root, score, turn
 
 from jaxengine.config import QUERY_BLOCK, EngineConfig
-from jaxengine.device.step_inputs import Copies, QueryBlocks, RowOutputs, Rows, SamplingArrays
+from jaxengine.device.step_inputs import Copies, RowOutputs, Rows, Slots
 from jaxengine.engine.batch import BatchBuilder
-from jaxengine.models.decoder import Tile
+from jaxengine.ops.query_blocks import QueryBlocks
+from jaxengine.ops.tiles import Tile
 
 GARBAGE = -1  # what a query block writes behind its last token, and what nobody wrote
 
@@ -111,7 +112,7 @@ def write_history(cache: Cache, slots: np.ndarray, tokens: np.ndarray) -> Cache:
 class HostSlots(BatchBuilder):
     """The engine's own arrays, which this device reads where they are."""
 
-    def device_slots(self) -> SamplingArrays:
+    def device_slots(self) -> Slots:
         return self.host_slots
 
 
@@ -132,12 +133,14 @@ class StepVariants:
     def pick(self, kind: str, num_blocks: int, params: int, cache: Cache) -> tuple[Cache, Tile]:
         return cache, Tile(self.tokens_per_block if kind == "prefill" else 1, 8)
 
-    def run_decode(self, params: int, cache: Cache, tables: np.ndarray, slots: SamplingArrays, rows: Rows, tile: Tile):
+    def run_decode(self, params: int, cache: Cache, tables: np.ndarray, slots: Slots, rows: Rows, tile: Tile):
         out, count = Answers(self.config.decode_steps, len(rows.slots)), int(rows.num_rows)
         lanes = list(enumerate(zip(rows.slots[:count].tolist(), rows.positions[:count].tolist(), strict=True)))
         with self._fault(cache):
             for step in range(self.config.decode_steps):
-                live = [(lane, slot, at + step) for lane, (slot, at) in lanes if at + step + 1 < slots.limit[slot]]
+                live = [
+                    (lane, slot, at + step) for lane, (slot, at) in lanes if at + step + 1 < slots.request.limit[slot]
+                ]
                 for _, slot, at in live:
                     cache.write(tables[slot].tolist(), at, cache.own_states(slot, params, at + 1)[at:])
                 states = [self._attend(cache, tables, slot, params, at) for _, slot, at in live]
@@ -150,7 +153,7 @@ class StepVariants:
         params: int,
         cache: Cache,
         tables: np.ndarray,
-        slots: SamplingArrays,
+        slots: Slots,
         blocks: QueryBlocks,
         rows: Rows,
         copies: Copies,
@@ -203,18 +206,14 @@ class StepVariants:
         assert self.trusting, f"position {position} reads what is not its own, at {wrong}"
         return hash(tuple(found))
 
-    def _draw(
-        self, cache: Cache, slots: SamplingArrays, slot: int, at: int, state: int, out: "Answers", lane: Any
-    ) -> None:
-        token, logprob = draw(state, slots.key[slot].tolist(), slots.key_folds[slot].tolist())
+    def _draw(self, cache: Cache, slots: Slots, slot: int, at: int, state: int, out: "Answers", lane: Any) -> None:
+        token, logprob = draw(state, slots.request.key[slot].tolist(), slots.request.key_folds[slot].tolist())
         cache.append(slot, at + 1, token)
         out.tokens[lane], out.logprobs[lane] = token, logprob
         self.rows_until_nan -= 1
         out.finite[lane] = self.rows_until_nan != 0
 
-    def _score(
-        self, cache: Cache, slots: SamplingArrays, slot: int, at: int, state: int, out: "Answers", lane: Any
-    ) -> None:
+    def _score(self, cache: Cache, slots: Slots, slot: int, at: int, state: int, out: "Answers", lane: Any) -> None:
         token = cache.history[slot][at + 1]
         out.tokens[lane], out.logprobs[lane] = token, score(state, token)
 

@@ -15,7 +15,7 @@ from conftest import bits, make_llm, random_model  # noqa: E402
 from jaxengine import SamplingParams  # noqa: E402
 from jaxengine.models.params import map_declared  # noqa: E402
 from jaxengine.ops.kernels import choose_kernels  # noqa: E402
-from jaxengine.ops.sharded import Sharded  # noqa: E402
+from jaxengine.ops.sharded import sharded  # noqa: E402
 
 SMALL = dict(
     vocab_size=250,
@@ -33,7 +33,7 @@ def answers(degree: int) -> list[tuple]:
     kernels = choose_kernels("pallas_interpret", config)
     if degree > 1:
         mesh = Mesh(np.array(jax.devices()[:degree]), ("leaves",))
-        kernels = Sharded(kernels, mesh, "leaves")
+        kernels = sharded(kernels, mesh, "leaves")
         split = lambda _, parameter: NamedSharding(
             mesh, PartitionSpec("leaves" if parameter.axes[0] == "leaf" else None)
         )

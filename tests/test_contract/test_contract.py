@@ -22,8 +22,8 @@ from jaxengine import LLM, SamplingParams
 from jaxengine.base.keys import sample_key
 from jaxengine.command.bench import compilations
 from jaxengine.engine import step_variants
-from jaxengine.engine.step_variants import BASE, TILES, StepVariants
-from jaxengine.models.decoder import Tile
+from jaxengine.engine.step_variants import StepVariants
+from jaxengine.ops.tiles import BASE, TILES, Tile
 
 KEY = 7
 LENGTHS = (1, 2, 5, 15, 16, 17, 31, 32, 33, 47, 48, 63, 64, 65, 80, 95, 96, 97, 110, 127, 128, 129, 160, 200)

@@ -15,11 +15,10 @@ import jaxengine
 from jaxengine import LLM, SamplingParams
 from jaxengine.base.keys import sample_key
 from jaxengine.config import EngineConfig
-from jaxengine.device import steps
+from jaxengine.device import checksums
 from jaxengine.device.kv_cache import Cache
-from jaxengine.models.decoder import Tile
-from jaxengine.ops.kernels import XLA, choose_kernels
-from jaxengine.ops.pallas import Pallas
+from jaxengine.ops.kernels import XLA, choose_kernels, kernels_of
+from jaxengine.ops.tiles import Tile
 from jaxengine.rl.rollout import Rollout
 from pallas_kernels.implementations import Implementation
 
@@ -196,8 +195,8 @@ def on_a(monkeypatch, platform: str, kind: str) -> None:
     ("platform", "kind", "chosen"),
     [
         ("cpu", "cpu", XLA),
-        ("tpu", "TPU v6 lite", Pallas(Implementation("pallas_tpu", "TPU v6e"))),
-        ("gpu", "NVIDIA H100 80GB HBM3", Pallas(Implementation("pallas_gpu", "Hopper"))),
+        ("tpu", "TPU v6 lite", kernels_of(Implementation("pallas_tpu", "TPU v6e"))),
+        ("gpu", "NVIDIA H100 80GB HBM3", kernels_of(Implementation("pallas_gpu", "Hopper"))),
     ],
 )
 def test_auto_is_the_devices_own(platform, kind, chosen, monkeypatch):
@@ -250,10 +249,11 @@ def test_a_page_size_that_the_tile_has_not_is_refused():
 def test_the_canary_sees_each_word(side):
     kernels = choose_kernels(INTERPRETED, dataclasses.replace(MODEL, dtype="bfloat16"))
     pools = [
-        jnp.ones(pool.shape, pool.dtype) for pool in kernels.pools(dataclasses.replace(MODEL, dtype="bfloat16"), 3, 32)
+        jnp.ones(pool.shape, pool.dtype)
+        for pool in kernels.attention.pools(dataclasses.replace(MODEL, dtype="bfloat16"), 3, 32)
     ]
     cache = Cache((pools[0],), (pools[1],), jnp.zeros((1, 1), jnp.int32))
-    sums = lambda cache: np.asarray(steps.token_sums(cache, jnp.array([1, 2]), kernels=kernels))
+    sums = lambda cache: np.asarray(checksums.token_sums(cache, jnp.array([1, 2]), kernels=kernels))
     for head, word in ((0, 0), (1, 31)):
         changed = dataclasses.replace(cache, **{side: (getattr(cache, side)[0].at[2, head, 5, word].set(-1),)})
         assert np.argwhere(sums(changed) != sums(cache)).tolist() == [[1, 5]]

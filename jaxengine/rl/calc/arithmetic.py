@@ -1,4 +1,4 @@
-"""Arithmetic written out as text: problems with one right answer, for training a small model and for rewarding it."""
+"""Arithmetic as text: problems with one right answer each, to train a small model on and to reward it by."""
 
 import dataclasses
 import hashlib
@@ -7,9 +7,12 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Literal
 
+from jaxengine.rl.loops.calculator import calculate
+
 Split = Literal["train", "held-out"]
 SPLITS: tuple[Split, ...] = ("train", "held-out")
 HELD_OUT_PERCENT = 10
+_KIND_OF_OPERATOR = {"+": "sum", "-": "difference", "*": "product"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,13 +24,16 @@ class Problem:
 
     @property
     def kind(self) -> str:
-        """One of KINDS, read off the prompt."""
+        """One of KINDS, by the operators in the prompt."""
         operators = re.findall(r"[-+*]", self.prompt)
-        return {"+": "sum", "-": "difference", "*": "product"}[operators[0]] if len(operators) == 1 else "mixed"
+        return _KIND_OF_OPERATOR[operators[0]] if len(operators) == 1 else "mixed"
 
 
 def problems(seed: int, count: int, split: Split = "train") -> list[Problem]:
-    """`count` problems drawn from a split, with repetition. The splits are disjoint whatever the seeds; raises ValueError for another."""
+    """`count` problems drawn from a split, with repetition. The splits are disjoint, whatever the seeds.
+
+    Raises ValueError where `split` is not one of SPLITS.
+    """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
     drawn = stream(seed, split)
@@ -35,8 +41,8 @@ def problems(seed: int, count: int, split: Split = "train") -> list[Problem]:
 
 
 def stream(seed: int, split: Split = "train") -> Iterator[Problem]:
-    """The problems of `problems`, without end."""
-    rng = random.Random(f"{seed} {split}")  # text is hashed with SHA-512: the same draws in every process
+    """The problems that `problems` draws, without end."""
+    rng = random.Random(f"{seed} {split}")  # a text seed is hashed with SHA-512, so every process draws the same
     while True:
         problem = KINDS[rng.choice(_SHARES)](rng)
         if is_held_out(problem.prompt) == (split == "held-out"):
@@ -44,18 +50,21 @@ def stream(seed: int, split: Split = "train") -> Iterator[Problem]:
 
 
 def is_held_out(prompt: str) -> bool:
-    """The split that a prompt belongs to, by its SHA-256. The tables of one digit ("7*8=") are for learning by heart, never held out."""
+    """Whether a prompt belongs to the split "held-out": HELD_OUT_PERCENT of prompts do, by their SHA-256.
+
+    Prompts with two numbers of one digit ("7*8=") never do, because they are what has to be learned by heart.
+    """
     digest = hashlib.sha256(prompt.encode()).digest()
     return len(prompt) > len("7*8=") and int.from_bytes(digest[:4]) % 100 < HELD_OUT_PERCENT
 
 
 def is_right(problem: Problem, completion_text: str) -> bool:
-    """Whether the completion's first line is the answer, spaces around it aside."""
+    """Whether the completion's first line, without the spaces around it, is the answer."""
     return completion_text.partition("\n")[0].strip() == problem.answer
 
 
 def _number(rng: random.Random, digits: list[int]) -> int:
-    """A number of as many digits as one of `digits`, 0 among those of one digit."""
+    """A number whose count of digits is drawn from `digits`; 0 has one digit."""
     size = rng.choice(digits)
     return rng.randrange(10 ** (size - 1) if size > 1 else 0, 10**size)
 
@@ -75,22 +84,12 @@ def _product(rng: random.Random) -> Problem:
     return Problem(f"{a}*{b}=", str(a * b))
 
 
-_MIXED: tuple[tuple[str, Callable[[int, int, int], int]], ...] = (
-    ("{}+{}*{}=", lambda a, b, c: a + b * c),
-    ("{}-{}*{}=", lambda a, b, c: a - b * c),
-    ("({}+{})*{}=", lambda a, b, c: (a + b) * c),
-    ("({}-{})*{}=", lambda a, b, c: (a - b) * c),
-    ("{}*({}+{})=", lambda a, b, c: a * (b + c)),
-    ("{}+{}-{}=", lambda a, b, c: a + b - c),
-    ("{}-{}+{}=", lambda a, b, c: a - b + c),
-    ("{}-({}+{})=", lambda a, b, c: a - (b + c)),
-)
+_MIXED = ["{}+{}*{}", "{}-{}*{}", "({}+{})*{}", "({}-{})*{}", "{}*({}+{})", "{}+{}-{}", "{}-{}+{}", "{}-({}+{})"]
 
 
 def _mixed(rng: random.Random) -> Problem:
-    text, value = rng.choice(_MIXED)
-    a, b, c = (rng.randrange(10) for _ in range(3))
-    return Problem(text.format(a, b, c), str(value(a, b, c)))
+    expression = rng.choice(_MIXED).format(*(rng.randrange(10) for _ in range(3)))
+    return Problem(f"{expression}=", calculate(expression))
 
 
 KINDS: dict[str, Callable[[random.Random], Problem]] = {

@@ -1,6 +1,7 @@
 """The policy as a flax nnx.Module: our parameters as nnx.Param, our forward pass as its call.
 
-Values inside `nnx.value_and_grad` are the ones that `generate` reported; `nnx.Optimizer` and optax train it as any other module.
+Values inside `nnx.value_and_grad` are the ones that `generate` reported; `nnx.Optimizer` and optax train it as any
+other module.
 """
 
 import dataclasses
@@ -13,24 +14,25 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxengine.config import ModelConfig
-from jaxengine.device.scoring import HEAD_ROWS
-from jaxengine.device.trunk import WIDE, hidden_states
+from jaxengine.device.trunk import hidden_states
 from jaxengine.engine.weights import check_fits
 from jaxengine.functional import score
 from jaxengine.models import decoder
-from jaxengine.models.decoder import Tile
-from jaxengine.models.params import Decoder, Parameter, declare
+from jaxengine.models.parameter import Parameter
+from jaxengine.models.params import Decoder, declare
 from jaxengine.ops.kernels import Kernels, choose_kernels
 from jaxengine.ops.regions import over_tiles
+from jaxengine.ops.tiles import HEAD_ROWS, WIDE, Tile
 from jaxengine.sampling_params import SamplingParams
 from pallas_kernels.tiles import unknown_zero
 
 
 class Policy(nnx.Module):
-    """A decoder whose arrays are nnx.Param, at the paths that they have in our pytree: `policy.layers[0].attention.qkv`.
+    """A decoder whose arrays are nnx.Param, at the paths that they have in our pytree:
+    `policy.layers[0].attention.qkv`.
 
-    Arrays go in and out as they are, never copied: `policy.params` is what `LLM.update_params` and `jaxengine.generate` take, and
-    `policy.set_params` takes it back. Raises ValueError where params do not fit config.
+    Arrays go in and out as they are and are never copied: `policy.params` is what `LLM.update_params` and
+    `jaxengine.generate` take, and `policy.set_params` takes it back. Raises ValueError where params do not fit config.
     """
 
     def __init__(self, config: ModelConfig, params: Decoder, *, kernels: str = "auto", tile: Tile = WIDE) -> None:
@@ -49,10 +51,11 @@ class Policy(nnx.Module):
         _put(params, self)
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
-        """float32 logits of the token behind each of `tokens`. Differentiable by reverse mode, the same bits inside it and out.
+        """float32 logits of the token after each of `tokens`. Differentiable by reverse mode, the same bits inside it
+        and out.
 
-        Their log-softmax is `score`'s at temperature 1, in bits where `pallas_kernels.sampling_reference` takes it. All of [B, T, V] is
-        kept: a loss on logprobs needs much less memory through `logprobs`.
+        Their log-softmax is `score`'s at temperature 1, in bits where `pallas_kernels.draw_reference` takes it. All
+        of [B, T, V] is kept: a loss on logprobs needs much less memory through `logprobs`.
         """
         return all_logits(self.config, self.kernels, self.params, jnp.asarray(tokens), self.tile)
 
@@ -96,7 +99,7 @@ def _head(
     return decoder.logits(config, kernels, *weights, x)
 
 
-# -- between our pytree and nnx ----------------------------------------------------------------------------------------------------------
+# -- between our pytree and nnx ----------------------------------------------------------------------------------------
 
 
 class _Part(nnx.Module):

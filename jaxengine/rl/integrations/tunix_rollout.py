@@ -1,11 +1,11 @@
-"""google-tunix: our engine as its rollout worker, our policy as its model.
+"""google-tunix: the engine as its rollout worker, the policy as its model.
 
     actor = TunixPolicy(llm.config, llm.params)
     ClusterConfig(rollout_engine=functools.partial(JaxEngineRollout, max_num_seqs=64), …)   # or the class itself
     RLCluster(actor=actor, tokenizer=…, cluster_config=…)
 
-Written for google-tunix 0.1.7, which has to be installed. Tunix keeps prompts padded on the left and completions on the right, and tells
-tokens from padding by the pad id: a completion that draws the pad id ends there.
+For google-tunix 0.1.7, which has to be installed. Tunix pads prompts on the left and completions on the right, and
+tells tokens from padding by the pad id, so a completion that draws the pad id ends there.
 """
 
 import importlib
@@ -44,9 +44,11 @@ class TunixPolicy(Policy):
         cache: None = None,
         attention_mask: Bool[Array, "B T T"] | None = None,
     ) -> tuple[Float[Array, "B T V"], None]:
-        """(float32 logits, no cache). Rows may be padded anywhere: what is a token is read off the attention mask's last row.
+        """(float32 logits, no cache). Rows may be padded anywhere: the attention mask's last row tells which entries
+        are tokens.
 
-        Positions follow from that too, and are not looked at. Logits of padding mean nothing.
+        Positions follow from that too, so `positions` is not read. Logits of padding have no meaning. Raises ValueError
+        where a cache is given, or no attention mask.
         """
         if cache is not None:
             raise ValueError(
@@ -54,21 +56,22 @@ class TunixPolicy(Policy):
             )
         if attention_mask is None:
             raise ValueError(
-                "an attention mask is needed to tell tokens from padding; packed sequences (max_seq_token_per_tpu) are not "
-                "supported"
+                "an attention mask is needed to tell tokens from padding; "
+                "packed sequences (max_seq_token_per_tpu) are not supported"
             )
-        # Our forward pass takes sequences from position 0 on: padding goes to the end, and its logits back to where it stood.
+        # The forward pass takes sequences from position 0 on: padding moves to the end, and its logits move back.
         order = jnp.argsort(~attention_mask[:, -1], axis=-1, stable=True)
         logits = super().__call__(jnp.take_along_axis(tokens, order, axis=-1))
         return jnp.take_along_axis(logits, jnp.argsort(order, axis=-1)[..., None], axis=1), None
 
 
 class JaxEngineRollout(base_rollout.BaseRollout):
-    """A rollout worker over an LLM of its own, whose weights change when Tunix syncs them and at no other time.
+    """A rollout worker with its own LLM, whose weights change only when Tunix syncs them.
 
-    `rollout_actor` is the TunixPolicy that is trained; `key` makes all draws, each `generate` call with its own fold (a `seed` in the
-    rollout config takes the key's place). The context has room for what the rollout config it is built with asks for, or for
-    `kv_cache_size` tokens where that is more. Further keywords are EngineConfig's.
+    `rollout_actor` is the TunixPolicy that is trained. Each `generate` call draws with another fold of `key`, or of
+    the rollout config's `seed` where it has one. The context has room for the prompt and completion lengths of the
+    given rollout config, and at least for `kv_cache_size` tokens. Further keywords are EngineConfig's. Raises
+    TypeError for another actor, and NotImplementedError for a mesh of several devices.
     """
 
     def __init__(
@@ -83,17 +86,17 @@ class JaxEngineRollout(base_rollout.BaseRollout):
     ) -> None:
         if not isinstance(rollout_actor, TunixPolicy):
             raise TypeError(
-                f"the actor must be a jaxengine.rl.integrations.tunix_rollout.TunixPolicy, got {type(rollout_actor).__name__}"
+                "the actor must be a jaxengine.rl.integrations.tunix_rollout.TunixPolicy, "
+                f"got {type(rollout_actor).__name__}"
             )
         if mesh is not None and mesh.size > 1:
             raise NotImplementedError(f"this version runs on one device, the rollout mesh has {mesh.size}")
         config = rollout_actor.config
-        asked = max(
-            rollout_config.max_prompt_length + rollout_config.max_tokens_to_generate, rollout_config.kv_cache_size
-        )
-        engine.setdefault("max_model_len", min(asked, config.max_position_embeddings))
+        length = rollout_config.max_prompt_length + rollout_config.max_tokens_to_generate
+        context = max(length, rollout_config.kv_cache_size)
+        engine.setdefault("max_model_len", min(context, config.max_position_embeddings))
         engine.setdefault("kernels", rollout_actor.kernels.name)
-        # Own arrays at first: Tunix syncs weights only where the worker's are not the trainer's.
+        # Copies, because Tunix syncs weights only where the worker's arrays are not the trainer's.
         self._model = TunixPolicy(
             config,
             jax.tree.map(jnp.copy, rollout_actor.params),
@@ -105,34 +108,37 @@ class JaxEngineRollout(base_rollout.BaseRollout):
         self._temperature = rollout_config.temperature
         self._calls = itertools.count()
 
-    # -- what Tunix calls --------------------------------------------------------------------------------------------------------
+    # -- what Tunix calls ----------------------------------------------------------------------------------------------
 
     def generate(self, prompts: Sequence[str], rollout_config: Any, **kwargs: Any) -> Any:
-        """A completion of each prompt; a run of equal prompts is one group, prefilled once. Several threads may call, and share steps.
+        """A completion of each prompt. Equal prompts in a row are one group, prefilled once. Calls of several threads
+        share steps.
 
-        Raises ValueError for a prompt longer than `max_prompt_length` (it would be trained on as another), and RuntimeError where the
-        engine ended a sample with an error.
+        Raises ValueError for a prompt longer than `max_prompt_length`, because it would be trained on as another one,
+        and RuntimeError where the engine ended a sample with an error.
         """
         if kwargs:
             raise TypeError(f"JaxEngineRollout.generate has no keyword {sorted(kwargs)[0]!r}")
-        groups = [(str(prompt), len(list(run))) for prompt, run in itertools.groupby(prompts)]  # numpy.str_ among them
+        # Tunix gives numpy.str_ among the prompts.
+        groups = [(str(prompt), len(list(run))) for prompt, run in itertools.groupby(prompts)]
         ids = [self._encode(prompt, rollout_config.max_prompt_length) for prompt, _ in groups]
-        params = [self._sampling_params(rollout_config).replace(n=count) for _, count in groups]
+        samplings = [self._sampling_params(rollout_config).replace(n=count) for _, count in groups]
         outputs = self._llm.generate(
-            [{"prompt_token_ids": each} for each in ids], params, key=self._call_key(rollout_config.seed)
+            [{"prompt_token_ids": each} for each in ids], samplings, key=self._call_key(rollout_config.seed)
         )
         rows = list(_samples(outputs))
-        pad = lambda tokens: [self.pad_id()] * (rollout_config.max_prompt_length - len(tokens)) + tokens
+        padded = [self._padded(output.prompt_token_ids, rollout_config.max_prompt_length) for output, _ in rows]
         return base_rollout.RolloutOutput(
             text=[self._text(sample) for _, sample in rows],
             logits=None,
             tokens=[np.array(sample.token_ids, np.int32) for _, sample in rows],
-            left_padded_prompt_tokens=np.array([pad(output.prompt_token_ids) for output, _ in rows], np.int32),
+            left_padded_prompt_tokens=np.array(padded, np.int32),
             logprobs=[sample.token_logprobs for _, sample in rows],
         )
 
     def get_per_token_logps(self, prompt_tokens: Any, completion_tokens: Any) -> Float[Array, "B C"]:
-        """Logprobs of completions under the rollout's weights and temperature, the whole vocabulary kept, as Tunix's losses see them.
+        """Logprobs of completions under the rollout's weights and temperature, without top-k and top-p, as Tunix's
+        losses take them.
 
         Prompts `[B, P]` are padded on the left, completions `[B, C]` on the right; 0 on padding.
         """
@@ -140,21 +146,20 @@ class JaxEngineRollout(base_rollout.BaseRollout):
         real, width = tokens != self.pad_id(), np.shape(completion_tokens)[1]
         order = np.argsort(~real, axis=1, kind="stable")
         completion = real & (np.arange(tokens.shape[1]) >= tokens.shape[1] - width)
-        rows = lambda x, where: np.take_along_axis(x, where, axis=1)
-        found = self._llm.score(
-            rows(tokens, order), rows(completion, order), SamplingParams(temperature=self._temperature)
-        )
-        return jnp.asarray(rows(found, np.argsort(order, axis=1))[:, -width:])
+        ordered, mask = np.take_along_axis(tokens, order, axis=1), np.take_along_axis(completion, order, axis=1)
+        logprobs = self._llm.score(ordered, mask, SamplingParams(temperature=self._temperature))
+        in_place = np.take_along_axis(logprobs, np.argsort(order, axis=1), axis=1)
+        return jnp.asarray(in_place[:, -width:])
 
     def update_params(self, params: Any, filter_types: tuple[Any, ...] | None = None) -> None:
-        """Take over the trainer's weights, an nnx.State of the actor's; nothing is copied, nothing is compiled anew."""
-        # Tunix forbids transfers here, lest weights travel over the host. Ours do not: it is one flag for each, whether it is finite.
+        """Take over the trainer's weights, an nnx.State of the actor's. Copies nothing and compiles nothing."""
+        # Tunix forbids transfers here, so that weights do not pass through the host. What passes here is one flag for
+        # each array: whether it is finite.
         with jax.transfer_guard("allow"):
-            given = TunixPolicy(
-                self._model.config, self._model.params
-            )  # Params of its own: an update that is refused changes nothing
-            nnx.update(given, params)
-            self._llm.update_params(given.params)
+            # Another policy, so that an update that is refused changes nothing.
+            updated = TunixPolicy(self._model.config, self._model.params)
+            nnx.update(updated, params)
+            self._llm.update_params(updated.params)
         self._model.set_params(_current(self._llm))
 
     def pad_id(self) -> int:
@@ -166,15 +171,16 @@ class JaxEngineRollout(base_rollout.BaseRollout):
     def model(self) -> TunixPolicy:
         return self._model
 
-    # -- inside ------------------------------------------------------------------------------------------------------------------
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _padded(self, prompt_token_ids: list[int], length: int) -> list[int]:
+        return [self.pad_id()] * (length - len(prompt_token_ids)) + prompt_token_ids
 
     def _encode(self, prompt: str, max_length: int) -> list[int]:
-        """Token ids as Tunix's own sampler has them: with the beginning mark where the tokenizer has one, once."""
+        """Token ids as in Tunix's sampler: after one beginning-of-sequence token, where the tokenizer has it."""
         bos = self._tokenizer.bos_id()
-        ids = [
-            int(token)
-            for token in self._tokenizer.dedup_bos_ids([bos] * bool(bos) + list(self._tokenizer.encode(prompt)))
-        ]
+        tokens = [bos] * bool(bos) + list(self._tokenizer.encode(prompt))
+        ids = [int(token) for token in self._tokenizer.dedup_bos_ids(tokens)]
         if len(ids) > max_length:
             raise ValueError(
                 f"prompt {prompt!r:.80} has {len(ids)} tokens, max_prompt_length is {max_length}: raise it"
@@ -198,11 +204,8 @@ class JaxEngineRollout(base_rollout.BaseRollout):
         )
 
     def _call_key(self, seed: Any) -> jax.Array:
-        """A key for each call: with one for all, the groups of every batch would be drawn alike."""
-        own = self._key
-        if seed is not None:
-            own = seeded(int(seed)) if np.ndim(seed) == 0 and not _is_key(seed) else _typed(seed)
-        return jax.random.fold_in(own, next(self._calls))
+        """A key of this call, because with one key for all calls the groups of every batch would draw the same."""
+        return jax.random.fold_in(self._key if seed is None else _key_of_seed(seed), next(self._calls))
 
     def _text(self, sample: CompletionOutput) -> str:
         ended = sample.finish_reason == "stop"
@@ -223,10 +226,8 @@ def _samples(outputs: list[RequestOutput]) -> Iterator[tuple[RequestOutput, Comp
             yield output, sample
 
 
-def _is_key(seed: Any) -> bool:
-    return isinstance(seed, jax.Array) and jnp.issubdtype(seed.dtype, jax.dtypes.prng_key)
-
-
-def _typed(seed: Any) -> jax.Array:
-    """A typed key, from one or from the words of a raw one."""
-    return seed if _is_key(seed) else key_of(seed)
+def _key_of_seed(seed: Any) -> jax.Array:
+    """A typed key: of a typed key itself, of an integer, or of the words of a raw key."""
+    if isinstance(seed, jax.Array) and jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):
+        return seed
+    return seeded(int(seed)) if np.ndim(seed) == 0 else key_of(seed)

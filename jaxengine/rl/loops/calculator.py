@@ -6,10 +6,10 @@ import operator
 import re
 
 MAX_CHARACTERS = 200  # of an expression
-MAX_BITS = 1024  # of an integer on the way
-DIGITS = 10  # that a result which is no integer is shown with
+MAX_BITS = 1024  # of any integer in the computation
+DIGITS = 10  # significant digits of a result that is no integer
 
-_ARITHMETIC = re.compile(r"[0-9eE.+\-*/%() ]*")  # looked at first: some other text makes the parser warn
+_ARITHMETIC = re.compile(r"[0-9eE.+\-*/%() ]*")  # is matched before parsing, because other text makes the parser warn
 
 Number = int | float
 _UNARY = {ast.UAdd: operator.pos, ast.USub: operator.neg}
@@ -27,7 +27,7 @@ _BINARY = {
 def calculate(expression: str) -> str:
     """The value of `expression` as text: numbers, parentheses, + - * / // % and **. "12+30" is "42", "7/2" is "3.5".
 
-    Raises ValueError for anything else: other text, a division by zero, numbers beyond all bounds.
+    Raises ValueError for other text, a division by zero, and numbers that are too large.
     """
     if len(expression) > MAX_CHARACTERS:
         raise ValueError(f"an expression has at most {MAX_CHARACTERS} characters, got {len(expression)}")
@@ -53,7 +53,7 @@ def _value(node: ast.expr) -> Number:
 
 
 def _bounded(value: object) -> Number:
-    """A real number of bounded size; a root of a negative number is complex, and none."""
+    """`value`, where it is a finite real number of bounded size; else raises ValueError. (-8)**0.5 is complex."""
     if isinstance(value, int):
         if value.bit_length() > MAX_BITS:
             raise ValueError(f"the value has more than {MAX_BITS} bits")

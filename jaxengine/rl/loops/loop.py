@@ -1,4 +1,7 @@
-"""The loop: generate, judge, learn, again. An iteration is a function of the state alone, so a run that stops goes on to the same bits."""
+"""The loop: generate, judge, learn, repeat.
+
+An iteration is a function of the state alone, so a run that stopped continues to the same bits.
+"""
 
 import dataclasses
 import time
@@ -15,30 +18,33 @@ from jaxengine.models.params import Decoder
 from jaxengine.outputs import RequestOutput
 from jaxengine.rl.metrics import mean_over
 from jaxengine.rl.rollout import Rollout
-from jaxengine.rl.trainer import DRAWS, Trainer, TrainState
+from jaxengine.rl.train_state import DRAWS, TrainState
+from jaxengine.rl.trainer import Trainer
 from jaxengine.text.tokenizer import Tokenizer
 
-Judge = Callable[[Sequence[RequestOutput], Sequence[Any]], Float[np.ndarray, " B"]]
+Judge = Callable[[Sequence[RequestOutput], Sequence[Any]], Float[np.ndarray, " B"]]  # (outputs, answers) -> rewards
 
 
 @dataclasses.dataclass(frozen=True)
 class Iteration:
-    """What happened in one iteration. `updates` holds the metrics of each update (Trainer.train), the first of which is on-policy."""
+    """What happened in one iteration. `updates` are the metrics of each (Trainer.train); the first is on-policy."""
 
     version: int  # of the weights that generated
     reward: float  # mean over samples
     length: float  # mean tokens of a completion
-    entropy: float | None  # mean over tokens, where the sampling parameters ask for it
-    generating: float  # seconds
-    learning: float
+    entropy: float | None  # nats, mean over tokens; None where the sampling parameters do not ask for it
+    generating: float  # seconds, the judge's among them
+    learning: float  # seconds
     updates: list[dict[str, float]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-    """One run. `problems(i)` are iteration i's (prompt, answer) pairs, always as many; `judge(outputs, answers)` gives a reward for each
-    sample in the order of Rollout.from_outputs, NaN to leave one out. `length` is the width T of every rollout. `engine` are the engine's
-    keywords. With a KL penalty `reference` is the policy to stay near.
+    """One run: what an iteration generates from, is judged by and learns with.
+
+    `problems(i)` are the (prompt, answer) pairs of iteration i, the same number in each. `judge(outputs, answers)`
+    gives a reward for each sample in the order of Rollout.from_outputs; NaN leaves the sample out. `length` is the
+    width T of every rollout, `engine` the engine's keywords. `reference` are the weights that a KL penalty stays near.
     """
 
     trainer: Trainer
@@ -50,26 +56,26 @@ class Loop:
     engine: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def iterate(self, state: TrainState) -> tuple[TrainState, Iteration]:
-        """The next version of the weights; `state` is donated."""
+        """The state with the next version of the weights; `state` is donated."""
         version, start = int(state.version), time.monotonic()
         prompts, answers = zip(*self.problems(version), strict=True)
         outputs = self.generate(state, prompts)
         rewards = np.asarray(self.judge(outputs, answers), np.float32)
-        rollout, generated = Rollout.from_outputs(outputs, length=self.length), time.monotonic()
+        rollout = Rollout.from_outputs(outputs, length=self.length)
+        generated = time.monotonic()
         state, updates = self.trainer.train(state, rollout, rewards, reference=self.reference)
-        entropy = None if rollout.entropies is None else float(mean_over(rollout.entropies, rollout.mask))
         return state, Iteration(
-            version,
-            float(np.nanmean(rewards)),
-            float(rollout.mask.sum(-1).mean()),
-            entropy,
-            generated - start,
-            time.monotonic() - generated,
-            updates,
+            version=version,
+            reward=float(np.nanmean(rewards)),
+            length=float(rollout.mask.sum(-1).mean()),
+            entropy=None if rollout.entropies is None else float(mean_over(rollout.entropies, rollout.mask)),
+            generating=generated - start,
+            learning=time.monotonic() - generated,
+            updates=updates,
         )
 
     def generate(self, state: TrainState, prompts: Sequence[Any]) -> Sequence[RequestOutput]:
-        """Completions under the state's weights, with the key of its version."""
+        """Completions under the state's weights, drawn with a key of their version."""
         key = jax.random.fold_in(jax.random.fold_in(key_of(state.key), DRAWS), state.version)
         return generate(
             self.trainer.policy(state),
@@ -83,16 +89,16 @@ class Loop:
 
 
 def judged_by(reward: Callable[[Any, str, Any], float]) -> Judge:
-    """A judge that calls `reward(prompt, completion, answer)` for each sample, and leaves out those that the engine ended with an error."""
+    """A judge that calls `reward(prompt, completion, answer)` for each sample. NaN for a sample that the engine ended
+    with an error.
+    """
 
     def judge(outputs: Sequence[RequestOutput], answers: Sequence[Any]) -> Float[np.ndarray, " B"]:
-        return np.array(
-            [
-                np.nan if sample.finish_reason == "error" else reward(output.prompt, sample.text, answer)
-                for output, answer in zip(outputs, answers, strict=True)
-                for sample in output.outputs
-            ],
-            np.float32,
-        )
+        rewards = []
+        for output, answer in zip(outputs, answers, strict=True):
+            for sample in output.outputs:
+                failed = sample.finish_reason == "error"
+                rewards.append(np.nan if failed else reward(output.prompt, sample.text, answer))
+        return np.array(rewards, np.float32)
 
     return judge

@@ -1,31 +1,32 @@
 """Tool use: the model writes a call, the tool's answer enters the context, and the model goes on.
 
-A conversation is one sequence. What the model writes keeps its keys, one a position, and its logprobs; what a tool writes has logprob 0 and
-weights version -1, is never under a rollout's mask, and so carries no loss. `score` sees each turn as a completion of all before it,
-which is how it was generated: the same bits.
+A conversation is one sequence. What the model writes keeps its keys, one for each position, and its logprobs. What a
+tool writes has logprob 0 and weights version -1; it is never under a rollout's mask, and so carries no loss. `score`
+sees each turn as a completion of everything before it, which is how it was generated, so the bits are the same.
 """
 
 import dataclasses
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
-
-import numpy as np
 
 from jaxengine.config import EngineConfig
 from jaxengine.host.admission import own_key, prompts_of, sampling_of
-from jaxengine.outputs import UNDRAWN, CompletionOutput, RequestOutputs, VersionSpan
+from jaxengine.outputs import RequestOutputs
 from jaxengine.rl.loops.calculator import calculate
+from jaxengine.rl.loops.dialogue import Dialogue
 from jaxengine.sampling_params import SamplingParams
 from jaxengine.text.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
 class Tool:
-    """`answer(call)` for what the model wrote between `begin` and `end`; the answer enters the context with `after` behind it.
+    """`answer(call)` for what the model wrote between `begin` and `end`; the answer enters the context, with `after`
+    appended.
 
-    A turn that reaches `end` with no `begin` in it is a call of all it wrote where `begin` is empty, else an error. The text of an
-    answer's error (ValueError) enters the context in its place.
+    Where `begin` is empty, a turn that reaches `end` is a call of everything in it; else a turn without `begin` is
+    answered by an error. Where `answer` raises ValueError, the error's text enters the context as the answer. Raises
+    ValueError where `end` is empty.
     """
 
     answer: Callable[[str], str]
@@ -38,33 +39,30 @@ class Tool:
             raise ValueError("end must be the text that ends a call, got ''")
 
     def reply(self, turn: str) -> str:
-        """What enters the context behind a turn that ended with `end`; never empty text."""
-        _, begun, call = (
-            turn.removesuffix(self.end).rpartition(self.begin) if self.begin else ("", "", turn.removesuffix(self.end))
-        )
+        """What enters the context after a turn that ended with `end`; never empty text."""
         try:
-            if self.begin and not begun:
-                raise ValueError(f"a call begins with {self.begin}")
-            answer = self.answer(call)
+            answer = self.answer(self._call(turn))
         except ValueError as error:
             answer = f"error: {error}"
         return answer + self.after or " "
 
+    def _call(self, turn: str) -> str:
+        text = turn.removesuffix(self.end)
+        if not self.begin:
+            return text
+        _, begin, call = text.rpartition(self.begin)
+        if not begin:
+            raise ValueError(f"a call begins with {self.begin}")
+        return call
+
 
 def calculator(begin: str = "<calc>", end: str = "</calc>", after: str = "\n") -> Tool:
-    """A tool that does arithmetic (calculator.py): after "<calc>12+30</calc>" the context goes on with "42" and a new line."""
+    """A tool that does arithmetic (calculator.py): after "<calc>12+30</calc>" comes "42" and a new line."""
     return Tool(calculate, begin, end, after)
 
 
-@dataclasses.dataclass(frozen=True)
-class Conversation(CompletionOutput):
-    """A sample with tools in it: `token_ids` are its turns and what tools said between them. Each turn's own `coordinate` replays it."""
-
-    turns: tuple[CompletionOutput, ...] = ()
-
-
 class Generator(Protocol):
-    """What the loop needs: an LLM."""
+    """What generate_with_tools needs of an LLM."""
 
     tokenizer: Tokenizer | None
 
@@ -86,138 +84,52 @@ def generate_with_tools(
 ) -> RequestOutputs:
     """Like `llm.generate`, with at most `max_calls` calls of the tool in each sample; the samples are `Conversation`s.
 
-    Prompts and samples draw with the keys that `generate` gives them: without a call the outputs are generate's, bit for bit.
-    `max_tokens` bounds what the model writes in all its turns together, and `min_tokens` holds for each turn. A conversation whose
-    tokens or context are used up ends with finish reason "length", one that calls once more than it may with "stop", at its call.
-    All conversations go on together: a round generates one turn of each that still runs.
+    Prompts and samples draw with the keys that `generate` gives them: without a call the outputs are generate's, bit
+    for bit. `max_tokens` bounds what the model writes in all turns of a sample together, and `min_tokens` holds for
+    each turn. A conversation that has used up its tokens or its context ends with finish reason "length"; one that
+    calls once more than it may ends with "stop", at that call. A round generates one turn of each conversation that
+    still runs. Raises ValueError where the model has no tokenizer.
     """
     if llm.tokenizer is None:
         raise ValueError("tools read and write text, and the model has no tokenizer: give LLM one")
     batch = prompts_of(prompts)
-    each = sampling_of(sampling_params, len(batch))
-    first = llm.generate(batch, [_calling(params, tool) for params in each], key=key, use_tqdm=use_tqdm)
-    asked = [
+    samplings = [each.replace(stop=(*each.stop, tool.end)) for each in sampling_of(sampling_params, len(batch))]
+    first = llm.generate(batch, samplings, key=key, use_tqdm=use_tqdm)
+    groups = [
         [
-            _Running(params, own_key(key, params, i, j), output.prompt_token_ids, output.cache_salt, [turn])
+            Dialogue(sampling, own_key(key, sampling, i, j), output.prompt_token_ids, output.cache_salt, [turn])
             for j, turn in enumerate(output.outputs)
         ]
-        for i, (params, output) in enumerate(zip(each, first, strict=True))
+        for i, (sampling, output) in enumerate(zip(samplings, first, strict=True))
     ]
-    running = [one for samples in asked for one in samples]
-    while running := [one for one in running if one.goes_on(tool, llm.tokenizer, max_calls, _room(llm.engine_config))]:
-        prompts = [{"prompt_token_ids": one.context, "cache_salt": one.cache_salt} for one in running]
-        turns = llm.generate(prompts, [one.next_params(tool) for one in running], key=key, use_tqdm=use_tqdm)
-        for one, output in zip(running, turns, strict=True):
-            one.turns.append(output.outputs[0])
+    answer = functools.partial(_answer, tool, llm.tokenizer, max_calls, _max_length(llm.engine_config))
+    running = answer([dialogue for group in groups for dialogue in group])
+    while running:
+        contexts = [{"prompt_token_ids": each.context, "cache_salt": each.cache_salt} for each in running]
+        outputs = llm.generate(contexts, [each.next_sampling for each in running], key=key, use_tqdm=use_tqdm)
+        for dialogue, output in zip(running, outputs, strict=True):
+            dialogue.parts.append(output.outputs[0])
+        running = answer(running)
     return RequestOutputs(
-        dataclasses.replace(output, outputs=[one.conversation(j, llm.tokenizer) for j, one in enumerate(samples)])
-        for output, samples in zip(first, asked, strict=True)
+        dataclasses.replace(output, outputs=[each.conversation(j, llm.tokenizer) for j, each in enumerate(group)])
+        for output, group in zip(first, groups, strict=True)
     )
 
 
-def _calling(params: SamplingParams, tool: Tool, **changes: Any) -> SamplingParams:
-    """Parameters of a turn: it ends where a call does."""
-    return params.replace(stop=(*params.stop, tool.end), **changes)
+def _answer(
+    tool: Tool, tokenizer: Tokenizer, max_calls: int, max_length: int, dialogues: list[Dialogue]
+) -> list[Dialogue]:
+    """Answer each dialogue whose last turn is a call, and return those that go on with another turn."""
+    running = []
+    for dialogue in dialogues:
+        turn = dialogue.parts[-1]
+        is_call = (turn.finish_reason, turn.stop_reason) == ("stop", tool.end)
+        if is_call and dialogue.num_replies != max_calls:
+            if dialogue.add_reply(tool.reply(turn.text), tokenizer, max_length):
+                running.append(dialogue)
+    return running
 
 
-def _room(config: EngineConfig) -> int:
+def _max_length(config: EngineConfig) -> int:
     """Tokens that one sequence may have: those of the context, as far as the pool has pages for them."""
     return min(config.max_model_len, (config.num_pages - 1) * config.page_size)
-
-
-@dataclasses.dataclass
-class _Running:
-    """A conversation as it grows: a turn, a reply, a turn, …"""
-
-    params: SamplingParams
-    key: Any
-    prompt_token_ids: list[int]
-    cache_salt: str
-    turns: list[CompletionOutput]
-    replies: list[list[int]] = dataclasses.field(default_factory=list)
-    room: int = 0  # tokens that the next turn may have
-    ended: str | None = None  # why, where it is not the last turn that says it
-
-    @property
-    def context(self) -> list[int]:
-        return self.prompt_token_ids + [token for part in self._parts() for token in _ids(part)]
-
-    def goes_on(self, tool: Tool, tokenizer: Tokenizer, max_calls: int, room: int) -> bool:
-        """Answer the last turn's call, if it made one; whether another turn follows."""
-        last = self.turns[-1]
-        if (last.finish_reason, last.stop_reason) != ("stop", tool.end) or len(self.replies) == max_calls:
-            return False
-        reply = tokenizer.encode(tool.reply(last.text), add_special_tokens=False)
-        assert reply, "two turns with nothing between them would be scored as one"
-        written, limit = sum(len(turn.token_ids) for turn in self.turns), self.params.max_tokens
-        self.room = min(room - len(self.context) - len(reply), room if limit is None else limit - written)
-        if self.room < 1:
-            self.ended = "length"
-            return False
-        self.replies.append(reply)
-        return True
-
-    def next_params(self, tool: Tool) -> SamplingParams:
-        least = min(self.params.min_tokens, self.room)
-        return _calling(
-            self.params,
-            tool,
-            n=1,
-            key=self.key,
-            seed=None,
-            max_tokens=self.room,
-            min_tokens=least,
-            prompt_logprobs=None,
-        )
-
-    def conversation(self, index: int, tokenizer: Tokenizer) -> Conversation:
-        """The whole sample. What a tool wrote has logprob 0, entropy 0, and the weights version of nothing drawn."""
-        parts, last = list(self._parts()), self.turns[-1]
-        joined = lambda of_turn, of_token: [x for part in parts for x in _each(part, of_turn, of_token)]
-        floats = lambda name: (
-            None if getattr(last, name) is None else np.array(joined(name, lambda token: 0.0), np.float32)
-        )
-        before = tokenizer.decode(
-            [token for part in parts[:-1] for token in _ids(part)], self.params.skip_special_tokens
-        )
-        logprobs = floats("token_logprobs")
-        assert logprobs is not None
-        return Conversation(
-            index,
-            before + last.text,
-            joined("token_ids", lambda token: token),
-            logprobs,
-            self.ended or last.finish_reason,
-            None if self.ended else last.stop_reason,
-            _spans(parts),
-            None if last.logprobs is None else joined("logprobs", lambda token: {}),
-            floats("raw_logprobs"),
-            floats("entropies"),
-            joined("token_texts", tokenizer.token_text),
-            turns=tuple(self.turns),
-        )
-
-    def _parts(self) -> Iterator["CompletionOutput | list[int]"]:
-        for turn, reply in itertools.zip_longest(self.turns, self.replies):
-            yield turn
-            if reply is not None:
-                yield reply
-
-
-def _ids(part: CompletionOutput | list[int]) -> list[int]:
-    return part if isinstance(part, list) else part.token_ids
-
-
-def _each(part: CompletionOutput | list[int], of_turn: str, of_token: Callable[[int], Any]) -> list[Any]:
-    """One thing for each token of a part: a field of a turn, or what stands for it in a reply."""
-    return [of_token(token) for token in part] if isinstance(part, list) else list(getattr(part, of_turn))
-
-
-def _spans(parts: list[CompletionOutput | list[int]]) -> list[VersionSpan]:
-    spans, start = [], 0
-    for part in parts:
-        length = len(_ids(part))
-        of_part = [VersionSpan(UNDRAWN, 0, length)] if isinstance(part, list) else part.weight_versions
-        spans += [VersionSpan(span.version, start + span.start, start + span.stop) for span in of_part]
-        start += length
-    return spans

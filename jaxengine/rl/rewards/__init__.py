@@ -1,7 +1,8 @@
-"""Rewards: functions (prompt, completion, answer) -> float over generated outputs, none of which can end the run.
+"""Rewards: functions (prompt, completion, answer) -> float of generated outputs, none of which can end the run.
 
-`exact_match` is a plain function. `regular_expression` and `math_equivalence` run in worker processes, since patterns and formulas
-that a model writes can explode; `python_program` runs what the model wrote in a process with limits.
+`exact_match` is a plain function. `regular_expression` and `math_equivalence` run in worker processes, because
+matching or simplifying what a model wrote can take for ever. `python_program` runs what the model wrote in a process
+with limits.
 """
 
 from jaxengine.rl.rewards.bounded import Reward

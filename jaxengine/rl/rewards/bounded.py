@@ -1,4 +1,4 @@
-"""Rewards that keep to a time limit, and the plain function in a thread of its own that is made one."""
+"""Rewards with a time limit, and a plain function as such a reward, in a thread."""
 
 import abc
 import ctypes
@@ -14,21 +14,21 @@ Reward = Callable[[Any, str, Any], Any]  # (prompt, completion, answer) -> float
 
 
 class Bounded(abc.ABC):
-    """A reward that ends within a time limit whatever it meets."""
+    """A reward that ends within a time limit, whatever it is given."""
 
     @abc.abstractmethod
     def within(self, timeout: float, prompt: Any, completion: str, answer: Any) -> float:
-        """The reward of one sample. Raises TimeoutError after `timeout` seconds, and anything else that went wrong with the reward."""
+        """The reward of one sample. Raises TimeoutError after `timeout` seconds, and whatever the reward raises."""
 
     def __call__(self, prompt: Any, completion: str, answer: Any) -> float:
         return self.within(DEFAULT_TIMEOUT, prompt, completion, answer)
 
 
 class InThread(Bounded):
-    """Any function, called in a thread that is left behind when its time is over.
+    """Any function, called in a thread, which is interrupted and abandoned when its time is over.
 
-    Python code is interrupted there. Code that keeps the interpreter for itself (a regular expression that explodes, a huge power)
-    stops every thread of the process: such a function belongs into `Isolated`.
+    Python code can be interrupted. Code that keeps the interpreter lock (a regular expression that backtracks without
+    end, a huge power) stops every thread of the process: such a function belongs into `Isolated`.
     """
 
     def __init__(self, function: Reward) -> None:
@@ -40,7 +40,7 @@ class InThread(Bounded):
         def call() -> None:
             try:
                 results.put((self.function(prompt, completion, answer), None))
-            except BaseException as error:  # SystemExit too: it is this sample's failure, and not the end of anything
+            except BaseException as error:  # SystemExit too: the sample fails, and nothing else ends
                 results.put((None, error))
 
         thread = threading.Thread(target=call, name="reward", daemon=True)
@@ -68,5 +68,5 @@ def finite(value: Any) -> float:
 
 
 def _interrupt(thread: threading.Thread) -> None:
-    """Raise SystemExit in the thread as soon as it runs Python code again; a thread that has ended is no error."""
+    """Raise SystemExit in the thread as soon as it runs Python code again. Does nothing where it has ended."""
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit))

@@ -1,4 +1,4 @@
-"""Rewards in worker processes: what hangs there is killed, and what dies there dies alone."""
+"""Rewards in worker processes, which are killed when they hang, and whose crash ends nothing else."""
 
 import contextlib
 import importlib
@@ -23,11 +23,12 @@ WORKER_MEMORY = 4 << 30  # bytes of address space
 
 
 class Isolated(Bounded):
-    """A reward that runs `function(prompt, completion, answer, **options)` in worker processes of its own.
+    """A reward that runs `function(prompt, completion, answer, **options)` in worker processes.
 
-    `function` stands at the top level of a module that can be imported, and its module is imported there anew; arguments and options
-    cross as JSON. A worker has at most `memory` bytes of address space. Workers are started when samples come, as many as are called at
-    once, and kept for the next ones; `close`, or the end of this object, ends them.
+    `function` is at the top level of a module, which each worker imports; arguments and options are sent as JSON. A
+    worker has at most `memory` bytes of address space. There are as many workers as calls at the same time; they are
+    started when they are needed, kept for later calls, and ended by `close` or with this object. Raises ValueError
+    where workers could not import `function`, and TypeError where an option is no JSON.
     """
 
     def __init__(self, function: Callable[..., Any], *, memory: int = WORKER_MEMORY, **options: Any) -> None:
@@ -37,14 +38,14 @@ class Isolated(Bounded):
             "options": options,
             "memory": memory,
         }
-        json.dumps(options)  # refused here, not in a worker
-        home = importlib.import_module(function.__module__)
-        if function.__module__ == "__main__" or getattr(home, function.__qualname__, None) is not function:
+        json.dumps(options)  # raises here and not in a worker
+        module = importlib.import_module(function.__module__)
+        if function.__module__ == "__main__" or getattr(module, function.__qualname__, None) is not function:
             raise ValueError(
-                f"a worker process cannot import {function.__module__}.{function.__qualname__}: put the function at the top "
-                "level of a module, or give it to compute_rewards as it is, to run in a thread"
+                f"a worker process cannot import {function.__module__}.{function.__qualname__}: put the function at "
+                "the top level of a module, or give it to compute_rewards as it is, to run in a thread"
             )
-        self._idle: list[_Worker] = []
+        self._idle: list[Worker] = []
         self._lock = threading.Lock()
         self._finalizer = weakref.finalize(self, _kill_all, self._idle)
 
@@ -52,7 +53,7 @@ class Isolated(Bounded):
         line = json.dumps([timeout, prompt, completion, answer])
         with self._lock:
             worker = self._idle.pop() if self._idle else None
-        worker = worker or _Worker(self._setup)
+        worker = worker or Worker(self._setup)
         try:
             reply = worker.ask(line, timeout)
         except BaseException:
@@ -65,7 +66,7 @@ class Isolated(Bounded):
         return reply["value"]
 
     def close(self) -> None:
-        """End the workers that wait. The next sample starts a new one."""
+        """End the idle workers. The next sample starts a new one."""
         with self._lock:
             _kill_all(self._idle)
 
@@ -77,8 +78,8 @@ class RewardError(Exception):
         return self.args[0]
 
 
-class _Worker:
-    """One process, and the pipe to it."""
+class Worker:
+    """A process that runs reward_worker.py, and the pipes to it."""
 
     def __init__(self, setup: dict[str, Any]) -> None:
         self._process = subprocess.Popen(
@@ -101,7 +102,7 @@ class _Worker:
         """The reply to one line. Raises TimeoutError, and ChildProcessError where the process ends."""
         assert self._process.stdin is not None
         deadline = time.monotonic() + timeout
-        with contextlib.suppress(BrokenPipeError):  # it is dead: reading says so
+        with contextlib.suppress(BrokenPipeError):  # the process has ended, which reading reports
             self._process.stdin.write(line.encode() + b"\n")
         reply = b""
         while not reply.endswith(b"\n"):
@@ -130,10 +131,10 @@ class _Worker:
 
 
 def how_it_ended(code: int) -> str:
-    """A return code as subprocess has it, in words."""
+    """A return code of subprocess in words: "SIGKILL", or "exit code 1"."""
     return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
 
-def _kill_all(workers: list[_Worker]) -> None:
+def _kill_all(workers: list[Worker]) -> None:
     while workers:
         workers.pop().kill()

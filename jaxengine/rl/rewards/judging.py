@@ -1,8 +1,4 @@
-"""Rewards: functions (prompt, completion, answer) -> float over generated outputs, none of which can end the run.
-
-`exact_match` is a plain function. `regular_expression` and `math_equivalence` run in worker processes, since patterns and formulas that a
-model writes can explode; `python_program` runs what the model wrote in a process with limits.
-"""
+"""`compute_rewards`, and the rewards that come with it."""
 
 import dataclasses
 import importlib.util
@@ -10,34 +6,22 @@ import os
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
 from jaxengine.outputs import CompletionOutput, RequestOutput
-from jaxengine.rl.rewards import reward_functions
 from jaxengine.rl.rewards.bounded import DEFAULT_TIMEOUT, Bounded, InThread, Reward
 from jaxengine.rl.rewards.isolation import Isolated
 from jaxengine.rl.rewards.program_check import ProgramCheck, ProgramLimits
+from jaxengine.rl.rewards.reward_functions import matches
 from jaxengine.rl.rewards.reward_worker import describe
-
-__all__ = [
-    "Isolated",
-    "ProgramLimits",
-    "Reward",
-    "Rewards",
-    "compute_rewards",
-    "exact_match",
-    "math_equivalence",
-    "python_program",
-    "regular_expression",
-]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Rewards:
-    """The rewards of B samples, in the rows of `Rollout.from_outputs`, and what went wrong with which of them."""
+    """The rewards of B samples, in the order of `Rollout.from_outputs`, and the samples whose reward failed."""
 
     values: Float[np.ndarray, " B"]  # float32
     failures: dict[int, str]  # row -> reason
@@ -58,55 +42,62 @@ def compute_rewards(
     failed: float = 0.0,
     workers: int | None = None,
 ) -> Rewards:
-    """`reward(prompt, completion, answer)` of every sample, `workers` of them at a time (None: as many as there are cores).
+    """`reward(prompt, completion, answer)` of every sample, `workers` at a time (None: one for each core).
 
-    `answers` has one for each prompt. `prompt` is the prompt's text, None where it was given as token ids. A reward that raises,
-    takes longer than `timeout` seconds, dies, or is no finite number has the value `failed` and its reason in `failures`; so has a
-    sample that the engine ended with an error. A plain function runs in threads: see `Isolated` for one that may keep the interpreter busy.
+    `answers` has one for each prompt. `prompt` is the prompt's text, None where it was given as token ids. The value
+    is `failed`, and the reason is in `failures`, where a reward raises, takes longer than `timeout` seconds, ends its
+    process or is no finite number, and where the engine ended the sample with an error. A plain function runs in
+    threads; one that may keep the interpreter busy belongs into `Isolated`. Raises ValueError where answers are not
+    one for each prompt, or `timeout` is not positive.
     """
     if len(answers) != len(outputs):
         raise ValueError(f"{len(answers)} answers for {len(outputs)} prompts: give one each")
     if timeout <= 0:
         raise ValueError(f"timeout must be more than 0 seconds, got {timeout}")
     bounded = reward if isinstance(reward, Bounded) else InThread(reward)
-    asked = [
-        (output.prompt, sample, answer)
-        for output, answer in zip(outputs, answers, strict=True)
-        for sample in output.outputs
-    ]
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        found = list(pool.map(lambda one: _judged(bounded, timeout, *one), asked))
-    values = np.array([failed if reason is not None else value for value, reason in found], np.float32)
-    return Rewards(values, {row: reason for row, (_, reason) in enumerate(found) if reason is not None})
+        futures = [
+            pool.submit(_judge, bounded, timeout, output.prompt, sample, answer)
+            for output, answer in zip(outputs, answers, strict=True)
+            for sample in output.outputs
+        ]
+        verdicts = [future.result() for future in futures]
+    values = np.array([failed if verdict.failure else verdict.value for verdict in verdicts], np.float32)
+    return Rewards(values, {row: verdict.failure for row, verdict in enumerate(verdicts) if verdict.failure})
 
 
-def _judged(
-    reward: Bounded, timeout: float, prompt: Any, sample: CompletionOutput, answer: Any
-) -> tuple[float, str | None]:
-    """(reward, None), or (0.0, why there is none)."""
+class Verdict(NamedTuple):
+    """The reward of a sample, or why there is none."""
+
+    value: float
+    failure: str = ""
+
+
+def _judge(reward: Bounded, timeout: float, prompt: Any, sample: CompletionOutput, answer: Any) -> Verdict:
     if sample.finish_reason == "error":
-        return 0.0, f"the engine ended the sample with an error: {sample.stop_reason}"
+        return Verdict(0.0, f"the engine ended the sample with an error: {sample.stop_reason}")
     try:
-        return reward.within(timeout, prompt, sample.text, answer), None
-    except BaseException as error:  # whatever a reward raises is this sample's alone
-        return 0.0, describe(error)
+        return Verdict(reward.within(timeout, prompt, sample.text, answer))
+    except BaseException as error:  # whatever a reward raises, the other samples still get theirs
+        return Verdict(0.0, describe(error))
 
 
 def exact_match(prompt: Any, completion: str, answer: Any) -> float:
-    """1.0 where the completion is the answer, white space around both aside."""
+    """1.0 where the completion is the answer, without the white space around both; else 0.0."""
     return float(completion.strip() == str(answer).strip())
 
 
 def regular_expression(pattern: str) -> Isolated:
-    """1.0 where `pattern` is found in the completion; with a group in it, where the last match's first group is the answer as well.
+    """1.0 where the completion has a match of `pattern` and, if the pattern has a group, the first group of the last
+    match is the answer.
 
-    Raises ValueError where the pattern is none.
+    Raises ValueError where `pattern` is no regular expression.
     """
     try:
         re.compile(pattern)
     except re.error as error:
         raise ValueError(f"pattern {pattern!r:.80} is no regular expression: {error}") from error
-    return Isolated(reward_functions.matches, pattern=pattern)
+    return Isolated(matches, pattern=pattern)
 
 
 def math_equivalence() -> Isolated:
@@ -116,7 +107,7 @@ def math_equivalence() -> Isolated:
     """
     if importlib.util.find_spec("math_verify") is None:
         raise ImportError("math_equivalence needs the library math-verify: pip install 'jaxengine[rl]'")
-    from jaxengine.rl.rewards import math_reward  # here, since it imports the library
+    from jaxengine.rl.rewards import math_reward  # here, because it imports the library
 
     return Isolated(math_reward.math_equivalent)
 

@@ -1,17 +1,17 @@
-"""Mathematical equivalence by the library math-verify: what worker processes run for rewards.py, which says how to install it."""
+"""Mathematical equivalence by the library math-verify; runs in worker processes for judging.math_equivalence."""
 
 import importlib
 import logging
 from typing import Any
 
-# With this module and not at first use: a worker's start has time for it, and the first sample has not.
+# Imported with this module, because the time limit of a worker's start is longer than that of the first sample.
 math_verify: Any = importlib.import_module("math_verify")
 
 
 def math_equivalent(prompt: Any, completion: str, answer: Any) -> float:
     """1.0 where math-verify finds the completion's last mathematical expression equal to the answer's."""
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of each call that has no time limit of its own
-    # Its own time limits use the alarm signal, which is the worker's: they are off, and the worker is killed instead.
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of each call without a time limit
+    # Its time limits are off, because they use the alarm signal, which the worker needs; the worker is killed instead.
     gold, given = (
         math_verify.parse(text, parsing_timeout=None, raise_on_error=True) for text in (_as_math(answer), completion)
     )
@@ -21,6 +21,6 @@ def math_equivalent(prompt: Any, completion: str, answer: Any) -> float:
 
 
 def _as_math(answer: Any) -> str:
-    """An answer as text that is parsed whole: a formula that is not marked as one is put between dollars."""
+    """An answer as text that is parsed as one formula: between dollars, unless it has marks of a formula."""
     text = str(answer)
     return text if any(mark in text for mark in ("$", "\\boxed", "\\(", "\\[")) else f"${text}$"

@@ -1,12 +1,15 @@
-"""Runs one program under limits and ends it with all its children. A process of its own, run by its path: the standard library alone.
+"""Runs one program under limits, and ends it and all its children. Run by its path; imports the standard library alone.
 
-Reads the job as JSON from its input, writes the program's process id on one line and the verdict on the next: "0" and other return
-codes, or what limit was met. As its descendants' subreaper (Linux) it finds those too that left the program's process group.
+Reads the job as JSON from its input. Writes the program's process id on one line and the verdict on the next: the
+return code ("0"), or the limit that was broken. It is the subreaper of its descendants (Linux), so it finds those that
+left the program's process group.
 """
 
 import ctypes
+import functools
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -29,17 +32,17 @@ def main() -> None:
     limits = job["limits"]
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    with open(job["stdin"], "rb") as given, open(job["stdout"], "wb") as written:
-        # preexec_fn is safe: this process has one thread.
+    with open(job["stdin"], "rb") as stdin, open(job["stdout"], "wb") as stdout:
+        # preexec_fn is safe, because this process has one thread.
         program = subprocess.Popen(
             job["command"],
             cwd=job["folder"],
             env=job["environment"],
-            stdin=given,
-            stdout=written,
+            stdin=stdin,
+            stdout=stdout,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
-            preexec_fn=lambda: _limit(limits),
+            preexec_fn=functools.partial(_limit, limits),
         )
     print(program.pid, flush=True)
     verdict = _watch(program, time.monotonic() + job["timeout"], limits["processes"])
@@ -51,7 +54,7 @@ def _limit(limits: dict[str, int]) -> None:
     for name, kind in LIMITS.items():
         resource.setrlimit(kind, (limits[name], limits[name]))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if os.getuid():  # the kernel holds root to no number of processes: _watch does
+    if os.getuid():  # the kernel does not limit root's processes; _watch does
         allowed = _threads_of_user() + limits["processes"]
         resource.setrlimit(resource.RLIMIT_NPROC, (allowed, allowed))
 
@@ -67,7 +70,7 @@ def _watch(program: subprocess.Popen, deadline: float, processes: int) -> str:
 
 
 def _end_all(program: subprocess.Popen) -> None:
-    """Kill until nothing is left; the dead are collected, for they count as children until then."""
+    """Kill until no child is left; dead children are collected, because they count as children until then."""
     while True:
         try:
             os.killpg(program.pid, signal.SIGKILL)
@@ -85,19 +88,26 @@ def _end_all(program: subprocess.Popen) -> None:
 
 
 def _descendants(pid: int) -> list[int]:
-    """Process ids below `pid`, where the system tells them (Linux)."""
-    children = [int(child) for file in _texts(f"/proc/{pid}/task", "*/children") for child in file.split()]
-    return children + [below for child in children for below in _descendants(child)]
+    """Ids of the processes that descend from `pid`; none where the system does not list them (it is not Linux)."""
+    descendants = []
+    for text in _texts(f"/proc/{pid}/task", "*/children"):
+        for child in map(int, text.split()):
+            descendants += [child, *_descendants(child)]
+    return descendants
 
 
 def _threads_of_user() -> int:
-    """Threads that run as this user, which is what the kernel's limit counts; 0 where the system does not tell."""
-    of_user = [text for text in _texts("/proc", "[0-9]*/status") if f"Uid:\t{os.getuid()}\t" in text]
-    return sum(int(line.split()[1]) for text in of_user for line in text.splitlines() if line.startswith("Threads:"))
+    """Threads that run as this user, which the kernel's limit counts; 0 where the system does not list them."""
+    count = 0
+    for text in _texts("/proc", "[0-9]*/status"):
+        threads = re.search(r"^Threads:\s*(\d+)", text, re.MULTILINE)
+        if threads and f"Uid:\t{os.getuid()}\t" in text:
+            count += int(threads[1])
+    return count
 
 
 def _texts(folder: str, pattern: str) -> list[str]:
-    """The files' contents, of processes that still are."""
+    """Contents of the files that match, without those of processes that have just ended."""
     texts = []
     for path in Path(folder).glob(pattern):
         try:

@@ -1,4 +1,4 @@
-"""The sampling tail: tokens and logprobs of every body against float64, and a row's bits alone and in a batch, drawn and given."""
+"""The draw: tokens and logprobs of every body against float64; a row's bits alone and in a batch, drawn and given."""
 
 import functools
 from collections.abc import Callable
@@ -10,10 +10,10 @@ import pytest
 
 from jaxengine.device import sampler
 from jaxengine.ops.kernels import XLA
-from pallas_kernels.cases.sampling import SMALL, SamplingCase
+from pallas_kernels.cases.draw import SMALL, DrawCase
+from pallas_kernels.draw import draw_and_score
+from pallas_kernels.draw_gpu import draw_gpu
 from pallas_kernels.implementations import choose
-from pallas_kernels.sampling import draw_and_score
-from pallas_kernels.sampling_gpu import sampling_gpu
 from pallas_kernels.sizes import VOCAB_BLOCK
 
 CASES = [case if case is SMALL[1] else pytest.param(case, marks=pytest.mark.long) for case in SMALL]
@@ -52,20 +52,14 @@ class Body:
         logits, uniforms = case.operands()
         tokens, logprobs, *_ = self.jitted(logits, uniforms, DRAW(case.rows))
         exact = np.asarray(logits, np.float64)
-        exact = (
-            exact
-            - np.log(np.exp(exact - exact.max(1, keepdims=True)).sum(1, keepdims=True))
-            - exact.max(1, keepdims=True)
-        )
+        exact -= exact.max(1, keepdims=True)
+        exact -= np.log(np.exp(exact).sum(1, keepdims=True))
         for row, token in enumerate(np.asarray(tokens)):
             np.testing.assert_allclose(logprobs[row], exact[row, token], rtol=1e-6, atol=1e-5)
             blocks = np.exp(exact[row]).reshape(-1, VOCAB_BLOCK)
             block, inside = divmod(int(token), VOCAB_BLOCK)
-            for u, (low, high) in zip(
-                np.asarray(uniforms)[row],
-                (cdf_interval(blocks.sum(1), block), cdf_interval(blocks[block], inside)),
-                strict=True,
-            ):
+            intervals = cdf_interval(blocks.sum(1), block), cdf_interval(blocks[block], inside)
+            for u, (low, high) in zip(np.asarray(uniforms)[row], intervals, strict=True):
                 assert low - 1e-5 <= u <= high + 1e-5
 
     @pytest.mark.parametrize("case", CASES, ids=str)
@@ -92,15 +86,13 @@ class Body:
         np.testing.assert_allclose(jnp.exp(each).sum(1), 1.0, rtol=1e-5)
 
     def test_nothing_ruled_out_is_drawn(self):
-        case = SamplingCase(64, 256, kept=3)
+        case = DrawCase(64, 256, kept=3)
         logits, uniforms = case.operands()
         edges = jnp.array([0.0, 1.0 - 2**-24])[jnp.arange(128).reshape(64, 2) % 3 % 2]
         for u in (uniforms, edges):
             tokens, logprobs, *_ = self.jitted(logits, u, DRAW(64))
-            assert (
-                np.isfinite(np.asarray(jnp.take_along_axis(logits, tokens[:, None], 1))).all()
-                and np.isfinite(logprobs).all()
-            )
+            drawn = jnp.take_along_axis(logits, tokens[:, None], 1)
+            assert jnp.isfinite(drawn).all() and np.isfinite(logprobs).all()
 
     def test_rows_beside_are_not_read(self):
         logits, uniforms = SMALL[0].operands()
@@ -119,24 +111,32 @@ class TestReference(Body):
         logits, uniforms = SMALL[3].operands()
         tokens = self.jitted(logits, uniforms, DRAW(37)).tokens
         weight = jnp.arange(37.0)
-        found = jax.jit(jax.grad(lambda x: (self.run(x, uniforms, tokens)[1] * weight).sum()))(logits)
-        log_softmax = lambda x: jnp.take_along_axis(jax.nn.log_softmax(x), tokens[:, None], 1)[:, 0]
-        np.testing.assert_allclose(
-            found, jax.grad(lambda x: (log_softmax(x) * weight).sum())(logits), rtol=1e-5, atol=1e-5
-        )
+
+        def ours(logits):
+            return (self.run(logits, uniforms, tokens).logprobs * weight).sum()
+
+        def theirs(logits):
+            return (jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, None], 1)[:, 0] * weight).sum()
+
+        found, expected = jax.jit(jax.grad(ours))(logits), jax.grad(theirs)(logits)
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
     def test_gradient_of_the_entropy(self):
-        """Which follows from all logprobs."""
+        """The entropy is computed from all logprobs."""
         logits, uniforms = SMALL[3].operands()
 
         def entropies(logprobs):
             kept = jnp.where(logits > -jnp.inf, logprobs, 0.0)
             return (-jnp.where(logits > -jnp.inf, jnp.exp(kept) * kept, 0.0).sum(1) * jnp.arange(37.0)).sum()
 
-        ours = jax.jit(jax.grad(lambda x: entropies(self.run(x, uniforms, DRAW(37)).all_logprobs(x))))(logits)
-        np.testing.assert_allclose(
-            ours, jax.grad(lambda x: entropies(jax.nn.log_softmax(x)))(logits), rtol=1e-5, atol=1e-5
-        )
+        def ours(logits):
+            return entropies(self.run(logits, uniforms, DRAW(37)).all_logprobs(logits))
+
+        def theirs(logits):
+            return entropies(jax.nn.log_softmax(logits))
+
+        found, expected = jax.jit(jax.grad(ours))(logits), jax.grad(theirs)(logits)
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 class TestTpuBody(TestReference):
@@ -145,19 +145,18 @@ class TestTpuBody(TestReference):
 
 class TestGpuBody(Body):
     def run(self, logits, uniforms, given):
-        return sampling_gpu(logits, uniforms, given, interpret=True)
+        return draw_gpu(logits, uniforms, given, interpret=True)
 
 
 def test_the_twin_is_the_engines_sampler():
-    """The engine draws through the same functions."""
+    """The engine draws with the same functions."""
     logits, _ = SMALL[1].operands()
     keys = jax.random.split(jax.random.key(3), 37)
     uniforms = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
     twin = jax.jit(functools.partial(draw_and_score, implementation=choose("xla")))(logits[:8], DRAW(8), uniforms[:8])
-    engines = jax.jit(lambda x, k: XLA.tail(x, DRAW(8), sampler.uniforms(k)))(logits[:8], keys[:8])
-    assert bits(engines) == bits(twin) and np.array_equal(
-        engines.all_logprobs(logits[:8]), twin.all_logprobs(logits[:8])
-    )
+    engines = jax.jit(lambda x, k: XLA.draw.draw_and_score(x, DRAW(8), sampler.uniforms(k)))(logits[:8], keys[:8])
+    assert bits(engines) == bits(twin)
+    assert np.array_equal(engines.all_logprobs(logits[:8]), twin.all_logprobs(logits[:8]))
 
 
 def test_errors():

@@ -1,4 +1,4 @@
-"""The end of a step: float32 log-softmax over the vocabulary, the draw, and the logprob of the token that was drawn or given."""
+"""The draw: float32 log-softmax over the vocabulary, a token, and the logprob of the token that was drawn or given."""
 
 import functools
 
@@ -7,18 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.implementations import Implementation
-from pallas_kernels.sampling_gpu import sampling_gpu
-from pallas_kernels.sampling_reference import Draw, sampling_reference
-from pallas_kernels.sampling_tpu import sampling_tpu
+from pallas_kernels.draw_gpu import draw_gpu
+from pallas_kernels.draw_reference import Draw, draw_reference
+from pallas_kernels.draw_tpu import draw_tpu
+from pallas_kernels.implementations import Implementation, bodies
 from pallas_kernels.sizes import VOCAB_BLOCK
 
-BODIES = {
-    "xla": sampling_reference,
-    "pallas_tpu": sampling_tpu,
-    "pallas_gpu": sampling_gpu,
-    "pallas_interpret": functools.partial(sampling_tpu, interpret=True),
-}
+BODIES = bodies(draw_reference, draw_tpu, draw_gpu)
 
 
 def draw_and_score(
@@ -30,11 +25,11 @@ def draw_and_score(
 ) -> Draw:
     """A token for each row and its logprob under softmax(logits), the same bits whether the token is drawn or given.
 
-    logits are those of the distribution to draw from; -inf is never drawn, and a row should hold a finite one. uniforms in [0, 1) pick a
-    block of VOCAB_BLOCK ids by inverse CDF over the blocks' masses, then an id within it. given ≥ 0 is scored instead of a draw; without
-    uniforms all are given.
-    Differentiable in logits, through the logprob and the log-mass; the largest logit counts as a constant, which is no matter in
-    all_logprobs, where it cancels. Raises ValueError where V is no multiple of VOCAB_BLOCK or a shape or dtype does not fit.
+    logits are those of the distribution to draw from; -inf is never drawn, and every row should hold a finite logit.
+    uniforms in [0, 1) pick a block of VOCAB_BLOCK ids by inverse CDF over the masses of the blocks, then an id within
+    it. given ≥ 0 is scored instead of a draw; without uniforms all are given. Differentiable in logits, through the
+    logprob and the log-mass. The largest logit counts as a constant, which makes no difference to all_logprobs,
+    because it cancels there. Raises ValueError where V is no multiple of VOCAB_BLOCK or a shape or dtype does not fit.
     """
     t, vocab = logits.shape
     if vocab % VOCAB_BLOCK:
@@ -43,14 +38,14 @@ def draw_and_score(
         uniforms = jnp.zeros((t, 2), jnp.float32)
     if logits.dtype != jnp.float32 or uniforms.shape != (t, 2) or given.shape != (t,):
         raise ValueError(
-            f"sampling_tail takes float32 logits [t, V], given [t] and uniforms [t, 2], "
+            "draw_and_score takes float32 logits [t, V], given [t] and uniforms [t, 2], "
             f"got {logits.dtype} {logits.shape}, {given.shape} and {uniforms.shape}"
         )
-    return _tail(implementation, logits, uniforms, given.astype(jnp.int32))
+    return _draw(implementation, logits, uniforms, given.astype(jnp.int32))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _tail(implementation: Implementation, logits, uniforms, given):
+def _draw(implementation: Implementation, logits, uniforms, given):
     return BODIES[implementation.name](logits, uniforms, given)
 
 
@@ -70,4 +65,4 @@ def _backward(implementation, saved, cotangents):
     return gradient, jnp.zeros_like(uniforms), np.zeros(out.tokens.shape, jax.dtypes.float0)
 
 
-_tail.defvjp(_forward, _backward)
+_draw.defvjp(_forward, _backward)

@@ -1,4 +1,7 @@
-"""The sampling tail's GPU body (Triton), two kernels: masses of all blocks side by side, each to its own maximum; then a row's draw."""
+"""The draw's GPU body (Triton), two kernels: the masses of all blocks side by side, then the draw of each row.
+
+A block's mass is the sum of exp(logit - the block's own maximum).
+"""
 
 import functools
 
@@ -8,12 +11,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.draw_reference import Draw, first_above
 from pallas_kernels.pinned_math import exp
-from pallas_kernels.sampling_reference import Draw, first_above
 from pallas_kernels.sizes import VOCAB_BLOCK
 
-BLOCKS_AT_ONCE = 16  # of one program
-LOWEST_HIGH = -1e30  # stands for the maximum of a block that is -inf throughout, so that no difference is NaN
+BLOCKS_AT_ONCE = 16  # that one program measures
+LOWEST_HIGH = -1e30  # in the place of a block's maximum of -inf, so that no difference is NaN
 
 
 def _measure(x_ref, high_ref, mass_ref, *, vocab: int) -> None:
@@ -26,7 +29,7 @@ def _measure(x_ref, high_ref, mass_ref, *, vocab: int) -> None:
     mass_ref[row, pl.ds(first, BLOCKS_AT_ONCE)] = exp(x - high[:, None]).sum(axis=1)
 
 
-def _draw(high_ref, mass_ref, x_ref, uniform_ref, given_ref, token_ref, logprob_ref, top_ref, log_mass_ref) -> None:
+def _draw_row(high_ref, mass_ref, x_ref, uniform_ref, given_ref, token_ref, logprob_ref, top_ref, log_mass_ref) -> None:
     row = pl.program_id(0)
     highs = high_ref[row, :]
     high = highs.max()
@@ -34,7 +37,8 @@ def _draw(high_ref, mass_ref, x_ref, uniform_ref, given_ref, token_ref, logprob_
     total = masses.sum()
     block = first_above(masses, jnp.cumsum(masses), jnp.arange(masses.shape[0]), uniform_ref[row, 0] * total)
     weights = exp(x_ref[row, pl.ds(block * VOCAB_BLOCK, VOCAB_BLOCK)] - high)
-    drawn = block * VOCAB_BLOCK + first_above(
+    first = block * VOCAB_BLOCK
+    drawn = first + first_above(
         weights, jnp.cumsum(weights), jnp.arange(VOCAB_BLOCK), uniform_ref[row, 1] * weights.sum()
     )
     given = given_ref[row]
@@ -45,25 +49,18 @@ def _draw(high_ref, mass_ref, x_ref, uniform_ref, given_ref, token_ref, logprob_
     top_ref[row], log_mass_ref[row] = high, log_mass
 
 
-def sampling_gpu(
+def draw_gpu(
     logits: Float[Array, "t V"], uniforms: Float[Array, "t 2"], given: Int[Array, " t"], *, interpret: bool = False
 ) -> Draw:
-    """A program a row, and before it one for every BLOCKS_AT_ONCE blocks."""
+    """One program for every BLOCKS_AT_ONCE blocks of a row, then one for every row."""
     t, vocab = logits.shape
-    width = max(
-        pl.next_power_of_2(vocab // VOCAB_BLOCK), BLOCKS_AT_ONCE
-    )  # Triton's arrays are powers of two; blocks behind V have no mass
+    # Triton's arrays are powers of two; blocks past V have no mass.
+    width = max(pl.next_power_of_2(vocab // VOCAB_BLOCK), BLOCKS_AT_ONCE)
     of_blocks = jax.ShapeDtypeStruct((t, width), jnp.float32)
-    call = functools.partial(
-        pl.pallas_call, interpret=interpret, compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1)
-    )
-    highs, masses = call(
-        functools.partial(_measure, vocab=vocab),
-        grid=(t, width // BLOCKS_AT_ONCE),
-        out_shape=[of_blocks, of_blocks],
-        name="sampling_gpu_masses",
-    )(logits)
+    parameters = plgpu.CompilerParams(num_warps=4, num_stages=1)
+    call = functools.partial(pl.pallas_call, interpret=interpret, compiler_params=parameters)
+    measure, grid = functools.partial(_measure, vocab=vocab), (t, width // BLOCKS_AT_ONCE)
+    highs, masses = call(measure, grid=grid, out_shape=[of_blocks, of_blocks], name="draw_gpu_masses")(logits)
     out = [jax.ShapeDtypeStruct((t,), dtype) for dtype in (jnp.int32, jnp.float32, jnp.float32, jnp.float32)]
-    return Draw(
-        *call(_draw, grid=(t,), out_shape=out, name="sampling_gpu_draw")(highs, masses, logits, uniforms, given)
-    )
+    draw = call(_draw_row, grid=(t,), out_shape=out, name="draw_gpu_draw")
+    return Draw(*draw(highs, masses, logits, uniforms, given))

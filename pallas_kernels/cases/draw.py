@@ -8,8 +8,8 @@ from jaxtyping import Array
 
 
 @dataclasses.dataclass(frozen=True)
-class SamplingCase:
-    """`rows` rows of normal logits of a width; all but `kept` ids a row are -inf, where it is not 0."""
+class DrawCase:
+    """`rows` rows of normal logits of a width; unless `kept` is 0, all but `kept` ids of a row are -inf."""
 
     rows: int
     vocab: int
@@ -30,10 +30,10 @@ class SamplingCase:
 
 
 SMALL = (
-    SamplingCase(37, 384),
-    SamplingCase(37, 128 * 131, 1.0),
-    SamplingCase(37, 1024, 30.0),
-    SamplingCase(37, 2048, kept=5),
-    SamplingCase(37, 640, kept=1),
+    DrawCase(37, 384),
+    DrawCase(37, 128 * 131, 1.0),
+    DrawCase(37, 1024, 30.0),
+    DrawCase(37, 2048, kept=5),
+    DrawCase(37, 640, kept=1),
 )
-DECODER = tuple(SamplingCase(rows, vocab) for rows in (8, 64) for vocab in (151_936, 128_256))
+DECODER = tuple(DrawCase(rows, vocab) for rows in (8, 64) for vocab in (151_936, 128_256))

@@ -1,8 +1,10 @@
-"""The sampling tail's TPU body: one row of logits in VMEM, as blocks of 128 ids, one to a sublane.
+"""The draw's TPU body: one row of logits in VMEM, as blocks of 128 ids, one to a sublane.
 
-Sums are dots with ones or triangles, of one shape each, so that their order is the matrix unit's own. Blocks are taken CHUNK at a time, and
-their masses lie in VMEM as [chunks, CHUNK].
+Sums are dots with ones or triangles, each of one shape, so that their order is that of the matrix unit. Blocks are
+taken CHUNK at a time, and their masses are in VMEM as [chunks, CHUNK].
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +12,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.draw_reference import Draw, first_above
 from pallas_kernels.matmul_tpu import VMEM_LIMIT
+from pallas_kernels.numbers import ceil_to
 from pallas_kernels.pinned_math import exp
-from pallas_kernels.sampling_reference import Draw, first_above
 from pallas_kernels.sizes import VOCAB_BLOCK
 
 CHUNK = 128  # blocks
@@ -34,13 +37,13 @@ def _upper_triangle(n: int, strict: bool) -> Array:
 
 
 def _chunk(x_ref, i: Array, num_blocks: int) -> Float[Array, "CHUNK VOCAB_BLOCK"]:
-    """One chunk of logits, -inf behind the vocabulary."""
+    """One chunk of logits, -inf past the vocabulary."""
     row = i * CHUNK + jax.lax.broadcasted_iota(jnp.int32, (CHUNK, VOCAB_BLOCK), 0)
     return jnp.where(row < num_blocks, x_ref[pl.ds(i * CHUNK, CHUNK), :], -jnp.inf)
 
 
 def _pick_block(masses: Float[Array, "C CHUNK"], u: Array) -> tuple[Array, Array]:
-    """(block, total mass): chunks are added in order, and blocks within a chunk."""
+    """(block, total mass). Chunks are added in order, and so are the blocks within a chunk."""
     chunks = masses.shape[0]
     row, lane = (jax.lax.broadcasted_iota(jnp.int32, masses.shape, axis) for axis in (0, 1))
     inside = _dot(masses, _upper_triangle(CHUNK, strict=False), 0)
@@ -64,13 +67,11 @@ def _kernel(
     uniform_ref, given_ref, x_ref, token_ref, logprob_ref, high_ref, log_mass_ref, mass_ref, *, num_blocks: int
 ) -> None:
     row, chunks = pl.program_id(0), pl.cdiv(num_blocks, CHUNK)
-    high = jax.lax.fori_loop(
-        0,
-        chunks,
-        lambda i, m: jnp.maximum(m, jnp.max(_chunk(x_ref, i, num_blocks), axis=0, keepdims=True)),
-        jnp.full((1, VOCAB_BLOCK), -jnp.inf),
-    )
-    high = jnp.max(high)
+
+    def raise_high(i, high):
+        return jnp.maximum(high, jnp.max(_chunk(x_ref, i, num_blocks), axis=0, keepdims=True))
+
+    high = jnp.max(jax.lax.fori_loop(0, chunks, raise_high, jnp.full((1, VOCAB_BLOCK), -jnp.inf)))
     mass_ref[...] = jnp.zeros_like(mass_ref)
 
     def measure(i, carry):
@@ -80,7 +81,10 @@ def _kernel(
 
     jax.lax.fori_loop(0, chunks, measure, 0)
     block, total = _pick_block(mass_ref[...], uniform_ref[row, 0])
-    spread = lambda block: jnp.broadcast_to(x_ref[pl.ds(block, 1), :], (SUBLANES, VOCAB_BLOCK))
+
+    def spread(block):
+        return jnp.broadcast_to(x_ref[pl.ds(block, 1), :], (SUBLANES, VOCAB_BLOCK))
+
     drawn = block * VOCAB_BLOCK + _pick_in_block(exp(spread(block) - high), uniform_ref[row, 1])
     token = jnp.where(given_ref[row] >= 0, given_ref[row], drawn)
     lane = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, VOCAB_BLOCK), 1)
@@ -91,26 +95,27 @@ def _kernel(
     logprob_ref[...] = (chosen - high) - log_mass_ref[...]
 
 
-def sampling_tpu(
+def draw_tpu(
     logits: Float[Array, "t V"], uniforms: Float[Array, "t 2"], given: Int[Array, " t"], *, interpret: bool = False
 ) -> Draw:
-    """A row at a time."""
+    """The draw, a row at a time."""
     t, num_blocks = logits.shape[0], logits.shape[1] // VOCAB_BLOCK
     chunks = pl.cdiv(num_blocks, CHUNK)
-    out = lambda dtype: jax.ShapeDtypeStruct((t, 1, VOCAB_BLOCK), dtype)
-    found = pl.pallas_call(
-        lambda *refs: _kernel(*refs, num_blocks=num_blocks),
+    scalars, shape = pl.BlockSpec(memory_space=pltpu.SMEM), (t, 1, VOCAB_BLOCK)
+    drawn = pl.pallas_call(
+        functools.partial(_kernel, num_blocks=num_blocks),
         grid=(t,),
-        in_specs=[
-            pl.BlockSpec(memory_space=pltpu.SMEM),
-            pl.BlockSpec(memory_space=pltpu.SMEM),
-            pl.BlockSpec((None, chunks * CHUNK, VOCAB_BLOCK), lambda i: (i, 0, 0)),
-        ],
-        out_specs=[pl.BlockSpec((None, 1, VOCAB_BLOCK), lambda i: (i, 0, 0))] * 4,
-        out_shape=[out(jnp.int32), out(jnp.float32), out(jnp.float32), out(jnp.float32)],
-        scratch_shapes=[pltpu.VMEM((-(-chunks // SUBLANES) * SUBLANES, CHUNK), jnp.float32)],
+        in_specs=[scalars, scalars, _of_row(chunks * CHUNK)],
+        out_specs=[_of_row(1)] * 4,
+        out_shape=[jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.int32, jnp.float32, jnp.float32, jnp.float32)],
+        scratch_shapes=[pltpu.VMEM((ceil_to(chunks, SUBLANES), CHUNK), jnp.float32)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=VMEM_LIMIT),
-        name="sampling_tpu",
+        name="draw_tpu",
         interpret=interpret,
     )(uniforms, given, logits.reshape(t, num_blocks, VOCAB_BLOCK))
-    return Draw(*(x[:, 0, 0] for x in found))
+    return Draw(*(x[:, 0, 0] for x in drawn))
+
+
+def _of_row(num_blocks: int) -> pl.BlockSpec:
+    """So many blocks of one row."""
+    return pl.BlockSpec((None, num_blocks, VOCAB_BLOCK), lambda i: (i, 0, 0))

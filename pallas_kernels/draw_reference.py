@@ -1,4 +1,4 @@
-"""The sampling tail's twin in plain XLA: log-softmax, the draw, and a token's logprob."""
+"""The draw's twin in plain XLA: log-softmax, the draw, and a token's logprob."""
 
 from typing import NamedTuple
 
@@ -11,11 +11,11 @@ from pallas_kernels.sizes import VOCAB_BLOCK
 from pallas_kernels.tiles import by_tiles
 
 TILE = 8  # rows
-NEVER = 2**30  # behind every index
+NEVER = 2**30  # more than every index
 
 
 class Draw(NamedTuple):
-    """What the end of a step says of each row; the last two are what all its logprobs follow from."""
+    """A token of each row, and what the logprobs of all its tokens follow from: `highs` and `log_masses`."""
 
     tokens: Int[Array, " t"]
     logprobs: Float[Array, " t"]  # of those tokens
@@ -23,7 +23,7 @@ class Draw(NamedTuple):
     log_masses: Float[Array, " t"]  # log Σ exp(logit - largest)
 
     def all_logprobs(self, logits: Float[Array, "t V"]) -> Float[Array, "t V"]:
-        """Of every token, with the bits that `logprobs` has."""
+        """The logprobs of every token, with the bits that `logprobs` has."""
         return (logits - self.highs[:, None]) - self.log_masses[:, None]
 
 
@@ -42,7 +42,10 @@ def _normaliser(x: Float[Array, "... n"]) -> tuple[Float[Array, "..."], Float[Ar
 def draw_blocks(
     logprobs: Float[Array, "t V"], uniforms: Float[Array, "t 2"], block_size: int = VOCAB_BLOCK
 ) -> Int[Array, " t"]:
-    """One token a row from the distribution exp(logprobs): the first uniform picks a block by inverse CDF, the second an id within it."""
+    """One token a row from the distribution exp(logprobs).
+
+    The first uniform picks a block by inverse CDF, the second an id within it.
+    """
     batch, vocab = logprobs.shape
     blocks = exp(logprobs).reshape(batch, vocab // block_size, block_size)
     block = _inverse_cdf(row_sum(blocks), uniforms[:, 0])
@@ -55,16 +58,17 @@ def _inverse_cdf(weights: Float[Array, "t n"], u: Float[Array, " t"]) -> Int[Arr
     cumulative = row_cumsum(weights)
     positive = weights > 0
     hit = positive & (cumulative > u[:, None] * cumulative[:, -1:])
-    last = weights.shape[-1] - 1 - jnp.argmax(positive[:, ::-1], axis=-1)  # where rounding lets no sum exceed u · total
+    last = weights.shape[-1] - 1 - jnp.argmax(positive[:, ::-1], axis=-1)  # when, by rounding, no sum exceeds u · total
     return jnp.where(hit.any(-1), jnp.argmax(hit, axis=-1), last).astype(jnp.int32)
 
 
 def first_above(
     weights: Float[Array, "r c"], cumulative: Float[Array, "r c"], index: Int[Array, "r c"], threshold: Array
 ) -> Array:
-    """The lowest index of positive weight whose cumulative weight exceeds the threshold; the highest positive one where none does.
+    """The lowest index of positive weight whose cumulative weight exceeds the threshold, or the highest of positive
+    weight.
 
-    For kernels: it is max, min and compare over one row's weights, in whatever shape they lie.
+    It is made for kernels: of max, min and compare over one row's weights, whatever the shape they are in.
     """
     positive = weights > 0
     first = jnp.min(jnp.where(positive & (cumulative > threshold), index, NEVER))
@@ -74,13 +78,13 @@ def first_above(
 def plain_draw(
     logits: Float[Array, "t V"], given: Int[Array, " t"], uniforms: Float[Array, "t 2"] | None = None
 ) -> Draw:
-    """All rows at once. Their bits are their own within a pinned tile of rows."""
+    """All rows at once. In a tile of fixed size, a row's bits do not depend on the other rows."""
     highs, log_masses = _normaliser(logits)
     logprobs = (logits - highs[:, None]) - log_masses[:, None]
     tokens = given if uniforms is None else jnp.where(given >= 0, given, draw_blocks(logprobs, uniforms))
     return Draw(tokens, jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0], highs, log_masses)
 
 
-def sampling_reference(logits: Float[Array, "t V"], uniforms: Float[Array, "t 2"], given: Int[Array, " t"]) -> Draw:
-    """TILE rows at a time."""
+def draw_reference(logits: Float[Array, "t V"], uniforms: Float[Array, "t 2"], given: Int[Array, " t"]) -> Draw:
+    """The draw, TILE rows at a time."""
     return by_tiles(plain_draw, TILE, logits, given, uniforms)

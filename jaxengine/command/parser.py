@@ -1,0 +1,130 @@
+"""The parser of the command line. Options of sampling and engine are the fields of SamplingParams and EngineConfig."""
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jaxengine.command import commands
+from jaxengine.command.options import add_fields, count, token_ids
+from jaxengine.command.workloads import PEERS
+from jaxengine.config import DTYPES, EngineConfig
+from jaxengine.sampling_params import SamplingParams
+
+LLM_DEFAULTS = {
+    "max_model_len": "default: the model's own",
+    "num_pages": "default: what memory allows",
+    "max_num_batched_tokens": "default: 512 on a CPU, 8192 elsewhere",
+}
+BENCH_DEFAULTS = LLM_DEFAULTS | {
+    name: "default: room for the workloads" for name in ("max_model_len", "max_num_seqs", "num_pages")
+}
+DEMO = "Sample arithmetic with the model that ships, and draw every sample again, bit for bit."
+VERIFY = "Run the contract on this machine with a model: every axis, every bit."
+BENCH = "Measure tokens per second of the decode and group workloads."
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (see {self.prog} --help)")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser, whose result has in `command` the function that runs it."""
+    whole = _Parser(prog="jaxengine", description="A bitwise-deterministic LLM inference engine.", allow_abbrev=False)
+    group = whole.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_demo(_command(group, "demo", commands.run_demo, DEMO))
+    _add_generate(_command(group, "generate", commands.run_generate, "Complete prompts."))
+    _add_verify(_command(group, "verify", commands.run_verify, VERIFY))
+    _add_bench(_command(group, "bench", commands.run_bench, BENCH))
+    return whole
+
+
+def _command(group: Any, name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+    shows_defaults = argparse.ArgumentDefaultsHelpFormatter
+    parser = group.add_parser(name, help=text, description=text, allow_abbrev=False, formatter_class=shows_defaults)
+    parser.set_defaults(command=run)
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    return parser
+
+
+def _add_demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="calc", help="a name, a folder or a hub id")
+    parser.add_argument("--samples", type=count, default=8, help="samples of each problem")
+    parser.add_argument("--problems", type=count, default=6, help="problems")
+    parser.add_argument("--seed", type=int, default=0, help="of the problems and of the key")
+    parser.add_argument(
+        "--color", action=argparse.BooleanOptionalAction, help="color the tokens (on a terminal, unless said otherwise)"
+    )
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="a name, a folder or a hub id")
+    parser.add_argument(
+        "--prompt", dest="prompts", action="append", metavar="TEXT", help="a prompt; give it again for more"
+    )
+    parser.add_argument(
+        "--prompt-token-ids", dest="prompts", action="append", type=token_ids, metavar="1,2,3", help="one as token ids"
+    )
+    parser.add_argument(
+        "--chat", action="store_true", help="each --prompt is a user's message, put through the model's chat template"
+    )
+    parser.add_argument(
+        "--call-seed",
+        type=int,
+        default=0,
+        help="sample i of prompt p draws with fold_in(fold_in(key(CALL_SEED), p), i)",
+    )
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument(
+        "--json", action="store_true", help="a JSON object a sample, one a line; null is an infinite logprob"
+    )
+    form.add_argument("--stream", action="store_true", help="text as it grows, a prompt after the other; the same bits")
+    add_fields(parser.add_argument_group("sampling", "the fields of SamplingParams"), SamplingParams)
+    _add_engine(parser, LLM_DEFAULTS)
+
+
+def _add_verify(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="a name, a folder or a hub id")
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer samples and requests: less than a minute on the model that ships"
+    )
+    parser.add_argument(
+        "--samples",
+        type=count,
+        help="samples of one prompt at temperature 0 and at 1 (default: 1000, 100 with --quick)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the random traffic")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write contract and checks there")
+    _add_engine(parser, LLM_DEFAULTS)
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", default="qwen3-0.6b-shape", help="random weights of that shape; or a name, a folder or a hub id"
+    )
+    parser.add_argument(
+        "--batch", type=count, nargs="+", default=[1, 8, 32, 64], help="batch sizes of the decode workload"
+    )
+    parser.add_argument(
+        "--workloads", nargs="+", choices=["decode", "group"], default=["decode", "group"], help="what to measure"
+    )
+    parser.add_argument("--repeats", type=count, default=3, help="runs that count; the median is reported")
+    parser.add_argument("--peer", choices=sorted(PEERS), help="another engine to measure in turns with this one")
+    parser.add_argument(
+        "--peer-python", metavar="PATH", default=sys.executable, help="the interpreter that has the peer installed"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write machine, versions and every figure there")
+    _add_engine(parser, BENCH_DEFAULTS, dtype="bfloat16")
+
+
+def _add_engine(parser: argparse.ArgumentParser, defaults: Mapping[str, str], dtype: str = "auto") -> None:
+    group = parser.add_argument_group(
+        "engine", "room and habits: the fields of EngineConfig; only dtype and kernels change bits"
+    )
+    group.add_argument("--dtype", choices=("auto", *DTYPES), default=dtype, help="auto: the file's")
+    group.add_argument(
+        "--progress", action=argparse.BooleanOptionalAction, default=True, help="show long work on standard error"
+    )
+    add_fields(group, EngineConfig, defaults)

@@ -1,0 +1,61 @@
+"""What training keeps and takes: the configuration, the state of a run, and the batch that an update learns from."""
+
+import dataclasses
+from typing import Any
+
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from jaxengine.base.arguments import strict_keywords
+from jaxengine.base.pytree import pytree
+from jaxengine.rl.losses import ALGORITHMS, Objective
+from jaxengine.sampling_params import SamplingParams
+
+DRAWS, SHUFFLES = 0, 1  # what the state's key is folded with: for completions, and for the order of mini-batches
+
+
+@strict_keywords
+@dataclasses.dataclass(frozen=True)
+class TrainerConfig:
+    """How a rollout is learned from. Raises ValueError naming the field where a count is less than 1.
+
+    The last four fields are for an objective with a critic, "generalized" advantages.
+    """
+
+    objective: Objective = ALGORITHMS["grpo"]
+    sampling: SamplingParams = SamplingParams()  # that the completions are drawn with
+    epochs: int = 1  # passes over a rollout
+    mini_batches: int = 1  # updates of an epoch
+    micro_batches: int = 1  # parts of an update whose gradients are added: more take less memory, and change no logprob
+    value_coefficient: float = 0.5  # of the critic's loss
+    value_clip: float = 0.2  # how far a value may move from the old one (losses.value_loss)
+    discount: float = 1.0  # γ of the generalized advantages
+    decay: float = 0.95  # λ of the generalized advantages
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "mini_batches", "micro_batches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+@pytree
+class TrainState:
+    """Everything that a run needs to continue to the same bits."""
+
+    master: Any  # an ActorCritic in float32
+    moments: Any  # the optimiser's
+    step: Int[Array, ""]  # updates so far
+    version: Int[Array, ""]  # of the weights: rollouts learned from so far
+    key: UInt32[Array, " 2"]  # never changes; each draw folds it with its purpose and a count
+
+
+@pytree
+class Batch:
+    """What one update learns from. A field is None where the objective does not need it."""
+
+    tokens: Int[Array, "B T"]
+    mask: Bool[Array, "B T"]
+    old_logprobs: Float[Array, "B T"]
+    advantages: Float[Array, "B T"]
+    reference: Float[Array, "B T"] | None = None  # logprobs under the reference policy
+    old_values: Float[Array, "B T"] | None = None
+    returns: Float[Array, "B T"] | None = None
