@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -13,6 +14,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import jax
 import numpy as np
 import pytest
+from compilation_cache import share_compiled_code
 
 from checkpoints.model_folder import find_folder
 from jaxengine import LLM
@@ -20,17 +22,18 @@ from jaxengine.config import QUERY_BLOCK, EngineConfig, ModelConfig, RopeConfig
 from jaxengine.device import steps
 from jaxengine.device.kv_cache import Cache
 from jaxengine.device.step_inputs import Copies
+from jaxengine.engine import step_variants
 from jaxengine.engine.batch import BatchBuilder, rows_of
 from jaxengine.models.params import Decoder, initialise, path_name
 from jaxengine.ops.query_blocks import QueryBlocks
-from jaxengine.ops.tiles import TILES, Tile
+from jaxengine.ops.tiles import BASE, TILES, WIDE, Tile
 from jaxengine.text.tokenizer import Tokenizer
 
 SIZES = dict(
     vocab_size=1000,
     hidden_size=96,
     intermediate_size=160,
-    num_hidden_layers=4,
+    num_hidden_layers=2,
     num_attention_heads=8,
     num_key_value_heads=4,
     head_dim=32,
@@ -41,17 +44,18 @@ FAMILIES = {
     "Qwen2": dict(architecture="Qwen2ForCausalLM", qkv_bias=True),
     "Llama": dict(architecture="LlamaForCausalLM", rope=RopeConfig(5e5, "llama3", 8.0, 256)),
 }
-
-
-FEW_TILES = {
-    "decode": TILES["decode"][:2],
-    "prefill": TILES["prefill"][:1],
-}  # in the place of step_variants.TILES where a test compiles them all
-
-# A shell starts a job in the background with SIGINT ignored, and tests of Ctrl-C send it.
-signal.signal(signal.SIGINT, signal.default_int_handler)
+# The one shape of engines that tests share: another number of pages, slots or tokens is four to six programs more.
+# A test that wants less room takes it with `engine.adjusted(held_pages=, held_slots=, max_num_batched_tokens=)`.
+ENGINE = dict(max_model_len=512, max_num_seqs=32, num_pages=400)
+# In the place of step_variants.TILES: what engines of that shape compile (scoring takes the same prefill tile), and
+# what a test compiles that proves all tiles of an engine and need not prove six.
+ONE_TILE = {"decode": (BASE,), "prefill": (WIDE,)}
+FEW_TILES = ONE_TILE | {"decode": TILES["decode"][:2]}
 MAPS = Path("/proc/self/maps")
 MANY_MAPS = 25_000  # Linux ends a process that asks for more than 65,530
+
+share_compiled_code()
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores SIGINT, which tests of Ctrl-C send
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -73,7 +77,7 @@ def pytest_xdist_auto_num_workers() -> int:
 
 @pytest.fixture(autouse=True)
 def compiled_code_fits():
-    """XLA on CPU maps a few hundred pieces of memory a program, and a long suite compiles hundreds of programs."""
+    """XLA on CPU maps a few hundred pieces of memory for each program, and a long suite has hundreds of programs."""
     yield
     if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MANY_MAPS:
         jax.clear_caches()
@@ -95,13 +99,14 @@ def random_model(family: str = "Qwen3", **changes) -> tuple[ModelConfig, Decoder
 
 
 def make_llm(config: ModelConfig, params: Decoder, **engine) -> LLM:
-    return LLM.from_params(config, params, **dict(max_model_len=512, max_num_seqs=32, num_pages=400) | engine)
+    """An engine of the shape that tests share, but for `engine`; one with a `compile_patience` has all tiles."""
+    tiles = step_variants.TILES if "compile_patience" in engine else ONE_TILE
+    with mock.patch.object(step_variants, "TILES", tiles):
+        return LLM.from_params(config, params, **ENGINE | engine)
 
 
 def step_call(kind: str, engine: EngineConfig, num_steps: int = 1) -> tuple[Callable, tuple, dict]:
-    """A jitted step of eight rows or eight query blocks; what it takes after params and cache, as the host makes it;
-    static arguments.
-    """
+    """A jitted step of eight rows or query blocks, its arguments after params and cache, and its static arguments."""
     batch, nothing = BatchBuilder(engine), np.zeros(engine.max_num_seqs, np.int32)
     slots = jax.tree.map(np.copy, batch.host_slots)
     if kind == "decode":
@@ -134,12 +139,12 @@ def bits(outputs) -> list[tuple]:
 def tiny() -> LLM:
     """One small engine that tests share; they leave it as they found it.
 
-    Its head is not the embedding: a row of that can be poisoned.
+    Its head is not the embedding, so that a row of the embedding can be poisoned.
     """
-    return make_llm(*random_model(num_hidden_layers=2, tie_word_embeddings=False), compile_patience=1_000_000)
+    return make_llm(*random_model(tie_word_embeddings=False))
 
 
 @pytest.fixture(scope="session")
 def tiny_with_text(tiny) -> LLM:
     """The shared engine's model, so that nothing is compiled again, with texts for its first 259 tokens."""
-    return make_llm(tiny.config, tiny.params, tokenizer=Tokenizer.load(find_folder("calc")), compile_patience=1_000_000)
+    return make_llm(tiny.config, tiny.params, tokenizer=Tokenizer.load(find_folder("calc")))

@@ -1,4 +1,4 @@
-"""What hypothesis draws: a model's shape, an engine's size, and batches of requests that run in it under changing habits of the host."""
+"""What hypothesis draws: a model's shape, an engine's size, and batches that run in it in changing ways."""
 
 import dataclasses
 
@@ -123,7 +123,7 @@ def sampling_params(draw, vocab: int) -> SamplingParams:
 
 @st.composite
 def batches(draw, model: ModelConfig, engine: EngineConfig) -> Batch:
-    """Prompts of three sources, so that some share a front and the prefix cache has something to find."""
+    """Prompts of three sources, so that some begin alike and the prefix cache has something to find."""
     sources = [np.random.default_rng(i).integers(0, model.vocab_size, LONGEST_PROMPT).tolist() for i in range(3)]
     request = st.tuples(st.sampled_from(sources), st.integers(1, LONGEST_PROMPT), sampling_params(model.vocab_size))
     requests = draw(st.lists(request, min_size=1, max_size=5))

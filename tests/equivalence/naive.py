@@ -1,7 +1,8 @@
-"""The engine once more, written to be read: one sequence, one token at a time, the whole front of the sequence for each.
+"""The engine once more, written to be read: one sequence, one token at a time, the whole sequence so far for each.
 
-What a model says is models/plain.py; what is drawn from it follows the words of jaxengine/sampler.py, not its code: sorting instead of
-bisection, float64 instead of pinned sums. Every choice says by how little it was made, so that rounding can be told from a mistake.
+Logits are models/plain.py's. What is drawn from them follows what device/sampler.py says, not its code: sorting instead
+of bisection, float64 instead of pinned sums. Every choice says by how little it was made, so that rounding can be told
+from a mistake.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ from jaxengine.config import VOCAB_BLOCK, ModelConfig
 from jaxengine.models import plain
 from jaxengine.models.params import Decoder
 
-LENGTH = 128  # sequences are padded to it: what stands behind a token cannot change it, and a model compiles once
+LENGTH = 128  # sequences are padded to it: what comes after a token cannot change it, and a model compiles once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,7 @@ def _logits(config: ModelConfig, params: Decoder, tokens, last):
 
 
 def next_logits(config: ModelConfig, params: Decoder, tokens: list[int]) -> np.ndarray:
-    """Logits of the token behind `tokens`, float64 [V]."""
+    """Logits of the token after `tokens`, float64 [V]."""
     padded = jnp.array(tokens + [0] * (LENGTH - len(tokens)))
     return np.asarray(_logits(config, params, padded, len(tokens) - 1), np.float64)
 
@@ -44,7 +45,7 @@ def next_logits(config: ModelConfig, params: Decoder, tokens: list[int]) -> np.n
 def choose(
     logits: np.ndarray, params: SamplingParams, stops: frozenset[int], prompt: list[int], generated: list[int], key
 ) -> Choice:
-    """The token behind prompt + generated. `key` is the sample's, before the position is folded in."""
+    """The token after prompt + generated. `key` is the sample's, before the position is folded in."""
     raw = log_softmax(logits)
     adjusted = penalised(biased(logits, params, stops, len(generated)), params, prompt, generated)
     if params.temperature == 0:
@@ -103,7 +104,7 @@ def support(logits: np.ndarray, params: SamplingParams) -> tuple[np.ndarray, flo
 
 
 def draw(probs: np.ndarray, key) -> tuple[int, float]:
-    """(token, margin): the first uniform picks a block of the vocabulary, the second a token within it, both by inverse CDF."""
+    """(token, margin). One uniform picks a block of the vocabulary, the next a token within it, both by inverse CDF."""
     first, second = np.asarray(jax.random.uniform(key, (2,)), np.float64)
     blocks = np.pad(probs, (0, -len(probs) % VOCAB_BLOCK)).reshape(-1, VOCAB_BLOCK)
     block, block_margin = inverse_cdf(blocks.sum(1), first)
@@ -118,7 +119,7 @@ def inverse_cdf(weights: np.ndarray, u: float) -> tuple[int, float]:
 
 
 def sample_key(key, prompt_index: int, params: SamplingParams, sample_index: int):
-    """The key of one sample: the call's, or the request's own, which takes the place of both folds where it draws one sample."""
+    """One sample's key: the call's, or the request's own, which takes the place of both folds where n is 1."""
     if params.seed is None:
         return jax.random.fold_in(jax.random.fold_in(key, prompt_index), sample_index)
     own = jax.random.key(params.seed)
@@ -126,7 +127,7 @@ def sample_key(key, prompt_index: int, params: SamplingParams, sample_index: int
 
 
 def ending(params: SamplingParams, stops: frozenset[int], prompt: list[int], generated: list[int]) -> str | None:
-    """Why a sample ends behind its last token, or None."""
+    """Why a sample ends after its last token, or None."""
     if generated[-1] in stops and len(generated) >= params.min_tokens:
         return "stop"
     return "length" if len(generated) == params.max_tokens or len(prompt + generated) == LENGTH else None

@@ -1,7 +1,7 @@
-"""Equivalence by property: whatever model, engine and requests hypothesis draws, the engine says what the naive reference says.
+"""Equivalence by property: for any model, engine and requests that hypothesis draws, the engine agrees with naive.py.
 
-Tokens and logprobs against naive.py, which is plain float32: equal choices and close logprobs, and where a choice differs, the reference
-shows that it hung by a hair; the engine's tokens go on being the prefix of both. Logprobs against `LLM.score`: by bits.
+naive.py is plain float32: choices are equal and logprobs close. Where a choice differs, the reference shows that it was
+made by less than rounding, and both go on from the engine's token. Logprobs against `LLM.score`: by bits.
 """
 
 import collections
@@ -24,7 +24,7 @@ from jaxengine.models.params import map_declared
 from jaxengine.sampling_params import stop_token_ids
 
 CLOSE = 1e-4  # nats between plain float32 and pinned float32
-HAIR = 1e-4  # a choice by less may fall either way
+ROUNDING = 1e-4  # a choice by less may fall either way
 ROWS = 15  # samples of the largest batch: scoring compiles once a model
 
 
@@ -90,14 +90,14 @@ def check_sample(llm: LLM, prompt: list[int], params: SamplingParams, key, sampl
             naive.next_logits(llm.config, llm.params, prompt + generated), params, stops, prompt, generated, key
         )
         agrees = agreement(choice, sample, i)
-        assert agrees or choice.margin < HAIR, describe(choice, sample, i)
+        assert agrees or choice.margin < ROUNDING, describe(choice, sample, i)
         tally.update(tokens=1, flips=not agrees)
         end = naive.ending(params, stops, prompt, sample.token_ids[: i + 1])
         assert end == (sample.finish_reason if i + 1 == len(sample.token_ids) else None)
 
 
 def agreement(choice: naive.Choice, sample, i: int) -> bool:
-    """Whether the engine's token and everything it says of it are the reference's."""
+    """Whether the engine's token, its logprobs and its entropy are the reference's."""
     token, close = sample.token_ids[i], functools.partial(np.allclose, rtol=0, atol=CLOSE)
     agrees = token == choice.token and close(sample.token_logprobs[i], choice.logprobs[token])
     if agrees and sample.logprobs is not None:
@@ -112,8 +112,9 @@ def agreement(choice: naive.Choice, sample, i: int) -> bool:
 
 def describe(choice: naive.Choice, sample, i: int) -> str:
     return (
-        f"token {i} of {sample.token_ids}: {sample.token_ids[i]} at {sample.token_logprobs[i]}, the reference draws {choice.token} and "
-        f"has {choice.logprobs[sample.token_ids[i]]}; no rounding explains it, the closest choice was one by {choice.margin:.1e}"
+        f"token {i} of {sample.token_ids}: {sample.token_ids[i]} at {sample.token_logprobs[i]}, the reference draws "
+        f"{choice.token} and has {choice.logprobs[sample.token_ids[i]]}; no rounding explains it, the closest choice "
+        f"was one by {choice.margin:.1e}"
     )
 
 
@@ -144,6 +145,6 @@ def test_the_engine_is_the_naive_reference():
 @pytest.mark.long
 @pytest.mark.parametrize("dtype, examples", [("float32", 12), ("bfloat16", 2)])
 def test_the_engine_is_the_naive_reference_in_more_shapes(dtype, examples):
-    """On every tile that serves. bfloat16 is compared by bits alone: it is too far from float32 to draw the same tokens."""
+    """On every tile. bfloat16 is compared by bits alone, because it is too far from float32 to draw the same tokens."""
     tally = equivalence(dtype, examples, num_batches=12, patience=0)
     assert tally["tokens"] > 1000 * (dtype == "float32") - 1 and few_flips(tally), tally

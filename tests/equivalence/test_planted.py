@@ -43,7 +43,7 @@ SAMPLING = (
 
 
 def planted(number: int, seed: int = 0) -> Case:
-    """The same case under a number of its own, which is all that makes jit trace it anew."""
+    """The same case under a number of its own, so that jit traces it again."""
     batch = Batch(PROMPTS, SAMPLING, key=seed, chunk=64, caching=True, overlap=False, held_pages=0, held_slots=0)
     return Case(dataclasses.replace(MODEL, max_position_embeddings=LENGTH + number), ENGINE, (batch,))
 

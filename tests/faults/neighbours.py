@@ -27,7 +27,7 @@ def start(llm: LLM, prompts=PROMPTS, params=PARAMS, ids: list[str] | None = None
 
 
 def step(llm: LLM, held: list[int] | None = None) -> None:
-    """A step, and the invariants behind it. `held` are pages that a test keeps for itself."""
+    """A step, and the invariants after it. `held` are pages that a test keeps for itself."""
     llm.engine.step()
     if held is None:
         llm.engine.scheduler.check_integrity()

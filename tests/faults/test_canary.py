@@ -1,4 +1,4 @@
-"""Pages overwritten behind the engine's back. The canary mode finds them; whoever does not hold them keeps its bits."""
+"""Pages overwritten without the engine's knowledge: page_checksums finds them, and other sequences keep their bits."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import make_llm
-from neighbours import answers, assert_idle, ended, run, start, step
+from neighbours import answers, assert_idle, run, start, step
 
 from jaxengine import LLM, SamplingParams
 from jaxengine.device import checksums
@@ -28,7 +28,7 @@ def expected(tiny) -> list[tuple]:
 
 @pytest.fixture(scope="module")
 def whole(tiny) -> list[tuple]:
-    """What the victim answers when it is left in peace."""
+    """What the victim answers without a fault."""
     return run(tiny, start(tiny, [PROMPT], VICTIM))
 
 
@@ -39,7 +39,7 @@ def whole_pair(tiny) -> list[tuple]:
 
 @pytest.fixture(params=[False, True], ids=["plain", "overlapped"])
 def llm(request, tiny, expected) -> LLM:
-    llm = make_llm(tiny.config, tiny.params, overlap=request.param, page_checksums=True, compile_patience=1_000_000)
+    llm = make_llm(tiny.config, tiny.params, overlap=request.param, page_checksums=True)
     assert run(llm, start(llm)) == expected, "watching moves no bit"
     return llm
 
@@ -71,7 +71,7 @@ def victim(llm: LLM, n: int = 1, tokens: int = 5) -> Request:
 
 
 def assert_failed(llm: LLM, request: Request, whole: list[tuple]) -> None:
-    """Ended by the canary, and every token that was given out before is right."""
+    """Ended by its checksums, and every token that was given out before is right."""
     for (tokens, logprobs, *how), (all_tokens, all_logprobs, *_) in zip(answers(llm, [request]), whole, strict=True):
         assert how == ["error", CAUSE]
         assert (
@@ -93,29 +93,29 @@ def test_an_overwritten_page_is_found_and_dropped(llm, place, expected, whole):
     assert cached(llm) == 3
     overwrite(llm, page)
     step(llm), step(llm)
-    assert ended(request) and cached(llm) == 0 and page in llm.engine.scheduler.page_pool._free
+    assert request.is_finished and cached(llm) == 0 and page in llm.engine.scheduler.page_pool._free
     assert run(llm, beside) == expected
     assert_failed(llm, request, whole)
-    assert run(llm, start(llm, [PROMPT], VICTIM)) == whole, "computed anew"
+    assert run(llm, start(llm, [PROMPT], VICTIM)) == whole, "computed again"
     assert_idle(llm)
 
 
-def test_all_who_hold_the_page_fail_and_nobody_else(llm, expected, whole_pair):
+def test_all_sequences_with_the_page_fail_and_no_others(llm, expected, whole_pair):
     """Two samples, and a later request that was served the page from the prefix cache."""
     request, beside = victim(llm, n=2), start(llm)
     (later,) = start(llm, [PROMPT], VICTIM.replace(max_tokens=40, n=2))
     while any(len(sample.drawn.token_ids) < 5 for sample in later.samples):
         step(llm)
     page = later.samples[1].pages[1]
-    assert all(page in sample.pages for sample in (*request.samples, *later.samples)) and not ended(request)
+    assert all(page in sample.pages for sample in (*request.samples, *later.samples)) and not request.is_finished
     overwrite(llm, page)
     assert run(llm, beside) == expected
     assert_failed(llm, request, whole_pair), assert_failed(llm, later, whole_pair)
     assert_idle(llm)
 
 
-def test_a_page_that_is_overwritten_in_the_prefix_cache_is_served_to_nobody(llm, expected, whole):
-    """It is found when it would be used: that request fails before it has a token, and the next one computes the prompt anew."""
+def test_a_page_that_is_overwritten_in_the_prefix_cache_is_not_served(llm, expected, whole):
+    """It is found when it would be used: that request fails without a token; the next computes the prompt again."""
     assert run(llm, start(llm, [PROMPT], VICTIM)) == whole and cached(llm) == 3
     overwrite(llm, llm.engine.scheduler.page_pool.match([*PROMPT, 1], 0, "")[1])
     (request,), beside = start(llm, [PROMPT], VICTIM), start(llm)
@@ -127,7 +127,7 @@ def test_a_page_that_is_overwritten_in_the_prefix_cache_is_served_to_nobody(llm,
 
 
 def test_one_flipped_bit_is_found_wherever_it_is(llm, whole):
-    """In any layer, of keys or values, of any token that was written; what lies behind the last token is nobody's."""
+    """In any layer, of keys or values, of any token that was written; what comes after the last is not watched."""
     p = llm.engine_config.page_size
     for side, layer, place, token, bit in (
         ("keys", 0, 0, 0, 0),
@@ -143,8 +143,8 @@ def test_one_flipped_bit_is_found_wherever_it_is(llm, whole):
         run(llm, [request])
         assert_failed(llm, request, whole)
     request = victim(llm)
-    page, behind = request.samples[0].pages[3], (len(PROMPT) + len(request.samples[0].drawn.token_ids) + 1) % p
-    assert 27 < behind < p
+    page, after = request.samples[0].pages[3], (len(PROMPT) + len(request.samples[0].drawn.token_ids) + 1) % p
+    assert 27 < after < p
     llm.engine.cache = flip_a_bit(llm.engine.cache, "keys", 0, (page, 3, 31, p - 1), 30)
     assert run(llm, [request]) == whole
     assert_idle(llm)
@@ -164,7 +164,7 @@ def test_sums_change_with_each_stored_word():
             assert found.tolist() == [[1, 5]]
 
 
-def test_a_page_that_is_handed_out_anew_is_no_damage(llm, expected):
+def test_a_page_that_is_handed_out_again_is_no_damage(llm, expected):
     """Aborted, preempted, evicted: pages change hands, and many times."""
     for at in range(0, 12, 3):
         llm.engine.scheduler.page_pool.clear_cache()
@@ -207,7 +207,7 @@ def test_the_watch_compiles_once(llm):
     assert checksums.token_sums._cache_size() == before > 0
 
 
-def test_without_the_canary_nothing_is_summed_up_and_nothing_found(tiny, expected, whole, monkeypatch):
+def test_without_page_checksums_nothing_is_summed_up_and_nothing_found(tiny, expected, whole, monkeypatch):
     """Off by default, and then free; and the fault of these tests does move bits."""
     assert tiny.engine.page_checksums is None
     monkeypatch.setattr(checksums, "token_sums", lambda *args, **how: pytest.fail("it was summed up"))

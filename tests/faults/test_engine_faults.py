@@ -1,4 +1,4 @@
-"""Aborts, interrupts, no pages, NaN, colliding hashes. Others' bits do not move."""
+"""Aborts, interrupts, no pages, NaN, colliding hashes: the bits of other requests do not move."""
 
 import dataclasses
 import os
@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import bits, make_llm
-from neighbours import answers, assert_idle, ended, run, start, step
+from neighbours import answers, assert_idle, run, start, step
 
 import jaxengine
 from jaxengine import LLM, SamplingParams
@@ -30,7 +30,7 @@ def expected(tiny) -> list[tuple]:
 
 def engine(params, overlap: bool, expected: list[tuple], like: LLM) -> LLM:
     """An engine of the shapes that are compiled already."""
-    llm = make_llm(like.config, params, overlap=overlap, compile_patience=1_000_000)
+    llm = make_llm(like.config, params, overlap=overlap)
     assert run(llm, start(llm)) == expected
     return llm
 
@@ -42,7 +42,7 @@ def llm(request, tiny, expected) -> LLM:
 
 @pytest.fixture(scope="module")
 def whole(tiny) -> list[tuple]:
-    """What the victim answers when it is left in peace."""
+    """What the victim answers without a fault."""
     return run(tiny, start(tiny, [PROMPT], VICTIM.replace(n=2)))
 
 
@@ -60,7 +60,7 @@ def step_until(llm: LLM, condition, held: list[int] | None = None) -> None:
 
 
 def assert_aborted(llm: LLM, request: Request, whole: list[tuple]) -> list[int]:
-    """Ended by abort, with the front of its whole answer; the lengths."""
+    """Ended by abort, with the first tokens of its whole answer. Returns how many, for each sample."""
     for (tokens, logprobs, reason, stop_reason), (all_tokens, all_logprobs, *_) in zip(
         answers(llm, [request]), whole, strict=True
     ):
@@ -74,7 +74,7 @@ def assert_aborted(llm: LLM, request: Request, whole: list[tuple]) -> list[int]:
     return [len(sample.drawn.token_ids) for sample in request.samples]
 
 
-# -- abort ------------------------------------------------------------------------------------------------------------------------
+# -- abort ------------------------------------------------------------------------------------------------------------
 
 
 @OVERLAP
@@ -89,7 +89,7 @@ def test_abort_returns_the_tokens_so_far(llm, times, expected, whole):
     step_until(llm, lambda: len(request.samples[1].drawn.token_ids) >= 3)
     for _ in range(times):
         llm.abort("victim")
-        assert ended(request) and not any(s in llm.engine.scheduler.running for s in request.samples), (
+        assert request.is_finished and not any(s in llm.engine.scheduler.running for s in request.samples), (
             "its pages are free at once"
         )
         llm.engine.scheduler.check_integrity()
@@ -148,7 +148,7 @@ def test_abort_after_the_end(llm, expected, whole):
 
 
 @OVERLAP
-def test_abort_of_everybody_at_any_step(llm, expected):
+def test_abort_of_all_requests_at_any_step(llm, expected):
     """The batch again and again, each time cut off a step later; then whole."""
     for at in range(0, 12, 2):
         requests = start(llm)
@@ -161,7 +161,7 @@ def test_abort_of_everybody_at_any_step(llm, expected):
     assert run(llm, start(llm)) == expected
 
 
-# -- the caller goes away ---------------------------------------------------------------------------------------------------------
+# -- the caller goes away ---------------------------------------------------------------------------------------------
 
 
 @OVERLAP
@@ -194,7 +194,7 @@ def test_a_stream_that_was_never_started_asks_for_nothing(llm):
 @pytest.mark.parametrize("name", ["run_decode", "run_prefill"])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_ctrl_c_in_a_step(llm, name, when, expected, whole, monkeypatch):
-    """The call ends with KeyboardInterrupt and none of it is left; the step's donated buffers are built anew and others go on."""
+    """The call ends with KeyboardInterrupt and leaves nothing; donated buffers are rebuilt, other requests go on."""
     original, calls = getattr(llm.engine.step_variants, name), []
 
     def interrupted(*args):
@@ -219,7 +219,7 @@ def test_ctrl_c_in_a_step(llm, name, when, expected, whole, monkeypatch):
 
 
 def interrupt_at(line: int, counter: list[int]):
-    """A trace function that raises KeyboardInterrupt at the given line, counted over all that the engine's host half executes."""
+    """A trace function that raises KeyboardInterrupt at a line, counted over all that the host half executes."""
     names = (
         "engine/engine.py",
         "host/scheduler.py",
@@ -256,7 +256,7 @@ class Read:
 @OVERLAP
 @pytest.mark.parametrize("at", [0, 1, 5], ids=["prefill", "forks decode", "some end"])
 def test_ctrl_c_at_any_line_of_a_step(llm, at, expected, monkeypatch):
-    """Wherever it hits, no page is lost, no token is half written down, none is read twice, and the same bits come out."""
+    """At any line no page is lost, no token is half written down, none is read twice, and the bits are the same."""
     monkeypatch.setattr(llm.engine, "tokenizer", object())  # without one no sample has a detokenizer
     monkeypatch.setattr(llm.engine, "_detokenizer", lambda tokenizer, sample: Read(sample.drawn.token_ids))
 
@@ -293,13 +293,13 @@ def test_ctrl_c_at_any_line_of_a_step(llm, at, expected, monkeypatch):
         assert_idle(llm)
 
 
-# -- no pages ---------------------------------------------------------------------------------------------------------------------
+# -- no pages ---------------------------------------------------------------------------------------------------------
 
 
 @OVERLAP
 @pytest.mark.parametrize("spare", [4, 7])
 def test_without_pages_the_newest_is_preempted_and_recomputed(llm, spare, expected):
-    """Six requests that grow to four pages each, and four or seven pages for all of them. With four they run one by one."""
+    """Six requests that grow to four pages each, and four or seven pages for all. With four they run one by one."""
     grow = lambda: start(
         llm, [[i] * 20 for i in range(1, 7)], [SamplingParams(max_tokens=100, temperature=i % 2) for i in range(6)]
     )
@@ -314,7 +314,7 @@ def test_without_pages_the_newest_is_preempted_and_recomputed(llm, spare, expect
 
     llm.engine.scheduler.preempt = watched
     requests, num_steps = grow(), 0
-    while not all(map(ended, requests)):
+    while not all(request.is_finished for request in requests):
         step(llm, held)
         num_steps += 1
     assert answers(llm, requests) == right
@@ -339,9 +339,10 @@ def test_a_request_larger_than_the_pool_is_refused(tiny):
     assert fits.limit == open_ended.limit == 128
 
 
-# -- logits that are no numbers ---------------------------------------------------------------------------------------------------
+# -- logits that are no numbers ---------------------------------------------------------------------------------------
 
-BAD = 778  # the token whose embedding is not finite: whoever reads it gets NaN logits, and nobody else (the probe of programs.py does not)
+# The token whose embedding is not finite: sequences that hold it get NaN logits, no others, nor does the probe.
+BAD = 778
 CAUSE = "the model's logits were not finite"
 
 
@@ -368,7 +369,7 @@ def test_a_request_with_nan_logits_ends_in_error(poisoned, where, expected):
 
 
 def test_a_drawn_token_may_lead_to_nan(poisoned, expected):
-    """The model may well answer with that token, whose own logits come from the head; there is no second one behind it."""
+    """The model may answer with that token, because its own logits come from the head; no second one follows it."""
     (request,), beside = (
         start(poisoned, [[1, 2, 3]], SamplingParams(max_tokens=9, temperature=0, logit_bias={BAD: 1e4})),
         start(poisoned),
@@ -413,9 +414,9 @@ def test_pages_of_a_failed_request_leave_the_prefix_cache(poisoned, expected):
 
 @pytest.mark.parametrize("overlap", [False, True], ids=["plain", "overlapped"])
 def test_logits_that_overflow_under_a_temperature_are_an_error(overlap, tiny):
-    """They are finite as the model gives them; divided by a small temperature they are not, and the softmax of infinities is NaN."""
+    """The model's are finite; divided by a small temperature they are not, and the softmax of infinities is NaN."""
     huge = dataclasses.replace(tiny.params, head=tiny.params.head * 1e35)
-    llm = make_llm(tiny.config, huge, overlap=overlap, compile_patience=1_000_000)
+    llm = make_llm(tiny.config, huge, overlap=overlap)
     alone = run(llm, start(llm))
     assert {reason for *_, reason, _ in alone} == {"length"}
     requests = [*start(llm, [[1, 2, 3]], SamplingParams(temperature=2e-5, max_tokens=5)), *start(llm)]
@@ -431,11 +432,11 @@ def test_prompt_logprobs_of_a_poisoned_prompt_are_an_error(poisoned, expected):
     assert run(poisoned, beside) == expected
 
 
-# -- colliding prefix hashes ------------------------------------------------------------------------------------------------------
+# -- colliding prefix hashes ------------------------------------------------------------------------------------------
 
 
 @OVERLAP
-def test_a_prefix_hash_collision_serves_nobody_elses_pages(llm, expected, monkeypatch):
+def test_a_prefix_hash_collision_serves_no_other_prompts_pages(llm, expected, monkeypatch):
     """Every page has the same hash. Equal tokens are still found, other ones are not."""
     params, key = SamplingParams(max_tokens=6), jax.random.key(1)
     prompts = [[i] * 40 for i in range(1, 5)]

@@ -1,4 +1,4 @@
-"""In every phase: an interrupt, a stream that is let go, an abort, while the engine compiles, works, or does nothing at all."""
+"""An interrupt, a stream that is dropped, an abort: while the engine compiles, runs a step, or has nothing to do."""
 
 import asyncio
 import contextlib
@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 import pytest
 from conftest import bits, make_llm
-from neighbours import PARAMS, PROMPTS, assert_idle, ended, run, start, step
+from neighbours import PARAMS, PROMPTS, assert_idle, run, start, step
 
 import jaxengine
 from jaxengine import LLM, SamplingParams
@@ -25,6 +25,7 @@ from jaxengine.device import steps
 PROMPT = list(range(200, 320))
 VICTIM = SamplingParams(max_tokens=30, seed=5)
 KEY = 7  # of neighbours.start
+STATIC = ("model_config", "kernels", "tile", "max_logprobs", "num_steps")  # of a decode step's arguments
 pytestmark = pytest.mark.timeout(120)  # what goes wrong here may wait for ever
 
 
@@ -40,7 +41,7 @@ def whole(tiny) -> list[tuple]:
 
 def fresh(tiny: LLM, overlap: bool) -> LLM:
     """An engine that has proven nothing yet."""
-    return make_llm(tiny.config, tiny.params, overlap=overlap, compile_patience=1_000_000)
+    return make_llm(tiny.config, tiny.params, overlap=overlap)
 
 
 @pytest.fixture(params=[False, True], ids=["plain", "overlapped"])
@@ -66,7 +67,7 @@ def amid_a_step(llm: LLM, monkeypatch, fault) -> None:
     monkeypatch.setattr(llm.engine.step_variants, "run_decode", called)
 
 
-# -- while compiling --------------------------------------------------------------------------------------------------------------
+# -- while compiling --------------------------------------------------------------------------------------------------
 
 
 def interrupted_report(lines: list[str], at: int, text: str) -> None:
@@ -93,10 +94,8 @@ def test_ctrl_c_while_steps_are_compiled_and_proven(tiny, overlap, expected):
 def test_ctrl_c_amid_tracing(llm, expected, monkeypatch):
     """JAX is in the midst of a program that is to take the cache."""
 
-    @functools.partial(
-        jax.jit, static_argnames=("config", "kernels", "tile", "max_logprobs", "num_steps"), donate_argnames="cache"
-    )
-    def traced(params, cache, *args, config, kernels, tile, max_logprobs, num_steps):
+    @functools.partial(jax.jit, static_argnames=STATIC, donate_argnames="cache")
+    def traced(params, cache, *args, model_config, kernels, tile, max_logprobs, num_steps):
         signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
@@ -115,11 +114,11 @@ def test_ctrl_c_while_warming_up(llm, expected, monkeypatch):
     assert_idle(llm)
 
 
-# -- between steps ----------------------------------------------------------------------------------------------------------------
+# -- between steps ----------------------------------------------------------------------------------------------------
 
 
 def interrupt_at(place: str, seen: list[str]):
-    """A trace function that raises KeyboardInterrupt at the given line, and lists all that LLM executes outside of a step."""
+    """A trace function that raises KeyboardInterrupt at a line, and lists all that LLM executes outside of a step."""
     names = ("llm.py", "base/progress.py", "engine/engine.py", "host/scheduler.py")
     files = {str(Path(jaxengine.__file__).parent / name) for name in names}
     assert all(map(os.path.exists, files)), "a file has moved: nothing in it would be interrupted"
@@ -129,7 +128,7 @@ def interrupt_at(place: str, seen: list[str]):
         code = frame.f_code
         if code.co_filename not in files or code.co_name in inside or not seen and code.co_name != "generate":
             return None
-        # Python handles no signal between the end of a `with` block and the release of its lock, but it does trace that line.
+        # Python handles no signal between the end of a `with` block and the release of its lock, but traces that line.
         if event == "line" and not linecache.getline(code.co_filename, frame.f_lineno).lstrip().startswith("with "):
             seen.append(f"{Path(code.co_filename).name}:{frame.f_lineno} in {code.co_name}")
             if seen[-1] == place and seen.count(place) == 1:
@@ -140,7 +139,7 @@ def interrupt_at(place: str, seen: list[str]):
 
 
 def test_ctrl_c_at_any_line_of_generate(llm, expected):
-    """Before, between and behind the steps: nothing is left queued, and the ids are free again."""
+    """Before, between and after the steps: nothing is left queued, and the ids are free again."""
     ask = lambda: bits(llm.generate([[1, 2], [3]], SamplingParams(max_tokens=2, n=2, seed=1), request_ids=["a", "b"]))
 
     def interrupted(place: str) -> list[str]:
@@ -163,7 +162,7 @@ def test_ctrl_c_at_any_line_of_generate(llm, expected):
 
 
 def test_ctrl_c_between_two_steps(llm, expected, whole, monkeypatch):
-    """Its traceback is kept, as a notebook keeps it, and with it everything that the interrupted call had."""
+    """Its traceback is kept, as a notebook keeps it, and with that everything that the interrupted call had."""
     beside, updates = start(llm), itertools.count()
 
     class Bar:
@@ -185,7 +184,7 @@ def test_ctrl_c_between_two_steps(llm, expected, whole, monkeypatch):
 
 
 def test_ctrl_c_twice(llm, expected, monkeypatch):
-    """The second one hits while the first one's requests are being aborted: whoever comes next does that."""
+    """The second comes while the first one's requests are being aborted: the next call aborts them."""
     finish, calls, asked = llm.engine.scheduler.finish, itertools.count(), []
 
     def interrupted(*args):
@@ -203,7 +202,7 @@ def test_ctrl_c_twice(llm, expected, monkeypatch):
         llm.generate([PROMPT, PROMPT], VICTIM)
     assert next(calls) > 0, "there was a second one"
     assert generate(llm) == expected
-    assert len(asked) == 2 and all(map(ended, asked)), "another thread may wait for them"
+    assert len(asked) == 2 and all(request.is_finished for request in asked), "another thread may wait for them"
     assert_idle(llm)
 
 
@@ -228,29 +227,29 @@ def test_ctrl_c_in_a_running_event_loop(llm, expected, monkeypatch):
     assert_idle(llm)
 
 
-# -- streams and aborts -----------------------------------------------------------------------------------------------------------
+# -- streams and aborts -----------------------------------------------------------------------------------------------
 
 
-def test_a_stream_that_is_let_go_is_aborted(llm, expected):
+def test_a_stream_that_is_dropped_is_aborted(llm, expected):
     beside, stream = start(llm), llm.stream(PROMPT, VICTIM)
     request = llm.engine.requests[next(stream).request_id]
     del stream
-    assert ended(request) and request.request_id not in llm.engine.requests
+    assert request.is_finished and request.request_id not in llm.engine.requests
     assert run(llm, beside) == expected
     assert_idle(llm)
 
 
 def test_a_stream_that_is_collected_as_garbage_amid_a_step(llm, expected, monkeypatch):
-    """The collector runs it in whatever thread it likes, here the one that steps: which must neither wait for itself nor be disturbed."""
+    """The collector runs it in any thread, here the one that steps, which must not wait for itself nor be disturbed."""
     stream = llm.stream(PROMPT, VICTIM)
     cycle: list[object] = [stream]
     cycle.append(cycle)
     request = llm.engine.requests[next(stream).request_id]
     del stream, cycle
-    amid_a_step(llm, monkeypatch, lambda: (gc.collect(), ends.append(ended(request))))
+    amid_a_step(llm, monkeypatch, lambda: (gc.collect(), ends.append(request.is_finished)))
     ends: list[bool] = []
     assert generate(llm) == expected
-    assert ends == [False] and ended(request) and request.samples[0].drawn.finish_reason == "abort", (
+    assert ends == [False] and request.is_finished and request.samples[0].drawn.finish_reason == "abort", (
         "with the end of that step"
     )
     assert len(request.samples[0].drawn.token_ids) < 6

@@ -1,4 +1,4 @@
-"""No memory on the device, at start or in a step. Who was not in that step keeps its bits, and the engine stays usable."""
+"""No memory on the device, at start or in a step: requests outside of it keep their bits, the engine stays usable."""
 
 import functools
 import itertools
@@ -8,14 +8,15 @@ import jax
 import jax.numpy as jnp
 import pytest
 from conftest import make_llm
-from neighbours import answers, assert_idle, ended, run, start, step
+from neighbours import answers, assert_idle, run, start, step
 
 from jaxengine import LLM, SamplingParams
 from jaxengine.device import kv_cache, steps
 from jaxengine.engine import memory
 from jaxengine.host.sample import Request
 
-WANTED = r"weights \d+\.\d\d GB, cache \d+\.\d\d GB \(\d+ pages of \d+\.\d\d MB\), workspace about \d+\.\d\d GB, together .* GB; "
+SIZE = r"\d+\.\d\d"
+WANTED = rf"weights {SIZE} GB, cache {SIZE} GB \(\d+ pages of {SIZE} MB\), workspace about {SIZE} GB, together .* GB; "
 SETTINGS = (
     "lower num_pages, max_num_seqs or max_model_len for the cache, max_num_batched_tokens for the workspace, "
     "or take a dtype smaller than"
@@ -31,16 +32,16 @@ def expected(tiny) -> list[tuple]:
 
 @pytest.fixture(scope="module")
 def whole(tiny) -> list[tuple]:
-    """What the victim answers when it is left in peace."""
+    """What the victim answers without a fault."""
     return run(tiny, start(tiny, [PROMPT], VICTIM))
 
 
 @pytest.fixture(params=[False, True], ids=["plain", "overlapped"])
 def llm(request, tiny) -> LLM:
-    return make_llm(tiny.config, tiny.params, overlap=request.param, compile_patience=1_000_000)
+    return make_llm(tiny.config, tiny.params, overlap=request.param)
 
 
-# -- at start ---------------------------------------------------------------------------------------------------------------------
+# -- at start ---------------------------------------------------------------------------------------------------------
 
 
 def too_large(*args):
@@ -89,25 +90,25 @@ def test_a_pool_larger_than_the_machine_is_refused_before_it_is_taken(tiny, monk
 
 
 def test_no_memory_while_compiling_ahead(tiny, monkeypatch):
-    llm = make_llm(tiny.config, tiny.params, compile_patience=1_000_000)
+    llm = make_llm(tiny.config, tiny.params)
     with monkeypatch.context() as patched, pytest.raises(MemoryError, match=f"out of memory while compiling: {WANTED}"):
-        patched.setattr(steps, "decode_step", short_of_memory(steps.decode_step, 0, "behind it"))
+        patched.setattr(steps, "decode_step", short_of_memory(steps.decode_step, 0, "after it"))
         llm.warm_up()
     requests = start(llm, [PROMPT], VICTIM)
     assert run(llm, requests) == run(tiny, start(tiny, [PROMPT], VICTIM))
 
 
-# -- in a step --------------------------------------------------------------------------------------------------------------------
+# -- in a step --------------------------------------------------------------------------------------------------------
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def needing_too_much(x):
-    """XLA takes the arguments, answers, and only whoever reads the answer is told that there was no memory."""
+    """XLA takes the arguments and answers; only reading the answer raises that there was no memory."""
     return x + jax.lax.sort(jax.lax.iota(jnp.float32, 10**13) * x.ravel()[0].astype(jnp.float32))[0].astype(x.dtype)
 
 
 def short_of_memory(original, at: int, when: str):
-    """The step whose call number `at` finds no memory: before it took the cache, behind it, or when its results are read."""
+    """The step whose call number `at` finds no memory: before it took the cache, after it, or when it is read."""
     calls = itertools.count()
 
     def called(params, cache, *args, **kwargs):
@@ -115,19 +116,19 @@ def short_of_memory(original, at: int, when: str):
         if fails and when == "before it":
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes.")
         cache, out = original(params, cache, *args, **kwargs)
-        if fails and when == "behind it":
+        if fails and when == "after it":
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes.")
         return jax.tree.map(needing_too_much, (cache, out)) if fails else (cache, out)
 
     return called
 
 
-WHEN = pytest.mark.parametrize("when", ["before it", "behind it", "when it is read"])
+WHEN = pytest.mark.parametrize("when", ["before it", "after it", "when it is read"])
 CAUSE = f"^the device ran out of memory: {WANTED}{SETTINGS}"
 
 
 def assert_failed(llm: LLM, request: Request, whole: list[tuple], at_least: int) -> None:
-    """Ended by an error that says what is wanted, with the front of its whole answer."""
+    """Ended by an error that says what is wanted, with the first tokens of its whole answer."""
     output = llm.session.output(request)
     ((all_tokens, all_logprobs, *_),) = whole
     (sample,) = output.outputs
@@ -140,7 +141,7 @@ def assert_failed(llm: LLM, request: Request, whole: list[tuple], at_least: int)
 
 @WHEN
 def test_no_memory_to_decode_fails_those_that_decode(llm, when, expected, whole, monkeypatch):
-    """The victim is in the decode that fails; the others' prompts are in the same plan, and are computed anew."""
+    """The victim is in the decode that fails; the others' prompts are in the same plan, and are computed again."""
     (victim,) = start(llm, [PROMPT], VICTIM)
     while len(victim.samples[0].drawn.token_ids) < 5:
         step(llm)
@@ -155,7 +156,7 @@ def test_no_memory_to_decode_fails_those_that_decode(llm, when, expected, whole,
 
 @WHEN
 def test_no_memory_to_prefill_fails_those_that_prefill(llm, when, expected, whole, monkeypatch):
-    """The victim comes to others that decode by now, whose keys and values may be lost; they are computed anew."""
+    """The victim comes to others that decode by now, whose keys and values may be lost; they are computed again."""
     beside = start(llm)
     for _ in range(4):
         step(llm)
@@ -168,14 +169,16 @@ def test_no_memory_to_prefill_fails_those_that_prefill(llm, when, expected, whol
 
 
 @WHEN
-def test_no_memory_in_each_decode_ends_everybody_in_bounded_time(llm, when, expected, monkeypatch):
+def test_no_memory_in_each_decode_ends_all_in_bounded_time(llm, when, expected, monkeypatch):
     with monkeypatch.context() as patched:
         for at in range(3):
             patched.setattr(steps, "decode_step", short_of_memory(steps.decode_step, at, when))
         requests = start(llm)
         ends = [request for _ in range(40) for request in llm.engine.step()]
     assert (
-        all(map(ended, requests)) and {id(r) for r in ends} == {id(r) for r in requests} and len(ends) == len(requests)
+        all(request.is_finished for request in requests)
+        and {id(r) for r in ends} == {id(r) for r in requests}
+        and len(ends) == len(requests)
     )
     assert {reason for *_, reason, _ in answers(llm, requests)} <= {"error", "length", "stop"}
     assert run(llm, start(llm)) == expected
@@ -183,7 +186,7 @@ def test_no_memory_in_each_decode_ends_everybody_in_bounded_time(llm, when, expe
 
 
 def test_generate_returns_what_failed_beside_what_did_not(llm, expected, monkeypatch):
-    monkeypatch.setattr(steps, "prefill_step", short_of_memory(steps.prefill_step, 0, "behind it"))
+    monkeypatch.setattr(steps, "prefill_step", short_of_memory(steps.prefill_step, 0, "after it"))
     (output,) = llm.generate([PROMPT], VICTIM)
     assert output.finished and output.outputs[0].finish_reason == "error" and output.outputs[0].token_ids == []
     assert run(llm, start(llm)) == expected
@@ -191,7 +194,7 @@ def test_generate_returns_what_failed_beside_what_did_not(llm, expected, monkeyp
 
 @pytest.mark.parametrize("message", ["INTERNAL: the device is gone", "RESOURCE_EXHAUSTED: too many compilations"])
 def test_other_errors_are_raised_as_before(llm, message, expected, monkeypatch):
-    """Also memory that ran out for nobody in particular."""
+    """Also memory that ran out outside of any step."""
 
     def broken(*args, **kwargs):
         raise jax.errors.JaxRuntimeError(message)
@@ -219,7 +222,7 @@ def test_a_cache_that_only_answers_with_an_error_is_lost(tiny):
     for ask in (
         needing_too_much,
         lambda x: needing_too_much(x) + 1,
-    ):  # whoever computes on with the answer is told in other words
+    ):  # computing on with the answer raises in other words
         with pytest.raises(jax.errors.JaxRuntimeError) as found:
             ask(jnp.zeros(3)).block_until_ready()
         assert memory.ran_out(found.value)

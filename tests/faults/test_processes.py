@@ -36,12 +36,12 @@ def seeded(tiny) -> list[tuple]:
 
 @pytest.fixture(params=[False, True], ids=["plain", "overlapped"])
 def llm(request, tiny, expected) -> LLM:
-    llm = make_llm(tiny.config, tiny.params, overlap=request.param, compile_patience=1_000_000)
+    llm = make_llm(tiny.config, tiny.params, overlap=request.param)
     assert run(llm, start(llm)) == expected
     return llm
 
 
-# -- threads ----------------------------------------------------------------------------------------------------------------------
+# -- threads ----------------------------------------------------------------------------------------------------------
 
 
 def together(*calls) -> list:
@@ -63,7 +63,7 @@ def test_threads_that_generate_at_once_get_their_own_bits(llm, seeded):
 
 
 def test_streams_and_calls_share_their_steps(llm, seeded):
-    """Whoever steps steps for all, so a call may bring the end of a stream: that one still yields its last, finished output."""
+    """A call steps for all requests, so it may end a stream, which still yields its last, finished output."""
     streams = [llm.stream(prompt, params) for prompt, params in zip(PROMPTS, SEEDED, strict=True)]
     last = {}
     for i, outputs in enumerate(itertools.zip_longest(*streams)):
@@ -76,7 +76,7 @@ def test_streams_and_calls_share_their_steps(llm, seeded):
     assert_idle(llm)
 
 
-def test_a_stream_is_read_while_nobody_steps(llm, monkeypatch):
+def test_a_stream_is_read_between_steps(llm, monkeypatch):
     """A token and its logprob are two writes: a stream that was read between them would show one without the other."""
     render = llm.session.output
     locked: list[bool] = []
@@ -138,13 +138,13 @@ def test_an_error_in_one_threads_step_leaves_the_others_bits(llm, seeded, monkey
     assert_idle(llm)
 
 
-# -- engines and processes --------------------------------------------------------------------------------------------------------
+# -- engines and processes --------------------------------------------------------------------------------------------
 
 
 def test_two_engines_in_a_process_know_nothing_of_each_other(tiny, expected):
     """Other weights, the same ids and prompts, steps in turn: each answers as it does alone."""
     halved = jax.tree.map(lambda x: x * 0.5, tiny.params)
-    make = lambda: make_llm(tiny.config, halved, compile_patience=1_000_000)
+    make = lambda: make_llm(tiny.config, halved)
     alone = make()
     other_expected = run(alone, start(alone))
     assert other_expected != expected
@@ -214,7 +214,7 @@ def test_a_fork_is_refused_and_the_parent_goes_on(tiny, expected, call):
     assert run(tiny, requests) == expected
 
 
-# -- compiled code on disk ---------------------------------------------------------------------------------------------------------
+# -- compiled code on disk --------------------------------------------------------------------------------------------
 
 ONE_TOKEN = """
 from jaxengine import LLM, SamplingParams
@@ -226,7 +226,7 @@ print(output.outputs[0].token_ids, output.outputs[0].token_logprobs.tobytes().he
 
 @pytest.mark.slow
 def test_a_broken_compilation_cache_is_compiled_around(tmp_path):
-    """JAX warns and compiles anew; the bits are the same."""
+    """JAX warns and compiles; the bits are the same."""
 
     def run_with_cache() -> subprocess.CompletedProcess:
         settings = dict(
@@ -247,7 +247,7 @@ def test_a_broken_compilation_cache_is_compiled_around(tmp_path):
     assert again.stdout == first.stdout and "compilation cache" in again.stderr
 
 
-# -- event loops and clocks -------------------------------------------------------------------------------------------------------
+# -- event loops and clocks -------------------------------------------------------------------------------------------
 
 
 def test_generate_works_inside_a_running_event_loop(llm, seeded):

@@ -1,5 +1,7 @@
-"""What cannot be asked for is refused before anything is allocated, and whoever runs beside it sees nothing of it."""
+"""What cannot be asked for is refused before anything is allocated, and what runs beside it keeps its bits."""
 
+import dataclasses
+import re
 import tracemalloc
 
 import jax
@@ -12,7 +14,7 @@ from neighbours import PARAMS, PROMPTS, answers, assert_idle, run, start, step
 from jaxengine import LLM, SamplingParams
 from jaxengine.sampling_params import FLAGS
 
-NAN, INF = float("nan"), float("inf")
+NAN = float("nan")
 ONE = SamplingParams(max_tokens=1)
 
 
@@ -29,106 +31,107 @@ def want(**settings):
     return lambda llm: llm.generate([[1, 2]], SamplingParams(**settings))
 
 
+# -- sampling parameters, which no engine has to see ------------------------------------------------------------------
+
+# One value a field, and one an own rule; what integers, numbers and flags are is tests/base/test_arguments.py.
+# (field, value, what is allowed)
+WRONG = [
+    ("n", 10**9, "at least 1 and at most 16384"),
+    ("temperature", -1e-9, "at least 0.0 and at most 1000000.0"),
+    ("temperature", NAN, "finite"),
+    ("top_p", 0.0, "greater than 0.0 and at most 1.0"),
+    ("top_k", -2, "at least -1"),
+    ("min_p", 1.5, "at least 0.0 and at most 1.0"),
+    ("repetition_penalty", 1e-300, "at least 1e-06 and at most 1000000.0"),
+    ("presence_penalty", 2.5, "at least -2.0 and at most 2.0"),
+    ("frequency_penalty", -2.5, "at least -2.0 and at most 2.0"),
+    ("max_tokens", 0, "at least 1"),
+    ("min_tokens", -1, "at least 0"),
+    ("seed", 2**64, f"at most {2**64 - 1}"),
+    ("logprobs", -1, "at least 0"),
+    ("prompt_logprobs", 1.5, "integer"),
+    ("stop", 5, "list of strings"),
+    ("stop_token_ids", 5, "list of token ids"),
+    ("logit_bias", 5, "dict"),
+    *((flag, "false", "True or False") for flag in FLAGS),
+]
+
+
+@pytest.mark.parametrize("field, value, allowed", WRONG)
+def test_a_sampling_parameter_is_refused_by_name_and_value(field, value, allowed):
+    with pytest.raises(ValueError, match=f"{field} .*{re.escape(allowed)}.* got {re.escape(repr(value))}"):
+        SamplingParams(**{field: value})
+
+
+def test_every_sampling_parameter_refuses_something():
+    fields = {field.name for field in dataclasses.fields(SamplingParams)}
+    assert fields - {field for field, *_ in WRONG} == {"key"}, "a key is whatever JAX takes"
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(max_tokens=3, min_tokens=4), "min_tokens .*max_tokens=3, got 4"),
+        (dict(seed=1, key=jax.random.key(1)), "seed or key"),
+        (dict(stop=["x"] * 10**6), "stop .*64 strings, got 1000000"),
+        (dict(stop="x" * 10**6), r"stop\[0\] .*1 to 1024 characters"),
+        (dict(stop_token_ids=[1] * 10**6), "stop_token_ids .*16 ids, got 1000000"),
+        (dict(logit_bias=dict.fromkeys(range(10**6), 1.0)), "logit_bias .*512 tokens, got 1000000"),
+        (dict(logit_bias=[1, 2]), r"logit_bias .*dict.* got \[1, 2\]"),
+        (dict(logit_bias={1: NAN}), "logit_bias value .*finite.* got nan"),
+        (dict(logit_bias={"²": 1}), "logit_bias key .*integer, got '²'"),
+        (dict(logit_bias={"42": 1, 42: 2}), "logit_bias .*token 42 twice"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_sampling_parameters_that_go_together_are_refused_before_anything_is_allocated(settings, message):
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=message):
+            SamplingParams(**settings)
+        assert tracemalloc.get_traced_memory()[1] < 32_000_000
+    finally:
+        tracemalloc.stop()
+
+
+# -- requests ---------------------------------------------------------------------------------------------------------
+
 REFUSED = {
     # 1: nothing to continue
     "an empty prompt among others": (ask([[1, 2], []]), r"prompts\[1\] is empty"),
     "an empty text": (ask([[1, 2], ""]), r"prompts\[1\] is empty"),
     "an empty array": (ask(np.zeros((2, 0), np.int32)), r"prompts\[0\] is empty"),
     "a dict of nothing": (ask({"prompt_token_ids": []}), r"prompts\[0\]\['prompt_token_ids'\] is empty"),
-    "a dict without a prompt": (ask({"prompt": None}), r"prompts\[0\] needs 'prompt' or 'prompt_token_ids'"),
-    "no batch": (ask(None), "prompts must be strings, lists of token ids or dicts, got NoneType"),
-    "bytes": (ask(b"12+30="), "prompts must be strings, lists of token ids or dicts, got bytes"),
+    "a dict without a prompt": (ask({"prompt": None}), r"prompts\[0\] .*'prompt_token_ids'"),
+    "no batch": (ask(None), "prompts .*got NoneType"),
+    "bytes": (ask(b"12+30="), "prompts .*got bytes"),
     # 2: what is no token of this model
-    "a negative id": (ask([[1], [5, -1]]), r"prompts\[1\] has token id -1 at index 1: the vocabulary is 0 … 999"),
-    "the id behind the last": (ask([5, 1000]), r"prompts\[0\] has token id 1000 at index 1: the vocabulary is 0 … 999"),
-    "an id beyond int64": (ask([2**70]), r"has token id 1180591620717411303424 at index 0"),
-    "a bool": (ask([5, True]), r"prompts\[0\] has True \(bool\) at index 1: token ids are integers"),
+    "a negative id": (ask([[1], [5, -1]]), r"prompts\[1\] .*-1 at index 1: .*0 … 999"),
+    "the id after the last": (ask([5, 1000]), r"prompts\[0\] .*1000 at index 1: .*0 … 999"),
+    "an id beyond int64": (ask([2**70]), "1180591620717411303424 at index 0"),
+    "a bool": (ask([5, True]), r"prompts\[0\] has True \(bool\) at index 1: .*integers"),
     "a float": (ask([5, 6.0]), r"has 6.0 \(float\) at index 1"),
-    "NaN": (ask([NAN, 5]), r"has nan \(float\) at index 0"),
     "None": (ask([5, None]), r"has None \(NoneType\) at index 1"),
-    "a numpy bool": (ask([[5, np.True_]]), r"at index 1: token ids are integers"),
+    "a numpy bool": (ask([[5, np.True_]]), "at index 1: .*integers"),
     "an array of bools": (ask([[1], np.array([True, False])]), r"prompts\[1\] has True \(bool\) at index 0"),
     "an array of floats": (ask([np.array([1.0, NAN])]), r"prompts\[0\] has 1.0 \(float\) at index 0"),
     "a JAX array of floats": (ask([jnp.array([2.5])]), r"prompts\[0\] has 2.5 \(float\) at index 0"),
     "an array too deep": (ask([[1], np.ones((1, 1, 2), int)]), r"prompts\[1\] has \[\[1, 1\]\] \(list\) at index 0"),
     "digits": (ask([["5"]]), r"has '5' \(str\) at index 0"),
-    "text without a tokenizer": (ask(["12+30="]), r"prompts\[0\] is text, but the model has no tokenizer"),
-    "a stop token that is none": (
-        want(stop_token_ids=[3, 1000]),
-        r"stop_token_ids of prompts\[0\] names token 1000: the vocabulary is",
-    ),
-    "a biased token that is none": (want(logit_bias={1000: 1.0}), r"logit_bias of prompts\[0\] names token 1000"),
+    "text without a tokenizer": (ask(["12+30="]), r"prompts\[0\] .*no tokenizer"),
+    "a stop token that is none": (want(stop_token_ids=[3, 1000]), r"stop_token_ids of prompts\[0\] .*1000"),
+    "a biased token that is none": (want(logit_bias={1000: 1.0}), r"logit_bias of prompts\[0\] .*1000"),
     # 3: no room
-    "a prompt as long as the context": (
-        ask([[1], [2] * 512]),
-        r"prompts\[1\] has 512 tokens, the context is max_model_len=512",
-    ),
-    "a prompt that is longer": (ask([2] * 5_000), r"prompts\[0\] has 5000 tokens, the context is max_model_len=512"),
-    # 4: impossible values
-    "a negative temperature": (
-        want(temperature=-1e-9),
-        "temperature must be at least 0.0 and at most 1000000.0, got -1e-09",
-    ),
-    "an infinite temperature": (want(temperature=INF), "temperature must be a finite number, got inf"),
-    "a temperature beyond float32": (
-        want(temperature=1e39),
-        r"temperature must be at least 0.0 and at most 1000000.0, got 1e\+39",
-    ),
-    "a NaN temperature": (want(temperature=NAN), "temperature must be a finite number, got nan"),
-    "a temperature in words": (want(temperature="0.7"), "temperature must be a finite number, got '0.7'"),
-    "top_p zero": (want(top_p=0), "top_p must be greater than 0.0 and at most 1.0, got 0.0"),
-    "top_p above one": (want(top_p=1.01), "top_p must be greater than 0.0 and at most 1.0, got 1.01"),
-    "top_p NaN": (want(top_p=NAN), "top_p must be a finite number, got nan"),
-    "top_k negative": (want(top_k=-2), "top_k must be at least -1, got -2"),
-    "top_k no integer": (want(top_k=2.5), "top_k must be an integer, got 2.5"),
-    "min_p above one": (want(min_p=1.5), "min_p must be at least 0.0 and at most 1.0, got 1.5"),
-    "repetition_penalty zero": (
-        want(repetition_penalty=0),
-        "repetition_penalty must be at least 1e-06 and at most 1000000.0, got 0.0",
-    ),
-    "repetition_penalty beyond float32": (want(repetition_penalty=1e-300), "repetition_penalty must be at least 1e-06"),
-    "a penalty NaN": (want(presence_penalty=NAN), "presence_penalty must be a finite number, got nan"),
-    "a bias NaN": (want(logit_bias={1: NAN}), "logit_bias value must be a finite number, got nan"),
-    "max_tokens zero": (want(max_tokens=0), "max_tokens must be at least 1, got 0"),
-    "min_tokens above max_tokens": (want(max_tokens=3, min_tokens=4), "min_tokens must be at most max_tokens=3, got 4"),
-    "a seed beyond 64 bits": (
-        want(seed=2**64),
-        "seed must be at least 0 and at most 18446744073709551615, got 18446744073709551616",
-    ),
-    "a negative seed": (want(seed=-1), "seed must be at least 0"),
-    "seed and key": (want(seed=1, key=jax.random.key(1)), "give seed or key, not both"),
-    # 5: far too much
-    "n = 10⁹": (want(n=10**9), "n must be at least 1 and at most 16384, got 1000000000"),
-    "logprobs = 10⁹": (want(logprobs=10**9), r"logprobs=1000000000 of prompts\[0\] is more than max_logprobs=20"),
+    "a prompt as long as the context": (ask([[1], [2] * 512]), r"prompts\[1\] .*512 tokens.* max_model_len=512"),
+    "a prompt that is longer": (ask([2] * 5_000), r"prompts\[0\] .*5000 tokens.* max_model_len=512"),
+    # 4: what is checked before and what an engine checks
+    "an impossible value": (want(top_p=1.01), "top_p .*at most 1.0, got 1.01"),
+    "logprobs = 10⁹": (want(logprobs=10**9), r"logprobs=1000000000 of prompts\[0\] .*max_logprobs=20"),
     "prompt_logprobs = 10⁹": (
         want(prompt_logprobs=10**9),
-        r"prompt_logprobs=1000000000 of prompts\[0\] is more than max_logprobs=20",
+        r"prompt_logprobs=1000000000 of prompts\[0\] .*max_logprobs=20",
     ),
-    "a million stop strings": (want(stop=["x"] * 10**6), "stop takes at most 64 strings, got 1000000"),
-    "a stop string of a million characters": (
-        want(stop="x" * 10**6),
-        r"stop\[0\] must be a string of 1 to 1024 characters",
-    ),
-    "a million stop tokens": (want(stop_token_ids=[1] * 10**6), "stop_token_ids takes at most 16 ids, got 1000000"),
-    "a million biases": (
-        want(logit_bias=dict.fromkeys(range(10**6), 1.0)),
-        "logit_bias takes at most 512 tokens, got 1000000",
-    ),
-    # values of another kind
-    "a stop of no text": (want(stop=5), "stop must be a string or a list of strings, got 5"),
-    "a stop token alone": (want(stop_token_ids=5), "stop_token_ids must be a list of token ids, got 5"),
-    "a bias without values": (
-        want(logit_bias=[1, 2]),
-        r"logit_bias must be a dict from token ids to numbers, got \[1, 2\]",
-    ),
-    "a bias that is a number": (want(logit_bias=5), "logit_bias must be a dict from token ids to numbers, got 5"),
-    "a bias of one token twice": (
-        want(logit_bias={"42": 1, 42: 2}),
-        "logit_bias names token 42 twice: give it one value",
-    ),
-    "a bias of a superscript": (want(logit_bias={"²": 1}), "logit_bias key must be an integer, got '²'"),
-    **{f"{name} in words": (want(**{name: "false"}), f"{name} must be True or False, got 'false'") for name in FLAGS},
-    "a flag that is a number": (want(ignore_eos=1), "ignore_eos must be True or False, got 1"),
+    # 5: values of another kind
     "a salt of no text": (
         ask({"prompt_token_ids": [1], "cache_salt": 7}),
         r"prompts\[0\]\['cache_salt'\] must be a string or None, got 7",
@@ -141,52 +144,34 @@ REFUSED = {
         lambda llm: llm.generate([[1], [2]], ONE, request_ids=["a", 7]),
         r"request_ids\[1\] must be a string, got 7",
     ),
-    # what does not fit together
+    # 6: what does not go together
     "params for other prompts": (ask([[1], [2]], [ONE]), "1 sampling_params for 2 prompts"),
-    "a stream of two": (lambda llm: next(llm.stream([[1], [2]], ONE)), "stream takes one prompt, got 2"),
-    "a stream of none": (lambda llm: next(llm.stream([], ONE)), "stream takes one prompt, got 0"),
+    "a stream of two": (lambda llm: next(llm.stream([[1], [2]], ONE)), "one prompt, got 2"),
+    "a stream of none": (lambda llm: next(llm.stream([], ONE)), "one prompt, got 0"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_beside_running_requests(name, tiny, expected):
-    """With the index or the name, the value and what is allowed; whoever runs meanwhile keeps its bits, and nothing stays behind."""
+    """With the index or the name, and the value; what runs keeps its bits, and nothing of the refused stays."""
     refused, message = REFUSED[name]
 
     def fault():
         before = dict(tiny.engine.requests)
-        with pytest.raises(ValueError, match=message):
-            refused(tiny)
-        assert tiny.engine.requests == before, "the refused request left something behind"
+        tracemalloc.start()
+        try:
+            with pytest.raises(ValueError, match=message):
+                refused(tiny)
+            assert tracemalloc.get_traced_memory()[1] < 32_000_000, "more was allocated than its message"
+        finally:
+            tracemalloc.stop()
+        assert tiny.engine.requests == before, "the refused request left something"
 
     assert run(tiny, start(tiny), fault) == expected
     assert_idle(tiny)
 
 
-@pytest.mark.parametrize("name", [name for name in REFUSED if "10⁹" in name or "million" in name])
-def test_refused_before_anything_is_allocated(name, tiny):
-    refused, _ = REFUSED[name]
-    huge = {
-        "stop": ["x"] * 10**6,
-        "tokens": [1] * 10**6,
-        "bias": dict.fromkeys(range(10**6), 1.0),
-    }  # the caller's own memory
-    settings = {
-        "a million stop strings": dict(stop=huge["stop"]),
-        "a million stop tokens": dict(stop_token_ids=huge["tokens"]),
-        "a million biases": dict(logit_bias=huge["bias"]),
-    }
-    call = want(**settings[name]) if name in settings else refused
-    tracemalloc.start()
-    try:
-        with pytest.raises(ValueError):
-            call(tiny)
-        assert tracemalloc.get_traced_memory()[1] < 32_000_000
-    finally:
-        tracemalloc.stop()
-
-
-# -- an empty batch ---------------------------------------------------------------------------------------------------------------
+# -- an empty batch ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batch", [[], (), np.zeros((0, 3), np.int32)], ids=["list", "tuple", "array"])
@@ -194,7 +179,7 @@ def test_an_empty_batch_is_answered_by_an_empty_list(batch, tiny, expected):
     assert run(tiny, start(tiny), lambda: tiny.generate(batch) == [] or pytest.fail("not empty")) == expected
 
 
-# -- integers of any kind ---------------------------------------------------------------------------------------------------------
+# -- integers of any kind ---------------------------------------------------------------------------------------------
 
 TOKENS = [5, 999, 0, 17]
 KINDS = {
@@ -254,7 +239,7 @@ def test_a_salt_of_none_is_no_salt(tiny):
         assert output.cache_salt == ""
 
 
-# -- the edge of the context ------------------------------------------------------------------------------------------------------
+# -- the edge of the context ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -269,7 +254,7 @@ def test_a_completion_ends_at_the_edge_of_the_context(length, max_tokens, genera
     assert run(tiny, beside) == expected
 
 
-# -- values that mean something else ----------------------------------------------------------------------------------------------
+# -- values that mean something else ----------------------------------------------------------------------------------
 
 
 def first_bits(llm: LLM, **settings) -> list[tuple]:
@@ -330,7 +315,7 @@ def test_all_bits_of_a_seed_count(tiny):
     assert first_bits(tiny, key=jax.random.key(5)) == [seeded[5]]
 
 
-# -- a full queue -----------------------------------------------------------------------------------------------------------------
+# -- a full queue -----------------------------------------------------------------------------------------------------
 
 
 def test_a_full_queue_refuses_the_whole_call(tiny):
@@ -345,7 +330,7 @@ def test_a_full_queue_refuses_the_whole_call(tiny):
         llm.generate([[3]], SamplingParams(n=16_384))
 
 
-# -- a request id in use ----------------------------------------------------------------------------------------------------------
+# -- a request id in use ----------------------------------------------------------------------------------------------
 
 IDS = [f"mine {i}" for i in range(len(PROMPTS))]
 
@@ -387,11 +372,11 @@ def test_one_bad_prompt_refuses_its_whole_call(bad, tiny, expected):
 def test_an_interrupt_while_a_call_is_queued_leaves_none_of_it(tiny, monkeypatch):
     add, added = tiny.engine.add, []
 
-    def interrupted(request):
+    def interrupted(request, **how):
         if len(added) == 2:
             raise KeyboardInterrupt
         added.append(request)
-        add(request)
+        add(request, **how)
 
     monkeypatch.setattr(tiny.engine, "add", interrupted)
     with pytest.raises(KeyboardInterrupt):

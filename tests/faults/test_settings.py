@@ -1,5 +1,7 @@
-"""Settings of an engine: what cannot be meant is refused by name, with the value and what is allowed, before memory is taken."""
+"""Settings of an engine: what cannot be meant is refused by name and value, before memory is taken."""
 
+import dataclasses
+import re
 from pathlib import Path
 
 import jax
@@ -15,17 +17,6 @@ from jaxengine.models import loading
 
 ONE = SamplingParams(max_tokens=1)
 ROOM = dict(max_model_len=64, max_num_seqs=4, num_pages=20, progress=False)
-INTEGERS = (
-    "max_num_seqs",
-    "max_num_batched_tokens",
-    "max_model_len",
-    "page_size",
-    "num_pages",
-    "decode_steps",
-    "max_logprobs",
-    "compile_patience",
-    "max_waiting",
-)
 
 
 @pytest.fixture(scope="module")
@@ -36,40 +27,42 @@ def folder(tmp_path_factory) -> Path:
     return path
 
 
-# -- the engine's ------------------------------------------------------------------------------------------------------------------
+# -- the engine's -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value", ["8", None, 1.5, 64.0, True, np.float32(64), [64]], ids=repr)
-@pytest.mark.parametrize("name", INTEGERS)
-def test_what_is_no_integer_is_refused(name, value):
-    with pytest.raises(ValueError, match=f"{name} must be an integer, got "):
-        EngineConfig(**{name: value})
+# One value a field; what values there are is tests/base/test_arguments.py. (field, value, what is allowed)
+REFUSED = [
+    ("max_num_seqs", 0, "at least 1"),
+    ("max_num_batched_tokens", 15, "at least 16"),
+    ("max_model_len", 1, "at least 2"),
+    ("page_size", "8", "integer"),
+    ("page_size", 48, r"\[16, 32, 64\]"),
+    ("num_pages", 1, "at least 2"),
+    ("gpu_memory_utilization", 0, "greater than 0"),
+    ("enable_prefix_caching", None, "True or False"),
+    ("decode_steps", 0, "at least 1"),
+    ("overlap", "false", "True or False"),
+    ("max_logprobs", True, "integer"),
+    ("compile_patience", -1, "at least 0"),
+    ("max_waiting", 0, "at least 1"),
+    ("page_checksums", 1, "True or False"),
+    ("kernels", 5, "one of auto, "),
+]
 
 
-@pytest.mark.parametrize(
-    "settings, message",
-    [
-        (dict(page_size=0), r"page_size must be one of \[16, 32, 64\], got 0"),
-        (dict(page_size=-16), r"of \[16, 32, 64\], got -16"),
-        (dict(page_size=48), r"page_size must be one of \[16, 32, 64\], got 48"),
-        (dict(max_num_seqs=0), "max_num_seqs must be at least 1, got 0"),
-        (dict(max_waiting=0), "max_waiting must be at least 1, got 0"),
-        (dict(num_pages=1), "num_pages must be at least 2, got 1"),
-        (dict(max_model_len=1), "max_model_len must be at least 2, got 1"),
-        (dict(max_num_batched_tokens=15), "max_num_batched_tokens must be at least 16, got 15"),
-        (dict(max_logprobs=0), "max_logprobs must be at least 1, got 0"),
-        (dict(decode_steps=0), "decode_steps must be at least 1, got 0"),
-        (dict(compile_patience=-1), "compile_patience must be at least 0, got -1"),
-        (dict(overlap="false"), "overlap must be True or False, got 'false'"),
-        (dict(page_checksums=1), "canary must be True or False, got 1"),
-        (dict(enable_prefix_caching=None), "enable_prefix_caching must be True or False, got None"),
-        (dict(kernels=5), "kernels must be one of auto, .*, got 5"),
-    ],
-    ids=str,
-)
-def test_what_cannot_be_meant_is_refused(settings, message):
-    with pytest.raises(ValueError, match=message):
-        EngineConfig(**settings)
+def shown(field: str, value, allowed: str) -> str:
+    """A pattern for an error that names the field, what is allowed and the value, in this order."""
+    return f"{field} .*{allowed}.* got {re.escape(repr(value))}"
+
+
+def test_every_field_of_an_engine_refuses_something():
+    assert {field for field, *_ in REFUSED} == {field.name for field in dataclasses.fields(EngineConfig)}
+
+
+@pytest.mark.parametrize("field, value, allowed", REFUSED)
+def test_what_cannot_be_meant_is_refused(field, value, allowed):
+    with pytest.raises(ValueError, match=shown(field, value, allowed).replace("got 0", "got 0(\\.0)?")):
+        EngineConfig(**{field: value})
 
 
 def test_numpys_and_jaxs_integers_and_bools_are_pythons():
@@ -78,47 +71,48 @@ def test_numpys_and_jaxs_integers_and_bools_are_pythons():
     assert type(given.page_size) is type(given.max_num_seqs) is int and given.overlap is True
 
 
-# -- the model's -------------------------------------------------------------------------------------------------------------------
+# -- the model's ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "changes, message",
+    "field, value, allowed",
     [
-        (dict(dtype="float64"), "dtype must be one of float32, float16, bfloat16, got 'float64'"),
-        (dict(dtype=jnp.bfloat16), "dtype must be one of float32, float16, bfloat16, got <class 'jax.numpy.bfloat16'>"),
-        (dict(hidden_size=96.0), "hidden_size must be an integer, got 96.0"),
-        (dict(reduction_leaves=0), "reduction_leaves must be at least 1, got 0"),
-        (dict(qk_norm="false"), "qk_norm must be True or False, got 'false'"),
+        ("dtype", "float64", "one of float32, float16, bfloat16"),
+        ("dtype", jnp.bfloat16, "one of float32, float16, bfloat16"),
+        ("hidden_size", 96.0, "integer"),
+        ("reduction_leaves", 0, "at least 1"),
+        ("qk_norm", "false", "True or False"),
     ],
-    ids=str,
 )
-def test_a_model_that_cannot_be_meant_is_refused(changes, message):
-    with pytest.raises(ValueError, match=message):
-        random_model(**changes)
+def test_a_model_that_cannot_be_meant_is_refused(field, value, allowed):
+    with pytest.raises(ValueError, match=shown(field, value, allowed)):
+        random_model(**{field: value})
 
 
-# -- an LLM's ----------------------------------------------------------------------------------------------------------------------
+# -- an LLM's ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "settings, message",
+    "field, value, allowed",
     [
-        (dict(max_model_len="128"), "max_model_len must be an integer, got '128'"),
-        (dict(max_model_len=5000), "max_model_len=5000 is more than the model's max_position_embeddings=4096"),
-        (dict(page_size=0), r"page_size must be one of \[16, 32, 64\], got 0"),
-        (dict(reduction_leaves="2"), "reduction_leaves must be an integer"),
-        (dict(seed=None), "seed must be an integer, got None"),
-        (dict(seed=-1), "seed must be at least 0 and at most 18446744073709551615"),
-        (dict(seed="7"), "seed must be an integer, got '7'"),
-        (dict(dtype="float8"), "dtype must be 'auto' or one of .*, got 'float8'"),
-        (dict(tokenizer=5), "tokenizer must be a folder, a name or a hub id, got 5"),
+        ("max_model_len", "128", "integer"),
+        ("page_size", 0, r"\[16, 32, 64\]"),
+        ("reduction_leaves", "2", "integer"),
+        ("seed", None, "integer"),
+        ("seed", -1, f"at least 0 and at most {2**64 - 1}"),
+        ("dtype", "float8", "'auto' or one of "),
+        ("tokenizer", 5, "a folder, a name or a hub id"),
     ],
-    ids=str,
 )
-def test_an_llm_that_cannot_be_meant_is_refused_before_its_weights_are_read(folder, settings, message, monkeypatch):
+def test_an_llm_that_cannot_be_meant_is_refused_before_its_weights_are_read(folder, field, value, allowed, monkeypatch):
     monkeypatch.setattr(loading, "load", lambda *_: pytest.fail("the weights were read"))
-    with pytest.raises(ValueError, match=message):
-        LLM(folder, **ROOM | settings)
+    with pytest.raises(ValueError, match=shown(field, value, allowed)):
+        LLM(folder, **ROOM | {field: value})
+
+
+def test_a_context_longer_than_the_model_goes_is_refused(folder):
+    with pytest.raises(ValueError, match="max_model_len=5000 .*max_position_embeddings=4096"):
+        LLM(folder, **ROOM | dict(max_model_len=5000))
 
 
 def test_none_is_an_engine_settings_default(folder):
@@ -128,10 +122,9 @@ def test_none_is_an_engine_settings_default(folder):
     )
 
 
-@pytest.mark.parametrize("seed", [None, "7", 1.5])
-def test_a_seed_over_parameters_in_memory_is_checked(seed, tiny):
-    with pytest.raises(ValueError, match="seed must be an integer, got"):
-        make_llm(tiny.config, tiny.params, seed=seed)
+def test_a_seed_over_parameters_in_memory_is_checked(tiny):
+    with pytest.raises(ValueError, match=shown("seed", "7", "integer")):
+        make_llm(tiny.config, tiny.params, seed="7")
 
 
 @pytest.mark.parametrize(
@@ -140,24 +133,19 @@ def test_a_seed_over_parameters_in_memory_is_checked(seed, tiny):
 def test_an_llm_in_a_dtype_by_another_name(folder, dtype, name):
     llm = LLM(folder, dtype=dtype, **ROOM)
     assert llm.config.dtype == name and llm.params.norm.dtype == name
-    assert llm.generate([[5, 6]], ONE)[0].outputs[0].finish_reason == "length"
 
 
-# -- a folder without tokenizer.json -----------------------------------------------------------------------------------------------
+# -- a folder without tokenizer.json ----------------------------------------------------------------------------------
 
 
 def test_a_folder_without_tokenizer_json_takes_token_ids(folder, tmp_path):
     llm = LLM(folder, **ROOM)
     assert llm.tokenizer is None and len(llm.generate([[5, 6, 7]], ONE)[0].outputs[0].token_ids) == 1
-    with pytest.raises(
-        ValueError, match=r"is text, but the model has no tokenizer: give \{'prompt_token_ids': .*, or .* tokenizer="
-    ):
+    with pytest.raises(ValueError, match="no tokenizer.*prompt_token_ids.* tokenizer="):
         llm.generate("12+30=")
-    with pytest.raises(
-        ValueError, match="no tokenizer, so there is no chat: give LLM one as tokenizer=, or token ids to generate"
-    ):
+    with pytest.raises(ValueError, match="no tokenizer.*tokenizer="):
         llm.chat([{"role": "user", "content": "hi"}])
-    with pytest.raises(ValueError, match="has no tokenizer.json.*leave tokenizer= out and give prompts as token ids"):
+    with pytest.raises(ValueError, match="no tokenizer.json.*tokenizer="):
         LLM(folder, tokenizer=tmp_path, **ROOM)
 
 
@@ -165,16 +153,12 @@ def test_a_folder_without_tokenizer_json_takes_anothers(folder):
     assert LLM(folder, tokenizer="calc", **ROOM).generate("12+30=", ONE)[0].prompt == "12+30="
 
 
-# -- the functional face -----------------------------------------------------------------------------------------------------------
+# -- the functional face ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "name, then",
-    [
-        ("max_model_length", ", did you mean 'max_model_len'"),
-        ("seed", r"\. It takes: "),
-        ("guided_json", ": output that follows a grammar"),
-    ],
+    [("max_model_length", ", did you mean 'max_model_len'"), ("seed", r"\. It takes: "), ("guided_json", ".*grammar")],
 )
 def test_an_unknown_keyword_of_generate_is_generates(name, then, tiny):
     with pytest.raises(TypeError, match=f"^generate has no keyword '{name}'{then}"):

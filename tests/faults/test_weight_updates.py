@@ -31,7 +31,7 @@ def other(model):
 
 @pytest.fixture(scope="module")
 def llm(model) -> LLM:
-    return make_llm(*model, compile_patience=1_000_000)
+    return make_llm(*model)
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def without_head(params):
     return dataclasses.replace(params, head=None)
 
 
-# -- weights that do not fit ---------------------------------------------------------------------------------------------------
+# -- weights that do not fit ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_what_is_no_tree_of_arrays_is_a_type_error(llm):
 
 def test_donated_weights_are_told(model):
     mine = jax.tree.map(jnp.copy, model[1])
-    llm = make_llm(model[0], mine, compile_patience=1_000_000)
+    llm = make_llm(model[0], mine)
     before = bits(llm.generate(PROMPTS, PARAMS, key=jax.random.key(0)))
     for leaf in jax.tree.leaves(mine):
         leaf.delete()
@@ -123,11 +123,11 @@ def test_donated_weights_are_told(model):
     assert bits(llm.generate(PROMPTS, PARAMS, key=jax.random.key(0))) == before
 
 
-# -- no copies, no compilation -------------------------------------------------------------------------------------------------
+# -- no copies, no compilation ----------------------------------------------------------------------------------------
 
 
 def test_an_update_compiles_nothing_and_copies_nothing(model, other):
-    llm = make_llm(*model, compile_patience=1_000_000)
+    llm = make_llm(*model)
     call = lambda: bits(llm.generate(PROMPTS, PARAMS, key=jax.random.key(0)))
     before = call()
     llm.update_params(other)  # its check of finite leaves is compiled once
@@ -146,7 +146,7 @@ def test_an_update_compiles_nothing_and_copies_nothing(model, other):
     assert call() == before
 
 
-def test_a_step_proven_behind_an_update_is_measured_by_the_weights_that_run(model, other, monkeypatch):
+def test_a_step_proven_after_an_update_is_measured_by_the_weights_that_run(model, other, monkeypatch):
     monkeypatch.setattr(step_variants, "TILES", FEW_TILES)
     llm = make_llm(*model, compile_patience=1_000_000)
     llm.generate([PROMPTS[0]], PARAMS[0])
@@ -157,7 +157,7 @@ def test_a_step_proven_behind_an_update_is_measured_by_the_weights_that_run(mode
 
 def test_cast_rounds_a_trainers_weights(model):
     config, params = random_model(num_hidden_layers=2, dtype="bfloat16")
-    llm = make_llm(config, params, compile_patience=1_000_000)
+    llm = make_llm(config, params)
     master = jax.tree.map(lambda x: x.astype(jnp.float32) * 1.001, params)
     with pytest.raises(ValueError, match="given float32"):
         llm.update_params(master)
@@ -168,11 +168,11 @@ def test_cast_rounds_a_trainers_weights(model):
     assert all(jax.tree.leaves(same))
 
 
-# -- amid requests, and at once ------------------------------------------------------------------------------------------------
+# -- amid requests, and at once ---------------------------------------------------------------------------------------
 
 
-def test_two_updates_at_once_come_one_behind_the_other(model, other):
-    llm = make_llm(*model, compile_patience=1_000_000)
+def test_two_updates_at_once_come_one_after_the_other(model, other):
+    llm = make_llm(*model)
     versions, barrier = [], threading.Barrier(8)
 
     def update(params):
@@ -189,7 +189,7 @@ def test_two_updates_at_once_come_one_behind_the_other(model, other):
 
 
 def test_threads_generate_while_weights_change(model, other):
-    llm = make_llm(*model, compile_patience=1_000_000)
+    llm = make_llm(*model)
     outputs, done = [], threading.Event()
 
     def generate():
@@ -214,8 +214,8 @@ def test_threads_generate_while_weights_change(model, other):
     "owner, name, new", [(Engine, "_collect", False), (Scheduler, "change_version", True), (Scheduler, "preempt", True)]
 )
 def test_an_interrupt_amid_an_update_leaves_one_or_the_other(model, other, monkeypatch, owner, name, new):
-    """Wherever it strikes, the weights and their version belong together, and requests end with tokens of weights that they name."""
-    llm = make_llm(*model, compile_patience=1_000_000)
+    """Wherever it comes, weights and version agree, and requests end with tokens of weights that they name."""
+    llm = make_llm(*model)
     requests = start(llm)
     for _ in range(5):
         llm.engine.step()
@@ -232,7 +232,7 @@ def test_an_interrupt_amid_an_update_leaves_one_or_the_other(model, other, monke
         and (pointers(llm.params) == pointers(other)) == new
     )
     run(llm, requests)
-    fresh = make_llm(model[0], other if new else model[1], compile_patience=1_000_000)
+    fresh = make_llm(model[0], other if new else model[1])
     assert bits(llm.generate(PROMPTS, PARAMS, key=jax.random.key(1))) == bits(
         fresh.generate(PROMPTS, PARAMS, key=jax.random.key(1))
     )
@@ -241,10 +241,12 @@ def test_an_interrupt_amid_an_update_leaves_one_or_the_other(model, other, monke
 
 
 def test_a_replay_knows_its_weights(model, other):
-    llm = make_llm(*model, compile_patience=1_000_000)
+    llm = make_llm(*model)
     (output,) = llm.generate([PROMPTS[1]], SamplingParams(max_tokens=6), key=jax.random.key(3))
     assert llm.replay(output.outputs[0].coordinate).holds
-    run_ = llm._run(requests := llm._requests([PROMPTS[1]], SamplingParams(max_tokens=6), jax.random.key(3), None))
+    run_ = llm.session.runner.run(
+        requests := llm._requests([PROMPTS[1]], SamplingParams(max_tokens=6), jax.random.key(3), None)
+    )
     for _ in range(3):
         next(run_)
     llm.update_params(other)
@@ -259,7 +261,7 @@ def test_a_replay_knows_its_weights(model, other):
 
 
 def test_what_was_delivered_is_never_drawn_again(llm, model, other, monkeypatch):
-    """A recovery behind an update would draw it from other weights: the tokens that a stream has shown stay, and who drew them."""
+    """A recovery would draw it from other weights: tokens that a stream has shown stay, with their version."""
     stream = llm.stream([PROMPTS[1]], SamplingParams(max_tokens=12), key=jax.random.key(3))
     shown = [next(stream) for _ in range(5)][-1].outputs[0]
     llm.update_params(other)
@@ -280,7 +282,7 @@ def test_what_was_delivered_is_never_drawn_again(llm, model, other, monkeypatch)
     llm.update_params(model[1])
 
 
-# -- pause and resume ----------------------------------------------------------------------------------------------------------
+# -- pause and resume -------------------------------------------------------------------------------------------------
 
 
 def test_pause_and_resume_are_idempotent_and_visible(llm, expected):
@@ -300,7 +302,7 @@ def test_pause_and_resume_are_idempotent_and_visible(llm, expected):
 
 
 def test_a_pause_holds_other_threads_and_lets_weights_in(model, other):
-    llm = make_llm(*model, compile_patience=1_000_000)
+    llm = make_llm(*model)
     stream = llm.stream([5] * 9, SamplingParams(max_tokens=30), key=jax.random.key(0))
     for _ in range(5):
         next(stream)

@@ -27,7 +27,7 @@ def model(tiny):
 
 @pytest.fixture(scope="module")
 def llm(model):
-    return make_llm(*model, compile_patience=1_000_000)
+    return make_llm(*model)
 
 
 def generate(llm, key: int) -> Rollout:

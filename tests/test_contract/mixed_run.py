@@ -1,8 +1,8 @@
 """One digest of a mixed run: families, dtypes, sampling, cache, preemption, scoring, gradients, training.
 
-`python tests/test_contract/mixed_run.py` prints a line a part and one digest of all. Two commits whose lines are equal on one machine
-compute the same bits: take it before a refactoring, and again after each step of it. No golden file stands beside it, because another
-processor or jaxlib gives other bits, which the contract allows.
+`python tests/test_contract/mixed_run.py` prints a line a part and one digest of all. Two commits whose lines are equal
+on one machine compute the same bits: take it before a refactoring, and again after each step of it. There is no golden
+file, because another processor or jaxlib gives other bits, which the contract allows.
 """
 
 import dataclasses
@@ -57,7 +57,7 @@ def parts() -> Iterator[tuple[str, Any]]:
 
 
 def generated(name: str, config: ModelConfig, params: Any) -> Iterator[tuple[str, Any]]:
-    """The same requests in the plain loop, overlapped, in chunks and out of a pool that is too small; then continuations."""
+    """The same requests in the plain loop, overlapped, in chunks, from a pool that is too small; then continuations."""
     requests, key = mixed_requests(config), jax.random.key(11)
     llm = LLM.from_params(config, params, **ENGINE)
     outputs = llm.generate(*requests, key=key)
@@ -75,7 +75,7 @@ def generated(name: str, config: ModelConfig, params: Any) -> Iterator[tuple[str
 
 
 def mixed_requests(config: ModelConfig) -> tuple[list[list[int]], list[SamplingParams]]:
-    """Prompts of adversarial lengths; greedy, sampled, cut, penalised, biased, in groups, with all that can be asked for."""
+    """Prompts of adversarial lengths; greedy, sampled, cut, penalised, biased, in groups, with all that can be had."""
     rng = np.random.RandomState(3)
     prompts = [rng.randint(0, config.vocab_size, length).tolist() for length in LENGTHS]
     kinds = [

@@ -1,7 +1,7 @@
 """Two models made by hand whose outputs say which positions attention read. One layer, one head, no MLP.
 
-Rotations are made negligible, not switched off: `theta` 1 gives every pair of dimensions the same frequency, and the linear stretch divides
-it by 10^9, so that the angle at position 40,000 is 4e-5.
+Rotations are made negligible, not switched off: `theta` 1 gives every pair of dimensions the same frequency, and the
+linear stretch divides it by 10^9, so that the angle at position 40,000 is 4e-5.
 """
 
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ def model(vocab: int, width: int, head_dim: int, length: int, dtype: str) -> Mod
 
 
 def filled(config: ModelConfig, **arrays: np.ndarray) -> Decoder:
-    """Parameters with the given arrays by the last word of their path, and zeros elsewhere; norms are ones unless given."""
+    """Parameters with the given arrays by the last word of their path, zeros elsewhere; norms are ones unless given."""
 
     def value(path, declared):
         name = path.split(".")[-1]
@@ -52,8 +52,8 @@ def filled(config: ModelConfig, **arrays: np.ndarray) -> Decoder:
 def needle(targets: np.ndarray, length: int, dtype: str) -> tuple[ModelConfig, Decoder]:
     """Token v looks for token `targets[v]`, and the likeliest token at each position is the one that it attended to.
 
-    A token's code is its number in bits, ±1. The stream holds three codes: the token's own (key and value), that of its target (query), and
-    behind attention that of the token attended to, which is all that the head reads.
+    A token's code is its number in bits, ±1. The stream holds three codes: the token's own (key and value), that of its
+    target (query), and after attention that of the token attended to, which is all that the head reads.
     """
     code = 2.0 * (np.arange(len(targets))[:, None] >> np.arange(BITS) & 1) - 1
     none, eye = np.zeros_like(code), np.eye(BITS)
@@ -70,7 +70,7 @@ def needle(targets: np.ndarray, length: int, dtype: str) -> tuple[ModelConfig, D
 
 
 def counting(length: int) -> tuple[ModelConfig, Decoder]:
-    """All queries are 0, so attention is the mean over all that it reads, and its parts are the shares of each class of tokens.
+    """All queries are 0, so attention is the mean over all that it reads: the share of each class of tokens.
 
     The stream holds 1, the shares (× GAIN), and the token's own class. `counts` reads them from the logprobs. Only
     float32 tells a share from its neighbour.
@@ -88,7 +88,7 @@ def counting(length: int) -> tuple[ModelConfig, Decoder]:
 
 
 def counts(entry: dict, num_tokens: int) -> np.ndarray:
-    """How many tokens of each class attention read, from the logprobs of all tokens behind `num_tokens`."""
+    """How many tokens of each class attention read, from the logprobs of all tokens after `num_tokens`."""
     logprobs = np.array([entry[token].logprob for token in range(CLASSES + 2)], np.float64)
     shares = (logprobs[:CLASSES] - logprobs[BLANK]) / (logprobs[UNIT] - logprobs[BLANK])
     return shares * num_tokens / GAIN

@@ -1,31 +1,50 @@
 """The contract, C1 to C7: every axis may change, no bit does. Bits are compared as bytes, never with a tolerance.
 
-Each model runs a mixed batch of 24 requests once, in one engine; every test runs the same requests in another way and compares.
+Each model runs a mixed batch of 24 requests once, in one engine; every test runs the same requests in another way and
+compares.
 """
 
-import dataclasses
 import functools
+import hashlib
+import os
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
+from unittest import mock
 
 import jax
 import numpy as np
 import pytest
-from conftest import FAMILIES, bits, make_llm, random_model
+from conftest import FAMILIES, FEW_TILES, ONE_TILE, bits, make_llm, random_model
 
 from jaxengine import LLM, SamplingParams
 from jaxengine.base.keys import sample_key
 from jaxengine.command.bench import compilations
-from jaxengine.engine.step_variants import TILES
-from jaxengine.ops.tiles import Tile
+from jaxengine.engine import step_variants
+from jaxengine.engine.step_variants import StepVariants
+from jaxengine.ops.tiles import BASE, TILES, Tile
 
 KEY = 7
 LENGTHS = (1, 2, 5, 15, 16, 17, 31, 32, 33, 47, 48, 63, 64, 65, 80, 95, 96, 97, 110, 127, 128, 129, 160, 200)
 DEFAULT = [("Qwen3", "bfloat16", 1), ("Qwen2", "bfloat16", 4), ("Llama", "float32", 4), ("calc", "bfloat16", 1)]
+ALL_TILES = DEFAULT[
+    0
+]  # the model on which every tile serves as soon as it fits; the others take FEW_TILES, unless the run is long
+DEEP = DEFAULT[2]  # the model of four layers
 FULL = [(f, d, n) for f in (*FAMILIES, "calc") for d in ("bfloat16", "float32") for n in (1, 4)]
-mark = lambda case: () if case in DEFAULT else pytest.mark.long
-CASES = [pytest.param(case, id="-".join(map(str, case)), marks=mark(case)) for case in FULL]
+
+
+def name(model: tuple) -> str:
+    return "-".join(map(str, model))
+
+
+def marked_long(model: tuple, by_default: list[tuple]):
+    """A parameter that runs by default, or with `-m long`."""
+    return pytest.param(model, id=name(model), marks=() if model in by_default else pytest.mark.long)
+
+
+CASES = [marked_long(model, DEFAULT) for model in FULL]
 
 
 class Case:
@@ -38,16 +57,19 @@ class Case:
             )
             self.config, self.params = loaded.config, loaded.params
         else:
-            self.config, self.params = random_model(family, dtype=dtype, reduction_leaves=leaves)
+            depth = dict(num_hidden_layers=4) if (family, dtype, leaves) == DEEP else {}
+            self.config, self.params = random_model(family, dtype=dtype, reduction_leaves=leaves, **depth)
+        few = (family, dtype, leaves) in DEFAULT and (family, dtype, leaves) != ALL_TILES
+        self.tiles = FEW_TILES if few else TILES
         rng = np.random.default_rng(0)
         self.prompts = [rng.integers(0, self.config.vocab_size, n).tolist() for n in LENGTHS]
         self.sampling = [self._sampling(i) for i in range(len(LENGTHS))]
         self.expected = bits(self.engine(**engine).generate(self.prompts, self.sampling, key=jax.random.key(KEY)))
 
     def engine(self, **changes) -> LLM:
-        return make_llm(
-            self.config, self.params, **dict(compile_patience=0) | changes
-        )  # every tile serves as soon as it fits
+        """An engine in which each of the case's tiles serves as soon as it fits."""
+        with mock.patch.object(step_variants, "TILES", self.tiles):
+            return make_llm(self.config, self.params, **dict(compile_patience=0) | changes)
 
     def _sampling(self, i: int) -> SamplingParams:
         """A mix: greedy, sampled, cut, penalised, biased, of differing lengths."""
@@ -109,10 +131,10 @@ def test_c2_shuffled(case):
 
 @pytest.mark.parametrize("chunk", [16, 64])
 def test_c3_chunks(case, chunk):
-    llm = case.engine(enable_prefix_caching=False)
+    llm = case.engine()
     # The step keeps its size and gets a smaller share: the same programs, other chunks.
-    llm.engine.scheduler.config = dataclasses.replace(llm.engine_config, max_num_batched_tokens=chunk)
-    same(case, llm)
+    with llm.engine.adjusted(enable_prefix_caching=False, max_num_batched_tokens=chunk):
+        same(case, llm)
 
 
 def test_c4_cache_hits_of_prompt_pages(case):
@@ -123,7 +145,7 @@ def test_c4_cache_hits_of_prompt_pages(case):
 
 
 def test_c4_partial_hits(case):
-    """Prompts that share a front with what is cached, and part from it in the middle of a page."""
+    """Prompts whose first 70 tokens are cached, and which go on otherwise in the middle of a page."""
     llm, cold = case.engine(), case.engine(enable_prefix_caching=False)
     llm.generate(case.prompts, case.sampling, key=jax.random.key(KEY))
     prompts = [p[:70] + [5, 6, 7] for p in case.prompts[-8:]]
@@ -145,20 +167,20 @@ def test_c4_hits_of_generated_pages(case):
 
 def test_c5_preempted(case):
     """A pool so small that requests lose their pages and are recomputed."""
-    llm = case.engine(enable_prefix_caching=False)
-    held = llm.engine.scheduler.page_pool.take(llm.engine_config.num_pages - 1 - 12)
+    llm = case.engine()
     long = [p.replace(max_tokens=40, ignore_eos=True) for p in case.sampling]
     run = lambda llm: bits(llm.generate(case.prompts, long, key=jax.random.key(4)))
-    assert run(llm) == run(case.engine())
+    with llm.engine.adjusted(enable_prefix_caching=False, held_pages=llm.engine_config.num_pages - 1 - 12):
+        found = run(llm)
     assert llm.engine.scheduler.num_preemptions > 0
-    llm.engine.scheduler.page_pool.release(held)
+    assert found == run(case.engine())
     llm.engine.scheduler.check_integrity()
 
 
 def test_c6_slots(case):
+    """The five last slots; the others are taken, as by other requests."""
     llm = case.engine()
-    scheduler = llm.engine.scheduler
-    scheduler._free_slots = scheduler._free_slots[:5]  # the others are taken, as by other requests
+    llm.engine.scheduler._free_slots = llm.engine.scheduler._free_slots[:5]
     assert bits(llm.generate(case.prompts, case.sampling, key=jax.random.key(KEY))) == case.expected
 
 
@@ -176,20 +198,16 @@ def test_group_equals_singles(case):
     assert group == singles and len({tuple(tokens) for tokens, *_ in group}) > 1
 
 
-# -- axes that change the shapes of the programs, and so compile: one model each by default ------------------------------------------
+# -- axes that change the shapes of the programs, and so compile: one model each by default ---------------------------
 
-FEW_TILES = dict(compile_patience=99)
-SMALL = dict(page_size=16, num_pages=21, **FEW_TILES)
+FIRST_TILES = dict(compile_patience=1_000_000)
+SMALL = dict(page_size=16, num_pages=21, **FIRST_TILES)
 CHANGES = [
     dict(page_size=64, max_num_seqs=40, num_pages=300, max_model_len=300),
     dict(max_num_seqs=3, max_num_batched_tokens=48),
     dict(decode_steps=3, overlap=True, num_pages=17),
 ]
-SHAPES = [
-    pytest.param(c, id="-".join(map(str, c)), marks=() if c == DEFAULT[0] else pytest.mark.long)
-    for c in FULL
-    if c[2] == 1
-]
+SHAPES = [marked_long(model, DEFAULT[:1]) for model in FULL if model[2] == 1]
 
 
 @pytest.fixture(scope="module", params=SHAPES)
@@ -204,38 +222,40 @@ def test_c5_c6_small_pages(shaped):
 @pytest.mark.parametrize("changes", CHANGES, ids=str)
 def test_c5_c6_c7_sizes(changes):
     case = answered(*DEFAULT[0])
-    same(case, case.engine(**FEW_TILES | changes))
+    same(case, case.engine(**FIRST_TILES | changes))
 
 
 SCRIPT = """
-import hashlib, sys
+import sys
 sys.path[:0] = {paths!r}
-from test_contract import Case
-print(hashlib.sha256(repr(Case(*{case!r}, compile_patience=99).expected).encode()).hexdigest())
+from test_contract import Case, digest
+print(digest(Case(*{model!r}, compile_patience=1_000_000)))
 """
 
 
+def digest(case: Case) -> str:
+    return hashlib.sha256(repr(case.expected).encode()).hexdigest()
+
+
 def test_c1_new_process():
-    import hashlib
-    import pathlib
-
-    case = ("Qwen3", "bfloat16", 1)
-    here = pathlib.Path(__file__).parent
-    script = SCRIPT.format(paths=[str(here), str(here.parent)], case=case)
-    out = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=600
-    ).stdout.split()[-1]
-    assert out == hashlib.sha256(repr(answered(*case).expected).encode()).hexdigest()
+    """It compiles everything again: nothing comes from the compilation cache."""
+    here = Path(__file__).parent
+    script = SCRIPT.format(paths=[str(here), str(here.parent)], model=DEFAULT[0])
+    compiling = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+    found = subprocess.run(
+        [sys.executable, "-c", script], env=compiling, capture_output=True, text=True, check=True, timeout=600
+    )
+    assert found.stdout.split()[-1] == digest(answered(*DEFAULT[0]))
 
 
-# -- the checks can fail -------------------------------------------------------------------------------------------------------------
+# -- the checks can fail ----------------------------------------------------------------------------------------------
 
 
 def test_a_tile_of_other_bits_is_refused(monkeypatch):
     """A decode step on single rows takes another path through XLA: the probe sees it and the base tile serves."""
     single = Tile(1, 1)
-    monkeypatch.setitem(TILES, "decode", (single, Tile(1, 8)))
-    config, params = random_model("Qwen3", dtype="float32", num_hidden_layers=2)
+    monkeypatch.setattr(step_variants, "TILES", ONE_TILE | {"decode": (single, BASE)})
+    config, params = random_model("Qwen3", dtype="float32")
     llm = make_llm(config, params, compile_patience=0)
     outputs = bits(llm.generate([[1, 2, 3]], SamplingParams(max_tokens=8, temperature=0)))
     assert llm.engine.step_variants.refused == [("decode", single)]
@@ -244,36 +264,37 @@ def test_a_tile_of_other_bits_is_refused(monkeypatch):
 
 
 def test_without_the_proof_bits_move(monkeypatch):
-    """The control: with single-row steps trusted unproven, a request alone no longer has the bits that it has in a batch."""
-    monkeypatch.setitem(TILES, "decode", (Tile(1, 1), Tile(1, 8)))
-    monkeypatch.setattr(
-        "jaxengine.engine.step_variants.Programs._prove", lambda self, kind, tile, params, cache: (cache, True)
-    )
-    config, params = random_model("Qwen3", dtype="float32", num_hidden_layers=2)
+    """The control: single-row steps serve unproven, and a request alone has not the bits that it has in a batch."""
+    monkeypatch.setattr(step_variants, "TILES", ONE_TILE | {"decode": (Tile(1, 1), BASE)})
+    monkeypatch.setattr(StepVariants, "_prove", lambda self, kind, tile, params, cache: (cache, True))
+    config, params = random_model("Qwen3", dtype="float32")
     llm = make_llm(config, params, compile_patience=0)
     prompts = [list(range(1, 20)), list(range(5, 40))]
     greedy = SamplingParams(max_tokens=12, temperature=0)
     assert bits(llm.generate(prompts[:1], greedy)) != bits(llm.generate(prompts, greedy))[:1]
 
 
-def test_each_step_is_compiled_once_and_nothing_after_warm_up():
-    """Whatever runs: other lengths, batch sizes and sampling parameters, hits, preemptions, a new cache in the place of a lost one.
+def test_each_step_is_compiled_once_and_nothing_after_warm_up(monkeypatch):
+    """Whatever runs: other lengths, batch sizes and sampling parameters, hits, preemptions, a new cache for a lost one.
 
-    One test, since compiled code may be dropped between tests (conftest.py).
+    One test, because compiled code may be dropped between tests (conftest.py). What comes from the compilation cache
+    counts as compiled. The model is one that no other test of this process has compiled.
     """
-    case, llm = answered(*DEFAULT[0]), make_llm(*random_model(num_hidden_layers=1))
+    monkeypatch.setattr(step_variants, "TILES", FEW_TILES)
+    case, llm = answered(*DEFAULT[0]), make_llm(*random_model(num_hidden_layers=1, vocab_size=300), compile_patience=0)
+    prompts = [[token % 300 for token in prompt] for prompt in case.prompts]
     with compilations() as names:
         llm.warm_up()
     assert Counter(name for name in names if "_step" in name) == {
-        f"jit({kind}_step)": len(tiles) for kind, tiles in TILES.items()
+        f"jit({kind}_step)": len(tiles) for kind, tiles in FEW_TILES.items()
     }
     run = lambda: bits(llm.generate([[1, 2, 3]], SamplingParams(max_tokens=3), key=jax.random.key(KEY)))
     expected = run()
     with compilations() as names:
-        llm.generate(case.prompts, case.sampling, key=jax.random.key(KEY))
+        llm.generate(prompts, case.sampling, key=jax.random.key(KEY))
         for count in (1, 3, 24):
             llm.generate(
-                case.prompts[:count], SamplingParams(n=2, max_tokens=9, logprobs=3, prompt_logprobs=2, entropy=True)
+                prompts[:count], SamplingParams(n=2, max_tokens=9, logprobs=3, prompt_logprobs=2, entropy=True)
             )
         assert not names
         for array in jax.tree.leaves(llm.engine.cache):

@@ -1,7 +1,8 @@
-"""New weights while requests run: each token's bits are those of the weights and of the keys and values that its version names.
+"""New weights while requests run: each token's bits are those of the weights, keys and values that its version names.
 
-A call is cut between two steps by weights that come in. Fresh engines say what must follow: one that goes on from the tokens drawn so far
-("recompute"), one of other sizes that is cut at the same token ("keep"), and one that never saw the new weights ("drain").
+A call is cut between two steps by weights that come in. Fresh engines say what must follow: one that goes on from the
+tokens drawn so far ("recompute"), one with less room that is cut at the same token ("keep"), and one that never saw the
+new weights ("drain").
 """
 
 import dataclasses
@@ -17,11 +18,12 @@ from jaxengine.models.params import initialise
 PROMPTS = [[3], list(range(56)), list(range(100, 190)), [9] * 20]
 PARAMS = SamplingParams(max_tokens=40, temperature=0.8, top_p=0.9, n=2, repetition_penalty=1.1)
 KEY = jax.random.key(5)
+LITTLE_ROOM = dict(held_pages=390, held_slots=29, enable_prefix_caching=False)
 
 
 @pytest.fixture(scope="module")
 def model():
-    return random_model(num_hidden_layers=2)
+    return random_model()
 
 
 @pytest.fixture(scope="module")
@@ -31,18 +33,19 @@ def other(model):
 
 
 def engine(model, **changes) -> LLM:
-    return make_llm(*model, compile_patience=1_000_000, **changes)
+    return make_llm(*model, **changes)
 
 
-def cut(llm: LLM, steps: int, update, prompts=PROMPTS, params=PARAMS) -> list:
-    """The outputs of a call that `update(llm)` interrupts after so many steps; prefixes are cached, requests share them."""
-    requests = llm._requests(prompts, params, KEY, None)
-    run = llm._run(requests)
-    for _ in range(steps):
-        next(run)
-    update(llm)
-    for _ in run:
-        pass
+def cut(llm: LLM, steps: int, update, prompts=PROMPTS, params=PARAMS, **adjusted) -> list:
+    """The outputs of a call that `update(llm)` interrupts after so many steps; requests share cached prefixes."""
+    with llm.engine.adjusted(**adjusted):
+        requests = llm._requests(prompts, params, KEY, None)
+        run = llm.session.runner.run(requests)
+        for _ in range(steps):
+            next(run)
+        update(llm)
+        for _ in run:
+            pass
     llm.engine.scheduler.check_integrity()
     assert all(request.is_finished for request in requests) and not llm.engine.requests
     return [llm.session.output(request) for request in requests]
@@ -92,7 +95,7 @@ def test_recompute_goes_on_as_a_fresh_engine_under_the_new_weights(model, other,
     assert all(of_one[-1][0] == 1 for of_one in spans(found)) and (
         steps < 3 or any(len(of_one) == 2 for of_one in spans(found))
     )
-    fresh = engine((model[0], other), page_size=32, overlap=not overlap)
+    fresh = engine((model[0], other), overlap=not overlap)
     assert bits(fresh.extend(front(found), PARAMS)) == bits(found)
     untouched = engine(model).generate(PROMPTS, PARAMS, key=KEY)
     assert bits(front(found)) == bits(front_of(untouched, found))
@@ -102,18 +105,16 @@ def test_recompute_goes_on_as_a_fresh_engine_under_the_new_weights(model, other,
 
 
 def test_keep_depends_on_the_cut_alone(model, other):
-    """The same cut in an engine of other sizes, one prompt at a time; and the cache that is kept is not what recomputing gives."""
-    found = cut(engine(model), 12, lambda llm: llm.update_params(other, in_flight="keep"))
+    """The same cut in an engine with less room, one prompt at a time; and recomputing gives another cache."""
+    keep = lambda llm: llm.update_params(other, in_flight="keep")
+    found = cut(engine(model), 12, keep)
     recomputed = engine((model[0], other)).extend(front(found), PARAMS)
     assert all(len(of_one) == 2 for of_one in spans(found)), "each sample was to be cut amid its tokens"
     for index in (1, 2):
         for sample in found[index].outputs:
-            alone = engine(model, page_size=32, max_num_seqs=3, overlap=False, enable_prefix_caching=False)
             params = PARAMS.replace(n=1, key=sample_key(KEY, index, sample.index))
-            update = lambda llm: llm.update_params(other, in_flight="keep")
-            (again,) = cut(
-                alone, old_tokens(sample), update, [PROMPTS[index]], params
-            )  # the plain loop draws a token a step
+            steps = old_tokens(sample)  # the plain loop draws a token a step
+            (again,) = cut(engine(model), steps, keep, [PROMPTS[index]], params, **LITTLE_ROOM)
             assert bits([again]) == bits([dataclasses.replace(found[index], outputs=[sample])])
             assert again.outputs[0].weight_versions == sample.weight_versions
     assert bits(recomputed) != bits(found)
@@ -128,8 +129,8 @@ def test_keep_with_the_same_weights_moves_no_bit_and_recompute_neither(model):
         )
 
 
-def test_kept_pages_are_nobody_elses(model, other):
-    """Behind an update no request reads a page that was written, in part or in whole, under other weights."""
+def test_kept_pages_serve_no_other_request(model, other):
+    """After an update no request reads a page that was written, in part or in whole, under other weights."""
     llm = engine(model)
     cut(llm, 12, lambda llm: llm.update_params(other, in_flight="keep"))
     fresh = engine((model[0], other))
@@ -145,19 +146,21 @@ def test_drain_ends_what_runs_under_the_old_weights(model, other):
 
 
 def test_many_updates_in_one_call(model, other):
-    """A storm: an update every third step, in turns of policy, in a pool that has to preempt."""
-    llm = engine(model, num_pages=20, max_num_seqs=6)
-    requests = llm._requests(PROMPTS, PARAMS, KEY, None)
-    for step, _ in enumerate(llm._run(requests)):
-        if step % 3 == 2:
-            llm.update_params((other, model[1])[step // 3 % 2], in_flight=("recompute", "keep")[step // 6 % 2])
-            llm.engine.scheduler.check_integrity()
+    """An update every third step, with the policies in turns, in a pool so small that it has to preempt."""
+    llm = engine(model)
+    with llm.engine.adjusted(held_pages=380, held_slots=26):
+        requests = llm._requests(PROMPTS, PARAMS, KEY, None)
+        for step, _ in enumerate(llm.session.runner.run(requests)):
+            if step % 3 == 2:
+                llm.update_params((other, model[1])[step // 3 % 2], in_flight=("recompute", "keep")[step // 6 % 2])
+    llm.engine.scheduler.check_integrity()
+    assert llm.engine.scheduler.num_preemptions > 0
     for of_one in spans([llm.session.output(request) for request in requests]):
         assert [start for _, start, _ in of_one[1:]] == [stop for _, _, stop in of_one[:-1]] and of_one[0][1] == 0
         assert of_one[-1][2] == PARAMS.max_tokens and [v for v, _, _ in of_one] == sorted({v for v, _, _ in of_one})
 
 
-# -- partial rollouts ----------------------------------------------------------------------------------------------------------
+# -- partial rollouts -------------------------------------------------------------------------------------------------
 
 
 def test_a_partial_rollout_goes_on_with_the_same_bits(model):
@@ -173,7 +176,7 @@ def test_an_aborted_sample_goes_on_from_where_it_stood(model):
     expected = engine(model).generate(PROMPTS, PARAMS, key=KEY)
     llm = engine(model)
     for steps in (1, 6):
-        run = llm._run(requests := llm._requests(PROMPTS, PARAMS, KEY, None))
+        run = llm.session.runner.run(requests := llm._requests(PROMPTS, PARAMS, KEY, None))
         for _ in range(steps):
             next(run)
         run.close()

@@ -1,4 +1,4 @@
-"""The contract under Pallas kernels, whose TPU bodies a CPU interprets: the same axes, the same bits; and how kernels are chosen."""
+"""The contract under Pallas kernels, whose TPU bodies a CPU interprets: the same axes; how kernels are chosen."""
 
 import dataclasses
 import functools
@@ -182,7 +182,7 @@ def test_a_wide_decode_step(case):
     assert llm.engine.step_variants._proven["decode", Tile(1, 128)]
 
 
-# -- the choice --------------------------------------------------------------------------------------------------------------------------
+# -- the choice -------------------------------------------------------------------------------------------------------
 
 MODEL = random_model(**SMALL)[0]
 

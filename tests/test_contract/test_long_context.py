@@ -1,6 +1,7 @@
 """The contract and the drift bound at long contexts, and rope at and past the trained length.
 
-One batch of a few tokens beside the longest context, in as many ways as time allows, by bits. 4k runs by default, 16k and 40k as slow.
+One batch of a few tokens beside the longest context, in as many ways as time allows, by bits. 4k runs by default, 16k
+and 40k with `-m long`.
 """
 
 import jax
@@ -87,7 +88,7 @@ def test_drift_is_small(length):
     assert found.mean > 1e-5, "bfloat16 is no float32: the comparison sees the difference"
 
 
-# -- rope ----------------------------------------------------------------------------------------------------------------------------
+# -- rope -------------------------------------------------------------------------------------------------------------
 
 TRAINED = 256
 ROPES = {
@@ -110,12 +111,12 @@ def rope_model(kind: str, **changes):
     "kind", ["yarn", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("default", "linear", "llama3"))]
 )
 def test_rope_below_at_and_past_the_trained_length(kind):
-    """Every position of prompts that end around it, and the tokens drawn there, against plain float32; in chunks and scored, by bits."""
+    """Prompts that end around it, and tokens drawn there, against plain float32; chunks and scores by bits."""
     config, params = rope_model(kind)
     most, rng = config.max_position_embeddings, np.random.default_rng(0)
     lengths = [n for n in (TRAINED - 5, TRAINED - 1, TRAINED, TRAINED + 1, 3 * TRAINED, most - 8) if n < most]
     prompts = [rng.integers(0, config.vocab_size, n).tolist() for n in lengths]
-    llm = make_llm(config, params, max_model_len=most, max_num_batched_tokens=256, compile_patience=99)
+    llm = make_llm(config, params, max_model_len=most, max_num_batched_tokens=256)
     each = [SamplingParams(max_tokens=20, prompt_logprobs=0, key=jax.random.key(n)) for n in lengths]
     outputs = llm.generate(prompts, each)
     reference = jax.jit(lambda tokens: jax.nn.log_softmax(plain.logits(config, params, tokens)))

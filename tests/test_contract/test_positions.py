@@ -1,7 +1,8 @@
 """No token is dropped and none is attended to twice: models built by hand say which positions their attention read.
 
-`needle` names the one token that each position looked for, `counting` says how many tokens of each class a position saw: at all lengths
-around blocks, pages and tiles and over thousands of positions, prefilled in chunks, decoded, and on cached pages, in shuffled pages.
+`needle` names the one token that each position looked for, `counting` says how many tokens of each class a position
+saw: at all lengths around blocks, pages and tiles and over thousands of positions, prefilled in chunks, decoded, and on
+cached pages, in shuffled pages.
 """
 
 import numpy as np
@@ -39,7 +40,7 @@ def llm_of(config, params, page_size=32, chunk=256, longest=LONGEST) -> LLM:
     return llm
 
 
-# -- needle: which token ---------------------------------------------------------------------------------------------------------
+# -- needle: which token ----------------------------------------------------------------------------------------------
 
 
 def needle_llm(targets: np.ndarray, longest: int, dtype: str, **sizes) -> LLM:
@@ -79,8 +80,10 @@ def test_needles_in_long_contexts(longest):
 
 
 def walk_cycles(longest: int, dtype: str, **sizes) -> None:
-    """A prompt is a cycle in random order: each token looks for its successor, anywhere in the prompt, and so completions walk the cycle.
-    A second turn walks on over the first one's pages, which decoding wrote."""
+    """A prompt is a cycle in random order: each token looks for its successor, so completions walk the cycle.
+
+    A second turn walks on over the first one's pages, which decoding wrote.
+    """
     lengths, rng = (*EDGES, longest), np.random.default_rng(2)
     cycles = np.split(rng.permutation(sum(lengths)), np.cumsum(lengths)[:-1])
     targets = np.zeros(sum(lengths), int)
@@ -97,11 +100,11 @@ def walk_cycles(longest: int, dtype: str, **sizes) -> None:
         assert output.outputs[0].token_ids == walk, f"prompt of {len(output.prompt_token_ids)} tokens"
 
 
-# -- counting: how many --------------------------------------------------------------------------------------------------------------
+# -- counting: how many -----------------------------------------------------------------------------------------------
 
 
 def counted(llm: LLM, prompts: list[list[int]], params: SamplingParams) -> None:
-    """Every position that the outputs tell of has seen each token before it once, and none behind it."""
+    """Every position that the outputs tell of has seen each token before it once, and none after it."""
     for output in llm.generate(prompts, params):
         n, sample = len(output.prompt_token_ids), output.outputs[0]
         expected = np.cumsum(np.eye(CLASSES + 2)[output.prompt_token_ids + sample.token_ids], 0)[:, :CLASSES]
@@ -110,7 +113,7 @@ def counted(llm: LLM, prompts: list[list[int]], params: SamplingParams) -> None:
         found = np.array([counts(entry, i) for i, entry in entries])
         off = np.abs(found - expected[[i - 1 for i, _ in entries]]).max(1)
         assert (off < 0.25).all(), (
-            f"prompt of {n} tokens: behind {entries[off.argmax()][0]} tokens a count is off by {off.max():.2f}"
+            f"prompt of {n} tokens: after {entries[off.argmax()][0]} tokens a count is off by {off.max():.2f}"
         )
 
 
@@ -136,7 +139,7 @@ def test_every_token_of_long_contexts_counts_once(longest):
 
 
 def test_every_token_of_cached_pages_counts_once():
-    """Behind fronts of a cached prompt that end anywhere, in groups whose samples share their pages, and in chunks."""
+    """After cached beginnings of a prompt that end anywhere, in groups whose samples share pages, and in chunks."""
     (whole,), llm = marked([1500]), counting_llm()
     counted(llm, [whole], EVERYTHING)
     params = EVERYTHING.replace(prompt_logprobs=None, n=2)
@@ -145,7 +148,7 @@ def test_every_token_of_cached_pages_counts_once():
         counted(llm, [whole[:n] + [7] * NEW for n in (*EDGES, 1024, 1499)], params.replace(max_tokens=8))
 
 
-# -- the checks can fail -------------------------------------------------------------------------------------------------------------
+# -- the checks can fail ----------------------------------------------------------------------------------------------
 
 
 def attention(change):
@@ -170,7 +173,7 @@ PLANTS = {
         "paged_attention",
         attention(lambda tables, positions: (tables, positions - 1)),
     ),
-    "a token behind is seen": (xla, "paged_attention", attention(lambda tables, positions: (tables, positions + 1))),
+    "a token after it is seen": (xla, "paged_attention", attention(lambda tables, positions: (tables, positions + 1))),
     "a tile is dropped": (
         xla,
         "paged_attention",
@@ -197,7 +200,7 @@ FAST = ("a tile is read twice", "a page is in a table twice", "a cached page in 
 def test_a_planted_mistake_is_seen(plant, monkeypatch):
     owner, name, change = PLANTS[plant]
     monkeypatch.setattr(owner, name, change(getattr(owner, name)))
-    # What is planted into a step needs a model of its own, so that jit traces it anew.
+    # What is planted into a step needs a model of its own, so that jit traces it again.
     llm = counting_llm(LONGEST if owner is not xla else 300 + list(PLANTS).index(plant))
     (prompt,) = marked([200])
     with pytest.raises(AssertionError, match="a count is off"):

@@ -138,7 +138,7 @@ def test_extending_stops_at_a_limit_that_was_passed(llm, params):
 
 def test_a_call_that_is_refused_draws_nothing(tiny):
     """Without a key each call takes the next one; a refused call takes none."""
-    first, second = (make_llm(tiny.config, tiny.params, compile_patience=1_000_000) for _ in range(2))
+    first, second = (make_llm(tiny.config, tiny.params) for _ in range(2))
     with pytest.raises(ValueError, match=r"prompts\[1\]"):
         first.generate([[1], []])
     assert bits(first.generate([[1, 2]], SamplingParams(max_tokens=4))) == bits(
