@@ -115,7 +115,10 @@ def _log_softmax(logits):
 
 
 def test_nnx_and_optax_train_it(model, llm):
-    """Steps towards a rollout's own tokens: they become likelier, and what the engine draws with the new weights has their bits."""
+    """Steps towards a rollout's own tokens.
+
+    They become likelier, and what the engine draws with the new weights has their bits.
+    """
     policy, rollout = Policy(*model), generate(llm, 0)
     optimizer = nnx.Optimizer(policy, TRANSFORM, wrt=nnx.Param)
     losses = [float(step(policy, optimizer, rollout.tokens, rollout.mask)[0]) for _ in range(4)]
