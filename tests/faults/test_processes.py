@@ -165,9 +165,7 @@ def test_two_engines_in_a_process_know_nothing_of_each_other(tiny, expected):
 
 @pytest.mark.parametrize("use", [pickle.dumps, copy.copy, copy.deepcopy], ids=["pickle", "copy", "deepcopy"])
 def test_an_llm_cannot_be_pickled_or_copied(use, tiny, expected):
-    with pytest.raises(
-        TypeError, match="an LLM holds device memory and cannot be pickled or copied: build it anew from its model"
-    ):
+    with pytest.raises(TypeError, match="cannot be pickled or copied"):
         use(tiny)
     assert run(tiny, start(tiny)) == expected
 

@@ -30,7 +30,7 @@ def prefix_hashes(tokens) -> list[int]:
 
 
 def drawn(tokens, sample: int) -> int:
-    """The token behind `tokens`: one in forty ends the sequence."""
+    """The token after `tokens`: one in forty ends the sequence."""
     return hash((prefix_hashes(tokens)[-1], sample)) % 40
 
 
@@ -273,7 +273,7 @@ def test_forks_without_a_slot_follow_later_and_find_the_pages():
     request = loop.add(list(range(1, 71)), n=5, max_tokens=4)
     computed = sum(chunk.stop - chunk.start for _ in range(40) for chunk in loop.step().chunks)
     assert_answered(request)
-    assert 70 < computed <= 70 + 2 * (70 - 64), "each later leader computes what lies behind the full pages"
+    assert 70 < computed <= 70 + 2 * (70 - 64), "each later leader computes what comes after the full pages"
     assert_empty(loop)
 
 

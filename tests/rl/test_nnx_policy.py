@@ -36,7 +36,7 @@ def generate(llm, key: int) -> Rollout:
     )
 
 
-TRANSFORM = optax.adam(3e-3)  # one for all: nnx compiles anew for another
+TRANSFORM = optax.adam(3e-3)  # one for all: nnx compiles again for another
 
 
 @nnx.jit

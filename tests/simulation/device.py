@@ -22,11 +22,11 @@ from jaxengine.engine.batch import BatchBuilder
 from jaxengine.ops.query_blocks import QueryBlocks
 from jaxengine.ops.tiles import Tile
 
-GARBAGE = -1  # what a query block writes behind its last token, and what nobody wrote
+GARBAGE = -1  # what a query block writes after its last token, and what was never written
 
 
 class Fault(Exception):
-    """An error of the device, or an interrupt. The engine has to be usable behind it."""
+    """An error of the device, or an interrupt. The engine has to be usable after it."""
 
 
 @dataclasses.dataclass

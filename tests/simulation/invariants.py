@@ -1,4 +1,4 @@
-"""What must hold of every plan and behind every step."""
+"""What must hold of every plan and after every step."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -90,9 +90,9 @@ class Watch:
             self._filled[target] = scheduler.page_pool.births[target], self._filled[source][1]
 
     def _see_write(self, scheduler: Scheduler, sample: Sample, start: int, stop: int) -> None:
-        """A place in a page is written once: whoever shares the page reads it."""
+        """A place in a page is written once: a sample that shares the page reads it."""
         size, births = scheduler.engine_config.page_size, scheduler.page_pool.births
-        assert stop <= sample.request.limit, "a position behind the limit is computed"
+        assert stop <= sample.request.limit, "a position after the limit is computed"
         for index, page in enumerate(sample.pages[start // size : (stop - 1) // size + 1], start // size):
             first, last = max(start - index * size, 0), min(stop - index * size, size)
             known, filled = self._filled.get(page, (0, 0))
@@ -151,7 +151,7 @@ def _head_waits(scheduler: Scheduler, head: Sample) -> bool:
     return needed > scheduler.page_pool.num_available - revived - reserve
 
 
-# -- behind a step -----------------------------------------------------------------------------------------------------
+# -- after a step ------------------------------------------------------------------------------------------------------
 
 
 def check_step(engine: Engine, held: list[int]) -> None:
@@ -180,7 +180,7 @@ def _check_queues(engine: Engine) -> None:
     scheduler, running, waiting = engine.scheduler, engine.scheduler.running, list(engine.scheduler.waiting)
     live = [s for request in engine.requests.values() for s in request.samples if s.status is not Status.FINISHED]
     assert sorted(s.arrival for s in live) == sorted(s.arrival for s in [*running, *waiting]), (
-        "a sequence is lost, or runs behind its end"
+        "a sequence is lost, or runs past its end"
     )
     assert all(s.status is Status.RUNNING for s in running) and all(s.status is Status.WAITING for s in waiting), (
         "a status is wrong"

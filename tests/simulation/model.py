@@ -7,7 +7,7 @@ from jaxengine.host.sample import Request, Sample
 
 VOCAB = 40
 STOP = 1
-UNKNOWN = 0  # no token: what a history holds behind the end of its sequence
+UNKNOWN = 0  # no token: what a history holds after the end of its sequence
 
 
 def root(version: int) -> int:
@@ -16,7 +16,7 @@ def root(version: int) -> int:
 
 
 def link(state: int, token: int) -> int:
-    """The state behind a token: of the weights version and of every token up to this one.
+    """The state after a token: of the weights version and of every token up to this one.
 
     Hashes of ints are the same in every process.
     """
@@ -24,7 +24,7 @@ def link(state: int, token: int) -> int:
 
 
 def turn(state: int, version: int) -> int:
-    """The state where other weights go on behind pages that stay."""
+    """The state where other weights go on after pages that stay."""
     return hash((state, version, VOCAB))
 
 
@@ -47,7 +47,7 @@ def states_under(tokens: Sequence[int], spans: Spans) -> list[int]:
 
 
 def draw(state: int, key: Sequence[int], folds: Sequence[int]) -> tuple[int, float]:
-    """(token, logprob) behind a state; the logprob is exact in float32."""
+    """(token, logprob) after a state; the logprob is exact in float32."""
     drawn = hash((state, *key, *folds))
     return 1 + (drawn >> 5) % VOCAB, score(state, drawn)
 
@@ -100,8 +100,8 @@ def _check_lengths(sample: Sample) -> None:
 def _check_end(sample: Sample) -> None:
     request, generated, full = sample.request, sample.drawn.token_ids, len(sample.token_ids) == sample.request.limit
     stopped = bool(generated) and generated[-1] in request.stop_token_ids
-    assert not request.stop_token_ids & set(generated[:-1]), "tokens behind a stop token"
-    assert len(sample.token_ids) <= request.limit, "tokens behind the limit"
+    assert not request.stop_token_ids & set(generated[:-1]), "tokens after a stop token"
+    assert len(sample.token_ids) <= request.limit, "tokens after the limit"
     reason = "stop" if stopped else "length" if full else "early"
     assert sample.drawn.finish_reason == reason or (
         reason == "early" and sample.drawn.finish_reason in ("abort", "error")

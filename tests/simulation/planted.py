@@ -63,7 +63,7 @@ def a_failed_page_stays_in_the_cache(patch):
 
 @found_by("one digest names two prefixes")
 def the_hash_leaves_out_the_parent(patch):
-    """The comparison of parents behind the hash still saves every answer, so only the names tell."""
+    """The comparison of parents after the hash still saves every answer, so only the names tell."""
     patch.setattr(page_pool, "chain_digest", lambda parent, tokens: chain_digest(b"", tokens))
 
 

@@ -9,7 +9,7 @@ from jaxengine.host.scheduler import MustCollect
 
 
 def test_a_request_whose_end_was_settled_is_returned_though_memory_runs_out(monkeypatch):
-    """It ends before the step's plan is made, and the device fails behind the plan."""
+    """It ends before the step's plan is made, and the device fails after it."""
     world = World(EngineConfig(overlap=True, max_model_len=64, num_pages=8))
     world.add([2], max_tokens=1)
     world.add([3], max_tokens=10)

@@ -3,7 +3,7 @@
 No clock, no chance.
 
 Whoever drives it (a seed in `driver.py`, hypothesis in `test_state_machine.py`) decides what happens when; the world
-checks the invariants behind every step and every answer at its end.
+checks the invariants after every step and every answer at its end.
 """
 
 import contextlib
@@ -135,7 +135,7 @@ class World:
         self.scheduler.num_preemptions = 0  # only those that a lack of pages brought are counted
 
     def rebuild(self) -> None:
-        """New weights in a pool made anew."""
+        """New weights in a new pool."""
         self._recover()
         self._new_weights()
 
@@ -180,7 +180,7 @@ class World:
             self._mend()
             return CUT
         finally:
-            if self.scheduler.page_pool is not blocks:  # made anew, and nothing is held in there
+            if self.scheduler.page_pool is not blocks:  # a new pool, in which nothing is held
                 self.held = []
                 self.stats["restarts"] += 1
 
@@ -250,7 +250,7 @@ def state_of(sample: Sample) -> str:
 
 @contextlib.contextmanager
 def interrupted(lines: int) -> Iterator[None]:
-    """Raise behind that many lines of the host half, as Ctrl-C would.
+    """Raise after that many lines of the host half, as Ctrl-C would.
 
     Anywhere, the recovery from another fault included. 0: never.
     """
