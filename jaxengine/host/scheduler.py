@@ -188,7 +188,7 @@ class Scheduler:
     def _cached_pages(self, sample: Sample) -> list[int]:
         if sample.scores_prompt:
             return []  # every position's logits are wanted
-        return self.page_pool.match(sample.token_ids, self.version, sample.request.cache_salt, owner=sample)
+        return self.page_pool.match(sample.token_ids, self.version, sample.request.cache_salt, sample)
 
     def _enter(self, plan: Plan, sample: Sample, num_cached_pages: int) -> None:
         """Into the running set, in order of arrival."""
