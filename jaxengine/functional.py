@@ -1,7 +1,9 @@
 """The functional face: weights in, outputs out; weights and tokens in, logprobs out."""
 
+import contextlib
+import dataclasses
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -10,22 +12,20 @@ import jax.numpy as jnp
 from jaxengine.base.arguments import check_keywords
 from jaxengine.base.keys import key_data
 from jaxengine.config import ModelConfig
-from jaxengine.device import scoring, trunk
+from jaxengine.device import scoring
+from jaxengine.engine import idle_pools
+from jaxengine.engine.scoring_proof import scoring_tiles
 from jaxengine.engine.session import Session
 from jaxengine.engine.settings import ENGINE_KEYWORDS, resolve_engine_config
 from jaxengine.engine.weights import check_fits, placed
 from jaxengine.host.admission import prompts_of, sampling_of
 from jaxengine.models.params import Decoder
 from jaxengine.ops.kernels import choose_kernels
-from jaxengine.ops.tiles import Tile
 from jaxengine.outputs import RequestOutputs
 from jaxengine.sampling_params import SamplingParams
 from jaxengine.text.tokenizer import Tokenizer
 
-POOLS_KEPT = 2  # sessions whose pages and proofs are kept between calls
 OWN_KEYWORDS = ("params", "prompts", "sampling_params", "key", "config", "tokenizer")
-_sessions: dict[Any, tuple[Session, threading.Lock]] = {}  # by settings, the latest last
-_choosing = threading.Lock()
 
 
 def generate(
@@ -54,8 +54,7 @@ def generate(
         return RequestOutputs()
     check_fits(params, config)
     params = placed(params)
-    session, lock = _session_for(params, config, tokenizer, engine)
-    with lock:  # an engine runs one set of weights at a time
+    with _session(params, config, tokenizer, engine) as session:
         session.set_first_weights(params)
         try:
             return RequestOutputs(session.complete(session.requests(batch, sampling, key_data(key))))
@@ -72,7 +71,6 @@ def score(
     config: ModelConfig,
     entropy: bool = False,
     kernels: str = "auto",
-    tile: Tile = trunk.WIDE,
 ) -> Any:
     """float32 logprobs `[B, T]` of the tokens under `mask`, equal by bits to those that `generate` reported.
 
@@ -83,44 +81,58 @@ def score(
     drawn. With `entropy`, returns (logprobs, entropies of the processed distribution in nats `[B, T]`).
 
     Differentiable in params by reverse mode, and the same bits under jit and inside `jax.value_and_grad`, at any batch
-    size and padding. `kernels` as in EngineConfig: those that generated, whose bits they are. `tile` is the shape of
-    the pinned regions: leave it, unless `llm.engine.step_variants.refused` names the wide prefill step on your machine.
-    Raises ValueError where shapes do not fit each other or params do not fit config, and for a token outside the
-    vocabulary.
+    size and padding. `kernels` as in EngineConfig: those that generated, whose bits they are. The first call for a
+    model proves on this machine which tiles give the bits of generation (engine/scoring_proof.py). Raises ValueError
+    where shapes do not fit each other or params do not fit config, and for a token outside the vocabulary;
+    RuntimeError where no tile gives the bits of generation.
     """
     tokens, mask = jnp.asarray(tokens), jnp.asarray(mask)
     scoring.check_scored(tokens, mask, config)
     check_fits(params, config)
     slots = scoring.sampling_arrays_of(sampling_of(sampling_params, tokens.shape[0]), config)
-    logprobs, entropies = scoring.token_logprobs(
-        params,
-        tokens,
-        mask,
-        slots,
-        model_config=config,
-        kernels=choose_kernels(kernels, config),
-        entropy=entropy,
-        tile=tile,
-    )
+    chosen = choose_kernels(kernels, config)
+    how: dict[str, Any] = dict(model_config=config, kernels=chosen, tiles=scoring_tiles(config, chosen))
+    logprobs, entropies = scoring.token_logprobs(params, tokens, mask, slots, entropy=entropy, **how)
     return (logprobs, entropies) if entropy else logprobs
 
 
-def _session_for(
+@dataclasses.dataclass(eq=False)
+class _Kept:
+    """A session whose pages and proofs are kept between calls."""
+
+    session: Session
+    lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)  # it runs one set of weights at a time
+    num_calls: int = 0  # that run or wait
+
+
+_kept: dict[Any, _Kept] = {}  # by settings: of the latest call, and of calls under way
+_choosing = threading.Lock()
+
+
+@contextlib.contextmanager
+def _session(
     params: Decoder, config: ModelConfig, tokenizer: Tokenizer | None, engine: dict[str, Any]
-) -> tuple[Session, threading.Lock]:
+) -> Iterator[Session]:
     """The session of the last call with these settings on these devices, or a new one with its pool beside `params`.
 
-    Its lock.
+    One pool is kept. Those of other settings go before a new one is made, because there may be no room for two; one
+    that a call uses goes after that call.
     """
     devices = frozenset(device for leaf in jax.tree.leaves(params) for device in leaf.devices())
     settings = config, tokenizer, devices, tuple(sorted(engine.items()))
     with _choosing:  # two threads at once would build two
-        known = _sessions.pop(settings, None)
-        while len(_sessions) >= POOLS_KEPT:
-            del _sessions[next(iter(_sessions))]  # the one that was not used for the longest time
-        _sessions[settings] = known or (_new_session(params, config, tokenizer, engine), threading.Lock())
-        return _sessions[settings]
-
-
-def _new_session(params: Decoder, config: ModelConfig, tokenizer: Tokenizer | None, engine: dict[str, Any]) -> Session:
-    return Session(config, resolve_engine_config(config, engine, params), params, tokenizer)
+        for other in [other for other, kept in _kept.items() if other != settings and not kept.num_calls]:
+            del _kept[other]
+        if settings not in _kept:
+            engine_config = idle_pools.with_room(lambda: resolve_engine_config(config, engine, params))
+            _kept[settings] = _Kept(Session(config, engine_config, params, tokenizer))
+        kept = _kept[settings]
+        kept.num_calls += 1
+    try:
+        with kept.lock:
+            yield kept.session
+    finally:
+        with _choosing:
+            kept.num_calls -= 1
+            if not kept.num_calls and len(_kept) > 1:
+                _kept.pop(settings, None)

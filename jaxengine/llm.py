@@ -18,7 +18,7 @@ from jaxengine.contract.compare import Comparison, compare
 from jaxengine.contract.report import Verification
 from jaxengine.contract.verify import verify
 from jaxengine.coordinate import Contract, Coordinate
-from jaxengine.engine import memory
+from jaxengine.engine import idle_pools, memory
 from jaxengine.engine.engine import Engine
 from jaxengine.engine.session import Session
 from jaxengine.engine.settings import ENGINE_KEYWORDS, resolve_engine_config
@@ -37,7 +37,12 @@ OWN_KEYWORDS = (
 
 
 class LLM:
-    """An engine for one model. Every method may be called from any thread; those that step or change it take turns.
+    """An engine for one model. Every method may be called from any thread.
+
+    Those that compute or change it take turns under one lock, a step at a time: `generate`, `chat`, `extend`, `stream`
+    and `replay` (whose requests run together), `score`, `update_params`, `warm_up`, `pause`, `sleep`, `wake_up` and
+    `close`. `verify` has the LLM to itself from its first check to its last. `contract` has a lock of its own, and
+    `abort` and `resume` wait for nothing.
 
     `model` is the name of the model that ships ("calc"), a folder in Hugging Face format or a hub id. `dtype` is "auto"
     (the file's), "float32", "bfloat16" or "float16", or numpy's or JAX's own. `tokenizer` is another folder's.
@@ -71,11 +76,15 @@ class LLM:
             )
         key, folder, shown = seeded(seed), find_folder(model), Progress(progress)
         config = loading.read_model_config(folder, dtype=dtype, reduction_leaves=reduction_leaves)
-        engine_config, text = resolve_engine_config(config, engine), _load_tokenizer(tokenizer, folder)
-        with memory.explained(config, engine_config, "loading the weights"):
-            counter = shown.counter("loading weights", "tensors")
-            params = jax.block_until_ready(loading.load(folder, config, counter))
-        self._start(config, engine_config, params, text, key, shown)
+        engine_config = idle_pools.with_room(lambda: resolve_engine_config(config, engine))
+        text = _load_tokenizer(tokenizer, folder)
+
+        def load() -> Decoder:
+            with memory.explained(config, engine_config, "loading the weights"):
+                counter = shown.counter("loading weights", "tensors")
+                return jax.block_until_ready(loading.load(folder, config, counter))
+
+        self._start(config, engine_config, idle_pools.with_room(load), text, key, shown)
 
     @classmethod
     def from_params(
@@ -92,7 +101,7 @@ class LLM:
         own = ("config", "params", "tokenizer", "seed", "progress")
         check_keywords("LLM.from_params", engine, (*own, *ENGINE_KEYWORDS))
         self = cls.__new__(cls)
-        engine_config = resolve_engine_config(config, engine, params)
+        engine_config = idle_pools.with_room(lambda: resolve_engine_config(config, engine, params))
         self._start(config, engine_config, params, tokenizer, seeded(seed), Progress(progress))
         return self
 
@@ -165,9 +174,9 @@ class LLM:
         Where the weights are the same, so are the bits.
         """
         session = self.session
-        session.runner.check_process()
+        session.runner.check_usable()
         admit = session.admission.extended
-        return self._complete([admit(session.new_id(), output, sampling_params) for output in outputs], use_tqdm)
+        return self._complete([admit("", output, sampling_params) for output in outputs], use_tqdm)
 
     def stream(
         self, prompt: Any, sampling_params: SamplingParams | None = None, *, key: Any = None
@@ -263,6 +272,46 @@ class LLM:
     def is_paused(self) -> bool:
         return self.session.runner.is_paused
 
+    # -- memory -------------------------------------------------------------------------------------------------------
+
+    def sleep(self, level: int = 1) -> None:
+        """Give device memory back until `wake_up`: the pool of pages, and the weights.
+
+        Level 1 keeps the weights in the host's memory; level 2 drops them, and `update_params` has to bring others (or
+        the same again) before the LLM wakes up. On a CPU the host's memory is where they lie already. Weights that
+        something else refers to, a trainer for one, stay where they are for it.
+
+        Requests that are under way wait; they lose no token, and no bit changes. New ones are refused. Idempotent.
+        """
+        self.session.sleep(level)
+
+    def wake_up(self, tags: Sequence[str] | None = None) -> None:
+        """Take back what `sleep` gave: all, or of ["weights", "kv_cache"] what is named.
+
+        A loop that syncs weights wakes the weights, calls `update_params` and wakes the cache, so that the pool is
+        made last. Raises RuntimeError for the cache where the weights are not there, MemoryError where there is no
+        room. Idempotent.
+        """
+        self.session.wake_up(tags)
+
+    @property
+    def is_sleeping(self) -> bool:
+        return self.session.runner.is_asleep
+
+    def close(self) -> None:
+        """End every request (finish reason "abort") and give back all device memory for good. Idempotent.
+
+        `with LLM(...) as llm:` does it at the end. Without it the memory is given back when nothing refers to the LLM
+        any more. Raises RuntimeError at whatever is asked of the LLM afterwards.
+        """
+        self.session.close()
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     # -- the contract -------------------------------------------------------------------------------------------------
 
     def score(
@@ -290,7 +339,7 @@ class LLM:
         weights. A sample that several versions of the weights drew has such a one.
         """
         session = self.session
-        session.runner.check_process()
+        session.runner.check_usable()
         if not coordinate.token_ids:
             raise ValueError("this coordinate's sample ended before its first token: there is nothing to draw again")
         differences = coordinate.contract.differences(self.contract())
@@ -299,7 +348,7 @@ class LLM:
                 "this coordinate belongs to another contract, its bits cannot be expected here: "
                 + "; ".join(differences)
             )
-        (output,) = session.complete([session.admission.replayed(session.new_id(), coordinate)])
+        (output,) = session.complete([session.admission.replayed("", coordinate)])
         drawn = (output.outputs[0].token_ids, output.outputs[0].token_logprobs)
         return compare("drawn again", [(coordinate.token_ids, coordinate.token_logprobs)], [drawn])
 
@@ -326,7 +375,7 @@ class LLM:
     def _requests(
         self, prompts: list[Any], sampling_params: Any, key: Any, request_ids: Sequence[str] | None
     ) -> list[Request]:
-        self.session.runner.check_process()
+        self.session.runner.check_usable()
         _check_ids(request_ids, len(prompts))
         sampling = sampling_of(sampling_params, len(prompts))
         if not prompts:

@@ -1,5 +1,6 @@
 """The machine underneath: its processor, what XLA was told about code for it, and the host's free memory."""
 
+import importlib.metadata
 import os
 import platform
 from collections.abc import Iterator
@@ -28,6 +29,20 @@ CPU_FEATURES = (
     "bf16",
     "i8mm",
 )  # beginnings: XLA generates code for these
+# Where a device's compiler comes from, of what JAX's extras tpu, cuda12 and cuda13 install.
+DEVICE_PACKAGES = (
+    "libtpu",
+    "jax-cuda12-plugin",
+    "jax-cuda12-pjrt",
+    "nvidia-cuda-nvcc-cu12",
+    "nvidia-cudnn-cu12",
+    "nvidia-cublas-cu12",
+    "jax-cuda13-plugin",
+    "jax-cuda13-pjrt",
+    "nvidia-cuda-nvcc",
+    "nvidia-cudnn-cu13",
+    "nvidia-cublas",
+)
 FLAG_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 HARMLESS_FLAGS = (
     "xla_force_host_platform_device_count",
@@ -37,9 +52,35 @@ HARMLESS_FLAGS = (
 
 
 def device() -> dict[str, Any]:
-    """The kind of the device; of a CPU also its model and the instruction sets that sums depend on."""
+    """The kind of the device; of a CPU also its model, and the instruction sets and threads that sums depend on."""
     kind = jax.devices()[0].device_kind
     return {"kind": kind} | (_cpu() if jax.devices()[0].platform == "cpu" else {})
+
+
+def compiler() -> dict[str, str]:
+    """The device's compiler, where it is no part of jaxlib: what the runtime says of itself, and its packages."""
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        return {}
+    packages = {name: _version(name) for name in DEVICE_PACKAGES}
+    return {"runtime": device.client.platform_version} | {name: text for name, text in packages.items() if text}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def num_threads() -> int:
+    """Threads among which XLA's CPU client divides a product: as many as this process may use cores, or as NPROC says
+    (xla/pjrt/utils.cc, DefaultThreadPoolSize).
+    """
+    told = os.environ.get("NPROC", "")
+    if told.isdecimal() and int(told) > 0:
+        return int(told)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cpu_name() -> str:
@@ -60,6 +101,7 @@ def _cpu() -> dict[str, Any]:
     return {
         "model": model or platform.processor() or platform.machine(),
         "features": sorted(name for name in features if name.startswith(CPU_FEATURES)),
+        "threads": num_threads(),
     }
 
 

@@ -18,6 +18,8 @@ from jaxengine.config import QUERY_BLOCK
 from jaxengine.contract.compare import Comparison, compare
 from jaxengine.contract.report import Check, Verification
 from jaxengine.device.scoring import plain_logprobs
+from jaxengine.engine import scoring_proof
+from jaxengine.engine.scoring_proof import scoring_tiles
 from jaxengine.engine.session import Session
 from jaxengine.outputs import CompletionOutput, RequestOutput
 from jaxengine.rl.rollout import Rollout
@@ -75,15 +77,15 @@ def verify(
     count = samples if samples is not None else (QUICK_SAMPLES if quick else SAMPLES)
     if count < 2:
         raise ValueError(f"samples must be at least 2, got {count}")
-    if session.engine.has_work:
-        raise ValueError("the LLM has requests under way: verify it when they have ended")
     checks = []
-    for axis in _axes(Traffic(session, seed), quick, count):
-        report(f"{axis.name}: {axis.what} …")
-        start = time.perf_counter()
-        outcome = axis.run()
-        checks.append(Check(axis.name, axis.what, outcome.holds, outcome.text, time.perf_counter() - start))
+    with session.runner.reserved():
+        for axis in _axes(Traffic(session, seed), quick, count):
+            report(f"{axis.name}: {axis.what} …")
+            start = time.perf_counter()
+            outcome = axis.run()
+            checks.append(Check(axis.name, axis.what, outcome.holds, outcome.text, time.perf_counter() - start))
     refused = [f"{kind} on {tile.rows} rows" for kind, tile in session.engine.step_variants.refused]
+    refused += map(str, scoring_proof.refused(scoring_tiles(session.model_config, session.engine.kernels)))
     return Verification(session.contract(), refused, checks)
 
 

@@ -73,9 +73,14 @@ def rebuild(cache: Cache, model_config: ModelConfig, engine_config: EngineConfig
 
     The lost one's memory is freed first, because there is no room for two.
     """
+    delete(cache)
+    return empty_cache(model_config, engine_config, kernels, beside=cache)
+
+
+def delete(cache: Cache) -> None:
+    """Free its memory now, whoever else refers to it."""
     for array in jax.tree.leaves(cache):
         array.delete()
-    return empty_cache(model_config, engine_config, kernels, beside=cache)
 
 
 def copy_pages(cache: Cache, sources: Int[Array, " C"], targets: Int[Array, " C"], count: Int[Array, ""]) -> Cache:

@@ -20,12 +20,12 @@ from jaxengine.config import KV_TILE, ModelConfig
 from jaxengine.device import sampler
 from jaxengine.device.sampling_arrays import empty_sampling, write_sampling
 from jaxengine.device.step_inputs import SamplingArrays
-from jaxengine.device.trunk import WIDE, hidden_states
+from jaxengine.device.trunk import hidden_states
 from jaxengine.models import decoder, plain
 from jaxengine.models.params import Decoder
 from jaxengine.ops.kernels import Kernels
 from jaxengine.ops.regions import over_tiles
-from jaxengine.ops.tiles import HEAD_ROWS, Tile
+from jaxengine.ops.tiles import ScoringTiles
 from jaxengine.sampling_params import SamplingParams, stop_token_ids
 from pallas_kernels.numbers import ceil_to
 from pallas_kernels.tiles import unknown_zero
@@ -75,7 +75,7 @@ def sampling_arrays_of(params: Sequence[SamplingParams], model_config: ModelConf
     return ScoringArrays(arrays, min_tokens)
 
 
-@functools.partial(jax.jit, static_argnames=("model_config", "kernels", "entropy", "tile"))
+@functools.partial(jax.jit, static_argnames=("model_config", "kernels", "entropy", "tiles"))
 def token_logprobs(
     params: Decoder,
     tokens: Int[Array, "B T"],
@@ -84,8 +84,8 @@ def token_logprobs(
     *,
     model_config: ModelConfig,
     kernels: Kernels,
+    tiles: ScoringTiles,
     entropy: bool = False,
-    tile: Tile = WIDE,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"] | None]:
     """(logprobs, entropies if asked) of the tokens under `mask`, each at its own position, 0 elsewhere. Differentiable
     in params.
@@ -93,8 +93,9 @@ def token_logprobs(
     A run of tokens under the mask is a completion, and everything before it is its prompt. Tokens after the last one
     under the mask are never read; nothing predicts the first token, which is 0 too.
     """
-    x, tokens = trunk(params, tokens, mask, model_config=model_config, kernels=kernels, tile=tile)
-    return head_logprobs(params, x, tokens, mask, arrays, model_config=model_config, kernels=kernels, entropy=entropy)
+    how: dict[str, Any] = dict(model_config=model_config, kernels=kernels, tiles=tiles)
+    x, tokens = trunk(params, tokens, mask, **how)
+    return head_logprobs(params, x, tokens, mask, arrays, entropy=entropy, **how)
 
 
 def trunk(
@@ -104,7 +105,7 @@ def trunk(
     *,
     model_config: ModelConfig,
     kernels: Kernels,
-    tile: Tile = WIDE,
+    tiles: ScoringTiles,
 ) -> tuple[Float[Array, "B T D"], Int[Array, "B T"]]:
     """(residual stream after the last layer, wherever it predicts a token under `mask`; tokens, with 0 for ids outside
     the vocabulary).
@@ -113,7 +114,7 @@ def trunk(
     wanted = mask.at[:, 0].set(False)
     # The last token is predicted, and needs no forward pass of its own.
     lengths = jnp.where(wanted, jnp.arange(tokens.shape[1]), 0).max(-1)
-    return hidden_states(model_config, kernels, params, tokens, lengths, tile), tokens
+    return hidden_states(model_config, kernels, params, tokens, lengths, tiles.layers), tokens
 
 
 class _Weights(NamedTuple):
@@ -143,6 +144,7 @@ def head_logprobs(
     *,
     model_config: ModelConfig,
     kernels: Kernels,
+    tiles: ScoringTiles,
     entropy: bool = False,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"] | None]:
     """token_logprobs from what `trunk` gives: a critic shares the trunk (rl/critic.py)."""
@@ -152,13 +154,14 @@ def head_logprobs(
     prompts = jax.lax.cummax(jnp.where(begins, where, 0), axis=1)
 
     order = jnp.argsort(~wanted.reshape(-1), stable=True)
-    order = jnp.pad(order, (0, -order.shape[0] % HEAD_ROWS))
+    order = jnp.pad(order, (0, -order.shape[0] % tiles.head_rows))
     sequences, positions = order // length, order % length
     predicting = x[sequences, jnp.maximum(positions - 1, 0)]
     rows = _RowInputs(predicting, sequences, positions, prompts.reshape(-1)[order])
     weights = _Weights(params.norm, params.output_head, _opaque(arrays, params, tokens), tokens)
     body = functools.partial(_row_scores, model_config, kernels, entropy)
-    found = over_tiles(body, HEAD_ROWS, weights, rows, wanted.sum(dtype=jnp.int32) + unknown_zero(params.norm, tokens))
+    count = wanted.sum(dtype=jnp.int32) + unknown_zero(params.norm, tokens)
+    found = over_tiles(body, tiles.head_rows, weights, rows, count)
 
     def placed(scores: Float[Array, " R"]) -> Float[Array, "B T"]:
         return jnp.where(wanted, scores[jnp.argsort(order[: batch * length])].reshape(batch, length), 0.0)

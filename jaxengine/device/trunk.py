@@ -20,7 +20,7 @@ from jaxengine.models.params import Decoder, Layer
 from jaxengine.ops.kernels import Kernels
 from jaxengine.ops.query_blocks import QueryBlocks
 from jaxengine.ops.regions import no_gradient, over_tiles
-from jaxengine.ops.tiles import ATTENTION_TILE, WIDE, Tile
+from jaxengine.ops.tiles import ATTENTION_TILE, Tile
 from pallas_kernels.tiles import unknown_zero
 
 
@@ -41,7 +41,7 @@ def hidden_states(
     params: Decoder,
     tokens: Int[Array, "B T"],
     lengths: Int[Array, " B"],
-    tile: Tile = WIDE,
+    tile: Tile,
 ) -> Float[Array, "B T D"]:
     """The residual stream after the last layer, of the first `lengths[b]` tokens of each sequence; the rest is
     undefined.

@@ -3,6 +3,8 @@
 import dataclasses
 import hashlib
 import importlib.metadata
+import threading
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -14,11 +16,13 @@ from jaxengine.coordinate import Contract
 from jaxengine.device import checksums
 from jaxengine.engine.engine import Engine
 from jaxengine.engine.step_variants import BASE
-from jaxengine.host.sample import Request
 from jaxengine.models.params import Decoder
 from jaxengine.ops.kernels import Kernels
 
-CONTRACTS_KEPT = 16  # of earlier versions of the weights
+# Of this project's own arithmetic: raised by hand whenever tokens or logprobs change by a bit on any machine, whatever
+# the change is in (a coefficient, the order of a sum, a tile). tests/test_contract/test_numerics.py holds it.
+NUMERICS = 1
+VERSIONS_KEPT = 16  # of the weights, whose digests stay known
 
 
 def weights_digest(params: Decoder) -> str:
@@ -45,16 +49,19 @@ def _bytes(leaf: Any) -> np.ndarray:
     return np.ascontiguousarray(np.asarray(leaf)).reshape(-1).view(np.uint8)
 
 
-def contract_of(model_config: ModelConfig, kernels: Kernels, params: Decoder, version: int) -> Contract:
-    """Equal contract and equal (key, prompt, sampling parameters) means equal bits."""
+def contract_of(model_config: ModelConfig, kernels: Kernels, weights: str | list[str]) -> Contract:
+    """Equal contract and equal (key, prompt, sampling parameters) means equal bits.
+
+    `weights` is their digest, or a list of several in the order in which they drew.
+    """
     return Contract(
         {
+            "numerics": NUMERICS,
             "jax": jax.__version__,
             "jaxlib": importlib.metadata.version("jaxlib"),
             "device": machine.device(),
-            "compiler": machine.compiler_flags(),
-            "weights_version": version,
-            "weights": weights_digest(params),
+            "compiler": machine.compiler() | machine.compiler_flags(),
+            "weights": weights,
             "model": dataclasses.asdict(model_config),
             "kernels": kernels.parts(),
             "tiles": {"rows": BASE.rows, "query_block": QUERY_BLOCK, "kv_tile": KV_TILE, "vocab_block": VOCAB_BLOCK},
@@ -63,30 +70,54 @@ def contract_of(model_config: ModelConfig, kernels: Kernels, params: Decoder, ve
 
 
 class Contracts:
-    """The contracts of the weights that an engine runs and ran lately, by version.
+    """The contracts of the weights that an engine runs and ran lately. Every method may be called from any thread.
 
-    Each is found once, since it reads all weights; it is kept because outputs may be rendered after an update.
+    A version's digest is found once, since that reads all weights; it is kept because outputs may be rendered after an
+    update.
     """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._by_version: dict[int, Contract] = {}
+        self._lock = threading.Lock()
+        self._digests: dict[int, str] = {}  # by version
+        self._contracts: dict[tuple[str, ...], Contract] = {}  # by the digests of the weights that drew
 
     def current(self) -> Contract:
-        """That of the weights that run."""
-        engine, weights, known = self._engine, self._engine.weights, self._by_version
-        if weights.version not in known:
-            assert weights.params is not None
-            known[weights.version] = contract_of(engine.model_config, engine.kernels, weights.params, weights.version)
-            for old in sorted(known)[:-CONTRACTS_KEPT]:
-                del known[old]
-        return known[weights.version]
+        """That of the weights that run. Raises RuntimeError where there are none."""
+        with self._lock:
+            return self._of((self._current_digest(),))
 
-    def of(self, request: Request) -> Contract:
-        """That of the weights that drew the request's newest token; before its first token, of those that run."""
-        versions = [sample.drawn.versions[-1] for sample in request.samples if sample.drawn.versions]
-        known = self._by_version.get(max(versions)) if versions else None
-        return known or self.current()
+    def of(self, versions: Iterable[int]) -> Contract:
+        """That of tokens which these versions of the weights drew; of none yet, that of the weights that run.
+
+        Versions with equal bits are one. A version that is long gone has no digest, and is nobody's equal.
+        """
+        with self._lock:
+            drew = list(dict.fromkeys(versions)) or [self._engine.weights.version]
+            if self._engine.weights.version in drew and self._engine.params is not None:
+                self._current_digest()
+            digests = [self._digests.get(version, f"those of version {version}, which is gone") for version in drew]
+            return self._of(tuple(dict.fromkeys(digests)))
 
     def clear(self) -> None:
-        self._by_version.clear()
+        with self._lock:
+            self._digests.clear()
+            self._contracts.clear()
+
+    def _current_digest(self) -> str:
+        weights = self._engine.weights
+        if weights.version not in self._digests:
+            if weights.params is None:
+                raise RuntimeError("there are no weights, so there is no contract: give some to update_params first")
+            self._digests[weights.version] = weights_digest(weights.params)
+            for old in sorted(self._digests)[:-VERSIONS_KEPT]:
+                del self._digests[old]
+        return self._digests[weights.version]
+
+    def _of(self, digests: tuple[str, ...]) -> Contract:
+        if digests not in self._contracts:
+            while len(self._contracts) >= VERSIONS_KEPT:
+                del self._contracts[next(iter(self._contracts))]
+            weights = digests[0] if len(digests) == 1 else list(digests)
+            self._contracts[digests] = contract_of(self._engine.model_config, self._engine.kernels, weights)
+        return self._contracts[digests]

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,17 +12,15 @@ from jaxengine.base.progress import Report, say_nothing
 from jaxengine.config import EngineConfig, ModelConfig
 from jaxengine.device import kv_cache, steps
 from jaxengine.device.step_inputs import RowOutputs
-from jaxengine.engine import memory, page_checksums
+from jaxengine.engine import idle_pools, memory, page_checksums
 from jaxengine.engine.batch import BatchBuilder
 from jaxengine.engine.collect import HostRows, append_token, score_prompt
 from jaxengine.engine.step_variants import StepVariants
-from jaxengine.engine.to_outputs import text_ids
 from jaxengine.host.page_pool import PagePool
 from jaxengine.host.plan import Plan
-from jaxengine.host.sample import Request, Sample, Status
+from jaxengine.host.sample import Request, Sample, Status, text_ids
 from jaxengine.host.scheduler import MustCollect, Scheduler
 from jaxengine.ops.kernels import choose_kernels
-from jaxengine.ops.tiles import Tile
 from jaxengine.text.detokenizer import Detokenizer, detokenizer_for
 from jaxengine.text.tokenizer import Tokenizer
 
@@ -87,6 +86,8 @@ class Engine:
         self.step_variants = StepVariants(model_config, engine_config, self.kernels, self.batch, report)
         self.page_checksums = self._new_checksums()
         self.requests: dict[str, Request] = {}
+        self._ids = itertools.count()
+        self.has_pool = True  # False after release_pool, until the next step
         self._in_flight: InFlight | None = None
         self._broken = False  # whether something began that neither ended nor was recovered from
 
@@ -95,8 +96,11 @@ class Engine:
     def add(self, request: Request, *, with_text: bool = False) -> None:
         """Queue a request, `with_text` where a stream reads its text as it grows.
 
-        Raises ValueError for an id in use and for a queue that is full.
+        A request without an id gets the next number that is no caller's. Raises ValueError for an id in use and for a
+        queue that is full.
         """
+        if not request.request_id:
+            request.request_id = next(name for name in map(str, self._ids) if name not in self.requests)
         if request.request_id in self.requests:
             raise ValueError(f"request id {request.request_id!r} is in use: ids of unfinished requests must differ")
         num_waiting, count = len(self.scheduler.waiting), request.sampling.n
@@ -139,13 +143,8 @@ class Engine:
     def warm_up(self) -> None:
         """Compile every step now, instead of when it is first needed."""
         with self._whole():
+            self.restore_pool()
             self.cache = self.step_variants.warm_up(self.params, self.cache)
-
-    def checked_tile(self, tile: Tile) -> Tile:
-        """`tile` where prefill on it gives the base tile's bits, else the base tile."""
-        with self._whole():
-            self.cache, tile = self.step_variants.checked_tile(tile, self.params, self.cache)
-            return tile
 
     @contextlib.contextmanager
     def adjusted(self, *, held_pages: int = 0, held_slots: int = 0, **changes: Any) -> Iterator[None]:
@@ -183,6 +182,33 @@ class Engine:
             self.step_variants.forget_expected()
             return ended
 
+    def release_pool(self) -> None:
+        """Give the cache's memory back until the next step.
+
+        Requests lose no token: their keys and values are computed again. Cached prefixes are gone.
+        """
+        with self._whole():
+            self._collect(self._in_flight)
+            self._recover()
+            self.has_pool = False
+            kv_cache.delete(self.cache)
+
+    def restore_pool(self) -> None:
+        """The cache's memory again, empty; nothing where it is there. Raises MemoryError where there is no room."""
+        if not self.has_pool:
+            self.cache = idle_pools.with_room(self._new_pool)
+            self.has_pool = True
+
+    def _new_pool(self) -> kv_cache.Cache:
+        with memory.explained(self.model_config, self.engine_config, "making room for the cache again"):
+            cache = kv_cache.rebuild(self.cache, self.model_config, self.engine_config, self.kernels)
+            return jax.block_until_ready(cache)
+
+    def move_weights(self, params: Any) -> None:
+        """The same weights in another memory, or None: `update_params` has to bring others before the next step."""
+        with self._whole():
+            self.weights = Weights(params, self.weights.version)
+
     def drop_weights(self) -> None:
         """No weights, requests and cached prefixes, as at first: the next weights may have the same version."""
         with self._whole():
@@ -197,6 +223,7 @@ class Engine:
         are computed again.
         """
         with self._whole():
+            self.restore_pool()
             ended: list[Request] = []
             try:
                 self._step_overlapped(ended) if self.engine_config.overlap else self._step_plain(ended)
@@ -342,7 +369,7 @@ class Engine:
             if sample.detokenizer is not None and self.tokenizer is not None:
                 sample.detokenizer = self._detokenizer(self.tokenizer, sample)
         self.page_checksums = self._new_checksums()
-        if kv_cache.is_lost(self.cache):
+        if self.has_pool and kv_cache.is_lost(self.cache):
             self.cache = kv_cache.rebuild(self.cache, self.model_config, self.engine_config, self.kernels)
         self._broken = False
 

@@ -27,12 +27,16 @@ class Runner:
             collections.deque()
         )  # while the engine was at work: see abort_later
         self._process = os.getpid()
-        self._going = threading.Event()
-        self._going.set()
+        self._changed = threading.Condition()  # guards what follows; notified where one of them ends
         self._paused_by: threading.Thread | None = None
+        self._asleep_by: threading.Thread | None = None
+        self._owner: threading.Thread | None = None  # see `reserved`
+        self.is_closed = False
 
-    def check_process(self) -> None:
-        """Raises RuntimeError in a fork."""
+    def check_usable(self) -> None:
+        """Raises RuntimeError in a fork, and after `close`."""
+        if self.is_closed:
+            raise RuntimeError("this LLM was closed, its memory is given back: build another one")
         if os.getpid() != self._process:
             raise RuntimeError(
                 f"this LLM belongs to process {self._process}, of which this one is a fork: its device does not live "
@@ -44,21 +48,26 @@ class Runner:
 
         Holds the lock while it queues and steps.
 
-        The contract is found as they are queued, before the weights can change. `with_text` as in Engine.add.
+        The contract is found before the first step, because the weights may change in the middle; reading all weights
+        takes a while, so other threads may step meanwhile. `with_text` as in Engine.add.
         """
         remaining = collections.deque(requests)
+        self.check_awake()
+        check_alive(self.engine.params)
+        self.contracts.current()
         try:
-            with self.lock:
+            with self._turn():
+                self.check_awake()
                 self._abort_now()  # their ids are free again
                 for request in requests:
                     self.engine.add(request, with_text=with_text)
                 check_alive(self.engine.params)
-                self.contracts.current()
+                self.contracts.current()  # at once, unless the weights have changed meanwhile
             while not _all_ended(remaining):
                 if not self._wait():
                     continue
                 with self.lock:
-                    if self._going.is_set() and not _all_ended(remaining):
+                    if not self._is_halted and not _all_ended(remaining):
                         self.engine.step()
                 self.sweep()
                 yield
@@ -68,40 +77,99 @@ class Runner:
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
         """No other thread steps or adds inside the block. Holds the lock."""
-        self.check_process()
-        with self.lock:
-            yield
-        self.sweep()
+        self.check_usable()
+        try:
+            with self._turn():
+                yield
+        finally:
+            self.sweep()
 
-    # -- pause --------------------------------------------------------------------------------------------------------
+    @contextlib.contextmanager
+    def reserved(self) -> Iterator[None]:
+        """Inside the block all other threads' calls wait, while this one's go on. Raises ValueError where one is under
+        way.
+        """
+        with self.alone():
+            if self.engine.has_work:
+                raise ValueError("the LLM has requests under way: wait until they have ended")
+            self._owner = threading.current_thread()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._owner = None
+                self._changed.notify_all()
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """The lock, while no other thread has reserved the engine."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(self._is_mine)
+            with self.lock:
+                if self._is_mine():  # still
+                    yield
+                    return
+
+    def _is_mine(self) -> bool:
+        return self._owner in (None, threading.current_thread())
+
+    # -- pause and sleep ----------------------------------------------------------------------------------------------
 
     @property
     def is_paused(self) -> bool:
-        return not self._going.is_set()
+        return self._paused_by is not None
+
+    @property
+    def is_asleep(self) -> bool:
+        return self._asleep_by is not None
+
+    @property
+    def _is_halted(self) -> bool:
+        return self.is_paused or self.is_asleep
+
+    def check_awake(self) -> None:
+        """Raises RuntimeError while the LLM is asleep."""
+        if self.is_asleep:
+            raise RuntimeError("this LLM is asleep, its pages are given back: call wake_up() first")
 
     def pause(self) -> None:
         """No step begins until `resume`; idempotent. A step that runs is waited for."""
         self._paused_by = threading.current_thread()
-        self._going.clear()
         with self.alone():
             pass
 
     def resume(self) -> None:
         """Idempotent."""
-        self._going.set()
+        with self._changed:
+            self._paused_by = None
+            self._changed.notify_all()
+
+    def fall_asleep(self) -> None:
+        """As `pause`, and new requests are refused; idempotent. Within the lock."""
+        self._asleep_by = threading.current_thread()
+
+    def awake(self) -> None:
+        """Requests that waited go on; idempotent."""
+        with self._changed:
+            self._asleep_by = None
+            self._changed.notify_all()
 
     def _wait(self) -> bool:
-        """Wait while paused; True where the engine goes.
+        """Wait while paused or asleep; True where the engine goes.
 
-        Raises where the thread that would wait is the one that has to resume.
+        Raises where the thread that would wait is the one that has to end it.
         """
-        if self._going.is_set():
-            return True
-        if self._paused_by is threading.current_thread():
-            raise RuntimeError(
-                "this LLM was paused by this very thread, which would wait for itself: call resume() first"
-            )
-        return self._going.wait(WAKE)
+        for halted_by, done, undo in (
+            (self._paused_by, "paused", "resume()"),
+            (self._asleep_by, "put to sleep", "wake_up()"),
+        ):
+            if halted_by is threading.current_thread():
+                raise RuntimeError(
+                    f"this LLM was {done} by this very thread, which would wait for itself: call {undo} first"
+                )
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._is_halted, WAKE)
 
     # -- aborting -----------------------------------------------------------------------------------------------------
 

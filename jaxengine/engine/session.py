@@ -1,6 +1,5 @@
 """Requests in, outputs out: one engine as threads use it, under whichever weights run."""
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -10,13 +9,14 @@ import numpy as np
 from jaxengine.base.progress import Report, say_nothing
 from jaxengine.config import EngineConfig, ModelConfig
 from jaxengine.coordinate import Contract
-from jaxengine.device import scoring, trunk
-from jaxengine.engine import memory
+from jaxengine.device import scoring
+from jaxengine.engine import idle_pools, memory
 from jaxengine.engine.contract_digest import Contracts
 from jaxengine.engine.engine import Engine
 from jaxengine.engine.runner import Runner
+from jaxengine.engine.scoring_proof import scoring_tiles
 from jaxengine.engine.to_outputs import to_output
-from jaxengine.engine.weights import placed, prepared
+from jaxengine.engine.weights import check_alive, placed, prepared
 from jaxengine.host.admission import Admission, sampling_of
 from jaxengine.host.sample import Request
 from jaxengine.models.params import Decoder
@@ -25,6 +25,8 @@ from jaxengine.sampling_params import SamplingParams
 from jaxengine.text.tokenizer import Tokenizer
 
 IN_FLIGHT = ("recompute", "keep", "drain")
+SLEEP_LEVELS = (1, 2)
+WAKE_TAGS = ("weights", "kv_cache")
 
 
 class Session:
@@ -38,14 +40,21 @@ class Session:
         tokenizer: Tokenizer | None,
         report: Report = say_nothing,
     ) -> None:
-        self.model_config, self.tokenizer = model_config, tokenizer
-        with memory.explained(model_config, engine_config, "making room for the cache"):
-            self.engine = Engine(model_config, engine_config, placed(params), tokenizer=tokenizer, report=report)
-            jax.block_until_ready(self.engine.cache)
+        self.model_config, self.tokenizer, self.report = model_config, tokenizer, report
+        self.engine = idle_pools.with_room(lambda: self._new_engine(engine_config, params))
         self.contracts = Contracts(self.engine)
         self.runner = Runner(self.engine, self.contracts)
         self.admission = Admission(model_config, engine_config, tokenizer)
-        self._ids = itertools.count()
+        self._homes: Any = None  # of the weights, while they wait in the host's memory
+        idle_pools.register(self)
+
+    def _new_engine(self, engine_config: EngineConfig, params: Any) -> Engine:
+        with memory.explained(self.model_config, engine_config, "making room for the cache"):
+            engine = Engine(
+                self.model_config, engine_config, placed(params), tokenizer=self.tokenizer, report=self.report
+            )
+            jax.block_until_ready(engine.cache)
+        return engine
 
     @property
     def engine_config(self) -> EngineConfig:
@@ -58,13 +67,6 @@ class Session:
 
     # -- requests -----------------------------------------------------------------------------------------------------
 
-    def new_id(self) -> str:
-        """The next number that no caller took as an id of its own."""
-        for number in self._ids:
-            if str(number) not in self.engine.requests:
-                return str(number)
-        raise AssertionError("the numbers never end")
-
     def requests(
         self,
         prompts: list[Any],
@@ -72,9 +74,12 @@ class Session:
         key: tuple[int, int],
         request_ids: Sequence[str] | None = None,
     ) -> list[Request]:
-        """A checked request for each prompt; `key` are the words of the call's key. Raises RuntimeError in a fork."""
-        self.runner.check_process()
-        ids = request_ids if request_ids is not None else [self.new_id() for _ in prompts]
+        """A checked request for each prompt; `key` are the words of the call's key.
+
+        Without `request_ids` each gets an id as it is queued. Raises RuntimeError in a fork, and after `close`.
+        """
+        self.runner.check_usable()
+        ids = request_ids if request_ids is not None else [""] * len(prompts)
         given = enumerate(zip(ids, prompts, sampling, strict=True))
         return [self.admission.request(name, prompt, index, each, key) for index, (name, prompt, each) in given]
 
@@ -107,8 +112,8 @@ class Session:
             self.runner.abort_later([request])
 
     def output(self, request: Request) -> RequestOutput:
-        """The request as it stands, under the contract of the weights that drew its newest token."""
-        return to_output(request, self.tokenizer, self.contracts.of(request))
+        """The request as it stands."""
+        return to_output(request, self.tokenizer, self.contracts)
 
     # -- weights ------------------------------------------------------------------------------------------------------
 
@@ -120,16 +125,21 @@ class Session:
         """Other weights from the next token on (LLM.update_params); returns their version. Holds the lock."""
         if in_flight not in IN_FLIGHT:
             raise ValueError(f"in_flight must be one of {', '.join(map(repr, IN_FLIGHT))}, got {in_flight!r}")
-        self.runner.check_process()
-        params = prepared(params, self.model_config, self.params, cast=cast)
+        self.runner.check_usable()
+        homes = self.params if self._homes is None else self._homes
+        params = prepared(params, self.model_config, homes, cast=cast)
         with self.runner.alone():
             current = self.engine.weights.version
             if version is not None and version <= current:
                 raise ValueError(f"version must be higher than the current one, {current}, got {version}")
             if in_flight == "drain":
                 self._drain()
-            self.engine.update_params(params, current + 1 if version is None else version, keep=in_flight == "keep")
-        return self.engine.weights.version
+            if self.engine.has_work:
+                self.contracts.current()  # of the weights that drew what is in flight, while they are here
+            version = current + 1 if version is None else version
+            self.engine.update_params(params, version, keep=in_flight == "keep")
+            self._homes = None
+        return version
 
     def _drain(self) -> None:
         if self.runner.is_paused and self.engine.has_work:
@@ -139,9 +149,74 @@ class Session:
         while self.engine.has_work:
             self.engine.step()
 
+    # -- memory -------------------------------------------------------------------------------------------------------
+
+    def release_pool_if_idle(self) -> bool:
+        """Give the pool's memory back until the next request, where nothing is under way; whether that was done."""
+        if self.engine.has_work or not self.engine.has_pool or not self.runner.lock.acquire(blocking=False):
+            return False
+        try:
+            if self.engine.has_work or not self.engine.has_pool:
+                return False
+            self.engine.release_pool()
+            return True
+        finally:
+            self.runner.lock.release()
+            self.runner.sweep()
+
+    def sleep(self, level: int) -> None:
+        """LLM.sleep. Holds the lock."""
+        if level not in SLEEP_LEVELS:
+            raise ValueError(f"level must be one of {', '.join(map(str, SLEEP_LEVELS))}, got {level!r}")
+        with self.runner.alone():
+            self.runner.fall_asleep()
+            if self.engine.has_work or level == 1 and self.params is not None:
+                self.contracts.current()  # while the weights are here
+            self.engine.release_pool()
+            if level == 2:
+                self._homes = None
+                self.engine.move_weights(None)
+            elif self._homes is None and not _on_host(self.params):
+                self._homes = jax.tree.map(_sharding, self.params)
+                self.engine.move_weights(jax.device_get(self.params))
+
+    def wake_up(self, tags: Sequence[str] | None) -> None:
+        """LLM.wake_up. Holds the lock."""
+        wanted = WAKE_TAGS if tags is None else tuple(tags)
+        unknown = [tag for tag in wanted if tag not in WAKE_TAGS]
+        if unknown:
+            raise ValueError(f"tags must be of {', '.join(WAKE_TAGS)}, got {unknown[0]!r}")
+        with self.runner.alone():
+            if not self.runner.is_asleep:
+                return
+            if "weights" in wanted and self._homes is not None:
+                with memory.explained(self.model_config, self.engine_config, "bringing the weights back"):
+                    self.engine.move_weights(jax.block_until_ready(jax.device_put(self.params, self._homes)))
+                self._homes = None
+            if "kv_cache" not in wanted:
+                return
+            if self.params is None or self._homes is not None:
+                raise RuntimeError('the weights are not here: wake_up(["weights"]) or update_params comes first')
+            self.engine.restore_pool()
+            self.runner.awake()
+
+    def close(self) -> None:
+        """End every request, and give back pool and weights for good. Idempotent. Holds the lock."""
+        if self.runner.is_closed:
+            return
+        with self.runner.alone():
+            self.runner.is_closed = True
+            for name in list(self.engine.requests):
+                self.engine.abort(name)
+            self.engine.release_pool()
+            self.engine.drop_weights()
+        self.runner.awake()
+        self.runner.resume()
+
     def warm_up(self) -> None:
         """Compile every step now. Holds the lock."""
         with self.runner.alone(), memory.explained(self.model_config, self.engine_config, "compiling"):
+            self.runner.check_awake()
             self.engine.warm_up()
 
     def set_first_weights(self, params: Decoder) -> None:
@@ -161,23 +236,32 @@ class Session:
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """(logprobs, entropies if asked) `[B, T]` of the tokens under `mask`, in batches of bounded size.
 
-        Holds the lock.
-
-        Where the wide tile does not hold on this machine the base tile is used.
+        Holds the lock. The tiles are proven on this machine first (engine/scoring_proof.py).
         """
         tokens, mask = np.asarray(tokens), np.asarray(mask)
         scoring.check_scored(tokens, mask, self.model_config)
         slots = scoring.sampling_arrays_of(sampling_of(sampling_params, tokens.shape[0]), self.model_config)
         with self.runner.alone():
-            assert self.params is not None
-            tile = self.engine.checked_tile(trunk.WIDE)
+            self.runner.check_awake()
+            check_alive(self.params)
+            kernels = self.engine.kernels
             return scoring.in_batches(
                 self.params,
                 tokens,
                 mask,
                 slots,
                 model_config=self.model_config,
-                kernels=self.engine.kernels,
+                kernels=kernels,
                 entropy=entropy,
-                tile=tile,
+                tiles=scoring_tiles(self.model_config, kernels, self.report),
             )
+
+
+def _sharding(leaf: jax.Array) -> jax.sharding.Sharding:
+    return leaf.sharding
+
+
+def _on_host(params: Any) -> bool:
+    """Whether the weights lie in the host's memory already: there are none, or the device is the CPU."""
+    leaves = jax.tree.leaves(params)
+    return all(not isinstance(leaf, jax.Array) or {d.platform for d in leaf.devices()} == {"cpu"} for leaf in leaves)

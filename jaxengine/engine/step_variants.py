@@ -91,12 +91,13 @@ class StepVariants:
                 cache, _ = self._probe(kind, BASE, params, cache)
         return cache
 
-    def checked_tile(self, tile: Tile, params: Decoder, cache: Cache) -> tuple[Cache, Tile]:
-        """A prefill tile if it gives the base tile's bits, else the base tile."""
-        step = ("prefill", tile)
-        if step not in self._proven:
-            cache, self._proven[step] = self._prove(*step, params, cache)
-        return cache, tile if self._proven[step] else BASE
+    def base_logprobs(self, params: Decoder, cache: Cache) -> tuple[np.ndarray, np.ndarray]:
+        """(the probe's tokens int32 `[T]`, the base step's logprobs of all but the first, float32 `[T - 1]`).
+
+        The cache is donated.
+        """
+        _, (_, logprobs, *_) = self._probe("decode", BASE, params, cache)
+        return self._probe_tokens(), logprobs
 
     def run_decode(self, params, cache, tables, slots, rows, tile: Tile) -> tuple[Cache, RowOutputs]:
         with self._first_use("decode", tile):
@@ -146,7 +147,7 @@ class StepVariants:
         if self._expected is None:
             cache, self._expected = self._probe("decode", BASE, params, cache)
         cache, found = self._probe(kind, tile, params, cache)
-        same = all(np.array_equal(_bits(a), _bits(b)) for a, b in zip(self._expected, found, strict=True))
+        same = all(equal_bits(a, b) for a, b in zip(self._expected, found, strict=True))
         if not same:
             self.report(
                 f"the {kind} step for {tile.rows} rows gives other bits than the base tile on this machine: "
@@ -156,8 +157,9 @@ class StepVariants:
 
     def _probe(self, kind: str, tile: Tile, params: Decoder, cache: Cache) -> tuple[Cache, list[np.ndarray]]:
         """Everything that a step says of the probe's tokens: outputs of each row, then the pages it wrote."""
-        count = min(PROBE_TOKENS, self.engine_config.max_model_len) - 1
-        slot, tables, slots, history = self._probe_inputs(count + 1)
+        probe = self._probe_tokens()
+        count = len(probe) - 1
+        slot, tables, slots, history = self._probe_inputs(probe)
         cache = steps.write_history(cache, *history)
         run = self._probe_decode if kind == "decode" else self._probe_prefill
         cache, outputs = run(tile, params, cache, tables, slots, slot, count)
@@ -169,7 +171,11 @@ class StepVariants:
         ]
         return cache, outputs + written
 
-    def _probe_inputs(self, num_tokens: int):
+    def _probe_tokens(self) -> np.ndarray:
+        count = min(PROBE_TOKENS, self.engine_config.max_model_len)
+        return np.random.RandomState(0).randint(0, self.model_config.vocab_size, count).astype(np.int32)
+
+    def _probe_inputs(self, probe: np.ndarray):
         slot = self.batch.num_slots - 1
         tables, slots = np.zeros_like(self.batch.tables), jax.tree.map(np.copy, self.batch.host_slots)
         tables[slot, : self.engine_config.probe_pages] = self.engine_config.num_pages + np.arange(
@@ -178,7 +184,7 @@ class StepVariants:
         slots.request.limit[slot] = self.engine_config.max_model_len + 1
         slots.request.num_logprobs[slot] = self._max_logprobs
         tokens = np.zeros((HISTORY_ROWS, self.engine_config.max_model_len), np.int32)
-        tokens[0, :num_tokens] = np.random.RandomState(0).randint(0, self.model_config.vocab_size, num_tokens)
+        tokens[0, : len(probe)] = probe
         upload_slots = np.full(HISTORY_ROWS, self.batch.num_slots, np.int32)
         upload_slots[0] = slot
         return slot, tables, slots, (upload_slots, tokens)
@@ -232,6 +238,11 @@ def _written_part(tokens: np.ndarray, count: int) -> np.ndarray:
     What comes after them differs from step to step and is never read.
     """
     return tokens.reshape(-1, *tokens.shape[2:])[:count]
+
+
+def equal_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two arrays of one dtype have the same shape and bits; NaNs and zeros with signs are bits too."""
+    return np.array_equal(_bits(a), _bits(b))
 
 
 def _bits(x: np.ndarray) -> np.ndarray:

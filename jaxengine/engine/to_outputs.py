@@ -5,24 +5,31 @@ import itertools
 import numpy as np
 
 from jaxengine.coordinate import Contract, Coordinate
-from jaxengine.host.sample import Request, Sample, Status
+from jaxengine.engine.contract_digest import Contracts
+from jaxengine.host.sample import Request, Sample, Status, text_ids
 from jaxengine.outputs import CompletionOutput, Logprob, RequestOutput, VersionSpan
 from jaxengine.text.tokenizer import Tokenizer
 
 
-def to_output(request: Request, tokenizer: Tokenizer | None, contract: Contract) -> RequestOutput:
-    """A RequestOutput of the request as it stands. `contract` is that of its newest token's weights."""
+def to_output(request: Request, tokenizer: Tokenizer | None, contracts: Contracts) -> RequestOutput:
+    """A RequestOutput of the request as it stands."""
     return RequestOutput(
         request_id=request.request_id,
         prompt=request.prompt,
         prompt_token_ids=list(request.prompt_token_ids),
-        outputs=[_completion(sample, tokenizer, contract) for sample in request.samples],
+        outputs=[_completion(sample, tokenizer, contracts) for sample in request.samples],
         finished=request.is_finished,
         prompt_logprobs=_prompt_logprobs(request, tokenizer),
         num_cached_tokens=request.num_cached_tokens or 0,
-        digest=contract.digest,
+        digest=contracts.of(_newest_version(request)).digest,
         cache_salt=request.cache_salt,
     )
+
+
+def _newest_version(request: Request) -> list[int]:
+    """The version of the weights that drew the request's newest token, if one was drawn."""
+    drew = [sample.drawn.versions[-1] for sample in request.samples if sample.drawn.versions]
+    return [max(drew)] if drew else []
 
 
 def _prompt_logprobs(request: Request, tokenizer: Tokenizer | None) -> list[dict[int, Logprob] | None] | None:
@@ -32,7 +39,7 @@ def _prompt_logprobs(request: Request, tokenizer: Tokenizer | None) -> list[dict
     return [entry and _with_texts(entry, tokenizer) for entry in entries]
 
 
-def _completion(sample: Sample, tokenizer: Tokenizer | None, contract: Contract) -> CompletionOutput:
+def _completion(sample: Sample, tokenizer: Tokenizer | None, contracts: Contracts) -> CompletionOutput:
     drawn, sampling = sample.drawn, sample.request.sampling
     logprobs = np.asarray(drawn.logprobs, np.float32)
     top_logprobs = [_with_texts(entry, tokenizer) for entry in drawn.top_logprobs]
@@ -48,18 +55,13 @@ def _completion(sample: Sample, tokenizer: Tokenizer | None, contract: Contract)
         raw_logprobs=np.asarray(drawn.raw_logprobs, np.float32) if sampling.raw_logprobs else None,
         entropies=np.asarray(drawn.entropies, np.float32) if sampling.entropy else None,
         token_texts=[tokenizer.token_text(token) for token in drawn.token_ids] if tokenizer is not None else None,
-        coordinate=_coordinate(sample, logprobs, contract),
+        coordinate=_coordinate(sample, logprobs, contracts.of(drawn.versions)),
     )
 
 
 def _coordinate(sample: Sample, logprobs: np.ndarray, contract: Contract) -> Coordinate:
-    """A sample that several versions of the weights drew can be replayed by none of them.
-
-    Its contract names them all.
-    """
-    request, versions = sample.request, sorted(set(sample.drawn.versions))
-    if versions and versions != [contract.parts["weights_version"]]:
-        contract = Contract(contract.parts | {"weights_version": versions})
+    """A sample that several weights drew can be replayed by none of them: its contract names them all."""
+    request = sample.request
     return Coordinate(
         contract=contract,
         key=request.key,
@@ -81,15 +83,6 @@ def _text(sample: Sample, tokenizer: Tokenizer | None) -> str:
     if sample.status is Status.FINISHED:
         sample.detokenizer.finish()
     return sample.detokenizer.text
-
-
-def text_ids(sample: Sample) -> list[int]:
-    """The tokens of the completion's text: all, but for a stop token that ended it, unless that is asked for."""
-    request, token_ids = sample.request, sample.drawn.token_ids
-    if sample.drawn.finish_reason != "stop" or request.sampling.include_stop_str_in_output:
-        return list(token_ids)
-    ends_with_stop_token = bool(token_ids) and token_ids[-1] in request.stop_token_ids
-    return token_ids[:-1] if ends_with_stop_token else list(token_ids)
 
 
 def _with_texts(entry: dict[int, Logprob], tokenizer: Tokenizer | None) -> dict[int, Logprob]:

@@ -24,20 +24,22 @@ def check_fits(params: Decoder, model_config: ModelConfig) -> None:
         raise ValueError(f"params do not fit config, {len(wrong)} leaves differ:\n  " + "\n  ".join(wrong[:SHOWN]))
 
 
-def placed(params: Any, like: Decoder | None = None) -> Any:
-    """`params` where the weights `like` lie, or where they are.
+def placed(params: Any, like: Any = None) -> Any:
+    """`params` where the weights `like` lie (arrays, or their shardings), or where they are.
 
     Leaves that are there already share their memory and nothing is copied. device_put only marks them as committed to
     their device: a step compiled for committed weights would be compiled again for weights that are not.
     """
-    home = lambda leaf: (
-        leaf.sharding if isinstance(leaf, jax.Array) else jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    )
-    homes = jax.tree.map(home, params) if like is None else jax.tree.map(home, like)
-    return jax.device_put(params, homes)
+    return jax.device_put(params, jax.tree.map(_home, params if like is None else like))
 
 
-def prepared(params: Any, model_config: ModelConfig, like: Decoder | None, *, cast: bool = False) -> Decoder:
+def _home(leaf: Any) -> jax.sharding.Sharding:
+    if isinstance(leaf, jax.sharding.Sharding):
+        return leaf
+    return leaf.sharding if isinstance(leaf, jax.Array) else jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+
+def prepared(params: Any, model_config: ModelConfig, like: Any, *, cast: bool = False) -> Decoder:
     """`params` checked, and placed where the weights `like` lie.
 
     With `cast`, floating leaves are rounded to the declared dtype first. Raises ValueError, listing the first ten

@@ -142,3 +142,12 @@ class Sample:
     def computes_prompt(self) -> bool:
         """Whether its first prefill is under way: siblings wait for it, to share the prompt's pages."""
         return self.status is Status.RUNNING and not self.drawn.token_ids and self.num_computed < self.prompt_length
+
+
+def text_ids(sample: Sample) -> list[int]:
+    """The tokens of the completion's text: all, but for a stop token that ended it, unless that is asked for."""
+    request, token_ids = sample.request, sample.drawn.token_ids
+    if sample.drawn.finish_reason != "stop" or request.sampling.include_stop_str_in_output:
+        return list(token_ids)
+    ends_with_stop_token = bool(token_ids) and token_ids[-1] in request.stop_token_ids
+    return token_ids[:-1] if ends_with_stop_token else list(token_ids)

@@ -35,6 +35,17 @@ WIDE = Tile(QUERY_BLOCK, 8)  # of whole sequences (device/trunk.py)
 HEAD_TILE = 8  # in a prefill step, where few of many rows draw
 HEAD_ROWS = 32  # in scoring and training, as in the widest decode step
 
+
+@dataclasses.dataclass(frozen=True)
+class ScoringTiles:
+    """The shapes of scoring's tiles; engine/scoring_proof.py says which of SCORING hold on this machine."""
+
+    layers: Tile
+    head_rows: int  # rows that the head and the draw take
+
+
+SCORING = (ScoringTiles(WIDE, HEAD_ROWS), ScoringTiles(WIDE, BASE.rows), ScoringTiles(BASE, BASE.rows))  # widest first
+
 # Query blocks that plain XLA's attention takes together, in every step: more do not stay in a CPU's cache, and with
 # fewer XLA compiles the exponentials of so small an array to other bits.
 ATTENTION_TILE = 8

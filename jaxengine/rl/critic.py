@@ -1,5 +1,7 @@
 """A critic on the policy's own trunk: one more row on the head, and nothing of its own below it."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -12,7 +14,7 @@ from jaxengine.models.params import Decoder, abstract
 from jaxengine.ops.kernels import Kernels
 from jaxengine.ops.norm import rms_norm
 from jaxengine.ops.regions import over_tiles
-from jaxengine.ops.tiles import HEAD_ROWS, WIDE, Tile
+from jaxengine.ops.tiles import ScoringTiles
 from pallas_kernels.pinned_math import row_sum
 from pallas_kernels.tiles import unknown_zero
 
@@ -51,7 +53,7 @@ def logprobs_and_values(
     *,
     model_config: ModelConfig,
     kernels: Kernels,
-    tile: Tile = WIDE,
+    tiles: ScoringTiles,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"] | None]:
     """(logprobs of the tokens under `mask`, values of the states they were drawn in), from one pass through the trunk;
     0 elsewhere.
@@ -59,10 +61,12 @@ def logprobs_and_values(
     The logprobs are those of scoring.token_logprobs, by bits. Values are None without a critic. Differentiable in
     `model`.
     """
-    x, tokens = scoring.trunk(model.policy, tokens, mask, model_config=model_config, kernels=kernels, tile=tile)
-    how: dict = dict(model_config=model_config, kernels=kernels)
+    how: dict[str, Any] = dict(model_config=model_config, kernels=kernels, tiles=tiles)
+    x, tokens = scoring.trunk(model.policy, tokens, mask, **how)
     logprobs, _ = scoring.head_logprobs(model.policy, x, tokens, mask, arrays, **how)
-    return logprobs, None if model.critic is None else _values(model_config, model.critic, model.policy.norm, x, mask)
+    if model.critic is None:
+        return logprobs, None
+    return logprobs, _values(model_config, model.critic, model.policy.norm, x, mask, tiles.head_rows)
 
 
 def _values(
@@ -71,17 +75,18 @@ def _values(
     norm: Float[Array, " D"],
     x: Float[Array, "B T D"],
     mask: Bool[Array, "B T"],
+    tile: int,
 ) -> Float[Array, "B T"]:
     """In a pinned region in float32, as the logits are."""
     batch, length, width = x.shape
-    rows = jnp.pad(x.reshape(-1, width), ((0, -batch * length % HEAD_ROWS), (0, 0)))
+    rows = jnp.pad(x.reshape(-1, width), ((0, -batch * length % tile), (0, 0)))
     count = batch * length + unknown_zero(norm, mask)
 
     def body(weights: tuple[Array, Critic], rows: Float[Array, "t D"]) -> Float[Array, " t"]:
         norm, critic = weights
         return row_sum(rms_norm(rows, norm, model_config.rms_norm_eps) * critic.weight) + critic.bias
 
-    found = over_tiles(body, HEAD_ROWS, (norm, critic), rows, count)[: batch * length].reshape(batch, length)
+    found = over_tiles(body, tile, (norm, critic), rows, count)[: batch * length].reshape(batch, length)
     before = jnp.pad(found[:, :-1], ((0, 0), (1, 0)))  # the state before token t is the one after token t - 1
     return jnp.where(mask.at[:, 0].set(False), before, 0.0)
 

@@ -19,9 +19,9 @@ from jaxtyping import Array, Bool, Float
 from jaxengine.base.keys import key_data, key_of
 from jaxengine.config import ModelConfig
 from jaxengine.device.scoring import ScoringArrays, sampling_arrays_of, token_logprobs
+from jaxengine.engine.scoring_proof import scoring_tiles
 from jaxengine.models.params import Decoder
 from jaxengine.ops.kernels import choose_kernels
-from jaxengine.ops.tiles import WIDE, Tile
 from jaxengine.rl import advantages as estimators
 from jaxengine.rl import critic, metrics
 from jaxengine.rl.critic import ActorCritic
@@ -33,7 +33,7 @@ from jaxengine.rl.train_state import SHUFFLES, Batch, TrainerConfig, TrainState
 class Trainer:
     """Pure functions of a TrainState, for one model, optimiser and configuration; each compiles once for a shape.
 
-    `kernels` and `tile` are as in jaxengine.score. The optimiser works on the float32 weights: optax.adamw(1e-4), or a
+    `kernels` are as in jaxengine.score. The optimiser works on the float32 weights: optax.adamw(1e-4), or a
     chain with a clip before it.
     """
 
@@ -44,10 +44,9 @@ class Trainer:
         config: TrainerConfig | None = None,
         *,
         kernels: str = "auto",
-        tile: Tile = WIDE,
     ) -> None:
         self.model_config, self.optimizer, self.config = model_config, optimizer, config or TrainerConfig()
-        self.kernels, self.tile = choose_kernels(kernels, model_config), tile
+        self.kernels = choose_kernels(kernels, model_config)
         self.update = jax.jit(self._update, donate_argnums=0)  # (state, batch) -> (state, metrics)
         self.policy = jax.jit(self._policy)  # state -> weights for the engine, a copy: the state may be donated
         self._forward = jax.jit(self._rounded_run)
@@ -122,9 +121,7 @@ class Trainer:
                 "give reference, the weights of the policy to stay near"
             )
         sampling = self._sampling_arrays(tokens)
-        logprobs, _ = token_logprobs(
-            params, tokens, mask, sampling, model_config=self.model_config, kernels=self.kernels, tile=self.tile
-        )
+        logprobs, _ = token_logprobs(params, tokens, mask, sampling, **self._how())
         return logprobs
 
     def _with_values(self, state: TrainState, batch: Batch, rewards: Float[Array, " B"]) -> Batch:
@@ -220,9 +217,12 @@ class Trainer:
     def _run(self, model: ActorCritic, tokens: Array, mask: Array) -> tuple[Array, Array | None]:
         """(logprobs, values) `[B, T]`; the values are None without a critic."""
         sampling = self._sampling_arrays(tokens)
-        return critic.logprobs_and_values(
-            model, tokens, mask, sampling, model_config=self.model_config, kernels=self.kernels, tile=self.tile
-        )
+        return critic.logprobs_and_values(model, tokens, mask, sampling, **self._how())
+
+    def _how(self) -> dict[str, Any]:
+        """The implementation that generates, on tiles that are proven to give its bits on this machine."""
+        tiles = scoring_tiles(self.model_config, self.kernels)
+        return dict(model_config=self.model_config, kernels=self.kernels, tiles=tiles)
 
     def _sampling_arrays(self, tokens: Array) -> ScoringArrays:
         return sampling_arrays_of([self.config.sampling] * tokens.shape[0], self.model_config)

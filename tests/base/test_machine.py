@@ -23,7 +23,7 @@ GRAVITON = "BogoMIPS\t: 2100.00\nFeatures\t: fp asimd asimddp sve bf16 i8mm\nCPU
 def test_processors(text, model, features, tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "PROC", tmp_path)
     (tmp_path / "cpuinfo").write_text(text)
-    assert machine.device() == {"kind": "cpu", "model": model, "features": features}
+    assert machine.device() == {"kind": "cpu", "model": model, "features": features, "threads": machine.num_threads()}
 
 
 def test_a_system_that_lists_no_processors(tmp_path, monkeypatch):

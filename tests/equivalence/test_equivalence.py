@@ -19,7 +19,6 @@ from hypothesis import HealthCheck, Phase, given, settings
 import jaxengine
 from jaxengine import LLM, Rollout, SamplingParams
 from jaxengine.config import EngineConfig, ModelConfig
-from jaxengine.engine.step_variants import BASE
 from jaxengine.models.params import map_declared
 from jaxengine.sampling_params import stop_token_ids
 
@@ -71,12 +70,7 @@ def check_bits(llm: LLM, batch: Batch, outputs) -> None:
     missing = ROWS - len(each)
     tokens, mask = (np.pad(x, ((0, missing), (0, 0))) for x in (rollout.tokens, rollout.mask))
     each += [SamplingParams()] * missing
-    # The base tile is the engine's by definition; a wider one has to be proven first, which compiles another step.
-    found = (
-        llm.score(tokens, mask, each)
-        if llm.engine_config.compile_patience == 0
-        else jaxengine.score(llm.params, tokens, mask, each, config=llm.config, tile=BASE)
-    )
+    found = jaxengine.score(llm.params, tokens, mask, each, config=llm.config)
     bits = lambda x: np.asarray(x, np.float32).view(np.uint32)
     assert (bits(found)[: ROWS - missing] == bits(rollout.logprobs)).all(), "score and generate differ in bits"
 

@@ -3,6 +3,8 @@
 import contextlib
 import itertools
 import threading
+import weakref
+from unittest import mock
 
 import jax
 import pytest
@@ -22,7 +24,7 @@ OTHER = initialise(CONFIG, jax.random.key(9), scale=0.1)
 
 @pytest.fixture(autouse=True)
 def no_sessions(monkeypatch):
-    monkeypatch.setattr(functional, "_sessions", {})
+    monkeypatch.setattr(functional, "_kept", {})
 
 
 def generate(policy, **engine):
@@ -78,9 +80,10 @@ def test_an_interrupt_leaves_nothing_of_a_policy_to_the_next(home, name, after, 
     (found,) = generate(OTHER)
     assert bits([found]) == bits([expected]) and found.digest == expected.digest
     assert found.num_cached_tokens == expected.num_cached_tokens == 0
-    ((session, _),) = functional._sessions.values()
+    (kept,) = functional._kept.values()
+    session = kept.session
     session.engine.scheduler.check_integrity()
-    assert session.params is None and not session.engine.requests and not session.contracts._by_version
+    assert session.params is None and not session.engine.requests and not session.contracts._digests
 
 
 def test_two_threads_that_call_first_share_an_engine(monkeypatch):
@@ -105,9 +108,42 @@ def test_two_threads_that_call_first_share_an_engine(monkeypatch):
     assert len(made) == 1 and answers == [bits(generate(POLICY)), bits(generate(OTHER))]
 
 
-def test_two_pools_are_kept():
-    engines = []
-    for max_waiting in (40, 41, 40, 42, 40):
+def test_one_pool_is_kept():
+    """The other is gone before a new one is made, so that there is never memory for two."""
+    seen, make = [], functional.Session
+
+    def made(*given):
+        assert not functional._kept
+        return make(*given)
+
+    with mock.patch.object(functional, "Session", made):
+        for max_waiting in (40, 40, 41, 40):
+            generate(POLICY, max_waiting=max_waiting)
+            (kept,) = functional._kept.values()
+            seen.append(weakref.ref(kept.session))
+            del kept
+    assert seen[0] == seen[1] and [session() is None for session in seen] == [True, True, True, False]
+
+
+def test_a_pool_that_is_used_stays_until_its_call_ends():
+    """No duplicate is made for it, and one is kept in the end."""
+    both, inner = threading.Barrier(2), functional.Session.complete
+    made, make = [], functional.Session
+
+    def complete(session, requests):
+        both.wait(60)
+        return inner(session, requests)
+
+    def call(max_waiting: int) -> None:
         generate(POLICY, max_waiting=max_waiting)
-        engines.append(next(reversed(functional._sessions.values()))[0])
-    assert len(functional._sessions) == 2 and engines[0] is engines[2] is engines[4]
+
+    with (
+        mock.patch.object(functional.Session, "complete", complete),
+        mock.patch.object(functional, "Session", lambda *given: made.append(given) or make(*given)),
+    ):
+        threads = [threading.Thread(target=call, args=(max_waiting,)) for max_waiting in (50, 51)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(made) == 2 and len(functional._kept) == 1

@@ -10,8 +10,9 @@ from test_contract import FULL, Case, answered
 import jaxengine
 from jaxengine import LLM, Rollout, SamplingParams
 from jaxengine.device import scoring
-from jaxengine.engine.step_variants import BASE
+from jaxengine.engine import scoring_proof
 from jaxengine.models import plain
+from jaxengine.ops.tiles import SCORING
 
 
 class Scored:
@@ -90,8 +91,11 @@ def test_the_llm_scores_in_batches_of_few_shapes(scored, monkeypatch):
     assert (entropies[scored.rollout.mask] >= 0).all() and not entropies[~scored.rollout.mask].any()
 
 
-def test_the_base_tile_gives_the_same(scored):
-    assert (bits(scored.score(tile=BASE)) == bits(scored.rollout.logprobs)).all()
+@pytest.mark.parametrize("tiles", SCORING[1:], ids=str)
+def test_narrower_tiles_give_the_same(scored, tiles, monkeypatch):
+    monkeypatch.setattr(scoring_proof, "SCORING", (tiles,))
+    monkeypatch.setattr(scoring_proof, "_proven", {})
+    assert (bits(scored.score()) == bits(scored.rollout.logprobs)).all()
 
 
 # -- one model --------------------------------------------------------------------------------------------------------

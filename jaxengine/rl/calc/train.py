@@ -32,6 +32,7 @@ from jaxengine.device.trunk import hidden_states
 from jaxengine.models import decoder, loading, params
 from jaxengine.models.params import Decoder
 from jaxengine.ops.kernels import XLA
+from jaxengine.ops.tiles import SCORING
 from jaxengine.rl.calc import arithmetic
 from jaxengine.rl.calc.arithmetic import KINDS, Problem
 from jaxengine.rl.calc.model import CONFIG, END, build_tokenizer, chat_prompt, write_tokenizer
@@ -104,7 +105,9 @@ def train(tokenizer: tokenizers.Tokenizer, *, seed: int, steps: int) -> Decoder:
     update, sampling = optimizer(steps), sampling_arrays_of([SamplingParams()] * ROWS, CONFIG)
 
     def loss(weights: Decoder, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, ""]:
-        logprobs, _ = token_logprobs(weights, tokens, mask, sampling, model_config=CONFIG, kernels=XLA)
+        logprobs, _ = token_logprobs(
+            weights, tokens, mask, sampling, model_config=CONFIG, kernels=XLA, tiles=SCORING[0]
+        )
         return -logprobs.sum() / mask.sum()
 
     @functools.partial(jax.jit, donate_argnums=0)
@@ -153,7 +156,7 @@ def _grade(
     model_config: ModelConfig, weights: Decoder, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]
 ) -> tuple[Bool[Array, " B"], Float[Array, " B"]]:
     """`grade` of a batch, one problem in each row."""
-    x = hidden_states(model_config, XLA, weights, jnp.maximum(tokens, 0), (tokens >= 0).sum(-1))
+    x = hidden_states(model_config, XLA, weights, jnp.maximum(tokens, 0), (tokens >= 0).sum(-1), SCORING[0].layers)
     rows = decoder.logits(model_config, XLA, weights.norm, weights.embed, x.reshape(-1, model_config.hidden_size))
     logits = rows.reshape(*tokens.shape, -1)[:, :-1]
     targets, mask = jnp.maximum(tokens[:, 1:], 0), mask[:, 1:]

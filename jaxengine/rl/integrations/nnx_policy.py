@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxengine.config import ModelConfig
 from jaxengine.device.trunk import hidden_states
+from jaxengine.engine.scoring_proof import scoring_tiles
 from jaxengine.engine.weights import check_fits
 from jaxengine.functional import score
 from jaxengine.models import decoder
@@ -22,7 +23,6 @@ from jaxengine.models.parameter import Parameter
 from jaxengine.models.params import Decoder, declare
 from jaxengine.ops.kernels import Kernels, choose_kernels
 from jaxengine.ops.regions import over_tiles
-from jaxengine.ops.tiles import HEAD_ROWS, WIDE, Tile
 from jaxengine.sampling_params import SamplingParams
 from pallas_kernels.tiles import unknown_zero
 
@@ -35,9 +35,9 @@ class Policy(nnx.Module):
     `jaxengine.generate` take, and `policy.set_params` takes it back. Raises ValueError where params do not fit config.
     """
 
-    def __init__(self, config: ModelConfig, params: Decoder, *, kernels: str = "auto", tile: Tile = WIDE) -> None:
+    def __init__(self, config: ModelConfig, params: Decoder, *, kernels: str = "auto") -> None:
         check_fits(params, config)
-        self.config, self.kernels, self.tile = config, choose_kernels(kernels, config), tile
+        self.config, self.kernels = config, choose_kernels(kernels, config)
         _spread(self, params)
 
     @property
@@ -57,7 +57,7 @@ class Policy(nnx.Module):
         Their log-softmax is `score`'s at temperature 1, in bits where `pallas_kernels.draw_reference` takes it. All
         of [B, T, V] is kept: a loss on logprobs needs much less memory through `logprobs`.
         """
-        return all_logits(self.config, self.kernels, self.params, jnp.asarray(tokens), self.tile)
+        return all_logits(self.config, self.kernels, self.params, jnp.asarray(tokens))
 
     def logprobs(
         self,
@@ -69,27 +69,21 @@ class Policy(nnx.Module):
     ) -> Any:
         """`jaxengine.score` under these parameters: the logprobs that `generate` reported, bit for bit."""
         return score(
-            self.params,
-            tokens,
-            mask,
-            sampling_params,
-            config=self.config,
-            entropy=entropy,
-            kernels=self.kernels.name,
-            tile=self.tile,
+            self.params, tokens, mask, sampling_params, config=self.config, entropy=entropy, kernels=self.kernels.name
         )
 
 
 def all_logits(
-    config: ModelConfig, kernels: Kernels, params: Decoder, tokens: Int[Array, "B T"], tile: Tile = WIDE
+    config: ModelConfig, kernels: Kernels, params: Decoder, tokens: Int[Array, "B T"]
 ) -> Float[Array, "B T V"]:
     """Logits of every position, in the pinned regions of the engine's steps."""
-    batch, length = tokens.shape
-    x = hidden_states(config, kernels, params, tokens, jnp.full(batch, length), tile).reshape(batch * length, -1)
-    rows = jnp.pad(x, ((0, -x.shape[0] % HEAD_ROWS), (0, 0)))
+    (batch, length), tiles = tokens.shape, scoring_tiles(config, kernels)
+    x = hidden_states(config, kernels, params, tokens, jnp.full(batch, length), tiles.layers)
+    x = x.reshape(batch * length, -1)
+    rows = jnp.pad(x, ((0, -x.shape[0] % tiles.head_rows), (0, 0)))
     weights = (params.norm, params.output_head)
     body = functools.partial(_head, config, kernels)
-    logits = over_tiles(body, HEAD_ROWS, weights, rows, batch * length + unknown_zero(params.norm, tokens))
+    logits = over_tiles(body, tiles.head_rows, weights, rows, batch * length + unknown_zero(params.norm, tokens))
     return logits[: batch * length, : config.vocab_size].reshape(batch, length, -1)
 
 

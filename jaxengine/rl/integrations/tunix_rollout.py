@@ -98,10 +98,7 @@ class JaxEngineRollout(base_rollout.BaseRollout):
         engine.setdefault("kernels", rollout_actor.kernels.name)
         # Copies, because Tunix syncs weights only where the worker's arrays are not the trainer's.
         self._model = TunixPolicy(
-            config,
-            jax.tree.map(jnp.copy, rollout_actor.params),
-            kernels=rollout_actor.kernels.name,
-            tile=rollout_actor.tile,
+            config, jax.tree.map(jnp.copy, rollout_actor.params), kernels=rollout_actor.kernels.name
         )
         self._llm = LLM.from_params(config, self._model.params, **engine)
         self._tokenizer, self._key = tokenizer, seeded(0) if key is None else key

@@ -1,0 +1,82 @@
+"""Which tiles scoring may take on this machine: those whose logprobs are the base decode step's, bit for bit.
+
+Everything that scores asks here, the trainer too: `LLM.score`, `jaxengine.score`, `Policy` and `Trainer`. The proof is
+on PROBE_TOKENS random tokens under random weights, of one layer of the model's shape: XLA's choices depend on shapes
+alone, and all layers share theirs. So it needs no weights of the caller's, which may be tracers.
+"""
+
+import concurrent.futures
+import dataclasses
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxengine.base.progress import Report, say_nothing
+from jaxengine.config import PROBE_TOKENS, EngineConfig, ModelConfig
+from jaxengine.device import kv_cache, scoring
+from jaxengine.engine.batch import BatchBuilder
+from jaxengine.engine.step_variants import StepVariants, equal_bits
+from jaxengine.models.params import Decoder, initialise
+from jaxengine.ops.kernels import Kernels
+from jaxengine.ops.tiles import SCORING, ScoringTiles
+from jaxengine.sampling_params import SamplingParams
+
+_proving = threading.Lock()
+_proven: dict[tuple[ModelConfig, Kernels], ScoringTiles] = {}  # of this process, whose machine does not change
+
+
+def scoring_tiles(model_config: ModelConfig, kernels: Kernels, report: Report = say_nothing) -> ScoringTiles:
+    """The widest of SCORING that holds here; proven once a process for each model and kernels, also while tracing.
+
+    Raises RuntimeError where none gives the bits of generation.
+    """
+    with _proving:
+        if (model_config, kernels) not in _proven:
+            # In a thread of its own, where nothing is being traced: a caller may be inside jit or value_and_grad.
+            with concurrent.futures.ThreadPoolExecutor(1) as thread:
+                _proven[model_config, kernels] = thread.submit(_widest, model_config, kernels, report).result()
+        return _proven[model_config, kernels]
+
+
+def refused(tiles: ScoringTiles) -> tuple[ScoringTiles, ...]:
+    """Those of SCORING that were tried before `tiles`, and differed."""
+    return SCORING[: SCORING.index(tiles)]
+
+
+def _widest(model_config: ModelConfig, kernels: Kernels, report: Report) -> ScoringTiles:
+    one_layer = dataclasses.replace(model_config, num_hidden_layers=1)
+    params = jax.jit(initialise, static_argnums=0)(one_layer, jax.random.key(0))
+    tokens, expected = _generated(one_layer, kernels, params)
+    for tiles in SCORING:
+        if equal_bits(expected, _scored(one_layer, kernels, params, tokens, tiles)):
+            return tiles
+        report(
+            f"scoring on {tiles.layers.rows} rows, {tiles.head_rows} at the head, gives other bits than generation "
+            "on this machine: it will not be used"
+        )
+    raise RuntimeError(
+        "no way of scoring gives the bits of generation on this machine, so no logprobs are given out; "
+        f"tried {', '.join(map(str, SCORING))} with kernels {kernels.name!r}"
+    )
+
+
+def _generated(model_config: ModelConfig, kernels: Kernels, params: Decoder) -> tuple[np.ndarray, np.ndarray]:
+    """(the probe's tokens int32 `[T]`, the base decode step's logprobs of all but the first, float32 `[T - 1]`)."""
+    length = min(PROBE_TOKENS, model_config.max_position_embeddings)
+    engine_config = EngineConfig(max_num_seqs=1, max_model_len=length, num_pages=2, max_logprobs=1)
+    variants = StepVariants(model_config, engine_config, kernels, BatchBuilder(engine_config))
+    cache = kv_cache.empty_cache(model_config, engine_config, kernels, params)
+    return variants.base_logprobs(params, cache)
+
+
+def _scored(
+    model_config: ModelConfig, kernels: Kernels, params: Decoder, tokens: np.ndarray, tiles: ScoringTiles
+) -> np.ndarray:
+    """The logprobs of all tokens but the first, float32 `[T - 1]`."""
+    arrays = scoring.sampling_arrays_of([SamplingParams()], model_config)
+    mask = jnp.arange(len(tokens))[None] > 0
+    how = dict(model_config=model_config, kernels=kernels, tiles=tiles)
+    logprobs, _ = scoring.token_logprobs(params, jnp.asarray(tokens)[None], mask, arrays, **how)
+    return np.asarray(logprobs)[0, 1:]

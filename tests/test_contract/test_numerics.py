@@ -1,0 +1,113 @@
+"""NUMERICS, the number in the contract for this project's own arithmetic, is raised whenever bits change.
+
+Bits themselves differ from processor to processor, so what is held is the program that gives them: the HLO of the steps
+and of scoring, before XLA compiles it. A change of it is a change of bits, unless shown otherwise. Then
+
+    python tests/test_contract/test_numerics.py
+
+writes the new programs down: after NUMERICS was raised; or, where `tests/test_contract/mixed_run.py` gives the digest
+that it gave before the change, with the number as it is.
+"""
+
+import dataclasses
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+HELD = Path(__file__).with_name("numerics.json")
+if __name__ == "__main__":
+    sys.path[:0] = [str(HELD.parents[1]), str(HELD.parents[2])]
+
+from conftest import random_model, step_call  # noqa: E402  (as a script, this file has to say where it lies)
+
+from jaxengine import SamplingParams  # noqa: E402
+from jaxengine.config import EngineConfig  # noqa: E402
+from jaxengine.device import kv_cache, scoring, steps  # noqa: E402
+from jaxengine.engine.contract_digest import NUMERICS  # noqa: E402
+from jaxengine.models.params import abstract  # noqa: E402
+from jaxengine.ops import xla  # noqa: E402
+from jaxengine.ops.kernels import choose_kernels  # noqa: E402
+from jaxengine.ops.tiles import SCORING  # noqa: E402
+from pallas_kernels import pinned_math  # noqa: E402
+
+ENGINE = EngineConfig(max_num_seqs=8, max_num_batched_tokens=128, max_model_len=128, num_pages=8)
+MODELS = {
+    "Qwen2 float32, 2 leaves": dict(family="Qwen2", dtype="float32", reduction_leaves=2),
+    "Qwen3 bfloat16": dict(family="Qwen3", dtype="bfloat16"),
+}
+PROGRAMS = [(model, kernels) for model in MODELS for kernels in ("xla", "pallas_interpret")]
+
+
+def digests(model: str, kernels_name: str) -> dict[str, str]:
+    """A hash of each program's text, by what it does."""
+    config, _ = random_model(**MODELS[model], num_hidden_layers=1)
+    kernels, params = choose_kernels(kernels_name, config), abstract(config)
+    engine = dataclasses.replace(ENGINE, kernels=kernels_name)
+    cache, how = kv_cache.abstract(config, engine, kernels), dict(model_config=config, kernels=kernels)
+    programs = {}
+    for kind in ("decode", "prefill"):
+        step, inputs, static = step_call(kind, engine)
+        programs[kind] = step.lower(params, cache, *inputs, **how, **static)
+    arrays = scoring.sampling_arrays_of([SamplingParams()] * 2, config)
+    tokens, mask = jnp.zeros((2, 70), jnp.int32), jnp.ones((2, 70), bool)
+    programs["score"] = scoring.token_logprobs.lower(
+        params, tokens, mask, arrays, entropy=True, tiles=SCORING[0], **how
+    )
+    return {name: hashlib.sha256(program.as_text().encode()).hexdigest()[:16] for name, program in programs.items()}
+
+
+def held() -> dict:
+    return json.loads(HELD.read_text())
+
+
+@pytest.mark.parametrize("model, kernels", PROGRAMS, ids=lambda name: name.replace(" ", "-"))
+def test_programs_are_those_of_the_number(model, kernels):
+    programs = held()["programs"].get(jax.__version__)
+    if programs is None:
+        pytest.skip(f"no programs are held for jax {jax.__version__}")
+    assert held()["numerics"] == NUMERICS, f"write the programs of NUMERICS={NUMERICS} down: python {__file__}"
+    assert digests(model, kernels) == programs[f"{model}, {kernels}"], (
+        "raise NUMERICS, unless bits are shown to be equal"
+    )
+
+
+def test_the_version_that_is_tested_is_held():
+    """The oldest jax that the project takes, which its environments have, is never skipped."""
+    assert {"0.10.2"} <= held()["programs"].keys()
+
+
+PLANTED = {
+    "a coefficient": lambda patch: patch.setattr(
+        pinned_math, "COEFFICIENTS", np.nextafter(pinned_math.COEFFICIENTS, np.float32(2)).tolist()
+    ),
+    "the order of a sum": lambda patch: patch.setattr(pinned_math, "SUM_BLOCK", pinned_math.SUM_BLOCK // 2),
+    "a tile of attention": lambda patch: patch.setattr(xla, "ATTENTION_TILE", xla.ATTENTION_TILE * 2),
+    "a tile of the head": lambda patch: patch.setattr(steps, "HEAD_TILE", steps.HEAD_TILE * 2),
+}
+
+
+@pytest.mark.parametrize("plant", PLANTED.values(), ids=PLANTED.keys())
+def test_a_change_of_bits_is_seen(plant, monkeypatch):
+    before = digests("Qwen3 bfloat16", "xla")
+    jax.clear_caches()  # of traces
+    plant(monkeypatch)
+    try:
+        assert digests("Qwen3 bfloat16", "xla") != before
+    finally:
+        jax.clear_caches()
+
+
+def main() -> None:
+    programs = held()["programs"] if HELD.exists() and held()["numerics"] == NUMERICS else {}
+    programs[jax.__version__] = {f"{model}, {kernels}": digests(model, kernels) for model, kernels in PROGRAMS}
+    HELD.write_text(json.dumps({"numerics": NUMERICS, "programs": programs}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
