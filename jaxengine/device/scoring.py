@@ -22,7 +22,7 @@ from jaxengine.device.sampling_arrays import empty_sampling, write_sampling
 from jaxengine.device.step_inputs import SamplingArrays
 from jaxengine.device.trunk import hidden_states
 from jaxengine.models import decoder, plain
-from jaxengine.models.params import Decoder
+from jaxengine.models.params import Decoder, initialise
 from jaxengine.ops.kernels import Kernels
 from jaxengine.ops.regions import over_tiles
 from jaxengine.ops.tiles import ScoringTiles
@@ -224,6 +224,10 @@ def _cut(first: int, rows: int, x: np.ndarray) -> np.ndarray:
 
 def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
+
+
+# (model_config, key) -> parameters for a proof on this machine; compiled, so that no float32 copy of them is ever made.
+random_params = jax.jit(initialise, static_argnums=0)
 
 
 @functools.partial(jax.jit, static_argnames="model_config")

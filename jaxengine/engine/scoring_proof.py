@@ -18,7 +18,7 @@ from jaxengine.config import PROBE_TOKENS, EngineConfig, ModelConfig
 from jaxengine.device import kv_cache, scoring
 from jaxengine.engine.batch import BatchBuilder
 from jaxengine.engine.step_variants import StepVariants, equal_bits
-from jaxengine.models.params import Decoder, initialise
+from jaxengine.models.params import Decoder
 from jaxengine.ops.kernels import Kernels
 from jaxengine.ops.tiles import SCORING, ScoringTiles
 from jaxengine.sampling_params import SamplingParams
@@ -47,7 +47,7 @@ def refused(tiles: ScoringTiles) -> tuple[ScoringTiles, ...]:
 
 def _widest(model_config: ModelConfig, kernels: Kernels, report: Report) -> ScoringTiles:
     one_layer = dataclasses.replace(model_config, num_hidden_layers=1)
-    params = jax.jit(initialise, static_argnums=0)(one_layer, jax.random.key(0))
+    params = scoring.random_params(one_layer, jax.random.key(0))
     tokens, expected = _generated(one_layer, kernels, params)
     for tiles in SCORING:
         if equal_bits(expected, _scored(one_layer, kernels, params, tokens, tiles)):
