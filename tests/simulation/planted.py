@@ -58,6 +58,18 @@ def a_failed_page_stays_in_the_cache(patch):
     patch.setattr(PagePool, "discard", lambda blocks, pages: None)
 
 
+@found_by(r"a prompt finds \d+ pages where \d+ were computed")
+def a_page_that_is_computed_twice_ends_its_chain(patch):
+    """The second of equal pages is not found, which is right; but nor is anything that follows it."""
+
+    @around(patch, PagePool, "register")
+    def register(original, blocks, page, *content):
+        original(blocks, page, *content)
+        key = blocks._keys.get(page)
+        if key is not None and blocks._twins[key.uid][0] != page:
+            blocks._unregister(page)
+
+
 # -- hashes ------------------------------------------------------------------------------------------------------------
 
 
