@@ -60,14 +60,13 @@ def a_failed_page_stays_in_the_cache(patch):
 
 @found_by(r"a prompt finds \d+ pages where \d+ were computed")
 def a_page_that_is_computed_twice_ends_its_chain(patch):
-    """The second of equal pages is not found, which is right; but nor is anything that follows it."""
+    """The second of equal pages stays without a key, and so does every page after it."""
 
     @around(patch, PagePool, "register")
-    def register(original, blocks, page, *content):
-        original(blocks, page, *content)
-        key = blocks._keys.get(page)
-        if key is not None and blocks._twins[key.uid][0] != page:
-            blocks._unregister(page)
+    def register(original, blocks, page, parent, tokens, version, salt):
+        before = blocks._keys[parent].digest if parent in blocks._keys else root_digest(version, salt)
+        if chain_digest(before, page_pool._content(tokens)) not in blocks._by_digest:
+            original(blocks, page, parent, tokens, version, salt)
 
 
 # -- hashes ------------------------------------------------------------------------------------------------------------
