@@ -12,6 +12,7 @@ import itertools
 import random
 from array import array
 from collections import deque
+from types import SimpleNamespace
 
 import pytest
 
@@ -330,6 +331,19 @@ def test_each_of_equal_prompts_finds_its_answer_in_the_second_turn(length, turn,
     loop.run()
     assert [request.num_cached_tokens for request in turns] == [(length + 64 - 1) // 16 * 16] * 4
     assert_empty(loop)
+
+
+@pytest.mark.parametrize("steps", [0, 3], ids=["waiting", "running"])
+def test_an_end_ends_the_text(steps):
+    """Whatever ends a sample: what its text held back is text from then on, and rendering has nothing left to do."""
+    loop, ends = Loop(), []
+    request = loop.add([1, 2], max_tokens=9)
+    request.samples[0].detokenizer = SimpleNamespace(finish=lambda: ends.append("ended"))
+    for _ in range(steps):
+        loop.step()
+    loop.scheduler.finish(request.samples[0], "abort")
+    loop.scheduler.finish(request.samples[0], "abort")
+    assert ends == ["ended"]
 
 
 def test_prompt_logprobs_compute_every_position():

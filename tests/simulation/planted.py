@@ -78,7 +78,7 @@ def the_hash_leaves_out_the_parent(patch):
     patch.setattr(page_pool, "chain_digest", lambda parent, tokens: chain_digest(b"", tokens))
 
 
-@found_by("reads what is not its own|another version or salt")
+@found_by("reads what is not its own|another version or salt|a prompt finds")
 def a_hit_compares_the_tokens_alone(patch):
     def match(blocks, tokens, version, salt, known=None):
         pages, size = [], blocks.page_size
@@ -93,7 +93,7 @@ def a_hit_compares_the_tokens_alone(patch):
     patch.setattr(PagePool, "match", match)
 
 
-@found_by("another version or salt|starts nowhere|holds other tokens")
+@found_by("another version or salt|starts nowhere|holds other tokens|a prompt finds")
 def the_hash_leaves_out_the_version(patch):
     patch.setattr(page_pool, "root_digest", lambda version, salt: root_digest(0, salt))
 
