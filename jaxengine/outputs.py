@@ -64,6 +64,26 @@ class CompletionOutput:
 
 
 @dataclasses.dataclass(frozen=True)
+class CompletionDelta:
+    """What a sample gained: its tokens from the `start`-th on, and what belongs to them as in CompletionOutput.
+
+    `finish_reason` and `stop_reason` come once, with the end.
+    """
+
+    index: int
+    start: int
+    text: str
+    token_ids: list[int]
+    token_logprobs: np.ndarray
+    weight_versions: list[VersionSpan]  # positions are those of the whole completion
+    logprobs: list[dict[int, Logprob]] | None = None
+    raw_logprobs: np.ndarray | None = None
+    entropies: np.ndarray | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class RequestOutput:
     """A prompt and its samples.
 

@@ -120,6 +120,8 @@ class Engine:
         """One that has read what the sample has."""
         detokenizer = detokenizer_for(tokenizer, sample.request.sampling)
         detokenizer.push(text_ids(sample))
+        if sample.status is Status.FINISHED:
+            detokenizer.finish()
         return detokenizer
 
     def abort(self, request_id: str) -> None:

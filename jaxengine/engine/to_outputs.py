@@ -6,7 +6,7 @@ import numpy as np
 
 from jaxengine.coordinate import Contract, Coordinate
 from jaxengine.engine.contract_digest import Contracts
-from jaxengine.host.sample import Request, Sample, Status, text_ids
+from jaxengine.host.sample import Request, Sample, text_ids
 from jaxengine.outputs import CompletionOutput, Logprob, RequestOutput, VersionSpan
 from jaxengine.text.tokenizer import Tokenizer
 
@@ -36,13 +36,13 @@ def _prompt_logprobs(request: Request, tokenizer: Tokenizer | None) -> list[dict
     if request.sampling.prompt_logprobs is None and request.prompt_logprobs is None:
         return None
     entries = request.prompt_logprobs or [None] * len(request.prompt_token_ids)
-    return [entry and _with_texts(entry, tokenizer) for entry in entries]
+    return [entry and with_texts(entry, tokenizer) for entry in entries]
 
 
 def _completion(sample: Sample, tokenizer: Tokenizer | None, contracts: Contracts) -> CompletionOutput:
     drawn, sampling = sample.drawn, sample.request.sampling
     logprobs = np.asarray(drawn.logprobs, np.float32)
-    top_logprobs = [_with_texts(entry, tokenizer) for entry in drawn.top_logprobs]
+    top_logprobs = [with_texts(entry, tokenizer) for entry in drawn.top_logprobs]
     return CompletionOutput(
         index=sample.index,
         text=_text(sample, tokenizer),
@@ -50,7 +50,7 @@ def _completion(sample: Sample, tokenizer: Tokenizer | None, contracts: Contract
         token_logprobs=logprobs,
         finish_reason=drawn.finish_reason,
         stop_reason=drawn.stop_reason,
-        weight_versions=_spans(drawn.versions),
+        weight_versions=spans_of(drawn.versions),
         logprobs=top_logprobs if sampling.logprobs is not None else None,
         raw_logprobs=np.asarray(drawn.raw_logprobs, np.float32) if sampling.raw_logprobs else None,
         entropies=np.asarray(drawn.entropies, np.float32) if sampling.entropy else None,
@@ -80,19 +80,19 @@ def _text(sample: Sample, tokenizer: Tokenizer | None) -> str:
         return ""
     if sample.detokenizer is None:
         return tokenizer.decode(text_ids(sample), skip_special_tokens=sampling.skip_special_tokens)
-    if sample.status is Status.FINISHED:
-        sample.detokenizer.finish()
     return sample.detokenizer.text
 
 
-def _with_texts(entry: dict[int, Logprob], tokenizer: Tokenizer | None) -> dict[int, Logprob]:
+def with_texts(entry: dict[int, Logprob], tokenizer: Tokenizer | None) -> dict[int, Logprob]:
+    """The entry with each token's text."""
     if tokenizer is None:
         return entry
     return {token: Logprob(value.logprob, value.rank, tokenizer.token_text(token)) for token, value in entry.items()}
 
 
-def _spans(versions: list[int]) -> list[VersionSpan]:
-    spans, start = [], 0
+def spans_of(versions: list[int], start: int = 0) -> list[VersionSpan]:
+    """Runs of equal versions; the first token is the `start`-th of its sample."""
+    spans = []
     for version, run in itertools.groupby(versions):
         stop = start + len(list(run))
         spans.append(VersionSpan(version, start, stop))

@@ -4,6 +4,10 @@ A page is free, held (reference count above 0) or cached. A cached page has no h
 request with the same prefix may take it again. Full pages are found by a hash chained over token ids, weights version
 and cache salt; a hit compares the tokens and the parent page as well, so that a collision cannot serve another prompt's
 pages.
+
+Several pages may have one content, because a prompt's last token is always computed and its page with it: equal prompts
+that end with a page have a twin each. They share one key, so that what follows any of them follows all. Twins are held:
+one that loses its last holder is free unless it is the only one, and a cached page that gets a twin is free at once.
 """
 
 import dataclasses
@@ -20,14 +24,14 @@ class OutOfPages(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class PageKey:
-    """Identity of a full page's content.
+    """Identity of a full page's content, the same object for all pages that have it.
 
-    `uid` is new for every registration, so that a child names this very parent.
+    `uid` is new for every content that becomes known, so that a child names this very parent.
     """
 
     uid: int
     digest: bytes
-    parent: int | bytes  # uid of the page before it; a first page's is the root digest
+    parent: int | bytes  # uid of the content before it; a first page's is the root digest
     tokens: bytes
 
 
@@ -59,7 +63,8 @@ class PagePool:
         self.births = [0] * num_pages  # how often a page was handed out: (page, births) names one content for ever
         self._cached: OrderedDict[int, None] = OrderedDict()  # without a holder, oldest first
         self._keys: dict[int, PageKey] = {}  # page -> its content, for full registered pages
-        self._by_digest: dict[bytes, int] = {}
+        self._twins: dict[int, list[int]] = {}  # uid -> the pages with that content; the first is handed out
+        self._by_digest: dict[bytes, PageKey] = {}
         self._prefixes: weakref.WeakKeyDictionary[object, PrefixDigests] = weakref.WeakKeyDictionary()
         self._next_uid = 1
 
@@ -88,9 +93,14 @@ class PagePool:
         return page
 
     def _unregister(self, page: int) -> None:
-        key = self._keys.pop(page, None)
-        if key is not None and self._by_digest.get(key.digest) == page:
-            del self._by_digest[key.digest]
+        """The page's content is not known any more; its twins, if any, still have it."""
+        key = self._keys.pop(page)
+        twins = self._twins[key.uid]
+        twins.remove(page)
+        if not twins:
+            del self._twins[key.uid]
+            if self._by_digest.get(key.digest) is key:
+                del self._by_digest[key.digest]
 
     def share(self, pages: Iterable[int]) -> None:
         """One more holder for each page; a cached page is held again."""
@@ -103,18 +113,32 @@ class PagePool:
         for page in reversed(pages):
             assert self._holders[page] > 0, f"page {page} released more often than held"
             self._holders[page] -= 1
-            if self._holders[page] == 0 and page in self._keys:
-                self._cached[page] = None
-            elif self._holders[page] == 0:
-                self._free.append(page)
+            if self._holders[page] == 0:
+                self._let_go(page)
 
-    def discard(self, pages: Sequence[int]) -> None:
-        """Take pages out of the prefix cache: no new request will read them."""
-        for page in pages:
+    def _let_go(self, page: int) -> None:
+        """A page lost its last holder: it is free, or cached if it is the only one with a known content."""
+        if page in self._keys and len(self._twins[self._keys[page].uid]) == 1:
+            self._cached[page] = None
+            return
+        if page in self._keys:
             self._unregister(page)
-            if page in self._cached:
-                del self._cached[page]
-                self._free.append(page)
+        self._free.append(page)
+
+    def discard(self, pages: Iterable[int]) -> None:
+        """Take what these pages hold out of the prefix cache: no new request will read them, their twins or what
+        follows them.
+        """
+        for key in [self._keys[page] for page in pages if page in self._keys]:
+            for page in list(self._twins.get(key.uid, ())):
+                self._drop(page)
+
+    def _drop(self, page: int) -> None:
+        """The page is not found any more, and free where nobody holds it."""
+        self._unregister(page)
+        if page in self._cached:
+            del self._cached[page]
+            self._free.append(page)
 
     def clear_cache(self) -> None:
         """Forget every cached prefix."""
@@ -138,11 +162,10 @@ class PagePool:
                 content = _content(tokens[start : start + self.page_size])
                 known.append((chain_digest(digest, content), content))
             digest, content = known[index]
-            page = self._by_digest.get(digest)
-            key = self._keys.get(page) if page is not None else None
-            if page is None or key is None or key.tokens != content or key.parent != parent:
+            key = self._by_digest.get(digest)
+            if key is None or key.tokens != content or key.parent != parent:
                 break
-            pages.append(page)
+            pages.append(self._twins[key.uid][0])
             parent = key.uid
         return pages
 
@@ -165,15 +188,20 @@ class PagePool:
         content, root = _content(tokens), root_digest(version, salt)
         before, digest = (parent_key.uid, parent_key.digest) if parent_key else (root, root)
         digest = chain_digest(digest, content)
-        twin = self._keys[self._by_digest[digest]] if digest in self._by_digest else None
-        if twin is not None and (twin.parent, twin.tokens) == (before, content):
-            return  # the same content is cached on another page, which stays the one to be found
-        self._keys[page] = PageKey(self._next_uid, digest, before, content)
-        self._by_digest[digest] = page
-        self._next_uid += 1
+        key = self._by_digest.get(digest)
+        if key is None or (key.parent, key.tokens) != (before, content):
+            key = self._by_digest[digest] = PageKey(self._next_uid, digest, before, content)
+            self._next_uid += 1
+        twins = self._twins.setdefault(key.uid, [])
+        self._keys[page] = key
+        twins.append(page)
+        if twins[0] in self._cached:  # the only one until now
+            self._drop(twins[0])
 
     def check_integrity(self, tables: Iterable[Sequence[int]]) -> None:
-        """Assert the invariants: counts equal holders, no page in two places, free + cached + held = total."""
+        """Assert the invariants: counts equal holders, no page in two places, free + cached + held = total, twins have
+        one key and are held.
+        """
         held = [0] * self.num_pages
         for table in tables:
             for page in table:
@@ -186,6 +214,10 @@ class PagePool:
         is_lost = len(free) + len(cached) + len(in_use) != self.num_pages - 1 or 0 in free | cached | in_use
         assert not is_lost, "a page is lost"
         assert cached <= set(self._keys) and not free & set(self._keys), "cached pages are those whose content is known"
+        twins = sorted((page, uid) for uid, pages in self._twins.items() for page in pages)
+        assert twins == sorted((page, key.uid) for page, key in self._keys.items()), "twins are those that share a key"
+        is_spare = any(len(pages) > 1 and cached.intersection(pages) for pages in self._twins.values())
+        assert not is_spare, "a page is cached whose twin is held"
 
 
 def _content(tokens: Sequence[int]) -> bytes:

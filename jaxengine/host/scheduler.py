@@ -47,6 +47,8 @@ class Scheduler:
                 self.waiting.remove(sample)
         else:
             self._release(sample)
+        if sample.detokenizer is not None:
+            sample.detokenizer.finish()
         sample.drawn.finish_reason, sample.drawn.stop_reason = reason, stop_reason
         sample.status = Status.FINISHED
 

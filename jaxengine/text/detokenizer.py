@@ -62,9 +62,15 @@ class Detokenizer:
 
     def take_delta(self) -> str:
         """The part of `text` that was not taken yet: whole characters, and none that a stop string may still cut."""
-        delta = "".join(self._final[self._num_taken :])
-        self._num_taken = len(self._final)
+        delta, self._num_taken = self.text_since(self._num_taken)
         return delta
+
+    def text_since(self, num_pieces: int) -> tuple[str, int]:
+        """(what follows the first `num_pieces` pieces of `text`, how many there are); each token adds at most one.
+
+        The pieces are the same for the same tokens, however they are pushed.
+        """
+        return "".join(self._final[num_pieces:]), len(self._final)
 
     def finish(self) -> None:
         """No token follows: what was held back is text, an incomplete character as U+FFFD. Idempotent."""

@@ -252,6 +252,9 @@ class Read:
     def push(self, token_ids) -> None:
         self.token_ids += token_ids
 
+    def finish(self) -> None:
+        pass
+
 
 @OVERLAP
 @pytest.mark.parametrize("at", [0, 1, 5], ids=["prefill", "forks decode", "some end"])

@@ -179,6 +179,66 @@ def test_the_same_content_is_cached_once():
     assert pool.match([1, 2, 3, 4, 5], 0, "") == pages[:1]
 
 
+def test_what_follows_a_twin_is_found():
+    """A second sequence computes the prompt's last page again, and goes on another way than the first."""
+    pool = manager(20)
+    first = put(pool, [1, 2, 3, 4, 5, 6, 7, 8])
+    second = put(pool, [1, 2, 3, 4, 5, 6, 7, 8])
+    assert first[0] == second[0] and first[1] != second[1], "its last token is computed, and the page with it"
+    for table, answer in ((first, [9] * 4), (second, [8] * 4)):
+        table += pool.take(1)
+        pool.register(table[2], table[1], answer, 0, "")
+    pool.check_integrity([first, second])
+    assert pool.match([1, 2, 3, 4, 5, 6, 7, 8, *[9] * 5], 0, "") == first
+    assert pool.match([1, 2, 3, 4, 5, 6, 7, 8, *[8] * 5], 0, "") == [*first[:2], second[2]]
+    pool.release(first)
+    pool.release(second)
+    pool.check_integrity([])
+    assert pool.match([1, 2, 3, 4, 5, 6, 7, 8, *[8] * 5], 0, "")[2:] == second[2:]
+
+
+@pytest.mark.parametrize("gone_first", [0, 1])
+def test_a_content_is_found_as_long_as_one_twin_is_there(gone_first):
+    pool = manager()
+    tables = put(pool, [1] * 4), put(pool, [1] * 4)
+    pool.release(tables[gone_first])
+    pool.check_integrity([tables[1 - gone_first]])
+    assert pool.num_available == 7, "the one that was let go is free"
+    assert pool.match([1] * 5, 0, "") == tables[1 - gone_first]
+    pool.release(tables[1 - gone_first])
+    pool.check_integrity([])
+    assert pool.match([1] * 5, 0, "") == tables[1 - gone_first]
+    rest = pool.take(7)
+    assert tables[1 - gone_first][0] not in rest and len(pool.match([1] * 5, 0, "")) == 1, "it is cached"
+
+
+def test_a_cached_page_that_gets_a_twin_is_free():
+    """Else an old page could be evicted before the pages that follow its twin."""
+    pool = manager()
+    old = put(pool, [1] * 4)
+    pool.release(old)
+    new = put(pool, [1] * 4)
+    assert new != old and pool.match([1] * 5, 0, "") == new
+    pool.check_integrity([new])
+    assert pool.take(1) == old, "the last to be freed is the first to be taken"
+
+
+def test_a_page_is_discarded_with_its_twins_and_what_follows_them():
+    """What the one was computed from is in doubt, and a third may have read either."""
+    pool = manager(20)
+    first, second = put(pool, [1] * 8), put(pool, [1] * 8)
+    third = put(pool, [1] * 8 + [2] * 5)
+    assert third[:2] == first
+    pool.discard(second[1:])
+    assert pool.match([1] * 9, 0, "") == first[:1] and pool.match([1] * 8 + [2] * 5, 0, "") == first[:1]
+    pool.check_integrity([first, second, third])
+    for table in (first, second, third):
+        pool.release(table)
+    pool.check_integrity([])
+    again = put(pool, [1] * 8 + [2] * 5)
+    assert pool.match([1] * 8 + [2] * 5, 0, "") == again[:3], "the old page after the discarded one is in nobody's way"
+
+
 def test_a_page_behind_an_unregistered_one_is_not_registered():
     pool = manager()
     parent, child = pool.take(2)
@@ -233,6 +293,13 @@ def test_without_caching_nothing_is_found_or_kept():
     assert sorted(pool.take(8)) == list(range(1, 9))
 
 
+def _cached_twin(pool: PagePool, table: list[int]) -> None:
+    page, key = next(iter(pool._cached)), pool._keys[table[0]]
+    pool._unregister(page)
+    pool._keys[page] = key
+    pool._twins[key.uid].append(page)
+
+
 DAMAGE = {
     "a count too high": (lambda b, t: b.share(t[:1]), "reference counts"),
     "a count too low": (lambda b, t: b.release(t[:1]), "reference counts"),
@@ -243,6 +310,9 @@ DAMAGE = {
     "a lost cached page": (lambda b, t: b._cached.popitem(), "lost"),
     "the scratch page handed out": (lambda b, t: b._free.__setitem__(0, 0), "lost"),
     "a cached page nobody knows": (lambda b, t: b._keys.pop(next(iter(b._cached))), "content is known"),
+    "a twin that is not counted": (lambda b, t: b._twins[b._keys[t[0]].uid].append(t[1]), "share a key"),
+    "a key that is not known": (lambda b, t: b._twins.pop(b._keys[t[0]].uid), "share a key"),
+    "a cached page with a twin": (_cached_twin, "whose twin is held"),
     "a free page with content": (lambda b, t: b._keys.update({b._free[0]: b._keys[t[0]]}), "content is known"),
 }
 

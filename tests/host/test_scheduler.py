@@ -12,6 +12,7 @@ import itertools
 import random
 from array import array
 from collections import deque
+from types import SimpleNamespace
 
 import pytest
 
@@ -311,6 +312,38 @@ def test_of_equal_prompts_in_one_step_the_first_alone_is_computed(overlap):
     assert [(chunk.start, chunk.stop) for chunk in plan.chunks] == [(0, PAGE * 2 + 8)] + [(PAGE * 2, PAGE * 2 + 8)] * 3
     loop.run()
     assert [request.samples[0].drawn.token_ids for request in requests] == [answer(requests[0], 0)] * 4
+
+
+@pytest.mark.parametrize("length", [15, 16, 17, 31, 32, 33, 48])
+@pytest.mark.parametrize("turn", ["one after another", "in one step", "scored"])
+def test_each_of_equal_prompts_finds_its_answer_in_the_second_turn(length, turn, overlap):
+    """Where a prompt ends with a page each sample computes that page again; what follows it is found all the same."""
+    loop = Loop(overlap, page_size=16, max_num_batched_tokens=256)
+    requests = []
+    for index in reversed(range(4)):
+        requests.append(loop.add([5] * length, max_tokens=64))
+        requests[-1].samples[0].index = index  # each has an answer of its own
+        requests[-1].sampling = SamplingParams(prompt_logprobs=0 if turn == "scored" else None)  # of index 0, the last
+        if turn == "one after another":
+            loop.run()
+    loop.run()
+    turns = [loop.add([*request.samples[0].token_ids, 3, 3], max_tokens=2) for request in requests]
+    loop.run()
+    assert [request.num_cached_tokens for request in turns] == [(length + 64 - 1) // 16 * 16] * 4
+    assert_empty(loop)
+
+
+@pytest.mark.parametrize("steps", [0, 3], ids=["waiting", "running"])
+def test_an_end_ends_the_text(steps):
+    """Whatever ends a sample: what its text held back is text from then on, and rendering has nothing left to do."""
+    loop, ends = Loop(), []
+    request = loop.add([1, 2], max_tokens=9)
+    request.samples[0].detokenizer = SimpleNamespace(finish=lambda: ends.append("ended"))
+    for _ in range(steps):
+        loop.step()
+    loop.scheduler.finish(request.samples[0], "abort")
+    loop.scheduler.finish(request.samples[0], "abort")
+    assert ends == ["ended"]
 
 
 def test_prompt_logprobs_compute_every_position():

@@ -1,5 +1,6 @@
 """What must hold of every plan and after every step."""
 
+import weakref
 from collections import Counter
 from collections.abc import Iterable
 
@@ -33,14 +34,26 @@ class Watched(Scheduler):
     def finish(self, sample: Sample, reason: str, stop_reason: int | str | None = None) -> None:
         found = [page for page in sample.pages if page in self.page_pool._keys]
         assert not found or reason != "error", "a failed sequence's pages can still be found"
+        if reason == "error":
+            self.watch.resident.forget(self, sample)
         super().finish(sample, reason, stop_reason)
+
+    def _release(self, sample: Sample) -> None:
+        self.watch.resident.remember(self, [sample])
+        super()._release(sample)
+
+    def _cached_pages(self, sample: Sample) -> list[int]:
+        found = super()._cached_pages(sample)
+        if not sample.scores_prompt:
+            self.watch.resident.check_hit(self, sample, len(found))
+        return found
 
 
 class Watch:
     """The invariants of plans, and what the plans of a run did. `trace` is a hash of all of them."""
 
     def __init__(self, stats: Counter[str]) -> None:
-        self.stats, self.trace = stats, 0
+        self.stats, self.trace, self.resident = stats, 0, Resident()
         self._homes: dict[int, tuple[int, str]] = {}  # page -> weights version and salt of its last writer
         self._filled: dict[int, tuple[int, int]] = {}  # page -> its births, and how much of it is written since
         self._blocks: PagePool | None = None
@@ -99,6 +112,69 @@ class Watch:
             assert known != births[page] or first >= filled, "a place in a page is written twice"
             self._filled[page] = births[page], last
             self._homes[page] = scheduler.version, sample.request.cache_salt
+
+
+class Resident:
+    """What a prompt should find: the longest of its fronts, in whole pages and without its last token, that was
+    computed and is still there.
+
+    Told by the tokens that samples have computed, and by which pages are held or cached; never by the pool's keys.
+    """
+
+    def __init__(self) -> None:
+        self._pool: PagePool | None = None
+        self._chains: dict[int, tuple[int, tuple[int, ...]]] = {}  # page -> births, the fronts that end up to its end
+        self._hidden: set[tuple[int, int]] = set()  # (page, births) that nobody may find
+        self._fronts: weakref.WeakKeyDictionary[Sample, tuple[int, list[int]]] = weakref.WeakKeyDictionary()
+
+    def remember(self, scheduler: Scheduler, samples: Iterable[Sample]) -> None:
+        """What these samples' pages hold now. A page after a hidden one is hidden too."""
+        if self._pool is not scheduler.page_pool:
+            self._pool, self._chains, self._hidden = scheduler.page_pool, {}, set()
+        births, size = scheduler.page_pool.births, scheduler.engine_config.page_size
+        for sample in samples:
+            full = min(sample.num_computed, sample.num_tokens) // size
+            fronts, hidden = self._fronts_of(sample, sample.version, full, size), False
+            for index, page in enumerate(sample.pages[:full]):
+                known = self._chains.get(page, (0, ()))[0] == births[page]
+                hidden |= (page, births[page]) in self._hidden or (sample.has_old_pages and not known)
+                if hidden:
+                    self._hidden.add((page, births[page]))
+                elif not known:
+                    self._chains[page] = births[page], tuple(fronts[: index + 1])
+
+    def forget(self, scheduler: Scheduler, sample: Sample) -> None:
+        """A failed sample's pages are not to be found, nor what holds the same or follows it."""
+        self.remember(scheduler, scheduler.running)
+        gone = {self._chains[page][1][-1] for page in sample.pages if page in self._chains}
+        for page, (births, fronts) in list(self._chains.items()):
+            if gone.intersection(fronts):
+                del self._chains[page]
+                self._hidden.add((page, births))
+
+    def check_hit(self, scheduler: Scheduler, sample: Sample, num_found: int) -> None:
+        self.remember(scheduler, scheduler.running)
+        pool, size = scheduler.page_pool, scheduler.engine_config.page_size
+        there = {
+            fronts[-1]
+            for page, (births, fronts) in self._chains.items()
+            if births == pool.births[page] and (pool._holders[page] or page in pool._cached)
+        }
+        most = (sample.num_tokens - 1) // size if pool.caching else 0
+        fronts = self._fronts_of(sample, scheduler.version, most, size)
+        expected = next((index for index, front in enumerate(fronts[:most]) if front not in there), most)
+        assert num_found == expected, f"a prompt finds {num_found} pages where {expected} were computed and are there"
+
+    def _fronts_of(self, sample: Sample, version: int, count: int, size: int) -> list[int]:
+        """A number for each front of `count` whole pages, under these weights and the sample's salt."""
+        known, fronts = self._fronts.get(sample, (version, []))
+        if known != version:
+            fronts = []
+        while len(fronts) < count:
+            tokens, start = sample.tokens(len(fronts) * size, (len(fronts) + 1) * size), fronts[-1] if fronts else 0
+            fronts.append(hash((start, version, sample.request.cache_salt, *tokens)))
+        self._fronts[sample] = version, fronts
+        return fronts
 
 
 def _budget_left(scheduler: Scheduler, plan: Plan) -> int:

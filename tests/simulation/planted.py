@@ -58,6 +58,17 @@ def a_failed_page_stays_in_the_cache(patch):
     patch.setattr(PagePool, "discard", lambda blocks, pages: None)
 
 
+@found_by(r"a prompt finds \d+ pages where \d+ were computed")
+def a_page_that_is_computed_twice_ends_its_chain(patch):
+    """The second of equal pages stays without a key, and so does every page after it."""
+
+    @around(patch, PagePool, "register")
+    def register(original, blocks, page, parent, tokens, version, salt):
+        before = blocks._keys[parent].digest if parent in blocks._keys else root_digest(version, salt)
+        if chain_digest(before, page_pool._content(tokens)) not in blocks._by_digest:
+            original(blocks, page, parent, tokens, version, salt)
+
+
 # -- hashes ------------------------------------------------------------------------------------------------------------
 
 
@@ -67,7 +78,7 @@ def the_hash_leaves_out_the_parent(patch):
     patch.setattr(page_pool, "chain_digest", lambda parent, tokens: chain_digest(b"", tokens))
 
 
-@found_by("reads what is not its own|another version or salt")
+@found_by("reads what is not its own|another version or salt|a prompt finds")
 def a_hit_compares_the_tokens_alone(patch):
     def match(blocks, tokens, version, salt, known=None):
         pages, size = [], blocks.page_size
@@ -82,7 +93,7 @@ def a_hit_compares_the_tokens_alone(patch):
     patch.setattr(PagePool, "match", match)
 
 
-@found_by("another version or salt|starts nowhere|holds other tokens")
+@found_by("another version or salt|starts nowhere|holds other tokens|a prompt finds")
 def the_hash_leaves_out_the_version(patch):
     patch.setattr(page_pool, "root_digest", lambda version, salt: root_digest(0, salt))
 

@@ -93,7 +93,8 @@ def test_answers_alone_betray_what_reads_wrong_pages(name, monkeypatch):
 
     Then it is a token that differs from the request's run alone.
     """
-    for owner, check in ((invariants.Watch, "see"), (invariants.CacheCheck, "check"), (world, "check_step")):
+    checks = (invariants.Watch, "see"), (invariants.Resident, "check_hit"), (invariants.CacheCheck, "check")
+    for owner, check in (*checks, (world, "check_step")):
         monkeypatch.setattr(owner, check, lambda *given: None)
     plant, _ = PLANTED[name]
     plant(monkeypatch)
