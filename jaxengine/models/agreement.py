@@ -1,6 +1,6 @@
 """A config.json held against the tensors beside it: what the file holds counts, and every difference is said.
 
-As in transformers 5 and vLLM for a tied output head; the same for the dtype.
+As in transformers 5 and vLLM for a tied flag beside another head; the same for the dtype.
 """
 
 import logging
@@ -18,13 +18,13 @@ log = logging.getLogger("jaxengine")
 ROWS = 1 << 12  # of two tables that are compared at once
 
 
-def tied_as_the_file(model_config: ModelConfig, tensors: TensorFolder) -> bool:
-    """Whether the output head is the embedding: a head of its own in the file is used, and a missing one is tied.
+def tied_as_the_file(said: Any, tensors: TensorFolder) -> bool:
+    """Whether the output head is the embedding, where config.json says `said` (None: nothing) of tie_word_embeddings.
 
-    Two equal tables are one. Logs where tie_word_embeddings says otherwise.
+    A head in the file that is not the embedding is used, and logged where the flag says that there is none. A head that
+    is missing is the embedding only where the flag does not say otherwise: it may have been lost, which `load` refuses.
     """
-    names = set(tensors.names)
-    if model_config.tie_word_embeddings and heads_differ(tensors):
+    if said and heads_differ(tensors):
         log.warning(
             "%s: config.json says that tie_word_embeddings is true, and the file has another %s than %s: the file's "
             "is used. hf_overrides={'tie_word_embeddings': False}, or false in config.json, says the same",
@@ -33,15 +33,7 @@ def tied_as_the_file(model_config: ModelConfig, tensors: TensorFolder) -> bool:
             EMBEDDING,
         )
         return False
-    if not model_config.tie_word_embeddings and EMBEDDING in names and HEAD not in names:
-        log.warning(
-            "%s: config.json says that tie_word_embeddings is false, and the file has no %s: the embedding is used. "
-            "hf_overrides={'tie_word_embeddings': True}, or true in config.json, says the same",
-            tensors.path,
-            HEAD,
-        )
-        return True
-    return model_config.tie_word_embeddings
+    return HEAD not in tensors.names if said is None else said
 
 
 def heads_differ(tensors: TensorFolder) -> bool:
@@ -104,7 +96,15 @@ def differing_sizes(model_config: ModelConfig, tensors: TensorFolder) -> list[st
         "num_key_value_heads * head_dim": groups * h,
         "attention_bias": model_config.qkv_bias,
     }
-    return [f"config.json says {name}={said[name]}, the file {held[name]}" for name in held if held[name] != said[name]]
+    lines = [
+        f"config.json says {name}={said[name]}, the file {held[name]}" for name in held if held[name] != said[name]
+    ]
+    if not model_config.tie_word_embeddings and HEAD not in tensors.names:
+        lines.append(
+            f"config.json says tie_word_embeddings=False, the file has no {HEAD}: if the embedding is the head, give "
+            "hf_overrides={'tie_word_embeddings': True}"
+        )
+    return lines
 
 
 _PLAIN_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim")

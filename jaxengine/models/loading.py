@@ -62,18 +62,18 @@ def read_model_config(
         dtype=dtype_name(dtype, model_config.dtype),
         reduction_leaves=reduction_leaves,
     )
-    return _borne_out(folder, model_config, said_dtype(hf), is_auto=isinstance(dtype, str) and dtype == "auto")
+    return _borne_out(folder, model_config, hf, is_auto=isinstance(dtype, str) and dtype == "auto")
 
 
-def _borne_out(folder: Path, model_config: ModelConfig, said: Any, *, is_auto: bool) -> ModelConfig:
+def _borne_out(folder: Path, model_config: ModelConfig, hf: dict[str, Any], *, is_auto: bool) -> ModelConfig:
     """The configuration with what the folder's tensors say otherwise; of a folder without tensors, as it is."""
     if not has_tensors(folder):
         return model_config
     with open_folder(folder) as tensors:
         return dataclasses.replace(
             model_config,
-            tie_word_embeddings=agreement.tied_as_the_file(model_config, tensors),
-            dtype=agreement.dtype_of_the_file(said, tensors) if is_auto else model_config.dtype,
+            tie_word_embeddings=agreement.tied_as_the_file(hf.get("tie_word_embeddings"), tensors),
+            dtype=agreement.dtype_of_the_file(said_dtype(hf), tensors) if is_auto else model_config.dtype,
         )
 
 

@@ -79,7 +79,7 @@ def without_head(params):
             r"1 leaves hold NaN or infinity, so the weights stay .*:\n  norm$",
         ),
         (lambda p: replaced(p, "embed", lambda x: x.at[0, 5, 5].set(jnp.inf)), r"hold NaN or infinity.*\n  embed$"),
-        (lambda p: {"embed": p.embed}, "25 differences:\n  missing 'model.embed_tokens.weight'"),
+        (lambda p: {"embed": p.embed}, "26 differences:\n  missing 'model.embed_tokens.weight'"),
         (lambda p: None, "leaves differ"),
     ],
     ids=["missing", "shape", "dtype", "NaN", "inf", "another tree", "nothing"],

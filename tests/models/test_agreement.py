@@ -83,13 +83,27 @@ def test_a_head_of_another_dtype_is_compared_by_value(tmp_path, parts, said):
     assert not loading.read_model_config(folder, dtype="bfloat16").tie_word_embeddings
 
 
-def test_no_head_means_the_embedding(tmp_path, parts, said):
+@pytest.mark.parametrize("nothing", [{"tie_word_embeddings": None}, {}])
+def test_where_nothing_is_said_the_file_tells(tmp_path, parts, said, nothing):
     config, tensors = parts
-    folder = write(tmp_path / "m", tensors, **config | {"tie_word_embeddings": False})
+    del config["tie_word_embeddings"]
+    folder = write(tmp_path / "none", tensors, **config | nothing)
     model_config = loading.read_model_config(folder)
     assert model_config.tie_word_embeddings and loading.load(folder, model_config).head is None
-    (message,) = said.messages
-    assert "tie_word_embeddings is false" in message and HEAD in message
+    folder = write(tmp_path / "other", tensors | {HEAD: other(tensors[EMBEDDING])}, **config | nothing)
+    model_config = loading.read_model_config(folder)
+    assert not model_config.tie_word_embeddings and loading.load(folder, model_config).head is not None
+    assert not said.messages
+
+
+def test_a_head_that_the_flag_promises_is_not_made_up(tmp_path, parts):
+    """It may have been lost; transformers 5.24 would fill it with random numbers."""
+    config, tensors = parts
+    folder = write(tmp_path / "m", tensors, **config | {"tie_word_embeddings": False})
+    with pytest.raises(ValueError, match=f"missing '{HEAD}'(.|\n)*hf_overrides={{'tie_word_embeddings': True}}"):
+        loading.load(folder, loading.read_model_config(folder))
+    model_config = loading.read_model_config(folder, hf_overrides={"tie_word_embeddings": True})
+    assert loading.load(folder, model_config).head is None
 
 
 def test_an_override_that_agrees_with_the_file_is_silent(tmp_path, parts, said):
