@@ -3,15 +3,14 @@
 Each key is used once, each leaf is filled, shapes are checked.
 """
 
-import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import numpy as np
 
-from checkpoints.safetensors_files import MAX_SHARD_BYTES, TensorFolder, save_folder
+from checkpoints.safetensors_files import TensorFolder
 
 MAX_DIFFERENCES = 10  # listed in one error; a wrong architecture would differ in every line
 
@@ -58,25 +57,50 @@ def read(
     _check_table(entries)
     differences = _differences(folder, entries, ignore)
     if differences:
-        raise ValueError(_listed(f"{folder.path} does not fit the model", differences))
+        hint = _prefix_hint(folder.names, entries)
+        raise ValueError(_listed(f"{folder.path} does not fit the model", differences) + hint)
     return ((entry.target, entry.pack([folder.read(source) for source in entry.sources])) for entry in entries)
 
 
-def write(
-    path: str | os.PathLike[str],
-    entries: Sequence[Entry],
-    leaves: Callable[[str], np.ndarray],
-    *,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> None:
-    """Writes `leaves(target)` of each entry under the Hugging Face names, one leaf after the other.
+def packed(
+    tensors: Iterable[tuple[str, np.ndarray]], entries: Sequence[Entry], ignore: Sequence[str] = ()
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields (target, packed array) as soon as an entry's sources have come; they may come in any order.
 
-    Raises ValueError where an unpacked source has not the shape of the table, and what `save_folder` raises; no half
-    model is left under the real names.
+    What is held here are the sources of leaves that are not whole yet. What does not fit is known at the end alone:
+    the last step raises one ValueError that lists the first ten tensors that are missing, misshapen, unexpected or
+    given twice, and leaves that were taken before it are to be dropped.
     """
     _check_table(entries)
-    pairs = (pair for entry in entries for pair in _unpacked(entry, leaves(entry.target)))
-    save_folder(path, pairs, max_shard_bytes=max_shard_bytes)
+    entry_of = {source: entry for entry in entries for source in entry.sources}
+    waiting: dict[str, dict[str, np.ndarray]] = {entry.target: {} for entry in entries}
+    seen: set[str] = set()
+    wrong: list[str] = []
+    for name, tensor in tensors:
+        entry = entry_of.get(name)
+        difference = f"{name!r} is given twice" if name in seen else _difference(name, tensor.shape, entry, ignore)
+        seen.add(name)
+        if difference:
+            wrong.append(difference)
+        if entry is None or wrong:
+            continue
+        parts = waiting[entry.target]
+        parts[name] = tensor
+        if len(parts) == len(entry.sources):
+            del waiting[entry.target]
+            yield entry.target, entry.pack([parts[source] for source in entry.sources])
+    wrong = _missing(entry_of, seen) + wrong
+    if wrong:
+        raise ValueError(_listed("the tensors do not fit the model", wrong) + _prefix_hint(seen, entries))
+
+
+def unpacked(entries: Sequence[Entry], leaves: Callable[[str], np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, tensor) pairs of `leaves(target)` under the Hugging Face names, one leaf after the other.
+
+    Raises ValueError where an unpacked source has not the shape of the table.
+    """
+    _check_table(entries)
+    return (pair for entry in entries for pair in _unpacked(entry, leaves(entry.target)))
 
 
 def _check_table(entries: Sequence[Entry]) -> None:
@@ -92,28 +116,44 @@ def _check_table(entries: Sequence[Entry]) -> None:
 
 
 def _differences(folder: TensorFolder, entries: Sequence[Entry], ignore: Sequence[str]) -> list[str]:
-    expected = {
-        source: tuple(shape) for entry in entries for source, shape in zip(entry.sources, entry.shapes, strict=True)
-    }
+    entry_of = {source: entry for entry in entries for source in entry.sources}
     present = set(folder.names)
-    missing = [f"missing {name!r} {shape}" for name, shape in expected.items() if name not in present]
-    misshapen = [
-        f"shape of {name!r}: the file has {folder.shape(name)}, the model needs {shape}"
-        for name, shape in expected.items()
-        if name in present and folder.shape(name) != shape
-    ]
-    unexpected = [
-        f"unexpected {name!r} {folder.shape(name)}"
-        for name in folder.names
-        if name not in expected and not any(fnmatchcase(name, pattern) for pattern in ignore)
-    ]
-    return missing + misshapen + unexpected
+    missing = _missing(entry_of, present)
+    names = [name for name in entry_of if name in present] + [name for name in folder.names if name not in entry_of]
+    found = (_difference(name, folder.shape(name), entry_of.get(name), ignore) for name in names)
+    return missing + [difference for difference in found if difference]
+
+
+def _missing(entry_of: dict[str, Entry], present: set[str]) -> list[str]:
+    return [f"missing {name!r} {_shape_of(entry, name)}" for name, entry in entry_of.items() if name not in present]
+
+
+def _difference(name: str, shape: tuple[int, ...], entry: Entry | None, ignore: Sequence[str]) -> str | None:
+    """What is wrong with one tensor that is there, in words."""
+    if entry is None:
+        excused = any(fnmatchcase(name, pattern) for pattern in ignore)
+        return None if excused else f"unexpected {name!r} {tuple(shape)}"
+    needed = _shape_of(entry, name)
+    if tuple(shape) == needed:
+        return None
+    return f"shape of {name!r}: given {tuple(shape)}, the model needs {needed}"
+
+
+def _shape_of(entry: Entry, source: str) -> tuple[int, ...]:
+    return tuple(entry.shapes[entry.sources.index(source)])
 
 
 def _listed(what: str, differences: Sequence[str]) -> str:
     shown = "".join(f"\n  {difference}" for difference in differences[:MAX_DIFFERENCES])
     more = len(differences) - MAX_DIFFERENCES
     return f"{what}, {len(differences)} differences:{shown}" + (f"\n  and {more} more" if more > 0 else "")
+
+
+def _prefix_hint(names: Iterable[str], entries: Sequence[Entry]) -> str:
+    """Names that wrappers of modules made ("_orig_mod.", "module.") are the right ones after a prefix."""
+    first = entries[0].sources[0]
+    prefixes = [name.removesuffix(first) for name in names if name.endswith(first) and name != first]
+    return f"\nThe names begin with {prefixes[0]!r}: take that away" if prefixes else ""
 
 
 def _unpacked(entry: Entry, leaf: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from checkpoints.safetensors_header import DTYPES, MAX_DIMENSIONS, Header
 from checkpoints.safetensors_index import INDEX_FILE, SINGLE_FILE, headers_of
 
-MAX_SHARD_BYTES = 4 * 2**30
+MAX_SHARD_BYTES = 5 * 10**9
 
 
 class TensorFolder:
@@ -89,6 +89,16 @@ def open_folder(path: str | os.PathLike[str]) -> TensorFolder:
     return TensorFolder(folder, headers_of(folder))
 
 
+def has_tensors(path: str | os.PathLike[str]) -> bool:
+    """Whether the folder holds a safetensors file or an index, right or wrong."""
+    return bool(_tensor_files(Path(path)))
+
+
+def _tensor_files(folder: Path) -> list[str]:
+    names = [entry.name for entry in folder.iterdir()]
+    return sorted(name for name in names if name.endswith(".safetensors") or name == INDEX_FILE)
+
+
 def save_folder(
     path: str | os.PathLike[str], tensors: Iterable[tuple[str, np.ndarray]], *, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
@@ -104,10 +114,9 @@ def save_folder(
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes must be at least 1, got {max_shard_bytes}")
     folder.mkdir(parents=True, exist_ok=True)
-    present = [entry.name for entry in folder.iterdir() if entry.suffix == ".safetensors" or entry.name == INDEX_FILE]
-    if present:  # replacing several files cannot be done at once, and half of each model would open
+    if has_tensors(folder):  # replacing several files cannot be done at once, and half of each model would open
         raise FileExistsError(
-            f"{folder} already holds {sorted(present)[0]}: save into a new folder or remove the old tensors"
+            f"{folder} already holds {_tensor_files(folder)[0]}: save into a new folder or remove the old tensors"
         )
     with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder) as scratch:
         shards = [

@@ -102,6 +102,17 @@ class ModelConfig:
         return self.num_attention_heads // self.num_key_value_heads
 
     @property
+    def context_length(self) -> int:
+        """Positions that the rope reaches.
+
+        Some configurations with yarn have stretched max_position_embeddings already, and model cards leave it as it
+        was: the larger counts. Those with llama3 have, those with linear have not, as vLLM reads them.
+        """
+        if self.rope.kind == "yarn":
+            return max(self.max_position_embeddings, int(self.rope.original_max_position_embeddings * self.rope.factor))
+        return int(self.max_position_embeddings * (self.rope.factor if self.rope.kind == "linear" else 1.0))
+
+    @property
     def padded_vocab_size(self) -> int:
         """vocab_size rounded up so that every leaf holds whole blocks.
 

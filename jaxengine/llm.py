@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from checkpoints.model_folder import find_folder
+from checkpoints.model_folder import GENERATION_FILE, TOKENIZER_FILES, copy_files, find_folder
 from jaxengine.base.arguments import check_keywords
 from jaxengine.base.keys import folded, key_data, seeded
 from jaxengine.base.progress import Progress
@@ -22,9 +22,11 @@ from jaxengine.engine import idle_pools, memory
 from jaxengine.engine.engine import Engine
 from jaxengine.engine.session import Session
 from jaxengine.engine.settings import ENGINE_KEYWORDS, resolve_engine_config
+from jaxengine.engine.weights import check_alive
 from jaxengine.host.admission import prompts_of, sampling_of
 from jaxengine.host.sample import Request
 from jaxengine.models import loading
+from jaxengine.models.generation_config import sampling_defaults
 from jaxengine.models.params import Decoder
 from jaxengine.outputs import RequestOutput, RequestOutputs
 from jaxengine.sampling_params import SamplingParams
@@ -32,7 +34,7 @@ from jaxengine.text.tokenizer import Tokenizer
 
 OWN_KEYWORDS = (
     "model", "dtype", "tokenizer", "seed", "reduction_leaves", "tensor_parallel_size", "data_parallel_size", "mesh",
-    "progress",
+    "progress", "revision", "hf_overrides",
 )  # fmt: skip
 
 
@@ -44,8 +46,11 @@ class LLM:
     `close`. `verify` has the LLM to itself from its first check to its last. `contract` has a lock of its own, and
     `abort` and `resume` wait for nothing.
 
-    `model` is the name of the model that ships ("calc"), a folder in Hugging Face format or a hub id. `dtype` is "auto"
-    (the file's), "float32", "bfloat16" or "float16", or numpy's or JAX's own. `tokenizer` is another folder's.
+    `model` is the name of the model that ships ("calc"), a folder in Hugging Face format or a hub id, `revision` the
+    branch, tag or commit of a hub id. `dtype` is "auto" (the file's), "float32", "bfloat16" or "float16", or numpy's or
+    JAX's own. `tokenizer` is another folder's. `hf_overrides` is a dict of what counts in the place of config.json's
+    values, merged key by key: `{"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}` stretches the context.
+    Where config.json and the weights' file disagree (tied head, dtype), the file counts and a warning says so.
     `reduction_leaves` is the number of parts that every long sum is cut into, and so the most devices that can ever
     share the model; it is in the bits. `num_pages` is sized from memory unless given. `seed` is the key of calls that
     bring none. `progress` shows loading, compiling and tokens on stderr. Further keywords are EngineConfig's: they
@@ -67,6 +72,8 @@ class LLM:
         data_parallel_size: int = 1,
         mesh: Any = None,
         progress: bool = True,
+        revision: str | None = None,
+        hf_overrides: dict[str, Any] | None = None,
         **engine: Any,
     ) -> None:
         check_keywords("LLM", engine, (*OWN_KEYWORDS, *ENGINE_KEYWORDS))
@@ -74,10 +81,13 @@ class LLM:
             raise NotImplementedError(
                 "this version runs on one device: leave tensor_parallel_size and data_parallel_size at 1"
             )
-        key, folder, shown = seeded(seed), find_folder(model), Progress(progress)
-        config = loading.read_model_config(folder, dtype=dtype, reduction_leaves=reduction_leaves)
+        key, folder, shown = seeded(seed), find_folder(model, revision=revision), Progress(progress)
+        self._folder, self._tokenizer_folder = folder, _tokenizer_folder(tokenizer, folder)
+        text = None if self._tokenizer_folder is None else Tokenizer.load(self._tokenizer_folder)
+        config = loading.read_model_config(
+            folder, dtype=dtype, reduction_leaves=reduction_leaves, hf_overrides=hf_overrides, tokenizer=text
+        )
         engine_config = idle_pools.with_room(lambda: resolve_engine_config(config, engine))
-        text = _load_tokenizer(tokenizer, folder)
 
         def load() -> Decoder:
             with memory.explained(config, engine_config, "loading the weights"):
@@ -101,6 +111,7 @@ class LLM:
         own = ("config", "params", "tokenizer", "seed", "progress")
         check_keywords("LLM.from_params", engine, (*own, *ENGINE_KEYWORDS))
         self = cls.__new__(cls)
+        self._folder = self._tokenizer_folder = None
         engine_config = idle_pools.with_room(lambda: resolve_engine_config(config, engine, params))
         self._start(config, engine_config, params, tokenizer, seeded(seed), Progress(progress))
         return self
@@ -131,6 +142,15 @@ class LLM:
     @property
     def engine_config(self) -> EngineConfig:
         return self.session.engine_config
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What the folder's generation_config.json recommends (models/generation_config.py).
+
+        Unlike in vLLM, `generate` without sampling_params does not take it: it draws with SamplingParams(), from the
+        model's own distribution, and nothing in a folder changes what a policy is scored under. Pass it on purpose.
+        Raises ValueError naming the file for a value that SamplingParams refuses.
+        """
+        return SamplingParams() if self._folder is None else sampling_defaults(self._folder)
 
     def memory_plan(self) -> memory.MemoryPlan:
         """What weights, cache and workspace take on the device."""
@@ -239,9 +259,12 @@ class LLM:
     # -- weights ------------------------------------------------------------------------------------------------------
 
     def update_params(
-        self, params: Decoder, *, in_flight: str = "recompute", version: int | None = None, cast: bool = False
+        self, params: Any, *, in_flight: str = "recompute", version: int | None = None, cast: bool = False
     ) -> int:
         """Run other weights from the next token on; returns their version, which every token of theirs carries.
+
+        `params` are a pytree as `llm.params` is, or weights under Hugging Face's names: a folder's path, a dict from
+        names to arrays (numpy's, JAX's, PyTorch's), or pairs of them in any order (models/named_weights.py).
 
         All or nothing: where leaves are missing, misnamed, of another shape or dtype or not finite, ValueError lists
         them and the old weights stay. Nothing is compiled again, and leaves are copied only where they do not lie on
@@ -254,6 +277,22 @@ class LLM:
         resumed run gives its own, higher than the current one.
         """
         return self.session.update_params(params, in_flight=in_flight, version=version, cast=cast)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the weights that run as a folder in Hugging Face format, which LLM, transformers and vLLM open.
+
+        safetensors of at most 5 GB each, config.json, and the tokenizer and generation_config.json of the folder that
+        this LLM was built from; `from_params` knows none. Raises FileExistsError where the folder holds tensors,
+        RuntimeError where the weights were donated.
+        """
+        params = self.params
+        check_alive(params)
+        assert params is not None
+        loading.save(folder, self.config, params)
+        if self._tokenizer_folder is not None:
+            copy_files(self._tokenizer_folder, folder, TOKENIZER_FILES)
+        if self._folder is not None:
+            copy_files(self._folder, folder, [GENERATION_FILE])
 
     @property
     def weights_version(self) -> int:
@@ -420,8 +459,8 @@ def _check_ids(request_ids: Sequence[str] | None, count: int) -> None:
             raise ValueError(f"request_ids[{index}] must be a string, got {request_id!r:.80}")
 
 
-def _load_tokenizer(given: Any, folder: Path) -> Tokenizer | None:
-    """The tokenizer asked for, else the model folder's; None where the folder has none (token ids work without)."""
+def _tokenizer_folder(given: Any, folder: Path) -> Path | None:
+    """Where the tokenizer asked for is, else the model's own; None where there is none (token ids work without)."""
     if given is not None:
-        return Tokenizer.load(find_folder(given, "tokenizer"))
-    return Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else None
+        return find_folder(given, "tokenizer")
+    return folder if (folder / "tokenizer.json").exists() else None

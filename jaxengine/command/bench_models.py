@@ -43,7 +43,7 @@ def open_model(model: str, *, dtype: str = "auto", progress: bool = False, **eng
 
 
 def _room(config: ModelConfig) -> dict[str, Any]:
-    return ENGINE | {"max_model_len": min(ENGINE["max_model_len"], config.max_position_embeddings)}
+    return ENGINE | {"max_model_len": min(ENGINE["max_model_len"], config.context_length)}
 
 
 def write_config(folder: Path, config: ModelConfig) -> None:

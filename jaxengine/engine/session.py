@@ -19,6 +19,7 @@ from jaxengine.engine.to_outputs import to_output
 from jaxengine.engine.weights import check_alive, placed, prepared
 from jaxengine.host.admission import Admission, sampling_of
 from jaxengine.host.sample import Request
+from jaxengine.models.named_weights import to_decoder
 from jaxengine.models.params import Decoder
 from jaxengine.outputs import RequestOutput
 from jaxengine.sampling_params import SamplingParams
@@ -121,11 +122,12 @@ class Session:
         """What has to be equal for bits to be equal, of the weights that run."""
         return self.contracts.current()
 
-    def update_params(self, params: Decoder, *, in_flight: str, version: int | None, cast: bool) -> int:
+    def update_params(self, params: Any, *, in_flight: str, version: int | None, cast: bool) -> int:
         """Other weights from the next token on (LLM.update_params); returns their version. Holds the lock."""
         if in_flight not in IN_FLIGHT:
             raise ValueError(f"in_flight must be one of {', '.join(map(repr, IN_FLIGHT))}, got {in_flight!r}")
         self.runner.check_usable()
+        params = to_decoder(params, self.model_config, cast=cast)
         homes = self.params if self._homes is None else self._homes
         params = prepared(params, self.model_config, homes, cast=cast)
         with self.runner.alone():

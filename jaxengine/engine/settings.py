@@ -27,14 +27,17 @@ def resolve_engine_config(
     """
     given = {name: value for name, value in given.items() if value is not None}
     on_cpu = jax.devices()[0].platform == "cpu"
-    given.setdefault("max_model_len", model_config.max_position_embeddings)
+    given.setdefault("max_model_len", model_config.context_length)
     given.setdefault("max_num_batched_tokens", CPU_TOKENS if on_cpu else DEVICE_TOKENS)
     given["kernels"] = choose_kernels(given.get("kernels", "auto"), model_config).name
     engine_config = EngineConfig(**given)
-    if engine_config.max_model_len > model_config.max_position_embeddings:
+    if engine_config.max_model_len > model_config.context_length:
+        rope = model_config.rope
         raise ValueError(
-            f"max_model_len={engine_config.max_model_len} is more than the model's max_position_embeddings="
-            f"{model_config.max_position_embeddings}"
+            f"max_model_len={engine_config.max_model_len} is more than the {model_config.context_length} positions of "
+            f"the model (max_position_embeddings={model_config.max_position_embeddings}, rope {rope.kind} with factor "
+            f"{rope.factor:g}); to stretch it, give LLM hf_overrides={{'rope_parameters': {{'rope_type': 'yarn', "
+            "'factor': …}}"
         )
     if "num_pages" not in given:
         engine_config = memory.sized_pool(model_config, engine_config, params)

@@ -3,17 +3,30 @@
 What the families share; each family file adds its differences.
 """
 
-import math
 from typing import Any
 
 import numpy as np
 
 from checkpoints.key_table import Entry
-from jaxengine.base.arguments import flag, integer, items, nearest, real
-from jaxengine.config import ModelConfig, RopeConfig
+from jaxengine.base.arguments import integer, items
+from jaxengine.config import ModelConfig
+from jaxengine.models.generation_config import end_tokens
+from jaxengine.models.rope_parameters import given, rope_config, rope_json
 
 IGNORED_KEYS = ("*.rotary_emb.inv_freq",)  # buffers that old files carry
-ROPE_KINDS = ("default", "linear", "llama3", "yarn")
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+NEEDED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+)
+CONFIG_KEYS = (  # of config.json, beside the rope's
+    *NEEDED, "architectures", "num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings", "hidden_act",
+    "mlp_bias", "attention_bias", "use_sliding_window", "layer_types", "eos_token_id", "bos_token_id", "text_config",
+)  # fmt: skip
 
 
 def model_config_of(hf: dict[str, Any], **differences: Any) -> ModelConfig:
@@ -26,18 +39,10 @@ def model_config_of(hf: dict[str, Any], **differences: Any) -> ModelConfig:
     )
     if other_layers:
         raise ValueError(f"has layer_types with {', '.join(other_layers)}: this decoder computes full_attention only")
-    names = (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "max_position_embeddings",
-    )
-    missing = [name for name in names if name not in hf]
+    missing = [name for name in NEEDED if name not in hf]
     if missing:
         raise ValueError(f"lacks {', '.join(missing)}")
-    sizes = {name: integer(name, hf[name], 1) for name in names}
+    sizes = {name: integer(name, hf[name], 1) for name in NEEDED}
     heads = sizes["num_attention_heads"]
     return ModelConfig(
         architecture=hf["architectures"][0],
@@ -47,118 +52,30 @@ def model_config_of(hf: dict[str, Any], **differences: Any) -> ModelConfig:
         rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
         rope=rope_config(hf),
         tie_word_embeddings=given(hf, "tie_word_embeddings", False),
-        eos_token_ids=end_tokens(hf.get("eos_token_id")),
+        eos_token_ids=end_tokens(hf),
         bos_token_id=hf.get("bos_token_id"),
-        dtype=hf.get("dtype") or hf.get("torch_dtype") or "float32",
+        dtype=said_dtype(hf) or "float32",
         **differences,
     )
 
 
-def given(hf: dict[str, Any], key: str, default: Any) -> Any:
-    """What a configuration says, or the default where it says nothing or null."""
-    return default if hf.get(key) is None else hf[key]
-
-
-def end_tokens(eos_token_id: Any) -> tuple[int, ...]:
-    """The end tokens that config.json or generation_config.json names: none, one or a list."""
-    if eos_token_id is None:
-        return ()
-    tokens = eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
-    return tuple(integer("eos_token_id", token, 0) for token in tokens)
-
-
-def rope_config(hf: dict[str, Any]) -> RopeConfig:
-    """RopeConfig from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
-    scaling = _rope_parameters(hf)
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    if kind not in ROPE_KINDS:
-        raise ValueError(
-            f"rope type {kind!r} is not supported (supported: {', '.join(ROPE_KINDS)}){nearest(str(kind), ROPE_KINDS)}"
-        )
-    if scaling.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise ValueError("partial_rotary_factor other than 1 is not supported")
-
-    def number(name: str, default: float) -> float:
-        return real(name, given(scaling, name, default), 0.0, open_low=True)
-
-    theta, length = number("rope_theta", given(hf, "rope_theta", 10_000.0)), hf["max_position_embeddings"]
-    # In this order, as in transformers: some configurations name the number beside the rope's parameters.
-    original = hf.get("original_max_position_embeddings") or scaling.get("original_max_position_embeddings") or length
-    original = integer("original_max_position_embeddings", original, 1)
-    factor = number("factor", length / original)
-    return RopeConfig(
-        theta,
-        kind,
-        factor if kind != "default" else 1.0,
-        original if kind in ("llama3", "yarn") else 0,
-        low_freq_factor=number("low_freq_factor", 1.0),
-        high_freq_factor=number("high_freq_factor", 4.0),
-        beta_fast=number("beta_fast", 32.0),
-        beta_slow=number("beta_slow", 1.0),
-        attention_factor=_yarn_attention_factor(scaling, factor) if kind == "yarn" else 1.0,
-        truncate=flag("truncate", given(scaling, "truncate", True)),
-    )
-
-
-def _rope_parameters(hf: dict[str, Any]) -> dict[str, Any]:
-    new, old = given(hf, "rope_parameters", {}), given(hf, "rope_scaling", {})
-    for key, value in (("rope_parameters", new), ("rope_scaling", old)):
-        if not isinstance(value, dict):
-            raise ValueError(f"{key} must be an object or null, got {value!r:.80}")
-    if new and old and new != old:
-        raise ValueError(f"has rope_parameters={new} and rope_scaling={old}: keep one of them")
-    found = new or old
-    if any(isinstance(value, dict) for value in found.values()):
-        raise ValueError(
-            f"gives each kind of layer a rope of its own ({', '.join(found)}): this decoder has one for all"
-        )
-    return found
-
-
-def _yarn_attention_factor(scaling: dict[str, Any], factor: float) -> float:
-    """How much yarn scales the rotations. Peng et al. 2023, arXiv:2309.00071, equation 22."""
-    if scaling.get("attention_factor") is not None:
-        return real("attention_factor", scaling["attention_factor"], 0.0, open_low=True)
-
-    def scale(m: float) -> float:
-        return 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-    mscale, all_dim = (real(name, given(scaling, name, 0.0), 0.0) for name in ("mscale", "mscale_all_dim"))
-    return scale(mscale) / scale(all_dim) if mscale and all_dim else scale(1.0)
+def said_dtype(hf: dict[str, Any]) -> Any:
+    """The dtype that config.json names, by transformers 5's key or the one before; None where it leaves it open."""
+    said = hf.get("dtype") or hf.get("torch_dtype")
+    return None if said == "auto" else said
 
 
 def config_json(model_config: ModelConfig, model_type: str) -> dict[str, Any]:
     """config.json of a model with this configuration, as transformers reads it."""
-    rope = model_config.rope
-    parameters: dict[str, Any] = {"rope_theta": rope.theta, "rope_type": rope.kind}
-    if rope.kind != "default":
-        parameters["factor"] = rope.factor
-    if rope.kind in ("llama3", "yarn"):
-        parameters["original_max_position_embeddings"] = rope.original_max_position_embeddings
-    if rope.kind == "llama3":
-        parameters |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
-    if rope.kind == "yarn":
-        parameters |= {name: getattr(rope, name) for name in ("beta_fast", "beta_slow", "attention_factor", "truncate")}
     same = (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "max_position_embeddings",
-        "rms_norm_eps",
-        "tie_word_embeddings",
-        "bos_token_id",
-        "dtype",
-    )
+        *NEEDED, "num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings", "bos_token_id", "dtype"
+    )  # fmt: skip
     eos = model_config.eos_token_ids
     return {
         "architectures": [model_config.architecture],
         "model_type": model_type,
         "hidden_act": "silu",
-        "rope_parameters": parameters,
+        "rope_parameters": rope_json(model_config.rope),
         "eos_token_id": (eos[0] if len(eos) == 1 else list(eos)) if eos else None,
         **{name: getattr(model_config, name) for name in same},
     }
@@ -169,7 +86,7 @@ def key_table(model_config: ModelConfig) -> list[Entry]:
     width, h = model_config.hidden_size, model_config.head_dim
     query, key_value = model_config.num_attention_heads * h, model_config.num_key_value_heads * h
     attention, mlp = "self_attn", model_config.intermediate_size
-    entries = [_vocabulary(model_config, "embed", "model.embed_tokens.weight")]
+    entries = [_vocabulary(model_config, "embed", EMBEDDING)]
     for i in range(model_config.num_hidden_layers):
         ours, theirs = f"layers.{i}", f"model.layers.{i}"
         names = [f"{theirs}.{attention}.{p}_proj" for p in "qkv"]
@@ -201,14 +118,12 @@ def key_table(model_config: ModelConfig) -> list[Entry]:
         if model_config.qk_norm:
             entries += [_vector(f"{ours}.attention.{p}_norm", f"{theirs}.{attention}.{p}_norm.weight", h) for p in "qk"]
     entries.append(_vector("norm", "model.norm.weight", width))
-    return (
-        entries if model_config.tie_word_embeddings else [*entries, _vocabulary(model_config, "head", "lm_head.weight")]
-    )
+    return entries if model_config.tie_word_embeddings else [*entries, _vocabulary(model_config, "head", HEAD)]
 
 
 def ignored_keys(model_config: ModelConfig) -> tuple[str, ...]:
     """Keys that a file may carry without being read: a tied model's head is its embedding."""
-    return (*IGNORED_KEYS, "lm_head.weight") if model_config.tie_word_embeddings else IGNORED_KEYS
+    return (*IGNORED_KEYS, HEAD) if model_config.tie_word_embeddings else IGNORED_KEYS
 
 
 def _vector(target: str, source: str, size: int) -> Entry:

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,35 +16,69 @@ import jax.numpy as jnp
 import numpy as np
 
 from checkpoints import key_table
-from checkpoints.model_folder import read_config, read_generation_config
-from checkpoints.safetensors_files import open_folder
+from checkpoints.key_table import Entry
+from checkpoints.model_folder import GENERATION_FILE, read_config, read_generation_config
+from checkpoints.safetensors_files import TensorFolder, has_tensors, open_folder, save_folder
 from jaxengine.config import DTYPES, ModelConfig
-from jaxengine.models import hugging_face, registry
+from jaxengine.models import agreement, hugging_face, registry
+from jaxengine.models.generation_config import end_tokens, stop_set
+from jaxengine.models.hugging_face import said_dtype
+from jaxengine.models.overrides import overridden
 from jaxengine.models.params import Decoder, by_path, declare, map_declared
+from jaxengine.text.tokenizer import Tokenizer
 
 OTHER_NAMES = {"half": "float16", "float": "float32"}  # of dtypes, in vLLM
 
 
-def read_model_config(folder: Path, *, dtype: Any = "auto", reduction_leaves: int = 1) -> ModelConfig:
-    """The configuration of a model folder. End tokens are generation_config.json's where it names some.
+def read_model_config(
+    folder: Path,
+    *,
+    dtype: Any = "auto",
+    reduction_leaves: int = 1,
+    hf_overrides: Mapping[str, Any] | None = None,
+    tokenizer: Tokenizer | None = None,
+) -> ModelConfig:
+    """The configuration of a model folder, as its tensors bear it out (models/agreement.py), where it has some.
 
-    Raises FileNotFoundError or ValueError naming the file, what it says and what is allowed.
+    `dtype="auto"` is what the file holds. `hf_overrides` change config.json's values before they are read
+    (models/overrides.py). End tokens are those of config.json, of generation_config.json and the tokenizer's own
+    eos_token, together. Raises FileNotFoundError or ValueError naming the file, what it says and what is allowed.
     """
     hf, generation = read_config(folder), read_generation_config(folder)
-    with _naming(folder / "config.json"):
+    with _naming(f"{folder / 'config.json'}{' with hf_overrides' if hf_overrides else ''}"):
+        hf = overridden(hf, hf_overrides)
         model_config = registry.configure(hf)
-    if generation.get("eos_token_id") is not None:
-        with _naming(folder / "generation_config.json"):
-            model_config = dataclasses.replace(
-                model_config, eos_token_ids=hugging_face.end_tokens(generation["eos_token_id"])
-            )
-    return dataclasses.replace(
-        model_config, dtype=dtype_name(dtype, model_config.dtype), reduction_leaves=reduction_leaves
+    with _naming(str(folder / GENERATION_FILE)):
+        generated = end_tokens(generation)
+    own = [] if tokenizer is None or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    sources = [
+        (f"{folder / 'config.json'}", model_config.eos_token_ids),
+        (f"{folder / GENERATION_FILE}", generated),
+        ("the tokenizer", own),
+    ]
+    model_config = dataclasses.replace(
+        model_config,
+        eos_token_ids=stop_set(model_config.vocab_size, sources),
+        dtype=dtype_name(dtype, model_config.dtype),
+        reduction_leaves=reduction_leaves,
     )
+    return _borne_out(folder, model_config, hf, is_auto=isinstance(dtype, str) and dtype == "auto")
+
+
+def _borne_out(folder: Path, model_config: ModelConfig, hf: dict[str, Any], *, is_auto: bool) -> ModelConfig:
+    """The configuration with what the folder's tensors say otherwise; of a folder without tensors, as it is."""
+    if not has_tensors(folder):
+        return model_config
+    with open_folder(folder) as tensors:
+        return dataclasses.replace(
+            model_config,
+            tie_word_embeddings=agreement.tied_as_the_file(hf.get("tie_word_embeddings"), tensors),
+            dtype=agreement.dtype_of_the_file(said_dtype(hf), tensors) if is_auto else model_config.dtype,
+        )
 
 
 @contextlib.contextmanager
-def _naming(file: Path) -> Iterator[None]:
+def _naming(file: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
@@ -74,27 +108,51 @@ def load(folder: Path, model_config: ModelConfig, progress: Callable[[int, int],
     declared, leaves = by_path(declare(model_config)), {}
     with open_folder(folder) as tensors:
         table = hugging_face.key_table(model_config)
-        for target, array in key_table.read(tensors, table, ignore=hugging_face.ignored_keys(model_config)):
-            own = np.array(
-                array, jnp.dtype(declared[target].dtype), order="C"
-            )  # a copy, because the file may change or go
-            leaves[target] = jax.device_put(own)
+        for target, array in _fitting(tensors, model_config, table):
+            leaves[target] = on_device(array, declared[target].dtype)
             if progress is not None:
                 progress(len(leaves), len(table))
     return map_declared(lambda path, _: leaves[path], model_config)
 
 
-def save(
-    folder: str | os.PathLike[str], model_config: ModelConfig, params: Decoder, *, dtype: str | None = None
-) -> None:
-    """Write config.json and safetensors that transformers opens. `dtype` converts on the way out."""
-    model_config = model_config if dtype is None else dataclasses.replace(model_config, dtype=dtype)
+def _fitting(tensors: TensorFolder, model_config: ModelConfig, table: list[Entry]) -> Iterator[tuple[str, np.ndarray]]:
+    """`key_table.read`; its error says too what of config.json the shapes speak against."""
+    if model_config.tie_word_embeddings and agreement.heads_differ(tensors):
+        raise ValueError(
+            f"{tensors.path} has another {hugging_face.HEAD} than {hugging_face.EMBEDDING}, and the configuration has "
+            "tie_word_embeddings true: read_model_config unties it"
+        )
+    try:
+        return key_table.read(tensors, table, ignore=hugging_face.ignored_keys(model_config))
+    except ValueError as error:
+        sizes = agreement.differing_sizes(model_config, tensors)
+        raise ValueError("\n".join([str(error), *sizes])) from error
+
+
+def on_device(array: np.ndarray, dtype: str) -> jax.Array:
+    """A copy of its own on the device, because the file or the caller's array may change."""
+    return jax.device_put(np.array(array, jnp.dtype(dtype), order="C"))
+
+
+def named_tensors(model_config: ModelConfig, params: Decoder) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, array) pairs of `params` under Hugging Face's names and shapes, in `model_config.dtype`."""
     declared, leaves = by_path(declare(model_config)), by_path(params)
 
     def stored(target: str) -> np.ndarray:
         return np.asarray(leaves[target]).astype(jnp.dtype(declared[target].dtype))
 
-    key_table.write(folder, hugging_face.key_table(model_config), stored)
+    return key_table.unpacked(hugging_face.key_table(model_config), stored)
+
+
+def save(
+    folder: str | os.PathLike[str], model_config: ModelConfig, params: Decoder, *, dtype: str | None = None
+) -> None:
+    """Write config.json and safetensors that transformers opens. `dtype` converts on the way out.
+
+    Shards have at most 5 GB. Raises FileExistsError where the folder holds tensors.
+    """
+    model_config = model_config if dtype is None else dataclasses.replace(model_config, dtype=dtype)
+    save_folder(folder, named_tensors(model_config, params))
     family = registry.family(model_config.architecture)
     config = hugging_face.config_json(model_config, family.MODEL_TYPE) | family.differences(model_config)
     Path(folder, "config.json").write_text(json.dumps(config, indent=2) + "\n")

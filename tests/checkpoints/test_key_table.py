@@ -1,5 +1,7 @@
 """The key table: strict in both directions, everything checked before the first leaf, round trips by bits."""
 
+import itertools
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -49,7 +51,7 @@ def test_leaves_come_packed_in_the_order_of_the_table(tmp_path):
 def test_read_then_write_gives_the_same_tensors_by_bits(tmp_path):
     tensors = hugging_face_tensors()
     leaves = dict(key_table.read(saved(tmp_path / "in", tensors), table()))
-    key_table.write(tmp_path / "out", table(), leaves.__getitem__, max_shard_bytes=16)
+    save_folder(tmp_path / "out", key_table.unpacked(table(), leaves.__getitem__), max_shard_bytes=16)
     folder = open_folder(tmp_path / "out")
     assert set(folder.names) == set(tensors)
     for name, tensor in tensors.items():
@@ -71,7 +73,7 @@ def test_all_differences_come_in_one_error_before_any_leaf(tmp_path):
     assert lines[0] == f"{tmp_path} does not fit the model, 3 differences:"
     assert lines[1:] == [
         "  missing 'l.k.weight' (2, 3)",
-        "  shape of 'l.v.weight': the file has (3, 2), the model needs (2, 3)",
+        "  shape of 'l.v.weight': given (3, 2), the model needs (2, 3)",
         "  unexpected 'l.extra' (1,)",
     ]
     assert packed == []
@@ -130,7 +132,7 @@ def test_a_table_that_names_something_twice_is_refused(tmp_path, extra, name):
     with pytest.raises(ValueError, match=message):
         key_table.read(saved(tmp_path / "in", hugging_face_tensors()), [*table(), extra])
     with pytest.raises(ValueError, match=message):
-        key_table.write(tmp_path / "out", [*table(), extra], lambda target: np.zeros(3, BF16))
+        key_table.unpacked([*table(), extra], lambda target: np.zeros(3, BF16))
 
 
 def test_a_target_may_be_called_as_its_source(tmp_path):
@@ -146,5 +148,55 @@ def test_an_entry_has_one_shape_for_each_source():
 def test_a_leaf_of_the_wrong_shape_is_not_written(tmp_path):
     leaves = {"layers.0.qkv": np.zeros((3, 8), BF16), "layers.0.norm": np.zeros(4, BF16)}
     with pytest.raises(ValueError, match=r"layers.0.norm \(4,\) unpacks to shapes \(\(4,\),\): .* have \(\(3,\),\)"):
-        key_table.write(tmp_path, table(), leaves.__getitem__, max_shard_bytes=1)
+        save_folder(tmp_path, key_table.unpacked(table(), leaves.__getitem__), max_shard_bytes=1)
     assert list(tmp_path.iterdir()) == []
+
+
+# -- tensors that come as pairs ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(4)))[::5])
+def test_pairs_in_any_order_are_packed_as_a_folder_is(tmp_path, order):
+    tensors = hugging_face_tensors()
+    pairs = [list(tensors.items())[place] for place in order]
+    expected = dict(key_table.read(saved(tmp_path, tensors), table()))
+    found = dict(key_table.packed(iter(pairs), table()))
+    assert found.keys() == expected.keys()
+    assert all(found[target].tobytes() == expected[target].tobytes() for target in expected)
+
+
+def test_a_leaf_leaves_as_soon_as_it_is_whole():
+    tensors = hugging_face_tensors()
+    names = ["l.norm.weight", "l.v.weight", "l.k.weight", "l.q.weight"]
+    asked = []
+    pairs = ((asked.append(name) or name, tensors[name]) for name in names)
+    leaves = key_table.packed(pairs, table())
+    assert next(leaves)[0] == "layers.0.norm" and asked == names[:1]
+    assert next(leaves)[0] == "layers.0.qkv" and asked == names
+
+
+def test_all_that_is_wrong_with_pairs_is_listed():
+    tensors = hugging_face_tensors()
+    pairs = [("l.v.weight", tensors["l.v.weight"].T), ("l.extra", tensors["l.norm.weight"])]
+    pairs += [("l.norm.weight", tensors["l.norm.weight"])] * 2
+    with pytest.raises(ValueError) as error:
+        list(key_table.packed(pairs, table()))
+    assert str(error.value).splitlines()[1:] == [
+        "  missing 'l.q.weight' (4, 3)",
+        "  missing 'l.k.weight' (2, 3)",
+        "  shape of 'l.v.weight': given (3, 2), the model needs (2, 3)",
+        "  unexpected 'l.extra' (3,)",
+        "  'l.norm.weight' is given twice",
+    ]
+    ignored = [*tensors.items(), ("l.inv_freq", np.zeros(2))]
+    assert len(list(key_table.packed(ignored, table(), ignore=["*.inv_freq"]))) == 2
+
+
+def test_names_that_carry_a_prefix_are_told(tmp_path):
+    wrapped = {f"_orig_mod.{name}": tensor for name, tensor in hugging_face_tensors().items()}
+    for read in (
+        lambda: list(key_table.packed(wrapped.items(), table())),
+        lambda: key_table.read(saved(tmp_path, wrapped), table()),
+    ):
+        with pytest.raises(ValueError, match="The names begin with '_orig_mod.'"):
+            read()

@@ -14,7 +14,15 @@ import pytest
 from huggingface_hub.utils import filter_repo_objects
 
 from checkpoints import model_folder
-from checkpoints.model_folder import find_folder, read_config, read_generation_config, shipped, shipped_names
+from checkpoints.model_folder import (
+    TOKENIZER_FILES,
+    copy_files,
+    find_folder,
+    read_config,
+    read_generation_config,
+    shipped,
+    shipped_names,
+)
 
 
 @pytest.fixture
@@ -53,7 +61,7 @@ def test_a_local_folder_stays_the_same_when_the_working_directory_changes(tmp_pa
 def test_a_hub_id_is_downloaded_without_pickles_and_code(tmp_path, hub_calls):
     assert find_folder("org/name-1.5") == tmp_path
     ((name, options),) = hub_calls
-    assert name == "org/name-1.5"
+    assert name == "org/name-1.5" and options.pop("revision") is None
     wanted = [
         "config.json",
         "model-00001-of-00002.safetensors",
@@ -142,6 +150,78 @@ def test_a_missing_repository_is_reported_with_what_was_tried(monkeypatch):
 def test_an_id_that_the_hub_finds_invalid_is_reported_with_what_was_tried():
     with pytest.raises(FileNotFoundError, match="org/two--dashes.*no such repository"):
         find_folder("org/two--dashes")
+
+
+def test_a_revision_is_the_hubs(tmp_path, hub_calls):
+    assert find_folder("org/name", revision="v2.0") == tmp_path
+    assert hub_calls[0][1]["revision"] == "v2.0"
+
+
+@pytest.mark.parametrize("revision", ["", 7, b"main"])
+def test_what_is_no_revision_is_refused(revision, hub_calls):
+    with pytest.raises(
+        ValueError, match=re.escape(f"revision must be a branch, tag or commit of a hub id, got {revision!r}")
+    ):
+        find_folder("org/name", revision=revision)
+    assert hub_calls == []
+
+
+def test_a_folder_has_no_revisions(tmp_path, hub_calls):
+    with pytest.raises(ValueError, match=f"revision='main' .* {str(tmp_path)!r} is a local folder"):
+        find_folder(tmp_path, revision="main")
+    with pytest.raises(ValueError, match="revision='main' .* 'calc' is a model that ships"):
+        find_folder("calc", revision="main")
+    assert hub_calls == []
+
+
+def test_a_revision_that_the_hub_has_not_is_named(monkeypatch):
+    def refuse(name, **_):
+        response: Any = SimpleNamespace(headers={}, request=None)
+        raise huggingface_hub.errors.RevisionNotFoundError(f"404 for {name}", response=response)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(FileNotFoundError, match="'org/name' .*hub .has no revision 'v9': 404"):
+        find_folder("org/name", revision="v9")
+
+
+def cached_model(cache: Path, commit: str, branch: str) -> Path:
+    """What the hub's cache holds of org/name at one commit."""
+    repository = cache / "hub" / "models--org--name"
+    snapshot = repository / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    (repository / "refs").mkdir(exist_ok=True)
+    (repository / "refs" / branch).write_text(commit)
+    return snapshot
+
+
+def test_a_revision_is_found_in_the_local_cache(tmp_path):
+    old, new = (cached_model(tmp_path, letter * 40, branch) for letter, branch in (("a", "v1"), ("b", "main")))
+    program = (
+        "from checkpoints.model_folder import find_folder\n"
+        "for revision in (None, 'v1', 'a' * 40): print(find_folder('org/name', revision=revision))\n"
+        "try: find_folder('org/name', revision='v2')\n"
+        "except FileNotFoundError as error: print(error)"
+    )
+    text = run_python(program, Path(model_folder.__file__).parents[1], HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
+    *found, refused = text.splitlines()
+    assert found == [str(new), str(old), str(old)]
+    assert "not complete in its cache at revision 'v2'" in refused
+
+
+def test_the_files_of_a_tokenizer_are_copied_and_no_other(tmp_path):
+    kept = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "additional_chat_templates/tools.jinja"]
+    left = ["config.json", "model.safetensors", "tokenizer.py", "README.md"]
+    for name in kept + left:
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_text(name)
+    (tmp_path / "in" / "tokenizer.json").unlink()
+    (tmp_path / "blob").write_text("tokenizer.json")
+    (tmp_path / "in" / "tokenizer.json").symlink_to(tmp_path / "blob")  # as in the hub's cache
+    copy_files(tmp_path / "in", tmp_path / "out", TOKENIZER_FILES)
+    found = {str(path.relative_to(tmp_path / "out")): path for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert {name: path.read_text() for name, path in found.items()} == {name: name for name in kept}
+    assert not found["tokenizer.json"].is_symlink()
 
 
 def test_shipped_names_cannot_leave_the_package():

@@ -4,9 +4,11 @@ Needs torch; run with -m reference, and with -s to see the differences.
 """
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from model_logits import largest_difference, model_logits
@@ -14,8 +16,10 @@ from model_logits import largest_difference, model_logits
 torch = pytest.importorskip("torch", reason="needs torch, which computes the reference")
 import transformers  # noqa: E402
 from make_golden import FAMILIES, build, logits  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
 
 from jaxengine.models import loading  # noqa: E402
+from jaxengine.models.named_weights import to_decoder  # noqa: E402
 from jaxengine.ops.rope import inverse_frequencies  # noqa: E402
 
 pytestmark = pytest.mark.reference
@@ -140,3 +144,104 @@ def test_bfloat16_keeps_its_bits_and_is_rounded_as_torch_rounds(case, tmp_path):
     assert config.dtype == "bfloat16"
     loading.save(tmp_path / "ours", config, loading.load(tmp_path / "theirs", config))
     assert_equal_tensors(opened(tmp_path / "ours"), theirs)
+
+
+# -- folders that say one thing and hold another, and weights as torch has them ---------------------------------------
+
+
+def changed_config(folder: Path, **change: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+
+
+def both(folder: Path, **overrides: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Our logits and transformers' of the folder, both with the overrides, past the original context of any rope."""
+    config = transformers.AutoConfig.from_pretrained(folder, **overrides)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32).eval()
+    tokens = np.random.default_rng(7).integers(0, config.vocab_size, (2, LAST))
+    model_config = loading.read_model_config(folder, dtype="float32", hf_overrides=overrides)
+    return model_logits(model_config, loading.load(folder, model_config), tokens), logits(model, tokens)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 40},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 40, "beta_fast": 8, "truncate": False},
+        {
+            "rope_type": "yarn",
+            "factor": 3.0,
+            "original_max_position_embeddings": 40,
+            "mscale": 0.7,
+            "mscale_all_dim": 1.2,
+        },
+        {"rope_type": "yarn", "factor": 3.0, "original_max_position_embeddings": 40, "attention_factor": 0.8},
+        {"rope_type": "linear", "factor": 3.5},
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 40,
+        },
+    ],
+    ids=lambda rope: "-".join(map(str, rope.values())),
+)
+@pytest.mark.parametrize("case", SEEDS[:1], indirect=True)
+def test_an_override_stretches_the_rope_as_transformers_does(case, rope, tmp_path):
+    model, *_ = case
+    model.save_pretrained(tmp_path)
+    theta = json.loads((tmp_path / "config.json").read_text())["rope_parameters"]["rope_theta"]
+    plain, _ = both(tmp_path)
+    found, expected = both(tmp_path, rope_parameters=rope | {"rope_theta": theta})
+    assert largest_difference(found, expected) < TOLERANCE < largest_difference(found, plain)
+
+
+@pytest.mark.parametrize("case", SEEDS[:3], indirect=True)
+@pytest.mark.parametrize("head", ["another", "the embedding", "none"])
+def test_a_tied_flag_beside_each_head(case, head, tmp_path):
+    model, *_ = case
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    if head != "none":
+        embedding = tensors["model.embed_tokens.weight"]
+        tensors["lm_head.weight"] = embedding.flip(0).contiguous() if head == "another" else embedding.clone()
+    model.config.save_pretrained(tmp_path)
+    changed_config(tmp_path, tie_word_embeddings=True)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert loading.read_model_config(tmp_path).tie_word_embeddings == (head != "another")
+    found, expected = both(tmp_path)
+    assert largest_difference(found, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_torch_tensors_under_their_names(case, dtype):
+    """A trainer's state_dict, a tied model's second name for its embedding included."""
+    model, folder, _, leaves = case
+    config = loading.read_model_config(folder, reduction_leaves=leaves, dtype=str(dtype).removeprefix("torch."))
+    tensors = copy.deepcopy(model).to(dtype).state_dict()
+    expected = loading.load(folder, config)
+    for given in (tensors, iter(list(tensors.items()))):
+        found = to_decoder(given, config)
+        assert jax.tree.structure(found) == jax.tree.structure(expected)
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            assert a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+@pytest.mark.parametrize("case", SEEDS[:1], indirect=True)
+def test_a_tensor_that_torch_does_not_hand_out_is_named(case):
+    model, folder, _, leaves = case
+    config = loading.read_model_config(folder, reduction_leaves=leaves)
+    with pytest.raises(TypeError, match="'model.embed_tokens.weight' cannot be read as an array .Parameter.*detach"):
+        to_decoder(model.named_parameters(), config)
+
+
+@pytest.mark.parametrize("case", SEEDS[:3], indirect=True)
+def test_transformers_takes_our_tensors_by_name(case):
+    model, folder, _, leaves = case
+    config = loading.read_model_config(folder, reduction_leaves=leaves)
+    tensors = loading.named_tensors(config, loading.load(folder, config))
+    back = copy.deepcopy(model)
+    state = {name: torch.from_numpy(np.array(array)) for name, array in tensors}
+    missing, unexpected = back.load_state_dict(state, strict=False)
+    assert unexpected == [] and missing == (["lm_head.weight"] if config.tie_word_embeddings else [])
+    assert_equal_tensors(back, model)

@@ -94,7 +94,7 @@ class JaxEngineRollout(base_rollout.BaseRollout):
         config = rollout_actor.config
         length = rollout_config.max_prompt_length + rollout_config.max_tokens_to_generate
         context = max(length, rollout_config.kv_cache_size)
-        engine.setdefault("max_model_len", min(context, config.max_position_embeddings))
+        engine.setdefault("max_model_len", min(context, config.context_length))
         engine.setdefault("kernels", rollout_actor.kernels.name)
         # Copies, because Tunix syncs weights only where the worker's arrays are not the trainer's.
         self._model = TunixPolicy(
