@@ -14,7 +14,8 @@ from jaxengine.device import scoring, trunk
 from jaxengine.engine.session import Session
 from jaxengine.engine.settings import ENGINE_KEYWORDS, resolve_engine_config
 from jaxengine.engine.weights import check_fits, placed
-from jaxengine.host.admission import prompts_of, sampling_of
+from jaxengine.host.admission import sampling_of
+from jaxengine.host.prompts import prompts_of
 from jaxengine.models.params import Decoder
 from jaxengine.ops.kernels import choose_kernels
 from jaxengine.ops.tiles import Tile
@@ -23,7 +24,7 @@ from jaxengine.sampling_params import SamplingParams
 from jaxengine.text.tokenizer import Tokenizer
 
 POOLS_KEPT = 2  # sessions whose pages and proofs are kept between calls
-OWN_KEYWORDS = ("params", "prompts", "sampling_params", "key", "config", "tokenizer")
+OWN_KEYWORDS = ("params", "prompts", "sampling_params", "key", "config", "tokenizer", "on_error")
 _sessions: dict[Any, tuple[Session, threading.Lock]] = {}  # by settings, the latest last
 _choosing = threading.Lock()
 
@@ -36,6 +37,7 @@ def generate(
     key: Any,
     config: ModelConfig,
     tokenizer: Tokenizer | None = None,
+    on_error: str = "refuse",
     **engine: Any,
 ) -> RequestOutputs:
     """Complete prompts under `params`.
@@ -44,8 +46,8 @@ def generate(
     call with other weights compiles nothing and sees nothing of an earlier one.
 
     Prompts are lists of token ids, or text where a tokenizer is given. `key` is a typed JAX key; draws depend on it, on
-    the index of the prompt and of the sample, and on the position. Engine keywords are EngineConfig's. Raises
-    ValueError where params do not fit config.
+    the index of the prompt and of the sample, and on the position. `on_error` as for `LLM.generate`. Engine keywords
+    are EngineConfig's. Raises ValueError where params do not fit config.
     """
     check_keywords("generate", engine, (*OWN_KEYWORDS, *ENGINE_KEYWORDS))
     batch = prompts_of(prompts)
@@ -58,7 +60,7 @@ def generate(
     with lock:  # an engine runs one set of weights at a time
         session.set_first_weights(params)
         try:
-            return RequestOutputs(session.complete(session.requests(batch, sampling, key_data(key))))
+            return RequestOutputs(session.complete(session.requests(batch, sampling, key_data(key), on_error=on_error)))
         finally:
             session.drop_weights()
 

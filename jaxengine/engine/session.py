@@ -17,7 +17,8 @@ from jaxengine.engine.engine import Engine
 from jaxengine.engine.runner import Runner
 from jaxengine.engine.to_outputs import to_output
 from jaxengine.engine.weights import placed, prepared
-from jaxengine.host.admission import Admission, sampling_of
+from jaxengine.host.admission import ON_ERROR, Admission, sampling_of
+from jaxengine.host.prompts import Prompts
 from jaxengine.host.sample import Request
 from jaxengine.models.params import Decoder
 from jaxengine.outputs import RequestOutput
@@ -44,7 +45,7 @@ class Session:
             jax.block_until_ready(self.engine.cache)
         self.contracts = Contracts(self.engine)
         self.runner = Runner(self.engine, self.contracts)
-        self.admission = Admission(model_config, engine_config, tokenizer)
+        self.admission = Admission(model_config, engine_config, Prompts(model_config.vocab_size, tokenizer))
         self._ids = itertools.count()
 
     @property
@@ -71,12 +72,19 @@ class Session:
         sampling: list[SamplingParams],
         key: tuple[int, int],
         request_ids: Sequence[str] | None = None,
+        on_error: str = "refuse",
     ) -> list[Request]:
-        """A checked request for each prompt; `key` are the words of the call's key. Raises RuntimeError in a fork."""
+        """A checked request for each prompt; `key` are the words of the call's key. Raises RuntimeError in a fork.
+
+        With `on_error="return"` a prompt that is wrong has a request that has ended, instead of raising.
+        """
+        if on_error not in ON_ERROR:
+            raise ValueError(f"on_error must be one of {', '.join(map(repr, ON_ERROR))}, got {on_error!r}")
         self.runner.check_process()
+        admit = self.admission.request if on_error == "refuse" else self.admission.request_or_error
         ids = request_ids if request_ids is not None else [self.new_id() for _ in prompts]
         given = enumerate(zip(ids, prompts, sampling, strict=True))
-        return [self.admission.request(name, prompt, index, each, key) for index, (name, prompt, each) in given]
+        return [admit(name, prompt, index, each, key) for index, (name, prompt, each) in given]
 
     def complete(
         self, requests: list[Request], progress: Callable[[Sequence[Request]], None] | None = None
