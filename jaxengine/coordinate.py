@@ -15,6 +15,7 @@ WITHOUT_BITS = (
     "n",
     "key",
     "seed",
+    "truncate_prompt_tokens",
     "stop",
     "include_stop_str_in_output",
     "logprobs",

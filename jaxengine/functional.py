@@ -18,14 +18,15 @@ from jaxengine.engine.scoring_proof import scoring_tiles
 from jaxengine.engine.session import Session
 from jaxengine.engine.settings import ENGINE_KEYWORDS, resolve_engine_config
 from jaxengine.engine.weights import check_fits, placed
-from jaxengine.host.admission import prompts_of, sampling_of
+from jaxengine.host.admission import sampling_of
+from jaxengine.host.prompts import prompts_of
 from jaxengine.models.params import Decoder
 from jaxengine.ops.kernels import choose_kernels
 from jaxengine.outputs import RequestOutputs
 from jaxengine.sampling_params import SamplingParams
 from jaxengine.text.tokenizer import Tokenizer
 
-OWN_KEYWORDS = ("params", "prompts", "sampling_params", "key", "config", "tokenizer")
+OWN_KEYWORDS = ("params", "prompts", "sampling_params", "key", "config", "tokenizer", "on_error")
 
 
 def generate(
@@ -36,6 +37,7 @@ def generate(
     key: Any,
     config: ModelConfig,
     tokenizer: Tokenizer | None = None,
+    on_error: str = "refuse",
     **engine: Any,
 ) -> RequestOutputs:
     """Complete prompts under `params`.
@@ -44,8 +46,8 @@ def generate(
     call with other weights compiles nothing and sees nothing of an earlier one.
 
     Prompts are lists of token ids, or text where a tokenizer is given. `key` is a typed JAX key; draws depend on it, on
-    the index of the prompt and of the sample, and on the position. Engine keywords are EngineConfig's. Raises
-    ValueError where params do not fit config.
+    the index of the prompt and of the sample, and on the position. `on_error` as for `LLM.generate`. Engine keywords
+    are EngineConfig's. Raises ValueError where params do not fit config.
     """
     check_keywords("generate", engine, (*OWN_KEYWORDS, *ENGINE_KEYWORDS))
     batch = prompts_of(prompts)
@@ -57,7 +59,7 @@ def generate(
     with _session(params, config, tokenizer, engine) as session:
         session.set_first_weights(params)
         try:
-            return RequestOutputs(session.complete(session.requests(batch, sampling, key_data(key))))
+            return RequestOutputs(session.complete(session.requests(batch, sampling, key_data(key), on_error=on_error)))
         finally:
             session.drop_weights()
 

@@ -13,6 +13,7 @@ from checkpoints.model_folder import GENERATION_FILE, TOKENIZER_FILES, copy_file
 from jaxengine.base.arguments import check_keywords
 from jaxengine.base.keys import folded, key_data, seeded
 from jaxengine.base.progress import Progress
+from jaxengine.base.vllm_names import explains_absent_methods
 from jaxengine.config import EngineConfig, ModelConfig
 from jaxengine.contract.compare import Comparison, compare
 from jaxengine.contract.report import Verification
@@ -23,7 +24,8 @@ from jaxengine.engine.engine import Engine
 from jaxengine.engine.session import Session
 from jaxengine.engine.settings import ENGINE_KEYWORDS, resolve_engine_config
 from jaxengine.engine.weights import check_alive
-from jaxengine.host.admission import prompts_of, sampling_of
+from jaxengine.host.admission import sampling_of
+from jaxengine.host.prompts import Refused, prompts_of
 from jaxengine.host.sample import Request
 from jaxengine.models import loading
 from jaxengine.models.generation_config import sampling_defaults
@@ -38,6 +40,7 @@ OWN_KEYWORDS = (
 )  # fmt: skip
 
 
+@explains_absent_methods
 class LLM:
     """An engine for one model. Every method may be called from any thread.
 
@@ -166,19 +169,23 @@ class LLM:
         key: Any = None,
         use_tqdm: bool | None = None,
         request_ids: Sequence[str] | None = None,
+        on_error: str = "refuse",
     ) -> RequestOutputs:
         """Complete prompts.
 
-        Strings, lists of token ids or dicts with `prompt` or `prompt_token_ids`; outputs in their order.
+        Strings, lists of token ids, or dicts with `prompt` (and `add_special_tokens`, `allow_special_tokens`) or
+        `prompt_token_ids`; outputs in their order.
 
         The draws depend on (key, index of the prompt, index of the sample, position) alone. Without a key each call
         takes the next one of the LLM's seed. An interrupt aborts the call's requests and leaves the engine usable.
 
         `sampling_params` are one for all prompts or one each; `request_ids`, one each, are what `abort` takes. Raises
         ValueError or TypeError, naming the prompt and what is allowed, before anything is computed; what goes wrong
-        later ends its own request with finish reason "error".
+        later ends its own request with finish reason "error". With `on_error="return"` a prompt that is wrong does so
+        too: its samples have no tokens, their `stop_reason` is the message, and the others draw what they always draw.
         """
-        return self._complete(self._requests(prompts_of(prompts), sampling_params, key, request_ids), use_tqdm)
+        requests = self._requests(prompts_of(prompts), sampling_params, key, request_ids, on_error)
+        return self._complete(requests, use_tqdm)
 
     def extend(
         self,
@@ -219,13 +226,17 @@ class LLM:
         key: Any = None,
         use_tqdm: bool | None = None,
         chat_template: str | None = None,
-        add_generation_prompt: bool = True,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
         tools: list[dict[str, Any]] | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
+        on_error: str = "refuse",
     ) -> RequestOutputs:
         """Complete a conversation (a list of messages) or several, with the model's chat template in a sandbox.
 
-        Else as `generate`.
+        Else as `generate`. The outputs' `prompt` is the text that the template made, control tokens by name. The
+        assistant's turn is begun, unless `add_generation_prompt` is False; with `continue_final_message` the model goes
+        on with the last message instead.
 
         Raises ValueError where the model has no tokenizer or no template, and where the template refuses the messages
         or fails.
@@ -235,19 +246,19 @@ class LLM:
                 "the model has no tokenizer, so there is no chat: give LLM one as tokenizer=, or token ids to generate"
             )
         conversations = [messages] if messages and isinstance(messages[0], dict) else list(messages)
-        prompts = [
-            {
-                "prompt_token_ids": self.tokenizer.encode_chat(
-                    conversation,
-                    chat_template=chat_template,
-                    add_generation_prompt=add_generation_prompt,
-                    tools=tools,
-                    template_kwargs=chat_template_kwargs,
-                )
-            }
-            for conversation in conversations
-        ]
-        return self.generate(prompts, sampling_params, key=key, use_tqdm=use_tqdm)
+        options = {
+            "chat_template": chat_template,
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+            "tools": tools,
+            "template_kwargs": chat_template_kwargs,
+        }
+        prompts = [_chat_prompt(self.tokenizer, each, options, on_error) for each in conversations]
+        return self._complete(self._requests(prompts, sampling_params, key, None, on_error), use_tqdm)
+
+    def get_tokenizer(self) -> Tokenizer | None:
+        """The model's tokenizer, as `LLM.tokenizer`; None where it has none."""
+        return self.tokenizer
 
     def abort(self, request_id: str) -> None:
         """End a request from another thread; its tokens so far are returned with finish reason "abort". Idempotent.
@@ -412,7 +423,12 @@ class LLM:
     # -- inside -------------------------------------------------------------------------------------------------------
 
     def _requests(
-        self, prompts: list[Any], sampling_params: Any, key: Any, request_ids: Sequence[str] | None
+        self,
+        prompts: list[Any],
+        sampling_params: Any,
+        key: Any,
+        request_ids: Sequence[str] | None,
+        on_error: str = "refuse",
     ) -> list[Request]:
         self.session.runner.check_usable()
         _check_ids(request_ids, len(prompts))
@@ -420,10 +436,10 @@ class LLM:
         if not prompts:
             return []
         if key is not None:
-            return self.session.requests(prompts, sampling, key_data(key), request_ids)
+            return self.session.requests(prompts, sampling, key_data(key), request_ids, on_error)
         with self._numbering:  # a call that is refused takes no number
             data = key_data(folded(self._key, self._calls))
-            requests = self.session.requests(prompts, sampling, data, request_ids)
+            requests = self.session.requests(prompts, sampling, data, request_ids, on_error)
             self._calls += 1
         return requests
 
@@ -447,6 +463,17 @@ class LLM:
         raise TypeError(
             "an LLM holds device memory and cannot be pickled or copied: build one from its model in each process"
         )
+
+
+def _chat_prompt(tokenizer: Tokenizer, conversation: Any, options: dict[str, Any], on_error: str) -> Any:
+    """The prompt of a conversation, or with on_error="return" why there is none."""
+    try:
+        chat = tokenizer.render_chat(conversation, **options)
+    except ValueError as error:
+        if on_error != "return":
+            raise
+        return Refused(str(error))
+    return {"prompt": chat.text, "prompt_token_ids": chat.token_ids}
 
 
 def _check_ids(request_ids: Sequence[str] | None, count: int) -> None:

@@ -24,12 +24,14 @@ MOST = 1e6  # the largest factor that temperature and repetition_penalty may put
 class SamplingParams:
     """How to draw completions; names and meanings are vLLM's wherever vLLM has them.
 
-    `max_tokens=None` means up to the context. `key` (a typed JAX key) or `seed` makes the request's draws its own: with
-    n=1 the key takes the place of `fold_in(fold_in(call key, prompt index), sample index)`; with n>1 sample i uses
-    `fold_in(key, i)`. `logprobs=k` returns the k likeliest tokens at each position, `prompt_logprobs=k` the same for
-    the prompt; the logprob of each sampled token is always returned. Ours alone: `raw_logprobs` also returns the
-    sampled tokens' logprobs under the model's own distribution at temperature 1, `entropy` the entropy of the
-    distribution at each token, in nats. Raises ValueError naming the field, the value and what is allowed.
+    `max_tokens=None` means up to the context, 0 that nothing is drawn: for `prompt_logprobs` of a prompt as long as
+    the context. `truncate_prompt_tokens=k` keeps the last k tokens of the prompt, -1 as many as fit. `key` (a typed JAX
+    key) or `seed` makes the request's draws its own: with n=1 the key takes the place of
+    `fold_in(fold_in(call key, prompt index), sample index)`; with n>1 sample i uses `fold_in(key, i)`. `logprobs=k`
+    returns the k likeliest tokens at each position, `prompt_logprobs=k` the same for the prompt; the logprob of each
+    sampled token is always returned. Ours alone: `raw_logprobs` also returns the sampled tokens' logprobs under the
+    model's own distribution at temperature 1, `entropy` the entropy of the distribution at each token, in nats. Raises
+    ValueError naming the field, the value and what is allowed.
     """
 
     n: int = 1
@@ -42,6 +44,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] | None = None
     max_tokens: int | None = None
+    truncate_prompt_tokens: int | None = None
     min_tokens: int = 0
     stop: str | Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
@@ -61,7 +64,8 @@ class SamplingParams:
         for name, low, high in (("n", 1, MAX_N), ("min_tokens", 0, None)):
             put(name, integer(name, getattr(self, name), low, high))
         for name, low, high in (
-            ("max_tokens", 1, None),
+            ("max_tokens", 0, None),
+            ("truncate_prompt_tokens", -1, None),
             ("logprobs", 0, None),
             ("prompt_logprobs", 0, None),
             ("seed", 0, 2**64 - 1),
@@ -82,6 +86,8 @@ class SamplingParams:
         put("logit_bias", _logit_bias(self.logit_bias))
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens must be at most max_tokens={self.max_tokens}, got {self.min_tokens}")
+        if self.truncate_prompt_tokens == 0:
+            raise ValueError("truncate_prompt_tokens must be at least 1, -1 for what fits, or None, got 0")
         if self.seed is not None and self.key is not None:
             raise ValueError("give seed or key, not both: each of them alone decides the draws of the request")
         if self.stop and not self.detokenize:

@@ -12,6 +12,8 @@ import operator
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
+from jaxengine.base.vllm_names import KEYWORDS
+
 T = TypeVar("T")
 STRUCTURED = (
     "structured_output",
@@ -29,8 +31,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def check_keywords(owner: str, given: Iterable[str], known: Iterable[str]) -> None:
     """Raises TypeError for the first keyword of `given` that is not in `known`."""
-    known = list(known)
+    known, hints = list(known), KEYWORDS.get(owner, {})
     for name in given:
+        if name not in known and name in hints:
+            raise TypeError(f"{owner} has no keyword {name!r}: {hints[name]}")
         if name not in known and str(name).startswith(STRUCTURED):
             raise TypeError(
                 f"{owner} has no keyword {name!r}: output that follows a grammar, schema, regular expression or choice "

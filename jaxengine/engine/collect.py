@@ -42,7 +42,9 @@ def append_token(scheduler: Scheduler, sample: Sample, rows: HostRows, row: Inde
     if sample.status is Status.FINISHED:
         return
     sample.num_pending -= 1
-    if rows.tokens[row] < 0:
+    if sample.request.sampling.max_tokens == 0:  # its prompt alone was to be scored, and now is
+        scheduler.finish(sample, "length")
+    elif rows.tokens[row] < 0:
         scheduler.finish(sample, "error", DEAD_END)
     elif not rows.finite[row]:
         _fail_not_finite(scheduler, sample)

@@ -17,7 +17,8 @@ from jaxengine.engine.runner import Runner
 from jaxengine.engine.scoring_proof import scoring_tiles
 from jaxengine.engine.to_outputs import to_output
 from jaxengine.engine.weights import check_alive, placed, prepared
-from jaxengine.host.admission import Admission, sampling_of
+from jaxengine.host.admission import ON_ERROR, Admission, sampling_of
+from jaxengine.host.prompts import Prompts
 from jaxengine.host.sample import Request
 from jaxengine.models.named_weights import to_decoder
 from jaxengine.models.params import Decoder
@@ -45,7 +46,7 @@ class Session:
         self.engine = idle_pools.with_room(lambda: self._new_engine(engine_config, params))
         self.contracts = Contracts(self.engine)
         self.runner = Runner(self.engine, self.contracts)
-        self.admission = Admission(model_config, engine_config, tokenizer)
+        self.admission = Admission(model_config, engine_config, Prompts(model_config.vocab_size, tokenizer))
         self._homes: Any = None  # of the weights, while they wait in the host's memory
         idle_pools.register(self)
 
@@ -74,15 +75,20 @@ class Session:
         sampling: list[SamplingParams],
         key: tuple[int, int],
         request_ids: Sequence[str] | None = None,
+        on_error: str = "refuse",
     ) -> list[Request]:
         """A checked request for each prompt; `key` are the words of the call's key.
 
-        Without `request_ids` each gets an id as it is queued. Raises RuntimeError in a fork, and after `close`.
+        Without `request_ids` each gets an id as it is queued. With `on_error="return"` a prompt that is wrong has a
+        request that has ended, instead of raising. Raises RuntimeError in a fork, and after `close`.
         """
+        if on_error not in ON_ERROR:
+            raise ValueError(f"on_error must be one of {', '.join(map(repr, ON_ERROR))}, got {on_error!r}")
         self.runner.check_usable()
+        admit = self.admission.request if on_error == "refuse" else self.admission.request_or_error
         ids = request_ids if request_ids is not None else [""] * len(prompts)
         given = enumerate(zip(ids, prompts, sampling, strict=True))
-        return [self.admission.request(name, prompt, index, each, key) for index, (name, prompt, each) in given]
+        return [admit(name, prompt, index, each, key) for index, (name, prompt, each) in given]
 
     def complete(
         self, requests: list[Request], progress: Callable[[Sequence[Request]], None] | None = None

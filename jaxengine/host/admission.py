@@ -2,44 +2,20 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-from jaxengine.base.arguments import as_integer, check_keywords, flag
 from jaxengine.base.keys import folded, key_data, key_of, sample_key, seed_data, seeded
 from jaxengine.config import EngineConfig, ModelConfig
 from jaxengine.coordinate import Coordinate
+from jaxengine.host.prompts import Prompts
 from jaxengine.host.sample import Drawn, Request
 from jaxengine.outputs import CompletionOutput, RequestOutput
 from jaxengine.sampling_params import MAX_STOPS, SamplingParams, stop_token_ids
 from jaxengine.text.detokenizer import Detokenizer
-from jaxengine.text.tokenizer import Tokenizer
 from pallas_kernels.numbers import cdiv
 
-PROMPT_KEYS = ("prompt", "prompt_token_ids", "allow_special_tokens", "cache_salt")
+ON_ERROR = ("refuse", "return")
 FINAL = ("stop", "error")  # finish reasons after which a sample cannot go on
-
-
-class Prompt(NamedTuple):
-    """A prompt as the engine takes it; `text` is None where it came as token ids."""
-
-    text: str | None
-    token_ids: list[int]
-    cache_salt: str
-
-
-def prompts_of(prompts: Any) -> list[Any]:
-    """A batch of prompts: one string, one list of ids or one dict is a batch of one, as in vLLM."""
-    if isinstance(prompts, (str, Mapping)):
-        return [prompts]
-    if isinstance(prompts, (bytes, type(None))) or not hasattr(prompts, "__iter__"):
-        raise ValueError(f"prompts must be strings, lists of token ids or dicts, got {type(prompts).__name__}")
-    batch = list(prompts)
-    return [batch] if batch and all(map(_is_token, batch)) else batch
-
-
-def _is_token(item: Any) -> bool:
-    is_scalar_array = getattr(item, "ndim", None) == 0
-    return is_scalar_array or not isinstance(item, str) and not hasattr(item, "__iter__")
 
 
 def sampling_of(sampling_params: Any, count: int) -> list[SamplingParams]:
@@ -76,13 +52,14 @@ class Admission:
 
     model_config: ModelConfig
     engine_config: EngineConfig
-    tokenizer: Tokenizer | None
+    prompts: Prompts
 
     def request(
         self, request_id: str, prompt: Any, index: int, sampling: SamplingParams, key: tuple[int, int] = (0, 0)
     ) -> Request:
         """The checked request for `prompts[index]`; `key` are the words of the call's key."""
-        given = self._prompt(prompt, index)
+        given = self.prompts.prompt(prompt, index)
+        token_ids = self._truncated(given.token_ids, sampling)
         self._check_sampling(sampling, index)
         stops = stop_token_ids(sampling, self.model_config.eos_token_ids)
         if len(stops) > MAX_STOPS:
@@ -90,20 +67,34 @@ class Admission:
                 f"prompts[{index}] has {len(stops)} stop token ids, end tokens included: at most {MAX_STOPS} are "
                 "possible"
             )
-        if sampling.stop and self.tokenizer is None:
+        if sampling.stop and self.prompts.tokenizer is None:
             raise ValueError(f"prompts[{index}] has stop strings, but the model has no tokenizer: use stop_token_ids")
         own = _own_key_data(sampling)
-        return Request(
+        request = Request(
             request_id=request_id,
-            prompt_token_ids=given.token_ids,
+            prompt_token_ids=token_ids,
             sampling=sampling,
             key=own or key,
             prompt_index=-1 if own else index,
             stop_token_ids=stops,
-            limit=self._limit(len(given.token_ids), index, sampling),
+            limit=self._limit(len(token_ids), index, sampling),
             prompt=given.text,
             cache_salt=given.cache_salt,
         )
+        if sampling.max_tokens == 0:
+            first = Drawn(finish_reason=None if request.only_scores else "length")
+            request.earlier = [first, *(Drawn(finish_reason="length") for _ in range(1, sampling.n))]
+        return request
+
+    def request_or_error(
+        self, request_id: str, prompt: Any, index: int, sampling: SamplingParams, key: tuple[int, int] = (0, 0)
+    ) -> Request:
+        """`request`, or in its place one that has ended with finish reason "error", without tokens."""
+        try:
+            return self.request(request_id, prompt, index, sampling, key)
+        except (ValueError, TypeError) as error:
+            text = prompt.get("prompt") if isinstance(prompt, Mapping) else prompt
+            return _ended(request_id, text if isinstance(text, str) else None, index, sampling, key, str(error))
 
     def replayed(self, request_id: str, coordinate: Coordinate) -> Request:
         """The request that draws a coordinate's sample again, alone."""
@@ -113,17 +104,27 @@ class Admission:
     def extended(self, request_id: str, output: RequestOutput, sampling: SamplingParams | None) -> Request:
         """The request that goes on where the samples of an output stand; those that a stop or an error ended stay."""
         begun = output.outputs[0].coordinate
-        assert begun is not None
+        if begun is None:
+            raise ValueError(
+                f"request {output.request_id} cannot go on, because its sample 0 has no coordinate, which says how it "
+                "was drawn (each turn of a conversation with a tool has one of its own): give generate the tokens of "
+                "its prompt and sample as prompt_token_ids"
+            )
         sampling = sampling or begun.sampling_params
         if sampling.n != len(output.outputs):
             raise ValueError(
                 f"request {output.request_id} has {len(output.outputs)} samples, sampling_params has n={sampling.n}"
             )
+        if not output.prompt_token_ids:  # its prompt was refused, and `request_or_error` made the output
+            reason = str(output.outputs[0].stop_reason)
+            return _ended(request_id, output.prompt, begun.key_folds[0], sampling, begun.key, reason)
         prompt = {"prompt": output.prompt, "prompt_token_ids": output.prompt_token_ids, "cache_salt": output.cache_salt}
-        request = self.request(request_id, prompt, 0, sampling.replace(key=None, seed=None), begun.key)
+        plain = sampling.replace(key=None, seed=None, truncate_prompt_tokens=None)
+        request = self.request(request_id, prompt, 0, plain, begun.key)
         request.sampling, request.prompt_index = sampling, begun.key_folds[0]
         request.earlier = [_drawn_before(sample, request) for sample in output.outputs]
-        if sampling.prompt_logprobs is not None and output.outputs[0].token_ids:  # else they are found now
+        is_found_now = not output.outputs[0].token_ids and request.earlier[0].finish_reason is None
+        if sampling.prompt_logprobs is not None and not is_found_now:
             if output.prompt_logprobs is None:
                 raise ValueError(f"prompt_logprobs is asked for, but request {output.request_id} was begun without")
             request.prompt_logprobs = output.prompt_logprobs
@@ -133,12 +134,12 @@ class Admission:
     def _check_stop_strings(self, request: Request) -> None:
         """Raises where a sample that goes on has a stop string already."""
         sampling = request.sampling
-        if not sampling.stop or self.tokenizer is None:
+        if not sampling.stop or self.prompts.tokenizer is None:
             return
         for index, drawn in enumerate(request.earlier):
             if drawn.finish_reason is not None:
                 continue
-            detokenizer = Detokenizer(self.tokenizer, stop=tuple(sampling.stop), min_tokens=sampling.min_tokens)
+            detokenizer = Detokenizer(self.prompts.tokenizer, stop=tuple(sampling.stop), min_tokens=sampling.min_tokens)
             found = detokenizer.push(drawn.token_ids)
             if found is not None:
                 raise ValueError(
@@ -146,31 +147,12 @@ class Admission:
                     "leave it out, or cut the sample there"
                 )
 
-    def _prompt(self, prompt: Any, index: int) -> Prompt:
-        where, vocab_size = f"prompts[{index}]", self.model_config.vocab_size
-        salt, special = "", False
-        if isinstance(prompt, Mapping):
-            check_keywords(where, prompt, PROMPT_KEYS)
-            special = flag(f"{where}['allow_special_tokens']", prompt.get("allow_special_tokens", False))
-            salt = _cache_salt(prompt, where)
-            if prompt.get("prompt_token_ids") is not None:
-                ids = token_ids_of(prompt["prompt_token_ids"], vocab_size, f"{where}['prompt_token_ids']")
-                return Prompt(prompt.get("prompt"), ids, salt)
-            if not isinstance(prompt.get("prompt"), str):
-                raise ValueError(f"{where} needs 'prompt' or 'prompt_token_ids', got the keys {sorted(prompt)}")
-            prompt = prompt["prompt"]
-        if not isinstance(prompt, str):
-            return Prompt(None, token_ids_of(prompt, vocab_size, where), salt)
-        if not prompt:
-            raise ValueError(f"{where} is empty: at least one token is needed to predict the next one")
-        if self.tokenizer is None:
-            raise ValueError(
-                f"{where} is text, but the model has no tokenizer: give {{'prompt_token_ids': [...]}}, or give the "
-                "LLM a folder with a tokenizer.json as tokenizer="
-            )
-        text = str(prompt)  # a numpy.str_ is a str too, and stays one in outputs otherwise
-        ids = self.tokenizer.encode(text, allow_special_tokens=special)
-        return Prompt(text, token_ids_of(ids, vocab_size, where), salt)
+    def _truncated(self, token_ids: list[int], sampling: SamplingParams) -> list[int]:
+        """The last tokens of a prompt, as many as were asked for; -1 leaves room for one token more, as in vLLM."""
+        count = sampling.truncate_prompt_tokens
+        if count == -1:
+            count = min(self.engine_config.max_model_len, self._room) - (sampling.max_tokens != 0)
+        return token_ids if count is None else token_ids[-count:]
 
     def _check_sampling(self, sampling: SamplingParams, index: int) -> None:
         most, vocab_size = self.engine_config.max_logprobs, self.model_config.vocab_size
@@ -185,15 +167,20 @@ class Admission:
                     f"{name} of prompts[{index}] names token {max(tokens)}: the vocabulary is 0 … {vocab_size - 1}"
                 )
 
+    @property
+    def _room(self) -> int:
+        """Tokens that the whole pool holds."""
+        return (self.engine_config.num_pages - 1) * self.engine_config.page_size
+
     def _limit(self, prompt_length: int, index: int, sampling: SamplingParams) -> int:
         """Where the sample ends; raises where the prompt leaves no room, or where it could never fit the pool."""
-        config = self.engine_config
-        if prompt_length >= config.max_model_len:
+        config, room = self.engine_config, self._room
+        if prompt_length + (sampling.max_tokens != 0) > config.max_model_len:
             raise ValueError(
                 f"prompts[{index}] has {prompt_length} tokens, the context is max_model_len={config.max_model_len}: "
-                "no room for one token more"
+                "no room for one token more. Shorten it, or have truncate_prompt_tokens=-1 keep what fits; "
+                "max_tokens=0 needs no room after the prompt"
             )
-        room = (config.num_pages - 1) * config.page_size
         if sampling.max_tokens is None:
             limit = config.max_model_len if prompt_length >= room else min(config.max_model_len, room)
         else:
@@ -206,45 +193,29 @@ class Admission:
         return limit
 
 
-def token_ids_of(ids: Any, vocab_size: int, where: str) -> list[int]:
-    """`ids` as a list of Python ints in [0, vocab_size).
-
-    Integers of any kind, numpy's and JAX's included, are accepted.
-
-    Raises ValueError with the index and the value: a JAX gather would clamp a wrong id and answer garbage.
-    """
-    array_ids = ids.tolist() if hasattr(ids, "tolist") else ids
-    if not isinstance(array_ids, Sequence) or isinstance(array_ids, (str, bytes)):
-        raise ValueError(f"{where} must be a list of token ids, got {type(ids).__name__}")
-    if len(array_ids) == 0:
-        raise ValueError(f"{where} is empty: at least one token is needed to predict the next one")
-    tokens = []
-    for position, value in enumerate(array_ids):
-        token = as_integer(value)
-        if token is None:
-            raise ValueError(
-                f"{where} has {value!r} ({type(value).__name__}) at index {position}: token ids are integers"
-            )
-        if not 0 <= token < vocab_size:
-            raise ValueError(
-                f"{where} has token id {token} at index {position}: the vocabulary is 0 … {vocab_size - 1}"
-            )
-        tokens.append(token)
-    return tokens
-
-
-def _cache_salt(prompt: Mapping[str, Any], where: str) -> str:
-    salt = "" if prompt.get("cache_salt") is None else prompt["cache_salt"]
-    if not isinstance(salt, str):
-        raise ValueError(f"{where}['cache_salt'] must be a string or None, got {salt!r:.80}")
-    return salt
-
-
 def _own_key_data(sampling: SamplingParams) -> tuple[int, int] | None:
     """The words of the key that the parameters bring."""
     if sampling.key is not None:
         return key_data(sampling.key)
     return None if sampling.seed is None else seed_data(sampling.seed)
+
+
+def _ended(
+    request_id: str, prompt: str | None, index: int, sampling: SamplingParams, key: tuple[int, int], reason: str
+) -> Request:
+    """The request of a prompt that was refused."""
+    own = _own_key_data(sampling)
+    return Request(
+        request_id=request_id,
+        prompt_token_ids=[],
+        sampling=sampling,
+        key=own or key,
+        prompt_index=-1 if own else index,
+        stop_token_ids=frozenset(),
+        limit=0,
+        prompt=prompt,
+        earlier=[Drawn(finish_reason="error", stop_reason=reason) for _ in range(sampling.n)],
+    )
 
 
 def _drawn_before(sample: CompletionOutput, request: Request) -> Drawn:
@@ -273,6 +244,8 @@ def _drawn_before(sample: CompletionOutput, request: Request) -> Drawn:
         drawn.versions += [span.version] * (span.stop - span.start)
     if sample.finish_reason in FINAL:
         drawn.finish_reason, drawn.stop_reason = sample.finish_reason, sample.stop_reason
-    elif len(request.prompt_token_ids) + len(sample.token_ids) >= request.limit:
+        return drawn
+    is_scored_now = request.only_scores and sample.index == 0 and not sample.token_ids
+    if len(request.prompt_token_ids) + len(sample.token_ids) >= request.limit and not is_scored_now:
         drawn.finish_reason, drawn.stop_reason = "length", sample.stop_reason
     return drawn

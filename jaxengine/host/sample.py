@@ -61,6 +61,12 @@ class Request:
     def is_finished(self) -> bool:
         return all(sample.status is Status.FINISHED for sample in self.samples)
 
+    @property
+    def only_scores(self) -> bool:
+        """Whether nothing is drawn, but the prompt has logprobs to be found."""
+        sampling = self.sampling
+        return sampling.max_tokens == 0 and sampling.prompt_logprobs is not None and len(self.prompt_token_ids) > 1
+
     def key_folds(self, sample_index: int) -> tuple[int, int]:
         """What is folded into the key for one sample; -1 means nothing."""
         has_own_key, is_alone = self.prompt_index < 0, self.sampling.n == 1

@@ -1,5 +1,6 @@
 """What a chat is given, as plain JSON values that a template may see. Errors name the place."""
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -9,7 +10,11 @@ _ROLE = re.compile("[A-Za-z][A-Za-z0-9_-]{0,63}")
 
 
 def messages_of(messages: Any) -> list[dict[str, Any]]:
-    """Plain copies, without the keys that hold None. Content that is a list of text parts becomes its lines."""
+    """Plain copies, in the form that templates expect, which is vLLM's.
+
+    Keys that hold None and empty lists of tool calls are left out, `content` is always text (parts are joined by
+    newlines, none at all is ""), and the `arguments` of a tool call are an object where OpenAI's form has its JSON.
+    """
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
         raise ValueError(f'messages must be a list of {{"role": …, "content": …}}, one at least, got {messages!r:.80}')
     return [_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
@@ -19,7 +24,7 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise ValueError(f'{where} must be {{"role": …, "content": …}}, got {message!r:.80}')
     copy = {key: value for key, value in plain(message, where).items() if value is not None}
-    role, content = copy.get("role"), copy.get("content", "")
+    role, content = copy.get("role"), copy.setdefault("content", "")
     if not isinstance(role, str) or not _ROLE.fullmatch(role):
         raise ValueError(f"{where}.role must be a word of at most 64 letters, digits, - and _, got {role!r:.80}")
     if isinstance(content, list):
@@ -28,7 +33,31 @@ def _message(message: Any, where: str) -> dict[str, Any]:
         raise ValueError(
             f'{where}.content must be a string or a list of {{"type": "text", "text": …}}, got {content!r:.80}'
         )
+    if isinstance(calls := copy.get("tool_calls"), list):
+        copy["tool_calls"] = [_tool_call(call, f"{where}.tool_calls[{index}]") for index, call in enumerate(calls)]
+        if not calls:
+            del copy["tool_calls"]
     return copy
+
+
+def _tool_call(call: Any, where: str) -> Any:
+    """The call with its arguments as an object; "", "null" and None are the call without any."""
+    if not isinstance(call, dict):
+        raise ValueError(f'{where} must be {{"type": "function", "function": …}}, got {call!r:.80}')
+    if isinstance(function := call.get("function"), dict):
+        return call | {"function": _with_arguments(function, f"{where}.function")}
+    return _with_arguments(call, where) if "arguments" in call else call
+
+
+def _with_arguments(function: dict[str, Any], where: str) -> dict[str, Any]:
+    given, where = function.get("arguments"), f"{where}.arguments"
+    try:
+        arguments = json.loads(given.strip() or "null") if isinstance(given, str) else given
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} must be an object or its JSON, got {given!r:.80}: {error}") from None
+    if isinstance(given, str) and not isinstance(arguments, dict | None):
+        raise ValueError(f"{where} must be an object or its JSON, got {given!r:.80}")
+    return function | {"arguments": {} if arguments is None else plain(arguments, where)}
 
 
 def _part_text(part: Any, where: str) -> str:

@@ -30,9 +30,24 @@ def render(source: str, variables: Mapping[str, Any], given: int) -> str:
 
     Raises ValueError: the template is not valid, fails, refuses the messages or was stopped.
     """
+    return _rendered(source, given, variables=variables)["text"]
+
+
+def render_marked(
+    source: str, variables: Mapping[str, Any], given: int, marks: Mapping[str, Any]
+) -> tuple[str, str | None]:
+    """The text of `render`, and the same with stand-ins where the template wrote control tokens (provenance.py).
+
+    The second is None where that cannot be told. `marks`: what StandIns.for_worker returns.
+    """
+    reply = _rendered(source, given, variables=variables, marks=marks)
+    return reply["text"], reply["marked"]
+
+
+def _rendered(source: str, given: int, **request: Any) -> dict[str, Any]:
     if len(source) > MAX_TEMPLATE_CHARACTERS:
         raise ValueError(f"a chat template may have at most {MAX_TEMPLATE_CHARACTERS} characters, got {len(source)}")
-    request = {"source": source, "variables": variables, "max_characters": MAX_CHARACTERS + GROWTH * given}
+    request |= {"source": source, "max_characters": MAX_CHARACTERS + GROWTH * given}
     line = json.dumps(request, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
     worker = _idle_worker() or _Worker()
     try:
@@ -48,7 +63,7 @@ def render(source: str, variables: Mapping[str, Any], given: int) -> str:
     _keep(worker)
     if "error" in reply:
         raise ValueError(f"the chat template {reply['error']}")
-    return reply["text"]
+    return reply
 
 
 class _Worker:

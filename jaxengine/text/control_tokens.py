@@ -8,8 +8,6 @@ from typing import Any
 
 import tokenizers
 
-_NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # Unicode keeps them for a program's own use
-
 
 class Controls:
     """The control tokens, and a copy of the tokenizer that makes them only where they were put on purpose."""
@@ -19,13 +17,9 @@ class Controls:
         self._backend = tokenizers.Tokenizer.from_str(json.dumps(spec | {"added_tokens": added}))
         self._backend.encode_special_tokens = True  # the library's name for "encode their spelling as text"
         self.ids = {token["content"]: token["id"] for token in added if token["content"] in tokens}
-        longest_first = sorted(tokens, key=len, reverse=True)
-        self.spelling = "|".join(map(re.escape, longest_first)) or "(?!)"
-        self.in_template = "|".join(_with_context(tokens[content]) for content in longest_first) or "(?!)"
-        self.beginnings = frozenset(content[:cut] for content in tokens for cut in range(1, len(content)))
-        self.longest = max(map(len, tokens), default=0)
-        self.endings = frozenset(content[cut:] for content in tokens for cut in range(1, len(content)))
-        secret = f"{_NONCHARACTERS[0]}{secrets.token_hex(16)}"  # no text can hold it
+        self.longest_first = [tokens[content] for content in sorted(tokens, key=len, reverse=True)]
+        self.spelling = re.compile("|".join(re.escape(token.content) for token in self.longest_first) or "(?!)")
+        secret = f"\ufdd0{secrets.token_hex(16)}"  # no text can hold it; Unicode keeps U+FDD0 for a program's own use
         self.place, self._cut = f"{secret}p", f"{secret}c"
         own = [tokenizers.AddedToken(mark, normalized=False) for mark in (self.place, self._cut)]
         self._backend.add_tokens(own)
@@ -67,64 +61,3 @@ class Controls:
                 )
             text = text[: start + 1] + self._cut + text[start + 1 :]
         return text
-
-
-class Guard:
-    """Tells, in one rendered chat, what the user spelled from what the template wrote.
-
-    Noncharacters that occur in nothing given stand around every control token that is spelled there, and where a string
-    begins or ends with a part of one, so that two strings cannot be joined to one. A template that deletes text from
-    the middle of a message could still join what stood around it.
-    """
-
-    def __init__(self, controls: Controls, strings: list[str]) -> None:
-        self._controls = controls
-        self.num_characters = sum(map(len, strings))
-        taken = set().union(*strings)
-        free = [mark for mark in _NONCHARACTERS if mark not in taken]
-        if len(free) < 3:
-            raise ValueError(
-                "the messages hold nearly all of Unicode's noncharacters U+FDD0 … U+FDEF: leave three of them out"
-            )
-        self._open, self._close, self._cut = free[:3]
-
-    def guarded(self, value: Any) -> Any:
-        if isinstance(value, str):
-            return self._guarded_text(value)
-        if isinstance(value, dict):
-            return {self.guarded(key): self.guarded(item) for key, item in value.items()}
-        return [self.guarded(item) for item in value] if isinstance(value, list) else value
-
-    def encode(self, rendered: str) -> list[int]:
-        controls, placed = self._controls, []
-
-        def replaced(match: re.Match[str]) -> str:
-            if match["control"] is None:
-                return match["text"] or ""
-            content = match["control"] if match["control"] in controls.ids else match["control"].strip()
-            placed.append(controls.ids[content])
-            return controls.place
-
-        pattern = (
-            f"{self._open}(?P<text>{controls.spelling}){self._close}|[{self._open}{self._close}{self._cut}]"
-            f"|(?P<control>{controls.in_template})"
-        )
-        return controls.encode(re.sub(pattern, replaced, rendered), placed=placed)
-
-    def _guarded_text(self, text: str) -> str:
-        text = re.sub(self._controls.spelling, rf"{self._open}\g<0>{self._close}", text)
-        lengths = range(1, self._controls.longest)
-        end = len(text.rstrip())
-        if any(text[max(end - length, 0) : end] in self._controls.beginnings for length in lengths):
-            text = text[:end] + self._cut + text[end:]
-        start = len(text) - len(text.lstrip())
-        if any(text[start : start + length] in self._controls.endings for length in lengths):
-            text = text[:start] + self._cut + text[start:]
-        return text
-
-
-def _with_context(token: tokenizers.AddedToken) -> str:
-    """A pattern for the token in the template's text, with the white space that the token swallows."""
-    word = (r"(?<!\w)", r"(?!\w)") if token.single_word else ("", "")
-    # (?<!\s) finds the beginning of white space at once; without it, a long run before no token takes quadratic time.
-    return r"(?:(?<!\s)\s+)?" * token.lstrip + word[0] + re.escape(token.content) + word[1] + r"\s*" * token.rstrip

@@ -12,16 +12,25 @@ import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import tokenizers
 
 from jaxengine.text import chat_template as templates
 from jaxengine.text.chat_messages import check_characters, messages_of, plain, strings
-from jaxengine.text.control_tokens import Controls, Guard
+from jaxengine.text.continuation import Continuation
+from jaxengine.text.control_tokens import Controls
 from jaxengine.text.pieces import Pieces
+from jaxengine.text.provenance import StandIns
 
 _BARRED = re.compile("<[|｜].*[|｜]>", re.DOTALL)
+
+
+class RenderedChat(NamedTuple):
+    """A chat as a prompt: the text that its template made, control tokens by name, and the ids."""
+
+    text: str
+    token_ids: list[int]
 
 
 class Tokenizer:
@@ -56,6 +65,7 @@ class Tokenizer:
                 if token_id in self.special_ids or _BARRED.fullmatch(token.content)
             },
         )
+        self._stand_ins = StandIns(self._controls)
 
     @classmethod
     def load(cls, folder: Path | str) -> "Tokenizer":
@@ -77,14 +87,30 @@ class Tokenizer:
         """The ids of `text`, with the tokenizer's own beginning and end marks if `add_special_tokens`.
 
         With `allow_special_tokens` a control token's spelling in `text` makes the token: only for text that the caller
-        has rendered.
+        has rendered. Marks that such a text has itself, at its beginning or its end, are not added again.
         """
         if not isinstance(text, str):
             raise ValueError(f"text must be a string, got {type(text).__name__}")
         check_characters(text, "text")
-        if allow_special_tokens:
-            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
-        return self._controls.encode(text, add_special_tokens=add_special_tokens)
+        if not allow_special_tokens:
+            return self._controls.encode(text, add_special_tokens=add_special_tokens)
+        encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
+        return self._without_second_marks(encoding, text.strip())
+
+    def _without_second_marks(self, encoding: tokenizers.Encoding, text: str) -> list[int]:
+        """The ids without the beginning and end marks that `text` spells too."""
+        ids, added = encoding.ids, encoding.special_tokens_mask  # 1 for marks, 0 for what the text spells
+        if 0 not in added:
+            return ids
+        start, stop = added.index(0), len(ids) - added[::-1].index(0)
+        has_first = start > 0 and text.startswith(self._backend.id_to_token(ids[0]))
+        has_last = stop < len(ids) and text.endswith(self._backend.id_to_token(ids[-1]))
+        return ids[start if has_first else 0 : stop if has_last else len(ids)]
+
+    def control_token_in(self, text: str) -> str | None:
+        """The first control token that `text` spells, for a caller who may have meant it."""
+        found = self._controls.spelling.search(text)
+        return found and found[0]
 
     def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """The text of `token_ids`, as `Detokenizer` streams it; bytes that are no UTF-8 are U+FFFD."""
@@ -96,28 +122,60 @@ class Tokenizer:
         """One token for display: special tokens by name, a part of a character as U+FFFD, "" for an unknown id."""
         return self.pieces.piece(token_id, first=False).decode("utf-8", "replace")
 
-    def encode_chat(
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
+        """The ids of a chat; options and errors as for `render_chat`."""
+        return self.render_chat(messages, **options).token_ids
+
+    def render_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
         chat_template: str | None = None,
-        add_generation_prompt: bool = True,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
-    ) -> list[int]:
-        """The ids of a chat: the template's control tokens stay tokens, everything given here is text.
+    ) -> RenderedChat:
+        """Text and ids of a chat: the template's control tokens stay tokens, everything given here is text.
 
-        `chat_template` is a template, or the name of one of the tokenizer's. Raises ValueError that says what is wrong
-        and where.
+        `chat_template` is a template, or the name of one of the tokenizer's. The assistant's turn is begun, unless
+        `add_generation_prompt` is False, or `continue_final_message` has the text end where the last message does.
+        Raises ValueError that says what is wrong and where.
         """
+        if continue_final_message and add_generation_prompt:
+            raise ValueError(
+                "continue_final_message goes on with the last message, add_generation_prompt begins another"
+            )
         source = self._template(chat_template, tools)
         given = plain(template_kwargs or {}, "template_kwargs")
         if clash := given.keys() & {"messages", "tools", "add_generation_prompt"}:
             raise ValueError(f"template_kwargs has {sorted(clash)}: these are arguments of the call itself")
         given |= {"messages": messages_of(messages), "tools": plain(tools, "tools")}
-        guard = Guard(self._controls, list(strings(given)))
-        variables = self._named | guard.guarded(given) | {"add_generation_prompt": bool(add_generation_prompt)}
-        return guard.encode(templates.render(source, variables, guard.num_characters))
+        if add_generation_prompt is None:
+            add_generation_prompt = not continue_final_message
+        continuation = Continuation(given["messages"]) if continue_final_message else None
+        if continuation is not None:
+            given["messages"] = continuation.messages
+        text, marked, stand_ins = self._rendered(source, given, bool(add_generation_prompt))
+        end = len(text) if continuation is None else continuation.end(text)
+        return RenderedChat(text[:end], stand_ins.encode(marked[:end]))
+
+    def _rendered(self, source: str, given: dict[str, Any], begins_turn: bool) -> tuple[str, str, StandIns]:
+        """The chat's text, the same with stand-ins where the template wrote control tokens, and these."""
+        texts = list(strings(given))
+        stand_ins = self._stand_ins.apart_from(set(source).union(*texts))
+        named = {name: token for name, token in self._named.items() if name not in given}
+        marks = stand_ins.for_worker(named, {message["role"] for message in given["messages"]})
+        variables = named | given | {"add_generation_prompt": begins_turn}
+        text, marked = templates.render_marked(source, variables, sum(map(len, texts)), marks)
+        if marked is None:
+            raise ValueError(
+                "the chat template looks for control tokens in the messages, or changes its own, so what it wrote "
+                "cannot be told from what it was given: leave control tokens out of the messages (one that is in the "
+                f"text is {self.control_token_in(text)!r}), or render them yourself and give generate "
+                '{"prompt": …, "allow_special_tokens": True}'
+            )
+        return text, marked, stand_ins
 
     def _template(self, given: str | None, tools: object) -> str:
         if given is not None:

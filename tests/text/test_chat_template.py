@@ -171,7 +171,7 @@ def test_a_message_completes_no_control_token_of_the_template(template, content)
     assert (controls_in(ids), text_of(ids)) == ([], "<|im_end|>")
 
 
-def test_markers_survive_json_in_ascii():
+def test_control_tokens_in_ascii_json_are_text():
     ids = chat_ids(
         [{"role": "user", "content": "é<|im_end|>"}], "{{ messages[0].content | tojson(ensure_ascii=True) }}"
     )
@@ -187,8 +187,6 @@ def test_noncharacters_in_a_message_are_text():
     text = "\ufdd0a\ufdd1<|im_end|>\ufdd2"
     ids = chat_ids([{"role": "user", "content": text}], GLUED)
     assert (controls_in(ids), text_of(ids)) == ([], text)
-    with pytest.raises(ValueError, match="FDD0"):
-        chat_ids([{"role": "user", "content": "".join(map(chr, range(0xFDD0, 0xFDEE)))}], GLUED)
 
 
 def test_control_tokens_of_a_word_level_vocabulary():

@@ -136,6 +136,45 @@ def test_a_spelled_control_token_is_text_unless_allowed():
         assert vocab_id(backend, token) in tokenizer.encode(text, allow_special_tokens=True)
 
 
+@pytest.mark.parametrize(
+    "single, text, right",
+    [
+        ("<|begin|> $A", "a", ["<|begin|>", "a"]),
+        ("<|begin|> $A", "<|begin|>a", ["<|begin|>", "a"]),
+        ("<|begin|> $A", "\n<|begin|>a", ["\n", "<|begin|>", "a"]),
+        ("<|begin|> $A", "a<|begin|>a", ["<|begin|>", "a", "<|begin|>", "a"]),
+        ("<|begin|> $A <|im_end|>", "<|begin|>a", ["<|begin|>", "a", "<|im_end|>"]),
+        ("<|begin|> $A <|im_end|>", "a<|im_end|>\n", ["<|begin|>", "a", "<|im_end|>", "\n"]),
+        ("<|begin|> $A <|im_end|>", "<|begin|><|im_end|>", ["<|begin|>", "<|im_end|>"]),
+        ("<|begin|> $A", "", ["<|begin|>"]),
+        ("$A", "<|begin|>a", ["<|begin|>", "a"]),  # a tokenizer without marks, as Qwen's
+    ],
+)
+def test_marks_that_a_rendered_text_has_are_not_added_again(single, text, right):
+    backend = byte_level()
+    marks = [(token, vocab_id(backend, token)) for token in ("<|begin|>", "<|im_end|>")]
+    backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=marks)
+    tokenizer = Tokenizer(backend)
+    ids = tokenizer.encode(text, allow_special_tokens=True)
+    assert [tokenizer.token_text(token) for token in ids] == right
+    without = tokenizer.encode(text, allow_special_tokens=True, add_special_tokens=False)
+    assert tokenizer.decode(without, skip_special_tokens=False) == text
+
+
+def test_a_chat_has_the_marks_that_its_template_prints():
+    """Llama 3's template prints the token that its tokenizer puts in front of any text."""
+    tokenizer = Tokenizer(byte_level(), named_tokens={"bos_token": "<|begin|>"})
+    for template, count in (("{{ bos_token }}{{ messages[0].content }}", 1), ("{{ messages[0].content }}", 0)):
+        chat = tokenizer.render_chat([{"role": "user", "content": "<|begin|>a"}], chat_template=template)
+        assert chat.token_ids.count(vocab_id(byte_level(), "<|begin|>")) == count
+
+
+def test_the_first_control_token_of_a_text_is_named():
+    tokenizer = Tokenizer(byte_level())
+    assert tokenizer.control_token_in("a <think><|im_end|><|begin|>") == "<|im_end|>"
+    assert tokenizer.control_token_in("a <think> <|im_end>") is None
+
+
 def test_added_tokens_that_are_no_control_tokens_stay_vocabulary():
     backend = byte_level()
     assert Tokenizer(backend).encode("a<think>b") == backend.encode("a<think>b").ids

@@ -51,6 +51,7 @@ class Dialogue:
             max_tokens=self.max_tokens,
             min_tokens=min(self.sampling.min_tokens, self.max_tokens),
             prompt_logprobs=None,
+            truncate_prompt_tokens=None,
         )
 
     def add_reply(self, text: str, tokenizer: Tokenizer, max_length: int) -> bool:

@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from jaxengine.config import EngineConfig
-from jaxengine.host.admission import own_key, prompts_of, sampling_of
+from jaxengine.host.admission import own_key, sampling_of
+from jaxengine.host.prompts import prompts_of
 from jaxengine.outputs import RequestOutputs
 from jaxengine.rl.loops.calculator import calculate
 from jaxengine.rl.loops.dialogue import Dialogue
