@@ -22,6 +22,7 @@ from jaxengine.host.sample import Request
 from jaxengine.models.params import Decoder
 from jaxengine.outputs import RequestOutput
 from jaxengine.sampling_params import SamplingParams
+from jaxengine.text.bad_words import each_with_token_ids
 from jaxengine.text.tokenizer import Tokenizer
 
 IN_FLIGHT = ("recompute", "keep", "drain")
@@ -75,7 +76,7 @@ class Session:
         """A checked request for each prompt; `key` are the words of the call's key. Raises RuntimeError in a fork."""
         self.runner.check_process()
         ids = request_ids if request_ids is not None else [self.new_id() for _ in prompts]
-        given = enumerate(zip(ids, prompts, sampling, strict=True))
+        given = enumerate(zip(ids, prompts, each_with_token_ids(sampling, self.tokenizer), strict=True))
         return [self.admission.request(name, prompt, index, each, key) for index, (name, prompt, each) in given]
 
     def complete(
@@ -167,7 +168,8 @@ class Session:
         """
         tokens, mask = np.asarray(tokens), np.asarray(mask)
         scoring.check_scored(tokens, mask, self.model_config)
-        slots = scoring.sampling_arrays_of(sampling_of(sampling_params, tokens.shape[0]), self.model_config)
+        sampling = each_with_token_ids(sampling_of(sampling_params, tokens.shape[0]), self.tokenizer)
+        slots = scoring.sampling_arrays_of(sampling, self.model_config)
         with self.runner.alone():
             assert self.params is not None
             tile = self.engine.checked_tile(trunk.WIDE)
