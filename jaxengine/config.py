@@ -136,7 +136,7 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     decode_steps: int = 1  # decode steps that one dispatch runs
     overlap: bool = False  # schedule the next step before the last one's tokens are known
-    max_logprobs: int = 20
+    max_logprobs: int = 20  # a request may ask for; -1: the whole vocabulary, and every step makes room for it
     compile_patience: int = 16  # steps that a better fitting tile is wanted before it is compiled
     max_waiting: int = 100_000
     page_checksums: bool = (
@@ -153,7 +153,7 @@ class EngineConfig:
             ("page_size", None),
             ("num_pages", 2),
             ("decode_steps", 1),
-            ("max_logprobs", 1),
+            ("max_logprobs", -1),
             ("compile_patience", 0),
             ("max_waiting", 1),
         ):
@@ -164,6 +164,8 @@ class EngineConfig:
         )
         for name in ("enable_prefix_caching", "overlap", "page_checksums"):
             put(name, flag(name, getattr(self, name)))
+        if self.max_logprobs == 0:
+            raise ValueError("max_logprobs must be at least 1, or -1 for the whole vocabulary, got 0")
         allowed = [size for size in range(QUERY_BLOCK, KV_TILE + 1, QUERY_BLOCK) if KV_TILE % size == 0]
         if self.page_size not in allowed:
             raise ValueError(f"page_size must be one of {allowed}, got {self.page_size}")
@@ -178,6 +180,10 @@ class EngineConfig:
     def probe_pages(self) -> int:
         """Pages after num_pages that belong to the probe."""
         return -(-min(PROBE_TOKENS, self.max_model_len) // self.page_size)
+
+    def num_likeliest(self, vocab_size: int) -> int:
+        """Likeliest tokens that a step tells of a row, at most."""
+        return vocab_size if self.max_logprobs == -1 else min(self.max_logprobs, vocab_size)
 
     @property
     def prefill_query_blocks(self) -> int:

@@ -24,6 +24,7 @@ WITHOUT_BITS = (
     "entropy",
     "detokenize",
     "skip_special_tokens",
+    "bad_words",  # token ids by now
 )
 
 

@@ -1,6 +1,9 @@
-"""The paged KV cache as a pytree on the device, and the token history that steps read their inputs from."""
+"""What stays on the device between steps: the paged KV cache, the token history that steps read their inputs from, and
+the token rules of the request in each slot.
+"""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -10,33 +13,41 @@ from jaxtyping import Array, Int
 
 from jaxengine.base.pytree import pytree
 from jaxengine.config import EngineConfig, ModelConfig
+from jaxengine.device.sampling_arrays import token_rules
+from jaxengine.device.step_inputs import TokenRules
 from jaxengine.ops.kernels import Kernels
+from jaxengine.ops.tiles import HISTORY_BLOCK
+from jaxengine.sampling_params import SamplingParams
+from pallas_kernels.numbers import ceil_to
 
 
 @pytree
 class Cache:
-    """Everything that steps change. Page 0 is scratch: rows that stand for no token write there."""
+    """Everything that steps or admissions change. Page 0 is scratch: rows that stand for no token write there."""
 
     keys: tuple[Array, ...]  # a layer: P pages, laid out by the kernels (ops/kernels.py)
     values: tuple[Array, ...]  # a layer: [P, K, p, h]
-    history: Int[Array, "slots max_len"]  # token ids of the sequence in each slot
+    history: Int[Array, "slots max_len"]  # token ids of the sequence in each slot; whole blocks of HISTORY_BLOCK
+    rules: TokenRules  # row i is that of the request in slot i, where it brings any
 
 
-HISTORY = np.dtype(np.int32)  # of the token history
+def abstract_slots(model_config: ModelConfig, engine_config: EngineConfig) -> Any:
+    """Shapes and dtypes of (history, rules): a row for each slot, and one for the probe."""
+    slots, length = engine_config.max_num_seqs + 1, ceil_to(engine_config.max_model_len, HISTORY_BLOCK)
 
+    def rows(one: np.ndarray) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((slots, *one.shape[1:]), one.dtype)
 
-def history_shape(engine_config: EngineConfig) -> tuple[int, int]:
-    """A row for each slot, and one for the probe."""
-    return engine_config.max_num_seqs + 1, engine_config.max_model_len
+    rules = jax.tree.map(rows, token_rules([SamplingParams()], model_config.padded_vocab_size))
+    return jax.ShapeDtypeStruct((slots, length), np.int32), rules
 
 
 def abstract(model_config: ModelConfig, engine_config: EngineConfig, kernels: Kernels) -> Any:
     """Shapes and dtypes of the cache, nothing allocated."""
     num_pages = engine_config.num_pages + engine_config.probe_pages
     keys, values = kernels.attention.pools(model_config, num_pages, engine_config.page_size)
-    history: Any = jax.ShapeDtypeStruct(history_shape(engine_config), HISTORY)
     layers = model_config.num_hidden_layers
-    return Cache((keys,) * layers, (values,) * layers, history)
+    return Cache((keys,) * layers, (values,) * layers, *abstract_slots(model_config, engine_config))
 
 
 def empty_cache(model_config: ModelConfig, engine_config: EngineConfig, kernels: Kernels, beside: Any) -> Cache:
@@ -94,3 +105,26 @@ def copy_pages(cache: Cache, sources: Int[Array, " C"], targets: Int[Array, " C"
         return jax.lax.fori_loop(0, count, step, pool)
 
     return dataclasses.replace(cache, keys=tuple(map(copy, cache.keys)), values=tuple(map(copy, cache.values)))
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def write_history(
+    cache: Cache, slots: Int[Array, " A"], blocks: Int[Array, " A"], tokens: Int[Array, "A block"]
+) -> Cache:
+    """Put blocks of tokens into their slots, each as block `blocks[i]` of the slot's history.
+
+    A slot after the last one is padding.
+    """
+    history = cache.history.reshape(cache.history.shape[0], -1, HISTORY_BLOCK)
+    history = history.at[slots, blocks].set(tokens, mode="drop")
+    return dataclasses.replace(cache, history=history.reshape(cache.history.shape))
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def write_rules(cache: Cache, slots: Int[Array, " A"], rules: TokenRules) -> Cache:
+    """Put one request's row of rules into each of its slots; a slot after the last one is padding."""
+
+    def put(table: Array, row: Array) -> Array:
+        return table.at[slots].set(row, mode="drop")
+
+    return dataclasses.replace(cache, rules=jax.tree.map(put, cache.rules, rules))

@@ -1,8 +1,8 @@
 """The distribution that tokens are drawn from and scored by: here the meaning of "logprob" is written.
 
-The logprob of a token is the float32 log-softmax of the distribution it was drawn from: logit bias, penalties and
-temperature applied, cut to top-k, then top-p, then min-p, and renormalised over what is kept. At temperature 0 it is
-that of the model's own distribution, and the token is the likeliest after bias and penalties.
+The logprob of a token is the float32 log-softmax of the distribution it was drawn from: token rules, penalties
+(adjustments.py) and temperature applied, cut to top-k, then top-p, then min-p, and renormalised over what is kept. At
+temperature 0 it is that of the model's own distribution, and the token is the likeliest after rules and penalties.
 
 The draw is a function of (processed distribution, key): the vocabulary is cut into blocks of VOCAB_BLOCK ids; a first
 uniform picks a block by inverse CDF over the blocks' masses, a second an id by inverse CDF within the block. Two
@@ -11,9 +11,9 @@ instead of one, because each then has its own 24 bits, and the rounding of one C
 swallow its tail.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,8 @@ from jax.extend.random import threefry_2x32
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from jaxengine.base.keys import key_of
+from jaxengine.device.adjustments import Context, adjusted, unchanged
+from jaxengine.device.sampling_arrays import NO_RULES
 from jaxengine.device.step_inputs import SamplingArrays
 from pallas_kernels.draw_reference import log_softmax
 from pallas_kernels.pinned_math import exp, row_sum
@@ -29,16 +31,6 @@ from pallas_kernels.pinned_math import exp, row_sum
 ONE = np.float32(1).view(np.uint32)  # the bits of 1.0
 TINY = jnp.finfo(jnp.float32).tiny
 SIGN = np.uint32(1 << 31)  # the first bit of a float32
-
-
-class Context(NamedTuple):
-    """Where each row's token stands, and the tokens before it."""
-
-    history: Int[Array, "slots max_len"]
-    slots: Int[Array, " t"]
-    positions: Int[Array, " t"]
-    prompt_length: Int[Array, " t"]
-    first_stop: Int[Array, " t"]  # stop tokens are ruled out at positions before this one
 
 
 def fold_keys(key: UInt32[Array, "t 2"], folds: Int[Array, "t 2"], positions: Int[Array, " t"]) -> Array:
@@ -59,67 +51,44 @@ def fold_keys(key: UInt32[Array, "t 2"], folds: Int[Array, "t 2"], positions: In
 def process(
     logits: Float[Array, "t V"], row: SamplingArrays, context: Context
 ) -> tuple[Float[Array, "t V"], Float[Array, "t V"]]:
-    """(logits after bias and penalties, logits of the processed distribution), both float32 `[t, V]`.
+    """(logits after rules and penalties, logits of the processed distribution), both float32 `[t, V]`.
 
-    `row` holds the parameters of each row's slot: `[t, …]`. What is cut off is -inf. Work that no row of the tile asks
-    for is skipped; a row that does not ask for it has the same bits either way.
+    `row` holds the parameters of each row's slot: `[t, …]`. What is ruled out or cut off is -inf. Work that no row of
+    the tile asks for is skipped; a row that does not ask for it has the same bits either way.
     """
-    wants_bias = (row.bias_ids >= 0).any() | (context.positions < context.first_stop).any()
-    logits = jax.lax.cond(wants_bias, functools.partial(_biased, row, context), _unchanged, logits)
-    wants_penalty = ((row.repetition_penalty != 1) | (row.presence_penalty != 0) | (row.frequency_penalty != 0)).any()
-    penalised = jax.lax.cond(wants_penalty, functools.partial(_penalised, row, context), _unchanged, logits)
+    penalised = adjusted(logits, row, context)
     scaled = penalised / jnp.where(row.temperature > 0, row.temperature, 1.0)[:, None]
     cuts = (row.top_k > 0) | (row.top_p < 1) | (row.min_p > 0)
     wants_cut = (cuts & (row.temperature > 0)).any()
-    return penalised, jax.lax.cond(wants_cut, functools.partial(_truncated, row), _unchanged, scaled)
-
-
-def _unchanged(logits: Float[Array, "t V"]) -> Float[Array, "t V"]:
-    return logits
+    return penalised, jax.lax.cond(wants_cut, functools.partial(_truncated, row), unchanged, scaled)
 
 
 def _truncated(row: SamplingArrays, logits: Float[Array, "t V"]) -> Float[Array, "t V"]:
     return truncate(logits, row.top_k, row.top_p, row.min_p)
 
 
-def _biased(row: SamplingArrays, context: Context, logits: Float[Array, "t V"]) -> Float[Array, "t V"]:
-    """Logits with the biases added, and -inf for stop tokens that come too early."""
-    batch, vocab = logits.shape
-    each = jnp.arange(batch)[:, None]
-    early = (context.positions < context.first_stop)[:, None]
-    stops = jnp.where(early, row.stop_ids, -1)
-    # An id of -1 becomes one after the last, which the scatter drops.
-    logits = logits.at[each, jnp.where(row.bias_ids >= 0, row.bias_ids, vocab)].add(row.bias_values, mode="drop")
-    return logits.at[each, jnp.where(stops >= 0, stops, vocab)].set(-jnp.inf, mode="drop")
-
-
-def _penalised(row: SamplingArrays, context: Context, logits: Float[Array, "t V"]) -> Float[Array, "t V"]:
-    """vLLM's order: the repetition penalty over all tokens so far, then frequency and presence over the completion."""
-    batch, vocab = logits.shape
-    tokens, where = context.history[context.slots], jnp.arange(context.history.shape[1])
-
-    def count(used: Bool[Array, "t max_len"]) -> Int[Array, "t V"]:
-        zeros = jnp.zeros((batch, vocab), jnp.int32)
-        return zeros.at[jnp.arange(batch)[:, None], tokens].add(used.astype(jnp.int32), mode="drop")
-
-    prompt_length, positions = context.prompt_length[:, None], context.positions[:, None]
-    generated = count((where >= prompt_length) & (where < positions))
-    seen = generated + count(where < jnp.minimum(prompt_length, positions)) > 0
-    penalty = row.repetition_penalty[:, None]
-    logits = jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
-    return logits - row.frequency_penalty[:, None] * generated - row.presence_penalty[:, None] * (generated > 0)
-
-
 def distribution(
     logits: Float[Array, "t V"], row: SamplingArrays, context: Context, raw: Bool[Array, " t"]
 ) -> tuple[Float[Array, "t V"], Float[Array, "t V"]]:
-    """(logits after bias and penalties, logits of the distribution that tokens are drawn from), both float32 `[t, V]`.
+    """(logits after rules and penalties, logits of the distribution that tokens are drawn from), both float32 `[t, V]`.
 
-    Of rows that are `raw`, or at temperature 0, the latter are the model's own.
+    Of rows at temperature 0 the latter are the model's own; of rows that are `raw` both.
     """
-    penalised, processed = process(logits, row, context)
+    penalised, processed = process(logits, _asking_nothing(row, raw), context)
     raw |= row.temperature == 0
     return penalised, jnp.where(raw[:, None], logits, processed)
+
+
+def _asking_nothing(row: SamplingArrays, raw: Bool[Array, " t"]) -> SamplingArrays:
+    """The parameters, without what costs time, of rows that are `raw`: their processed logits are never read."""
+    return dataclasses.replace(
+        row,
+        temperature=jnp.where(raw, 0.0, row.temperature),
+        repetition_penalty=jnp.where(raw, 1.0, row.repetition_penalty),
+        presence_penalty=jnp.where(raw, 0.0, row.presence_penalty),
+        frequency_penalty=jnp.where(raw, 0.0, row.frequency_penalty),
+        rules=jnp.where(raw, NO_RULES, row.rules),
+    )
 
 
 def truncate(

@@ -4,10 +4,14 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from jaxengine.device.step_inputs import RequestArrays, SamplingArrays, Slots
-from jaxengine.sampling_params import MAX_LOGIT_BIAS, MAX_STOPS, SamplingParams
+from jaxengine.device.step_inputs import RequestArrays, SamplingArrays, Slots, TokenRules
+from jaxengine.sampling_params import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_LOGIT_BIAS, MAX_STOPS, SamplingParams
+from pallas_kernels.numbers import cdiv
 
 MAX_TOP_K = 2**31 - 1  # more than any vocabulary, and an int32
+NO_RULES = -1
+WORD = 32  # bits of a word of TokenRules.allowed
+ALL = 2**WORD - 1  # a word that allows all of its tokens
 
 
 def empty_slots(n: int) -> Slots:
@@ -26,8 +30,7 @@ def empty_sampling(n: int) -> SamplingArrays:
         frequency_penalty=np.zeros(n, np.float32),
         top_k=np.zeros(n, np.int32),
         stop_ids=_nothing(n, MAX_STOPS),
-        bias_ids=_nothing(n, MAX_LOGIT_BIAS),
-        bias_values=np.zeros((n, MAX_LOGIT_BIAS), np.float32),
+        rules=np.full(n, NO_RULES, np.int32),
     )
 
 
@@ -39,24 +42,67 @@ def empty_requests(n: int) -> RequestArrays:
         limit=np.zeros(n, np.int32),
         key=np.zeros((n, 2), np.uint32),
         key_folds=_nothing(n, 2),
-        num_logprobs=np.zeros(n, np.int32),
+        likeliest=np.zeros(n, bool),
         details=np.zeros(n, bool),
     )
 
 
-def _nothing(n: int, width: int) -> np.ndarray:
-    return np.full((n, width), -1, np.int32)
+def _nothing(*shape: int) -> np.ndarray:
+    return np.full(shape, -1, np.int32)
 
 
-def write_sampling(arrays: SamplingArrays, i: int, sampling: SamplingParams, stop_token_ids: Iterable[int]) -> None:
-    """Put a request's parameters into slot i. `stop_token_ids` are its own and the model's."""
+def write_sampling(
+    arrays: SamplingArrays, i: int, sampling: SamplingParams, stop_token_ids: Iterable[int], rules: int = NO_RULES
+) -> None:
+    """Put a request's parameters into slot i.
+
+    `stop_token_ids` are its own and the model's, `rules` is the row of TokenRules that holds its token rules.
+    """
+    assert sampling.has_token_rules == (rules != NO_RULES)
     arrays.temperature[i] = 0.0 if sampling.greedy else sampling.temperature
     arrays.top_k[i] = min(sampling.top_k, MAX_TOP_K)
     for name in ("top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
         getattr(arrays, name)[i] = getattr(sampling, name)
     arrays.stop_ids[i] = _padded(sorted(stop_token_ids), MAX_STOPS, -1)
-    arrays.bias_ids[i] = _padded([token for token, _ in sampling.biases], MAX_LOGIT_BIAS, -1)
-    arrays.bias_values[i] = _padded([value for _, value in sampling.biases], MAX_LOGIT_BIAS, 0)
+    arrays.rules[i] = rules
+
+
+def token_rules(samplings: Sequence[SamplingParams], vocab_size: int) -> TokenRules:
+    """A row of rules for each of the parameters, bad words as token ids."""
+    n = len(samplings)
+    rules = TokenRules(
+        bias_ids=_nothing(n, MAX_LOGIT_BIAS),
+        bias_values=np.zeros((n, MAX_LOGIT_BIAS), np.float32),
+        allowed=np.full((n, cdiv(vocab_size, WORD)), ALL, np.uint32),
+        bad_words=_nothing(n, MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS),
+    )
+    for i, sampling in enumerate(samplings):
+        rules.bias_ids[i] = _padded([token for token, _ in sampling.biases], MAX_LOGIT_BIAS, -1)
+        rules.bias_values[i] = _padded([value for _, value in sampling.biases], MAX_LOGIT_BIAS, 0)
+        if sampling.allowed_token_ids is not None:
+            rules.allowed[i] = _bits(sampling.allowed_token_ids, rules.allowed.shape[1])
+        for word, token_ids in zip(rules.bad_words[i], sampling.bad_words_token_ids, strict=False):
+            word[-len(token_ids) :] = token_ids
+    return rules
+
+
+def distinct_rules(samplings: Sequence[SamplingParams], vocab_size: int) -> tuple[list[int], TokenRules]:
+    """(the row of each one's rules or NO_RULES, rows of the rules that differ).
+
+    The number of rows is a power of two, so that few shapes are ever compiled.
+    """
+    distinct = {sampling.token_rules: sampling for sampling in samplings if sampling.has_token_rules}
+    rows = {rules: row for row, rules in enumerate(distinct)}
+    padding = (1 << max(len(rows) - 1, 0).bit_length()) - len(rows)
+    rules = token_rules([*distinct.values(), *[SamplingParams()] * padding], vocab_size)
+    return [rows.get(sampling.token_rules, NO_RULES) for sampling in samplings], rules
+
+
+def _bits(token_ids: Iterable[int], num_words: int) -> np.ndarray:
+    """Words in which the bits of these tokens are set."""
+    is_set = np.zeros(num_words * WORD, bool)
+    is_set[list(token_ids)] = True
+    return np.packbits(is_set, bitorder="little").view("<u4")
 
 
 def write_request(arrays: RequestArrays, i: int, **values: object) -> None:

@@ -18,15 +18,15 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxengine.base.pytree import pytree
 from jaxengine.config import KV_TILE, ModelConfig
 from jaxengine.device import sampler
-from jaxengine.device.sampling_arrays import empty_sampling, write_sampling
-from jaxengine.device.step_inputs import SamplingArrays
+from jaxengine.device.sampling_arrays import distinct_rules, empty_sampling, write_sampling
+from jaxengine.device.step_inputs import SamplingArrays, TokenRules
 from jaxengine.device.trunk import hidden_states
 from jaxengine.models import decoder, plain
 from jaxengine.models.params import Decoder, initialise
 from jaxengine.ops.kernels import Kernels
 from jaxengine.ops.regions import over_tiles
 from jaxengine.ops.tiles import ScoringTiles
-from jaxengine.sampling_params import SamplingParams, stop_token_ids
+from jaxengine.sampling_params import SamplingParams, check_token_ids, stop_token_ids
 from pallas_kernels.numbers import ceil_to
 from pallas_kernels.tiles import unknown_zero
 
@@ -59,20 +59,34 @@ def check_scored(tokens: Any, mask: Any, config: ModelConfig) -> None:
 
 
 @pytree
-class ScoringArrays:
-    """The sampling parameters of B sequences, as scoring takes them."""
+class SequenceArrays:
+    """The sampling parameters of each of B sequences."""
 
     sampling: SamplingArrays
     min_tokens: Int[Array, " B"]
 
 
+@pytree
+class ScoringArrays:
+    """The sampling parameters of B sequences, as scoring takes them."""
+
+    each: SequenceArrays
+    rules: TokenRules  # the distinct ones among them
+
+
 def sampling_arrays_of(params: Sequence[SamplingParams], model_config: ModelConfig) -> ScoringArrays:
-    """Sampling parameters of B sequences, as numpy arrays."""
-    arrays = empty_sampling(len(params))
+    """Sampling parameters of B sequences, as numpy arrays.
+
+    Raises ValueError for tokens outside the vocabulary, and for bad words that are not token ids yet.
+    """
     for i, each in enumerate(params):
-        write_sampling(arrays, i, each, stop_token_ids(each, model_config.eos_token_ids))
+        check_token_ids(each, model_config.vocab_size, f"sampling_params[{i}]")
+    arrays = empty_sampling(len(params))
+    rows, rules = distinct_rules(params, model_config.padded_vocab_size)
+    for i, each in enumerate(params):
+        write_sampling(arrays, i, each, stop_token_ids(each, model_config.eos_token_ids), rows[i])
     min_tokens: Any = np.array([each.min_tokens for each in params], np.int32)
-    return ScoringArrays(arrays, min_tokens)
+    return ScoringArrays(SequenceArrays(arrays, min_tokens), rules)
 
 
 @functools.partial(jax.jit, static_argnames=("model_config", "kernels", "entropy", "tiles"))
@@ -173,9 +187,11 @@ def _row_scores(
     model_config: ModelConfig, kernels: Kernels, entropy: bool, weights: _Weights, rows: _RowInputs
 ) -> tuple[Float[Array, " t"], ...]:
     """(logprobs, and entropies if asked) of the rows' tokens, each float32 `[t]`."""
-    row: ScoringArrays = jax.tree.map(lambda a: a[rows.sequences], weights.arrays)
+    row: SequenceArrays = jax.tree.map(lambda a: a[rows.sequences], weights.arrays.each)
     first_stop = jnp.where(row.min_tokens > 0, rows.prompts + row.min_tokens, 0)
-    context = sampler.Context(weights.tokens, rows.sequences, rows.positions, rows.prompts, first_stop)
+    context = sampler.Context(
+        weights.tokens, rows.sequences, rows.positions, rows.prompts, first_stop, weights.arrays.rules
+    )
     logits = decoder.logits(model_config, kernels, weights.norm, weights.head, rows.x)
     raw = jnp.zeros(rows.x.shape[0], bool)
     _, drawn_from = sampler.distribution(logits, row.sampling, context, raw)
@@ -201,12 +217,12 @@ def in_batches(
     count, length = tokens.shape
     width = max(_power_of_two(length), KV_TILE)
     rows = max(min(BATCH_TOKENS // width, _power_of_two(count)), 1)
-    tokens, mask, arrays = jax.tree.map(functools.partial(_padded, ceil_to(count, rows)), (tokens, mask, arrays))
+    tokens, mask, each = jax.tree.map(functools.partial(_padded, ceil_to(count, rows)), (tokens, mask, arrays.each))
     tokens, mask = (np.pad(x, ((0, 0), (0, width - length))) for x in (tokens, mask))
     found = []
     for first in range(0, count, rows):
-        batch = jax.tree.map(functools.partial(_cut, first, rows), (tokens, mask, arrays))
-        found.append(token_logprobs(params, *batch, **how))
+        *batch, part = jax.tree.map(functools.partial(_cut, first, rows), (tokens, mask, each))
+        found.append(token_logprobs(params, *batch, ScoringArrays(part, arrays.rules), **how))
     logprobs, entropies = zip(*found, strict=True)
     logprobs = np.concatenate([np.asarray(x) for x in logprobs])[:count, :length]
     if entropies[0] is None:

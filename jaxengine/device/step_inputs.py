@@ -38,10 +38,7 @@ class Copies:
 
 @pytree
 class SamplingArrays:
-    """How each slot's distribution is processed: SamplingParams as arrays.
-
-    Wide, and the same for a request's whole life.
-    """
+    """How each slot's distribution is processed: SamplingParams as arrays, the same for a request's whole life."""
 
     temperature: Float[Array, " slots"]  # 0 means greedy
     top_p: Float[Array, " slots"]
@@ -51,15 +48,27 @@ class SamplingArrays:
     frequency_penalty: Float[Array, " slots"]
     top_k: Int[Array, " slots"]  # 0 means off
     stop_ids: Int[Array, "slots stops"]  # padded with -1
-    bias_ids: Int[Array, "slots biases"]  # padded with -1
-    bias_values: Float[Array, "slots biases"]
+    rules: Int[Array, " slots"]  # the row of TokenRules that holds for the slot; -1 means none
+
+
+@pytree
+class TokenRules:
+    """Rules about single tokens, a row for each request that brings some.
+
+    Wide and seldom asked for: a row is uploaded when such a request is admitted, and stays on the device.
+    """
+
+    bias_ids: Int[Array, "M biases"]  # padded with -1
+    bias_values: Float[Array, "M biases"]
+    allowed: UInt32[Array, "M words"]  # a bit for each token, beginning with the lowest bit of the first word
+    bad_words: Int[Array, "M bad length"]  # token ids of each, padded with -1 in front
 
 
 @pytree
 class RequestArrays:
     """The request in each slot: where it begins and ends, its key, what it wants to be told. A few numbers a slot.
 
-    What a step needs of a slot beyond its distribution belongs here (a token mask, an adapter's index).
+    What a step needs of a slot beyond its distribution belongs here (an adapter's index).
     """
 
     prompt_length: Int[Array, " slots"]
@@ -67,7 +76,7 @@ class RequestArrays:
     limit: Int[Array, " slots"]  # the first position at which no token is generated
     key: UInt32[Array, "slots 2"]
     key_folds: Int[Array, "slots 2"]  # prompt and sample index to fold in; -1 means no fold
-    num_logprobs: Int[Array, " slots"]  # likeliest tokens asked for; 0 means none
+    likeliest: Bool[Array, " slots"]  # likeliest tokens and rank asked for
     details: Bool[Array, " slots"]  # entropy or raw logprob asked for
 
 

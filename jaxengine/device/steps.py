@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxengine.config import ModelConfig
 from jaxengine.device import kv_cache, sampler
 from jaxengine.device.kv_cache import Cache
-from jaxengine.device.step_inputs import Copies, RequestArrays, RowOutputs, Rows, Slots
+from jaxengine.device.step_inputs import Copies, RequestArrays, RowOutputs, Rows, Slots, TokenRules
 from jaxengine.models import decoder
 from jaxengine.models.params import Decoder
 from jaxengine.ops.kernels import Kernels
@@ -92,12 +92,6 @@ def decode_step(
     return jax.lax.scan(step, cache, jnp.arange(num_steps, dtype=jnp.int32))
 
 
-@functools.partial(jax.jit, donate_argnames="cache")
-def write_history(cache: Cache, slots: Int[Array, " A"], tokens: Int[Array, "A max_len"]) -> Cache:
-    """Put whole sequences into their slots; a slot after the last one is padding."""
-    return dataclasses.replace(cache, history=cache.history.at[slots].set(tokens, mode="drop"))
-
-
 @jax.jit
 def read_pages(cache: Cache, pages: Int[Array, " A"]) -> Cache:
     """The given pages of every layer."""
@@ -150,6 +144,7 @@ class _Weights(NamedTuple):
     head: Float[Array, "leaf V D"]
     slots: Slots
     history: Int[Array, "slots max_len"]
+    rules: TokenRules
 
 
 class _RowInputs(NamedTuple):
@@ -179,7 +174,7 @@ def next_tokens(
         return jnp.pad(a, ((0, padding), *((0, 0),) * (a.ndim - 1)))
 
     body = functools.partial(next_token, model_config, kernels, max_logprobs)
-    weights = _Weights(params.norm, params.output_head, slots, cache.history)
+    weights = _Weights(params.norm, params.output_head, slots, cache.history, cache.rules)
     inputs = jax.tree.map(pad, _RowInputs(x, rows.slots, rows.positions, rows.scored))
     out = over_tiles(body, tile, weights, inputs, rows.num_rows)
     return jax.tree.map(lambda a: a[: x.shape[0]], out)
@@ -193,7 +188,7 @@ def next_token(
     request, history, position = row.request, weights.history, rows.positions + 1
     logits = decoder.logits(model_config, kernels, weights.norm, weights.head, rows.x)
     finite = (jnp.isfinite(logits) | (jnp.arange(logits.shape[1]) >= model_config.vocab_size)).all(-1)
-    context = sampler.Context(history, rows.slots, position, request.prompt_length, request.first_stop)
+    context = sampler.Context(history, rows.slots, position, request.prompt_length, request.first_stop, weights.rules)
     penalised, drawn_from = sampler.distribution(logits, row.sampling, context, rows.scored)
     best = jnp.argmax(penalised, axis=-1).astype(jnp.int32)
     dead_end = finite & ~rows.scored & (jnp.take_along_axis(penalised, best[:, None], axis=-1)[:, 0] == -jnp.inf)
@@ -246,4 +241,4 @@ def _likeliest(
     def not_asked() -> tuple[Array, Array, Array]:
         return jnp.zeros(batch, jnp.int32), jnp.zeros((batch, n), jnp.int32), jnp.zeros((batch, n), jnp.float32)
 
-    return jax.lax.cond((request.num_logprobs > 0).any(), asked, not_asked)
+    return jax.lax.cond(request.likeliest.any(), asked, not_asked)

@@ -7,12 +7,13 @@ import jax
 import numpy as np
 
 from jaxengine.config import QUERY_BLOCK, EngineConfig
-from jaxengine.device.sampling_arrays import empty_slots, write_request, write_sampling
-from jaxengine.device.step_inputs import Copies, Rows, Slots
+from jaxengine.device.sampling_arrays import NO_RULES, empty_slots, token_rules, write_request, write_sampling
+from jaxengine.device.step_inputs import Copies, Rows, Slots, TokenRules
 from jaxengine.host.plan import Decode, Plan
 from jaxengine.host.sample import Sample
 from jaxengine.ops.query_blocks import QueryBlocks
-from jaxengine.ops.tiles import HISTORY_ROWS, NARROW_PREFILL, ROW_UNIT, WIDE_PREFILL
+from jaxengine.ops.tiles import HISTORY_BLOCK, HISTORY_ROWS, NARROW_PREFILL, ROW_UNIT, WIDE_PREFILL
+from jaxengine.sampling_params import SamplingParams
 from pallas_kernels.numbers import ceil_to
 
 
@@ -37,7 +38,8 @@ class BatchBuilder:
         """Write a sample's sampling parameters into its slot."""
         request, params = sample.request, sample.request.sampling
         self._num_written[sample.slot] = 0
-        write_sampling(self.host_slots.sampling, sample.slot, params, request.stop_token_ids)
+        rules = sample.slot if params.has_token_rules else NO_RULES
+        write_sampling(self.host_slots.sampling, sample.slot, params, request.stop_token_ids, rules)
         write_request(
             self.host_slots.request,
             sample.slot,
@@ -46,7 +48,7 @@ class BatchBuilder:
             limit=request.limit,
             key=request.key,
             key_folds=request.key_folds(sample.index),
-            num_logprobs=max(-1 if asked is None else asked for asked in (params.logprobs, params.prompt_logprobs)) + 1,
+            likeliest=params.logprobs is not None or params.prompt_logprobs is not None,
             details=params.raw_logprobs or params.entropy,
         )
         self._device_slots = None
@@ -57,17 +59,20 @@ class BatchBuilder:
             self._device_slots = jax.device_put(jax.tree.map(np.copy, self.host_slots))
         return self._device_slots
 
-    def histories(self, samples: Sequence[Sample]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(slots, tokens) uploads that put whole sequences into their slots."""
-        uploads = []
-        for first in range(0, len(samples), HISTORY_ROWS):
-            slots = np.full(HISTORY_ROWS, self.num_slots, np.int32)
-            tokens = np.zeros((HISTORY_ROWS, self.engine_config.max_model_len), np.int32)
-            for row, sample in enumerate(samples[first : first + HISTORY_ROWS]):
-                slots[row] = sample.slot
-                tokens[row, : sample.num_tokens] = sample.token_ids
-            uploads.append((slots, tokens))
-        return uploads
+    def histories(self, samples: Sequence[Sample]) -> list[tuple[np.ndarray, ...]]:
+        """Uploads for kv_cache.write_history that put whole sequences into their slots."""
+        return history_uploads(self.num_slots, [(sample.slot, sample.token_ids) for sample in samples])
+
+    def rules(self, samples: Sequence[Sample], vocab_size: int) -> list[tuple[np.ndarray, TokenRules]]:
+        """Uploads for kv_cache.write_rules of the samples whose requests bring token rules, one a request."""
+        slots: dict[int, tuple[SamplingParams, list[int]]] = {}
+        for sample in samples:
+            if sample.request.sampling.has_token_rules:
+                slots.setdefault(id(sample.request), (sample.request.sampling, []))[1].append(sample.slot)
+        return [
+            (_padded(of_request, self.num_slots, fill=self.num_slots), token_rules([sampling], vocab_size))
+            for sampling, of_request in slots.values()
+        ]
 
     def sync_tables(self, samples: Sequence[Sample]) -> np.ndarray:
         """Block tables, the given sequences' rows brought up to date.
@@ -117,6 +122,23 @@ class BatchBuilder:
         return blocks, rows, copies
 
 
+def history_uploads(num_slots: int, sequences: Sequence[tuple[int, Sequence[int]]]) -> list[tuple[np.ndarray, ...]]:
+    """(slots, blocks, tokens) for kv_cache.write_history from (slot, token ids) pairs, HISTORY_ROWS blocks each."""
+    parts = []
+    for slot, token_ids in sequences:
+        for start in range(0, len(token_ids), HISTORY_BLOCK):
+            parts.append((slot, start // HISTORY_BLOCK, token_ids[start : start + HISTORY_BLOCK]))
+    return [_history_upload(num_slots, parts[i : i + HISTORY_ROWS]) for i in range(0, len(parts), HISTORY_ROWS)]
+
+
+def _history_upload(num_slots: int, parts: Sequence[tuple[int, int, Sequence[int]]]) -> tuple[np.ndarray, ...]:
+    tokens = np.zeros((HISTORY_ROWS, HISTORY_BLOCK), np.int32)
+    for row, (_, _, token_ids) in zip(tokens, parts, strict=False):
+        row[: len(token_ids)] = token_ids
+    slots = _padded([slot for slot, _, _ in parts], HISTORY_ROWS, fill=num_slots)
+    return slots, _padded([block for _, block, _ in parts], HISTORY_ROWS), tokens
+
+
 def rows_of(
     size: int, indices: Sequence[int], slots: Sequence[int], positions: Sequence[int], scored: Sequence[bool]
 ) -> Rows:
@@ -130,7 +152,7 @@ def rows_of(
     )
 
 
-def _padded(values: Sequence, size: int, dtype: type = np.int32) -> np.ndarray:
-    out = np.zeros(size, dtype)
+def _padded(values: Sequence, size: int, dtype: type = np.int32, fill: int = 0) -> np.ndarray:
+    out = np.full(size, fill, dtype)
     out[: len(values)] = values
     return out

@@ -9,7 +9,10 @@ from jaxengine.host.sample import Sample, Status
 from jaxengine.host.scheduler import Scheduler
 from jaxengine.outputs import Logprob
 
-DEAD_END = "min_tokens, stop tokens, logit_bias and penalties rule out every token of the vocabulary"
+DEAD_END = (
+    "min_tokens, stop tokens, allowed_token_ids, bad_words, logit_bias and penalties rule out every token of the "
+    "vocabulary"
+)
 NOT_FINITE = "the model's logits were not finite"
 Index = int | tuple[int, int]  # of a row: its place, or (step, place) where a dispatch ran several steps
 
@@ -29,11 +32,12 @@ class HostRows:
         return array
 
     def likeliest(self, row: Index, count: int) -> dict[int, Logprob]:
-        """The chosen token and the `count` likeliest, as vLLM's dictionary."""
+        """The chosen token and the `count` likeliest, as vLLM's dictionary; -1 is all of the vocabulary."""
         found = {int(self.tokens[row]): Logprob(float(self.logprobs[row]), int(self.ranks[row]))}
-        likeliest = zip(self.top_ids[row][:count], self.top_logprobs[row][:count], strict=True)
+        stop = count if count >= 0 else None
+        likeliest = zip(self.top_ids[row][:stop].tolist(), self.top_logprobs[row][:stop].tolist(), strict=True)
         for rank, (token, logprob) in enumerate(likeliest, start=1):
-            found[int(token)] = Logprob(float(logprob), rank)
+            found[token] = Logprob(logprob, rank)
         return found
 
 

@@ -10,7 +10,7 @@ import jax
 
 from jaxengine.base.progress import Report, say_nothing
 from jaxengine.config import EngineConfig, ModelConfig
-from jaxengine.device import kv_cache, steps
+from jaxengine.device import kv_cache
 from jaxengine.device.step_inputs import RowOutputs
 from jaxengine.engine import idle_pools, memory, page_checksums
 from jaxengine.engine.batch import BatchBuilder
@@ -254,7 +254,9 @@ class Engine:
             self.batch.admit(sample)
         with _blaming(plan.admitted):
             for upload in self.batch.histories(plan.admitted):
-                self.cache = steps.write_history(self.cache, *upload)
+                self.cache = kv_cache.write_history(self.cache, *upload)
+            for rules in self.batch.rules(plan.admitted, self.model_config.padded_vocab_size):
+                self.cache = kv_cache.write_rules(self.cache, *rules)
             samples = plan.decoding + plan.prefilling
             tables, slots = self.batch.sync_tables(samples), self.batch.device_slots()
         with _blaming(plan.decoding):

@@ -49,11 +49,10 @@ class MemoryPlan:
 
 def memory_plan(model_config: ModelConfig, engine_config: EngineConfig) -> MemoryPlan:
     """The plan of an engine as configured."""
-    size = lambda tree: sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
     cache = kv_cache.abstract(model_config, engine_config, choose_kernels(engine_config.kernels, model_config))
     return MemoryPlan(
-        size(model_params.abstract(model_config)),
-        size(cache),
+        _size(model_params.abstract(model_config)),
+        _size(cache),
         _workspace(model_config, engine_config),
         engine_config.num_pages,
         _page_bytes(model_config, engine_config),
@@ -82,13 +81,13 @@ def sized_pool(model_config: ModelConfig, engine_config: EngineConfig, params: A
         )
     num_pages = min(
         engine_config.max_num_seqs * (_whole_context(engine_config) - 1) + 1,
-        _pages_in(room, engine_config, plan.page_bytes),
+        _pages_in(room, model_config, engine_config, plan.page_bytes),
     )
     if num_pages < _whole_context(engine_config):
 
         def is_too_long(length: int) -> bool:
             shorter = dataclasses.replace(engine_config, max_model_len=length)
-            return _pages_in(room, shorter, plan.page_bytes) < _whole_context(shorter)
+            return _pages_in(room, model_config, shorter, plan.page_bytes) < _whole_context(shorter)
 
         longest = 1 + bisect.bisect_left(range(2, engine_config.max_model_len), True, key=is_too_long)
         advice = f"max_model_len={longest} fits; or" if longest > 1 else "there is no room for any;"
@@ -107,10 +106,15 @@ def _whole_context(engine_config: EngineConfig) -> int:
     return -(-engine_config.max_model_len // engine_config.page_size) + 1
 
 
-def _pages_in(room: int, engine_config: EngineConfig, page_bytes: int) -> int:
+def _pages_in(room: int, model_config: ModelConfig, engine_config: EngineConfig, page_bytes: int) -> int:
     """num_pages of the largest cache that takes `room` bytes."""
-    history = kv_cache.HISTORY.itemsize * math.prod(kv_cache.history_shape(engine_config))
-    return (room - history) // page_bytes - engine_config.probe_pages
+    slots = _size(kv_cache.abstract_slots(model_config, engine_config))
+    return (room - slots) // page_bytes - engine_config.probe_pages
+
+
+def _size(tree: Any) -> int:
+    """Bytes of all arrays."""
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def _resident(params: Any) -> int:
@@ -167,11 +171,15 @@ def _page_bytes(model_config: ModelConfig, engine_config: EngineConfig) -> int:
 
 
 def _workspace(model_config: ModelConfig, engine_config: EngineConfig) -> int:
-    """Rows of the residual stream, projections and attention of a whole step, and the logits of one tile."""
+    """Rows of the residual stream, projections and attention of a whole step, the logits of one tile, and the likeliest
+    tokens of each row.
+    """
     rows = max(engine_config.max_num_batched_tokens, engine_config.max_num_seqs)
     heads = (2 * model_config.num_attention_heads + 2 * model_config.num_key_value_heads) * model_config.head_dim
+    likeliest = 2 * engine_config.num_likeliest(model_config.vocab_size)  # ids and logprobs
     return ROW_BYTES * (
-        rows * (2 * model_config.hidden_size + heads) + LOGIT_COPIES * LOGIT_ROWS * model_config.padded_vocab_size
+        rows * (2 * model_config.hidden_size + heads + likeliest)
+        + LOGIT_COPIES * LOGIT_ROWS * model_config.padded_vocab_size
     )
 
 

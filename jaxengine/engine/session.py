@@ -24,6 +24,7 @@ from jaxengine.models.named_weights import to_decoder
 from jaxengine.models.params import Decoder
 from jaxengine.outputs import RequestOutput
 from jaxengine.sampling_params import SamplingParams
+from jaxengine.text.bad_words import each_with_token_ids
 from jaxengine.text.tokenizer import Tokenizer
 
 IN_FLIGHT = ("recompute", "keep", "drain")
@@ -85,7 +86,10 @@ class Session:
         if on_error not in ON_ERROR:
             raise ValueError(f"on_error must be one of {', '.join(map(repr, ON_ERROR))}, got {on_error!r}")
         self.runner.check_usable()
-        admit = self.admission.request if on_error == "refuse" else self.admission.request_or_error
+        if on_error == "refuse":
+            sampling, admit = each_with_token_ids(sampling, self.tokenizer), self.admission.request
+        else:
+            admit = self.admission.request_or_error
         ids = request_ids if request_ids is not None else [""] * len(prompts)
         given = enumerate(zip(ids, prompts, sampling, strict=True))
         return [admit(name, prompt, index, each, key) for index, (name, prompt, each) in given]
@@ -248,7 +252,8 @@ class Session:
         """
         tokens, mask = np.asarray(tokens), np.asarray(mask)
         scoring.check_scored(tokens, mask, self.model_config)
-        slots = scoring.sampling_arrays_of(sampling_of(sampling_params, tokens.shape[0]), self.model_config)
+        sampling = each_with_token_ids(sampling_of(sampling_params, tokens.shape[0]), self.tokenizer)
+        slots = scoring.sampling_arrays_of(sampling, self.model_config)
         with self.runner.alone():
             self.runner.check_awake()
             check_alive(self.params)

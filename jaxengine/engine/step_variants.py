@@ -16,14 +16,14 @@ import numpy as np
 
 from jaxengine.base.progress import Report, say_nothing
 from jaxengine.config import PROBE_TOKENS, QUERY_BLOCK, EngineConfig, ModelConfig
-from jaxengine.device import steps
+from jaxengine.device import kv_cache, steps
 from jaxengine.device.kv_cache import Cache
 from jaxengine.device.step_inputs import Copies, RowOutputs
-from jaxengine.engine.batch import BatchBuilder, rows_of
+from jaxengine.engine.batch import BatchBuilder, history_uploads, rows_of
 from jaxengine.models.params import Decoder
 from jaxengine.ops.kernels import Kernels
 from jaxengine.ops.query_blocks import QueryBlocks
-from jaxengine.ops.tiles import BASE, HISTORY_ROWS, TILES, Tile
+from jaxengine.ops.tiles import BASE, TILES, Tile
 
 
 class StepVariants:
@@ -39,7 +39,7 @@ class StepVariants:
     ) -> None:
         self.model_config, self.engine_config, self.kernels = model_config, engine_config, kernels
         self.batch, self.report = batch, report
-        self._max_logprobs = min(engine_config.max_logprobs, model_config.vocab_size)
+        self._max_logprobs = engine_config.num_likeliest(model_config.vocab_size)
         wide = tuple(Tile(1, rows) for rows in kernels.wide_rows if batch.decode_rows % rows == 0)
         self._tiles = {
             "decode": TILES["decode"] + wide,
@@ -159,8 +159,9 @@ class StepVariants:
         """Everything that a step says of the probe's tokens: outputs of each row, then the pages it wrote."""
         probe = self._probe_tokens()
         count = len(probe) - 1
-        slot, tables, slots, history = self._probe_inputs(probe)
-        cache = steps.write_history(cache, *history)
+        slot, tables, slots, histories = self._probe_inputs(probe)
+        for upload in histories:
+            cache = kv_cache.write_history(cache, *upload)
         run = self._probe_decode if kind == "decode" else self._probe_prefill
         cache, outputs = run(tile, params, cache, tables, slots, slot, count)
         pages = steps.read_pages(cache, tables[slot, : self.engine_config.probe_pages])
@@ -182,12 +183,8 @@ class StepVariants:
             self.engine_config.probe_pages
         )
         slots.request.limit[slot] = self.engine_config.max_model_len + 1
-        slots.request.num_logprobs[slot] = self._max_logprobs
-        tokens = np.zeros((HISTORY_ROWS, self.engine_config.max_model_len), np.int32)
-        tokens[0, : len(probe)] = probe
-        upload_slots = np.full(HISTORY_ROWS, self.batch.num_slots, np.int32)
-        upload_slots[0] = slot
-        return slot, tables, slots, (upload_slots, tokens)
+        slots.request.likeliest[slot] = True
+        return slot, tables, slots, history_uploads(self.batch.num_slots, [(slot, probe)])
 
     def _probe_decode(self, tile, params, cache, tables, slots, slot, count):
         answers = []

@@ -10,7 +10,8 @@ from jaxengine.coordinate import Coordinate
 from jaxengine.host.prompts import Prompts
 from jaxengine.host.sample import Drawn, Request
 from jaxengine.outputs import CompletionOutput, RequestOutput
-from jaxengine.sampling_params import MAX_STOPS, SamplingParams, stop_token_ids
+from jaxengine.sampling_params import MAX_STOPS, SamplingParams, check_token_ids, stop_token_ids
+from jaxengine.text.bad_words import with_token_ids
 from jaxengine.text.detokenizer import Detokenizer
 from pallas_kernels.numbers import cdiv
 
@@ -60,6 +61,7 @@ class Admission:
         """The checked request for `prompts[index]`; `key` are the words of the call's key."""
         given = self.prompts.prompt(prompt, index)
         token_ids = self._truncated(given.token_ids, sampling)
+        sampling = with_token_ids(sampling, self.prompts.tokenizer, f"prompts[{index}]")
         self._check_sampling(sampling, index)
         stops = stop_token_ids(sampling, self.model_config.eos_token_ids)
         if len(stops) > MAX_STOPS:
@@ -110,7 +112,7 @@ class Admission:
                 "was drawn (each turn of a conversation with a tool has one of its own): give generate the tokens of "
                 "its prompt and sample as prompt_token_ids"
             )
-        sampling = sampling or begun.sampling_params
+        sampling = with_token_ids(sampling or begun.sampling_params, self.prompts.tokenizer, "sampling_params")
         if sampling.n != len(output.outputs):
             raise ValueError(
                 f"request {output.request_id} has {len(output.outputs)} samples, sampling_params has n={sampling.n}"
@@ -155,17 +157,18 @@ class Admission:
         return token_ids if count is None else token_ids[-count:]
 
     def _check_sampling(self, sampling: SamplingParams, index: int) -> None:
-        most, vocab_size = self.engine_config.max_logprobs, self.model_config.vocab_size
         for name in ("logprobs", "prompt_logprobs"):
-            value = getattr(sampling, name)
-            if value is not None and value > most:
-                raise ValueError(f"{name}={value} of prompts[{index}] is more than max_logprobs={most} of this engine")
-        biased = [token for token, _ in sampling.biases]
-        for name, tokens in (("logit_bias", biased), ("stop_token_ids", sampling.stop_token_ids)):
-            if any(token >= vocab_size for token in tokens):
-                raise ValueError(
-                    f"{name} of prompts[{index}] names token {max(tokens)}: the vocabulary is 0 … {vocab_size - 1}"
-                )
+            self._check_logprobs(name, getattr(sampling, name), index)
+        check_token_ids(sampling, self.model_config.vocab_size, f"prompts[{index}]")
+
+    def _check_logprobs(self, name: str, asked: int | None, index: int) -> None:
+        given, vocab_size = self.engine_config.max_logprobs, self.model_config.vocab_size
+        most = vocab_size if given == -1 else given
+        if asked is not None and (vocab_size if asked == -1 else asked) > most:
+            advice = f": that is all {vocab_size} tokens, and takes an LLM with max_logprobs=-1" if asked == -1 else ""
+            raise ValueError(
+                f"{name}={asked} of prompts[{index}] is more than max_logprobs={given} of this engine{advice}"
+            )
 
     @property
     def _room(self) -> int:

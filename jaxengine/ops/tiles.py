@@ -54,4 +54,7 @@ ATTENTION_TILE = 8
 ROW_UNIT = 32  # rows of a decode step: the widest decode tile that every kernel has
 WIDE_PREFILL = 32  # query blocks of a prefill step that can carry so many: its widest tile
 NARROW_PREFILL = 8  # query blocks of a prefill step that carries fewer
-HISTORY_ROWS = 8  # sequences that one upload puts into their slots
+HISTORY_ROWS = 32  # blocks of histories that one upload puts into their slots
+
+# Tokens of a history that are written together, and that the sampler counts together. A row's step costs whole blocks.
+HISTORY_BLOCK = 256

@@ -12,6 +12,7 @@ import pytest
 
 from jaxengine.config import VOCAB_BLOCK, EngineConfig
 from jaxengine.device import sampler
+from jaxengine.device.sampling_arrays import token_rules
 from jaxengine.engine.batch import BatchBuilder
 from jaxengine.host.sample import Request, Sample
 from jaxengine.sampling_params import SamplingParams
@@ -135,12 +136,13 @@ def processed(
         request = Request(
             str(slot), prompt, params, (0, 0), slot, stops | set(params.stop_token_ids), ENGINE.max_model_len
         )
-        batch.admit(Sample(request, 0, prompt + generated, slot, slot=slot))
+        batch.admit(Sample(request, 0, slot, slot=slot))
         positions[slot] = len(prompt) + len(generated)
         history[slot, : positions[slot]] = prompt + generated
     sampling, request = batch.host_slots.sampling, batch.host_slots.request
     row = jax.tree.map(lambda x: x[slots], sampling)
-    context = sampler.Context(history, slots, positions, request.prompt_length[slots], request.first_stop[slots])
+    rules = token_rules([params for params, *_ in rows], V)
+    context = sampler.Context(history, slots, positions, request.prompt_length[slots], request.first_stop[slots], rules)
     return tuple(np.asarray(x)[:count] for x in process(logits, row, context))
 
 

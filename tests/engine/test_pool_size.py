@@ -44,7 +44,9 @@ def test_the_plan_is_what_the_arrays_take(tiny):
         sizes(cache),
     ) and plan.num_pages == tiny.engine_config.num_pages
     pages = plan.num_pages + tiny.engine_config.probe_pages
-    assert plan.page_bytes * pages == sizes((cache.keys, cache.values)) == plan.cache - cache.history.nbytes
+    assert (
+        plan.page_bytes * pages == sizes((cache.keys, cache.values)) == plan.cache - sizes((cache.history, cache.rules))
+    )
     assert (
         plan.total == plan.weights + plan.cache + plan.workspace
         and plan.workspace > 4 * 8 * tiny.config.padded_vocab_size

@@ -153,7 +153,7 @@ def test_one_flipped_bit_is_found_wherever_it_is(llm, whole):
 def test_sums_change_with_each_stored_word():
     """Of 16-bit floats too, which are stored as integers."""
     stored = np.random.RandomState(0).randint(0, 2**16, (3, 2, 4, 16)).astype(np.uint16)
-    cache = Cache((jnp.array(stored),), (jnp.array(stored.swapaxes(2, 3)),), jnp.zeros((1, 1), jnp.int32))
+    cache = Cache((jnp.array(stored),), (jnp.array(stored.swapaxes(2, 3)),), jnp.zeros((1, 1), jnp.int32), ())
     before = np.asarray(checksums.token_sums(cache, jnp.array([1, 2]), kernels=XLA))
     for head in range(2):
         for i in range(4):

@@ -20,7 +20,7 @@ from jaxengine.config import QUERY_BLOCK, EngineConfig
 from jaxengine.device.step_inputs import Copies, RowOutputs, Rows, Slots
 from jaxengine.engine.batch import BatchBuilder
 from jaxengine.ops.query_blocks import QueryBlocks
-from jaxengine.ops.tiles import Tile
+from jaxengine.ops.tiles import HISTORY_BLOCK, Tile
 
 GARBAGE = -1  # what a query block writes after its last token, and what was never written
 
@@ -106,11 +106,12 @@ def rebuild(cache: Cache, model: Any, config: EngineConfig, kernels: Any) -> Cac
     return Cache(config)
 
 
-def write_history(cache: Cache, slots: np.ndarray, tokens: np.ndarray) -> Cache:
-    """In place of steps.write_history."""
-    for slot, row in zip(slots.tolist(), tokens, strict=True):
+def write_history(cache: Cache, slots: np.ndarray, blocks: np.ndarray, tokens: np.ndarray) -> Cache:
+    """In place of kv_cache.write_history."""
+    for slot, block, row in zip(slots.tolist(), blocks.tolist(), tokens.tolist(), strict=True):
         if slot < len(cache.history):
-            cache.set_history(slot, row.tolist())
+            start = block * HISTORY_BLOCK
+            cache.set_history(slot, (cache.history[slot][:start] + row)[: len(cache.history[slot])])
     return cache
 
 

@@ -31,9 +31,7 @@ MODEL = ModelConfig(
 )  # its sizes are named in errors, nothing is computed with it
 CUT = object()
 HOST_FILES = {module.__file__ for module in (batch, page_pool, engine, collect, scheduler, host_sample)}
-PARTS = dict(
-    steps=device, kv_cache=device, StepVariants=device.StepVariants, BatchBuilder=device.HostSlots, Scheduler=Watched
-)
+PARTS = dict(kv_cache=device, StepVariants=device.StepVariants, BatchBuilder=device.HostSlots, Scheduler=Watched)
 
 
 class World:
@@ -233,7 +231,7 @@ class World:
     @contextlib.contextmanager
     def _plugged(self) -> Iterator[None]:
         """The fake device in the place of the real steps."""
-        with mock.patch.multiple(engine, steps=device, kv_cache=device):
+        with mock.patch.multiple(engine, kv_cache=device):
             yield
 
 

@@ -252,7 +252,7 @@ def test_the_canary_sees_each_word(side):
         jnp.ones(pool.shape, pool.dtype)
         for pool in kernels.attention.pools(dataclasses.replace(MODEL, dtype="bfloat16"), 3, 32)
     ]
-    cache = Cache((pools[0],), (pools[1],), jnp.zeros((1, 1), jnp.int32))
+    cache = Cache((pools[0],), (pools[1],), jnp.zeros((1, 1), jnp.int32), ())
     sums = lambda cache: np.asarray(checksums.token_sums(cache, jnp.array([1, 2]), kernels=kernels))
     for head, word in ((0, 0), (1, 31)):
         changed = dataclasses.replace(cache, **{side: (getattr(cache, side)[0].at[2, head, 5, word].set(-1),)})
