@@ -88,9 +88,14 @@ def _biased(row: SamplingArrays, context: Context, logits: Float[Array, "t V"]) 
     each = jnp.arange(batch)[:, None]
     early = (context.positions < context.first_stop)[:, None]
     stops = jnp.where(early, row.stop_ids, -1)
-    # An id of -1 becomes one after the last, which the scatter drops.
-    logits = logits.at[each, jnp.where(row.bias_ids >= 0, row.bias_ids, vocab)].add(row.bias_values, mode="drop")
-    return logits.at[each, jnp.where(stops >= 0, stops, vocab)].set(-jnp.inf, mode="drop")
+    biased, stopped = _after_the_last(row.bias_ids, vocab), _after_the_last(stops, vocab)
+    logits = logits.at[each, biased].add(row.bias_values, mode="drop", unique_indices=True)
+    return logits.at[each, stopped].set(-jnp.inf, mode="drop", unique_indices=True)
+
+
+def _after_the_last(ids: Int[Array, "t n"], vocab: int) -> Int[Array, "t n"]:
+    """Ids of which a row has none twice: for each -1 another one after the last, which a scatter drops."""
+    return jnp.where(ids >= 0, ids, vocab + jnp.arange(ids.shape[1]))
 
 
 def _penalised(row: SamplingArrays, context: Context, logits: Float[Array, "t V"]) -> Float[Array, "t V"]:
