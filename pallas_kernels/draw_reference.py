@@ -82,7 +82,11 @@ def plain_draw(
     highs, log_masses = _normaliser(logits)
     logprobs = (logits - highs[:, None]) - log_masses[:, None]
     tokens = given if uniforms is None else jnp.where(given >= 0, given, draw_blocks(logprobs, uniforms))
-    return Draw(tokens, jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0], highs, log_masses)
+    return Draw(tokens, jax.vmap(_entry)(logprobs, tokens), highs, log_masses)
+
+
+def _entry(row: Float[Array, " V"], index: Int[Array, ""]) -> Float[Array, ""]:
+    return row.at[index].get(unique_indices=True)  # so that the gradient is no sum
 
 
 def draw_reference(logits: Float[Array, "t V"], uniforms: Float[Array, "t 2"], given: Int[Array, " t"]) -> Draw:

@@ -67,7 +67,8 @@ def _by_token_rules(row: SamplingArrays, context: Context, logits: Float[Array, 
     rules: TokenRules = jax.tree.map(row_of, context.rules)
     logits = jnp.where(_is_allowed(rules.allowed, logits.shape[1]) | ~has_rules, logits, -jnp.inf)
     logits = _without(logits, jnp.where(has_rules, _completing(rules.bad_words, context), -1))
-    return logits.at[_places(logits, jnp.where(has_rules, rules.bias_ids, -1))].add(rules.bias_values, mode="drop")
+    biased = _places(logits, jnp.where(has_rules, rules.bias_ids, -1))
+    return logits.at[biased].add(rules.bias_values, mode="drop", unique_indices=True)
 
 
 def _is_allowed(words: UInt32[Array, "t words"], vocab: int) -> Bool[Array, "t V"]:
@@ -91,9 +92,9 @@ def _without(logits: Float[Array, "t V"], token_ids: Int[Array, "t n"]) -> Float
 
 
 def _places(logits: Float[Array, "t V"], token_ids: Int[Array, "t n"]) -> tuple[Array, Array]:
-    """Indices of each row's tokens. An id of -1 becomes one after the last, which a scatter drops."""
+    """Indices of each row's tokens. Each -1 becomes another one after the last, which a scatter drops."""
     batch, vocab = logits.shape
-    return jnp.arange(batch)[:, None], jnp.where(token_ids >= 0, token_ids, vocab)
+    return jnp.arange(batch)[:, None], jnp.where(token_ids >= 0, token_ids, vocab + jnp.arange(token_ids.shape[1]))
 
 
 # -- penalties ---------------------------------------------------------------------------------------------------------

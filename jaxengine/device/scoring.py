@@ -6,6 +6,7 @@ stand.
 """
 
 import functools
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -170,7 +171,10 @@ def head_logprobs(
     order = jnp.argsort(~wanted.reshape(-1), stable=True)
     order = jnp.pad(order, (0, -order.shape[0] % tiles.head_rows))
     sequences, positions = order // length, order % length
-    predicting = x[sequences, jnp.maximum(positions - 1, 0)]
+    ranks = jnp.arange(order.shape[0])
+    # Of rows that nothing asks for, a place after the last: no two are equal, so the gradient adds nothing twice.
+    places = jnp.where(ranks < wanted.sum(), order - 1, order.shape[0] + ranks)
+    predicting = x.reshape(-1, x.shape[-1]).at[places].get(mode="fill", fill_value=0, unique_indices=True)
     rows = _RowInputs(predicting, sequences, positions, prompts.reshape(-1)[order])
     weights = _Weights(params.norm, params.output_head, _opaque(arrays, params, tokens), tokens)
     body = functools.partial(_row_scores, model_config, kernels, entropy)
@@ -178,7 +182,8 @@ def head_logprobs(
     found = over_tiles(body, tiles.head_rows, weights, rows, count)
 
     def placed(scores: Float[Array, " R"]) -> Float[Array, "B T"]:
-        return jnp.where(wanted, scores[jnp.argsort(order[: batch * length])].reshape(batch, length), 0.0)
+        found = scores.at[jnp.argsort(order[: batch * length])].get(unique_indices=True)
+        return jnp.where(wanted, found.reshape(batch, length), 0.0)
 
     return placed(found[0]), placed(found[1]) if entropy else None
 
@@ -187,7 +192,7 @@ def _row_scores(
     model_config: ModelConfig, kernels: Kernels, entropy: bool, weights: _Weights, rows: _RowInputs
 ) -> tuple[Float[Array, " t"], ...]:
     """(logprobs, and entropies if asked) of the rows' tokens, each float32 `[t]`."""
-    row: SequenceArrays = jax.tree.map(lambda a: a[rows.sequences], weights.arrays.each)
+    row: SequenceArrays = jax.lax.stop_gradient(jax.tree.map(operator.itemgetter(rows.sequences), weights.arrays.each))
     first_stop = jnp.where(row.min_tokens > 0, rows.prompts + row.min_tokens, 0)
     context = sampler.Context(
         weights.tokens, rows.sequences, rows.positions, rows.prompts, first_stop, weights.arrays.rules

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxengine.base.pytree import pytree
 from jaxengine.config import KV_TILE, QUERY_BLOCK, ModelConfig
+from jaxengine.device.embedding import embed
 from jaxengine.models import decoder
 from jaxengine.models.params import Decoder, Layer
 from jaxengine.ops.kernels import Kernels
@@ -51,11 +52,10 @@ def hidden_states(
     starts, tables = jnp.repeat(layout.starts, parts, axis=0), jnp.repeat(layout.tables, parts, axis=0)
     starts += jnp.tile(jnp.arange(0, QUERY_BLOCK, tile.tokens), layout.tokens.shape[0])
     count = layout.count * parts
-    embed = functools.partial(decoder.embed, model_config, kernels)
-    x = over_tiles(embed, tile.blocks, params.embed, layout.tokens.reshape(-1, tile.tokens), count)
+    x = embed(model_config, kernels, tile, params.embed, layout.tokens.reshape(-1, tile.tokens), count)
     for layer in params.layers:
         x = _layer(model_config, kernels, tile, layer, x, starts, tables, count)
-    whole = x.reshape(-1, QUERY_BLOCK, x.shape[-1])[layout.places]
+    whole = x.reshape(-1, QUERY_BLOCK, x.shape[-1]).at[layout.places].get(unique_indices=True)
     return whole.reshape(batch, -1, x.shape[-1])[:, :length]
 
 
@@ -158,6 +158,7 @@ def _attention_backward(model_config, kernels, saved, cotangent):
     """Gradient of plain attention in float32, a block of queries at a time: nothing of size T × T is kept."""
     q, k, v, tables, starts, count = jax.lax.optimization_barrier(saved)
     keys, values = (_whole_blocks(x).astype(jnp.float32) for x in (k, v))
+    pages = jnp.arange(tables.shape[1])
 
     def step(i, gradients):
         of_q, of_k, of_v = gradients
@@ -165,7 +166,8 @@ def _attention_backward(model_config, kernels, saved, cotangent):
         plain = functools.partial(_plain_attention, model_config, start=starts[i])
         _, pullback = jax.vjp(plain, q[i], _joined(keys[table]), _joined(values[table]))
         dq, dk, dv = pullback(cotangent[i].astype(jnp.float32))
-        return of_q.at[i].set(dq), _add_pages(of_k, table, dk), _add_pages(of_v, table, dv)
+        places = jnp.where(pages * QUERY_BLOCK < starts[i] + q.shape[1], table, keys.shape[0] + pages)
+        return of_q.at[i].set(dq), _add_pages(of_k, places, dk), _add_pages(of_v, places, dv)
 
     zero = unknown_zero(cotangent)
     start = tuple(jnp.full(x.shape, zero, x.dtype) for x in (q, keys, values))
@@ -178,8 +180,9 @@ def _joined(pages: Float[Array, "n q K h"]) -> Float[Array, "S K h"]:
     return pages.reshape(-1, *pages.shape[2:])
 
 
-def _add_pages(total: Float[Array, "P q K h"], table: Int[Array, " n"], part: Float[Array, "S K h"]) -> Array:
-    return total.at[table].add(part.reshape(-1, *total.shape[1:]))
+def _add_pages(total: Float[Array, "P q K h"], places: Int[Array, " n"], part: Float[Array, "S K h"]) -> Array:
+    """No two places are equal: a table ends in zeros, and what is after the queries is placed after the last page."""
+    return total.at[places].add(part.reshape(-1, *total.shape[1:]), mode="drop", unique_indices=True)
 
 
 def _plain_attention(

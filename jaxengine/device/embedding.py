@@ -1,0 +1,76 @@
+"""The embedding of whole sequences, with a gradient that is the same sum in every run and costs what its tokens cost.
+
+The gradient of `table[ids]` is a scatter with ids that repeat, which a GPU adds in the order in which its threads
+arrive. Here equal ids are brought together first, and each row of the table is written once.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxengine.config import ModelConfig
+from jaxengine.models import decoder
+from jaxengine.ops.kernels import Kernels
+from jaxengine.ops.regions import no_gradient, over_tiles
+from jaxengine.ops.tiles import Tile
+from pallas_kernels.numbers import cdiv
+from pallas_kernels.tiles import unknown_zero
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def embed(
+    model_config: ModelConfig,
+    kernels: Kernels,
+    tile: Tile,
+    table: Float[Array, "leaf V D"],
+    tokens: Int[Array, "NB r"],
+    count: Int[Array, ""],
+) -> Float[Array, "NB r D"]:
+    """Rows of the table in float32, those of the first `count` blocks. Differentiable in the table."""
+    return over_tiles(functools.partial(decoder.embed, model_config, kernels), tile.blocks, table, tokens, count)
+
+
+def _forward(model_config, kernels, tile, table, tokens, count):
+    return embed(model_config, kernels, tile, table, tokens, count), (table, tokens, count)
+
+
+def _backward(model_config, kernels, tile, saved, cotangent):
+    """A tile of rows at a time, each rounded to the table's dtype as a product's gradient is."""
+    table, tokens, count = jax.lax.optimization_barrier(saved)
+    ids, rows = tokens.reshape(-1), cotangent.reshape(-1, table.shape[-1])
+
+    def step(i, total):
+        own_ids, own_rows = (jax.lax.dynamic_slice_in_dim(x, i * tile.rows, tile.rows) for x in (ids, rows))
+        return add_rows(total, own_ids, own_rows.astype(table.dtype))
+
+    start = jnp.full((table.shape[0] * table.shape[1], table.shape[2]), unknown_zero(cotangent), jnp.float32)
+    total = jax.lax.fori_loop(0, cdiv(count, tile.blocks), step, start)
+    return total.astype(table.dtype).reshape(table.shape), no_gradient(tokens), no_gradient(count)
+
+
+embed.defvjp(_forward, _backward)
+
+
+def add_rows(total: Float[Array, "V D"], ids: Int[Array, " t"], rows: Float[Array, "t D"]) -> Float[Array, "V D"]:
+    """`total` with each row added at its id, in an order that the ids alone decide.
+
+    Rows of one id are added to each other first, one after another, the last first, in the dtype of the rows. In each
+    of the loop's turns every id adds one more row, so that there are as many turns as the most frequent id has rows.
+    """
+    each = jnp.arange(ids.shape[0])
+    # A row of zeros, padding's for one, gets an id of its own after the last, where it is dropped.
+    ids = jnp.where((rows != 0).any(-1), ids, total.shape[0] + each)[::-1]
+    order = jnp.argsort(ids, stable=True)
+    ids, rows = ids[order], rows[::-1][order]
+    is_first = (each == 0) | (ids != jnp.roll(ids, 1))
+    rank = each - jax.lax.cummax(jnp.where(is_first, each, 0))  # rows of the same id before this one
+
+    def add_next(k, sums):
+        """To the first row of each id, the one k rows after it, where that is of the same id."""
+        return sums + jnp.where((jnp.roll(rank, -k) == k)[:, None], jnp.roll(rows, -k, axis=0), 0)
+
+    sums = jax.lax.fori_loop(1, rank.max() + 1, add_next, rows).astype(total.dtype)
+    places = jnp.where(is_first, ids, total.shape[0] + ids.shape[0] + each)
+    return total.at[places].add(sums, mode="drop", unique_indices=True)
