@@ -142,6 +142,7 @@ class EngineConfig:
     page_checksums: bool = (
         False  # find pages that a fault has changed, after every step (engine/page_checksums.py); slow
     )
+    compilation_cache: bool = True  # keep compiled steps in the user's cache folder (base/compiled_code.py)
     kernels: str = "auto"  # which code computes: one of KERNELS, whose bits differ; "auto" is the device's own
 
     def __post_init__(self) -> None:
@@ -162,7 +163,7 @@ class EngineConfig:
             "gpu_memory_utilization",
             real("gpu_memory_utilization", self.gpu_memory_utilization, 0.0, 1.0, open_low=True),
         )
-        for name in ("enable_prefix_caching", "overlap", "page_checksums"):
+        for name in ("enable_prefix_caching", "overlap", "page_checksums", "compilation_cache"):
             put(name, flag(name, getattr(self, name)))
         if self.max_logprobs == 0:
             raise ValueError("max_logprobs must be at least 1, or -1 for the whole vocabulary, got 0")

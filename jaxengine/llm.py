@@ -206,17 +206,21 @@ class LLM:
         return self._complete([admit("", output, sampling_params) for output in outputs], use_tqdm)
 
     def stream(
-        self, prompt: Any, sampling_params: SamplingParams | None = None, *, key: Any = None
-    ) -> Iterator[RequestOutput]:
-        """The output of one prompt again and again as it grows; the last one is finished.
+        self, prompt: Any, sampling_params: SamplingParams | None = None, *, key: Any = None, cumulative: bool = False
+    ) -> Iterator[Any]:
+        """What one prompt's samples gained, after each step: RequestDelta, the last one with the whole RequestOutput.
 
-        Closing the iterator aborts it.
+            for delta in llm.stream("12+30="):
+                print(delta.outputs[0].text, end="")
+
+        A delta costs what is new in it. With `cumulative` whole RequestOutputs are yielded, which grow, and cost what
+        is in them. Closing the iterator aborts the request.
         """
         prompts = prompts_of(prompt)
         if len(prompts) != 1:
             raise ValueError(f"stream takes one prompt, got {len(prompts)}: stream each of them, or use generate")
         (request,) = self._requests(prompts, sampling_params, key, None)
-        yield from self.session.stream(request)
+        yield from self.session.growing(request) if cumulative else self.session.stream(request)
 
     def chat(
         self,

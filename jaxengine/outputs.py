@@ -108,6 +108,20 @@ class RequestOutput:
         return head + "".join(sample._repr_html_() for sample in self.outputs) + legend
 
 
+@dataclasses.dataclass(frozen=True)
+class RequestDelta:
+    """What a request gained with a step: of each sample that has something new, what that is.
+
+    The last delta is finished and has the whole output. Texts and token ids of one sample's deltas, joined, are its
+    whole text and tokens.
+    """
+
+    request_id: str
+    outputs: list[CompletionDelta]
+    finished: bool
+    output: RequestOutput | None = None
+
+
 class RequestOutputs(list[RequestOutput]):
     """A plain list of RequestOutput that a notebook shows as HTML."""
 

@@ -1,9 +1,13 @@
 """Progress on long work, on standard error or as a notebook's widget."""
 
 import sys
+import warnings
 from collections.abc import Callable
 
-from tqdm.auto import tqdm
+with warnings.catch_warnings():
+    # Where ipywidgets is missing tqdm warns, with a path of the machine in it, and takes text bars: they will do.
+    warnings.simplefilter("ignore")
+    from tqdm.auto import tqdm
 
 
 class Progress:

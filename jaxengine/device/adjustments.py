@@ -66,7 +66,7 @@ def _by_token_rules(row: SamplingArrays, context: Context, logits: Float[Array, 
 
     rules: TokenRules = jax.tree.map(row_of, context.rules)
     logits = jnp.where(_is_allowed(rules.allowed, logits.shape[1]) | ~has_rules, logits, -jnp.inf)
-    logits = _without(logits, jnp.where(has_rules, _completing(rules.bad_words, context), -1))
+    logits = _without(logits, _once(jnp.where(has_rules, _completing(rules.bad_words, context), -1)))
     biased = _places(logits, jnp.where(has_rules, rules.bias_ids, -1))
     return logits.at[biased].add(rules.bias_values, mode="drop", unique_indices=True)
 
@@ -87,8 +87,14 @@ def _completing(bad_words: Int[Array, "t bad length"], context: Context) -> Int[
 
 
 def _without(logits: Float[Array, "t V"], token_ids: Int[Array, "t n"]) -> Float[Array, "t V"]:
-    """The logits with -inf at the given tokens; -1 is none."""
-    return logits.at[_places(logits, token_ids)].set(-jnp.inf, mode="drop")
+    """The logits with -inf at the given tokens, of which a row has none twice; -1 is none."""
+    return logits.at[_places(logits, token_ids)].set(-jnp.inf, mode="drop", unique_indices=True)
+
+
+def _once(token_ids: Int[Array, "t n"]) -> Int[Array, "t n"]:
+    """The ids with -1 for those that stand earlier in their row already."""
+    repeated = jnp.tril(token_ids[:, :, None] == token_ids[:, None, :], -1).any(-1)
+    return jnp.where(repeated, -1, token_ids)
 
 
 def _places(logits: Float[Array, "t V"], token_ids: Int[Array, "t n"]) -> tuple[Array, Array]:

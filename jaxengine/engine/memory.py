@@ -17,6 +17,8 @@ from jaxengine.models import params as model_params
 from jaxengine.ops.kernels import choose_kernels
 
 CPU_SHARE = 0.25  # of the host's free memory, for the pool: other programs live there too
+CPU_POOL = 512_000_000  # bytes of pages that a CPU's pool has at most, or as many as its model's weights take, or
+# one whole context: a small model in a notebook wants no gigabytes, and num_pages gives it more
 ROW_BYTES = 4
 LOGIT_ROWS = 128  # of the widest tile that a decode step draws for
 LOGIT_COPIES = 4  # raw, penalised, processed, and what the sampler works on
@@ -83,6 +85,8 @@ def sized_pool(model_config: ModelConfig, engine_config: EngineConfig, params: A
         engine_config.max_num_seqs * (_whole_context(engine_config) - 1) + 1,
         _pages_in(room, model_config, engine_config, plan.page_bytes),
     )
+    if on_cpu:
+        num_pages = min(num_pages, max(max(CPU_POOL, plan.weights) // plan.page_bytes, _whole_context(engine_config)))
     if num_pages < _whole_context(engine_config):
 
         def is_too_long(length: int) -> bool:

@@ -6,12 +6,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxengine.base import compiled_code
 from jaxengine.base.progress import Report, say_nothing
 from jaxengine.config import EngineConfig, ModelConfig
 from jaxengine.coordinate import Contract
 from jaxengine.device import scoring
 from jaxengine.engine import idle_pools, memory
 from jaxengine.engine.contract_digest import Contracts
+from jaxengine.engine.deltas import DeltaReader
 from jaxengine.engine.engine import Engine
 from jaxengine.engine.runner import Runner
 from jaxengine.engine.scoring_proof import scoring_tiles
@@ -22,7 +24,7 @@ from jaxengine.host.prompts import Prompts
 from jaxengine.host.sample import Request
 from jaxengine.models.named_weights import to_decoder
 from jaxengine.models.params import Decoder
-from jaxengine.outputs import RequestOutput
+from jaxengine.outputs import RequestDelta, RequestOutput
 from jaxengine.sampling_params import SamplingParams
 from jaxengine.text.bad_words import each_with_token_ids
 from jaxengine.text.tokenizer import Tokenizer
@@ -44,6 +46,8 @@ class Session:
         report: Report = say_nothing,
     ) -> None:
         self.model_config, self.tokenizer, self.report = model_config, tokenizer, report
+        if engine_config.compilation_cache:
+            compiled_code.keep()
         self.engine = idle_pools.with_room(lambda: self._new_engine(engine_config, params))
         self.contracts = Contracts(self.engine)
         self.runner = Runner(self.engine, self.contracts)
@@ -103,17 +107,33 @@ class Session:
                 progress(requests)
         return [self.output(request) for request in requests]
 
-    def stream(self, request: Request) -> Iterator[RequestOutput]:
-        """The request's output again and again as it grows; the last one is finished.
+    def stream(self, request: Request) -> Iterator[RequestDelta]:
+        """What the request gained, after each step; the last delta has the whole output.
+
+        Closing the iterator aborts it.
+        """
+        reader, finished = DeltaReader(request, self.tokenizer), False
+        for _ in self.runner.run([request], with_text=True):
+            with self.runner.alone():  # no other thread's step may add a token to what is being read
+                deltas, finished = reader.read(), request.is_finished
+            if finished:
+                break
+            if deltas:
+                yield RequestDelta(request.request_id, deltas, False)
+        deltas = deltas if finished else reader.read()  # another call's step may have brought the end
+        yield RequestDelta(request.request_id, deltas, True, self.output(request))
+
+    def growing(self, request: Request) -> Iterator[RequestOutput]:
+        """The request's whole output again and again as it grows; the last one is finished.
 
         Closing the iterator aborts it.
         """
         output = None
         for _ in self.runner.run([request], with_text=True):
-            with self.runner.alone():  # no other thread's step may add a token to what is being read
+            with self.runner.alone():  # as above
                 output = self.output(request)
             yield output
-        if output is None or not output.finished:  # another call's step brought the end
+        if output is None or not output.finished:
             yield self.output(request)
 
     def abort(self, request_id: str) -> None:

@@ -89,6 +89,16 @@ def test_a_hosts_pool_takes_its_share_of_what_is_free(tiny, monkeypatch):
     assert 10**9 // 4 - plan.page_bytes < cache_bytes(tiny, memory.sized_pool(tiny.config, engine)) <= 10**9 // 4
 
 
+@pytest.mark.parametrize("length", [512, 131_072])
+def test_a_small_models_pool_on_a_host_is_no_gigabytes(tiny, monkeypatch, length):
+    """But a whole context always has room."""
+    engine = dataclasses.replace(ENGINE, max_num_seqs=10_000 * 512 // length, max_model_len=length)
+    monkeypatch.setattr(machine, "free_memory", lambda: 10**12)
+    sized, page = memory.sized_pool(tiny.config, engine), memory.memory_plan(tiny.config, engine).page_bytes
+    most = max(memory.CPU_POOL, sizes(tiny.params), (length // 32 + 1) * page)
+    assert most - page < sized.num_pages * page <= most
+
+
 def test_what_does_not_fit_names_the_longest_context_that_does(tiny, monkeypatch):
     """Also where the history alone, a row a slot, is too much."""
     monkeypatch.setattr(machine, "free_memory", lambda: 8_000_000)

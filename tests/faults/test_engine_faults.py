@@ -167,7 +167,7 @@ def test_abort_of_all_requests_at_any_step(llm, expected):
 @OVERLAP
 def test_closing_a_stream_frees_its_pages(llm, expected, whole):
     beside = start(llm)
-    stream = llm.stream(PROMPT, VICTIM.replace(n=2))
+    stream = llm.stream(PROMPT, VICTIM.replace(n=2), cumulative=True)
     seen = [next(stream) for _ in range(5)]
     assert [len(output.outputs[0].token_ids) for output in seen] == sorted(
         len(output.outputs[0].token_ids) for output in seen
@@ -186,7 +186,7 @@ def test_closing_a_stream_frees_its_pages(llm, expected, whole):
 
 @OVERLAP
 def test_a_stream_that_was_never_started_asks_for_nothing(llm):
-    llm.stream(PROMPT, VICTIM).close()
+    llm.stream(PROMPT, VICTIM, cumulative=True).close()
     assert_idle(llm)
 
 

@@ -231,7 +231,7 @@ def test_ctrl_c_in_a_running_event_loop(llm, expected, monkeypatch):
 
 
 def test_a_stream_that_is_dropped_is_aborted(llm, expected):
-    beside, stream = start(llm), llm.stream(PROMPT, VICTIM)
+    beside, stream = start(llm), llm.stream(PROMPT, VICTIM, cumulative=True)
     request = llm.engine.requests[next(stream).request_id]
     del stream
     assert request.is_finished and request.request_id not in llm.engine.requests
@@ -241,7 +241,7 @@ def test_a_stream_that_is_dropped_is_aborted(llm, expected):
 
 def test_a_stream_that_is_collected_as_garbage_amid_a_step(llm, expected, monkeypatch):
     """The collector runs it in any thread, here the one that steps, which must not wait for itself nor be disturbed."""
-    stream = llm.stream(PROMPT, VICTIM)
+    stream = llm.stream(PROMPT, VICTIM, cumulative=True)
     cycle: list[object] = [stream]
     cycle.append(cycle)
     request = llm.engine.requests[next(stream).request_id]

@@ -64,7 +64,7 @@ def test_threads_that_generate_at_once_get_their_own_bits(llm, seeded):
 
 def test_streams_and_calls_share_their_steps(llm, seeded):
     """A call steps for all requests, so it may end a stream, which still yields its last, finished output."""
-    streams = [llm.stream(prompt, params) for prompt, params in zip(PROMPTS, SEEDED, strict=True)]
+    streams = [llm.stream(prompt, params, cumulative=True) for prompt, params in zip(PROMPTS, SEEDED, strict=True)]
     last = {}
     for i, outputs in enumerate(itertools.zip_longest(*streams)):
         last |= {k: output for k, output in enumerate(outputs) if output is not None}
@@ -83,7 +83,7 @@ def test_a_stream_is_read_between_steps(llm, monkeypatch):
     monkeypatch.setattr(
         llm.session, "output", lambda request: (locked.append(llm.session.runner.lock.locked()), render(request))[1]
     )
-    for output in llm.stream([1, 2], SamplingParams(max_tokens=5)):
+    for output in llm.stream([1, 2], SamplingParams(max_tokens=5), cumulative=True):
         assert output.finished or all(locked)
     assert len(locked) >= 5
 
@@ -93,7 +93,7 @@ def test_a_thread_may_abort_what_another_one_waits_for(llm, seeded):
 
     def consume():
         outputs = []
-        for output in llm.stream(PROMPTS[1], SEEDED[1].replace(max_tokens=400)):
+        for output in llm.stream(PROMPTS[1], SEEDED[1].replace(max_tokens=400), cumulative=True):
             outputs.append(output)
             if len(outputs) == 3:
                 name.append(output.request_id)

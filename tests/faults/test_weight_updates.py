@@ -240,6 +240,26 @@ def test_an_interrupt_amid_an_update_leaves_one_or_the_other(model, other, monke
         assert answers(llm, requests) == run(fresh, start(fresh))
 
 
+def test_equal_weights_replay_under_any_version(model):
+    """Weights are compared by their bits: no bit depends on the version that they run under."""
+    config, params = model
+    llm = make_llm(config, params)
+    (output,) = llm.generate([PROMPTS[1]], SamplingParams(max_tokens=6), key=jax.random.key(3))
+    for _ in range(20):
+        llm.update_params(jax.tree.map(jnp.copy, params))
+    assert llm.weights_version == 20 and llm.contract().digest == output.digest
+    assert llm.replay(output.outputs[0].coordinate).holds
+    run_ = llm.session.runner.run(
+        requests := llm._requests([PROMPTS[1]], SamplingParams(max_tokens=6), jax.random.key(3), None)
+    )
+    next(run_), next(run_)
+    llm.update_params(params)
+    for _ in run_:
+        pass
+    across = llm.session.output(requests[0]).outputs[0]
+    assert len(across.weight_versions) == 2 and llm.replay(across.coordinate).holds
+
+
 def test_a_replay_knows_its_weights(model, other):
     llm = make_llm(*model)
     (output,) = llm.generate([PROMPTS[1]], SamplingParams(max_tokens=6), key=jax.random.key(3))
@@ -262,7 +282,7 @@ def test_a_replay_knows_its_weights(model, other):
 
 def test_what_was_delivered_is_never_drawn_again(llm, model, other, monkeypatch):
     """A recovery would draw it from other weights: tokens that a stream has shown stay, with their version."""
-    stream = llm.stream([PROMPTS[1]], SamplingParams(max_tokens=12), key=jax.random.key(3))
+    stream = llm.stream([PROMPTS[1]], SamplingParams(max_tokens=12), key=jax.random.key(3), cumulative=True)
     shown = [next(stream) for _ in range(5)][-1].outputs[0]
     llm.update_params(other)
     with monkeypatch.context() as patch:
@@ -303,7 +323,7 @@ def test_pause_and_resume_are_idempotent_and_visible(llm, expected):
 
 def test_a_pause_holds_other_threads_and_lets_weights_in(model, other):
     llm = make_llm(*model)
-    stream = llm.stream([5] * 9, SamplingParams(max_tokens=30), key=jax.random.key(0))
+    stream = llm.stream([5] * 9, SamplingParams(max_tokens=30), key=jax.random.key(0), cumulative=True)
     for _ in range(5):
         next(stream)
     outputs: list = []

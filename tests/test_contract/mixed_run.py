@@ -126,7 +126,10 @@ def with_text() -> Iterator[tuple[str, Any]]:
     )
     yield (
         "calc: stream",
-        [output.outputs[0].text for output in llm.stream("9*9=", SamplingParams(max_tokens=8), key=jax.random.key(4))],
+        [
+            output.outputs[0].text
+            for output in llm.stream("9*9=", SamplingParams(max_tokens=8), key=jax.random.key(4), cumulative=True)
+        ],
     )
     yield "calc: replay", [str(llm.replay(sample.coordinate)) for sample in outputs[1].outputs]
     functional = jaxengine.generate(

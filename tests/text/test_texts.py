@@ -58,17 +58,29 @@ def test_a_stop_tokens_text_is_there_where_it_is_asked_for(llm, params, whole, i
     token = sample.token_ids[5]
     end = sample.token_ids.index(token) + 1
     cut = params.replace(stop_token_ids=[token], stop=stop, include_stop_str_in_output=include)
-    *growing, last = [output.outputs[0] for output in llm.stream(PROMPT, cut, key=KEY)]
+    *growing, last = [output.outputs[0] for output in llm.stream(PROMPT, cut, key=KEY, cumulative=True)]
     for found in (llm.generate(PROMPT, cut, key=KEY)[0].outputs[0], last):
         assert found.text == sample.text[: end if include else end - 1] and found.token_ids == sample.token_ids[:end]
     assert all(last.text.startswith(output.text) for output in growing)
 
 
 def test_a_stream_is_generate_piece_by_piece(llm, params, whole):
-    outputs = list(llm.stream(PROMPT, params, key=KEY))
+    outputs = list(llm.stream(PROMPT, params, key=KEY, cumulative=True))
     assert [len(output.outputs[0].token_ids) for output in outputs] == [*range(1, 21)]
     assert [output.outputs[0].text for output in outputs] == [whole[0].outputs[0].text[:n] for n in range(1, 21)]
     assert bits(outputs[-1:]) == bits(whole[:1]) and [output.finished for output in outputs] == [False] * 19 + [True]
+
+
+def test_deltas_joined_are_the_whole(llm, params, whole):
+    *deltas, last = llm.stream(PROMPT, params, key=KEY)
+    parts = [part for delta in (*deltas, last) for part in delta.outputs]
+    sample = whole[0].outputs[0]
+    assert "".join(part.text for part in parts) == sample.text
+    assert [token for part in parts for token in part.token_ids] == sample.token_ids
+    assert b"".join(part.token_logprobs.tobytes() for part in parts) == sample.token_logprobs.tobytes()
+    assert bits([last.output]) == bits(whole[:1]) and parts[-1].finish_reason == sample.finish_reason
+    assert not any(delta.finished or delta.output for delta in deltas) and last.finished
+    assert len(deltas) > 10 and all(len(part.token_ids) <= 1 for part in parts)
 
 
 def test_a_chat_is_generate_on_its_tokens(llm, params):
@@ -126,7 +138,7 @@ def test_extending_keeps_the_prompts_logprobs(llm, params):
 
 
 def test_extending_stops_at_a_limit_that_was_passed(llm, params):
-    stream = llm.stream(PROMPT, params, key=KEY)
+    stream = llm.stream(PROMPT, params, key=KEY, cumulative=True)
     part = [next(stream) for _ in range(6)][-1]
     stream.close()
     sample = llm.extend([part], params.replace(max_tokens=4))[0].outputs[0]
