@@ -21,6 +21,7 @@ from jaxengine import LLM
 from jaxengine.config import QUERY_BLOCK, EngineConfig, ModelConfig, RopeConfig
 from jaxengine.device import steps
 from jaxengine.device.kv_cache import Cache
+from jaxengine.device.packed import pack
 from jaxengine.device.step_inputs import Copies
 from jaxengine.engine import step_variants
 from jaxengine.engine.batch import BatchBuilder, rows_of
@@ -110,16 +111,15 @@ def step_call(kind: str, engine: EngineConfig, num_steps: int = 1) -> tuple[Call
     batch, nothing = BatchBuilder(engine), np.zeros(engine.max_num_seqs, np.int32)
     slots = jax.tree.map(np.copy, batch.host_slots)
     if kind == "decode":
-        inputs = batch.tables, slots, rows_of(batch.decode_rows, [0], [0], [0], [False])
+        inputs = batch.tables, slots, pack(rows_of(batch.decode_rows, [0], [0], [0], [False]))
         return steps.decode_step, inputs, dict(tile=Tile(1, 8), max_logprobs=20, num_steps=num_steps)
     ints = np.zeros(batch.prefill_query_blocks, np.int32)
-    inputs = (
-        batch.tables,
-        slots,
+    planned = (
         QueryBlocks(ints, ints, ints, np.int32(1)),
         rows_of(batch.prefill_rows, [0], [0], [0], [False]),
         Copies(nothing, nothing, np.int32(0)),
     )
+    inputs = batch.tables, slots, pack(planned)
     return steps.prefill_step, inputs, dict(tile=Tile(QUERY_BLOCK, 8), max_logprobs=20)
 
 

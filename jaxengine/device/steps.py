@@ -11,7 +11,8 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxengine.config import ModelConfig
 from jaxengine.device import kv_cache, sampler
 from jaxengine.device.kv_cache import Cache
-from jaxengine.device.step_inputs import Copies, RequestArrays, RowOutputs, Rows, Slots, TokenRules
+from jaxengine.device.packed import Packed
+from jaxengine.device.step_inputs import RequestArrays, RowOutputs, Rows, Slots, TokenRules
 from jaxengine.models import decoder
 from jaxengine.models.params import Decoder
 from jaxengine.ops.kernels import Kernels
@@ -30,19 +31,18 @@ def prefill_step(
     cache: Cache,
     tables: Int[Array, "slots n"],
     slots: Slots,
-    blocks: QueryBlocks,
-    rows: Rows,
-    copies: Copies,
+    inputs: Packed,
     *,
     model_config: ModelConfig,
     kernels: Kernels,
     tile: Tile,
     max_logprobs: int,
 ) -> tuple[Cache, RowOutputs]:
-    """Run prompt chunks and draw (or score) the token after each of `rows`.
+    """Run prompt chunks and draw (or score) the token after each of the rows; `inputs` are (QueryBlocks, Rows, Copies).
 
     Drawn tokens are appended to the history.
     """
+    blocks, rows, copies = inputs.unpack()
     cache, hidden = _run_blocks(model_config, kernels, params, cache, tables, blocks, tile)
     # Depends on `hidden`, so that the copies wait for the attention that reads the pools which they change: XLA on CPU
     # would otherwise copy all pools.
@@ -61,7 +61,7 @@ def decode_step(
     cache: Cache,
     tables: Int[Array, "slots n"],
     slots: Slots,
-    rows: Rows,
+    inputs: Packed,
     *,
     model_config: ModelConfig,
     kernels: Kernels,
@@ -69,10 +69,11 @@ def decode_step(
     max_logprobs: int,
     num_steps: int,
 ) -> tuple[Cache, RowOutputs]:
-    """`num_steps` tokens for each of `rows`, outputs `[num_steps, R]`.
+    """`num_steps` tokens for each of the Rows in `inputs`, outputs `[num_steps, R]`.
 
     A row that reaches its limit is idle from there on.
     """
+    rows: Rows = inputs.unpack()
 
     def one(cache: Cache, rows: Rows) -> tuple[Cache, RowOutputs]:
         # Position `limit` is the end of the sequence: the token before it is the last, and needs no successor.

@@ -1,13 +1,13 @@
-"""From a plan to arrays: the host's mirror of slots and block tables, in numpy, and the inputs of each step."""
+"""From a plan to arrays: what is new in slots and block tables, in numpy, and the inputs of each step."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
 
 from jaxengine.config import QUERY_BLOCK, EngineConfig
 from jaxengine.device.sampling_arrays import NO_RULES, empty_slots, token_rules, write_request, write_sampling
+from jaxengine.device.slot_state import SLOT_ROWS, TABLE_ENTRIES
 from jaxengine.device.step_inputs import Copies, Rows, Slots, TokenRules
 from jaxengine.host.plan import Decode, Plan
 from jaxengine.host.sample import Sample
@@ -23,10 +23,10 @@ class BatchBuilder:
     def __init__(self, engine_config: EngineConfig) -> None:
         self.engine_config = engine_config
         self.num_slots = engine_config.max_num_seqs + 1
-        self.tables = np.zeros((self.num_slots, engine_config.pages_per_seq), np.int32)
-        self._num_written = np.zeros(self.num_slots, np.int64)  # pages of each slot's row that are up to date
+        self._num_written = [0] * self.num_slots  # entries of each slot's table that the device has, or is about to get
         self.host_slots = empty_slots(self.num_slots)
-        self._device_slots: Any = None
+        self._changed_slots: list[int] = []  # that the device has not got yet
+        self._tells_details = [False] * self.num_slots
         self.decode_rows = ceil_to(engine_config.max_num_seqs, ROW_UNIT)
         num_blocks = engine_config.prefill_query_blocks
         self.prefill_query_blocks = ceil_to(num_blocks, NARROW_PREFILL if num_blocks < WIDE_PREFILL else WIDE_PREFILL)
@@ -51,13 +51,26 @@ class BatchBuilder:
             likeliest=params.logprobs is not None or params.prompt_logprobs is not None,
             details=params.raw_logprobs or params.entropy,
         )
-        self._device_slots = None
+        tops = params.logprobs is not None or params.prompt_logprobs is not None
+        self._tells_details[sample.slot] = tops or params.raw_logprobs or params.entropy
+        self._changed_slots.append(sample.slot)
 
-    def device_slots(self) -> Slots:
-        """The slots' parameters on the device; uploaded when one changed."""
-        if self._device_slots is None:
-            self._device_slots = jax.device_put(jax.tree.map(np.copy, self.host_slots))
-        return self._device_slots
+    @property
+    def tells_details(self) -> bool:
+        """Whether a request in a slot asks for more than tokens and logprobs."""
+        return any(self._tells_details)
+
+    def slot_changes(self) -> Iterator[tuple[np.ndarray, Slots]]:
+        """Uploads for slot_state.write_slots: the slots that were given away since."""
+        changed, self._changed_slots = self._changed_slots, []
+        for first in range(0, len(changed), SLOT_ROWS):
+            yield self._slot_upload(changed[first : first + SLOT_ROWS])
+
+    def _slot_upload(self, slots: Sequence[int]) -> tuple[np.ndarray, Slots]:
+        """The given slots' rows and padding."""
+        which = _padded(slots, SLOT_ROWS, fill=self.num_slots)
+        rows = np.minimum(which, self.num_slots - 1)
+        return which, jax.tree.map(lambda whole: whole[rows], self.host_slots)
 
     def histories(self, samples: Sequence[Sample]) -> list[tuple[np.ndarray, ...]]:
         """Uploads for kv_cache.write_history that put whole sequences into their slots."""
@@ -74,24 +87,50 @@ class BatchBuilder:
             for sampling, of_request in slots.values()
         ]
 
-    def sync_tables(self, samples: Sequence[Sample]) -> np.ndarray:
-        """Block tables, the given sequences' rows brought up to date.
+    @property
+    def tables(self) -> np.ndarray:
+        """Block tables in which every entry is the scratch page, int32 `[slots, n]`."""
+        return np.zeros((self.num_slots, self.engine_config.pages_per_seq), np.int32)
 
-        While it runs, a sequence's pages only grow in number.
+    def table_changes(self, samples: Iterable[Sample]) -> Iterator[np.ndarray]:
+        """Uploads for slot_state.write_tables: the pages that these samples have and their tables have not.
+
+        While it runs, a sample's pages only grow in number.
         """
+        slots, places, pages = [], [], []
         for sample in samples:
+            if sample.slot < 0:
+                continue  # it got a page and was preempted after all
             written, count = self._num_written[sample.slot], len(sample.pages)
-            if written < count:
-                self.tables[sample.slot, written:count] = sample.pages[written:]
-                self._num_written[sample.slot] = count
-        return self.tables.copy()  # the device may still be reading the last step's
+            slots += [sample.slot] * (count - written)
+            places += range(written, count)
+            pages += sample.pages[written:]
+            self._num_written[sample.slot] = count
+        for first in range(0, len(slots), TABLE_ENTRIES[-1]):
+            yield self._table_upload(*(each[first : first + TABLE_ENTRIES[-1]] for each in (slots, places, pages)))
+
+    def _table_upload(self, slots: Sequence[int], places: Sequence[int], pages: Sequence[int]) -> np.ndarray:
+        size = next(size for size in TABLE_ENTRIES if size >= len(slots))
+        return np.stack([_padded(slots, size, fill=self.num_slots), _padded(places, size), _padded(pages, size)])
+
+    def empty_changes(self) -> tuple[list[np.ndarray], list[tuple[np.ndarray, Slots]]]:
+        """Uploads of every size that change nothing: (for slot_state.write_tables, for slot_state.write_slots)."""
+        entries = [np.full((3, size), self.num_slots, np.int32) for size in TABLE_ENTRIES]
+        return entries, [self._slot_upload([])]
 
     # -- steps ---------------------------------------------------------------------------------------------------------
 
     def decode(self, decodes: Sequence[Decode]) -> Rows:
         """Rows of a decode step: each sample's last token, at its position."""
-        slots, positions = [decode.sample.slot for decode in decodes], [decode.position for decode in decodes]
-        return rows_of(self.decode_rows, range(len(decodes)), slots, positions, [False] * len(decodes))
+        samples, positions, _ = zip(*decodes, strict=True)
+        size, slots = self.decode_rows, [sample.slot for sample in samples]
+        return Rows(
+            np.arange(size, dtype=np.int32),
+            _padded(slots, size),
+            _padded(positions, size),
+            np.zeros(size, np.bool_),
+            np.int32(len(slots)),
+        )
 
     def prefill(self, plan: Plan, tokens_per_block: int) -> tuple[QueryBlocks, Rows, Copies]:
         """Inputs of a prefill step, with blocks of `tokens_per_block` tokens."""

@@ -1,10 +1,12 @@
 """From a step's results to its samples: tokens and what is known of them, and where a sample ends."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from jaxengine.device.step_inputs import RowOutputs
+from jaxengine.host.plan import Decode, Row
 from jaxengine.host.sample import Sample, Status
 from jaxengine.host.scheduler import Scheduler
 from jaxengine.outputs import Logprob
@@ -14,6 +16,8 @@ DEAD_END = (
     "vocabulary"
 )
 NOT_FINITE = "the model's logits were not finite"
+ALWAYS = ("tokens", "logprobs", "finite")  # of a step's results
+DETAILS = ("raw_logprobs", "entropies", "ranks", "top_ids", "top_logprobs")  # where a request asks for them
 Index = int | tuple[int, int]  # of a row: its place, or (step, place) where a dispatch ran several steps
 
 
@@ -25,6 +29,7 @@ class HostRows:
         self.tokens = np.asarray(out.tokens)
         self.logprobs = np.asarray(out.logprobs)
         self.finite = np.asarray(out.finite)
+        self.good = self.finite & (self.tokens >= 0)  # a token was drawn, and all logits were finite
 
     def __getattr__(self, name: str) -> Any:
         array = np.asarray(getattr(self._out, name))
@@ -41,29 +46,72 @@ class HostRows:
         return found
 
 
-def append_token(scheduler: Scheduler, sample: Sample, rows: HostRows, row: Index) -> None:
+def begin_copies(out: RowOutputs, with_details: bool) -> None:
+    """Start to copy a step's results to the host, while the step is still under way."""
+    for name in ALWAYS + DETAILS if with_details else ALWAYS:
+        getattr(out, name).copy_to_host_async()
+
+
+def append_decoded(scheduler: Scheduler, decodes: Sequence[Decode], rows: HostRows) -> None:
+    """Append a decode's tokens, `[steps, R]`.
+
+    Most tokens neither fill a page nor end anything: they are written down here, in few words.
+    """
+    for step in range(len(rows.tokens)):
+        tokens, logprobs, good = rows.tokens[step].tolist(), rows.logprobs[step].tolist(), rows.good[step].tolist()
+        each = zip(decodes, tokens, logprobs, good, strict=False)
+        for place, ((sample, _, count), token, logprob, is_good) in enumerate(each):
+            drawn = sample.drawn
+            known = drawn.token_ids
+            if not is_good or len(known) + 1 >= sample.next_event or token in sample.request.stop_token_ids:
+                if step < count:
+                    append_token(scheduler, sample, token, logprob, is_good, rows, (step, place))
+            elif step < count:
+                known.append(token)
+                drawn.logprobs.append(logprob)
+                drawn.versions.append(sample.version)
+                sample.num_recorded += 1
+
+
+def append_prefilled(scheduler: Scheduler, planned: Sequence[Row], rows: HostRows) -> None:
+    """Append the tokens that a prefill drew, `[R]`, and write down what it scored."""
+    tokens, logprobs, good = rows.tokens.tolist(), rows.logprobs.tolist(), rows.good.tolist()
+    for place, (sample, position, scored) in enumerate(planned):
+        if scored:
+            score_prompt(scheduler, sample, rows, place, position + 1)
+        else:
+            append_token(scheduler, sample, tokens[place], logprobs[place], good[place], rows, place)
+
+
+def append_token(
+    scheduler: Scheduler, sample: Sample, token: int, logprob: float, is_good: bool, rows: HostRows, row: Index
+) -> None:
     """Append the token in a row of the results, unless the sample ended in the meantime."""
     if sample.status is Status.FINISHED:
         return
-    sample.num_pending -= 1
     if sample.request.sampling.max_tokens == 0:  # its prompt alone was to be scored, and now is
         scheduler.finish(sample, "length")
-    elif rows.tokens[row] < 0:
-        scheduler.finish(sample, "error", DEAD_END)
-    elif not rows.finite[row]:
-        _fail_not_finite(scheduler, sample)
-    else:
-        _record(sample, rows, row)
-        scheduler.register_pages(sample)
-        _stop(scheduler, sample)
-        sample.num_recorded += 1
-
-
-def _record(sample: Sample, rows: HostRows, row: Index) -> None:
+        return
+    if not is_good:
+        _fail(scheduler, sample, DEAD_END if token < 0 else NOT_FINITE)
+        return
     drawn, sampling = sample.drawn, sample.request.sampling
-    drawn.token_ids.append(int(rows.tokens[row]))
-    drawn.logprobs.append(float(rows.logprobs[row]))
+    drawn.token_ids.append(token)
+    drawn.logprobs.append(logprob)
     drawn.versions.append(sample.version)
+    tells_details = sampling.logprobs is not None or sampling.raw_logprobs or sampling.entropy
+    if tells_details:
+        _record_details(sample, rows, row)
+    scheduler.register_pages(sample)
+    _stop(scheduler, sample)
+    sample.num_recorded += 1
+    if sample.status is Status.RUNNING and not tells_details and sample.detokenizer is None:
+        full = (sample.num_registered + 1) * scheduler.engine_config.page_size
+        sample.next_event = min(full, sample.request.limit) - sample.prompt_length
+
+
+def _record_details(sample: Sample, rows: HostRows, row: Index) -> None:
+    drawn, sampling = sample.drawn, sample.request.sampling
     if sampling.raw_logprobs:
         drawn.raw_logprobs.append(rows.raw_logprobs[row])
     if sampling.entropy:
@@ -87,9 +135,10 @@ def _stop(scheduler: Scheduler, sample: Sample) -> None:
         scheduler.finish(sample, "length")
 
 
-def _fail_not_finite(scheduler: Scheduler, sample: Sample) -> None:
-    scheduler.page_pool.discard(sample.pages)
-    scheduler.finish(sample, "error", NOT_FINITE)
+def _fail(scheduler: Scheduler, sample: Sample, cause: str) -> None:
+    if cause == NOT_FINITE:
+        scheduler.page_pool.discard(sample.pages)
+    scheduler.finish(sample, "error", cause)
 
 
 def score_prompt(scheduler: Scheduler, sample: Sample, rows: HostRows, row: int, position: int) -> None:
@@ -99,7 +148,7 @@ def score_prompt(scheduler: Scheduler, sample: Sample, rows: HostRows, row: int,
     if sample.status is Status.FINISHED or count is None:
         return
     if not rows.finite[row]:
-        _fail_not_finite(scheduler, sample)
+        _fail(scheduler, sample, NOT_FINITE)
         return
     entries: Any = request.prompt_logprobs or [None] * sample.prompt_length
     entries[position] = rows.likeliest(row, count)

@@ -3,18 +3,19 @@
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Iterator
+import operator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
 
 from jaxengine.base.progress import Report, say_nothing
 from jaxengine.config import EngineConfig, ModelConfig
-from jaxengine.device import kv_cache
+from jaxengine.device import kv_cache, slot_state
 from jaxengine.device.step_inputs import RowOutputs
 from jaxengine.engine import idle_pools, memory, page_checksums
 from jaxengine.engine.batch import BatchBuilder
-from jaxengine.engine.collect import HostRows, append_token, score_prompt
+from jaxengine.engine.collect import HostRows, append_decoded, append_prefilled
 from jaxengine.engine.step_variants import StepVariants
 from jaxengine.host.page_pool import PagePool
 from jaxengine.host.plan import Plan
@@ -48,8 +49,8 @@ class InFlight:
     watch: page_checksums.Watch | None
 
     @property
-    def samples(self) -> list[Sample]:
-        return self.plan.decoding + self.plan.prefilling
+    def samples(self) -> Iterator[Sample]:
+        return itertools.chain(_decoding(self.plan), self.plan.prefilling)
 
 
 class OutOfDeviceMemory(Exception):
@@ -61,7 +62,7 @@ class OutOfDeviceMemory(Exception):
 
 
 class Engine:
-    """One model on one device: params and cache are its only device state.
+    """One model on one device: params, cache and what steps know of the slots are its only device state.
 
     Nothing in here locks: `engine.runner.Runner` lets one thread in at a time.
     """
@@ -84,6 +85,7 @@ class Engine:
         self.scheduler = Scheduler(engine_config, pool)
         self.batch = BatchBuilder(engine_config)
         self.step_variants = StepVariants(model_config, engine_config, self.kernels, self.batch, report)
+        self.slot_state = self._new_slot_state()
         self.page_checksums = self._new_checksums()
         self.requests: dict[str, Request] = {}
         self._ids = itertools.count()
@@ -131,6 +133,7 @@ class Engine:
             for sample in request.samples if request else ():
                 self.scheduler.finish(sample, "abort")
             self.requests.pop(request_id, None)
+            self._retire_ended()
 
     @property
     def params(self) -> Any:
@@ -147,6 +150,7 @@ class Engine:
         with self._whole():
             self.restore_pool()
             self.cache = self.step_variants.warm_up(self.params, self.cache)
+            self._change_slots(*self.batch.empty_changes())
 
     @contextlib.contextmanager
     def adjusted(self, *, held_pages: int = 0, held_slots: int = 0, **changes: Any) -> Iterator[None]:
@@ -257,28 +261,42 @@ class Engine:
                 self.cache = kv_cache.write_history(self.cache, *upload)
             for rules in self.batch.rules(plan.admitted, self.model_config.padded_vocab_size):
                 self.cache = kv_cache.write_rules(self.cache, *rules)
-            samples = plan.decoding + plan.prefilling
-            tables, slots = self.batch.sync_tables(samples), self.batch.device_slots()
-        with _blaming(plan.decoding):
-            decoded = self._decode(plan, tables, slots) if plan.decodes else None
+        changed = plan.admitted + plan.grown
+        with _blaming(changed):
+            self._change_slots(self.batch.table_changes(changed), self.batch.slot_changes())
+        with _blaming(_decoding(plan)):
+            decoded = self._decode(plan) if plan.decodes else None
         with _blaming(plan.prefilling):
-            prefilled = self._prefill(plan, tables, slots) if plan.chunks else None
-        with _blaming(samples):
-            checksums, pool = self.page_checksums, self.scheduler.page_pool
-            watch = checksums.watch(self.cache, samples, pool) if checksums else None
-        return InFlight(plan, decoded, prefilled, watch)
+            prefilled = self._prefill(plan) if plan.chunks else None
+        step = InFlight(plan, decoded, prefilled, None)
+        if self.page_checksums is not None:
+            samples = list(step.samples)
+            with _blaming(samples):
+                step.watch = self.page_checksums.watch(self.cache, samples, self.scheduler.page_pool)
+        return step
 
-    def _decode(self, plan: Plan, tables: Any, slots: Any) -> RowOutputs:
+    def _change_slots(self, tables: Iterable[Any], slots: Iterable[Any]) -> None:
+        """What is new in block tables and slots goes to the device."""
+        for entries in tables:
+            self.slot_state = slot_state.write_tables(self.slot_state, entries)
+        for which, rows in slots:
+            self.slot_state = slot_state.write_slots(self.slot_state, which, rows)
+
+    def _decode(self, plan: Plan) -> RowOutputs:
+        state = self.slot_state
         self.cache, tile = self.step_variants.pick("decode", len(plan.decodes), self.params, self.cache)
         rows = self.batch.decode(plan.decodes)
-        self.cache, out = self.step_variants.run_decode(self.params, self.cache, tables, slots, rows, tile)
+        self.cache, out = self.step_variants.run_decode(self.params, self.cache, state.tables, state.slots, rows, tile)
         return out
 
-    def _prefill(self, plan: Plan, tables: Any, slots: Any) -> RowOutputs:
+    def _prefill(self, plan: Plan) -> RowOutputs:
+        state = self.slot_state
         num_blocks = sum(chunk.num_blocks for chunk in plan.chunks)
         self.cache, tile = self.step_variants.pick("prefill", num_blocks, self.params, self.cache)
         inputs = self.batch.prefill(plan, tile.tokens)
-        self.cache, out = self.step_variants.run_prefill(self.params, self.cache, tables, slots, *inputs, tile)
+        self.cache, out = self.step_variants.run_prefill(
+            self.params, self.cache, state.tables, state.slots, *inputs, tile
+        )
         return out
 
     # -- results ------------------------------------------------------------------------------------------------------
@@ -290,39 +308,33 @@ class Engine:
         """
         if step is None:
             return []
-        decoded, prefilled, damaged = self._read(step)
+        decoded, prefilled = self._read(step)
         if decoded is not None:
-            for place, decode in enumerate(step.plan.decodes):
-                for i in range(decode.count):
-                    append_token(self.scheduler, decode.sample, decoded, (i, place))
+            append_decoded(self.scheduler, step.plan.decodes, decoded)
         if prefilled is not None:
-            for place, row in enumerate(step.plan.rows):
-                if row.scored:
-                    score_prompt(self.scheduler, row.sample, prefilled, place, row.position + 1)
-                else:
-                    append_token(self.scheduler, row.sample, prefilled, place)
-        touched = {id(sample.request): sample.request for sample in damaged + step.samples}
-        return [request for request in touched.values() if self._retire(request)]
+            append_prefilled(self.scheduler, step.plan.rows, prefilled)
+        return self._retire_ended()
 
-    def _read(self, step: InFlight) -> tuple[HostRows | None, HostRows | None, list[Sample]]:
-        """A step's rows on the host, and the samples that held a damaged page.
+    def _read(self, step: InFlight) -> tuple[HostRows | None, HostRows | None]:
+        """A step's rows on the host. Samples that held a damaged page are ended.
 
         The device's errors surface here, before anything is written down.
         """
-        with _blaming(step.plan.decoding):
+        with _blaming(_decoding(step.plan)):
             decoded = HostRows(step.decoded) if step.decoded is not None else None
         with _blaming(step.plan.prefilling):
             prefilled = HostRows(step.prefilled) if step.prefilled is not None else None
         with _blaming(step.samples):
-            return decoded, prefilled, self._end_damaged(step.watch)
+            self._end_damaged(step.watch)
+        return decoded, prefilled
 
-    def _end_damaged(self, watch: page_checksums.Watch | None) -> list[Sample]:
+    def _end_damaged(self, watch: page_checksums.Watch | None) -> None:
         """End the samples that hold a damaged page.
 
         Their other pages, which may have been computed from it, leave the prefix cache with it.
         """
         if self.page_checksums is None or watch is None:
-            return []
+            return
         pool = self.scheduler.page_pool
         pages = self.page_checksums.damaged(watch, pool)
         samples = [sample for sample in self.scheduler.running if pages.intersection(sample.pages)]
@@ -331,7 +343,12 @@ class Engine:
                 pool.discard(table)
         for sample in samples:
             self.scheduler.finish(sample, "error", page_checksums.CAUSE)
-        return samples
+
+    def _retire_ended(self) -> list[Request]:
+        """The requests whose last sample has ended since this was asked before."""
+        ended, self.scheduler.ended = self.scheduler.ended, []
+        requests = {id(sample.request): sample.request for sample in ended}
+        return [request for request in requests.values() if self._retire(request)]
 
     def _retire(self, request: Request) -> bool:
         """Let go of a request whose samples have all ended; True where the engine still had it."""
@@ -372,10 +389,15 @@ class Engine:
         for sample in unfinished:
             if sample.detokenizer is not None and self.tokenizer is not None:
                 sample.detokenizer = self._detokenizer(self.tokenizer, sample)
+        self.slot_state = self._new_slot_state()
         self.page_checksums = self._new_checksums()
         if self.has_pool and kv_cache.is_lost(self.cache):
             self.cache = kv_cache.rebuild(self.cache, self.model_config, self.engine_config, self.kernels)
         self._broken = False
+
+    def _new_slot_state(self) -> slot_state.SlotState:
+        """Every slot is given away before a step reads it, so nothing of an earlier one is needed."""
+        return slot_state.empty_state(self.batch.num_slots, self.engine_config.pages_per_seq)
 
     def _new_checksums(self) -> page_checksums.PageChecksums | None:
         return page_checksums.PageChecksums(self.kernels) if self.engine_config.page_checksums else None
@@ -395,12 +417,18 @@ class Engine:
         return [request for request in list(known.values()) if self._retire(request)]
 
 
+def _decoding(plan: Plan) -> Iterator[Sample]:
+    """The samples that a plan decodes: there are many, and they are wanted where something goes wrong."""
+    return map(operator.itemgetter(0), plan.decodes)
+
+
 @contextlib.contextmanager
-def _blaming(samples: list[Sample]) -> Iterator[None]:
+def _blaming(samples: Iterable[Sample]) -> Iterator[None]:
     """Where the device runs out of memory in here, OutOfDeviceMemory names the samples that it worked for."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if not memory.ran_out(error) or not samples:
+        to_blame = list(samples)
+        if not memory.ran_out(error) or not to_blame:
             raise
-        raise OutOfDeviceMemory(samples) from error
+        raise OutOfDeviceMemory(to_blame) from error

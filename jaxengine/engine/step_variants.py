@@ -18,8 +18,10 @@ from jaxengine.base.progress import Report, say_nothing
 from jaxengine.config import PROBE_TOKENS, QUERY_BLOCK, EngineConfig, ModelConfig
 from jaxengine.device import kv_cache, steps
 from jaxengine.device.kv_cache import Cache
+from jaxengine.device.packed import pack
 from jaxengine.device.step_inputs import Copies, RowOutputs
 from jaxengine.engine.batch import BatchBuilder, history_uploads, rows_of
+from jaxengine.engine.collect import begin_copies
 from jaxengine.models.params import Decoder
 from jaxengine.ops.kernels import Kernels
 from jaxengine.ops.query_blocks import QueryBlocks
@@ -101,34 +103,36 @@ class StepVariants:
 
     def run_decode(self, params, cache, tables, slots, rows, tile: Tile) -> tuple[Cache, RowOutputs]:
         with self._first_use("decode", tile):
-            return steps.decode_step(
+            cache, out = steps.decode_step(
                 params,
                 cache,
                 tables,
                 slots,
-                rows,
+                pack(rows),
                 model_config=self.model_config,
                 kernels=self.kernels,
                 tile=tile,
                 max_logprobs=self._max_logprobs,
                 num_steps=self.engine_config.decode_steps,
             )
+        begin_copies(out, self.batch.tells_details)
+        return cache, out
 
     def run_prefill(self, params, cache, tables, slots, blocks, rows, copies, tile: Tile) -> tuple[Cache, RowOutputs]:
         with self._first_use("prefill", tile):
-            return steps.prefill_step(
+            cache, out = steps.prefill_step(
                 params,
                 cache,
                 tables,
                 slots,
-                blocks,
-                rows,
-                copies,
+                pack((blocks, rows, copies)),
                 model_config=self.model_config,
                 kernels=self.kernels,
                 tile=tile,
                 max_logprobs=self._max_logprobs,
             )
+        begin_copies(out, self.batch.tells_details)
+        return cache, out
 
     @contextlib.contextmanager
     def _first_use(self, kind: str, tile: Tile) -> Iterator[None]:

@@ -67,6 +67,7 @@ class PagePool:
         self._by_digest: dict[bytes, PageKey] = {}
         self._prefixes: weakref.WeakKeyDictionary[object, PrefixDigests] = weakref.WeakKeyDictionary()
         self._next_uid = 1
+        self.num_gained = 0  # how often known content got a holder: a page was registered, or taken out of the cache
 
     @property
     def num_available(self) -> int:
@@ -105,8 +106,14 @@ class PagePool:
     def share(self, pages: Iterable[int]) -> None:
         """One more holder for each page; a cached page is held again."""
         for page in pages:
-            self._cached.pop(page, None)
+            if page in self._cached:
+                del self._cached[page]
+                self.num_gained += 1
             self._holders[page] += 1
+
+    def num_held(self, pages: Iterable[int]) -> int:
+        """How many of the pages have a holder."""
+        return sum(self._holders[page] > 0 for page in pages)
 
     def release(self, pages: Sequence[int]) -> None:
         """One holder fewer for each page. Children go before parents, so that a chain is evicted from its end."""
@@ -194,6 +201,7 @@ class PagePool:
             self._next_uid += 1
         twins = self._twins.setdefault(key.uid, [])
         self._keys[page] = key
+        self.num_gained += 1
         twins.append(page)
         if twins[0] in self._cached:  # the only one until now
             self._drop(twins[0])

@@ -1,6 +1,7 @@
 """One step as the scheduler plans it: what decodes, what is prefilled, which pages are copied. Plain Python."""
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 from jaxengine.config import QUERY_BLOCK
@@ -14,6 +15,10 @@ class Decode(NamedTuple):
     sample: Sample
     position: int
     count: int
+
+
+# Takes (sample, position, count). Decode(…) is a Python function, this is its half in C: a step makes hundreds of them.
+new_decode = functools.partial(tuple.__new__, Decode)
 
 
 class Row(NamedTuple):
@@ -66,6 +71,7 @@ class Plan:
     chunks: list[Chunk] = dataclasses.field(default_factory=list)
     copies: list[tuple[int, int]] = dataclasses.field(default_factory=list)
     admitted: list[Sample] = dataclasses.field(default_factory=list)
+    grown: list[Sample] = dataclasses.field(default_factory=list)  # those that got pages since the plan before
 
     def __bool__(self) -> bool:
         return bool(self.decodes or self.chunks)
@@ -76,7 +82,7 @@ class Plan:
 
     @property
     def prefilling(self) -> list[Sample]:
-        """The samples whose chunks are prefilled, whether or not they want a row."""
+        """The samples whose chunks are prefilled, whether or not they want a row; few, where many decode."""
         return [sample for chunk in self.chunks for sample in chunk.samples]
 
     @property

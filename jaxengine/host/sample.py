@@ -85,7 +85,6 @@ class Sample:
     slot: int = -1
     pages: list[int] = dataclasses.field(default_factory=list)
     num_computed: int = 0  # tokens whose keys and values are written, or will be by a step that is under way
-    num_pending: int = 0  # tokens drawn by steps whose results are not here yet
     num_registered: int = 0  # pages offered to the prefix cache
     num_recorded: int = (
         0  # drawn tokens that are written down with all that belongs to them, and did not end the sample
@@ -93,6 +92,15 @@ class Sample:
     has_old_pages: bool = False  # whether weights before `version` wrote some of its pages
     version: int = 0  # of the weights that run it
     detokenizer: Any = None  # text.detokenizer.Detokenizer, where stop strings or a stream need the text
+    prompt_length: int = dataclasses.field(init=False)
+    length: int = dataclasses.field(init=False)  # tokens of prompt and completion, those under way included
+    # Until then nothing has to be looked at, so that a step's work for most samples is short; 0: every time.
+    quiet_length: int = 0  # the longest `length` at which the scheduler gives it a whole decode and no page
+    next_event: int = 0  # how many drawn tokens fill a page or reach the limit
+
+    def __post_init__(self) -> None:
+        self.prompt_length = len(self.request.prompt_token_ids)
+        self.length = self.num_tokens
 
     @classmethod
     def of(cls, request: Request, index: int, arrival: int) -> "Sample":
@@ -107,13 +115,10 @@ class Sample:
         A token that an interrupt left half written down goes too: nobody saw it, and it is drawn again.
         """
         self.status, self.slot, self.pages, self.has_old_pages = Status.WAITING, -1, [], False
-        self.num_computed = self.num_pending = self.num_registered = 0
+        self.num_computed = self.num_registered = self.quiet_length = self.next_event = 0
         self.drawn.truncate(self.num_recorded)
         self.drawn.finish_reason = self.drawn.stop_reason = None
-
-    @property
-    def prompt_length(self) -> int:
-        return len(self.request.prompt_token_ids)
+        self.length = self.num_tokens
 
     @property
     def num_tokens(self) -> int:
@@ -121,9 +126,9 @@ class Sample:
         return self.prompt_length + len(self.drawn.token_ids)
 
     @property
-    def length(self) -> int:
-        """Tokens of prompt and completion, those under way included."""
-        return self.num_tokens + self.num_pending
+    def num_pending(self) -> int:
+        """Tokens drawn by steps whose results are not here yet."""
+        return self.length - self.num_tokens
 
     @property
     def token_ids(self) -> list[int]:

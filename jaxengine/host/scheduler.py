@@ -3,13 +3,14 @@
 The same requests in the same order give the same plans, and no plan changes a bit of any output.
 """
 
+import bisect
 import contextlib
-from collections import deque
 from collections.abc import Iterable, Iterator
 
 from jaxengine.config import QUERY_BLOCK, EngineConfig
 from jaxengine.host.page_pool import PagePool
-from jaxengine.host.plan import Chunk, Decode, Plan
+from jaxengine.host.plan import Chunk, Plan, new_decode
+from jaxengine.host.queue import Queue
 from jaxengine.host.sample import Request, Sample, Status
 from pallas_kernels.numbers import cdiv
 
@@ -23,11 +24,14 @@ class Scheduler:
 
     def __init__(self, engine_config: EngineConfig, page_pool: PagePool) -> None:
         self.engine_config, self.page_pool = engine_config, page_pool
-        self.waiting: deque[Sample] = deque()
+        self.waiting = Queue()
         self.running: list[Sample] = []  # by arrival: the newest is the first to be preempted
+        self.ended: list[Sample] = []  # since the engine looked last
         self.version = 0  # of the weights that run
         self._free_slots = list(range(engine_config.max_num_seqs - 1, -1, -1))
         self._arrivals = 0
+        self._grown: list[Sample] = []  # since the last plan that was made
+        self._refused: tuple[Sample, int] | None = None  # see _is_refused_again
         self.num_preemptions = 0
 
     # -- requests -----------------------------------------------------------------------------------------------------
@@ -36,31 +40,36 @@ class Scheduler:
         """Queue every sample of a request."""
         first, self._arrivals = self._arrivals, self._arrivals + request.sampling.n
         request.samples = [Sample.of(request, index, first + index) for index in range(request.sampling.n)]
-        self.waiting.extend(sample for sample in request.samples if sample.status is Status.WAITING)
+        for sample in request.samples:
+            if sample.status is Status.WAITING:
+                self.waiting.push(sample)
 
     def finish(self, sample: Sample, reason: str, stop_reason: int | str | None = None) -> None:
         """End a sample wherever it is; idempotent."""
         if sample.status is Status.FINISHED:
             return
         if sample.status is Status.WAITING:
-            with contextlib.suppress(ValueError):  # an interrupt may have come before it was queued
-                self.waiting.remove(sample)
+            self.waiting.discard(sample)  # where an interrupt came before it was queued it is not there
         else:
             self._release(sample)
         if sample.detokenizer is not None:
             sample.detokenizer.finish()
         sample.drawn.finish_reason, sample.drawn.stop_reason = reason, stop_reason
         sample.status = Status.FINISHED
+        self.ended.append(sample)
 
     def _release(self, sample: Sample) -> None:
         """Out of the running set.
 
         Pages and slot are free for the next plan, which the device runs after those under way.
         """
-        self.running.remove(sample)
+        place = bisect.bisect_left(self.running, sample.arrival, key=_arrival)
+        assert self.running[place] is sample, "running samples are not in order of arrival"
+        del self.running[place]
         self.page_pool.release(sample.pages)
         self._free_slots.append(sample.slot)
         sample.pages, sample.slot, sample.num_computed, sample.num_registered = [], -1, 0, 0
+        sample.quiet_length = sample.next_event = 0
         sample.has_old_pages = False
 
     def preempt(self, sample: Sample) -> None:
@@ -68,7 +77,7 @@ class Scheduler:
         assert sample.num_pending == 0
         self._release(sample)
         sample.status = Status.WAITING
-        self.waiting.appendleft(sample)
+        self.waiting.push_front(sample)
         self.num_preemptions += 1
 
     def change_version(self, version: int, keep: bool) -> None:
@@ -87,7 +96,8 @@ class Scheduler:
         """Nothing is on the device and these samples wait, whatever state an interrupt left behind."""
         self.page_pool = PagePool(self.page_pool.num_pages, self.page_pool.page_size, self.page_pool.caching)
         self.running, self._free_slots = [], list(range(self.engine_config.max_num_seqs - 1, -1, -1))
-        self.waiting = deque(sorted(samples, key=_arrival))
+        self.waiting, self._refused = Queue(sorted(samples, key=_arrival)), None
+        self.ended, self._grown = [], []
         for sample in self.waiting:
             sample.restart()
 
@@ -108,28 +118,39 @@ class Scheduler:
     def schedule(self) -> Plan:
         """The next step. Raises MustCollect where results under way must be collected first."""
         plan = Plan()
-        self._plan_decode(plan)
+        prefilling = self._plan_decode(plan)
         # The budget is shared with decoding, so that a long prompt adds little to the time between the others' tokens.
         budget = max(self.engine_config.max_num_batched_tokens - len(plan.decodes), QUERY_BLOCK)
-        budget = self._plan_running_prefills(plan, budget)
+        budget = self._plan_running_prefills(plan, prefilling, budget)
         self._admit(plan, budget)
-        for decode in plan.decodes:
-            decode.sample.num_computed += decode.count
-            decode.sample.num_pending += decode.count
+        for sample, _, count in plan.decodes:
+            sample.num_computed += count
+            sample.length += count
         for chunk in plan.chunks:
             chunk.rows = chunk.wanted_rows()
             for sample in chunk.samples if chunk.is_last else ():
-                sample.num_pending += 1
+                sample.length += 1
+        plan.grown, self._grown = self._grown, []
         return plan
 
-    def _plan_decode(self, plan: Plan) -> None:
-        decoding = [sample for sample in self.running if sample.is_decoding and sample.length < sample.request.limit]
-        for sample in decoding:
-            if sample.status is not Status.RUNNING:
-                continue  # preempted for an older one
-            count = min(self.engine_config.decode_steps, sample.request.limit - sample.length)
-            if self._grow(sample, sample.length + count - 1):
-                plan.decodes.append(Decode(sample, sample.length - 1, count))
+    def _plan_decode(self, plan: Plan) -> list[Sample]:
+        """Plan a decode of every sample that may draw its next token; returns those that still have to be prefilled.
+
+        It looks at each running sample in each step, and is written so that a look is short. Samples that are preempted
+        for a page leave `running` at its end, and so are not come to.
+        """
+        most, prefilling, decodes = self.engine_config.decode_steps, [], plan.decodes
+        for sample in self.running:
+            computed, length = sample.num_computed, sample.length
+            if computed < length - 1 or computed < sample.prompt_length:
+                prefilling.append(sample)
+            elif length <= sample.quiet_length:
+                decodes.append(new_decode((sample, length - 1, most)))
+            else:
+                count = min(sample.request.limit - length, most)
+                if count > 0 and self._grow(sample, length + count - 1):  # the last token's own are written later
+                    decodes.append(new_decode((sample, length - 1, count)))
+        return prefilling
 
     def _grow(self, sample: Sample, num_tokens: int) -> bool:
         """Pages for num_tokens tokens, preempting the newest samples for them, at last itself; True where it may run.
@@ -146,36 +167,53 @@ class Scheduler:
                 return False
         if missing > 0:
             sample.pages += self.page_pool.take(missing)
+            self._grown.append(sample)
+        edge = min(len(sample.pages) * self.engine_config.page_size + 1, sample.request.limit)
+        sample.quiet_length = edge - self.engine_config.decode_steps
         return True
 
-    def _plan_running_prefills(self, plan: Plan, budget: int) -> int:
-        for sample in [sample for sample in self.running if not sample.is_decoding]:
+    def _plan_running_prefills(self, plan: Plan, samples: list[Sample], budget: int) -> int:
+        for sample in samples:
             if budget < QUERY_BLOCK:
                 break
-            budget -= self._plan_chunk(plan, sample, budget)
+            if sample.status is Status.RUNNING:  # not preempted for a page since
+                budget -= self._plan_chunk(plan, sample, budget)
         return budget
 
     def _admit(self, plan: Plan, budget: int) -> None:
         """Waiting samples in order, while slots, pages and budget last."""
         while self.waiting and self._free_slots and budget >= QUERY_BLOCK:
-            sample = self.waiting[0]
-            if self._waits_for_sibling(sample):
+            sample = self.waiting.head
+            if self._waits_for_sibling(sample) or self._is_refused_again(sample):
                 break
             cached = self._cached_pages(sample)
-            needed = self._pages_of(sample.num_tokens) - len(cached)
+            needed, held = self._pages_of(sample.num_tokens) - len(cached), self.page_pool.num_held(cached)
             self.page_pool.share(cached)
             if needed > self.page_pool.num_available - self._reserve():
                 self.page_pool.release(cached)
+                self._refused = sample, held - self.page_pool.num_gained
                 break
             sample.pages = cached + self.page_pool.take(needed)
-            self._enter(plan, self.waiting.popleft(), len(cached))
+            self._enter(plan, self.waiting.pop(), len(cached))
             budget -= self._plan_chunk(plan, sample, budget)
 
     def _waits_for_sibling(self, sample: Sample) -> bool:
         """Whether a sibling computes the prompt, whose pages the sample will share."""
         if sample.drawn.token_ids:
             return False
-        return any(other.request is sample.request and other.computes_prompt for other in self.running)
+        return any(other.computes_prompt for other in sample.request.samples)
+
+    def _is_refused_again(self, sample: Sample) -> bool:
+        """Whether the head of the queue, for which pages were missing, still lacks some: found without a look at its
+        prefix, which may be long.
+
+        It needs all its pages but those of its prefix that others hold (a cached page of it counts as available). Since
+        it was refused they can have become no more than pages were registered or taken out of the cache.
+        """
+        if self._refused is None or self._refused[0] is not sample:
+            return False
+        most_held = self._refused[1] + self.page_pool.num_gained
+        return self._pages_of(sample.num_tokens) - most_held > self.page_pool.num_available - self._reserve()
 
     def _pages_of(self, num_tokens: int) -> int:
         return cdiv(num_tokens, self.engine_config.page_size)
@@ -198,8 +236,7 @@ class Scheduler:
         sample.num_registered, sample.num_computed = num_cached_pages, num_cached_pages * self.engine_config.page_size
         if sample.request.num_cached_tokens is None:
             sample.request.num_cached_tokens = sample.num_computed
-        self.running.append(sample)
-        self.running.sort(key=_arrival)
+        bisect.insort(self.running, sample, key=_arrival)
         plan.admitted.append(sample)
 
     def _plan_chunk(self, plan: Plan, sample: Sample, budget: int) -> int:
@@ -222,7 +259,7 @@ class Scheduler:
         source, size = chunk.sample, self.engine_config.page_size
         full, num_partly_filled = source.prompt_length // size, 1 if source.prompt_length % size else 0
         while self.waiting and self._free_slots:
-            sample = self.waiting[0]
+            sample = self.waiting.head
             if sample.request is not source.request or sample.drawn.token_ids:
                 break
             if num_partly_filled > self.page_pool.num_available - self._reserve():
@@ -231,8 +268,8 @@ class Scheduler:
             plan.copies += [(source.pages[full], page) for page in own]
             self.page_pool.share(source.pages[:full])
             sample.pages = source.pages[:full] + own
-            self._enter(plan, self.waiting.popleft(), 0)
-            sample.num_computed = source.prompt_length
+            self._enter(plan, self.waiting.pop(), 0)
+            sample.num_computed, sample.num_registered = source.prompt_length, min(full, source.num_registered)
             chunk.forks.append(sample)
 
     # -- results ------------------------------------------------------------------------------------------------------

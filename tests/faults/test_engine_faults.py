@@ -224,6 +224,7 @@ def interrupt_at(line: int, counter: list[int]):
         "engine/engine.py",
         "host/scheduler.py",
         "host/page_pool.py",
+        "host/queue.py",
         "engine/batch.py",
         "host/sample.py",
         "engine/collect.py",

@@ -151,7 +151,6 @@ class Loop:
         for sample, token in self._in_flight.popleft() if self._in_flight else ():
             if sample.status is Status.FINISHED:
                 continue
-            sample.num_pending -= 1
             sample.drawn.token_ids.append(token)
             self.scheduler.register_pages(sample)
             if token in sample.request.stop_token_ids:

@@ -4,7 +4,8 @@ It takes the arrays that the real steps take and keeps, for every offset of ever
 
 A key-value pair depends on the weights and on every token up to its own, so a page holds a hash of just that. Whoever
 attends to a position reads it through the block table that the host sent, and everything it reads must be the hash of
-its own tokens. This module stands in for `steps` and `kv_cache` in the engine, and `Programs` for the compiled steps.
+its own tokens. This module stands in for `steps`, `kv_cache` and `slot_state` in the engine, and `StepVariants` for the
+compiled steps.
 """
 
 import contextlib
@@ -17,6 +18,7 @@ import numpy as np
 from model import UNKNOWN, draw, link, root, score, turn
 
 from jaxengine.config import QUERY_BLOCK, EngineConfig
+from jaxengine.device.sampling_arrays import empty_slots
 from jaxengine.device.step_inputs import Copies, RowOutputs, Rows, Slots
 from jaxengine.engine.batch import BatchBuilder
 from jaxengine.ops.query_blocks import QueryBlocks
@@ -115,11 +117,32 @@ def write_history(cache: Cache, slots: np.ndarray, blocks: np.ndarray, tokens: n
     return cache
 
 
-class HostSlots(BatchBuilder):
-    """The engine's own arrays, which this device reads where they are."""
+@dataclasses.dataclass
+class SlotState:
+    """In place of slot_state.SlotState, from which a step reads what was written and nothing else."""
 
-    def device_slots(self) -> Slots:
-        return self.host_slots
+    tables: np.ndarray
+    slots: Slots
+
+
+def empty_state(num_slots: int, pages_per_seq: int) -> SlotState:
+    """In place of slot_state.empty_state."""
+    return SlotState(np.zeros((num_slots, pages_per_seq), np.int32), empty_slots(num_slots))
+
+
+def write_tables(state: SlotState, entries: np.ndarray) -> SlotState:
+    """In place of slot_state.write_tables."""
+    slots, places, pages = entries[:, entries[0] < len(state.tables)]
+    state.tables[slots, places] = pages
+    return state
+
+
+def write_slots(state: SlotState, which: np.ndarray, rows: Slots) -> SlotState:
+    """In place of slot_state.write_slots."""
+    real = which < len(state.tables)
+    for whole, new in zip(jax.tree.leaves(state.slots), jax.tree.leaves(rows), strict=True):
+        whole[which[real]] = new[real]
+    return state
 
 
 class StepVariants:

@@ -205,7 +205,7 @@ def _check_reasons(scheduler: Scheduler, plan: Plan, ready: list[Sample]) -> Non
         assert sample in served or ending or (short and index > 0 and not sample.is_decoding), (
             "a running sequence is not served"
         )
-    assert not scheduler.waiting or short or _head_waits(scheduler, scheduler.waiting[0]), (
+    assert not scheduler.waiting or short or _head_waits(scheduler, scheduler.waiting.head), (
         "the first in the queue waits for nothing"
     )
 

@@ -98,7 +98,7 @@ def the_hash_leaves_out_the_version(patch):
     patch.setattr(page_pool, "root_digest", lambda version, salt: root_digest(0, salt))
 
 
-@found_by("another version or salt")
+@found_by("another version or salt|a prompt finds")
 def the_hash_leaves_out_the_salt(patch):
     patch.setattr(page_pool, "root_digest", lambda version, salt: root_digest(version, ""))
 
@@ -113,7 +113,7 @@ def a_page_too_few_at_the_edge(patch):
         return original(scheduler, sample, num_tokens - 1)
 
 
-@found_by("a chunk that is empty")
+@found_by("a chunk that is empty|a prompt finds")
 def a_hit_takes_the_last_token_too(patch):
     @around(patch, PagePool, "match")
     def match(original, blocks, tokens, version, salt, known=None):
@@ -142,6 +142,17 @@ def forks_share_the_page_that_is_partly_filled(patch):
             scheduler.page_pool.release([own])
             scheduler.page_pool.share(sample.pages[-1:])
         plan.copies.clear()
+
+
+@found_by(r"a prompt finds \d+ pages where \d+ were computed")
+def a_fork_offers_discarded_pages_again(patch):
+    """What a sibling's failure took out of the cache comes back with the next token of a fork."""
+
+    @around(patch, Scheduler, "_fork")
+    def fork(original, scheduler, plan, chunk):
+        original(scheduler, plan, chunk)
+        for sample in chunk.forks:
+            sample.num_registered = 0
 
 
 @found_by("reads what is not its own")
@@ -175,7 +186,7 @@ def results_under_way_are_forgotten_by_a_preemption(patch):
     @around(patch, Scheduler, "_grow")
     def grow(original, scheduler, sample, num_tokens):
         for victim in scheduler.running:
-            victim.num_pending = 0 if victim.arrival > sample.arrival else victim.num_pending
+            victim.length = victim.num_tokens if victim.arrival > sample.arrival else victim.length
         return original(scheduler, sample, num_tokens)
 
 
@@ -215,8 +226,26 @@ def admission_wants_a_page_more_than_it_needs(patch):
 @found_by("is not served")
 def a_long_prompt_starves_beside_the_decodes(patch):
     @around(patch, Scheduler, "_plan_running_prefills")
-    def plan_running_prefills(original, scheduler, plan, budget):
-        return budget if plan.decoding else original(scheduler, plan, budget)
+    def plan_running_prefills(original, scheduler, plan, samples, budget):
+        return budget if plan.decoding else original(scheduler, plan, samples, budget)
+
+
+@found_by("waits for nothing")
+def a_head_that_was_refused_is_refused_again(patch):
+    """Whatever became free since."""
+    patch.setattr(
+        Scheduler, "_is_refused_again", lambda scheduler, sample: (scheduler._refused or (None, 0))[0] is sample
+    )
+
+
+@found_by("reads what is not its own|has no page")
+def pages_got_in_a_plan_that_was_given_up_are_not_sent(patch):
+    """Results had to be collected first, and the plan after that finds the pages there."""
+
+    @around(patch, Scheduler, "schedule")
+    def schedule(original, scheduler):
+        scheduler._grown = []
+        return original(scheduler)
 
 
 # -- weights -----------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from model import STOP, Spans, check_answer
 
 from jaxengine.config import QUERY_BLOCK, EngineConfig, ModelConfig
 from jaxengine.engine import batch, collect, engine
-from jaxengine.host import page_pool, scheduler
+from jaxengine.host import page_pool, queue, scheduler
 from jaxengine.host import sample as host_sample
 from jaxengine.host.sample import Request, Sample, Status
 from jaxengine.sampling_params import SamplingParams
@@ -30,8 +30,8 @@ MODEL = ModelConfig(
     "simulated", 40, 8, 8, 1, 1, 1, 8, 256
 )  # its sizes are named in errors, nothing is computed with it
 CUT = object()
-HOST_FILES = {module.__file__ for module in (batch, page_pool, engine, collect, scheduler, host_sample)}
-PARTS = dict(kv_cache=device, StepVariants=device.StepVariants, BatchBuilder=device.HostSlots, Scheduler=Watched)
+HOST_FILES = {module.__file__ for module in (batch, page_pool, queue, engine, collect, scheduler, host_sample)}
+PARTS = dict(kv_cache=device, slot_state=device, StepVariants=device.StepVariants, Scheduler=Watched)
 
 
 class World:
@@ -231,7 +231,7 @@ class World:
     @contextlib.contextmanager
     def _plugged(self) -> Iterator[None]:
         """The fake device in the place of the real steps."""
-        with mock.patch.multiple(engine, kv_cache=device):
+        with mock.patch.multiple(engine, kv_cache=device, slot_state=device):
             yield
 
 

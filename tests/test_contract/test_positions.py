@@ -156,14 +156,16 @@ def attention(change):
     return lambda real: lambda q, k, v, tables, positions, **how: real(q, k, v, *change(tables, positions), **how)
 
 
-def of_tables(change):
-    """sync_tables whose result is changed."""
-    return lambda real: lambda self, sequences: change(real(self, sequences))
+def page_twice(real):
+    """table_changes that give the second page of a table the first one's place in the pool."""
 
+    def changes(self, samples):
+        for slots, places, pages in map(np.copy, real(self, samples)):
+            firsts = {slot: page for slot, place, page in zip(slots, places, pages, strict=True) if place == 0}
+            pages[places == 1] = [firsts.get(slot, 0) for slot in slots[places == 1]]
+            yield np.stack([slots, places, pages])
 
-def page_twice(tables):
-    tables[:, 1] = tables[:, 0]
-    return tables
+    return changes
 
 
 PAGES = KV_TILE // 32
@@ -184,7 +186,7 @@ PLANTS = {
         "paged_attention",
         attention(lambda t, p: (t.at[:, PAGES : 2 * PAGES].set(t[:, :PAGES]), p)),
     ),
-    "a page is in a table twice": (BatchBuilder, "sync_tables", of_tables(page_twice)),
+    "a page is in a table twice": (BatchBuilder, "table_changes", page_twice),
     "a cached page in place of others": (
         PagePool,
         "match",

@@ -1,0 +1,37 @@
+"""The queue against a list."""
+
+import random
+from types import SimpleNamespace
+
+import pytest
+
+from jaxengine.host.queue import Queue
+
+
+class Waiting(SimpleNamespace):
+    __hash__ = object.__hash__
+    __eq__ = object.__eq__
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_queue_is_a_list(seed):
+    rng, samples = random.Random(seed), [Waiting(number=i) for i in range(30)]
+    expected = samples[:10]
+    queue = Queue(expected)
+    for _ in range(300):
+        outside = [sample for sample in samples if sample not in expected]
+        move = rng.choice(["push", "push_front", "pop", "discard"])
+        if move == "push" and outside:
+            queue.push(outside[0])
+            expected.append(outside[0])
+        elif move == "push_front" and outside:
+            queue.push_front(outside[-1])
+            expected.insert(0, outside[-1])
+        elif move == "pop" and expected:
+            assert queue.pop() is expected.pop(0)
+        elif move == "discard":
+            gone = rng.choice(samples)
+            queue.discard(gone)
+            expected = [sample for sample in expected if sample is not gone]
+        assert list(queue) == expected and len(queue) == len(expected) and bool(queue) == bool(expected)
+        assert not expected or queue.head is expected[0]
