@@ -6,11 +6,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxengine.base.arguments import check_keywords
 from jaxengine.base.keys import key_data
 from jaxengine.config import ModelConfig
 from jaxengine.device import scoring, trunk
+from jaxengine.device.find_sampling_mask import find_sampling_mask
+from jaxengine.device.sampling_mask import SamplingMask
+from jaxengine.device.scoring_input import check_sampling_mask, check_scored
 from jaxengine.engine.session import Session
 from jaxengine.engine.settings import ENGINE_KEYWORDS, resolve_engine_config
 from jaxengine.engine.weights import check_fits, placed
@@ -71,6 +75,7 @@ def score(
     *,
     config: ModelConfig,
     entropy: bool = False,
+    sampling_mask: SamplingMask | None = None,
     kernels: str = "auto",
     tile: Tile = trunk.WIDE,
 ) -> Any:
@@ -80,18 +85,21 @@ def score(
 
     tokens `[B, T]` are prompt then completion, padded on the right with anything; mask `[B, T]` is True on generated
     tokens: the layout of Rollout. `sampling_params`, one for all or one each, say under which distribution they were
-    drawn. With `entropy`, returns (logprobs, entropies of the processed distribution in nats `[B, T]`).
+    drawn. With `entropy`, returns (logprobs, entropies of the processed distribution in nats `[B, T]`). A
+    `sampling_mask` takes the place of top-k, top-p and min-p: with that of the weights that drew, the tokens have the
+    same support under any weights.
 
     Differentiable in params by reverse mode, and the same bits under jit and inside `jax.value_and_grad`, at any batch
     size and padding. `kernels` as in EngineConfig: those that generated, whose bits they are. `tile` is the shape of
     the pinned regions: leave it, unless `llm.engine.step_variants.refused` names the wide prefill step on your machine.
-    Raises ValueError where shapes do not fit each other or params do not fit config, and for a token outside the
-    vocabulary.
+    Raises ValueError where shapes do not fit each other or params do not fit config, for a token outside the
+    vocabulary, and for a sequence that is longer than the model's context.
     """
     tokens, mask = jnp.asarray(tokens), jnp.asarray(mask)
-    scoring.check_scored(tokens, mask, config)
+    check_scored(tokens, mask, config)
+    check_sampling_mask(sampling_mask, tokens)
     check_fits(params, config)
-    slots = scoring.sampling_arrays_of(sampling_of(sampling_params, tokens.shape[0]), config)
+    slots = scoring.sampling_arrays_of(sampling_of(sampling_params, tokens.shape[0]), config, sampling_mask)
     logprobs, entropies = scoring.token_logprobs(
         params,
         tokens,
@@ -103,6 +111,30 @@ def score(
         tile=tile,
     )
     return (logprobs, entropies) if entropy else logprobs
+
+
+def sampling_mask(
+    params: Decoder,
+    tokens: Any,
+    mask: Any,
+    sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    *,
+    config: ModelConfig,
+    kernels: str = "auto",
+) -> SamplingMask:
+    """What top-k, top-p and min-p kept when `params` drew the tokens under `mask`, as numpy arrays: for `score` under
+    weights that have moved since.
+
+    Arguments are `score`'s. It costs one pass of scoring. Raises ValueError where `score` does, and where a token is
+    outside of what was kept: other weights drew it.
+    """
+    tokens, mask = np.asarray(tokens), np.asarray(mask)
+    check_scored(tokens, mask, config)
+    check_fits(params, config)
+    arrays = scoring.sampling_arrays_of(sampling_of(sampling_params, tokens.shape[0]), config)
+    return find_sampling_mask(
+        params, tokens, mask, arrays, model_config=config, kernels=choose_kernels(kernels, config)
+    )
 
 
 def _session_for(

@@ -57,11 +57,12 @@ def fold_keys(key: UInt32[Array, "t 2"], folds: Int[Array, "t 2"], positions: In
 
 
 def process(
-    logits: Float[Array, "t V"], row: SamplingArrays, context: Context
+    logits: Float[Array, "t V"], row: SamplingArrays, context: Context, kept: Bool[Array, "t V"] | None = None
 ) -> tuple[Float[Array, "t V"], Float[Array, "t V"]]:
     """(logits after bias and penalties, logits of the processed distribution), both float32 `[t, V]`.
 
-    `row` holds the parameters of each row's slot: `[t, …]`. What is cut off is -inf. Work that no row of the tile asks
+    `row` holds the parameters of each row's slot: `[t, …]`. What is cut off is -inf; `kept`, where it is given, takes
+    the place of what top-k, top-p and min-p keep. Work that no row of the tile asks
     for is skipped; a row that does not ask for it has the same bits either way.
     """
     wants_bias = (row.bias_ids >= 0).any() | (context.positions < context.first_stop).any()
@@ -71,7 +72,8 @@ def process(
     scaled = penalised / jnp.where(row.temperature > 0, row.temperature, 1.0)[:, None]
     cuts = (row.top_k > 0) | (row.top_p < 1) | (row.min_p > 0)
     wants_cut = (cuts & (row.temperature > 0)).any()
-    return penalised, jax.lax.cond(wants_cut, functools.partial(_truncated, row), _unchanged, scaled)
+    cut = functools.partial(_truncated, row) if kept is None else functools.partial(_within, kept)
+    return penalised, jax.lax.cond(wants_cut, cut, _unchanged, scaled)
 
 
 def _unchanged(logits: Float[Array, "t V"]) -> Float[Array, "t V"]:
@@ -80,6 +82,10 @@ def _unchanged(logits: Float[Array, "t V"]) -> Float[Array, "t V"]:
 
 def _truncated(row: SamplingArrays, logits: Float[Array, "t V"]) -> Float[Array, "t V"]:
     return truncate(logits, row.top_k, row.top_p, row.min_p)
+
+
+def _within(kept: Bool[Array, "t V"], logits: Float[Array, "t V"]) -> Float[Array, "t V"]:
+    return jnp.where(kept, logits, -jnp.inf)
 
 
 def _biased(row: SamplingArrays, context: Context, logits: Float[Array, "t V"]) -> Float[Array, "t V"]:
@@ -116,13 +122,17 @@ def _penalised(row: SamplingArrays, context: Context, logits: Float[Array, "t V"
 
 
 def distribution(
-    logits: Float[Array, "t V"], row: SamplingArrays, context: Context, raw: Bool[Array, " t"]
+    logits: Float[Array, "t V"],
+    row: SamplingArrays,
+    context: Context,
+    raw: Bool[Array, " t"],
+    kept: Bool[Array, "t V"] | None = None,
 ) -> tuple[Float[Array, "t V"], Float[Array, "t V"]]:
     """(logits after bias and penalties, logits of the distribution that tokens are drawn from), both float32 `[t, V]`.
 
-    Of rows that are `raw`, or at temperature 0, the latter are the model's own.
+    Of rows that are `raw`, or at temperature 0, the latter are the model's own. `kept` is as in `process`.
     """
-    penalised, processed = process(logits, row, context)
+    penalised, processed = process(logits, row, context, kept)
     raw |= row.temperature == 0
     return penalised, jnp.where(raw[:, None], logits, processed)
 

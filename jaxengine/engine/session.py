@@ -11,6 +11,8 @@ from jaxengine.base.progress import Report, say_nothing
 from jaxengine.config import EngineConfig, ModelConfig
 from jaxengine.coordinate import Contract
 from jaxengine.device import scoring, trunk
+from jaxengine.device.sampling_mask import SamplingMask
+from jaxengine.device.scoring_input import check_sampling_mask, check_scored
 from jaxengine.engine import memory
 from jaxengine.engine.contract_digest import Contracts
 from jaxengine.engine.engine import Engine
@@ -157,7 +159,7 @@ class Session:
     # -- scoring ------------------------------------------------------------------------------------------------------
 
     def score(
-        self, tokens: Any, mask: Any, sampling_params: Any, *, entropy: bool
+        self, tokens: Any, mask: Any, sampling_params: Any, *, entropy: bool, sampling_mask: SamplingMask | None = None
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """(logprobs, entropies if asked) `[B, T]` of the tokens under `mask`, in batches of bounded size.
 
@@ -166,8 +168,10 @@ class Session:
         Where the wide tile does not hold on this machine the base tile is used.
         """
         tokens, mask = np.asarray(tokens), np.asarray(mask)
-        scoring.check_scored(tokens, mask, self.model_config)
-        slots = scoring.sampling_arrays_of(sampling_of(sampling_params, tokens.shape[0]), self.model_config)
+        check_scored(tokens, mask, self.model_config)
+        check_sampling_mask(sampling_mask, tokens)
+        sampling = sampling_of(sampling_params, tokens.shape[0])
+        slots = scoring.sampling_arrays_of(sampling, self.model_config, sampling_mask)
         with self.runner.alone():
             assert self.params is not None
             tile = self.engine.checked_tile(trunk.WIDE)
