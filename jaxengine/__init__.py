@@ -14,6 +14,7 @@ _HOMES = {
     "Logprob": "outputs",
     "generate": "functional",
     "score": "functional",
+    "sampling_mask": "functional",
     "Rollout": "rl.rollout",
     "ModelConfig": "config",
     "EngineConfig": "config",

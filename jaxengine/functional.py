@@ -8,11 +8,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxengine.base.arguments import check_keywords
 from jaxengine.base.keys import key_data
 from jaxengine.config import ModelConfig
 from jaxengine.device import scoring
+from jaxengine.device.find_sampling_mask import find_sampling_mask
+from jaxengine.device.sampling_mask import SamplingMask
+from jaxengine.device.scoring_input import check_sampling_mask, check_scored
 from jaxengine.engine import idle_pools
 from jaxengine.engine.scoring_proof import scoring_tiles
 from jaxengine.engine.session import Session
@@ -72,6 +76,7 @@ def score(
     *,
     config: ModelConfig,
     entropy: bool = False,
+    sampling_mask: SamplingMask | None = None,
     kernels: str = "auto",
 ) -> Any:
     """float32 logprobs `[B, T]` of the tokens under `mask`, equal by bits to those that `generate` reported.
@@ -80,22 +85,52 @@ def score(
 
     tokens `[B, T]` are prompt then completion, padded on the right with anything; mask `[B, T]` is True on generated
     tokens: the layout of Rollout. `sampling_params`, one for all or one each, say under which distribution they were
-    drawn. With `entropy`, returns (logprobs, entropies of the processed distribution in nats `[B, T]`).
+    drawn. With `entropy`, returns (logprobs, entropies of the processed distribution in nats `[B, T]`). A
+    `sampling_mask` takes the place of top-k, top-p and min-p: with that of the weights that drew, the tokens have the
+    same support under any weights.
 
     Differentiable in params by reverse mode, and the same bits under jit and inside `jax.value_and_grad`, at any batch
     size and padding. `kernels` as in EngineConfig: those that generated, whose bits they are. The first call for a
     model proves on this machine which tiles give the bits of generation (engine/scoring_proof.py). Raises ValueError
-    where shapes do not fit each other or params do not fit config, and for a token outside the vocabulary;
-    RuntimeError where no tile gives the bits of generation.
+    where shapes do not fit each other or params do not fit config, for a token outside the vocabulary, and for a
+    sequence that is longer than the model's context; RuntimeError where no tile gives the bits of generation.
     """
     tokens, mask = jnp.asarray(tokens), jnp.asarray(mask)
-    scoring.check_scored(tokens, mask, config)
+    check_scored(tokens, mask, config)
+    check_sampling_mask(sampling_mask, tokens)
     check_fits(params, config)
-    slots = scoring.sampling_arrays_of(sampling_of(sampling_params, tokens.shape[0]), config)
-    chosen = choose_kernels(kernels, config)
-    how: dict[str, Any] = dict(model_config=config, kernels=chosen, tiles=scoring_tiles(config, chosen))
+    slots = scoring.sampling_arrays_of(sampling_of(sampling_params, tokens.shape[0]), config, sampling_mask)
+    how = _how(config, kernels)
     logprobs, entropies = scoring.token_logprobs(params, tokens, mask, slots, entropy=entropy, **how)
     return (logprobs, entropies) if entropy else logprobs
+
+
+def sampling_mask(
+    params: Decoder,
+    tokens: Any,
+    mask: Any,
+    sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    *,
+    config: ModelConfig,
+    kernels: str = "auto",
+) -> SamplingMask:
+    """What top-k, top-p and min-p kept when `params` drew the tokens under `mask`, as numpy arrays: for `score` under
+    weights that have moved since.
+
+    Arguments are `score`'s. It costs one pass of scoring. Raises ValueError where `score` does, and where a token is
+    outside of what was kept: other weights drew it.
+    """
+    tokens, mask = np.asarray(tokens), np.asarray(mask)
+    check_scored(tokens, mask, config)
+    check_fits(params, config)
+    arrays = scoring.sampling_arrays_of(sampling_of(sampling_params, tokens.shape[0]), config)
+    return find_sampling_mask(params, tokens, mask, arrays, **_how(config, kernels))
+
+
+def _how(config: ModelConfig, kernels: str) -> dict[str, Any]:
+    """What scores, on tiles that are proven to give the bits of generation on this machine."""
+    chosen = choose_kernels(kernels, config)
+    return dict(model_config=config, kernels=chosen, tiles=scoring_tiles(config, chosen))
 
 
 @dataclasses.dataclass(eq=False)

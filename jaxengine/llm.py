@@ -19,6 +19,7 @@ from jaxengine.contract.compare import Comparison, compare
 from jaxengine.contract.report import Verification
 from jaxengine.contract.verify import verify
 from jaxengine.coordinate import Contract, Coordinate
+from jaxengine.device.sampling_mask import SamplingMask
 from jaxengine.engine import idle_pools, memory
 from jaxengine.engine.engine import Engine
 from jaxengine.engine.session import Session
@@ -375,6 +376,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         entropy: bool = False,
+        sampling_mask: SamplingMask | None = None,
     ) -> Any:
         """float32 logprobs `[B, T]` of the tokens under `mask`.
 
@@ -383,7 +385,8 @@ class LLM:
         Rows go through in batches of bounded size. Where the wide tile does not hold on this machine the base tile is
         used: the bits are those of `generate` in any case.
         """
-        logprobs, entropies = self.session.score(tokens, mask, sampling_params, entropy=entropy)
+        how: dict[str, Any] = dict(entropy=entropy, sampling_mask=sampling_mask)
+        logprobs, entropies = self.session.score(tokens, mask, sampling_params, **how)
         return (logprobs, entropies) if entropy else logprobs
 
     def replay(self, coordinate: Coordinate) -> Comparison:

@@ -11,3 +11,8 @@ def cdiv(a: Any, b: int) -> Any:
 def ceil_to(a: Any, b: int) -> Any:
     """The smallest multiple of b that is no less than a."""
     return cdiv(a, b) * b
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is no less than n ≥ 1."""
+    return 1 << (n - 1).bit_length()

@@ -19,8 +19,7 @@ from pallas_kernels.numbers import cdiv
 from pallas_kernels.tiles import unknown_zero
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def embed(
+def _embed(
     model_config: ModelConfig,
     kernels: Kernels,
     tile: Tile,
@@ -30,6 +29,9 @@ def embed(
 ) -> Float[Array, "NB r D"]:
     """Rows of the table in float32, those of the first `count` blocks. Differentiable in the table."""
     return over_tiles(functools.partial(decoder.embed, model_config, kernels), tile.blocks, table, tokens, count)
+
+
+embed = jax.custom_vjp(_embed, nondiff_argnums=(0, 1, 2))
 
 
 def _forward(model_config, kernels, tile, table, tokens, count):

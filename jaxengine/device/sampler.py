@@ -49,32 +49,42 @@ def fold_keys(key: UInt32[Array, "t 2"], folds: Int[Array, "t 2"], positions: In
 
 
 def process(
-    logits: Float[Array, "t V"], row: SamplingArrays, context: Context
+    logits: Float[Array, "t V"], row: SamplingArrays, context: Context, kept: Bool[Array, "t V"] | None = None
 ) -> tuple[Float[Array, "t V"], Float[Array, "t V"]]:
     """(logits after rules and penalties, logits of the processed distribution), both float32 `[t, V]`.
 
-    `row` holds the parameters of each row's slot: `[t, …]`. What is ruled out or cut off is -inf. Work that no row of
-    the tile asks for is skipped; a row that does not ask for it has the same bits either way.
+    `row` holds the parameters of each row's slot: `[t, …]`. What is ruled out or cut off is -inf; `kept`, where it is
+    given, takes the place of what top-k, top-p and min-p keep. Work that no row of the tile asks for is skipped; a row
+    that does not ask for it has the same bits either way.
     """
     penalised = adjusted(logits, row, context)
     scaled = penalised / jnp.where(row.temperature > 0, row.temperature, 1.0)[:, None]
     cuts = (row.top_k > 0) | (row.top_p < 1) | (row.min_p > 0)
     wants_cut = (cuts & (row.temperature > 0)).any()
-    return penalised, jax.lax.cond(wants_cut, functools.partial(_truncated, row), unchanged, scaled)
+    cut = functools.partial(_truncated, row) if kept is None else functools.partial(_within, kept)
+    return penalised, jax.lax.cond(wants_cut, cut, unchanged, scaled)
 
 
 def _truncated(row: SamplingArrays, logits: Float[Array, "t V"]) -> Float[Array, "t V"]:
     return truncate(logits, row.top_k, row.top_p, row.min_p)
 
 
+def _within(kept: Bool[Array, "t V"], logits: Float[Array, "t V"]) -> Float[Array, "t V"]:
+    return jnp.where(kept, logits, -jnp.inf)
+
+
 def distribution(
-    logits: Float[Array, "t V"], row: SamplingArrays, context: Context, raw: Bool[Array, " t"]
+    logits: Float[Array, "t V"],
+    row: SamplingArrays,
+    context: Context,
+    raw: Bool[Array, " t"],
+    kept: Bool[Array, "t V"] | None = None,
 ) -> tuple[Float[Array, "t V"], Float[Array, "t V"]]:
     """(logits after rules and penalties, logits of the distribution that tokens are drawn from), both float32 `[t, V]`.
 
-    Of rows at temperature 0 the latter are the model's own; of rows that are `raw` both.
+    Of rows at temperature 0 the latter are the model's own; of rows that are `raw` both. `kept` is as in `process`.
     """
-    penalised, processed = process(logits, _asking_nothing(row, raw), context)
+    penalised, processed = process(logits, _asking_nothing(row, raw), context, kept)
     raw |= row.temperature == 0
     return penalised, jnp.where(raw[:, None], logits, processed)
 

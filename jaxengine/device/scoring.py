@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxengine.base.pytree import pytree
 from jaxengine.config import KV_TILE, ModelConfig
 from jaxengine.device import sampler
 from jaxengine.device.sampling_arrays import distinct_rules, empty_sampling, write_sampling
+from jaxengine.device.sampling_mask import SamplingMask, is_kept, packed
 from jaxengine.device.step_inputs import SamplingArrays, TokenRules
 from jaxengine.device.trunk import hidden_states
 from jaxengine.models import decoder, plain
@@ -28,35 +28,10 @@ from jaxengine.ops.kernels import Kernels
 from jaxengine.ops.regions import over_tiles
 from jaxengine.ops.tiles import ScoringTiles
 from jaxengine.sampling_params import SamplingParams, check_token_ids, stop_token_ids
-from pallas_kernels.numbers import ceil_to
+from pallas_kernels.numbers import ceil_to, power_of_two
 from pallas_kernels.tiles import unknown_zero
 
 BATCH_TOKENS = 8192  # that one call scores, padding included, where a caller has more
-
-
-def check_scored(tokens: Any, mask: Any, config: ModelConfig) -> None:
-    """Raises ValueError where tokens and mask are no batch of sequences.
-
-    Values are looked at where they are known: not inside jit.
-    """
-    if tokens.ndim != 2 or tokens.shape != mask.shape or 0 in tokens.shape:
-        raise ValueError(f"tokens and mask must have one shape [B, T], got {list(tokens.shape)} and {list(mask.shape)}")
-    if not jnp.issubdtype(tokens.dtype, jnp.integer) or mask.dtype != bool:
-        raise ValueError(f"tokens must be integers and mask booleans, got {tokens.dtype} and {mask.dtype}")
-    if isinstance(tokens, Tracer) or isinstance(mask, Tracer):
-        return
-    tokens, mask = np.asarray(tokens), np.asarray(mask)
-    wrong = mask & ((tokens < 0) | (tokens >= config.vocab_size))
-    if wrong.any():
-        row, position = (int(i) for i in np.argwhere(wrong)[0])
-        raise ValueError(
-            f"tokens[{row}, {position}] is {int(tokens[row, position])} under the mask: the vocabulary is "
-            f"0 … {config.vocab_size - 1}"
-        )
-    if mask[:, 0].any():
-        raise ValueError(
-            f"mask[{int(mask[:, 0].argmax())}, 0] is True: the first token has nothing before it that could predict it"
-        )
 
 
 @pytree
@@ -65,6 +40,9 @@ class SequenceArrays:
 
     sampling: SamplingArrays
     min_tokens: Int[Array, " B"]
+    kept: SamplingMask | None = None  # in the place of what top-k, top-p and min-p would keep
+
+    kept: SamplingMask | None = None  # in the place of what top-k, top-p and min-p would keep
 
 
 @pytree
@@ -75,7 +53,9 @@ class ScoringArrays:
     rules: TokenRules  # the distinct ones among them
 
 
-def sampling_arrays_of(params: Sequence[SamplingParams], model_config: ModelConfig) -> ScoringArrays:
+def sampling_arrays_of(
+    params: Sequence[SamplingParams], model_config: ModelConfig, kept: SamplingMask | None = None
+) -> ScoringArrays:
     """Sampling parameters of B sequences, as numpy arrays.
 
     Raises ValueError for tokens outside the vocabulary, and for bad words that are not token ids yet.
@@ -87,10 +67,10 @@ def sampling_arrays_of(params: Sequence[SamplingParams], model_config: ModelConf
     for i, each in enumerate(params):
         write_sampling(arrays, i, each, stop_token_ids(each, model_config.eos_token_ids), rows[i])
     min_tokens: Any = np.array([each.min_tokens for each in params], np.int32)
-    return ScoringArrays(SequenceArrays(arrays, min_tokens), rules)
+    return ScoringArrays(SequenceArrays(arrays, min_tokens, kept), rules)
 
 
-@functools.partial(jax.jit, static_argnames=("model_config", "kernels", "entropy", "tiles"))
+@functools.partial(jax.jit, static_argnames=("model_config", "kernels", "entropy", "kept_words", "tiles"))
 def token_logprobs(
     params: Decoder,
     tokens: Int[Array, "B T"],
@@ -101,16 +81,17 @@ def token_logprobs(
     kernels: Kernels,
     tiles: ScoringTiles,
     entropy: bool = False,
-) -> tuple[Float[Array, "B T"], Float[Array, "B T"] | None]:
+    kept_words: bool = False,
+) -> tuple[Float[Array, "B T"], Array | None]:
     """(logprobs, entropies if asked) of the tokens under `mask`, each at its own position, 0 elsewhere. Differentiable
-    in params.
+    in params. With `kept_words`, which tokens each could have been (sampling_mask.packed) in the place of entropies.
 
     A run of tokens under the mask is a completion, and everything before it is its prompt. Tokens after the last one
     under the mask are never read; nothing predicts the first token, which is 0 too.
     """
     how: dict[str, Any] = dict(model_config=model_config, kernels=kernels, tiles=tiles)
     x, tokens = trunk(params, tokens, mask, **how)
-    return head_logprobs(params, x, tokens, mask, arrays, entropy=entropy, **how)
+    return head_logprobs(params, x, tokens, mask, arrays, entropy=entropy, kept_words=kept_words, **how)
 
 
 def trunk(
@@ -161,7 +142,8 @@ def head_logprobs(
     kernels: Kernels,
     tiles: ScoringTiles,
     entropy: bool = False,
-) -> tuple[Float[Array, "B T"], Float[Array, "B T"] | None]:
+    kept_words: bool = False,
+) -> tuple[Float[Array, "B T"], Array | None]:
     """token_logprobs from what `trunk` gives: a critic shares the trunk (rl/critic.py)."""
     batch, length = tokens.shape
     where, wanted = jnp.arange(length), mask.at[:, 0].set(False)
@@ -177,21 +159,22 @@ def head_logprobs(
     predicting = x.reshape(-1, x.shape[-1]).at[places].get(mode="fill", fill_value=0, unique_indices=True)
     rows = _RowInputs(predicting, sequences, positions, prompts.reshape(-1)[order])
     weights = _Weights(params.norm, params.output_head, _opaque(arrays, params, tokens), tokens)
-    body = functools.partial(_row_scores, model_config, kernels, entropy)
+    body = functools.partial(_row_scores, model_config, kernels, entropy, kept_words)
     count = wanted.sum(dtype=jnp.int32) + unknown_zero(params.norm, tokens)
     found = over_tiles(body, tiles.head_rows, weights, rows, count)
 
-    def placed(scores: Float[Array, " R"]) -> Float[Array, "B T"]:
+    def placed(scores: Array) -> Array:
         found = scores.at[jnp.argsort(order[: batch * length])].get(unique_indices=True)
-        return jnp.where(wanted, found.reshape(batch, length), 0.0)
+        found = found.reshape(batch, length, *scores.shape[1:])
+        return jnp.where(jnp.expand_dims(wanted, range(2, found.ndim)), found, 0)
 
-    return placed(found[0]), placed(found[1]) if entropy else None
+    return placed(found[0]), placed(found[1]) if len(found) > 1 else None
 
 
 def _row_scores(
-    model_config: ModelConfig, kernels: Kernels, entropy: bool, weights: _Weights, rows: _RowInputs
-) -> tuple[Float[Array, " t"], ...]:
-    """(logprobs, and entropies if asked) of the rows' tokens, each float32 `[t]`."""
+    model_config: ModelConfig, kernels: Kernels, entropy: bool, kept_words: bool, weights: _Weights, rows: _RowInputs
+) -> tuple[Array, ...]:
+    """(logprobs, and if asked entropies or packed words) of the rows' tokens."""
     row: SequenceArrays = jax.lax.stop_gradient(jax.tree.map(operator.itemgetter(rows.sequences), weights.arrays.each))
     first_stop = jnp.where(row.min_tokens > 0, rows.prompts + row.min_tokens, 0)
     context = sampler.Context(
@@ -199,8 +182,11 @@ def _row_scores(
     )
     logits = decoder.logits(model_config, kernels, weights.norm, weights.head, rows.x)
     raw = jnp.zeros(rows.x.shape[0], bool)
-    _, drawn_from = sampler.distribution(logits, row.sampling, context, raw)
+    kept = None if row.kept is None else is_kept(row.kept, rows.positions, logits.shape[1])
+    _, drawn_from = sampler.distribution(logits, row.sampling, context, raw, kept)
     out = kernels.draw.draw_and_score(drawn_from, weights.tokens[rows.sequences, rows.positions])
+    if kept_words:
+        return out.logprobs, packed(drawn_from)
     return (out.logprobs, sampler.entropy(out.all_logprobs(drawn_from))) if entropy else (out.logprobs,)
 
 
@@ -220,8 +206,8 @@ def in_batches(
     Shapes are powers of two, so that few of them are ever compiled.
     """
     count, length = tokens.shape
-    width = max(_power_of_two(length), KV_TILE)
-    rows = max(min(BATCH_TOKENS // width, _power_of_two(count)), 1)
+    width = max(power_of_two(length), KV_TILE)
+    rows = max(min(BATCH_TOKENS // width, power_of_two(count)), 1)
     tokens, mask, each = jax.tree.map(functools.partial(_padded, ceil_to(count, rows)), (tokens, mask, arrays.each))
     tokens, mask = (np.pad(x, ((0, 0), (0, width - length))) for x in (tokens, mask))
     found = []
@@ -241,10 +227,6 @@ def _padded(rows: int, x: np.ndarray) -> np.ndarray:
 
 def _cut(first: int, rows: int, x: np.ndarray) -> np.ndarray:
     return x[first : first + rows]
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
 
 
 # (model_config, key) -> parameters for a proof on this machine; compiled, so that no float32 copy of them is ever made.

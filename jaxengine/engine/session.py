@@ -11,6 +11,8 @@ from jaxengine.base.progress import Report, say_nothing
 from jaxengine.config import EngineConfig, ModelConfig
 from jaxengine.coordinate import Contract
 from jaxengine.device import scoring
+from jaxengine.device.sampling_mask import SamplingMask
+from jaxengine.device.scoring_input import check_sampling_mask, check_scored
 from jaxengine.engine import idle_pools, memory
 from jaxengine.engine.contract_digest import Contracts
 from jaxengine.engine.deltas import DeltaReader
@@ -264,16 +266,17 @@ class Session:
     # -- scoring ------------------------------------------------------------------------------------------------------
 
     def score(
-        self, tokens: Any, mask: Any, sampling_params: Any, *, entropy: bool
+        self, tokens: Any, mask: Any, sampling_params: Any, *, entropy: bool, sampling_mask: SamplingMask | None = None
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """(logprobs, entropies if asked) `[B, T]` of the tokens under `mask`, in batches of bounded size.
 
         Holds the lock. The tiles are proven on this machine first (engine/scoring_proof.py).
         """
         tokens, mask = np.asarray(tokens), np.asarray(mask)
-        scoring.check_scored(tokens, mask, self.model_config)
+        check_scored(tokens, mask, self.model_config)
+        check_sampling_mask(sampling_mask, tokens)
         sampling = each_with_token_ids(sampling_of(sampling_params, tokens.shape[0]), self.tokenizer)
-        slots = scoring.sampling_arrays_of(sampling, self.model_config)
+        slots = scoring.sampling_arrays_of(sampling, self.model_config, sampling_mask)
         with self.runner.alone():
             self.runner.check_awake()
             check_alive(self.params)

@@ -7,9 +7,27 @@ the sum of a row of a [B, B] array and no scatter, so that its order is fixed on
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 SMALLEST_DEVIATION = 1e-6  # added to a standard deviation before it divides
+
+
+def check_groups(group: Int[np.ndarray, " B"], advantage: str) -> None:
+    """Raises ValueError where no two samples share a group: nothing would be learned."""
+    if len(np.unique(group)) == len(group):
+        raise ValueError(
+            f"each of the {len(group)} samples is a group of its own, so that every {advantage} advantage is 0: draw "
+            "several samples a prompt (SamplingParams(n=…)), or say which belong together "
+            "(Rollout.from_outputs(outputs, groups=…))"
+        )
+
+
+def of_samples(rewards: Float[Array, " B"], group: Int[Array, " B"], kind: str) -> Float[Array, " B"]:
+    """The advantages of an objective without a critic (losses.Objective.advantage)."""
+    if kind == "leave-one-out":
+        return leave_one_out(rewards, group)
+    return group_relative(rewards, group, scaled=kind == "scaled")
 
 
 def group_relative(rewards: Float[Array, " B"], group: Int[Array, " B"], *, scaled: bool = True) -> Float[Array, " B"]:

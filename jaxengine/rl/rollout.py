@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,11 +13,14 @@ from jaxtyping import Bool, Float, Int
 
 from checkpoints.tensor_file import read_tensors, write_tensors
 from jaxengine.coordinate import Contract, Coordinate, changed_sampling, sampling_of_changes
+from jaxengine.device.sampling_mask import SamplingMask
 from jaxengine.outputs import UNDRAWN, CompletionOutput, RequestOutput
 from jaxengine.sampling_params import SamplingParams
 
 Array = Any  # numpy as it is built, jax.Array inside a trainer's step
 FORMAT = "jaxengine.Rollout/1"
+FINISH_REASONS = ("stop", "length", "abort", "error")  # of CompletionOutput; Rollout.finish_reasons are indices of them
+UNFINISHED = -1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,21 +34,33 @@ class Rollout:
     mask: Bool[Array, "B T"]  # True on generated tokens; False on those of a tool
     logprobs: Float[Array, "B T"]  # of generated tokens, each at its position; 0 elsewhere
     lengths: Int[Array, " B"]  # prompt and completion
-    group: Int[Array, " B"]  # index of the prompt: samples of one prompt share it
+    group: Int[Array, " B"]  # samples that are compared with each other, by default those of one prompt, share it
     weight_versions: Int[Array, "B T"]  # of the weights that drew each generated token; -1 elsewhere
     entropies: Float[Array, "B T"] | None = None  # of the processed distribution, in nats; None where not asked for
+    finish_reasons: Int[Array, " B"] | None = None  # index in FINISH_REASONS; -1 where a sample has not ended
+    sampling_mask: SamplingMask | None = None  # what top-k, top-p and min-p kept: jaxengine.sampling_mask finds it
     # Of each row, for LLM.replay. No part of the pytree, so that jax's transformations drop them.
     coordinates: tuple[Coordinate, ...] | None = None
 
     @classmethod
-    def from_outputs(cls, outputs: Sequence[RequestOutput], *, length: int | None = None) -> "Rollout":
+    def from_outputs(
+        cls, outputs: Sequence[RequestOutput], *, length: int | None = None, groups: Sequence[Hashable] | None = None
+    ) -> "Rollout":
         """Numpy arrays of all samples, in order. T is `length`, or that of the longest sample.
 
-        Raises ValueError where there is no sample, or one is longer than `length`, or only some have entropies.
+        `groups` names the group of each output, the id of its problem for one. By default an output of several samples
+        (n=…) is a group, and outputs of one sample each are a group where their prompts have the same tokens, wherever
+        they stand: prompts that were repeated instead of n=. Groups are numbered in the order of their first outputs.
+
+        Raises ValueError where there is no sample, or one is longer than `length`, or only some have entropies, or
+        where `groups` are not one for each output.
         """
+        numbers = _numbered(list(map(_group_of, range(len(outputs)), outputs)) if groups is None else list(groups))
+        if len(numbers) != len(outputs):
+            raise ValueError(f"{len(numbers)} groups for {len(outputs)} outputs: give one for each prompt")
         rows = [
             Row(group, output.prompt_token_ids, sample)
-            for group, output in enumerate(outputs)
+            for group, output in zip(numbers, outputs, strict=True)
             for sample in output.outputs
         ]
         if not rows:
@@ -66,8 +81,20 @@ class Rollout:
             group=np.array([row.group for row in rows], np.int32),
             weight_versions=versions,
             entropies=_entropies(shape, rows),
+            finish_reasons=np.array([_finish_reason(row.sample) for row in rows], np.int32),
             coordinates=coordinates if len(coordinates) == len(rows) else None,
         )
+
+    def ended_by(self, reason: str) -> Bool[Array, " B"]:
+        """Which samples ended for one of FINISH_REASONS: `"length"` are those that were cut off.
+
+        Raises ValueError for another reason, and where the rollout has none.
+        """
+        if reason not in FINISH_REASONS:
+            raise ValueError(f"reason must be one of {', '.join(FINISH_REASONS)}, got {reason!r}")
+        if self.finish_reasons is None:
+            raise ValueError("this rollout has no finish_reasons: Rollout.from_outputs brings them")
+        return self.finish_reasons == FINISH_REASONS.index(reason)
 
     @property
     def sampling_params(self) -> list[SamplingParams]:
@@ -84,31 +111,38 @@ class Rollout:
 
         Raises FileExistsError where the file exists.
         """
-        arrays = {field: np.asarray(getattr(self, field)) for field in ARRAYS if getattr(self, field) is not None}
+        leaves, name = jax.tree_util.tree_leaves_with_path(self), jax.tree_util.keystr
+        arrays = {name(path, simple=True, separator="."): np.asarray(array) for path, array in leaves}
         write_tensors(Path(path), arrays, {"format": FORMAT, "origins": json.dumps(_origins(self.coordinates))})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Rollout":
         """The rollout that `save` wrote. Raises ValueError naming the file where it holds something else."""
         tensors, metadata = read_tensors(Path(path))
-        if metadata.get("format") != FORMAT or not set(ARRAYS) - {"entropies"} <= tensors.keys() <= set(ARRAYS):
+        needed = set(ARRAYS) - OPTIONAL
+        if metadata.get("format") != FORMAT or not needed <= tensors.keys() <= needed | OPTIONAL | set(OF_MASK):
             raise ValueError(
                 f"{path} is no rollout that Rollout.save wrote: it holds {', '.join(sorted(tensors)) or 'nothing'}"
             )
-        arrays: dict[str, Any] = tensors
-        loaded = cls(**arrays)
+        arrays: dict[str, Any] = {name: tensors[name] for name in ARRAYS if name in tensors}
+        has_mask = set(OF_MASK) <= tensors.keys()
+        kept = SamplingMask(*(tensors[name] for name in OF_MASK)) if has_mask else None
+        loaded = cls(**arrays, sampling_mask=kept)
         return dataclasses.replace(loaded, coordinates=_coordinates(loaded, json.loads(metadata["origins"])))
 
 
-ARRAYS = tuple(field.name for field in dataclasses.fields(Rollout) if field.name != "coordinates")
-jax.tree_util.register_dataclass(Rollout, data_fields=list(ARRAYS), meta_fields=[], drop_fields=["coordinates"])
+OPTIONAL = {"entropies", "finish_reasons"}
+OF_MASK = ("sampling_mask.counts", "sampling_mask.ids")
+DATA = [field.name for field in dataclasses.fields(Rollout) if field.name != "coordinates"]
+ARRAYS = tuple(name for name in DATA if name != "sampling_mask")
+jax.tree_util.register_dataclass(Rollout, data_fields=DATA, meta_fields=[], drop_fields=["coordinates"])
 
 
 # -- from outputs ------------------------------------------------------------------------------------------------------
 
 
 class Row(NamedTuple):
-    """A sample, its prompt and the index of the prompt."""
+    """A sample, its prompt and the number of its group."""
 
     group: int
     prompt_token_ids: list[int]
@@ -122,6 +156,20 @@ class Row(NamedTuple):
     @property
     def stop(self) -> int:
         return self.start + len(self.sample.token_ids)
+
+
+def _group_of(index: int, output: RequestOutput) -> Hashable:
+    """The default: a name that outputs of one group share."""
+    return tuple(output.prompt_token_ids) if len(output.outputs) == 1 else index
+
+
+def _numbered(groups: Sequence[Hashable]) -> list[int]:
+    numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
+    return [numbers[group] for group in groups]
+
+
+def _finish_reason(sample: CompletionOutput) -> int:
+    return UNFINISHED if sample.finish_reason is None else FINISH_REASONS.index(sample.finish_reason)
 
 
 def _tokens(shape: tuple[int, int], rows: list[Row]) -> np.ndarray:

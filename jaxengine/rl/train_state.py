@@ -7,6 +7,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from jaxengine.base.arguments import strict_keywords
 from jaxengine.base.pytree import pytree
+from jaxengine.device.sampling_mask import SamplingMask
 from jaxengine.rl.losses import ALGORITHMS, Objective
 from jaxengine.sampling_params import SamplingParams
 
@@ -26,6 +27,9 @@ class TrainerConfig:
     epochs: int = 1  # passes over a rollout
     mini_batches: int = 1  # updates of an epoch
     micro_batches: int = 1  # parts of an update whose gradients are added: more take less memory, and change no logprob
+    # For several updates of a rollout that top-k, top-p or min-p cut: score over what they kept at the draw, because a
+    # drawn token that the new weights would cut off has ratio 0. It costs one pass of scoring.
+    keep_sampling_mask: bool = False
     value_coefficient: float = 0.5  # of the critic's loss
     value_clip: float = 0.2  # how far a value may move from the old one (losses.value_loss)
     discount: float = 1.0  # γ of the generalized advantages
@@ -59,3 +63,4 @@ class Batch:
     reference: Float[Array, "B T"] | None = None  # logprobs under the reference policy
     old_values: Float[Array, "B T"] | None = None
     returns: Float[Array, "B T"] | None = None
+    kept: SamplingMask | None = None  # scored under it where it is there

@@ -18,7 +18,10 @@ from jaxtyping import Array, Bool, Float
 
 from jaxengine.base.keys import key_data, key_of
 from jaxengine.config import ModelConfig
+from jaxengine.device.find_sampling_mask import find_sampling_mask
+from jaxengine.device.sampling_mask import SamplingMask
 from jaxengine.device.scoring import ScoringArrays, sampling_arrays_of, token_logprobs
+from jaxengine.device.scoring_input import check_sampling_mask, check_scored
 from jaxengine.engine.scoring_proof import scoring_tiles
 from jaxengine.models.params import Decoder
 from jaxengine.ops.kernels import choose_kernels
@@ -87,20 +90,26 @@ class Trainer:
     ) -> Batch:
         """A rollout with its advantages, and what else the objective needs.
 
-        Raises ValueError where `rewards` are not one for each sample, and where a KL penalty has no `reference`.
+        Raises ValueError where `rewards` are not one for each sample, where a KL penalty has no `reference`, where
+        rewards are compared within groups and each sample is a group of its own, and where `score` raises.
         """
         rewards = np.asarray(rewards, np.float32)
+        check_scored(rollout.tokens, rollout.mask, self.model_config)
+        check_sampling_mask(rollout.sampling_mask, rollout.tokens)
         if rewards.shape != rollout.group.shape:
             raise ValueError(f"rewards must be {list(rollout.group.shape)}, one a sample, got {list(rewards.shape)}")
+        if not self.has_critic:
+            estimators.check_groups(np.asarray(rollout.group), self.config.objective.advantage)
         has_reward = np.isfinite(rewards)
         rewards, group = np.where(has_reward, rewards, 0), np.where(has_reward, rollout.group, -1)
         tokens, mask = jnp.asarray(rollout.tokens), jnp.asarray(rollout.mask & has_reward[:, None])
-        batch = Batch(tokens, mask, jnp.asarray(rollout.logprobs), jnp.zeros(mask.shape, jnp.float32))
+        kept = self._sampling_mask(state, rollout)
+        batch = Batch(tokens, mask, jnp.asarray(rollout.logprobs), jnp.zeros(mask.shape, jnp.float32), kept=kept)
         if self.config.objective.kl_coefficient > 0:
-            batch = dataclasses.replace(batch, reference=self._reference(reference, tokens, mask))
+            batch = dataclasses.replace(batch, reference=self._reference(reference, batch))
         if self.has_critic:
             return self._with_values(state, batch, jnp.asarray(rewards))
-        per_sample = self._advantages(jnp.asarray(rewards), jnp.asarray(group))
+        per_sample = estimators.of_samples(jnp.asarray(rewards), jnp.asarray(group), self.config.objective.advantage)
         return dataclasses.replace(batch, advantages=jnp.where(mask, per_sample[:, None], 0.0))
 
     # -- inside ------------------------------------------------------------------------------------------------------
@@ -108,25 +117,27 @@ class Trainer:
     def _policy(self, state: TrainState) -> Decoder:
         return critic.cast(state.master, self.model_config).policy
 
-    def _advantages(self, rewards: Float[Array, " B"], group: Array) -> Float[Array, " B"]:
-        kind = self.config.objective.advantage
-        if kind == "leave-one-out":
-            return estimators.leave_one_out(rewards, group)
-        return estimators.group_relative(rewards, group, scaled=kind == "scaled")
+    def _sampling_mask(self, state: TrainState, rollout: Rollout) -> SamplingMask | None:
+        """The rollout's own, or the one under the state's weights, which drew it."""
+        if rollout.sampling_mask is not None or not self.config.keep_sampling_mask:
+            return jax.tree.map(jnp.asarray, rollout.sampling_mask)
+        tokens, mask = np.asarray(rollout.tokens), np.asarray(rollout.mask)
+        found = find_sampling_mask(self.policy(state), tokens, mask, self._sampling_arrays(tokens), **self._how())
+        return jax.tree.map(jnp.asarray, found)
 
-    def _reference(self, params: Decoder | None, tokens: Array, mask: Array) -> Float[Array, "B T"]:
+    def _reference(self, params: Decoder | None, batch: Batch) -> Float[Array, "B T"]:
         if params is None:
             raise ValueError(
                 f"kl_coefficient={self.config.objective.kl_coefficient} asks for a penalty: "
                 "give reference, the weights of the policy to stay near"
             )
-        sampling = self._sampling_arrays(tokens)
-        logprobs, _ = token_logprobs(params, tokens, mask, sampling, **self._how())
+        sampling = self._sampling_arrays(batch.tokens, batch.kept)
+        logprobs, _ = token_logprobs(params, batch.tokens, batch.mask, sampling, **self._how())
         return logprobs
 
     def _with_values(self, state: TrainState, batch: Batch, rewards: Float[Array, " B"]) -> Batch:
         """The batch with the critic's values, and the advantages and returns that follow from them."""
-        _, values = self._forward(state.master, batch.tokens, batch.mask)
+        _, values = self._forward(state.master, batch)
         token_rewards = estimators.at_last_token(rewards, batch.mask)
         advantages, returns = estimators.generalized(
             token_rewards, values, batch.mask, discount=self.config.discount, decay=self.config.decay
@@ -178,7 +189,7 @@ class Trainer:
         Of all micro-batches. `weights` `[B, T]` are those of the tokens in the policy's loss and in the critic's.
         """
         count, shape = self.config.micro_batches, batch.tokens.shape
-        parts = jax.tree.map(lambda x: x.reshape(count, -1, shape[1]), (batch, weights))
+        parts = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), (batch, weights))
         total = jax.tree.map(_float32_zeros, model)
         total, (losses, (logprobs, values)) = jax.lax.scan(functools.partial(self._add_gradient, model), total, parts)
         values = None if values is None else values.reshape(shape)
@@ -193,7 +204,7 @@ class Trainer:
 
     def _loss(self, model: ActorCritic, batch: Batch, weights: tuple[Array, Array]) -> tuple[Array, Any]:
         """(loss, (its parts, (logprobs, values))) of a micro-batch; `weights` of its tokens are those in the batch."""
-        logprobs, values = self._run(model, batch.tokens, batch.mask)
+        logprobs, values = self._run(model, batch)
         loss = policy_loss(
             logprobs,
             batch.old_logprobs,
@@ -211,21 +222,21 @@ class Trainer:
         )
         return loss + self.config.value_coefficient * error, ({"loss": loss, "value_loss": error}, (logprobs, values))
 
-    def _rounded_run(self, master: ActorCritic, tokens: Array, mask: Array) -> tuple[Array, Array | None]:
-        return self._run(critic.cast(master, self.model_config), tokens, mask)
+    def _rounded_run(self, master: ActorCritic, batch: Batch) -> tuple[Array, Array | None]:
+        return self._run(critic.cast(master, self.model_config), batch)
 
-    def _run(self, model: ActorCritic, tokens: Array, mask: Array) -> tuple[Array, Array | None]:
+    def _run(self, model: ActorCritic, batch: Batch) -> tuple[Array, Array | None]:
         """(logprobs, values) `[B, T]`; the values are None without a critic."""
-        sampling = self._sampling_arrays(tokens)
-        return critic.logprobs_and_values(model, tokens, mask, sampling, **self._how())
+        sampling = self._sampling_arrays(batch.tokens, batch.kept)
+        return critic.logprobs_and_values(model, batch.tokens, batch.mask, sampling, **self._how())
 
     def _how(self) -> dict[str, Any]:
         """The implementation that generates, on tiles that are proven to give its bits on this machine."""
         tiles = scoring_tiles(self.model_config, self.kernels)
         return dict(model_config=self.model_config, kernels=self.kernels, tiles=tiles)
 
-    def _sampling_arrays(self, tokens: Array) -> ScoringArrays:
-        return sampling_arrays_of([self.config.sampling] * tokens.shape[0], self.model_config)
+    def _sampling_arrays(self, tokens: Any, kept: SamplingMask | None = None) -> ScoringArrays:
+        return sampling_arrays_of([self.config.sampling] * tokens.shape[0], self.model_config, kept)
 
 
 def _float32_zeros(x: Array) -> Array:

@@ -16,7 +16,7 @@ from jaxengine.engine import scoring_proof
 from jaxengine.models.params import abstract
 from jaxengine.ops.kernels import XLA, Kernels, kernels_of
 from jaxengine.ops.tiles import SCORING
-from jaxengine.rl.integrations.nnx_policy import all_logits
+from jaxengine.rl.integrations.tunix_policy import TunixPolicy
 from jaxengine.rl.losses import ALGORITHMS
 from jaxengine.rl.rollout import Rollout
 from jaxengine.rl.train_state import TrainerConfig
@@ -99,8 +99,15 @@ def test_an_update_repeats_no_place(kernels, algorithm):
 
 
 def test_a_loss_on_logits_repeats_no_place(kernels):
-    loss = lambda params, tokens: all_logits(CONFIG, kernels, params, tokens)[..., 0].sum()
-    assert repeated_scatters(jax.grad(loss), abstract(CONFIG), jax.ShapeDtypeStruct((3, 40), jnp.int32)) == []
+    """Of the nnx policy, and of the one that moves padding to the end."""
+
+    def loss(params, tokens, mask):
+        policy = TunixPolicy(CONFIG, params)
+        policy.kernels = kernels
+        return policy(tokens, None, None, mask)[0][..., 0].sum()
+
+    tokens, mask = jax.ShapeDtypeStruct((3, 40), jnp.int32), jax.ShapeDtypeStruct((3, 40, 40), bool)
+    assert repeated_scatters(jax.grad(loss), abstract(CONFIG), tokens, mask) == []
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+import jaxengine
 from checkpoints.tensor_file import write_tensors
 from jaxengine import Rollout, SamplingParams
 from jaxengine.outputs import CompletionOutput, RequestOutput, VersionSpan
@@ -52,6 +53,48 @@ def test_entropies_come_from_all_or_none():
     assert Rollout.from_outputs(some[1:]).entropies.tolist() == [[0, 0.5]]
 
 
+def of_prompts(*prompts: list[int], n: int = 1) -> list[RequestOutput]:
+    spans = [VersionSpan(0, 0, 1)]
+    return [RequestOutput(str(i), None, prompt, [sample([9], spans)] * n, True) for i, prompt in enumerate(prompts)]
+
+
+@pytest.mark.parametrize(
+    "outputs, groups, expected",
+    [
+        (of_prompts([1], [1], [2], [2]), None, [0, 0, 1, 1]),  # each prompt repeated
+        (of_prompts([1], [2], [1], [2]), None, [0, 1, 0, 1]),  # the list of prompts repeated
+        (of_prompts([1], [2], [3]), None, [0, 1, 2]),
+        (of_prompts([1], [1], n=2), None, [0, 0, 1, 1]),  # n=2 has said what a group is
+        (of_prompts([1], n=2) + of_prompts([1], [1]), None, [0, 0, 1, 1]),
+        (of_prompts([1], [1], [1], [1]), [7, 7, 3, 3], [0, 0, 1, 1]),  # two problems that begin alike
+        (of_prompts([1], [2], [3]), ["a", "b", "a"], [0, 1, 0]),
+        (of_prompts([1], [2], n=2), np.array([5, 5]), [0, 0, 0, 0]),
+    ],
+)
+def test_groups(outputs, groups, expected):
+    assert Rollout.from_outputs(outputs, groups=groups).group.tolist() == expected
+
+
+def test_groups_are_one_for_each_prompt():
+    with pytest.raises(ValueError, match="3 groups for 2 outputs"):
+        Rollout.from_outputs(of_prompts([1], [2]), groups=[0, 0, 1])
+
+
+def test_finish_reasons():
+    whole = outputs()
+    for output, reason in zip(whole, ("stop", None), strict=True):
+        output.outputs[0] = dataclasses.replace(output.outputs[0], finish_reason=reason)
+    rollout = Rollout.from_outputs(whole, length=9)
+    assert rollout.finish_reasons.tolist() == [0, 1, -1]
+    assert rollout.ended_by("length").tolist() == [False, True, False]
+    joined = jax.tree.map(lambda *parts: np.concatenate(parts), rollout, rollout)
+    assert joined.ended_by("stop").tolist() == [True, False, False] * 2
+    with pytest.raises(ValueError, match="stop, length, abort, error, got 'eos'"):
+        rollout.ended_by("eos")
+    with pytest.raises(ValueError, match="has no finish_reasons"):
+        dataclasses.replace(rollout, finish_reasons=None).ended_by("stop")
+
+
 def test_it_is_a_pytree_of_arrays():
     rollout = Rollout.from_outputs(outputs())
     moved = jax.tree.map(lambda x: x[:2], rollout)
@@ -67,16 +110,19 @@ def drawn(tiny) -> Rollout:
         SamplingParams(n=2, max_tokens=9, temperature=0.7, top_p=0.9, entropy=True, logit_bias={5: 1.5}),
         SamplingParams(max_tokens=5, repetition_penalty=1.2, entropy=True),
     ]
-    return Rollout.from_outputs(tiny.generate([[3] * 20, [4, 5]], params, key=jax.random.key(2)), length=40)
+    rollout = Rollout.from_outputs(tiny.generate([[3] * 20, [4, 5]], params, key=jax.random.key(2)), length=40)
+    kept = jaxengine.sampling_mask(
+        tiny.params, rollout.tokens, rollout.mask, rollout.sampling_params, config=tiny.config
+    )
+    return dataclasses.replace(rollout, sampling_mask=kept)
 
 
 def test_a_saved_rollout_is_scored_and_replayed_by_bits(drawn, tiny, tmp_path):
     drawn.save(tmp_path / "new folder" / "rollout.safetensors")
     loaded = Rollout.load(tmp_path / "new folder" / "rollout.safetensors")
-    for field in dataclasses.fields(Rollout):
-        if field.name != "coordinates":
-            before, after = getattr(drawn, field.name), getattr(loaded, field.name)
-            assert before.dtype == after.dtype and before.tobytes() == after.tobytes(), field.name
+    assert jax.tree.structure(loaded) == jax.tree.structure(drawn) and drawn.sampling_mask is not None
+    for (path, before), after in zip(jax.tree.leaves_with_path(drawn), jax.tree.leaves(loaded), strict=True):
+        assert before.dtype == after.dtype and before.tobytes() == after.tobytes(), path
     scored = tiny.score(loaded.tokens, loaded.mask, loaded.sampling_params)
     assert scored.tobytes() == loaded.logprobs.tobytes() and np.abs(scored).max() > 0
     assert [tiny.replay(coordinate).holds for coordinate in loaded.coordinates] == [True] * 3

@@ -232,6 +232,18 @@ def test_rollouts_that_do_not_fit_are_refused(drawn, change, error):
         trainer.train(trainer.start(params, jax.random.key(0)), drawn, rewards)
 
 
+@pytest.mark.parametrize("algorithm", ["grpo", "dr_grpo", "rloo"])
+def test_groups_of_one_are_refused(drawn, algorithm):
+    trainer = make(algorithm)
+    alone = dataclasses.replace(drawn, group=np.arange(16))
+    with pytest.raises(ValueError, match=r"16 samples is a group of its own.*n=….*groups=…"):
+        trainer.batch(start(trainer), alone, REWARDS)
+    pair = dataclasses.replace(drawn, group=np.array([0, 0, *range(1, 15)]))
+    assert (
+        np.asarray(trainer.batch(start(trainer), pair, REWARDS).advantages).any(1).tolist() == [True] * 2 + [False] * 14
+    )
+
+
 @pytest.mark.long
 def test_a_reference_holds_back(drawn):
     """At the reference the penalty is exactly 0; under weights that have moved away from it, it is positive."""

@@ -1,5 +1,6 @@
 """google-tunix: GRPO steps over the engine and the policy. Needs `pip install google-tunix==0.1.7`, in its own venv."""
 
+import contextlib
 import functools
 import importlib.util
 from concurrent.futures import ThreadPoolExecutor
@@ -166,13 +167,28 @@ def test_grpo_steps(tunix, cluster, capsys):
     assert worst < 2e-6
 
 
-def test_old_logprobs_are_generates(tunix, cluster):
-    """get_per_token_logps, from Tunix's padded arrays, gives the bits that `generate` gave."""
+@pytest.mark.parametrize(
+    "temperature, top_p, top_k",
+    [(0.9, 1.0, None), (0.9, 1.0, -1), (0.9, None, 10_000), (0.9, 0.7, None), (0.9, 1.0, 2), (0.9, 0.8, 5)]
+    + [(1.3, 1.0, None), (0.0, 1.0, None), (0.0, 0.5, 1)],
+)
+def test_a_logprob_has_one_meaning(tunix, cluster, temperature, top_p, top_k):
+    """get_per_token_logps, from Tunix's padded arrays, gives the bits that `generate` gave, and Tunix's own forward
+    pass the same numbers: at the worker's temperature, over the whole vocabulary.
+    """
     config = tunix.rollout.RolloutConfig(
-        max_tokens_to_generate=TOKENS, max_prompt_length=PROMPT_LENGTH, temperature=0.9
+        max_tokens_to_generate=TOKENS,
+        max_prompt_length=PROMPT_LENGTH,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
     )
-    output = cluster.rollout.generate(["1+1=", "12*(3+4)="] * 2, config)
+    is_drawn_from = temperature == 0.9 and top_p in (1.0, None) and top_k in (None, -1, 10_000)
+    said = contextlib.nullcontext() if is_drawn_from else pytest.warns(UserWarning, match="over the whole vocabulary")
+    with said:
+        output = cluster.rollout.generate(["1+1=", "12*(3+4)="] * 2, config)
     pad, eos = cluster.rollout.pad_id(), cluster.rollout.eos_id()
+    assert np.abs(of_rollout(output) - of_tunix(tunix, cluster, cluster.rollout.model(), output)).max() < 2e-6
     assert any(tokens[-1] == eos for tokens in output.tokens) and not any(
         text.endswith("<|im_end|>") for text in output.text
     )

@@ -14,6 +14,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxengine.config import ModelConfig
+from jaxengine.device.sampling_mask import SamplingMask
+from jaxengine.device.scoring_input import check_length
 from jaxengine.device.trunk import hidden_states
 from jaxengine.engine.scoring_proof import scoring_tiles
 from jaxengine.engine.weights import check_fits
@@ -55,8 +57,10 @@ class Policy(nnx.Module):
         and out.
 
         Their log-softmax is `score`'s at temperature 1, in bits where `pallas_kernels.draw_reference` takes it. All
-        of [B, T, V] is kept: a loss on logprobs needs much less memory through `logprobs`.
+        of [B, T, V] is kept: a loss on logprobs needs much less memory through `logprobs`. Raises ValueError where T is
+        more than the model's context.
         """
+        check_length(tokens.shape[1], self.config, "T, padding included")
         return all_logits(self.config, self.kernels, self.params, jnp.asarray(tokens))
 
     def logprobs(
@@ -66,10 +70,18 @@ class Policy(nnx.Module):
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         entropy: bool = False,
+        sampling_mask: SamplingMask | None = None,
     ) -> Any:
         """`jaxengine.score` under these parameters: the logprobs that `generate` reported, bit for bit."""
         return score(
-            self.params, tokens, mask, sampling_params, config=self.config, entropy=entropy, kernels=self.kernels.name
+            self.params,
+            tokens,
+            mask,
+            sampling_params,
+            config=self.config,
+            entropy=entropy,
+            sampling_mask=sampling_mask,
+            kernels=self.kernels.name,
         )
 
 

@@ -6,11 +6,16 @@
 
 For google-tunix 0.1.7, which has to be installed. Tunix pads prompts on the left and completions on the right, and
 tells tokens from padding by the pad id, so a completion that draws the pad id ends there.
+
+A logprob has one meaning here, that of Tunix's losses: over the whole vocabulary, at the temperature of the rollout
+config that the worker was made with. `generate` reports it, whatever top-p, top-k and temperature its tokens are drawn
+with, and `get_per_token_logps` gives the same bits.
 """
 
 import importlib
 import importlib.util
 import itertools
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,13 +23,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
 from jaxengine.base.keys import key_of, seeded
 from jaxengine.llm import LLM
 from jaxengine.models.params import Decoder
 from jaxengine.outputs import CompletionOutput, RequestOutput
-from jaxengine.rl.integrations.nnx_policy import Policy
+from jaxengine.rl.integrations.tunix_policy import TunixPolicy
+from jaxengine.rl.rollout import Rollout
 from jaxengine.sampling_params import SamplingParams
 
 if importlib.util.find_spec("tunix") is None:
@@ -32,37 +38,6 @@ if importlib.util.find_spec("tunix") is None:
         "jaxengine.rl.integrations.tunix_rollout works inside google-tunix: pip install google-tunix==0.1.7"
     )
 base_rollout: Any = importlib.import_module("tunix.rl.rollout.base_rollout")
-
-
-class TunixPolicy(Policy):
-    """The policy with the call that Tunix's trainers make: `model(tokens, positions, cache, attention_mask)`."""
-
-    def __call__(
-        self,
-        tokens: Int[Array, "B T"],
-        positions: Any = None,
-        cache: None = None,
-        attention_mask: Bool[Array, "B T T"] | None = None,
-    ) -> tuple[Float[Array, "B T V"], None]:
-        """(float32 logits, no cache). Rows may be padded anywhere: the attention mask's last row tells which entries
-        are tokens.
-
-        Positions follow from that too, so `positions` is not read. Logits of padding have no meaning. Raises ValueError
-        where a cache is given, or no attention mask.
-        """
-        if cache is not None:
-            raise ValueError(
-                "this policy has no cache of its own: leave cache=None, and generate with JaxEngineRollout"
-            )
-        if attention_mask is None:
-            raise ValueError(
-                "an attention mask is needed to tell tokens from padding; "
-                "packed sequences (max_seq_token_per_tpu) are not supported"
-            )
-        # The forward pass takes sequences from position 0 on: padding moves to the end, and its logits move back.
-        order = jnp.argsort(~attention_mask[:, -1], axis=-1, stable=True)
-        logits = super().__call__(jnp.take_along_axis(tokens, order, axis=-1))
-        return jnp.take_along_axis(logits, jnp.argsort(order, axis=-1)[..., None], axis=1), None
 
 
 class JaxEngineRollout(base_rollout.BaseRollout):
@@ -102,7 +77,7 @@ class JaxEngineRollout(base_rollout.BaseRollout):
         )
         self._llm = LLM.from_params(config, self._model.params, **engine)
         self._tokenizer, self._key = tokenizer, seeded(0) if key is None else key
-        self._temperature = rollout_config.temperature
+        self._scored_as = SamplingParams(temperature=rollout_config.temperature)
         self._calls = itertools.count()
 
     # -- what Tunix calls ----------------------------------------------------------------------------------------------
@@ -111,8 +86,9 @@ class JaxEngineRollout(base_rollout.BaseRollout):
         """A completion of each prompt. Equal prompts in a row are one group, prefilled once. Calls of several threads
         share steps.
 
-        Raises ValueError for a prompt longer than `max_prompt_length`, because it would be trained on as another one,
-        and RuntimeError where the engine ended a sample with an error.
+        Where they are not drawn from the distribution that the logprobs are of, a UserWarning says so. Raises
+        ValueError for a prompt longer than `max_prompt_length`, because it would be trained on as another one, and
+        RuntimeError where the engine ended a sample with an error.
         """
         if kwargs:
             raise TypeError(f"JaxEngineRollout.generate has no keyword {sorted(kwargs)[0]!r}")
@@ -124,18 +100,18 @@ class JaxEngineRollout(base_rollout.BaseRollout):
             [{"prompt_token_ids": each} for each in ids], samplings, key=self._call_key(rollout_config.seed)
         )
         rows = list(_samples(outputs))
+        logprobs = self._logprobs(outputs, samplings[0])
         padded = [self._padded(output.prompt_token_ids, rollout_config.max_prompt_length) for output, _ in rows]
         return base_rollout.RolloutOutput(
             text=[self._text(sample) for _, sample in rows],
             logits=None,
             tokens=[np.array(sample.token_ids, np.int32) for _, sample in rows],
             left_padded_prompt_tokens=np.array(padded, np.int32),
-            logprobs=[sample.token_logprobs for _, sample in rows],
+            logprobs=logprobs,
         )
 
     def get_per_token_logps(self, prompt_tokens: Any, completion_tokens: Any) -> Float[Array, "B C"]:
-        """Logprobs of completions under the rollout's weights and temperature, without top-k and top-p, as Tunix's
-        losses take them.
+        """Logprobs of completions under the rollout's weights, as Tunix's losses take them and `generate` reports them.
 
         Prompts `[B, P]` are padded on the left, completions `[B, C]` on the right; 0 on padding.
         """
@@ -144,7 +120,7 @@ class JaxEngineRollout(base_rollout.BaseRollout):
         order = np.argsort(~real, axis=1, kind="stable")
         completion = real & (np.arange(tokens.shape[1]) >= tokens.shape[1] - width)
         ordered, mask = np.take_along_axis(tokens, order, axis=1), np.take_along_axis(completion, order, axis=1)
-        logprobs = self._llm.score(ordered, mask, SamplingParams(temperature=self._temperature))
+        logprobs = self._llm.score(ordered, mask, self._scored_as)
         in_place = np.take_along_axis(logprobs, np.argsort(order, axis=1), axis=1)
         return jnp.asarray(in_place[:, -width:])
 
@@ -187,6 +163,28 @@ class JaxEngineRollout(base_rollout.BaseRollout):
                 f"prompt {prompt!r:.80} holds the pad token {self.pad_id()}, which Tunix would take for padding"
             )
         return ids
+
+    def _logprobs(self, outputs: list[RequestOutput], sampling: SamplingParams) -> list[Float[np.ndarray, " C"]]:
+        """Of each completion's tokens, in the module's meaning; 0 for the pad token, which Tunix takes for padding."""
+        rollout = Rollout.from_outputs(outputs)
+        logprobs = rollout.logprobs
+        if not self._draws_as_scored(sampling):
+            warnings.warn(
+                f"tokens are drawn with temperature={sampling.temperature:g}, top_p={sampling.top_p:g} and "
+                f"top_k={sampling.top_k}, and Tunix's losses are over the whole vocabulary at temperature="
+                f"{self._scored_as.temperature:g}: their ratios leave the difference out. Train with top_p=1, "
+                "top_k=None and one temperature",
+                stacklevel=3,
+            )
+            logprobs = self._llm.score(rollout.tokens, rollout.mask, self._scored_as)
+        logprobs = np.where(rollout.tokens == self.pad_id(), np.float32(0), logprobs)
+        return [row[chosen] for row, chosen in zip(logprobs, rollout.mask, strict=True)]
+
+    def _draws_as_scored(self, sampling: SamplingParams) -> bool:
+        """Whether the distribution that tokens are drawn from is the one that they are scored by."""
+        top_k, vocab_size = sampling.top_k, self._model.config.vocab_size
+        cuts = not sampling.greedy and (sampling.top_p < 1 or 0 < top_k < vocab_size)
+        return not cuts and sampling.temperature == self._scored_as.temperature
 
     def _sampling_params(self, config: Any) -> SamplingParams:
         ends = {*(config.eos_tokens or [self.eos_id()]), self.pad_id()}
