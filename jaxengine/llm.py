@@ -3,7 +3,7 @@
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -250,7 +250,7 @@ class LLM:
             raise ValueError(
                 "the model has no tokenizer, so there is no chat: give LLM one as tokenizer=, or token ids to generate"
             )
-        conversations = [messages] if messages and isinstance(messages[0], dict) else list(messages)
+        conversations = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
         options = {
             "chat_template": chat_template,
             "add_generation_prompt": add_generation_prompt,

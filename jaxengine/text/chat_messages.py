@@ -9,18 +9,19 @@ MAX_DEPTH = 64  # of lists and objects in a message
 _ROLE = re.compile("[A-Za-z][A-Za-z0-9_-]{0,63}")
 
 
-def messages_of(messages: Any) -> list[dict[str, Any]]:
+def messages_of(messages: Any, json_arguments: bool = False) -> list[dict[str, Any]]:
     """Plain copies, in the form that templates expect, which is vLLM's.
 
     Keys that hold None and empty lists of tool calls are left out, `content` is always text (parts are joined by
     newlines, none at all is ""), and the `arguments` of a tool call are an object where OpenAI's form has its JSON.
+    With `json_arguments` they are JSON, as it was given.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
         raise ValueError(f'messages must be a list of {{"role": …, "content": …}}, one at least, got {messages!r:.80}')
-    return [_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
+    return [_message(message, f"messages[{index}]", json_arguments) for index, message in enumerate(messages)]
 
 
-def _message(message: Any, where: str) -> dict[str, Any]:
+def _message(message: Any, where: str, json_arguments: bool) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise ValueError(f'{where} must be {{"role": …, "content": …}}, got {message!r:.80}')
     copy = {key: value for key, value in plain(message, where).items() if value is not None}
@@ -34,22 +35,23 @@ def _message(message: Any, where: str) -> dict[str, Any]:
             f'{where}.content must be a string or a list of {{"type": "text", "text": …}}, got {content!r:.80}'
         )
     if isinstance(calls := copy.get("tool_calls"), list):
-        copy["tool_calls"] = [_tool_call(call, f"{where}.tool_calls[{index}]") for index, call in enumerate(calls)]
+        named = [(call, f"{where}.tool_calls[{index}]") for index, call in enumerate(calls)]
+        copy["tool_calls"] = [_tool_call(call, place, json_arguments) for call, place in named]
         if not calls:
             del copy["tool_calls"]
     return copy
 
 
-def _tool_call(call: Any, where: str) -> Any:
+def _tool_call(call: Any, where: str, json_arguments: bool) -> Any:
     """The call with its arguments as an object; "", "null" and None are the call without any."""
     if not isinstance(call, dict):
         raise ValueError(f'{where} must be {{"type": "function", "function": …}}, got {call!r:.80}')
     if isinstance(function := call.get("function"), dict):
-        return call | {"function": _with_arguments(function, f"{where}.function")}
-    return _with_arguments(call, where) if "arguments" in call else call
+        return call | {"function": _with_arguments(function, f"{where}.function", json_arguments)}
+    return _with_arguments(call, where, json_arguments) if "arguments" in call else call
 
 
-def _with_arguments(function: dict[str, Any], where: str) -> dict[str, Any]:
+def _with_arguments(function: dict[str, Any], where: str, json_arguments: bool) -> dict[str, Any]:
     given, where = function.get("arguments"), f"{where}.arguments"
     try:
         arguments = json.loads(given.strip() or "null") if isinstance(given, str) else given
@@ -57,7 +59,10 @@ def _with_arguments(function: dict[str, Any], where: str) -> dict[str, Any]:
         raise ValueError(f"{where} must be an object or its JSON, got {given!r:.80}: {error}") from None
     if isinstance(given, str) and not isinstance(arguments, dict | None):
         raise ValueError(f"{where} must be an object or its JSON, got {given!r:.80}")
-    return function | {"arguments": {} if arguments is None else plain(arguments, where)}
+    arguments = {} if arguments is None else plain(arguments, where)
+    if json_arguments:
+        arguments = given if isinstance(given, str) else json.dumps(arguments, ensure_ascii=False)
+    return function | {"arguments": arguments}
 
 
 def _part_text(part: Any, where: str) -> str:

@@ -22,6 +22,11 @@ MAX_SECONDS = 5.0
 START_SECONDS = 60.0  # for the process to import Jinja, on a busy machine
 MAX_IDLE = 4  # processes that are kept; as many run as threads render at once
 
+
+class TemplateFailed(ValueError):
+    """The template met what it was not written for."""
+
+
 _WORKER = Path(__file__).with_name("template_worker.py")
 
 
@@ -62,7 +67,8 @@ def _rendered(source: str, given: int, **request: Any) -> dict[str, Any]:
         raise
     _keep(worker)
     if "error" in reply:
-        raise ValueError(f"the chat template {reply['error']}")
+        kind = TemplateFailed if reply["error"].startswith("failed") else ValueError
+        raise kind(f"the chat template {reply['error']}")
     return reply
 
 

@@ -7,6 +7,7 @@ ordinary text. Other added tokens (`<think>`) are vocabulary like any word. No c
 `auto_map` and `tokenizer_class` are not looked at.
 """
 
+import contextlib
 import json
 import logging
 import re
@@ -153,14 +154,25 @@ class Tokenizer:
         given |= {"messages": messages_of(messages), "tools": plain(tools, "tools")}
         if add_generation_prompt is None:
             add_generation_prompt = not continue_final_message
-        continuation = Continuation(given["messages"]) if continue_final_message else None
+        flags = bool(add_generation_prompt), continue_final_message
+        try:
+            return self._rendered(source, given, *flags)
+        except templates.TemplateFailed:
+            if (as_json := messages_of(messages, json_arguments=True)) == given["messages"]:
+                raise
+            with contextlib.suppress(templates.TemplateFailed):  # DeepSeek's joins the arguments of calls to its text
+                return self._rendered(source, given | {"messages": as_json}, *flags)
+            raise
+
+    def _rendered(self, source: str, given: dict[str, Any], begins_turn: bool, continues: bool) -> RenderedChat:
+        continuation = Continuation(given["messages"]) if continues else None
         if continuation is not None:
-            given["messages"] = continuation.messages
-        text, marked, stand_ins = self._rendered(source, given, bool(add_generation_prompt))
+            given = given | {"messages": continuation.messages}
+        text, marked, stand_ins = self._marked(source, given, begins_turn)
         end = len(text) if continuation is None else continuation.end(text)
         return RenderedChat(text[:end], stand_ins.encode(marked[:end]))
 
-    def _rendered(self, source: str, given: dict[str, Any], begins_turn: bool) -> tuple[str, str, StandIns]:
+    def _marked(self, source: str, given: dict[str, Any], begins_turn: bool) -> tuple[str, str, StandIns]:
         """The chat's text, the same with stand-ins where the template wrote control tokens, and these."""
         texts = list(strings(given))
         stand_ins = self._stand_ins.apart_from(set(source).union(*texts))

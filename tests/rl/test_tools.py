@@ -225,3 +225,18 @@ def test_what_the_calculator_refuses(expression):
 
 def test_the_calculator_is_not_deep():
     assert calculate("-" * 199 + "1") == "-1"
+
+
+def test_a_prompt_is_cut_once_and_no_later_turn(llm, sampling):
+    prompt = llm.tokenizer.encode("1+1=2\nsum:")
+    cut, whole = (
+        generate_with_tools(llm, [ids], TOOL, params, key=KEY, max_calls=2)
+        for ids, params in ((prompt, sampling.replace(truncate_prompt_tokens=4)), (prompt[-4:], sampling))
+    )
+    assert max(len(sample.turns) for sample in conversations(whole)) > 1
+    assert bits(cut) == bits(whole)
+
+
+def test_a_conversation_cannot_be_extended_and_says_what_to_do(llm, outputs):
+    with pytest.raises(ValueError, match="coordinate.*prompt_token_ids"):
+        llm.extend(outputs)

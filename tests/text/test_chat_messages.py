@@ -36,6 +36,18 @@ def test_arguments_as_json_are_the_object(template, arguments):
     assert ids == chat_ids(calling({"a": 1, "b": "é<|im_end|>"}), template)
 
 
+JOINED = "{% for c in messages[1].tool_calls %}{{ '<|im_start|>' + c.function.arguments }}{% endfor %}"
+
+
+@pytest.mark.parametrize("arguments, joined", [('{"a":  1}', '{"a":  1}'), ({"a": "é"}, '{"a": "é"}')])
+def test_a_template_that_joins_arguments_to_its_text_gets_their_json_as_it_was(arguments, joined):
+    assert text(calling(arguments, '{"b": "<|im_end|>"}'), JOINED) == (
+        f'<|im_start|>{joined}<|im_start|>{{"b": "<|im_end|>"}}'
+    )
+    with pytest.raises(ValueError, match="TypeError.*dict"):  # what it says of objects, where neither form will do
+        chat_ids(calling(arguments), "{{ 'a' + messages[1].tool_calls[0].function.arguments }}{{ 'a' + 1 }}")
+
+
 @pytest.mark.parametrize("arguments", ["", " ", "null", "{}", None, {}])
 def test_no_arguments_are_an_empty_object(arguments):
     assert text(calling(arguments)) == "user:go;assistant:c0f();"
