@@ -90,8 +90,8 @@ def test_a_hosts_pool_takes_its_share_of_what_is_free(tiny, monkeypatch):
 
 
 def test_what_does_not_fit_names_the_longest_context_that_does(tiny, monkeypatch):
-    """Also where the history alone, a row a slot, is too much."""
-    monkeypatch.setattr(machine, "free_memory", lambda: 8_000_000)
+    """Also where histories and token rules alone, a row a slot, are too much."""
+    monkeypatch.setattr(machine, "free_memory", lambda: 24_000_000)
     engine = dict(max_num_seqs=300, max_model_len=4096)
     with pytest.raises(
         MemoryError,
