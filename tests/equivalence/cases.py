@@ -101,7 +101,7 @@ def sampling_params(draw, vocab: int) -> SamplingParams:
         st.integers(0, vocab - 1),
         lambda default, *values: draw(st.sampled_from([default, default, *values])),
     )
-    most = draw(st.integers(1, MOST_TOKENS))
+    most, roomy = draw(st.integers(1, MOST_TOKENS)), vocab >= 16  # rules and stop tokens leave something to draw
     return SamplingParams(
         max_tokens=most,
         n=draw(st.integers(1, 3)),
@@ -114,6 +114,8 @@ def sampling_params(draw, vocab: int) -> SamplingParams:
         frequency_penalty=maybe(0.0, 0.5, -0.2),
         min_tokens=draw(st.integers(0, most)),
         logit_bias=draw(st.dictionaries(token, st.sampled_from([-100.0, -1.5, 2.0]), max_size=3)),
+        allowed_token_ids=draw(st.none() | st.sets(token, min_size=12).map(sorted)) if roomy else None,
+        bad_words_token_ids=draw(st.lists(st.lists(token, min_size=1, max_size=3), max_size=4 if roomy else 0)),
         ignore_eos=draw(st.booleans()),
         stop_token_ids=draw(st.lists(token, max_size=2)),
         seed=draw(st.none() | st.integers(0, 2**32 - 1)),

@@ -47,7 +47,8 @@ def choose(
 ) -> Choice:
     """The token after prompt + generated. `key` is the sample's, before the position is folded in."""
     raw = log_softmax(logits)
-    adjusted = penalised(biased(logits, params, stops, len(generated)), params, prompt, generated)
+    ruled = biased(ruled_out(logits, params, generated), params, stops, len(generated))
+    adjusted = penalised(ruled, params, prompt, generated)
     if params.temperature == 0:
         first, second = (np.sort(adjusted)[::-1].tolist() + [-math.inf])[:2]
         return Choice(int(adjusted.argmax()), raw, raw, first - second)
@@ -60,6 +61,18 @@ def choose(
 def log_softmax(x: np.ndarray) -> np.ndarray:
     shifted = x - x.max()
     return shifted - math.log(np.exp(shifted).sum())
+
+
+def ruled_out(logits: np.ndarray, params: SamplingParams, generated: list[int]) -> np.ndarray:
+    """Only what is allowed, and no token that would complete a bad word."""
+    logits = logits.copy()
+    if params.allowed_token_ids is not None:
+        others = set(range(len(logits))) - set(params.allowed_token_ids)
+        logits[list(others)] = -np.inf
+    for *begin, last in params.bad_words_token_ids:
+        if generated[max(len(generated) - len(begin), 0) :] == begin:
+            logits[last] = -np.inf
+    return logits
 
 
 def biased(logits: np.ndarray, params: SamplingParams, stops: frozenset[int], num_generated: int) -> np.ndarray:

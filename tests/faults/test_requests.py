@@ -49,11 +49,14 @@ WRONG = [
     ("truncate_prompt_tokens", 0, "at least 1, -1"),
     ("min_tokens", -1, "at least 0"),
     ("seed", 2**64, f"at most {2**64 - 1}"),
-    ("logprobs", -1, "at least 0"),
+    ("logprobs", -2, "at least -1"),
     ("prompt_logprobs", 1.5, "integer"),
     ("stop", 5, "list of strings"),
     ("stop_token_ids", 5, "list of token ids"),
     ("logit_bias", 5, "dict"),
+    ("allowed_token_ids", 5, "list of token ids"),
+    ("bad_words", 5, "list of strings"),
+    ("bad_words_token_ids", 5, "list of lists of token ids"),
     *((flag, "false", "True or False") for flag in FLAGS),
 ]
 
@@ -82,6 +85,15 @@ def test_every_sampling_parameter_refuses_something():
         (dict(logit_bias={1: NAN}), "logit_bias value .*finite.* got nan"),
         (dict(logit_bias={"²": 1}), "logit_bias key .*integer, got '²'"),
         (dict(logit_bias={"42": 1, 42: 2}), "logit_bias .*token 42 twice"),
+        (dict(allowed_token_ids=[]), "allowed_token_ids is empty"),
+        (dict(allowed_token_ids=[3, -1]), r"allowed_token_ids\[1\] .*at least 0, got -1"),
+        (dict(allowed_token_ids="12"), r"allowed_token_ids\[0\] .*integer, got '1'"),
+        (dict(bad_words=["x", ""]), r"bad_words\[1\] .*1 to 1024 characters, got ''"),
+        (dict(bad_words=["x"] * 10**6), "bad_words .*256 strings, got 1000000"),
+        (dict(bad_words_token_ids=[[1], []]), r"bad_words_token_ids\[1\] is empty: .*1 to 8 tokens"),
+        (dict(bad_words_token_ids=[[1], [2, True]]), r"bad_words_token_ids\[1\]\[1\] .*integer, got True"),
+        (dict(bad_words_token_ids=[[1] * 9]), r"bad_words_token_ids\[0\] .*8 ids, got 9"),
+        (dict(bad_words_token_ids=[[1]] * 257), "bad_words_token_ids .*256 lists, got 257"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -122,6 +134,18 @@ REFUSED = {
     "text without a tokenizer": (ask(["12+30="]), r"prompts\[0\] .*no tokenizer"),
     "a stop token that is none": (want(stop_token_ids=[3, 1000]), r"stop_token_ids of prompts\[0\] .*1000"),
     "a biased token that is none": (want(logit_bias={1000: 1.0}), r"logit_bias of prompts\[0\] .*1000"),
+    "an allowed token that is none": (
+        want(allowed_token_ids=[3, 1000, 7]),
+        r"allowed_token_ids of prompts\[0\] .*1000 at index 1: .*0 … 999",
+    ),
+    "a bad word of no tokens": (
+        want(bad_words_token_ids=[[3], [4, 1000]]),
+        r"bad_words_token_ids\[1\] of prompts\[0\] .*1000 at index 1: .*0 … 999",
+    ),
+    "bad words without a tokenizer": (
+        want(bad_words=["x"]),
+        r"sampling_params\[0\] .*no tokenizer.*bad_words_token_ids",
+    ),
     # 3: no room
     "a prompt as long as the context": (ask([[1], [2] * 512]), r"prompts\[1\] .*512 tokens.* max_model_len=512"),
     "a prompt that is longer": (ask([2] * 5_000), r"prompts\[0\] .*5000 tokens.* max_model_len=512"),
