@@ -12,6 +12,7 @@ import os
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -30,7 +31,8 @@ def keep(name: str = "jaxengine") -> Path | None:
     Returns it; None where nothing can be written there, or JAX was told another folder before (by
     JAX_COMPILATION_CACHE_DIR or jax.config), which stays.
     """
-    if jax.config.jax_compilation_cache_dir:
+    told: Any = jax.config  # its values are attributes that no type checker knows
+    if told.jax_compilation_cache_dir:
         return None
     try:
         folder = _claimed(user_cache() / name / "compiled" / _key())
@@ -39,7 +41,7 @@ def keep(name: str = "jaxengine") -> Path | None:
         return None
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", BYTES)
-    if jax.config.jax_persistent_cache_min_compile_time_secs == DEFAULT_SECONDS:
+    if told.jax_persistent_cache_min_compile_time_secs == DEFAULT_SECONDS:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_SECONDS)
     return folder
 

@@ -27,8 +27,9 @@ def find_sampling_mask(
     for row in range(len(tokens)):
         if row % batch == 0:
             part = operator.itemgetter(slice(row, row + batch))
-            *some, each = jax.tree.map(part, (tokens, mask, arrays.each))
-            _, words = scoring.in_batches(params, *some, ScoringArrays(each, arrays.rules), kept_words=True, **how)
+            own: Any = jax.tree.map(part, (tokens, mask, arrays.each))
+            own_arrays = ScoringArrays(own[2], arrays.rules)
+            _, words = scoring.in_batches(params, own[0], own[1], own_arrays, kept_words=True, **how)
             assert words is not None
         kept = unpacked(words[row % batch][drawn[row]])
         _check_drawn(row, np.flatnonzero(drawn[row]), tokens[row][drawn[row]], kept)

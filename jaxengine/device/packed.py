@@ -41,7 +41,8 @@ def pack(tree: Any) -> Packed:
     leaves, structure = jax.tree.flatten(tree)
     arrays = [np.asarray(leaf) for leaf in leaves]
     layout = Layout(structure, tuple(x.shape for x in arrays), tuple(x.dtype for x in arrays))
-    return Packed(np.concatenate([_words(x) for x in arrays]), layout)
+    words: Any = np.concatenate([_words(x) for x in arrays])
+    return Packed(words, layout)
 
 
 def _words(x: np.ndarray) -> np.ndarray:

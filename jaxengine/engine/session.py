@@ -279,10 +279,11 @@ class Session:
         slots = scoring.sampling_arrays_of(sampling, self.model_config, sampling_mask)
         with self.runner.alone():
             self.runner.check_awake()
-            check_alive(self.params)
-            kernels = self.engine.kernels
+            params, kernels = self.params, self.engine.kernels
+            check_alive(params)
+            assert params is not None
             return scoring.in_batches(
-                self.params,
+                params,
                 tokens,
                 mask,
                 slots,

@@ -188,7 +188,7 @@ class StepVariants:
         )
         slots.request.limit[slot] = self.engine_config.max_model_len + 1
         slots.request.likeliest[slot] = True
-        return slot, tables, slots, history_uploads(self.batch.num_slots, [(slot, probe)])
+        return slot, tables, slots, history_uploads(self.batch.num_slots, [(slot, probe.tolist())])
 
     def _probe_decode(self, tile, params, cache, tables, slots, slot, count):
         answers = []
