@@ -6,14 +6,17 @@ program, with the same bits: logprobs, the likeliest tokens at every position, k
 bit differs the base tile serves instead (fail closed).
 """
 
+import concurrent.futures
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
 
+from jaxengine.base import machine
 from jaxengine.base.progress import Report, say_nothing
 from jaxengine.config import PROBE_TOKENS, QUERY_BLOCK, EngineConfig, ModelConfig
 from jaxengine.device import kv_cache, steps
@@ -85,6 +88,7 @@ class StepVariants:
 
     def warm_up(self, params: Decoder, cache: Cache) -> Cache:
         """Compile and prove every step that can serve."""
+        self._compile([(kind, tile) for kind, tiles in self._tiles.items() for tile in tiles], params, cache)
         for kind, tiles in self._tiles.items():
             for tile in tiles:
                 if (kind, tile) not in self._proven:
@@ -103,36 +107,52 @@ class StepVariants:
 
     def run_decode(self, params, cache, tables, slots, rows, tile: Tile) -> tuple[Cache, RowOutputs]:
         with self._first_use("decode", tile):
-            cache, out = steps.decode_step(
-                params,
-                cache,
-                tables,
-                slots,
-                pack(rows),
-                model_config=self.model_config,
-                kernels=self.kernels,
-                tile=tile,
-                max_logprobs=self._max_logprobs,
-                num_steps=self.engine_config.decode_steps,
-            )
+            cache, out = steps.decode_step(params, cache, tables, slots, pack(rows), **self._static("decode", tile))
         begin_copies(out, self.batch.tells_details)
         return cache, out
 
     def run_prefill(self, params, cache, tables, slots, blocks, rows, copies, tile: Tile) -> tuple[Cache, RowOutputs]:
+        inputs = pack((blocks, rows, copies))
         with self._first_use("prefill", tile):
-            cache, out = steps.prefill_step(
-                params,
-                cache,
-                tables,
-                slots,
-                pack((blocks, rows, copies)),
-                model_config=self.model_config,
-                kernels=self.kernels,
-                tile=tile,
-                max_logprobs=self._max_logprobs,
-            )
+            cache, out = steps.prefill_step(params, cache, tables, slots, inputs, **self._static("prefill", tile))
         begin_copies(out, self.batch.tells_details)
         return cache, out
+
+    def _static(self, kind: str, tile: Tile) -> dict[str, Any]:
+        """What a step is compiled for."""
+        how = dict(model_config=self.model_config, kernels=self.kernels, tile=tile, max_logprobs=self._max_logprobs)
+        return how | (dict(num_steps=self.engine_config.decode_steps) if kind == "decode" else {})
+
+    # -- compiling -----------------------------------------------------------------------------------------------------
+
+    def _compile(self, wanted: Iterable[tuple[str, Tile]], params: Decoder, cache: Cache) -> None:
+        """Compile steps side by side, as many at a time as there are cores; JAX then has them when they are called.
+
+        Alone, a step is compiled by its first call.
+        """
+        new, cores = [step for step in dict.fromkeys(wanted) if step not in self._compiled], machine.num_threads()
+        if len(new) < 2 or cores < 2:
+            return
+        with concurrent.futures.ThreadPoolExecutor(min(len(new), cores)) as threads:
+            for done in [threads.submit(self._compile_one, *step, params, cache) for step in new]:
+                done.result()
+
+    def _compile_one(self, kind: str, tile: Tile, params: Decoder, cache: Cache) -> None:
+        with self._first_use(kind, tile):
+            self.lowered(kind, tile, params, cache).compile()
+
+    def lowered(self, kind: str, tile: Tile, params: Any, cache: Any) -> Any:
+        """The step before it is compiled; of `params` and `cache` only shapes and places are looked at."""
+        batch, nothing = self.batch, np.zeros(self.engine_config.max_num_seqs, np.int32)
+        tables, slots = batch.tables, jax.tree.map(np.copy, batch.host_slots)
+        if kind == "decode":
+            inputs = pack(rows_of(batch.decode_rows, [0], [0], [0], [False]))
+            return steps.decode_step.lower(params, cache, tables, slots, inputs, **self._static(kind, tile))
+        blocks = np.zeros(batch.prefill_query_blocks * (QUERY_BLOCK // tile.tokens), np.int32)
+        rows = rows_of(batch.prefill_rows, [0], [0], [0], [False])
+        copies = Copies(nothing, nothing, np.int32(0))
+        inputs = pack((QueryBlocks(blocks, blocks, blocks, np.int32(1)), rows, copies))
+        return steps.prefill_step.lower(params, cache, tables, slots, inputs, **self._static(kind, tile))
 
     @contextlib.contextmanager
     def _first_use(self, kind: str, tile: Tile) -> Iterator[None]:
@@ -149,6 +169,7 @@ class StepVariants:
 
     def _prove(self, kind: str, tile: Tile, params: Decoder, cache: Cache) -> tuple[Cache, bool]:
         if self._expected is None:
+            self._compile([("decode", BASE), (kind, tile)], params, cache)
             cache, self._expected = self._probe("decode", BASE, params, cache)
         cache, found = self._probe(kind, tile, params, cache)
         same = all(equal_bits(a, b) for a, b in zip(self._expected, found, strict=True))
