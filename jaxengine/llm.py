@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from checkpoints.model_folder import GENERATION_FILE, TOKENIZER_FILES, copy_files, find_folder
+from checkpoints.model_folder import find_folder
 from jaxengine.base.arguments import check_keywords
 from jaxengine.base.keys import folded, key_data, seeded
 from jaxengine.base.progress import Progress
@@ -280,11 +280,7 @@ class LLM:
         params = self.params
         check_alive(params)
         assert params is not None
-        loading.save(folder, self.config, params)
-        if self._tokenizer_folder is not None:
-            copy_files(self._tokenizer_folder, folder, TOKENIZER_FILES)
-        if self._folder is not None:
-            copy_files(self._folder, folder, [GENERATION_FILE])
+        loading.save(folder, self.config, params, tokenizer_from=self._tokenizer_folder, generation_from=self._folder)
 
     @property
     def weights_version(self) -> int:

@@ -184,6 +184,14 @@ def test_some_tensors_of_another_dtype_are_said(tmp_path, parts, said):
     assert f"{len(norms)} of {len(tensors)} tensors become bfloat16" in message and "is float32" in message
 
 
+def test_a_quantization_that_the_file_has_not_is_said(tmp_path, parts, said):
+    config, tensors = parts
+    folder = write(tmp_path / "m", tensors, **config | {"quantization_config": {"quant_method": "fp8"}})
+    loading.load(folder, loading.read_model_config(folder))
+    (message,) = said.messages
+    assert str(folder) in message and "quantization_config" in message
+
+
 def test_a_folder_without_tensors_is_what_its_configuration_says(tmp_path, parts, said):
     config, _ = parts
     (tmp_path / "config.json").write_text(json.dumps(config | {"dtype": "float16", "tie_word_embeddings": False}))

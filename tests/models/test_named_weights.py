@@ -257,6 +257,15 @@ def test_a_saved_llm_is_the_same_llm(tmp_path):
         llm.save(tmp_path / "out")
 
 
+def test_a_save_that_fails_leaves_no_folder_that_opens(tmp_path, monkeypatch):
+    config, params = random_model(**SMALL)
+    monkeypatch.setattr(loading, "copy_files", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
+    with pytest.raises(OSError, match="no space"):
+        loading.save(tmp_path, config, params, tokenizer_from=find_folder("calc"))
+    with pytest.raises(FileNotFoundError, match="config.json is missing"):
+        loading.read_model_config(tmp_path)
+
+
 def test_an_llm_without_a_folder_saves_weights_and_config(running, tmp_path):
     running.save(tmp_path)
     assert {path.name for path in Path(tmp_path).iterdir()} == {"config.json", "model.safetensors"}
