@@ -185,6 +185,8 @@ def test_cast_rounds_and_widens_and_takes_no_integers(small):
     config, tensors = small
     narrow = to_decoder({name: array.astype(np.float16) for name, array in tensors.items()}, config, cast=True)
     assert np.array_equal(narrow.norm, tensors["model.norm.weight"].astype(np.float16).astype(np.float32))
+    tied = {name: array.astype(np.float64) / 3 for name, array in tensors.items()}
+    assert to_decoder(tied | {HEAD: tied[EMBEDDING]}, config, cast=True).head is None  # rounded alike
     double = {name: array.astype(np.float64) for name, array in tensors.items()}
     assert_same_bits(to_decoder(double, config, cast=True), to_decoder(tensors, config))
     with pytest.raises(ValueError, match=f"'{NORM}' has dtype int32.*only floating dtypes are cast"):
