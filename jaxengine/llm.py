@@ -99,7 +99,10 @@ class LLM:
         progress: bool = False,
         **engine: Any,
     ) -> "LLM":
-        """An LLM over parameters that are already in memory; they are used as they are, not copied."""
+        """An LLM over parameters that are already in memory; they are used as they are, not copied.
+
+        Samples end with `config.eos_token_ids`; a tokenizer adds none here.
+        """
         own = ("config", "params", "tokenizer", "seed", "progress")
         check_keywords("LLM.from_params", engine, (*own, *ENGINE_KEYWORDS))
         self = cls.__new__(cls)
