@@ -81,6 +81,11 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     Raises FileNotFoundError or ValueError naming the file; ValueError too where config.json or tokenizer_config.json
     names code to run.
     """
+    if (Path(folder) / "adapter_config.json").exists() and not (Path(folder) / "config.json").exists():
+        raise FileNotFoundError(
+            f"{folder} holds an adapter and no model: merge it into its base first (peft's merge_and_unload, then "
+            "save_pretrained)"
+        )
     config = read_object(Path(folder) / "config.json")
     _refuse_remote_code(Path(folder) / "config.json", config)
     tokenizer_config = Path(folder) / "tokenizer_config.json"

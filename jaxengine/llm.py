@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from checkpoints.model_folder import GENERATION_FILE, TOKENIZER_FILES, copy_files, find_folder
+from checkpoints.model_folder import find_folder
 from jaxengine.base.arguments import check_keywords
 from jaxengine.base.keys import folded, key_data, seeded
 from jaxengine.base.progress import Progress
@@ -111,7 +111,10 @@ class LLM:
         progress: bool = False,
         **engine: Any,
     ) -> "LLM":
-        """An LLM over parameters that are already in memory; they are used as they are, not copied."""
+        """An LLM over parameters that are already in memory; they are used as they are, not copied.
+
+        Samples end with `config.eos_token_ids`; a tokenizer adds none here.
+        """
         own = ("config", "params", "tokenizer", "seed", "progress")
         check_keywords("LLM.from_params", engine, (*own, *ENGINE_KEYWORDS))
         self = cls.__new__(cls)
@@ -304,11 +307,7 @@ class LLM:
         params = self.params
         check_alive(params)
         assert params is not None
-        loading.save(folder, self.config, params)
-        if self._tokenizer_folder is not None:
-            copy_files(self._tokenizer_folder, folder, TOKENIZER_FILES)
-        if self._folder is not None:
-            copy_files(self._folder, folder, [GENERATION_FILE])
+        loading.save(folder, self.config, params, tokenizer_from=self._tokenizer_folder, generation_from=self._folder)
 
     @property
     def weights_version(self) -> int:

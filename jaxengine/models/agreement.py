@@ -86,6 +86,16 @@ def dtype_of_the_file(said: Any, tensors: TensorFolder) -> str:
     return found
 
 
+def log_plain_weights(quantization: Any, tensors: TensorFolder) -> None:
+    """Log a quantization_config that nothing in the file bears out: no packed dtype opens, so its tensors are plain."""
+    if quantization:
+        log.warning(
+            "%s: config.json has a quantization_config, and the file's tensors are plain numbers, which are used as "
+            "they are",
+            tensors.path,
+        )
+
+
 def differing_sizes(model_config: ModelConfig, tensors: TensorFolder) -> list[str]:
     """Lines that name what of config.json the shapes of the file speak against, to stand below the shapes."""
     held = _sizes_held(tensors)

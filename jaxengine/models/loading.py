@@ -17,7 +17,7 @@ import numpy as np
 
 from checkpoints import key_table
 from checkpoints.key_table import Entry
-from checkpoints.model_folder import GENERATION_FILE, read_config, read_generation_config
+from checkpoints.model_folder import GENERATION_FILE, TOKENIZER_FILES, copy_files, read_config, read_generation_config
 from checkpoints.safetensors_files import TensorFolder, has_tensors, open_folder, save_folder
 from jaxengine.config import DTYPES, ModelConfig
 from jaxengine.models import agreement, hugging_face, registry
@@ -70,6 +70,7 @@ def _borne_out(folder: Path, model_config: ModelConfig, hf: dict[str, Any], *, i
     if not has_tensors(folder):
         return model_config
     with open_folder(folder) as tensors:
+        agreement.log_plain_weights(hf.get("quantization_config"), tensors)
         return dataclasses.replace(
             model_config,
             tie_word_embeddings=agreement.tied_as_the_file(hf.get("tie_word_embeddings"), tensors),
@@ -145,14 +146,26 @@ def named_tensors(model_config: ModelConfig, params: Decoder) -> Iterator[tuple[
 
 
 def save(
-    folder: str | os.PathLike[str], model_config: ModelConfig, params: Decoder, *, dtype: str | None = None
+    folder: str | os.PathLike[str],
+    model_config: ModelConfig,
+    params: Decoder,
+    *,
+    dtype: str | None = None,
+    tokenizer_from: Path | None = None,
+    generation_from: Path | None = None,
 ) -> None:
     """Write config.json and safetensors that transformers opens. `dtype` converts on the way out.
 
-    Shards have at most 5 GB. Raises FileExistsError where the folder holds tensors.
+    Shards have at most 5 GB. The tokenizer's files and generation_config.json are copied from the folders that are
+    given. config.json comes last, and a folder without one does not open: a crash leaves no half model. Raises
+    FileExistsError where the folder holds tensors.
     """
     model_config = model_config if dtype is None else dataclasses.replace(model_config, dtype=dtype)
     save_folder(folder, named_tensors(model_config, params))
+    if tokenizer_from is not None:
+        copy_files(tokenizer_from, folder, TOKENIZER_FILES)
+    if generation_from is not None:
+        copy_files(generation_from, folder, [GENERATION_FILE])
     family = registry.family(model_config.architecture)
     config = hugging_face.config_json(model_config, family.MODEL_TYPE) | family.differences(model_config)
     Path(folder, "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -61,7 +61,9 @@ def _log_other_architecture(folder: Path, model_config: ModelConfig) -> None:
 
 def _decoder(pairs: Iterable[tuple[str, Any]], model_config: ModelConfig, cast: bool) -> Decoder:
     table, ignored = hugging_face.key_table(model_config), hugging_face.ignored_keys(model_config)
-    arrays = _arrays(pairs, model_config, {name for entry in table for name in entry.sources}, cast)
+    # A tied model's head is no source, and is compared with the embedding as both are rounded.
+    known = {HEAD, *(name for entry in table for name in entry.sources)}
+    arrays = _arrays(pairs, model_config, known, cast)
     if model_config.tie_word_embeddings:
         arrays = _with_equal_head(arrays)
     declared = by_path(declare(model_config))

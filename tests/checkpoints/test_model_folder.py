@@ -277,6 +277,14 @@ def test_a_missing_config_is_named(tmp_path):
         read_config(tmp_path)
 
 
+def test_an_adapter_is_told_from_a_model(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path} holds an adapter and no model: merge it"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    assert read_config(tmp_path) == {}  # merged
+
+
 def test_a_huge_json_file_is_refused_before_it_is_read(tmp_path):
     with (tmp_path / "config.json").open("wb") as file:
         file.truncate(2**40)  # sparse

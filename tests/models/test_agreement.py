@@ -53,7 +53,8 @@ def other(table: np.ndarray, row: int = -1) -> np.ndarray:
 
 
 @pytest.mark.parametrize("row", [0, 100, -1])
-def test_a_head_that_differs_is_used_whatever_the_flag_says(tmp_path, parts, said, row):
+def test_a_head_that_differs_is_used_whatever_the_flag_says(tmp_path, parts, said, row, monkeypatch):
+    monkeypatch.setattr(agreement, "ROWS", 64)  # several parts, the last one short
     config, tensors = parts
     head = other(tensors[EMBEDDING], row)
     folder = write(tmp_path / "m", tensors | {HEAD: head}, **config | {"tie_word_embeddings": True})
@@ -182,6 +183,14 @@ def test_some_tensors_of_another_dtype_are_said(tmp_path, parts, said):
     assert loading.read_model_config(folder).dtype == "bfloat16"
     (message,) = said.messages
     assert f"{len(norms)} of {len(tensors)} tensors become bfloat16" in message and "is float32" in message
+
+
+def test_a_quantization_that_the_file_has_not_is_said(tmp_path, parts, said):
+    config, tensors = parts
+    folder = write(tmp_path / "m", tensors, **config | {"quantization_config": {"quant_method": "fp8"}})
+    loading.load(folder, loading.read_model_config(folder))
+    (message,) = said.messages
+    assert str(folder) in message and "quantization_config" in message
 
 
 def test_a_folder_without_tensors_is_what_its_configuration_says(tmp_path, parts, said):

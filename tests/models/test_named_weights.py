@@ -185,6 +185,8 @@ def test_cast_rounds_and_widens_and_takes_no_integers(small):
     config, tensors = small
     narrow = to_decoder({name: array.astype(np.float16) for name, array in tensors.items()}, config, cast=True)
     assert np.array_equal(narrow.norm, tensors["model.norm.weight"].astype(np.float16).astype(np.float32))
+    tied = {name: array.astype(np.float64) / 3 for name, array in tensors.items()}
+    assert to_decoder(tied | {HEAD: tied[EMBEDDING]}, config, cast=True).head is None  # rounded alike
     double = {name: array.astype(np.float64) for name, array in tensors.items()}
     assert_same_bits(to_decoder(double, config, cast=True), to_decoder(tensors, config))
     with pytest.raises(ValueError, match=f"'{NORM}' has dtype int32.*only floating dtypes are cast"):
@@ -255,6 +257,15 @@ def test_a_saved_llm_is_the_same_llm(tmp_path):
         assert (theirs / name).read_bytes() == (ours / name).read_bytes()
     with pytest.raises(FileExistsError, match="already holds model.safetensors"):
         llm.save(tmp_path / "out")
+
+
+def test_a_save_that_fails_leaves_no_folder_that_opens(tmp_path, monkeypatch):
+    config, params = random_model(**SMALL)
+    monkeypatch.setattr(loading, "copy_files", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
+    with pytest.raises(OSError, match="no space"):
+        loading.save(tmp_path, config, params, tokenizer_from=find_folder("calc"))
+    with pytest.raises(FileNotFoundError, match="config.json is missing"):
+        loading.read_model_config(tmp_path)
 
 
 def test_an_llm_without_a_folder_saves_weights_and_config(running, tmp_path):
