@@ -43,7 +43,7 @@ class CompletionOutput:
     token_ids: list[int]
     token_logprobs: np.ndarray
     finish_reason: str | None  # "stop", "length", "abort", "error"
-    stop_reason: int | str | None  # the stop token id or stop string
+    stop_reason: int | str | None  # the stop token id or stop string; after "error" what went wrong
     weight_versions: list[VersionSpan]
     logprobs: list[dict[int, Logprob]] | None = None
     raw_logprobs: np.ndarray | None = None  # of the model's own distribution at temperature 1
@@ -91,8 +91,8 @@ class RequestOutput:
     """
 
     request_id: str
-    prompt: str | None
-    prompt_token_ids: list[int]
+    prompt: str | None  # of a chat the text that its template made; None where token ids were given
+    prompt_token_ids: list[int]  # those that were used: the last ones of a prompt that was cut, none of one refused
     outputs: list[CompletionOutput]
     finished: bool
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # raw: of the model's own distribution
