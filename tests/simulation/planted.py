@@ -190,7 +190,7 @@ def results_under_way_are_forgotten_by_a_preemption(patch):
         return original(scheduler, sample, num_tokens)
 
 
-@found_by("not aligned")
+@found_by("not aligned|one that waits holds something")
 def a_restart_keeps_the_token_that_is_half_written(patch):
     @around(patch, Sample, "restart")
     def restart(original, sample):
