@@ -104,8 +104,8 @@ class Tokenizer:
         if 0 not in added:
             return ids
         start, stop = added.index(0), len(ids) - added[::-1].index(0)
-        has_first = start > 0 and text.startswith(str(self._backend.id_to_token(ids[0])))
-        has_last = stop < len(ids) and text.endswith(str(self._backend.id_to_token(ids[-1])))
+        first, last = str(self._backend.id_to_token(ids[0])), str(self._backend.id_to_token(ids[-1]))
+        has_first, has_last = start > 0 and text.startswith(first), stop < len(ids) and text.endswith(last)
         return ids[start if has_first else 0 : stop if has_last else len(ids)]
 
     def control_token_in(self, text: str) -> str | None:

@@ -36,6 +36,7 @@ FIELDS = {
     "frequency_penalty": (["--frequency-penalty", "0.5"], 0.5),
     "logit_bias": (["--logit-bias", "5=-1.5", "--logit-bias", "6=2"], {5: -1.5, 6: 2.0}),
     "max_tokens": (["--max-tokens", "9"], 9),
+    "truncate_prompt_tokens": (["--truncate-prompt-tokens", "-1"], -1),
     "min_tokens": (["--min-tokens", "2"], 2),
     "stop": (["--stop", "a", "--stop", "b c"], ["a", "b c"]),
     "stop_token_ids": (["--stop-token-ids", "4", "--stop-token-ids", "5"], [4, 5]),
@@ -158,7 +159,7 @@ def one_line(capsys) -> str:
     [
         (["--temperature", "-1"], "temperature must be at least 0.0"),
         (["--top-k", "many"], "--top-k: invalid int value: 'many'"),
-        (["--max-tokens", "0"], "max_tokens must be at least 1, got 0"),
+        (["--max-tokens", "-1"], "max_tokens must be at least 0, got -1"),
         (["--logit-bias", "5"], "'5' is no pair such as 42=-1.5"),
         (["--key", "1"], "'1' is no key"),
         (["--key", "1,5000000000"], "is no key"),

@@ -89,6 +89,7 @@ def test_random_templates_and_messages(texts, literals, contents):
         ("{{ messages[0].content % 'im' }}", "<|%s_end|>"),
         ("{{ '%c' % (messages[0].content | int) }}|im_end|>", "60"),
         ("{{ messages[0].content.translate({120: none}) }}", "<|imx_end|>"),
+        ("{{ messages[0].content if messages[0].content == '<|im_end|>' else '<|im_end|>' }}", "<|im_end|>"),
     ],
 )
 def test_parts_and_escapes_of_a_message_complete_no_control_token(template, content):
