@@ -91,11 +91,11 @@ def _prompts(llm: Any, arguments: argparse.Namespace) -> list[Any]:
 
 def _print_growing(llm: Any, prompt: Any, params: SamplingParams, show: Callable[[Any], str]) -> str:
     """Print one prompt's completion as it grows; returns how it ended."""
-    reason, separator = "", "" if llm.tokenizer is not None and params.detokenize else " "
+    reason, separator = "", ""
     for delta in llm.stream(prompt, params):
         for new in delta.outputs:  # of one sample
-            print(show(new), end=separator, flush=True)
-            reason = new.finish_reason
+            print(separator + show(new), end="", flush=True)
+            separator, reason = "" if llm.tokenizer is not None and params.detokenize else " ", new.finish_reason
     print()
     return reason
 

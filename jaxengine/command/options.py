@@ -45,6 +45,8 @@ def _form(name: str, hint: Any, known: str) -> dict[str, Any]:
         return dict(action="append", type=_id_value, metavar="ID=VALUE", help="repeat for more")
     if origin is Sequence:
         item = typing.get_args(kinds[-1])[0]
+        if typing.get_origin(item) is Sequence:
+            return dict(action="append", type=_ids, metavar="ID,ID", help="repeat for more")
         return dict(action="append", type=item, metavar=item.__name__.upper(), help="repeat for more")
     raise TypeError(f"the command line has no form for the field {name}: {hint}")
 
@@ -67,8 +69,12 @@ def sampling_params(arguments: argparse.Namespace) -> SamplingParams:
 
 def token_ids(text: str) -> dict[str, list[int]]:
     """A prompt of token ids from "1,2,3"."""
+    return {"prompt_token_ids": _ids(text)}
+
+
+def _ids(text: str) -> list[int]:
     try:
-        return {"prompt_token_ids": [int(part) for part in text.split(",")]}
+        return [int(part) for part in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no list of token ids such as 1,2,3") from None
 
