@@ -87,6 +87,10 @@ class BatchBuilder:
             for sampling, of_request in slots.values()
         ]
 
+    def no_rules(self, vocab_size: int) -> tuple[np.ndarray, TokenRules]:
+        """An upload for kv_cache.write_rules that changes nothing."""
+        return _padded([], self.num_slots, fill=self.num_slots), token_rules([SamplingParams()], vocab_size)
+
     @property
     def tables(self) -> np.ndarray:
         """Block tables in which every entry is the scratch page, int32 `[slots, n]`."""

@@ -151,6 +151,7 @@ class Engine:
             self.restore_pool()
             self.cache = self.step_variants.warm_up(self.params, self.cache)
             self._change_slots(*self.batch.empty_changes())
+            self.cache = kv_cache.write_rules(self.cache, *self.batch.no_rules(self.model_config.padded_vocab_size))
 
     @contextlib.contextmanager
     def adjusted(self, *, held_pages: int = 0, held_slots: int = 0, **changes: Any) -> Iterator[None]:

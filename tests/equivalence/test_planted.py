@@ -83,7 +83,7 @@ def first_tile_for_the_second(real):
 def softmax_of_xlas_own(real):
     """The trainer's distribution with the right numbers and other bits."""
 
-    def other(logits, row, context, raw):
+    def other(logits, row, context, raw, kept=None):
         processed = real.process(logits, row, context)[1]
         return logits, jax.nn.log_softmax(jnp.where((row.temperature == 0)[:, None], logits, processed))
 

@@ -78,7 +78,7 @@ def test_the_prompt_of_a_chat_is_its_rendered_text(llm):
     assert llm.extend(outputs, PARAMS.replace(max_tokens=6))[1].prompt == chats[1].text
     seen = []
     compute_rewards(outputs, ["56", "2"], lambda prompt, completion, answer: seen.append(prompt) or 0.0)
-    assert seen == [chat.text for chat in chats]
+    assert sorted(seen) == sorted(chat.text for chat in chats)  # judges run side by side
 
 
 def test_the_last_message_is_continued(llm):

@@ -85,7 +85,7 @@ def test_ctrl_c_while_steps_are_compiled_and_proven(tiny, overlap, expected):
         with contextlib.suppress(KeyboardInterrupt):
             assert generate(llm) == expected
             break
-        assert len(lines) == at and "compil" in lines[-1]
+        assert len(lines) >= at and "compil" in lines[-1]  # steps that compile side by side report on
         assert_idle(llm)
         assert generate(llm) == expected
     assert at >= 4, "there were interrupts"

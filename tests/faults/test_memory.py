@@ -120,6 +120,7 @@ def short_of_memory(original, at: int, when: str):
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes.")
         return jax.tree.map(needing_too_much, (cache, out)) if fails else (cache, out)
 
+    called.lower = original.lower
     return called
 
 

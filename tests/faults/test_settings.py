@@ -46,6 +46,7 @@ REFUSED = [
     ("compile_patience", -1, "at least 0"),
     ("max_waiting", 0, "at least 1"),
     ("page_checksums", 1, "True or False"),
+    ("compilation_cache", "yes", "True or False"),
     ("kernels", 5, "one of auto, "),
 ]
 
