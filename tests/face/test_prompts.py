@@ -119,8 +119,9 @@ def test_a_bad_prompt_fails_alone_and_the_others_draw_as_ever(name, llm):
 
 
 def test_sampling_that_an_engine_cannot_do_fails_alone(llm):
-    good, bad = llm.generate([[1], [2]], [PARAMS, PARAMS.replace(logprobs=99)], key=KEY, on_error="return")
-    assert bits([good]) == bits(llm.generate([[1]], PARAMS, key=KEY))
+    good, bad = llm.generate(["1", "2"], [PARAMS, PARAMS.replace(logprobs=99)], key=KEY, on_error="return")
+    assert bits([good]) == bits(llm.generate(["1"], PARAMS, key=KEY))
+    assert (bad.prompt, bad.outputs[0].coordinate.key_folds) == ("2", (1, 0))
     assert "logprobs=99 of prompts[1]" in bad.outputs[0].stop_reason
 
 
