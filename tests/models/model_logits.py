@@ -14,11 +14,12 @@ from jaxengine.device.trunk import hidden_states
 from jaxengine.models import decoder
 from jaxengine.models.params import Decoder
 from jaxengine.ops.kernels import XLA
+from jaxengine.ops.tiles import WIDE
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def _logits(config: ModelConfig, params: Decoder, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
-    x = hidden_states(config, XLA, params, tokens, jnp.full(tokens.shape[0], tokens.shape[1]))
+    x = hidden_states(config, XLA, params, tokens, jnp.full(tokens.shape[0], tokens.shape[1]), WIDE)
     head = params.output_head
     rows = decoder.logits(config, XLA, params.norm, head, x.reshape(-1, config.hidden_size))
     return rows.reshape(*tokens.shape, -1)[..., : config.vocab_size]
