@@ -38,7 +38,7 @@ MUST_HAPPEN = (
     "aborted while ended",
 )
 LEAST = 25  # times that each of these happens
-MOST_EPISODES = 60  # in which a planted bug has to show
+MOST_EPISODES = 120  # in which a planted bug has to show
 
 
 def test_a_hundred_thousand_steps():
