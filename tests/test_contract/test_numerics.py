@@ -92,6 +92,7 @@ PLANTED = {
 }
 
 
+@pytest.mark.slow  # because all compiled code of the process goes, so that programs are traced again
 @pytest.mark.parametrize("plant", PLANTED.values(), ids=PLANTED.keys())
 def test_a_change_of_bits_is_seen(plant, monkeypatch):
     before = digests("Qwen3 bfloat16", "xla")
