@@ -84,10 +84,10 @@ def test_the_version_that_is_tested_is_held():
 
 PLANTED = {
     "a coefficient": lambda patch: patch.setattr(
-        pinned_math, "COEFFICIENTS", np.nextafter(pinned_math.COEFFICIENTS, np.float32(2)).tolist()
+        pinned_math, "COEFFICIENTS", np.nextafter(np.float32(pinned_math.COEFFICIENTS), np.float32(2)).tolist()
     ),
     "the order of a sum": lambda patch: patch.setattr(pinned_math, "SUM_BLOCK", pinned_math.SUM_BLOCK // 2),
-    "a tile of attention": lambda patch: patch.setattr(xla, "ATTENTION_TILE", xla.ATTENTION_TILE * 2),
+    "a tile of attention": lambda patch: patch.setattr(xla, "ATTENTION_TILE", xla.ATTENTION_TILE // 2),
     "a tile of the head": lambda patch: patch.setattr(steps, "HEAD_TILE", steps.HEAD_TILE * 2),
 }
 
