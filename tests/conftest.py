@@ -18,16 +18,14 @@ from compilation_cache import share_compiled_code
 
 from checkpoints.model_folder import find_folder
 from jaxengine import LLM
-from jaxengine.config import QUERY_BLOCK, EngineConfig, ModelConfig, RopeConfig
+from jaxengine.config import EngineConfig, ModelConfig, RopeConfig
 from jaxengine.device import steps
 from jaxengine.device.kv_cache import Cache
 from jaxengine.device.packed import pack
-from jaxengine.device.step_inputs import Copies
 from jaxengine.engine import step_variants
-from jaxengine.engine.batch import BatchBuilder, rows_of
+from jaxengine.engine.batch import BatchBuilder
 from jaxengine.models.params import Decoder, initialise, path_name
-from jaxengine.ops.query_blocks import QueryBlocks
-from jaxengine.ops.tiles import BASE, TILES, WIDE, Tile
+from jaxengine.ops.tiles import BASE, TILES, WIDE
 from jaxengine.text.tokenizer import Tokenizer
 
 SIZES = dict(
@@ -108,19 +106,13 @@ def make_llm(config: ModelConfig, params: Decoder, **engine) -> LLM:
 
 def step_call(kind: str, engine: EngineConfig, num_steps: int = 1) -> tuple[Callable, tuple, dict]:
     """A jitted step of eight rows or query blocks, its arguments after params and cache, and its static arguments."""
-    batch, nothing = BatchBuilder(engine), np.zeros(engine.max_num_seqs, np.int32)
+    step, tile, more = {
+        "decode": (steps.decode_step, BASE, dict(num_steps=num_steps)),
+        "prefill": (steps.prefill_step, WIDE, {}),
+    }[kind]
+    batch = BatchBuilder(engine)
     slots = jax.tree.map(np.copy, batch.host_slots)
-    if kind == "decode":
-        inputs = batch.tables, slots, pack(rows_of(batch.decode_rows, [0], [0], [0], [False]))
-        return steps.decode_step, inputs, dict(tile=Tile(1, 8), max_logprobs=20, num_steps=num_steps)
-    ints = np.zeros(batch.prefill_query_blocks, np.int32)
-    planned = (
-        QueryBlocks(ints, ints, ints, np.int32(1)),
-        rows_of(batch.prefill_rows, [0], [0], [0], [False]),
-        Copies(nothing, nothing, np.int32(0)),
-    )
-    inputs = batch.tables, slots, pack(planned)
-    return steps.prefill_step, inputs, dict(tile=Tile(QUERY_BLOCK, 8), max_logprobs=20)
+    return step, (batch.tables, slots, pack(batch.smallest(kind, tile))), dict(tile=tile, max_logprobs=20) | more
 
 
 def pool_bytes(cache: Cache) -> int:

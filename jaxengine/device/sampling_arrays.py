@@ -6,7 +6,7 @@ import numpy as np
 
 from jaxengine.device.step_inputs import RequestArrays, SamplingArrays, Slots, TokenRules
 from jaxengine.sampling_params import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_LOGIT_BIAS, MAX_STOPS, SamplingParams
-from pallas_kernels.numbers import cdiv
+from pallas_kernels.numbers import cdiv, power_of_two
 
 MAX_TOP_K = 2**31 - 1  # more than any vocabulary, and an int32
 NO_RULES = -1
@@ -93,7 +93,7 @@ def distinct_rules(samplings: Sequence[SamplingParams], vocab_size: int) -> tupl
     """
     distinct = {sampling.token_rules: sampling for sampling in samplings if sampling.has_token_rules}
     rows = {rules: row for row, rules in enumerate(distinct)}
-    padding = (1 << max(len(rows) - 1, 0).bit_length()) - len(rows)
+    padding = power_of_two(max(len(rows), 1)) - len(rows)
     rules = token_rules([*distinct.values(), *[SamplingParams()] * padding], vocab_size)
     return [rows.get(sampling.token_rules, NO_RULES) for sampling in samplings], rules
 

@@ -12,9 +12,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from jaxengine.base.pytree import pytree
+from jaxengine.device.sampling_arrays import WORD
 from pallas_kernels.numbers import cdiv
 
-WORD = 32  # tokens of a packed word
 IDS_AT_ONCE = 128
 
 

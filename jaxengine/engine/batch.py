@@ -1,6 +1,7 @@
 """From a plan to arrays: what is new in slots and block tables, in numpy, and the inputs of each step."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ from jaxengine.device.step_inputs import Copies, Rows, Slots, TokenRules
 from jaxengine.host.plan import Decode, Plan
 from jaxengine.host.sample import Sample
 from jaxengine.ops.query_blocks import QueryBlocks
-from jaxengine.ops.tiles import HISTORY_BLOCK, HISTORY_ROWS, NARROW_PREFILL, ROW_UNIT, WIDE_PREFILL
+from jaxengine.ops.tiles import HISTORY_BLOCK, HISTORY_ROWS, NARROW_PREFILL, ROW_UNIT, WIDE_PREFILL, Tile
 from jaxengine.sampling_params import SamplingParams
 from pallas_kernels.numbers import ceil_to
 
@@ -26,7 +27,6 @@ class BatchBuilder:
         self._num_written = [0] * self.num_slots  # entries of each slot's table that the device has, or is about to get
         self.host_slots = empty_slots(self.num_slots)
         self._changed_slots: list[int] = []  # that the device has not got yet
-        self._tells_details = [False] * self.num_slots
         self.decode_rows = ceil_to(engine_config.max_num_seqs, ROW_UNIT)
         num_blocks = engine_config.prefill_query_blocks
         self.prefill_query_blocks = ceil_to(num_blocks, NARROW_PREFILL if num_blocks < WIDE_PREFILL else WIDE_PREFILL)
@@ -51,14 +51,13 @@ class BatchBuilder:
             likeliest=params.logprobs is not None or params.prompt_logprobs is not None,
             details=params.raw_logprobs or params.entropy,
         )
-        tops = params.logprobs is not None or params.prompt_logprobs is not None
-        self._tells_details[sample.slot] = tops or params.raw_logprobs or params.entropy
         self._changed_slots.append(sample.slot)
 
     @property
     def tells_details(self) -> bool:
         """Whether a request in a slot asks for more than tokens and logprobs."""
-        return any(self._tells_details)
+        request = self.host_slots.request
+        return bool((request.likeliest | request.details).any())
 
     def slot_changes(self) -> Iterator[tuple[np.ndarray, Slots]]:
         """Uploads for slot_state.write_slots: the slots that were given away since."""
@@ -82,14 +81,16 @@ class BatchBuilder:
         for sample in samples:
             if sample.request.sampling.has_token_rules:
                 slots.setdefault(id(sample.request), (sample.request.sampling, []))[1].append(sample.slot)
-        return [
-            (_padded(of_request, self.num_slots, fill=self.num_slots), token_rules([sampling], vocab_size))
-            for sampling, of_request in slots.values()
-        ]
+        return [self._rules_upload(sampling, of_request, vocab_size) for sampling, of_request in slots.values()]
 
     def no_rules(self, vocab_size: int) -> tuple[np.ndarray, TokenRules]:
         """An upload for kv_cache.write_rules that changes nothing."""
-        return _padded([], self.num_slots, fill=self.num_slots), token_rules([SamplingParams()], vocab_size)
+        return self._rules_upload(SamplingParams(), [], vocab_size)
+
+    def _rules_upload(
+        self, sampling: SamplingParams, slots: Sequence[int], vocab_size: int
+    ) -> tuple[np.ndarray, TokenRules]:
+        return _padded(slots, self.num_slots, fill=self.num_slots), token_rules([sampling], vocab_size)
 
     @property
     def tables(self) -> np.ndarray:
@@ -123,6 +124,18 @@ class BatchBuilder:
         return entries, [self._slot_upload([])]
 
     # -- steps ---------------------------------------------------------------------------------------------------------
+
+    def smallest(self, kind: str, tile: Tile) -> Any:
+        """A step's inputs for one row, for their shapes: Rows of a decode, (blocks, rows, copies) of a prefill."""
+        if kind == "decode":
+            return rows_of(self.decode_rows, [0], [0], [0], [False])
+        ints = np.zeros(self.prefill_query_blocks * (QUERY_BLOCK // tile.tokens), np.int32)
+        nothing = np.zeros(self.engine_config.max_num_seqs, np.int32)
+        return (
+            QueryBlocks(ints, ints, ints, np.int32(1)),
+            rows_of(self.prefill_rows, [0], [0], [0], [False]),
+            Copies(nothing, nothing, np.int32(0)),
+        )
 
     def decode(self, decodes: Sequence[Decode]) -> Rows:
         """Rows of a decode step: each sample's last token, at its position."""

@@ -2,9 +2,7 @@
 
 import dataclasses
 
-import numpy as np
-
-from jaxengine.engine.to_outputs import spans_of, with_texts
+from jaxengine.engine.to_outputs import token_fields
 from jaxengine.host.sample import Request, Sample
 from jaxengine.outputs import CompletionDelta
 from jaxengine.text.tokenizer import Tokenizer
@@ -36,24 +34,18 @@ class DeltaReader:
         return [delta for delta in deltas if delta.token_ids or delta.text or delta.finish_reason]
 
     def _read(self, sample: Sample) -> CompletionDelta:
-        drawn, sampling = sample.drawn, sample.request.sampling
+        drawn = sample.drawn
         place = self._places.setdefault(sample.index, _Place())
         start, place.num_tokens = place.num_tokens, len(drawn.token_ids)
         text = ""
-        if sample.detokenizer is not None and sampling.detokenize:
+        if sample.detokenizer is not None and sample.request.sampling.detokenize:
             text, place.num_pieces = sample.detokenizer.text_since(place.num_pieces)
         is_news, place.has_ended = not place.has_ended, drawn.finish_reason is not None
-        top_logprobs = [with_texts(entry, self._tokenizer) for entry in drawn.top_logprobs[start:]]
         return CompletionDelta(
             index=sample.index,
             start=start,
             text=text,
-            token_ids=drawn.token_ids[start:],
-            token_logprobs=np.asarray(drawn.logprobs[start:], np.float32),
-            weight_versions=spans_of(drawn.versions[start:], start),
-            logprobs=top_logprobs if sampling.logprobs is not None else None,
-            raw_logprobs=np.asarray(drawn.raw_logprobs[start:], np.float32) if sampling.raw_logprobs else None,
-            entropies=np.asarray(drawn.entropies[start:], np.float32) if sampling.entropy else None,
             finish_reason=drawn.finish_reason if is_news else None,
             stop_reason=drawn.stop_reason if is_news else None,
+            **token_fields(sample, self._tokenizer, start),
         )

@@ -86,7 +86,8 @@ def sized_pool(model_config: ModelConfig, engine_config: EngineConfig, params: A
         _pages_in(room, model_config, engine_config, plan.page_bytes),
     )
     if on_cpu:
-        num_pages = min(num_pages, max(max(CPU_POOL, plan.weights) // plan.page_bytes, _whole_context(engine_config)))
+        enough = max(CPU_POOL, plan.weights) // plan.page_bytes
+        num_pages = min(num_pages, max(enough, _whole_context(engine_config)))
     if num_pages < _whole_context(engine_config):
 
         def is_too_long(length: int) -> bool:

@@ -1,7 +1,7 @@
 """Requests in, outputs out: one engine as threads use it, under whichever weights run."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -33,6 +33,7 @@ from jaxengine.text.tokenizer import Tokenizer
 
 IN_FLIGHT = ("recompute", "keep", "drain")
 SLEEP_LEVELS = (1, 2)
+T = TypeVar("T")
 WAKE_TAGS = ("weights", "kv_cache")
 
 
@@ -114,29 +115,30 @@ class Session:
 
         Closing the iterator aborts it.
         """
-        reader, finished = DeltaReader(request, self.tokenizer), False
-        for _ in self.runner.run([request], with_text=True):
-            with self.runner.alone():  # no other thread's step may add a token to what is being read
-                deltas, finished = reader.read(), request.is_finished
+        reader = DeltaReader(request, self.tokenizer)
+        for deltas, finished in self._watched(request, reader.read):
             if finished:
-                break
-            if deltas:
+                yield RequestDelta(request.request_id, deltas, True, self.output(request))
+            elif deltas:
                 yield RequestDelta(request.request_id, deltas, False)
-        deltas = deltas if finished else reader.read()  # another call's step may have brought the end
-        yield RequestDelta(request.request_id, deltas, True, self.output(request))
 
     def growing(self, request: Request) -> Iterator[RequestOutput]:
         """The request's whole output again and again as it grows; the last one is finished.
 
         Closing the iterator aborts it.
         """
-        output = None
-        for _ in self.runner.run([request], with_text=True):
-            with self.runner.alone():  # as above
-                output = self.output(request)
+        for output, _ in self._watched(request, lambda: self.output(request)):
             yield output
-        if output is None or not output.finished:
-            yield self.output(request)
+
+    def _watched(self, request: Request, read: Callable[[], T]) -> Iterator[tuple[T, bool]]:
+        """(what `read` gives, whether the request has ended) after each step; the last time it has."""
+        finished = False
+        for _ in self.runner.run([request], with_text=True):
+            with self.runner.alone():  # no other thread's step may add a token to what is being read
+                found, finished = read(), request.is_finished
+            yield found, finished
+        if not finished:  # another call's step brought the end
+            yield read(), True
 
     def abort(self, request_id: str) -> None:
         """End a request; idempotent. While the engine is at work, the request ends with the step that runs."""
@@ -187,7 +189,7 @@ class Session:
 
     def release_pool_if_idle(self) -> bool:
         """Give the pool's memory back until the next request, where nothing is under way; whether that was done."""
-        if self.engine.has_work or not self.engine.has_pool or not self.runner.lock.acquire(blocking=False):
+        if not self.runner.lock.acquire(blocking=False):
             return False
         try:
             if self.engine.has_work or not self.engine.has_pool:

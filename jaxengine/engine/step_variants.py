@@ -143,16 +143,9 @@ class StepVariants:
 
     def lowered(self, kind: str, tile: Tile, params: Any, cache: Any) -> Any:
         """The step before it is compiled; of `params` and `cache` only shapes and places are looked at."""
-        batch, nothing = self.batch, np.zeros(self.engine_config.max_num_seqs, np.int32)
-        tables, slots = batch.tables, jax.tree.map(np.copy, batch.host_slots)
-        if kind == "decode":
-            inputs = pack(rows_of(batch.decode_rows, [0], [0], [0], [False]))
-            return steps.decode_step.lower(params, cache, tables, slots, inputs, **self._static(kind, tile))
-        blocks = np.zeros(batch.prefill_query_blocks * (QUERY_BLOCK // tile.tokens), np.int32)
-        rows = rows_of(batch.prefill_rows, [0], [0], [0], [False])
-        copies = Copies(nothing, nothing, np.int32(0))
-        inputs = pack((QueryBlocks(blocks, blocks, blocks, np.int32(1)), rows, copies))
-        return steps.prefill_step.lower(params, cache, tables, slots, inputs, **self._static(kind, tile))
+        step = steps.decode_step if kind == "decode" else steps.prefill_step
+        batch, inputs = self.batch, pack(self.batch.smallest(kind, tile))
+        return step.lower(params, cache, batch.tables, batch.host_slots, inputs, **self._static(kind, tile))
 
     @contextlib.contextmanager
     def _first_use(self, kind: str, tile: Tile) -> Iterator[None]:
@@ -203,7 +196,7 @@ class StepVariants:
 
     def _probe_inputs(self, probe: np.ndarray):
         slot = self.batch.num_slots - 1
-        tables, slots = np.zeros_like(self.batch.tables), jax.tree.map(np.copy, self.batch.host_slots)
+        tables, slots = self.batch.tables, jax.tree.map(np.copy, self.batch.host_slots)
         tables[slot, : self.engine_config.probe_pages] = self.engine_config.num_pages + np.arange(
             self.engine_config.probe_pages
         )

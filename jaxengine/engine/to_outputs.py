@@ -1,6 +1,7 @@
 """From finished (or growing) requests to the outputs that callers see."""
 
 import itertools
+from typing import Any
 
 import numpy as np
 
@@ -36,27 +37,34 @@ def _prompt_logprobs(request: Request, tokenizer: Tokenizer | None) -> list[dict
     if request.sampling.prompt_logprobs is None and request.prompt_logprobs is None:
         return None
     entries = request.prompt_logprobs or [None] * len(request.prompt_token_ids)
-    return [entry and with_texts(entry, tokenizer) for entry in entries]
+    return [entry and _with_texts(entry, tokenizer) for entry in entries]
 
 
 def _completion(sample: Sample, tokenizer: Tokenizer | None, contracts: Contracts) -> CompletionOutput:
-    drawn, sampling = sample.drawn, sample.request.sampling
-    logprobs = np.asarray(drawn.logprobs, np.float32)
-    top_logprobs = [with_texts(entry, tokenizer) for entry in drawn.top_logprobs]
+    drawn, fields = sample.drawn, token_fields(sample, tokenizer)
     return CompletionOutput(
         index=sample.index,
         text=_text(sample, tokenizer),
-        token_ids=list(drawn.token_ids),
-        token_logprobs=logprobs,
         finish_reason=drawn.finish_reason,
         stop_reason=drawn.stop_reason,
-        weight_versions=spans_of(drawn.versions),
-        logprobs=top_logprobs if sampling.logprobs is not None else None,
-        raw_logprobs=np.asarray(drawn.raw_logprobs, np.float32) if sampling.raw_logprobs else None,
-        entropies=np.asarray(drawn.entropies, np.float32) if sampling.entropy else None,
         token_texts=[tokenizer.token_text(token) for token in drawn.token_ids] if tokenizer is not None else None,
-        coordinate=_coordinate(sample, logprobs, contracts.of(drawn.versions)),
+        coordinate=_coordinate(sample, fields["token_logprobs"], contracts.of(drawn.versions)),
+        **fields,
     )
+
+
+def token_fields(sample: Sample, tokenizer: Tokenizer | None, start: int = 0) -> dict[str, Any]:
+    """What is known of each token from the `start`-th on: fields of a CompletionOutput, and of a CompletionDelta."""
+    drawn, sampling = sample.drawn, sample.request.sampling
+    top_logprobs = [_with_texts(entry, tokenizer) for entry in drawn.top_logprobs[start:]]
+    return {
+        "token_ids": drawn.token_ids[start:],
+        "token_logprobs": np.asarray(drawn.logprobs[start:], np.float32),
+        "weight_versions": _spans(drawn.versions[start:], start),
+        "logprobs": top_logprobs if sampling.logprobs is not None else None,
+        "raw_logprobs": np.asarray(drawn.raw_logprobs[start:], np.float32) if sampling.raw_logprobs else None,
+        "entropies": np.asarray(drawn.entropies[start:], np.float32) if sampling.entropy else None,
+    }
 
 
 def _coordinate(sample: Sample, logprobs: np.ndarray, contract: Contract) -> Coordinate:
@@ -83,14 +91,14 @@ def _text(sample: Sample, tokenizer: Tokenizer | None) -> str:
     return sample.detokenizer.text
 
 
-def with_texts(entry: dict[int, Logprob], tokenizer: Tokenizer | None) -> dict[int, Logprob]:
+def _with_texts(entry: dict[int, Logprob], tokenizer: Tokenizer | None) -> dict[int, Logprob]:
     """The entry with each token's text."""
     if tokenizer is None:
         return entry
     return {token: Logprob(value.logprob, value.rank, tokenizer.token_text(token)) for token, value in entry.items()}
 
 
-def spans_of(versions: list[int], start: int = 0) -> list[VersionSpan]:
+def _spans(versions: list[int], start: int) -> list[VersionSpan]:
     """Runs of equal versions; the first token is the `start`-th of its sample."""
     spans = []
     for version, run in itertools.groupby(versions):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import FAMILIES, SIZES
 
 from jaxengine.config import ModelConfig
 from jaxengine.device.embedding import add_rows
@@ -25,18 +26,10 @@ from jaxengine.sampling_params import SamplingParams
 from pallas_kernels import implementations
 
 CONFIG = ModelConfig(
-    architecture="Qwen3ForCausalLM",
-    vocab_size=1000,
-    hidden_size=128,
-    intermediate_size=256,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=64,
-    max_position_embeddings=512,
-    qk_norm=True,
-    tie_word_embeddings=True,
-    dtype="bfloat16",
+    **SIZES
+    | FAMILIES["Qwen3"]
+    | dict(hidden_size=128, intermediate_size=256, num_attention_heads=4, num_key_value_heads=2, head_dim=64)
+    | dict(max_position_embeddings=512, dtype="bfloat16")
 )
 CUT = SamplingParams(temperature=0.7, top_p=0.9, top_k=20, logit_bias={3: 1.0}, min_tokens=2, repetition_penalty=1.1)
 
