@@ -56,7 +56,7 @@ class BatchBuilder:
     @property
     def tells_details(self) -> bool:
         """Whether a request in a slot asks for more than tokens and logprobs."""
-        request = self.host_slots.request
+        request: Any = self.host_slots.request
         return bool((request.likeliest | request.details).any())
 
     def slot_changes(self) -> Iterator[tuple[np.ndarray, Slots]]:
