@@ -19,7 +19,7 @@ from jaxengine.contract.compare import Comparison, compare
 from jaxengine.contract.report import Check, Verification
 from jaxengine.device.scoring import plain_logprobs
 from jaxengine.engine import scoring_proof
-from jaxengine.engine.scoring_proof import scoring_tiles
+from jaxengine.engine.scoring_proof import NothingHoldsError
 from jaxengine.engine.session import Session
 from jaxengine.outputs import CompletionOutput, RequestOutput
 from jaxengine.rl.rollout import Rollout
@@ -85,7 +85,7 @@ def verify(
             outcome = axis.run()
             checks.append(Check(axis.name, axis.what, outcome.holds, outcome.text, time.perf_counter() - start))
     refused = [f"{kind} on {tile.rows} rows" for kind, tile in session.engine.step_variants.refused]
-    refused += map(str, scoring_proof.refused(scoring_tiles(session.model_config, session.engine.kernels)))
+    refused += map(str, scoring_proof.refused(session.model_config, session.engine.kernels))
     return Verification(session.contract(), refused, checks)
 
 
@@ -255,7 +255,10 @@ def scored(traffic: Traffic) -> Outcome:
     """generate's logprobs against those of the trainer's forward pass."""
     rollout = _rollout(traffic.requests, traffic.expected)
     sampling = [sampling for _, sampling in traffic.requests]
-    logprobs, _ = traffic.session.score(rollout.tokens, rollout.mask, sampling, entropy=False)
+    try:
+        logprobs, _ = traffic.session.score(rollout.tokens, rollout.mask, sampling, entropy=False)
+    except NothingHoldsError as refusal:
+        return Outcome(False, str(refusal))
     rows = [
         (sample.token_ids, row[mask])
         for sample, row, mask in zip(traffic.expected, logprobs, rollout.mask, strict=True)

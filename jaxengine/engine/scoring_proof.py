@@ -24,42 +24,50 @@ from jaxengine.ops.tiles import SCORING, ScoringTiles
 from jaxengine.sampling_params import SamplingParams
 
 _proving = threading.Lock()
-_proven: dict[tuple[ModelConfig, Kernels], ScoringTiles] = {}  # of this process, whose machine does not change
+_refused: dict[tuple[ModelConfig, Kernels], int] = {}  # how many of SCORING; of this process, whose machine stays
+
+
+class NothingHoldsError(RuntimeError):
+    """No way of scoring gives the bits of generation on this machine."""
 
 
 def scoring_tiles(model_config: ModelConfig, kernels: Kernels, report: Report = say_nothing) -> ScoringTiles:
     """The widest of SCORING that holds here; proven once a process for each model and kernels, also while tracing.
 
-    Raises RuntimeError where none gives the bits of generation.
+    Raises NothingHoldsError where none gives the bits of generation.
     """
+    tried = refused(model_config, kernels, report)
+    if len(tried) == len(SCORING):
+        raise NothingHoldsError(
+            "no way of scoring gives the bits of generation on this machine, so no logprobs are given out; "
+            f"tried {', '.join(map(str, SCORING))} with kernels {kernels.name!r}"
+        )
+    return SCORING[len(tried)]
+
+
+def refused(model_config: ModelConfig, kernels: Kernels, report: Report = say_nothing) -> tuple[ScoringTiles, ...]:
+    """Those of SCORING, from the widest on, that give other bits than generation here."""
     with _proving:
-        if (model_config, kernels) not in _proven:
+        if (model_config, kernels) not in _refused:
             # In a thread of its own, where nothing is being traced: a caller may be inside jit or value_and_grad.
             with concurrent.futures.ThreadPoolExecutor(1) as thread:
-                _proven[model_config, kernels] = thread.submit(_widest, model_config, kernels, report).result()
-        return _proven[model_config, kernels]
+                _refused[model_config, kernels] = thread.submit(_prove, model_config, kernels, report).result()
+        return SCORING[: _refused[model_config, kernels]]
 
 
-def refused(tiles: ScoringTiles) -> tuple[ScoringTiles, ...]:
-    """Those of SCORING that were tried before `tiles`, and differed."""
-    return SCORING[: SCORING.index(tiles)]
-
-
-def _widest(model_config: ModelConfig, kernels: Kernels, report: Report) -> ScoringTiles:
+def _prove(model_config: ModelConfig, kernels: Kernels, report: Report) -> int:
+    """How many of SCORING come before the first that holds."""
     one_layer = dataclasses.replace(model_config, num_hidden_layers=1)
     params = scoring.random_params(one_layer, jax.random.key(0))
     tokens, expected = _generated(one_layer, kernels, params)
-    for tiles in SCORING:
+    for i, tiles in enumerate(SCORING):
         if equal_bits(expected, _scored(one_layer, kernels, params, tokens, tiles)):
-            return tiles
+            return i
         report(
             f"scoring on {tiles.layers.rows} rows, {tiles.head_rows} at the head, gives other bits than generation "
             "on this machine: it will not be used"
         )
-    raise RuntimeError(
-        "no way of scoring gives the bits of generation on this machine, so no logprobs are given out; "
-        f"tried {', '.join(map(str, SCORING))} with kernels {kernels.name!r}"
-    )
+    return len(SCORING)
 
 
 def _generated(model_config: ModelConfig, kernels: Kernels, params: Decoder) -> tuple[np.ndarray, np.ndarray]:

@@ -21,7 +21,7 @@ SINGLE = Tile(1, 1)  # XLA multiplies a single row in another order
 
 @pytest.fixture(autouse=True)
 def unproven(monkeypatch):
-    monkeypatch.setattr(scoring_proof, "_proven", {})
+    monkeypatch.setattr(scoring_proof, "_refused", {})
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ class RoundingProducts(XlaProducts):
 
 def test_the_widest_tiles_hold_here(model):
     tiles = scoring_tiles(model[0], XLA)
-    assert tiles == SCORING[0] == ScoringTiles(WIDE, HEAD_ROWS) and refused(tiles) == ()
+    assert tiles == SCORING[0] == ScoringTiles(WIDE, HEAD_ROWS) and refused(model[0], XLA) == ()
 
 
 @pytest.mark.parametrize("planted", [ScoringTiles(SINGLE, 8), ScoringTiles(WIDE, 1)], ids=["layers", "head"])
@@ -50,7 +50,7 @@ def test_tiles_of_other_bits_are_refused(model, planted, monkeypatch):
     monkeypatch.setattr(scoring_proof, "SCORING", (planted, *SCORING))
     lines = []
     assert scoring_tiles(model[0], XLA, lines.append) == SCORING[0]
-    assert refused(SCORING[0]) == (planted,) and len(lines) == 1 and "other bits" in lines[0]
+    assert refused(model[0], XLA) == (planted,) and len(lines) == 1 and "other bits" in lines[0]
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,15 @@ def test_nothing_is_scored_where_no_tile_holds(model, monkeypatch):
     tokens, mask = np.ones((1, 4), np.int32), np.array([[False, True, True, True]])
     with pytest.raises(RuntimeError, match="bits of generation"):
         jaxengine.score(params, tokens, mask, config=config)
-    assert scoring_proof._proven == {}
+
+
+def test_verify_names_it(model, monkeypatch):
+    """A machine where nothing may be scored fails that axis, and is told about the others."""
+    monkeypatch.setattr(scoring_proof, "_refused", {(model[0], XLA): len(SCORING)})
+    llm = LLM.from_params(*model, num_pages=32, max_num_seqs=4, max_model_len=64)
+    found = llm.verify(quick=True, samples=2)
+    assert {check.axis for check in found.checks if not check.holds} == {"C11"}
+    assert "no way of scoring" in str(found) and all(str(tiles) in found.refused for tiles in SCORING)
 
 
 def test_the_first_score_may_be_traced(model):
@@ -86,4 +94,4 @@ def test_the_first_score_may_be_traced(model):
 
     (_, logprobs), _ = jax.value_and_grad(loss, has_aux=True)(params)
     assert np.array_equal(np.asarray(logprobs).view(np.uint32), rollout.logprobs.view(np.uint32))
-    assert scoring_proof._proven == {(config, XLA): SCORING[0]}
+    assert scoring_proof._refused == {(config, XLA): 0}

@@ -111,7 +111,5 @@ def test_nothing_planted():
 @pytest.mark.parametrize("number, owner, name, plant", PLANTS)
 def test_a_planted_mistake_is_seen(number, owner, name, plant, monkeypatch):
     monkeypatch.setattr(owner, name, plant(getattr(owner, name)))
-    """By the comparison; or by the engine itself, which scores nothing that is not proven (scoring_proof.py)."""
-    seen = "no rounding explains it|differ in bits|no way of scoring gives the bits"
-    with pytest.raises((AssertionError, RuntimeError), match=seen):
+    with pytest.raises(AssertionError, match="no rounding explains it|differ in bits"):
         check(planted(number), collections.Counter())
