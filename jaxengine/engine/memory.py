@@ -13,6 +13,8 @@ import jax
 from jaxengine.base import machine
 from jaxengine.config import EngineConfig, ModelConfig
 from jaxengine.device import kv_cache
+from jaxengine.engine.batch import BatchBuilder
+from jaxengine.engine.step_variants import StepVariants
 from jaxengine.models import params as model_params
 from jaxengine.ops.kernels import choose_kernels
 
@@ -31,7 +33,7 @@ class MemoryPlan:
 
     weights: int
     cache: int
-    workspace: int  # activations and logits of the widest step: an estimate
+    workspace: int  # activations and logits of the widest step; an estimate, but where an accelerator's pool is sized
     num_pages: int
     page_bytes: int
     available: int  # all that the device has, or what is free on the host
@@ -65,7 +67,8 @@ def memory_plan(model_config: ModelConfig, engine_config: EngineConfig) -> Memor
 def sized_pool(model_config: ModelConfig, engine_config: EngineConfig, params: Any = None) -> EngineConfig:
     """`engine` with the number of pages that memory allows, and no more than all slots can fill.
 
-    `params` are weights that are loaded already.
+    `params` are weights that are loaded already. For an accelerator the widest steps are compiled first, so that the
+    workspace is what they take and no estimate.
 
     Raises MemoryError naming weights, cache and workspace where not even one whole context fits, and the longest that
     does.
@@ -75,6 +78,7 @@ def sized_pool(model_config: ModelConfig, engine_config: EngineConfig, params: A
     if on_cpu:
         room = int(plan.available * CPU_SHARE)
     else:
+        plan = dataclasses.replace(plan, workspace=_compiled_workspace(model_config, engine_config))
         room = (
             int(plan.available * engine_config.gpu_memory_utilization)
             - taken
@@ -186,6 +190,16 @@ def _workspace(model_config: ModelConfig, engine_config: EngineConfig) -> int:
         rows * (2 * model_config.hidden_size + heads + likeliest)
         + LOGIT_COPIES * LOGIT_ROWS * model_config.padded_vocab_size
     )
+
+
+def _compiled_workspace(model_config: ModelConfig, engine_config: EngineConfig) -> int:
+    """What the widest steps take on the first device, of a pool of one context."""
+    kernels = choose_kernels(engine_config.kernels, model_config)
+    engine_config = dataclasses.replace(engine_config, num_pages=_whole_context(engine_config))
+    variants = StepVariants(model_config, engine_config, kernels, BatchBuilder(engine_config))
+    cache = kv_cache.abstract(model_config, engine_config, kernels)
+    with explained(model_config, engine_config, "compiling the widest steps"):
+        return variants.workspace(model_params.abstract(model_config), cache)
 
 
 def _device_memory() -> tuple[int, int]:

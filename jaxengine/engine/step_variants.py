@@ -147,6 +147,17 @@ class StepVariants:
         batch, inputs = self.batch, pack(self.batch.smallest(kind, tile))
         return step.lower(params, cache, batch.tables, batch.host_slots, inputs, **self._static(kind, tile))
 
+    def workspace(self, params: Any, cache: Any) -> int:
+        """Bytes that the widest steps take beside their arguments, read from the compiled programs.
+
+        They hardly depend on the number of pages, so that those of a small pool may be asked.
+        """
+        sizes = []
+        for kind, tiles in self._tiles.items():
+            taken = self.lowered(kind, tiles[-1], params, cache).compile().memory_analysis()
+            sizes.append(taken.temp_size_in_bytes + taken.output_size_in_bytes - taken.alias_size_in_bytes)
+        return max(sizes)
+
     @contextlib.contextmanager
     def _first_use(self, kind: str, tile: Tile) -> Iterator[None]:
         if (kind, tile) in self._compiled:

@@ -72,6 +72,7 @@ def test_nothing_is_scored_where_no_tile_holds(model, monkeypatch):
         jaxengine.score(params, tokens, mask, config=config)
 
 
+@pytest.mark.slow
 def test_verify_names_it(model, monkeypatch):
     """A machine where nothing may be scored fails that axis, and is told about the others."""
     monkeypatch.setattr(scoring_proof, "_refused", {(model[0], XLA): len(SCORING)})

@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 import jaxengine
 from jaxengine import LLM, Rollout, SamplingParams
 from jaxengine.config import EngineConfig, ModelConfig
+from jaxengine.engine import scoring_proof
 from jaxengine.models.params import map_declared
 from jaxengine.sampling_params import stop_token_ids
 
@@ -129,6 +130,12 @@ def equivalence(dtype: str, examples: int, num_batches: int, patience: int) -> c
 
 def few_flips(tally: collections.Counter) -> bool:
     return tally["flips"] <= tally["tokens"] // 100
+
+
+@pytest.fixture(autouse=True)
+def unproven(monkeypatch):
+    """Models of such odd shapes exist whose widest tiles of scoring differ in bits here: the proof has to find them."""
+    monkeypatch.setattr(scoring_proof, "_refused", {})
 
 
 def test_the_engine_is_the_naive_reference():
