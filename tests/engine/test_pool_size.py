@@ -12,9 +12,11 @@ from jaxengine import LLM
 from jaxengine.base import machine
 from jaxengine.config import EngineConfig
 from jaxengine.engine import memory
+from jaxengine.ops.tiles import WIDE
 
 ENGINE = EngineConfig(max_num_seqs=4, max_model_len=512, num_pages=2)
 TAKEN = 300_000_000
+WORKSPACE = 7_000_000
 
 
 def sizes(tree) -> int:
@@ -34,7 +36,9 @@ class Accelerator:
 
 
 def accelerator(monkeypatch, limit: int, in_use: int = 0) -> None:
+    """A device of so much memory, on which the widest steps take WORKSPACE."""
     monkeypatch.setattr(jax, "local_devices", lambda: [Accelerator(limit, in_use)])
+    monkeypatch.setattr(memory, "_compiled_workspace", lambda *given: WORKSPACE)
 
 
 def test_the_plan_is_what_the_arrays_take(tiny):
@@ -63,9 +67,17 @@ def test_an_accelerators_pool_fills_what_others_leave(share, in_use, tiny, monke
     limit, engine = 10**9, dataclasses.replace(ENGINE, gpu_memory_utilization=share, max_num_seqs=10_000)
     accelerator(monkeypatch, limit, in_use)
     plan = memory.memory_plan(tiny.config, engine)
-    free = int(limit * share) - in_use - plan.weights - plan.workspace
+    free = int(limit * share) - in_use - plan.weights - WORKSPACE
     sized = memory.sized_pool(tiny.config, engine)
     assert free - plan.page_bytes < cache_bytes(tiny, sized) <= free
+
+
+def test_the_workspace_of_an_accelerator_is_that_of_its_compiled_steps(tiny):
+    """No estimate: what XLA says of the widest steps, which grows with the rows that they take."""
+    few, many = (dataclasses.replace(ENGINE, max_num_batched_tokens=tokens) for tokens in (64, 512))
+    found = [memory._compiled_workspace(tiny.config, engine) for engine in (few, many)]
+    step = tiny.engine.step_variants.lowered("prefill", WIDE, tiny.params, tiny.engine.cache).compile()
+    assert found[0] < found[1] and found[1] > step.memory_analysis().temp_size_in_bytes / 2
 
 
 def test_weights_that_are_there_count_once(tiny, monkeypatch):
