@@ -17,8 +17,7 @@ import jax.numpy as jnp
 
 from jaxengine.device import sampler, steps
 from jaxengine.engine import step_variants
-from jaxengine.models import decoder
-from jaxengine.ops import norm, regions, xla
+from jaxengine.ops import heads, in_tiles, norm, regions, xla
 from jaxengine.ops.tiles import Tile
 from pallas_kernels import draw_reference
 
@@ -57,7 +56,8 @@ def plain() -> Iterator[None]:
     """Pinning taken out of what is traced inside."""
     total = functools.partial(jnp.sum, axis=-1)
     pieces = [
-        (decoder, "over_tiles", whole),
+        (heads, "over_tiles", whole),
+        (in_tiles, "over_tiles", whole),
         (steps, "over_tiles", whole),
         (steps, "HEAD_TILE", HEAD_TILE),
         (norm, "row_sum", total),

@@ -4,52 +4,43 @@ The gradient of `table[ids]` is a scatter with ids that repeat, which a GPU adds
 arrive. Here equal ids are brought together first, and each row of the table is written once.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxengine.config import ModelConfig
-from jaxengine.models import decoder
 from jaxengine.ops.kernels import Kernels
-from jaxengine.ops.regions import no_gradient, over_tiles
+from jaxengine.ops.live import Live
+from jaxengine.ops.regions import no_gradient
 from jaxengine.ops.tiles import Tile
 from pallas_kernels.numbers import cdiv
 from pallas_kernels.tiles import unknown_zero
 
 
 def _embed(
-    model_config: ModelConfig,
-    kernels: Kernels,
-    tile: Tile,
-    table: Float[Array, "leaf V D"],
-    tokens: Int[Array, "NB r"],
-    count: Int[Array, ""],
-) -> Float[Array, "NB r D"]:
-    """Rows of the table in float32, those of the first `count` blocks. Differentiable in the table."""
-    return over_tiles(functools.partial(decoder.embed, model_config, kernels), tile.blocks, table, tokens, count)
+    kernels: Kernels, tile: Tile, table: Float[Array, "leaf V D"], ids: Int[Array, " R"], count: Int[Array, ""]
+) -> Float[Array, "R D"]:
+    """Rows of the table in float32, the first `count` of them. Differentiable in the table."""
+    return kernels.products.embed(table, ids, Live(tile.rows, count))
 
 
-embed = jax.custom_vjp(_embed, nondiff_argnums=(0, 1, 2))
+embed = jax.custom_vjp(_embed, nondiff_argnums=(0, 1))
 
 
-def _forward(model_config, kernels, tile, table, tokens, count):
-    return embed(model_config, kernels, tile, table, tokens, count), (table, tokens, count)
+def _forward(kernels, tile, table, ids, count):
+    return embed(kernels, tile, table, ids, count), (table, ids, count)
 
 
-def _backward(model_config, kernels, tile, saved, cotangent):
+def _backward(kernels, tile, saved, rows):
     """A tile of rows at a time, each rounded to the table's dtype as a product's gradient is."""
-    table, tokens, count = jax.lax.optimization_barrier(saved)
-    ids, rows = tokens.reshape(-1), cotangent.reshape(-1, table.shape[-1])
+    table, ids, count = jax.lax.optimization_barrier(saved)
 
     def step(i, total):
         own_ids, own_rows = (jax.lax.dynamic_slice_in_dim(x, i * tile.rows, tile.rows) for x in (ids, rows))
         return add_rows(total, own_ids, own_rows.astype(table.dtype))
 
-    start = jnp.full((table.shape[0] * table.shape[1], table.shape[2]), unknown_zero(cotangent), jnp.float32)
-    total = jax.lax.fori_loop(0, cdiv(count, tile.blocks), step, start)
-    return total.astype(table.dtype).reshape(table.shape), no_gradient(tokens), no_gradient(count)
+    start = jnp.full((table.shape[0] * table.shape[1], table.shape[2]), unknown_zero(rows), jnp.float32)
+    total = jax.lax.fori_loop(0, cdiv(count, tile.rows), step, start)
+    return total.astype(table.dtype).reshape(table.shape), no_gradient(ids), no_gradient(count)
 
 
 embed.defvjp(_forward, _backward)

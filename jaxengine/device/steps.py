@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from typing import NamedTuple
+import inspect
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +23,13 @@ from jaxengine.ops.tiles import HEAD_TILE, Tile
 from pallas_kernels.draw_reference import Draw
 from pallas_kernels.tiles import unknown_zero
 
+STATIC = ("model_config", "kernels", "tile", "max_logprobs", "num_steps")
+# What XLA may put into a GPU's command buffers. By default it leaves loops out, steers each from the host, and cuts a
+# step into dozens of pieces: https://openxla.org/xla/flags_guidance, xla_gpu_enable_command_buffer.
+ON_A_GPU = {"xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,CONDITIONAL,WHILE"}
 
-@functools.partial(
-    jax.jit, static_argnames=("model_config", "kernels", "tile", "max_logprobs"), donate_argnames="cache"
-)
+
+@functools.partial(jax.jit, static_argnames=STATIC[:-1], donate_argnames="cache")
 def prefill_step(
     params: Decoder,
     cache: Cache,
@@ -47,15 +51,13 @@ def prefill_step(
     # Depends on `hidden`, so that the copies wait for the attention that reads the pools which they change: XLA on CPU
     # would otherwise copy all pools.
     cache = kv_cache.copy_pages(cache, copies.sources, copies.targets, copies.num_copies + unknown_zero(hidden))
-    x = hidden.reshape(-1, hidden.shape[-1])[rows.indices]
+    x = hidden[rows.indices]
     out = next_tokens(model_config, kernels, params, cache, slots, x, rows, HEAD_TILE, max_logprobs)
     drawn = ~rows.scored & (jnp.arange(rows.slots.shape[0]) < rows.num_rows)
     return _append(cache, rows, out, drawn), out
 
 
-@functools.partial(
-    jax.jit, static_argnames=("model_config", "kernels", "tile", "max_logprobs", "num_steps"), donate_argnames="cache"
-)
+@functools.partial(jax.jit, static_argnames=STATIC, donate_argnames="cache")
 def decode_step(
     params: Decoder,
     cache: Cache,
@@ -81,7 +83,7 @@ def decode_step(
         live &= rows.positions + 1 < slots.request.limit[rows.slots]
         blocks = QueryBlocks(rows.slots, jnp.where(live, rows.positions, 0), live.astype(jnp.int32), rows.num_rows)
         cache, hidden = _run_blocks(model_config, kernels, params, cache, tables, blocks, tile)
-        out = next_tokens(model_config, kernels, params, cache, slots, hidden[:, 0], rows, tile.rows, max_logprobs)
+        out = next_tokens(model_config, kernels, params, cache, slots, hidden, rows, tile.rows, max_logprobs)
         return _append(cache, rows, out, ~rows.scored & live), out
 
     def step(cache: Cache, i: Array) -> tuple[Cache, RowOutputs]:
@@ -91,6 +93,13 @@ def decode_step(
         cache, out = one(cache, rows)
         return cache, jax.tree.map(lambda x: x[None], out)
     return jax.lax.scan(step, cache, jnp.arange(num_steps, dtype=jnp.int32))
+
+
+@functools.cache
+def captured(step: Any) -> Any:
+    """The jitted step for a GPU: the same program, as one command buffer that the device steers by itself."""
+    static = [name for name in STATIC if name in inspect.signature(step).parameters]
+    return jax.jit(step.__wrapped__, static_argnames=static, donate_argnames="cache", compiler_options=ON_A_GPU)
 
 
 @jax.jit
@@ -117,7 +126,7 @@ def _run_blocks(
     tables: Int[Array, "slots n"],
     blocks: QueryBlocks,
     tile: Tile,
-) -> tuple[Cache, Float[Array, "B r D"]]:
+) -> tuple[Cache, Float[Array, "B*r D"]]:
     """The history's tokens of the blocks through the layers: the cache with their keys and values, and their hidden
     states.
     """

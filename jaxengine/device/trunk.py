@@ -8,6 +8,7 @@ Reverse mode keeps the residual stream before each layer and computes the rest a
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +19,12 @@ from jaxengine.config import KV_TILE, QUERY_BLOCK, ModelConfig
 from jaxengine.device.embedding import embed
 from jaxengine.models import decoder
 from jaxengine.models.params import Decoder, Layer
+from jaxengine.ops.heads import PackedHeads, rotated_heads
 from jaxengine.ops.kernels import Kernels
+from jaxengine.ops.live import Live
+from jaxengine.ops.pools import Pools
 from jaxengine.ops.query_blocks import QueryBlocks
-from jaxengine.ops.regions import no_gradient, over_tiles
+from jaxengine.ops.regions import no_gradient
 from jaxengine.ops.tiles import ATTENTION_TILE, Tile
 from pallas_kernels.tiles import unknown_zero
 
@@ -52,7 +56,7 @@ def hidden_states(
     starts, tables = jnp.repeat(layout.starts, parts, axis=0), jnp.repeat(layout.tables, parts, axis=0)
     starts += jnp.tile(jnp.arange(0, QUERY_BLOCK, tile.tokens), layout.tokens.shape[0])
     count = layout.count * parts
-    x = embed(model_config, kernels, tile, params.embed, layout.tokens.reshape(-1, tile.tokens), count)
+    x = embed(kernels, tile, params.embed, layout.tokens.reshape(-1), count * tile.tokens)
     for layer in params.layers:
         x = _layer(model_config, kernels, tile, layer, x, starts, tables, count)
     whole = x.reshape(-1, QUERY_BLOCK, x.shape[-1]).at[layout.places].get(unique_indices=True)
@@ -85,23 +89,24 @@ def lay_out(params: Decoder, tokens: Int[Array, "B T"], lengths: Int[Array, " B"
 # -- a layer -----------------------------------------------------------------------------------------------------------
 
 
-def _layer_of_regions(
+def _chain(
     model_config: ModelConfig,
     kernels: Kernels,
     tile: Tile,
     layer: Layer,
-    x: Float[Array, "NB r D"],
+    x: Float[Array, "NB*r D"],
     starts: Int[Array, " NB"],
     tables: Int[Array, "NB n"],
     count: Int[Array, ""],
-) -> Float[Array, "NB r D"]:
-    before = functools.partial(decoder.project, model_config, kernels)
-    q, k, v = over_tiles(before, tile.blocks, layer, (x, starts), count)
-    attended = _attention(model_config, kernels, q, k, v, tables, starts, count)
-    return over_tiles(functools.partial(decoder.mix, model_config, kernels), tile.blocks, layer, (x, attended), count)
+) -> Float[Array, "NB*r D"]:
+    def attend(packed: PackedHeads) -> tuple[Any, None]:
+        return _attention(model_config, kernels, tile, packed, tables, starts, count), None
+
+    live = Live(tile.rows, count * tile.tokens)
+    return decoder.add_layer(model_config, kernels.products, layer, x, live, attend)[0]
 
 
-_layer = jax.custom_vjp(_layer_of_regions, nondiff_argnums=(0, 1, 2))
+_layer = jax.custom_vjp(_chain, nondiff_argnums=(0, 1, 2))
 
 
 def _layer_forward(model_config, kernels, tile, layer, x, *where):
@@ -116,7 +121,7 @@ def _layer_backward(model_config, kernels, tile, saved, cotangent):
     count += unknown_zero(cotangent)
 
     def again(layer: Layer, x: Array) -> Array:
-        return _layer_of_regions(model_config, kernels, tile, layer, x, starts, tables, count)
+        return _chain(model_config, kernels, tile, layer, x, starts, tables, count)
 
     _, pullback = jax.vjp(again, layer, x)
     return *pullback(cotangent), *map(no_gradient, where)
@@ -128,36 +133,58 @@ _layer.defvjp(_layer_forward, _layer_backward)
 # -- attention ---------------------------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _attention(
     model_config: ModelConfig,
     kernels: Kernels,
+    tile: Tile,
+    packed: PackedHeads,
+    tables: Int[Array, "NB n"],
+    starts: Int[Array, " NB"],
+    count: Int[Array, ""],
+) -> Float[Array, "NB*r Hh"]:
+    """The engine's paged attention, over pools that hold these sequences alone."""
+    each, r = jnp.arange(starts.shape[0], dtype=jnp.int32), tile.tokens
+    blocks = QueryBlocks(each, starts, jnp.where(each < count, r, 0), count)  # every block brings its own table
+    shapes = kernels.attention.pools(model_config, packed.rows.shape[0] // QUERY_BLOCK, QUERY_BLOCK)
+    zero = unknown_zero(packed.rows, count)  # so that XLA makes the pools at their turn
+    pools = Pools(*(jnp.full(x.shape, zero, x.dtype, device=x.sharding) for x in shapes))
+    tables = kernels.attention.tables(tables, blocks)
+    q, pools = kernels.attention.rotate_and_write(model_config, packed, pools, tables, blocks, tile.rows)
+    return kernels.attention.attend(model_config, pools, q, tables, blocks)
+
+
+def _attention_forward(model_config, kernels, tile, *given):
+    return _attention(model_config, kernels, tile, *given), given
+
+
+def _attention_backward(model_config, kernels, tile, saved, cotangent):
+    """Gradient of plain attention in float32, a block of queries at a time: nothing of size T × T is kept."""
+    packed, tables, starts, count = jax.lax.optimization_barrier(saved)
+    r = tile.tokens
+    positions = (starts[:, None] + jnp.arange(r)).reshape(-1)
+
+    def heads(packed):
+        rows = rotated_heads(model_config, packed, positions, Live(tile.rows, count * r))
+        return [x.reshape(-1, r, *x.shape[1:]) for x in rows]
+
+    (q, k, v), pullback = jax.vjp(heads, packed)
+    of_heads = _attention_gradient(model_config, q, k, v, tables, starts, count, cotangent.reshape(*q.shape[:2], -1))
+    return *pullback(of_heads), *map(no_gradient, (tables, starts, count))
+
+
+def _attention_gradient(
+    model_config: ModelConfig,
     q: Float[Array, "NB r H h"],
     k: Float[Array, "NB r K h"],
     v: Float[Array, "NB r K h"],
     tables: Int[Array, "NB n"],
     starts: Int[Array, " NB"],
     count: Int[Array, ""],
-) -> Float[Array, "NB r Hh"]:
-    """The engine's paged attention."""
-    each, r = jnp.arange(q.shape[0], dtype=jnp.int32), q.shape[1]
-    blocks = QueryBlocks(each, starts, jnp.where(each < count, r, 0), count)  # every block brings its own table
-    keys, values = kernels.attention.as_pages(_whole_blocks(k), _whole_blocks(v))
-    return kernels.attention.attend(model_config, keys, values, q, tables, blocks)
-
-
-def _whole_blocks(x: Float[Array, "NB r K h"]) -> Float[Array, "blocks q K h"]:
-    return x.reshape(-1, QUERY_BLOCK, *x.shape[2:])
-
-
-def _attention_forward(model_config, kernels, q, k, v, tables, starts, count):
-    return _attention(model_config, kernels, q, k, v, tables, starts, count), (q, k, v, tables, starts, count)
-
-
-def _attention_backward(model_config, kernels, saved, cotangent):
-    """Gradient of plain attention in float32, a block of queries at a time: nothing of size T × T is kept."""
-    q, k, v, tables, starts, count = jax.lax.optimization_barrier(saved)
-    keys, values = (_whole_blocks(x).astype(jnp.float32) for x in (k, v))
+    cotangent: Float[Array, "NB r Hh"],
+) -> list[Array]:
+    """The gradients of q, k and v."""
+    keys, values = (x.reshape(-1, QUERY_BLOCK, *x.shape[2:]).astype(jnp.float32) for x in (k, v))
     pages = jnp.arange(tables.shape[1])
 
     def step(i, gradients):
@@ -172,8 +199,7 @@ def _attention_backward(model_config, kernels, saved, cotangent):
     zero = unknown_zero(cotangent)
     start = tuple(jnp.full(x.shape, zero, x.dtype) for x in (q, keys, values))
     of_q, of_k, of_v = jax.lax.fori_loop(0, count, step, start)
-    of_k, of_v = of_k.reshape(k.shape).astype(k.dtype), of_v.reshape(v.shape).astype(v.dtype)
-    return of_q, of_k, of_v, *map(no_gradient, (tables, starts, count))
+    return [of_q, of_k.reshape(k.shape).astype(k.dtype), of_v.reshape(v.shape).astype(v.dtype)]
 
 
 def _joined(pages: Float[Array, "n q K h"]) -> Float[Array, "S K h"]:

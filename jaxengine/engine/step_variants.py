@@ -107,16 +107,23 @@ class StepVariants:
 
     def run_decode(self, params, cache, tables, slots, rows, tile: Tile) -> tuple[Cache, RowOutputs]:
         with self._first_use("decode", tile):
-            cache, out = steps.decode_step(params, cache, tables, slots, pack(rows), **self._static("decode", tile))
+            step, how = self._step("decode"), self._static("decode", tile)
+            cache, out = step(params, cache, tables, slots, pack(rows), **how)
         begin_copies(out, self.batch.tells_details)
         return cache, out
 
     def run_prefill(self, params, cache, tables, slots, blocks, rows, copies, tile: Tile) -> tuple[Cache, RowOutputs]:
         inputs = pack((blocks, rows, copies))
         with self._first_use("prefill", tile):
-            cache, out = steps.prefill_step(params, cache, tables, slots, inputs, **self._static("prefill", tile))
+            step, how = self._step("prefill"), self._static("prefill", tile)
+            cache, out = step(params, cache, tables, slots, inputs, **how)
         begin_copies(out, self.batch.tells_details)
         return cache, out
+
+    def _step(self, kind: str) -> Any:
+        """The jitted step for the device at hand."""
+        step = steps.decode_step if kind == "decode" else steps.prefill_step
+        return steps.captured(step) if jax.default_backend() == "gpu" else step
 
     def _static(self, kind: str, tile: Tile) -> dict[str, Any]:
         """What a step is compiled for."""
@@ -143,9 +150,8 @@ class StepVariants:
 
     def lowered(self, kind: str, tile: Tile, params: Any, cache: Any) -> Any:
         """The step before it is compiled; of `params` and `cache` only shapes and places are looked at."""
-        step = steps.decode_step if kind == "decode" else steps.prefill_step
         batch, inputs = self.batch, pack(self.batch.smallest(kind, tile))
-        return step.lower(params, cache, batch.tables, batch.host_slots, inputs, **self._static(kind, tile))
+        return self._step(kind).lower(params, cache, batch.tables, batch.host_slots, inputs, **self._static(kind, tile))
 
     def workspace(self, params: Any, cache: Any) -> int:
         """Bytes that the widest steps take beside their arguments, read from the compiled programs.

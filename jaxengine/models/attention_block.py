@@ -1,20 +1,16 @@
-"""Multi-head attention with grouped keys and values: what stands before the paged attention of ops/kernels.py, and
-after it.
+"""Multi-head attention with grouped keys and values. Ainslie et al. 2023, arXiv:2305.13245."""
 
-Ainslie et al. 2023, arXiv:2305.13245.
-"""
-
+from collections.abc import Callable
 from typing import Any
 
-import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from jaxengine.base.pytree import pytree
 from jaxengine.config import ModelConfig
 from jaxengine.models.parameter import Parameter, norm_scale, split_by_inputs, split_by_outputs
-from jaxengine.ops.kernels import Kernels
-from jaxengine.ops.norm import rms_norm
-from jaxengine.ops.rope import cos_sin, rotate
+from jaxengine.ops.heads import PackedHeads
+from jaxengine.ops.kernels import Products
+from jaxengine.ops.live import Live
 
 
 @pytree
@@ -49,58 +45,20 @@ def declare(model_config: ModelConfig) -> Attention:
     )
 
 
-def project(
+# The projection -> (what was attended `[R, Hh]`, what else the caller wants back)
+Attend = Callable[[PackedHeads], tuple[Array, Any]]
+
+
+def add_attention(
     model_config: ModelConfig,
-    kernels: Kernels,
+    products: Products,
     attention: Attention,
     norm: Float[Array, " D"],
-    x: Float[Array, "B r D"],
-    starts: Int[Array, " B"],
-) -> tuple[Float[Array, "B r H h"], Float[Array, "B r K h"], Float[Array, "B r K h"]]:
-    """Queries (float32), keys and values (the model's dtype) of the blocks' tokens; block b starts at position
-    `starts[b]`.
-    """
-    batch, r, width = x.shape
-    h, dtype = model_config.head_dim, model_config.dtype
-    y = rms_norm(x.reshape(batch * r, width), norm, model_config.rms_norm_eps)
-    packed = kernels.products.outputs(y, attention.qkv)
-    if attention.qkv_bias is not None:
-        packed = packed + attention.qkv_bias.astype(jnp.float32)[:, None]
-    q, k, v = _heads(model_config, packed)
-    if attention.q_norm is not None and attention.k_norm is not None:
-        q = rms_norm(q, attention.q_norm, model_config.rms_norm_eps)
-        k = rms_norm(k, attention.k_norm, model_config.rms_norm_eps)
-    cos, sin = cos_sin((starts[:, None] + jnp.arange(r)).reshape(-1), model_config.rope, h)
-    in_blocks = (batch, r, -1, h)
-    return (
-        rotate(q, cos, sin).reshape(in_blocks).astype(jnp.float32),
-        rotate(k, cos, sin).reshape(in_blocks).astype(dtype),
-        v.reshape(in_blocks).astype(dtype),
-    )
-
-
-def _heads(model_config: ModelConfig, packed: Float[Array, "leaf t _"]) -> list[Float[Array, "t heads h"]]:
-    """Queries, keys and values of all leaves' heads."""
-    h, leaves = model_config.head_dim, model_config.reduction_leaves
-    queries = model_config.num_attention_heads * h // leaves
-    keys = model_config.num_key_value_heads * h // leaves
-    return [_join_heads(part, h) for part in jnp.split(packed, [queries, queries + keys], axis=-1)]
-
-
-def _join_heads(x: Float[Array, "leaf t _"], h: int) -> Float[Array, "t heads h"]:
-    leaves, t, _ = x.shape
-    return x.reshape(leaves, t, -1, h).transpose(1, 0, 2, 3).reshape(t, -1, h)
-
-
-def add_attended(
-    model_config: ModelConfig,
-    kernels: Kernels,
-    attention: Attention,
-    x: Float[Array, "t D"],
-    attended: Float[Array, "t Hh"],
-) -> Float[Array, "t D"]:
-    """The residual stream after the output projection of what was attended."""
-    leaves = model_config.reduction_leaves
-    by_leaf = attended.reshape(-1, leaves, attended.shape[-1] // leaves).swapaxes(0, 1)
-    x = x + kernels.products.summed(by_leaf, attention.out)
-    return x if attention.out_bias is None else x + attention.out_bias.astype(jnp.float32)
+    x: Float[Array, "R D"],
+    live: Live,
+    attend: Attend,
+) -> tuple[Float[Array, "R D"], Any]:
+    """The residual stream after the block, and what `attend` gives back beside what was attended."""
+    x, packed = products.project(x, norm, model_config.rms_norm_eps, attention.qkv, attention.qkv_bias, live)
+    attended, rest = attend(PackedHeads(packed, attention.q_norm, attention.k_norm))
+    return products.add(x, attended, attention.out, attention.out_bias, live), rest

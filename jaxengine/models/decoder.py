@@ -1,11 +1,11 @@
-"""The decoder that all families share, as pure functions of arrays.
+"""The decoder that all families share, as pure functions of arrays: a straight chain of ops (ops/kernels.py).
 
-The forward pass is a chain of pinned regions (ops/regions.py); between two regions only copying happens. Every region
-works on query blocks: `[B, r, …]`, r consecutive tokens of one sequence. Decoding is r = 1. The residual stream is
-float32.
+Each op has one promise: a row's bits depend on that row and the weights alone. How it is kept is the implementation's
+own affair; between two ops only copying happens. Rows are tokens, `[R, …]`; the residual stream is float32.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,72 +13,67 @@ from jaxtyping import Array, Float, Int
 
 from jaxengine.config import ModelConfig
 from jaxengine.models import attention_block, mlp_block
+from jaxengine.models.attention_block import Attend
 from jaxengine.models.params import Decoder, Layer
-from jaxengine.ops.kernels import Kernels
+from jaxengine.ops.heads import PackedHeads
+from jaxengine.ops.kernels import Kernels, Products
+from jaxengine.ops.live import Live
 from jaxengine.ops.norm import rms_norm
+from jaxengine.ops.pools import Pools
 from jaxengine.ops.query_blocks import QueryBlocks
-from jaxengine.ops.regions import over_tiles
 from jaxengine.ops.tiles import Tile
 
-Pools = tuple[Array, ...]  # a layer's pages each, as `Kernels.attention` lays them out
+Layers = tuple[Array, ...]  # the pages of each layer
 
 
 def forward(
     model_config: ModelConfig,
     kernels: Kernels,
     params: Decoder,
-    keys: Pools,
-    values: Pools,
+    keys: Layers,
+    values: Layers,
     tables: Int[Array, "slots n"],
     blocks: QueryBlocks,
     tokens: Int[Array, "B r"],
     tile: Tile,
-) -> tuple[Pools, Pools, Float[Array, "B r D"]]:
+) -> tuple[Layers, Layers, Float[Array, "B*r D"]]:
     """(keys, values, hidden states) after the blocks' tokens went through the layers, which write their keys and
     values.
 
     Within one call a sequence's blocks see each other's keys, causally. `tokens` after a block's count may be anything.
     """
-    tables, count = kernels.attention.tables(tables, blocks), blocks.num_blocks
-    x = over_tiles(functools.partial(embed, model_config, kernels), tile.blocks, params.embed, tokens, count)
-    before, after = functools.partial(project, model_config, kernels), functools.partial(mix, model_config, kernels)
+    live = Live(tile.rows, blocks.num_blocks * tile.tokens)
+    tables = kernels.attention.tables(tables, blocks)
+    x = kernels.products.embed(params.embed, tokens.reshape(-1), live)
     new_keys, new_values = [], []
-    for layer, own_keys, own_values in zip(params.layers, keys, values, strict=True):
-        q, k, v = over_tiles(before, tile.blocks, layer, (x, blocks.starts), count)
-        own_keys, own_values = kernels.attention.write(own_keys, own_values, k, v, tables, blocks)
-        attended = kernels.attention.attend(model_config, own_keys, own_values, q, tables, blocks)
-        x = over_tiles(after, tile.blocks, layer, (x, attended), count)
-        new_keys.append(own_keys)
-        new_values.append(own_values)
+    for layer, *pools in zip(params.layers, keys, values, strict=True):
+        attend = functools.partial(_attend, model_config, kernels, Pools(*pools), tables, blocks, tile)
+        x, written = add_layer(model_config, kernels.products, layer, x, live, attend)
+        new_keys.append(written.keys)
+        new_values.append(written.values)
     return tuple(new_keys), tuple(new_values), x
 
 
-# -- bodies of regions: (weights, rows of one tile) -> rows ------------------------------------------------------------
+def _attend(
+    model_config: ModelConfig,
+    kernels: Kernels,
+    pools: Pools,
+    tables: Array,
+    blocks: QueryBlocks,
+    tile: Tile,
+    packed: PackedHeads,
+) -> tuple[Float[Array, "B*r Hh"], Pools]:
+    """What the blocks attend to, their own tokens included, and the pools with those."""
+    q, pools = kernels.attention.rotate_and_write(model_config, packed, pools, tables, blocks, tile.rows)
+    return kernels.attention.attend(model_config, pools, q, tables, blocks), pools
 
 
-def embed(
-    model_config: ModelConfig, kernels: Kernels, table: Float[Array, "leaf V D"], tokens: Int[Array, "B r"]
-) -> Float[Array, "B r D"]:
-    """The tokens' rows of the embedding."""
-    return kernels.products.embed(table, tokens.reshape(-1)).reshape(*tokens.shape, model_config.hidden_size)
-
-
-def project(
-    model_config: ModelConfig, kernels: Kernels, layer: Layer, rows: tuple[Array, Array]
-) -> tuple[Array, Array, Array]:
-    """Queries, keys and values `[B, r, heads, h]` from the residual stream `[B, r, D]` and the blocks' first positions
-    `[B]`.
-    """
-    x, starts = rows
-    return attention_block.project(model_config, kernels, layer.attention, layer.input_norm, x, starts)
-
-
-def mix(model_config: ModelConfig, kernels: Kernels, layer: Layer, rows: tuple[Array, Array]) -> Float[Array, "B r D"]:
-    """The residual stream `[B, r, D]` after the layer, from the stream and what was attended `[B, r, Hh]`."""
-    x, attended = rows
-    flat, attended = x.reshape(-1, x.shape[-1]), attended.reshape(-1, attended.shape[-1])
-    flat = attention_block.add_attended(model_config, kernels, layer.attention, flat, attended)
-    return mlp_block.add_mlp(model_config, kernels, layer.mlp, layer.post_norm, flat).reshape(x.shape)
+def add_layer(
+    model_config: ModelConfig, products: Products, layer: Layer, x: Float[Array, "R D"], live: Live, attend: Attend
+) -> tuple[Float[Array, "R D"], Any]:
+    """The residual stream after a layer, and what `attend` gives back beside what was attended."""
+    x, rest = attention_block.add_attention(model_config, products, layer.attention, layer.input_norm, x, live, attend)
+    return mlp_block.add_mlp(model_config, products, layer.mlp, layer.post_norm, x, live), rest
 
 
 # -- the head, inside a caller's region --------------------------------------------------------------------------------

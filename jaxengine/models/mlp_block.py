@@ -5,8 +5,8 @@ from jaxtyping import Array, Float
 from jaxengine.base.pytree import pytree
 from jaxengine.config import ModelConfig
 from jaxengine.models.parameter import split_by_inputs, split_by_outputs
-from jaxengine.ops.kernels import Kernels
-from jaxengine.ops.norm import rms_norm
+from jaxengine.ops.kernels import Products
+from jaxengine.ops.live import Live
 
 
 @pytree
@@ -24,8 +24,13 @@ def declare(model_config: ModelConfig) -> Mlp:
 
 
 def add_mlp(
-    model_config: ModelConfig, kernels: Kernels, mlp: Mlp, norm: Float[Array, " D"], x: Float[Array, "t D"]
-) -> Float[Array, "t D"]:
+    model_config: ModelConfig,
+    products: Products,
+    mlp: Mlp,
+    norm: Float[Array, " D"],
+    x: Float[Array, "R D"],
+    live: Live,
+) -> Float[Array, "R D"]:
     """The residual stream after the MLP."""
-    y = kernels.products.gated(rms_norm(x, norm, model_config.rms_norm_eps), mlp.gate_up)
-    return x + kernels.products.summed(y, mlp.down)
+    x, inner = products.gated(x, norm, model_config.rms_norm_eps, mlp.gate_up, live)
+    return products.add(x, inner, mlp.down, None, live)

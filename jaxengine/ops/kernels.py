@@ -17,6 +17,10 @@ from jaxtyping import Array, Float, Int
 
 from jaxengine.config import ModelConfig, check_kernels
 from jaxengine.ops import pallas, xla
+from jaxengine.ops.heads import PackedHeads
+from jaxengine.ops.in_tiles import ProductsInTiles
+from jaxengine.ops.live import Live
+from jaxengine.ops.pools import Pools
 from jaxengine.ops.query_blocks import QueryBlocks
 from pallas_kernels import implementations
 from pallas_kernels.draw_reference import Draw
@@ -27,29 +31,55 @@ log = logging.getLogger("jaxengine")
 
 
 class Products(Protocol):
-    """Matrix products of the rows of one tile.
+    """Products of rows with weights, and what stands before and after them. A row's bits depend on it and the weights
+    alone.
 
-    Weights carry the leaf axis first (sharding/leaves.py); sums are float32.
+    Weights carry the leaf axis first (sharding/leaves.py), and columns of rows lie in the order of leaves; sums are
+    float32, and added over leaves in the fixed order of the tree. All are differentiable in rows and weights.
     """
 
     def parts(self) -> dict[str, Any]:
         """What the bits depend on, ready for JSON."""
         ...
 
-    def embed(self, table: Float[Array, "leaf V D"], ids: Int[Array, " t"]) -> Float[Array, "t D"]:
-        """Rows of the embedding in float32."""
+    def embed(self, table: Float[Array, "leaf V D"], ids: Int[Array, " R"], live: Live) -> Float[Array, "R D"]:
+        """The residual stream's beginning: rows of the embedding in float32."""
+        ...
+
+    def project(
+        self,
+        x: Float[Array, "R D"],
+        norm: Float[Array, " D"],
+        eps: float,
+        w: Float[Array, "leaf N D"],
+        bias: Float[Array, "leaf N"] | None,
+        live: Live,
+    ) -> tuple[Float[Array, "R D"], Float[Array, "R leaf*N"]]:
+        """(the residual stream, rms_norm(x) @ w.T + bias for every leaf's outputs).
+
+        vLLM: column parallel. What is normalised is rounded to the weights' dtype.
+        """
+        ...
+
+    def gated(
+        self, x: Float[Array, "R D"], norm: Float[Array, " D"], eps: float, w: Float[Array, "leaf F2 D"], live: Live
+    ) -> tuple[Float[Array, "R D"], Float[Array, "R leaf*F"]]:
+        """(the residual stream, silu(gate) · up of rms_norm(x)). A leaf's weights are its gates, then its ups."""
+        ...
+
+    def add(
+        self,
+        x: Float[Array, "R D"],
+        y: Float[Array, "R leaf*K"],
+        w: Float[Array, "leaf D K"],
+        bias: Float[Array, " D"] | None,
+        live: Live,
+    ) -> Float[Array, "R D"]:
+        """The residual stream with y @ w.T + bias added, summed over leaves (vLLM: row parallel)."""
         ...
 
     def outputs(self, x: Float[Array, "t K"], w: Float[Array, "leaf N K"]) -> Float[Array, "leaf t N"]:
-        """x @ w.T for every leaf's outputs (vLLM: column parallel). x is rounded to the weights' dtype first."""
-        ...
-
-    def gated(self, x: Float[Array, "t K"], w: Float[Array, "leaf F2 K"]) -> Float[Array, "leaf t F"]:
-        """silu(gate) · up of a leaf's outputs: gates, then ups."""
-        ...
-
-    def summed(self, x: Float[Array, "leaf t K"], w: Float[Array, "leaf N K"]) -> Float[Array, "t N"]:
-        """Sum over leaves of x @ w.T, in the fixed order of the tree (vLLM: row parallel)."""
+        """x @ w.T for every leaf's outputs, of one tile of rows inside a caller's region: the head."""
         ...
 
 
@@ -67,10 +97,6 @@ class Attention(Protocol):
         """Shapes and dtypes of one layer's keys and values."""
         ...
 
-    def as_pages(self, k: Float[Array, "B r K h"], v: Float[Array, "B r K h"]) -> tuple[Array, Array]:
-        """Blocks of r tokens as B pages of r tokens: the same bits as they lie in pools."""
-        ...
-
     def by_token(self, keys: Any, values: Any) -> tuple[Any, Any]:
         """Pools, or pages of them, as `[P, p, K, _]`; jax's or numpy's."""
         ...
@@ -79,33 +105,28 @@ class Attention(Protocol):
         """A step's block tables as `write` and `attend` take them."""
         ...
 
-    def write(
+    def rotate_and_write(
         self,
-        keys: Array,
-        values: Array,
-        k: Float[Array, "B r K h"],
-        v: Float[Array, "B r K h"],
+        model_config: ModelConfig,
+        packed: PackedHeads,
+        pools: Pools,
         tables: Array,
         blocks: QueryBlocks,
-    ) -> tuple[Array, Array]:
-        """The pools with k and v of each block in the page that its table names. Copies bits, so it needs no pinning.
+        tile: int,
+    ) -> tuple[Float[Array, "B r H h"], Pools]:
+        """(queries, and the pools with each block's keys and values in the page that its table names).
 
-        A block lies in one page: block starts are multiples of r and page sizes too.
+        Queries and keys are normalised where the model has such norms, and rotated. A block lies in one page: block
+        starts are multiples of r and page sizes too. `tile` is as in Live.
         """
         ...
 
     def attend(
-        self,
-        model_config: ModelConfig,
-        keys: Array,
-        values: Array,
-        q: Float[Array, "B r H h"],
-        tables: Array,
-        blocks: QueryBlocks,
-    ) -> Float[Array, "B r Hh"]:
+        self, model_config: ModelConfig, pools: Pools, q: Float[Array, "B r H h"], tables: Array, blocks: QueryBlocks
+    ) -> Float[Array, "B*r Hh"]:
         """Causal attention of the blocks over their sequences' pages, in the model's dtype.
 
-        A block's bits do not depend on what else is attended.
+        A block's bits do not depend on what else is attended. Its gradient is the caller's affair (device/trunk.py).
         """
         ...
 
@@ -143,13 +164,13 @@ class Kernels:
         return {"name": self.name} | self.products.parts() | self.attention.parts()
 
 
-XLA = Kernels("xla", xla.XlaProducts(), xla.XlaAttention(), xla.XlaDraw())
+XLA = Kernels("xla", ProductsInTiles(xla.XlaProducts()), xla.XlaAttention(), xla.XlaDraw())
 
 
 def kernels_of(implementation: Implementation) -> Kernels:
     """A device's own kernels."""
     own = (
-        pallas.PallasProducts(implementation),
+        ProductsInTiles(pallas.PallasProducts(implementation)),
         pallas.PallasAttention(implementation),
         pallas.PallasDraw(implementation),
     )

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxengine.config import ModelConfig
+from jaxengine.ops.in_tiles import RotatesInTiles
+from jaxengine.ops.pools import Pools
 from jaxengine.ops.query_blocks import QueryBlocks
 from pallas_kernels import paged_attention_inputs as inputs
 from pallas_kernels.draw import draw_and_score
@@ -88,7 +90,7 @@ class PallasProducts:
 
 
 @dataclasses.dataclass(frozen=True)
-class PallasAttention:
+class PallasAttention(RotatesInTiles):
     """Keys and values are laid out alike, `[P, K, p, width]`.
 
     Where the device wants rows wider than a head, the rest is 0.
@@ -118,12 +120,6 @@ class PallasAttention:
             return next(width for width in GPU_WIDTHS if width >= head_dim)
         return ceil_to(head_dim, LANES)
 
-    def as_pages(self, k: Float[Array, "B r K h"], v: Float[Array, "B r K h"]) -> tuple[Array, Array]:
-        return self._page(k), self._page(v)
-
-    def _page(self, x: Float[Array, "B r K h"]) -> Float[Array, "B K r width"]:
-        return inputs.widen(x.transpose(0, 2, 1, 3), self._width(x.shape[-1]))
-
     def by_token(self, keys: Any, values: Any) -> tuple[Any, Any]:
         return keys.transpose(0, 2, 1, 3), values.transpose(0, 2, 1, 3)
 
@@ -133,36 +129,34 @@ class PallasAttention:
 
     def write(
         self,
-        keys: Array,
-        values: Array,
+        pools: Pools,
         k: Float[Array, "B r K h"],
         v: Float[Array, "B r K h"],
         tables: Int[Array, "slots n"],
         blocks: QueryBlocks,
-    ) -> tuple[Array, Array]:
+    ) -> Pools:
         """Two blocks that hold the same tokens (a probe's) hold the same bits, so the order in which they are written
         does not matter.
         """
-        pages = kv_write(inputs.Pages(keys, values), k, v, _located(tables, blocks), implementation=self.implementation)
-        return pages.keys, pages.values
+        pages = kv_write(inputs.Pages(*pools), k, v, _located(tables, blocks), implementation=self.implementation)
+        return Pools(pages.keys, pages.values)
 
     def attend(
         self,
         model_config: ModelConfig,
-        keys: Array,
-        values: Array,
+        pools: Pools,
         q: Float[Array, "B r H h"],
         tables: Int[Array, "slots n"],
         blocks: QueryBlocks,
-    ) -> Float[Array, "B r Hh"]:
+    ) -> Float[Array, "B*r Hh"]:
         out = paged_attention(
             q,
-            inputs.Pages(keys, values),
+            inputs.Pages(*pools),
             _located(tables, blocks),
             scoring=inputs.Scoring(model_config.head_dim**-0.5),
             implementation=self.implementation,
         )
-        return out.reshape(*out.shape[:2], -1).astype(model_config.dtype)
+        return out.reshape(out.shape[0] * out.shape[1], -1).astype(model_config.dtype)
 
 
 def _located(tables: Int[Array, "slots n"], blocks: QueryBlocks) -> inputs.PagedBlocks:

@@ -10,7 +10,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jaxengine.config import ModelConfig
-from jaxengine.ops.kernels import Attention, DrawKernel, Kernels, Products
+from jaxengine.ops.in_tiles import ProductsInTiles, RotatesInTiles, TileProducts
+from jaxengine.ops.kernels import DrawKernel, Kernels
+from jaxengine.ops.pools import Pools
 from jaxengine.ops.query_blocks import QueryBlocks
 from pallas_kernels.draw_reference import Draw
 from sharding.leaves import tree_sum
@@ -57,7 +59,9 @@ def sharded(own: Kernels, mesh: Mesh, axis: str) -> Kernels:
     over leaves is finished in the order of the tree.
     """
     split = Split(mesh, axis)
-    products, attention = ShardedProducts(own.products, split), ShardedAttention(own.attention, split)
+    assert isinstance(own.products, ProductsInTiles)
+    products = ProductsInTiles(ShardedProducts(own.products.of_tile, split))
+    attention = ShardedAttention(own.attention, split)
     return dataclasses.replace(own, products=products, attention=attention, draw=ShardedDraw(own.draw, split))
 
 
@@ -65,7 +69,7 @@ def sharded(own: Kernels, mesh: Mesh, axis: str) -> Kernels:
 class ShardedProducts:
     """Each device multiplies by its own leaves' weights."""
 
-    own: Products
+    own: TileProducts
     split: Split
 
     def parts(self) -> dict[str, Any]:
@@ -105,10 +109,10 @@ class ShardedProducts:
 
 
 @dataclasses.dataclass(frozen=True)
-class ShardedAttention:
+class ShardedAttention(RotatesInTiles):
     """Each device attends with its own heads, over its own part of every page."""
 
-    own: Attention
+    own: Any  # an Attention with a `write`
     split: Split
 
     def parts(self) -> dict[str, Any]:
@@ -119,9 +123,6 @@ class ShardedAttention:
         sharding = NamedSharding(self.split.mesh, self.split.pages)
         return keys.update(sharding=sharding), values.update(sharding=sharding)
 
-    def as_pages(self, k: Float[Array, "B r K h"], v: Float[Array, "B r K h"]) -> tuple[Array, Array]:
-        return self.own.as_pages(k, v)
-
     def by_token(self, keys: Any, values: Any) -> tuple[Any, Any]:
         return self.own.by_token(keys, values)
 
@@ -129,32 +130,22 @@ class ShardedAttention:
         return self.own.tables(tables, blocks)
 
     def write(
-        self,
-        keys: Array,
-        values: Array,
-        k: Float[Array, "B r K h"],
-        v: Float[Array, "B r K h"],
-        tables: Array,
-        blocks: QueryBlocks,
-    ) -> tuple[Array, Array]:
-        pages, heads = self.split.pages, self.split.heads
-        inputs = pages, pages, heads, heads, WHOLE, WHOLE
-        return self.split.on_each(self.own.write, inputs, (pages, pages))(keys, values, k, v, tables, blocks)
+        self, pools: Pools, k: Float[Array, "B r K h"], v: Float[Array, "B r K h"], tables: Array, blocks: QueryBlocks
+    ) -> Pools:
+        pages, heads = Pools(self.split.pages, self.split.pages), self.split.heads
+        return self.split.on_each(self.own.write, (pages, heads, heads, WHOLE, WHOLE), pages)(
+            pools, k, v, tables, blocks
+        )
 
     def attend(
-        self,
-        model_config: ModelConfig,
-        keys: Array,
-        values: Array,
-        q: Float[Array, "B r H h"],
-        tables: Array,
-        blocks: QueryBlocks,
-    ) -> Float[Array, "B r Hh"]:
+        self, model_config: ModelConfig, pools: Pools, q: Float[Array, "B r H h"], tables: Array, blocks: QueryBlocks
+    ) -> Float[Array, "B*r Hh"]:
         def part(*arrays):
             return self.own.attend(model_config, *arrays)
 
-        pages, heads = self.split.pages, self.split.heads
-        return self.split.on_each(part, (pages, pages, heads, WHOLE, WHOLE), heads)(keys, values, q, tables, blocks)
+        pages, columns = Pools(self.split.pages, self.split.pages), PartitionSpec(None, self.split.axis)
+        inputs = pages, self.split.heads, WHOLE, WHOLE
+        return self.split.on_each(part, inputs, columns)(pools, q, tables, blocks)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""The decoder's ops in plain XLA, laid out and tiled for CPUs. kernels.py says what each op has to be."""
+"""The decoder's ops in plain XLA, laid out and tiled for CPUs. kernels.py says what each op has to be, in_tiles.py what
+each product."""
 
 import dataclasses
 import functools
@@ -9,7 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxengine.config import KV_TILE, ModelConfig
+from jaxengine.ops.in_tiles import RotatesInTiles
 from jaxengine.ops.linear import dot, split_outputs
+from jaxengine.ops.pools import Pools
 from jaxengine.ops.query_blocks import QueryBlocks
 from jaxengine.ops.regions import over_tiles
 from jaxengine.ops.tiles import ATTENTION_TILE
@@ -47,7 +50,7 @@ class XlaProducts:
 
 
 @dataclasses.dataclass(frozen=True)
-class XlaAttention:
+class XlaAttention(RotatesInTiles):
     """Keys are stored transposed, `[P, K, h, p]`, values as `[P, K, p, h]`: a score is a plain dot with a row of the
     tile's keys.
     """
@@ -61,9 +64,6 @@ class XlaAttention:
         keys = jax.ShapeDtypeStruct((num_pages, heads, h, page_size), dtype)
         return keys, jax.ShapeDtypeStruct((num_pages, heads, page_size, h), dtype)
 
-    def as_pages(self, k: Float[Array, "B r K h"], v: Float[Array, "B r K h"]) -> tuple[Array, Array]:
-        return _stored(k.transpose(0, 2, 3, 1)), _stored(v.transpose(0, 2, 1, 3))
-
     def by_token(self, keys: Any, values: Any) -> tuple[Any, Any]:
         return keys.transpose(0, 3, 1, 2), values.transpose(0, 2, 1, 3)
 
@@ -73,18 +73,17 @@ class XlaAttention:
 
     def write(
         self,
-        keys: Array,
-        values: Array,
+        pools: Pools,
         k: Float[Array, "B r K h"],
         v: Float[Array, "B r K h"],
         tables: Int[Array, "B n"],
         blocks: QueryBlocks,
-    ) -> tuple[Array, Array]:
+    ) -> Pools:
         """Rows after a block's count are written as they are: nothing attends to them before their own token overwrites
         them.
         """
-        page_size = values.shape[2]
-        k, v = self.as_pages(k, v)
+        page_size = pools.values.shape[2]
+        k, v = _stored(k.transpose(0, 2, 3, 1)), _stored(v.transpose(0, 2, 1, 3))
         pages = jnp.take_along_axis(tables, (blocks.starts // page_size)[:, None], axis=1)[:, 0]
         pages, offsets = jnp.where(blocks.counts > 0, pages, 0), blocks.starts % page_size
 
@@ -96,19 +95,20 @@ class XlaAttention:
                 jax.lax.dynamic_update_slice(pools[1], new_v, (page, zero, offset, zero)),
             )
 
-        return jax.lax.fori_loop(0, blocks.num_blocks, step, (keys, values))
+        return Pools(*jax.lax.fori_loop(0, blocks.num_blocks, step, tuple(pools)))
 
     def attend(
         self,
         model_config: ModelConfig,
-        keys: Array,
-        values: Array,
+        pools: Pools,
         q: Float[Array, "B r H h"],
         tables: Int[Array, "B n"],
         blocks: QueryBlocks,
-    ) -> Float[Array, "B r Hh"]:
+    ) -> Float[Array, "B*r Hh"]:
         body = functools.partial(attend_tile, model_config)
-        return over_tiles(body, ATTENTION_TILE, (keys, values), (q, tables, blocks.starts), blocks.num_blocks)
+        rows = q, tables, blocks.starts
+        attended = over_tiles(body, ATTENTION_TILE, tuple(pools), rows, blocks.num_blocks)
+        return attended.reshape(-1, attended.shape[-1])
 
 
 @dataclasses.dataclass(frozen=True)

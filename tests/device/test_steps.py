@@ -2,10 +2,11 @@
 
 import jax
 import pytest
-from conftest import FAMILIES, SIZES, pool_bytes, step_call
+from conftest import FAMILIES, SIZES, bits, make_llm, pool_bytes, step_call
 
+from jaxengine import SamplingParams
 from jaxengine.config import EngineConfig, ModelConfig
-from jaxengine.device import kv_cache
+from jaxengine.device import kv_cache, steps
 from jaxengine.models import params
 from jaxengine.ops.kernels import XLA
 
@@ -26,3 +27,13 @@ def test_a_step_copies_neither_cache_nor_weights(kind, more):
     assert memory.alias_size_in_bytes == sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
     down = weights.layers[0].mlp.down  # a layer's smaller matrix
     assert memory.temp_size_in_bytes < min(down.size * down.dtype.itemsize, pool_bytes(cache) / 10)
+
+
+def test_a_captured_step_is_the_same_program(tiny, monkeypatch):
+    """What a GPU is asked for beside; here the option changes nothing, and the engine runs on those steps."""
+    prompts, sampling = [[1, 2, 3], [4] * 40], SamplingParams(max_tokens=8, ignore_eos=True)
+    expected = bits(tiny.generate(prompts, sampling))
+    llm = make_llm(tiny.config, tiny.params)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert bits(llm.generate(prompts, sampling)) == expected
+    assert steps.captured(steps.decode_step)._cache_size() > 0

@@ -12,6 +12,7 @@ import jaxengine
 from jaxengine import LLM, Rollout, SamplingParams
 from jaxengine.engine import scoring_proof
 from jaxengine.engine.scoring_proof import refused, scoring_tiles
+from jaxengine.ops.in_tiles import ProductsInTiles
 from jaxengine.ops.kernels import XLA
 from jaxengine.ops.tiles import BASE, HEAD_ROWS, SCORING, WIDE, ScoringTiles, Tile
 from jaxengine.ops.xla import XlaProducts
@@ -60,7 +61,7 @@ def test_tiles_of_other_bits_are_refused(model, planted, monkeypatch):
 )
 def test_a_machine_that_rounds_one_tile_differently(model, rows, holds):
     """The trainer's own logprobs, inside its jitted loss, are still those of generation."""
-    kernels = dataclasses.replace(XLA, name=f"rounds {rows}", products=RoundingProducts(rows))
+    kernels = dataclasses.replace(XLA, name=f"rounds {rows}", products=ProductsInTiles(RoundingProducts(rows)))
     assert scoring_tiles(model[0], kernels) == holds
 
 

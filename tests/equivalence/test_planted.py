@@ -15,8 +15,7 @@ from test_equivalence import check, few_flips
 from jaxengine import SamplingParams
 from jaxengine.config import KV_TILE, EngineConfig, ModelConfig
 from jaxengine.device import sampler, scoring
-from jaxengine.models import attention_block
-from jaxengine.ops import xla
+from jaxengine.ops import heads, xla
 from jaxengine.ops.rope import cos_sin
 
 MODEL = ModelConfig(
@@ -97,7 +96,7 @@ PLANTS = [
     pytest.param(3, xla, "paged_attention", first_tile_for_the_second, marks=SLOW),
     pytest.param(4, sampler, "process", prompt_is_penalised, marks=SLOW),
     pytest.param(5, sampler, "fold_keys", keys_of_the_next_position, marks=SLOW),
-    pytest.param(6, attention_block, "rotate", queries_one_ahead, marks=SLOW),
+    pytest.param(6, heads, "rotate", queries_one_ahead, marks=SLOW),
 ]
 
 

@@ -1,0 +1,138 @@
+"""The chain's ops in tiles: each is one pinned region (ops/regions.py) around an implementation's products of one tile.
+
+Its promise is kept by the region, and so is its gradient. What stands around the products is XLA's.
+"""
+
+import dataclasses
+import functools
+from typing import Any, Protocol
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxengine.config import ModelConfig
+from jaxengine.ops.heads import PackedHeads, rotated_heads
+from jaxengine.ops.live import Live
+from jaxengine.ops.norm import rms_norm
+from jaxengine.ops.pools import Pools
+from jaxengine.ops.query_blocks import QueryBlocks
+from jaxengine.ops.regions import over_tiles
+
+
+class TileProducts(Protocol):
+    """Matrix products of the rows of one tile. Weights carry the leaf axis first; sums are float32."""
+
+    def parts(self) -> dict[str, Any]:
+        """What the bits depend on, ready for JSON."""
+        ...
+
+    def embed(self, table: Float[Array, "leaf V D"], ids: Int[Array, " t"]) -> Float[Array, "t D"]:
+        """Rows of the embedding in float32."""
+        ...
+
+    def outputs(self, x: Float[Array, "t K"], w: Float[Array, "leaf N K"]) -> Float[Array, "leaf t N"]:
+        """x @ w.T for every leaf's outputs. x is rounded to the weights' dtype first."""
+        ...
+
+    def gated(self, x: Float[Array, "t K"], w: Float[Array, "leaf F2 K"]) -> Float[Array, "leaf t F"]:
+        """silu(gate) · up of a leaf's outputs: gates, then ups."""
+        ...
+
+    def summed(self, x: Float[Array, "leaf t K"], w: Float[Array, "leaf N K"]) -> Float[Array, "t N"]:
+        """Sum over leaves of x @ w.T, in the fixed order of the tree."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class ProductsInTiles:
+    """The products of ops/kernels.py."""
+
+    of_tile: TileProducts
+
+    def parts(self) -> dict[str, Any]:
+        return self.of_tile.parts()
+
+    def embed(self, table: Float[Array, "leaf V D"], ids: Int[Array, " R"], live: Live) -> Float[Array, "R D"]:
+        return over_tiles(self.of_tile.embed, live.tile, table, ids, live.count)
+
+    def project(
+        self,
+        x: Float[Array, "R D"],
+        norm: Float[Array, " D"],
+        eps: float,
+        w: Float[Array, "leaf N D"],
+        bias: Float[Array, "leaf N"] | None,
+        live: Live,
+    ) -> tuple[Float[Array, "R D"], Float[Array, "R leaf*N"]]:
+        body = functools.partial(_project, self.of_tile, eps)
+        return x, over_tiles(body, live.tile, (norm, w, bias), x, live.count)
+
+    def gated(
+        self, x: Float[Array, "R D"], norm: Float[Array, " D"], eps: float, w: Float[Array, "leaf F2 D"], live: Live
+    ) -> tuple[Float[Array, "R D"], Float[Array, "R leaf*F"]]:
+        body = functools.partial(_gated, self.of_tile, eps)
+        return x, over_tiles(body, live.tile, (norm, w), x, live.count)
+
+    def add(
+        self,
+        x: Float[Array, "R D"],
+        y: Float[Array, "R leaf*K"],
+        w: Float[Array, "leaf D K"],
+        bias: Float[Array, " D"] | None,
+        live: Live,
+    ) -> Float[Array, "R D"]:
+        return over_tiles(functools.partial(_add, self.of_tile), live.tile, (w, bias), (x, y), live.count)
+
+    def outputs(self, x: Float[Array, "t K"], w: Float[Array, "leaf N K"]) -> Float[Array, "leaf t N"]:
+        return self.of_tile.outputs(x, w)
+
+
+def _project(products: TileProducts, eps: float, weights: tuple, x: Float[Array, "t D"]) -> Float[Array, "t leaf*N"]:
+    norm, w, bias = weights
+    packed = products.outputs(rms_norm(x, norm, eps), w)
+    if bias is not None:
+        packed = packed + bias.astype(jnp.float32)[:, None]
+    return _joined(packed)
+
+
+def _gated(products: TileProducts, eps: float, weights: tuple, x: Float[Array, "t D"]) -> Float[Array, "t leaf*F"]:
+    norm, w = weights
+    return _joined(products.gated(rms_norm(x, norm, eps), w))
+
+
+def _joined(by_leaf: Float[Array, "leaf t N"]) -> Float[Array, "t leaf*N"]:
+    return by_leaf.swapaxes(0, 1).reshape(by_leaf.shape[1], -1)
+
+
+def _add(products: TileProducts, weights: tuple, rows: tuple[Array, Array]) -> Float[Array, "t D"]:
+    (w, bias), (x, y) = weights, rows
+    leaves = w.shape[0]
+    x = x + products.summed(y.reshape(y.shape[0], leaves, -1).swapaxes(0, 1), w)
+    return x if bias is None else x + bias.astype(jnp.float32)
+
+
+class RotatesInTiles:
+    """`rotate_and_write` of ops/kernels.py for an implementation that has `write`."""
+
+    def write(
+        self, pools: Pools, k: Float[Array, "B r K h"], v: Float[Array, "B r K h"], tables: Array, blocks: QueryBlocks
+    ) -> Pools:
+        """The pools with k and v of each block in the page that its table names. Copies bits, so it needs no
+        pinning."""
+        raise NotImplementedError
+
+    def rotate_and_write(
+        self,
+        model_config: ModelConfig,
+        packed: PackedHeads,
+        pools: Pools,
+        tables: Array,
+        blocks: QueryBlocks,
+        tile: int,
+    ) -> tuple[Float[Array, "B r H h"], Pools]:
+        batch = blocks.starts.shape[0]
+        r = packed.rows.shape[0] // batch
+        positions = (blocks.starts[:, None] + jnp.arange(r)).reshape(-1)
+        heads = rotated_heads(model_config, packed, positions, Live(tile, blocks.num_blocks * r))
+        q, k, v = (x.reshape(batch, r, *x.shape[1:]) for x in heads)
+        return q, self.write(pools, k, v, tables, blocks)
