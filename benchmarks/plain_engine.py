@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from jaxengine.device import sampler, steps
 from jaxengine.engine import step_variants
-from jaxengine.ops import heads, in_tiles, norm, regions, xla
+from jaxengine.ops import heads, in_tiles, kernels, norm, regions, xla
 from jaxengine.ops.tiles import Tile
 from pallas_kernels import draw_reference
 
@@ -58,7 +58,7 @@ def plain() -> Iterator[None]:
     pieces = [
         (heads, "over_tiles", whole),
         (in_tiles, "over_tiles", whole),
-        (steps, "over_tiles", whole),
+        (kernels, "over_tiles", whole),
         (steps, "HEAD_TILE", HEAD_TILE),
         (norm, "row_sum", total),
         (xla, "silu", jax.nn.silu),

@@ -12,7 +12,14 @@ from collections.abc import Callable
 
 from pallas_kernels.sizes import INTERPRETED, device_family
 
-PLATFORMS = {"xla": None, "pallas_tpu": "tpu", "pallas_gpu": "gpu", "pallas_interpret": None}  # None: any
+PLATFORMS = {
+    "xla": None,
+    "pallas_tpu": "tpu",
+    "pallas_gpu": "gpu",
+    "pallas_interpret": None,
+    "pallas_gpu_interpret": None,
+}  # None: any
+OF_A_GPU = ("pallas_gpu", "pallas_gpu_interpret")
 log = logging.getLogger("pallas_kernels")
 
 
@@ -29,8 +36,9 @@ class Implementation:
 
 def bodies(reference: Callable, tpu: Callable, gpu: Callable) -> dict[str, Callable]:
     """An op's body for every name in PLATFORMS; "pallas_interpret" is the TPU's, interpreted."""
-    interpreted = functools.partial(tpu, interpret=True)
-    return {"xla": reference, "pallas_tpu": tpu, "pallas_gpu": gpu, "pallas_interpret": interpreted}
+    of_tpu, of_gpu = (functools.partial(body, interpret=True) for body in (tpu, gpu))
+    given = reference, tpu, gpu, of_tpu, of_gpu
+    return dict(zip(PLATFORMS, given, strict=True))
 
 
 def choose(name: str, device_kind: str | None = None) -> Implementation:

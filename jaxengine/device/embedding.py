@@ -20,7 +20,7 @@ def _embed(
     kernels: Kernels, tile: Tile, table: Float[Array, "leaf V D"], ids: Int[Array, " R"], count: Int[Array, ""]
 ) -> Float[Array, "R D"]:
     """Rows of the table in float32, the first `count` of them. Differentiable in the table."""
-    return kernels.products.embed(table, ids, Live(tile.rows, count))
+    return kernels.products.finish(kernels.products.embed(table, ids, Live(tile.rows, count)))
 
 
 embed = jax.custom_vjp(_embed, nondiff_argnums=(0, 1))

@@ -18,7 +18,6 @@ from jaxengine.models import decoder
 from jaxengine.models.params import Decoder
 from jaxengine.ops.kernels import Kernels
 from jaxengine.ops.query_blocks import QueryBlocks
-from jaxengine.ops.regions import over_tiles
 from jaxengine.ops.tiles import HEAD_TILE, Tile
 from pallas_kernels.draw_reference import Draw
 from pallas_kernels.tiles import unknown_zero
@@ -186,7 +185,7 @@ def next_tokens(
     body = functools.partial(next_token, model_config, kernels, max_logprobs)
     weights = _Weights(params.norm, params.output_head, slots, cache.history, cache.rules)
     inputs = jax.tree.map(pad, _RowInputs(x, rows.slots, rows.positions, rows.scored))
-    out = over_tiles(body, tile, weights, inputs, rows.num_rows)
+    out = kernels.over_rows(body, tile, weights, inputs, rows.num_rows)
     return jax.tree.map(lambda a: a[: x.shape[0]], out)
 
 

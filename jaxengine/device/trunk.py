@@ -103,7 +103,8 @@ def _chain(
         return _attention(model_config, kernels, tile, packed, tables, starts, count), None
 
     live = Live(tile.rows, count * tile.tokens)
-    return decoder.add_layer(model_config, kernels.products, layer, x, live, attend)[0]
+    x, _ = decoder.add_layer(model_config, kernels.products, layer, kernels.products.stream(x), live, attend)
+    return kernels.products.finish(x)
 
 
 _layer = jax.custom_vjp(_chain, nondiff_argnums=(0, 1, 2))
@@ -146,8 +147,8 @@ def _attention(
     """The engine's paged attention, over pools that hold these sequences alone."""
     each, r = jnp.arange(starts.shape[0], dtype=jnp.int32), tile.tokens
     blocks = QueryBlocks(each, starts, jnp.where(each < count, r, 0), count)  # every block brings its own table
-    shapes = kernels.attention.pools(model_config, packed.rows.shape[0] // QUERY_BLOCK, QUERY_BLOCK)
-    zero = unknown_zero(packed.rows, count)  # so that XLA makes the pools at their turn
+    shapes = kernels.attention.pools(model_config, starts.shape[0] * tile.tokens // QUERY_BLOCK, QUERY_BLOCK)
+    zero = unknown_zero(jax.tree.leaves(packed.rows)[0], count)  # so that XLA makes the pools at their turn
     pools = Pools(*(jnp.full(x.shape, zero, x.dtype, device=x.sharding) for x in shapes))
     tables = kernels.attention.tables(tables, blocks)
     q, pools = kernels.attention.rotate_and_write(model_config, packed, pools, tables, blocks, tile.rows)
@@ -165,6 +166,7 @@ def _attention_backward(model_config, kernels, tile, saved, cotangent):
     positions = (starts[:, None] + jnp.arange(r)).reshape(-1)
 
     def heads(packed):
+        packed = packed._replace(rows=kernels.attention.rows_of(packed.rows))
         rows = rotated_heads(model_config, packed, positions, Live(tile.rows, count * r))
         return [x.reshape(-1, r, *x.shape[1:]) for x in rows]
 

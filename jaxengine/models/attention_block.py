@@ -9,7 +9,7 @@ from jaxengine.base.pytree import pytree
 from jaxengine.config import ModelConfig
 from jaxengine.models.parameter import Parameter, norm_scale, split_by_inputs, split_by_outputs
 from jaxengine.ops.heads import PackedHeads
-from jaxengine.ops.kernels import Products
+from jaxengine.ops.kernels import Products, Stream
 from jaxengine.ops.live import Live
 
 
@@ -54,10 +54,10 @@ def add_attention(
     products: Products,
     attention: Attention,
     norm: Float[Array, " D"],
-    x: Float[Array, "R D"],
+    x: Stream,
     live: Live,
     attend: Attend,
-) -> tuple[Float[Array, "R D"], Any]:
+) -> tuple[Stream, Any]:
     """The residual stream after the block, and what `attend` gives back beside what was attended."""
     x, packed = products.project(x, norm, model_config.rms_norm_eps, attention.qkv, attention.qkv_bias, live)
     attended, rest = attend(PackedHeads(packed, attention.q_norm, attention.k_norm))

@@ -7,7 +7,6 @@ own affair; between two ops only copying happens. Rows are tokens, `[R, …]`; t
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -16,9 +15,8 @@ from jaxengine.models import attention_block, mlp_block
 from jaxengine.models.attention_block import Attend
 from jaxengine.models.params import Decoder, Layer
 from jaxengine.ops.heads import PackedHeads
-from jaxengine.ops.kernels import Kernels, Products
+from jaxengine.ops.kernels import Kernels, Products, Stream
 from jaxengine.ops.live import Live
-from jaxengine.ops.norm import rms_norm
 from jaxengine.ops.pools import Pools
 from jaxengine.ops.query_blocks import QueryBlocks
 from jaxengine.ops.tiles import Tile
@@ -51,7 +49,7 @@ def forward(
         x, written = add_layer(model_config, kernels.products, layer, x, live, attend)
         new_keys.append(written.keys)
         new_values.append(written.values)
-    return tuple(new_keys), tuple(new_values), x
+    return tuple(new_keys), tuple(new_values), kernels.products.finish(x)
 
 
 def _attend(
@@ -69,8 +67,8 @@ def _attend(
 
 
 def add_layer(
-    model_config: ModelConfig, products: Products, layer: Layer, x: Float[Array, "R D"], live: Live, attend: Attend
-) -> tuple[Float[Array, "R D"], Any]:
+    model_config: ModelConfig, products: Products, layer: Layer, x: Stream, live: Live, attend: Attend
+) -> tuple[Stream, Any]:
     """The residual stream after a layer, and what `attend` gives back beside what was attended."""
     x, rest = attention_block.add_attention(model_config, products, layer.attention, layer.input_norm, x, live, attend)
     return mlp_block.add_mlp(model_config, products, layer.mlp, layer.post_norm, x, live), rest
@@ -82,32 +80,6 @@ def add_layer(
 def logits(
     model_config: ModelConfig, kernels: Kernels, norm: Array, head: Float[Array, "leaf V D"], x: Float[Array, "t D"]
 ) -> Float[Array, "t V"]:
-    """The output head in float32, whatever the weights' dtype. Columns after the vocabulary are -inf.
-
-    The hidden state is not rounded. For bfloat16 weights it is cut into three bfloat16 parts with the float32 number as
-    their sum; the parts' products with the weights are exact and are added in float32. So the head is read once, as it
-    is stored, and never widened.
-    """
-    y = rms_norm(x, norm, model_config.rms_norm_eps)
-    if head.dtype == jnp.bfloat16:
-        parts = kernels.products.outputs(jnp.concatenate(_bfloat16_parts(y)), head)
-        high, middle, low = jnp.split(parts, 3, axis=1)
-        out = high + (middle + low)
-    else:
-        out = kernels.products.outputs(y, head.astype(jnp.float32))
-    out = out.swapaxes(0, 1).reshape(x.shape[0], -1)
+    """The output head in float32, whatever the weights' dtype. Columns after the vocabulary are -inf."""
+    out = kernels.products.logits(x, norm, model_config.rms_norm_eps, head)
     return jnp.where(jnp.arange(out.shape[1]) < model_config.vocab_size, out, -jnp.inf)
-
-
-def _bfloat16_parts(x: Float[Array, "t D"]) -> list[Array]:
-    """Three bfloat16 arrays with x as their exact sum: each takes the next eight bits.
-
-    The remainder stays float32 and is rounded by reduce_precision, because XLA would fold a conversion and its inverse
-    away.
-    """
-    parts = []
-    for _ in range(3):
-        part = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
-        parts.append(part.astype(jnp.bfloat16))
-        x = x - part
-    return parts

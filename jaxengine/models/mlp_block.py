@@ -5,7 +5,7 @@ from jaxtyping import Array, Float
 from jaxengine.base.pytree import pytree
 from jaxengine.config import ModelConfig
 from jaxengine.models.parameter import split_by_inputs, split_by_outputs
-from jaxengine.ops.kernels import Products
+from jaxengine.ops.kernels import Products, Stream
 from jaxengine.ops.live import Live
 
 
@@ -24,13 +24,8 @@ def declare(model_config: ModelConfig) -> Mlp:
 
 
 def add_mlp(
-    model_config: ModelConfig,
-    products: Products,
-    mlp: Mlp,
-    norm: Float[Array, " D"],
-    x: Float[Array, "R D"],
-    live: Live,
-) -> Float[Array, "R D"]:
+    model_config: ModelConfig, products: Products, mlp: Mlp, norm: Float[Array, " D"], x: Stream, live: Live
+) -> Stream:
     """The residual stream after the MLP."""
     x, inner = products.gated(x, norm, model_config.rms_norm_eps, mlp.gate_up, live)
     return products.add(x, inner, mlp.down, None, live)

@@ -1,7 +1,7 @@
 """From a packed projection to the heads that attention takes: normalised, and rotated by position."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -16,7 +16,7 @@ from jaxengine.ops.rope import cos_sin, rotate
 class PackedHeads(NamedTuple):
     """A projection's rows, and the norms of its queries and keys where the model has some."""
 
-    rows: Float[Array, "R N"]  # in the order of leaves: each has its queries, its keys, its values
+    rows: Any  # `[R, N]`, in the order of leaves: each has its queries, its keys, its values
     q_norm: Float[Array, " h"] | None
     k_norm: Float[Array, " h"] | None
 

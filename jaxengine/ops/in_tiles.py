@@ -7,6 +7,7 @@ import dataclasses
 import functools
 from typing import Any, Protocol
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -83,8 +84,39 @@ class ProductsInTiles:
     ) -> Float[Array, "R D"]:
         return over_tiles(functools.partial(_add, self.of_tile), live.tile, (w, bias), (x, y), live.count)
 
-    def outputs(self, x: Float[Array, "t K"], w: Float[Array, "leaf N K"]) -> Float[Array, "leaf t N"]:
-        return self.of_tile.outputs(x, w)
+    def stream(self, x: Float[Array, "R D"]) -> Float[Array, "R D"]:
+        return x
+
+    def finish(self, x: Float[Array, "R D"]) -> Float[Array, "R D"]:
+        return x
+
+    def logits(
+        self, x: Float[Array, "t D"], norm: Float[Array, " D"], eps: float, head: Float[Array, "leaf V D"]
+    ) -> Float[Array, "t V"]:
+        """For bfloat16 weights the hidden state is cut into three bfloat16 parts with the float32 number as their sum;
+        the parts' products with the weights are exact and are added in float32. So the head is read once, as it is
+        stored, and never widened.
+        """
+        y = rms_norm(x, norm, eps)
+        if head.dtype == jnp.bfloat16:
+            parts = self.of_tile.outputs(jnp.concatenate(_bfloat16_parts(y)), head)
+            high, middle, low = jnp.split(parts, 3, axis=1)
+            return _joined(high + (middle + low))
+        return _joined(self.of_tile.outputs(y, head.astype(jnp.float32)))
+
+
+def _bfloat16_parts(x: Float[Array, "t D"]) -> list[Array]:
+    """Three bfloat16 arrays with x as their exact sum: each takes the next eight bits.
+
+    The remainder stays float32 and is rounded by reduce_precision, because XLA would fold a conversion and its inverse
+    away.
+    """
+    parts = []
+    for _ in range(3):
+        part = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+        parts.append(part.astype(jnp.bfloat16))
+        x = x - part
+    return parts
 
 
 def _project(products: TileProducts, eps: float, weights: tuple, x: Float[Array, "t D"]) -> Float[Array, "t leaf*N"]:
@@ -120,6 +152,9 @@ class RotatesInTiles:
         """The pools with k and v of each block in the page that its table names. Copies bits, so it needs no
         pinning."""
         raise NotImplementedError
+
+    def rows_of(self, packed: Float[Array, "R N"]) -> Float[Array, "R N"]:
+        return packed
 
     def rotate_and_write(
         self,

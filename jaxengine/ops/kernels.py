@@ -10,6 +10,7 @@ An implementation is three small classes, one for each protocol below; ops/shard
 import dataclasses
 import functools
 import logging
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
@@ -17,16 +18,19 @@ from jaxtyping import Array, Float, Int
 
 from jaxengine.config import ModelConfig, check_kernels
 from jaxengine.ops import pallas, xla
+from jaxengine.ops.gpu_chain import ChainAttention, ChainProducts
 from jaxengine.ops.heads import PackedHeads
 from jaxengine.ops.in_tiles import ProductsInTiles
 from jaxengine.ops.live import Live
 from jaxengine.ops.pools import Pools
 from jaxengine.ops.query_blocks import QueryBlocks
+from jaxengine.ops.regions import over_tiles
 from pallas_kernels import implementations
 from pallas_kernels.draw_reference import Draw
-from pallas_kernels.implementations import Implementation
+from pallas_kernels.implementations import OF_A_GPU, Implementation
 
 OF_PLATFORM = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}
+Stream = Any  # the residual stream `[R, D]` float32 as an implementation passes it on: sums may be left to add
 log = logging.getLogger("jaxengine")
 
 
@@ -42,44 +46,57 @@ class Products(Protocol):
         """What the bits depend on, ready for JSON."""
         ...
 
-    def embed(self, table: Float[Array, "leaf V D"], ids: Int[Array, " R"], live: Live) -> Float[Array, "R D"]:
+    def embed(self, table: Float[Array, "leaf V D"], ids: Int[Array, " R"], live: Live) -> Stream:
         """The residual stream's beginning: rows of the embedding in float32."""
         ...
 
     def project(
         self,
-        x: Float[Array, "R D"],
+        x: Stream,
         norm: Float[Array, " D"],
         eps: float,
         w: Float[Array, "leaf N D"],
         bias: Float[Array, "leaf N"] | None,
         live: Live,
-    ) -> tuple[Float[Array, "R D"], Float[Array, "R leaf*N"]]:
-        """(the residual stream, rms_norm(x) @ w.T + bias for every leaf's outputs).
+    ) -> tuple[Stream, Any]:
+        """(the residual stream, rms_norm(x) @ w.T + bias for every leaf's outputs, for `rotate_and_write`).
 
         vLLM: column parallel. What is normalised is rounded to the weights' dtype.
         """
         ...
 
     def gated(
-        self, x: Float[Array, "R D"], norm: Float[Array, " D"], eps: float, w: Float[Array, "leaf F2 D"], live: Live
-    ) -> tuple[Float[Array, "R D"], Float[Array, "R leaf*F"]]:
+        self, x: Stream, norm: Float[Array, " D"], eps: float, w: Float[Array, "leaf F2 D"], live: Live
+    ) -> tuple[Stream, Float[Array, "R leaf*F"]]:
         """(the residual stream, silu(gate) · up of rms_norm(x)). A leaf's weights are its gates, then its ups."""
         ...
 
     def add(
         self,
-        x: Float[Array, "R D"],
+        x: Stream,
         y: Float[Array, "R leaf*K"],
         w: Float[Array, "leaf D K"],
         bias: Float[Array, " D"] | None,
         live: Live,
-    ) -> Float[Array, "R D"]:
+    ) -> Stream:
         """The residual stream with y @ w.T + bias added, summed over leaves (vLLM: row parallel)."""
         ...
 
-    def outputs(self, x: Float[Array, "t K"], w: Float[Array, "leaf N K"]) -> Float[Array, "leaf t N"]:
-        """x @ w.T for every leaf's outputs, of one tile of rows inside a caller's region: the head."""
+    def stream(self, x: Float[Array, "R D"]) -> Stream:
+        """The residual stream in the form in which it passes from op to op."""
+        ...
+
+    def finish(self, x: Stream) -> Float[Array, "R D"]:
+        """The residual stream as one array."""
+        ...
+
+    def logits(
+        self, x: Float[Array, "t D"], norm: Float[Array, " D"], eps: float, head: Float[Array, "leaf V D"]
+    ) -> Float[Array, "t V"]:
+        """rms_norm(x) @ head.T in float32, whatever the weights' dtype; what is normalised is not rounded.
+
+        Of one tile of rows, inside a caller's region.
+        """
         ...
 
 
@@ -103,6 +120,10 @@ class Attention(Protocol):
 
     def tables(self, tables: Int[Array, "slots n"], blocks: QueryBlocks) -> Array:
         """A step's block tables as `write` and `attend` take them."""
+        ...
+
+    def rows_of(self, packed: Any) -> Float[Array, "R N"]:
+        """A projection as one array, differentiable."""
         ...
 
     def rotate_and_write(
@@ -155,9 +176,14 @@ class Kernels:
     products: Products
     attention: Attention
     draw: DrawKernel
-    wide_rows: tuple[
-        int, ...
-    ] = ()  # rows of decode tiles wider than those that all kernels have (engine/step_variants.py)
+    wide_rows: tuple[int, ...] = ()  # of decode tiles wider than all kernels have (engine/step_variants.py)
+    in_one: bool = False  # a row's bits depend on it alone without any tiles, so that a step needs no loop
+
+    def over_rows(self, body: Callable, tile: int, weights: Any, rows: Any, count: Int[Array, ""]) -> Any:
+        """ops/regions.over_tiles, or the body alone where all rows are one tile of kernels that need no loop."""
+        if self.in_one and jax.tree.leaves(rows)[0].shape[0] <= tile:
+            return body(weights, rows)
+        return over_tiles(body, tile, weights, rows, count)
 
     def parts(self) -> dict[str, Any]:
         """What the bits depend on, ready for JSON: the contract holds it."""
@@ -169,12 +195,12 @@ XLA = Kernels("xla", ProductsInTiles(xla.XlaProducts()), xla.XlaAttention(), xla
 
 def kernels_of(implementation: Implementation) -> Kernels:
     """A device's own kernels."""
-    own = (
-        ProductsInTiles(pallas.PallasProducts(implementation)),
-        pallas.PallasAttention(implementation),
-        pallas.PallasDraw(implementation),
-    )
-    return Kernels(implementation.name, *own, wide_rows=pallas.WIDE_ROWS)
+    draw = pallas.PallasDraw(implementation)
+    if implementation.name in OF_A_GPU:
+        chain = ChainProducts(implementation), ChainAttention(implementation)
+        return Kernels(implementation.name, *chain, draw, wide_rows=pallas.WIDE_ROWS, in_one=True)
+    own = ProductsInTiles(pallas.PallasProducts(implementation)), pallas.PallasAttention(implementation)
+    return Kernels(implementation.name, *own, draw, wide_rows=pallas.WIDE_ROWS)
 
 
 @functools.cache

@@ -20,7 +20,7 @@ from jaxengine.ops.query_blocks import QueryBlocks
 from pallas_kernels import paged_attention_inputs as inputs
 from pallas_kernels.draw import draw_and_score
 from pallas_kernels.draw_reference import Draw
-from pallas_kernels.implementations import Implementation
+from pallas_kernels.implementations import OF_A_GPU, Implementation
 from pallas_kernels.kv_write import kv_write
 from pallas_kernels.matmul import matmul
 from pallas_kernels.numbers import ceil_to
@@ -44,7 +44,7 @@ def check_model(implementation: Implementation, model_config: ModelConfig) -> No
             f"kernels {name!r} take weights in {' or '.join(allowed)}, got {model_config.dtype}: give another dtype, "
             "or take kernels 'xla'"
         )
-    if name == "pallas_gpu" and model_config.head_dim > GPU_WIDTHS[-1]:
+    if name in OF_A_GPU and model_config.head_dim > GPU_WIDTHS[-1]:
         raise ValueError(
             f"kernels {name!r} take heads of at most {GPU_WIDTHS[-1]}, got head_dim={model_config.head_dim}: "
             "take kernels 'xla'"
@@ -116,7 +116,7 @@ class PallasAttention(RotatesInTiles):
         return pool, pool
 
     def _width(self, head_dim: int) -> int:
-        if self.implementation.name == "pallas_gpu":
+        if self.implementation.name in OF_A_GPU:
             return next(width for width in GPU_WIDTHS if width >= head_dim)
         return ceil_to(head_dim, LANES)
 

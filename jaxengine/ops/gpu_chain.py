@@ -1,0 +1,271 @@
+"""The decoder's ops as a chain of opaque kernels on a Hopper GPU (pallas_kernels/chain_gpu). kernels.py says what each
+op has to be.
+
+A product leaves its splits' partial sums, and the next kernel adds them: so what passes from op to op is not always one
+array. Gradients are XLA's, of the same expressions.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxengine.config import ModelConfig
+from jaxengine.ops.heads import PackedHeads
+from jaxengine.ops.live import Live
+from jaxengine.ops.norm import rms_norm
+from jaxengine.ops.pallas import PallasAttention
+from jaxengine.ops.pools import Pools
+from jaxengine.ops.query_blocks import QueryBlocks
+from jaxengine.ops.rope import inverse_frequencies
+from pallas_kernels import paged_attention_inputs as inputs
+from pallas_kernels.chain_gpu import attend, heads, product, residual
+from pallas_kernels.chain_gpu.sizes import CHAIN, ChainSizes, chain_sizes, split_of
+from pallas_kernels.implementations import Implementation
+from pallas_kernels.pinned_math import silu
+from pallas_kernels.sizes import INTERPRETED
+from sharding.leaves import tree_sum
+
+HEAD_PARTS = 3  # bfloat16 numbers whose sum is a float32
+
+
+class Stream(NamedTuple):
+    """The residual stream: x, and what the last product adds to it."""
+
+    x: Float[Array, "R D"]
+    sums: Float[Array, "leaf S R D"] | None = None
+    bias: Float[Array, " D"] | None = None
+
+
+class Sums(NamedTuple):
+    """A projection: its splits' partial sums, and its bias."""
+
+    sums: Float[Array, "S R N"]
+    bias: Float[Array, " N"] | None
+
+
+def differentiated_as(plain: Callable, static: int) -> Callable:
+    """A kernel's value with the gradient of an expression.
+
+    The first `static` arguments are no arrays. `plain` takes those, then the cotangent, of which it looks at shapes
+    alone (how many partial sums there are follows from the number of rows), then the arrays.
+    """
+
+    def wrap(kernel: Callable) -> Callable:
+        op = jax.custom_vjp(kernel, nondiff_argnums=tuple(range(static)))
+
+        def backward(*given):
+            how, (arrays, cotangent) = given[:static], given[static:]
+            _, pullback = jax.vjp(functools.partial(plain, *how, cotangent), *arrays)
+            return pullback(cotangent)
+
+        op.defvjp(lambda *given: (op(*given), given[static:]), backward)
+        return op
+
+    return wrap
+
+
+# -- what gradients are taken of ---------------------------------------------------------------------------------------
+
+
+def _plain_total(stream: Stream) -> Float[Array, "R D"]:
+    x = stream.x
+    if stream.sums is not None:
+        x = x + tree_sum(stream.sums.sum(1))
+    return x if stream.bias is None else x + stream.bias.astype(jnp.float32)
+
+
+def _plain_sums(
+    x: Float[Array, "leaf M K"], w: Float[Array, "leaf N K"], split: int, count: int
+) -> Float[Array, "leaf S M N"]:
+    if count == 1:
+        return _einsum("lmk,lnk->lmn", x, w)[:, None]
+    padding = ((0, 0), (0, 0), (0, -x.shape[2] % split))
+    x, w = (jnp.pad(a, padding).reshape(*a.shape[:2], count, split) for a in (x, w))
+    return _einsum("lmsk,lnsk->lsmn", x, w)
+
+
+def _einsum(terms: str, x: Array, w: Array) -> Array:
+    precision = jax.lax.Precision.HIGHEST if w.dtype == jnp.float32 else None
+    return jnp.einsum(terms, x, w, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _plain_finish(of: Implementation, like: Array, stream: Stream) -> Float[Array, "R D"]:
+    return _plain_total(stream)
+
+
+def _plain_project(of: Implementation, eps: float, like: tuple, stream: Stream, norm: Array, w: Array):
+    x, flat = _plain_total(stream), w.reshape(1, -1, w.shape[-1])
+    y, split = rms_norm(x, norm, eps).astype(w.dtype), split_of(_sizes(of, w), *flat.shape[1:])
+    return x, _plain_sums(y[None], flat, split, like[1].shape[0])[0]
+
+
+def _plain_gated(of: Implementation, eps: float, like: tuple, stream: Stream, norm: Array, w: Array):
+    x = _plain_total(stream)
+    y = _einsum("mk,lnk->mln", rms_norm(x, norm, eps).astype(w.dtype), w)
+    gate, up = jnp.split(y, 2, axis=-1)
+    return x, (silu(gate) * up).astype(w.dtype).reshape(x.shape[0], -1)
+
+
+def _plain_add(of: Implementation, like: Array, y: Array, w: Array) -> Float[Array, "leaf S M N"]:
+    return _plain_sums(_by_leaf(y, w), w, split_of(_sizes(of, w), *w.shape[1:]), like.shape[1])
+
+
+def _plain_logits(
+    of: Implementation, eps: float, like: Array, x: Array, norm: Array, head: Array
+) -> Float[Array, "t V"]:
+    return _einsum("mk,nk->mn", rms_norm(x, norm, eps), head.astype(jnp.float32).reshape(-1, head.shape[-1]))
+
+
+def _by_leaf(y: Float[Array, "M leaf*K"], w: Float[Array, "leaf N K"]) -> Float[Array, "leaf M K"]:
+    return y.astype(w.dtype).reshape(y.shape[0], w.shape[0], -1).swapaxes(0, 1)
+
+
+def _sizes(of: Implementation, w: Array) -> ChainSizes:
+    return chain_sizes(of.device, w.dtype)
+
+
+def _how(of: Implementation) -> dict[str, bool]:
+    return {"interpret": of.device == INTERPRETED}
+
+
+# -- the ops -----------------------------------------------------------------------------------------------------------
+
+
+@differentiated_as(_plain_finish, static=1)
+def _finish(of: Implementation, stream: Stream) -> Float[Array, "R D"]:
+    return residual.total(*stream, **_how(of))
+
+
+@differentiated_as(_plain_project, static=2)
+def _project(of: Implementation, eps: float, stream: Stream, norm: Array, w: Array) -> tuple[Array, Array]:
+    x, y = residual.settle(*stream, norm, eps, w.dtype, **_how(of))
+    return x, product.outputs(y, w.reshape(-1, w.shape[-1]), _sizes(of, w), **_how(of))
+
+
+@differentiated_as(_plain_gated, static=2)
+def _gated(of: Implementation, eps: float, stream: Stream, norm: Array, w: Array) -> tuple[Array, Array]:
+    x, y = residual.settle(*stream, norm, eps, w.dtype, **_how(of))
+    return x, product.gated(y[0], w, _sizes(of, w), **_how(of))
+
+
+@differentiated_as(_plain_add, static=1)
+def _add(of: Implementation, y: Array, w: Array) -> Float[Array, "leaf S M N"]:
+    return product.summed(_by_leaf(y, w), w, _sizes(of, w), **_how(of))
+
+
+@differentiated_as(_plain_logits, static=2)
+def _logits(of: Implementation, eps: float, x: Array, norm: Array, head: Array) -> Float[Array, "t V"]:
+    parts = HEAD_PARTS if head.dtype == jnp.bfloat16 else 1
+    _, y = residual.settle(x, None, None, norm, eps, head.dtype, parts, **_how(of))
+    return product.finished(y, head.reshape(-1, head.shape[-1]), _sizes(of, head), **_how(of))
+
+
+@dataclasses.dataclass(frozen=True)
+class ChainProducts:
+    """The products of ops/kernels.py."""
+
+    implementation: Implementation
+
+    def parts(self) -> dict[str, Any]:
+        of = self.implementation.device
+        table = {dtype: dataclasses.asdict(sizes) for (device, dtype), sizes in CHAIN.items() if device == of}
+        return {"device": of, "chain": table}
+
+    def embed(self, table: Float[Array, "leaf V D"], ids: Int[Array, " R"], live: Live) -> Stream:
+        return Stream(residual.embed(table.reshape(-1, table.shape[-1]), ids, **_how(self.implementation)))
+
+    def project(
+        self,
+        x: Stream,
+        norm: Float[Array, " D"],
+        eps: float,
+        w: Float[Array, "leaf N D"],
+        bias: Float[Array, "leaf N"] | None,
+        live: Live,
+    ) -> tuple[Stream, Sums]:
+        total, sums = _project(self.implementation, eps, x, norm, w)
+        return Stream(total), Sums(sums, None if bias is None else bias.reshape(-1))
+
+    def gated(
+        self, x: Stream, norm: Float[Array, " D"], eps: float, w: Float[Array, "leaf F2 D"], live: Live
+    ) -> tuple[Stream, Float[Array, "R leaf*F"]]:
+        total, inner = _gated(self.implementation, eps, x, norm, w)
+        return Stream(total), inner
+
+    def add(
+        self,
+        x: Stream,
+        y: Float[Array, "R leaf*K"],
+        w: Float[Array, "leaf D K"],
+        bias: Float[Array, " D"] | None,
+        live: Live,
+    ) -> Stream:
+        return Stream(x.x, _add(self.implementation, y, w), bias)
+
+    def stream(self, x: Float[Array, "R D"]) -> Stream:
+        return Stream(x)
+
+    def finish(self, x: Stream) -> Float[Array, "R D"]:
+        return x.x if x.sums is None else _finish(self.implementation, x)
+
+    def logits(
+        self, x: Float[Array, "t D"], norm: Float[Array, " D"], eps: float, head: Float[Array, "leaf V D"]
+    ) -> Float[Array, "t V"]:
+        return _logits(self.implementation, eps, x, norm, head)
+
+
+@dataclasses.dataclass(frozen=True)
+class ChainAttention(PallasAttention):
+    """Pools as those of the other kernels; from the projection to what was attended in three kernels."""
+
+    def parts(self) -> dict[str, Any]:
+        return {}
+
+    def pools(self, model_config: ModelConfig, num_pages: int, page_size: int) -> tuple[Any, Any]:
+        dtype, width = jnp.dtype(model_config.dtype), self._width(model_config.head_dim)
+        tile = chain_sizes(self.implementation.device, dtype).kv_tile
+        if tile % page_size:
+            raise ValueError(
+                f"the GPU's kernels take {tile} keys at a time, and whole pages: got page_size={page_size}"
+            )
+        pool: Any = jax.ShapeDtypeStruct((num_pages, model_config.num_key_value_heads, page_size, width), dtype)
+        return pool, pool
+
+    def rows_of(self, packed: Sums) -> Float[Array, "R N"]:
+        rows = packed.sums.sum(0)
+        return rows if packed.bias is None else rows + packed.bias.astype(jnp.float32)
+
+    def rotate_and_write(
+        self,
+        model_config: ModelConfig,
+        packed: PackedHeads,
+        pools: Pools,
+        tables: Array,
+        blocks: QueryBlocks,
+        tile: int,
+    ) -> tuple[Float[Array, "R H h"], Pools]:
+        frequencies = jnp.asarray(inverse_frequencies(model_config.rope, model_config.head_dim))
+        projection = heads.Projection(*packed.rows, packed.q_norm, packed.k_norm, frequencies)
+        geometry = heads.Geometry(
+            model_config.num_attention_heads,
+            model_config.num_key_value_heads,
+            model_config.head_dim,
+            model_config.reduction_leaves,
+            model_config.rms_norm_eps,
+            model_config.rope.attention_factor,
+        )
+        located = inputs.PagedBlocks(tables, blocks.slots, blocks.starts, blocks.counts)
+        q, *written = heads.rotate_and_write(geometry, projection, *pools, located, **_how(self.implementation))
+        return q, Pools(*written)
+
+    def attend(
+        self, model_config: ModelConfig, pools: Pools, q: Float[Array, "R H h"], tables: Array, blocks: QueryBlocks
+    ) -> Float[Array, "R Hh"]:
+        located = inputs.PagedBlocks(tables, blocks.slots, blocks.starts, blocks.counts)
+        sizes = chain_sizes(self.implementation.device, pools.keys.dtype)
+        return attend.attend(q, *pools, located, sizes, **_how(self.implementation))

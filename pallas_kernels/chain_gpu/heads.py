@@ -1,0 +1,122 @@
+"""From the packed projection to heads: bias, norm and rotation, and the write of keys and values. A program takes one
+head of one row."""
+
+import functools
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Float
+
+from pallas_kernels.chain_gpu.call import call, load, new, power_of_two
+from pallas_kernels.chain_gpu.product import in_order
+from pallas_kernels.paged_attention_inputs import PagedBlocks
+from pallas_kernels.pinned_math import LOG2_E
+
+
+class Geometry(NamedTuple):
+    """Heads of a model; a leaf has its queries, its keys and its values one after another."""
+
+    queries: int
+    keys: int
+    width: int
+    leaves: int
+    eps: float
+    rope_factor: float  # of cosine and sine (yarn)
+
+
+class Projection(NamedTuple):
+    """The packed projection before its splits are added, and what is applied to it."""
+
+    sums: Float[Array, "S R N"]
+    bias: Float[Array, " N"] | None
+    q_norm: Float[Array, " h"] | None
+    k_norm: Float[Array, " h"] | None
+    frequencies: Float[Array, " half"]  # radians a position
+
+
+def rotate_and_write(
+    geometry: Geometry,
+    projection: Projection,
+    keys: Array,
+    values: Array,
+    blocks: PagedBlocks,
+    *,
+    interpret: bool = False,
+) -> tuple[Float[Array, "R H h"], Array, Array]:
+    """(queries, ready for `attend`: scaled to base 2 and rounded; the pools `[P, K, p, width]` with the blocks' rows
+    written, in place).
+
+    Row i is token i % r of block i // r; rows after a block's count give zeros and write nothing.
+    """
+    rows, inputs = projection.sums.shape[1], (projection, blocks, keys, values)
+    out = new((rows, geometry.queries, geometry.width), keys.dtype), *(new(x.shape, x.dtype) for x in (keys, values))
+    kernel = functools.partial(_kernel, geometry=geometry, r=rows // blocks.starts.shape[0])
+    first = len([x for x in (*projection, *blocks) if x is not None])
+    grid = rows, geometry.queries + 2 * geometry.keys
+    how = dict(interpret=interpret, warps=1, aliases={first: 1, first + 1: 2})
+    return call("chain_heads", kernel, grid, out, *inputs, **how)
+
+
+def _kernel(projection: Projection, blocks: PagedBlocks, _keys, _values, q_ref, keys, values, *, geometry, r) -> None:
+    row, head = pl.program_id(0), pl.program_id(1)
+    block, token = row // r, row % r
+    position, is_there = blocks.starts[block] + token, token < blocks.counts[block]
+    page_size, g = keys.shape[2], geometry
+    page = jnp.where(is_there, blocks.tables[blocks.slots[block], position // page_size], 0)
+    cell = position % page_size
+    half = g.width // 2
+    places = [pl.ds(part * half, power_of_two(half)) for part in range(2)]
+    mask = None if half == power_of_two(half) else jnp.arange(power_of_two(half)) < half
+
+    def packed(kind: int, own: Array) -> list[Array]:
+        """The halves of a head of queries (0), keys (1) or values (2)."""
+        column = _column(g, kind, own) * g.width
+        windows = [pl.ds(column + part * half, power_of_two(half)) for part in range(2)]
+        halves = [
+            in_order([load(projection.sums.at[np.int32(i), row, at], mask) for i in range(projection.sums.shape[0])])
+            for at in windows
+        ]
+        if projection.bias is None:
+            return halves
+        return [
+            x + load(projection.bias.at[at], mask).astype(jnp.float32) for x, at in zip(halves, windows, strict=True)
+        ]
+
+    def rotated(x: list[Array], norm) -> list[Array]:
+        if norm is not None:
+            mean = (jnp.sum(x[0] * x[0]) + jnp.sum(x[1] * x[1])) / g.width
+            scales = [load(norm.at[at], mask).astype(jnp.float32) for at in places]
+            x = [part * (1.0 / jnp.sqrt(mean + g.eps)) * scale for part, scale in zip(x, scales, strict=True)]
+        angles = position.astype(jnp.float32) * load(projection.frequencies.at[places[0]], mask)
+        cos, sin = jnp.cos(angles) * g.rope_factor, jnp.sin(angles) * g.rope_factor
+        return [x[0] * cos - x[1] * sin, x[1] * cos + x[0] * sin]
+
+    def store(ref, index: tuple, x: list[Array]) -> None:
+        for at, part in zip(places, x, strict=True):
+            plgpu.store(ref.at[(*index, at)], part.astype(ref.dtype), mask=mask)
+
+    @pl.when(head < g.queries)
+    def _():
+        scaled = [x * (LOG2_E * g.width**-0.5) for x in rotated(packed(0, head), projection.q_norm)]
+        store(q_ref, (row, head), [jnp.where(is_there, x, 0.0) for x in scaled])
+
+    @pl.when(is_there & (head >= g.queries) & (head < g.queries + g.keys))
+    def _():
+        own = head - g.queries
+        store(keys, (page, own, cell), rotated(packed(1, own), projection.k_norm))
+
+    @pl.when(is_there & (head >= g.queries + g.keys))
+    def _():
+        own = head - g.queries - g.keys
+        store(values, (page, own, cell), packed(2, own))
+
+
+def _column(g: Geometry, kind: int, own: Array) -> Array:
+    """Which head of the packed projection is head `own` of its kind."""
+    queries, keys = g.queries // g.leaves, g.keys // g.leaves
+    each = (queries, keys, keys)[kind]
+    leaf, before = own // each, (0, queries, queries + keys)[kind]
+    return leaf * (queries + 2 * keys) + before + own % each

@@ -1,0 +1,55 @@
+"""What is in the bits of the chain's kernels, and why; and what is free. None was measured on its device yet."""
+
+import dataclasses
+
+import numpy as np
+
+from pallas_kernels.numbers import cdiv
+from pallas_kernels.sizes import INTERPRETED
+
+PROCESSORS = 132  # of an H100; a grid of fewer programs leaves some idle
+
+
+@dataclasses.dataclass(frozen=True)
+class ChainSizes:
+    """Lengths along reduced axes, which are in the bits, and the columns of a tile, which are free."""
+
+    depth: int  # of one dot along K: a row of 128 bytes, what a wgmma's swizzle takes whole
+    split: int  # of K that one partial sum covers, where columns alone do not fill the processors
+    kv_tile: int  # keys of one dot: a wgmma's 64 rows
+    kv_split: int  # keys of one split: at a context of 8k, 16 programs a head
+    columns: int  # of the weights: a wgmma's 64 rows
+    warps: int
+    stages: int
+
+
+CHAIN = {
+    ("Hopper", "bfloat16"): ChainSizes(64, 1024, 64, 512, 64, 4, 4),
+    ("Hopper", "float32"): ChainSizes(32, 1024, 32, 512, 32, 4, 3),
+    (INTERPRETED, "bfloat16"): ChainSizes(64, 128, 32, 64, 64, 4, 2),
+    (INTERPRETED, "float32"): ChainSizes(64, 128, 32, 64, 64, 4, 2),
+}
+
+
+def chain_sizes(device: str, dtype: np.dtype) -> ChainSizes:
+    """The row of the table. Raises ValueError for a dtype without one."""
+    name = np.dtype(dtype).name
+    if (device, name) not in CHAIN:
+        allowed = " or ".join(dtype for kind, dtype in CHAIN if kind == device)
+        raise ValueError(f"the chain of kernels on {device} takes weights in {allowed}, got {name}")
+    return CHAIN[device, name]
+
+
+def split_of(sizes: ChainSizes, outputs: int, inputs: int) -> int:
+    """How much of K one partial sum covers, by the weight alone.
+
+    All of it where the columns fill the processors by themselves: a second accumulator would only take registers.
+    """
+    whole = cdiv(inputs, sizes.depth) * sizes.depth
+    fills = cdiv(outputs, sizes.columns) >= PROCESSORS
+    return whole if fills or inputs <= sizes.split else sizes.split
+
+
+def row_tile(num_rows: int) -> int:
+    """Rows of one dot: free, because they are the n of a wgmma (16, 64 or 128), not its m."""
+    return 16 if num_rows <= 32 else 64 if num_rows <= 64 else 128
