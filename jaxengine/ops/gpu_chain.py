@@ -250,7 +250,7 @@ class ChainAttention(PallasAttention):
         tile: int,
     ) -> tuple[Float[Array, "R H h"], Pools]:
         frequencies = jnp.asarray(inverse_frequencies(model_config.rope, model_config.head_dim))
-        projection = heads.Projection(*packed.rows, packed.q_norm, packed.k_norm, frequencies)
+        projection = heads.Projection(packed.rows.sums, packed.rows.bias, packed.q_norm, packed.k_norm, frequencies)
         geometry = heads.Geometry(
             model_config.num_attention_heads,
             model_config.num_key_value_heads,

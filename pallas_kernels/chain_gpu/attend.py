@@ -6,7 +6,7 @@ rescaling is exact and it makes no difference whether splits of a context run si
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +52,7 @@ def attend(
     num_splits = cdiv(blocks.tables.shape[1] * page_size, sizes.kv_split)
     tile = _Tile(r, group, rows, width, page_width, sizes.kv_tile, sizes.kv_split, interpret)
     grid, inputs = (batch, num_kv_heads, cdiv(r * group, rows)), (q, keys, values, blocks)
-    how = dict(interpret=interpret, warps=4)
+    how: dict[str, Any] = dict(interpret=interpret, warps=4)
     if num_splits == 1 or not (r == 1 if apart is None else apart):
         return call("chain_attend", functools.partial(_in_turn, tile=tile), grid, out, *inputs, stages=2, **how)
     few = new((num_splits, num_rows, heads))
@@ -88,6 +88,7 @@ class _Rows(NamedTuple):
     end: Array  # positions before it have keys
     slot: Array
     kv_head: Array
+    some: Array  # whether any row is a token's
 
 
 def _rows_of(q_ref, blocks: PagedBlocks, tile: _Tile) -> _Rows:
@@ -95,19 +96,20 @@ def _rows_of(q_ref, blocks: PagedBlocks, tile: _Tile) -> _Rows:
     own = pl.program_id(2) * tile.rows + jnp.arange(tile.rows)
     token, head = own // tile.group, k * tile.group + own % tile.group
     start, count = blocks.starts[b], blocks.counts[b]
+    some = pl.program_id(2) * tile.rows // tile.group < count
     there, row = (token < count) & (own < tile.r * tile.group), b * tile.r + token
     columns = jnp.arange(tile.page_width)
     mask = there[:, None] & (columns < tile.width)[None]
     cells = (_spread(row[:, None], mask), _spread(head[:, None], mask), _spread(columns[None], mask))
     q = plgpu.load(q_ref.at[cells], mask=mask, other=0)
-    return _Rows(q, row, head, there, start + token, start + count, blocks.slots[b], k)
+    return _Rows(q, row, head, there, start + token, start + count, blocks.slots[b], k, some)
 
 
 def _spread(x: Array, like: Array) -> Array:
     return jnp.broadcast_to(x, like.shape)
 
 
-def _of_split(rows: _Rows, keys, values, blocks: PagedBlocks, split, tile: _Tile) -> Partial:
+def _of_split(rows: _Rows, keys, values, blocks: Any, split, tile: _Tile) -> Partial:
     page_size = keys.shape[2]
     columns = jnp.arange(tile.page_width, dtype=jnp.int32)[None]
 
@@ -116,7 +118,12 @@ def _of_split(rows: _Rows, keys, values, blocks: PagedBlocks, split, tile: _Tile
         in_context = at < rows.end
         ids = plgpu.load(blocks.tables.at[rows.slot, at // page_size], mask=in_context, other=0)
         mask = jnp.broadcast_to(in_context[:, None], (tile.kv_tile, tile.page_width))
-        cells = (_spread(ids[:, None], mask), rows.kv_head, _spread((at % page_size)[:, None], mask), _spread(columns, mask))
+        cells = (
+            _spread(ids[:, None], mask),
+            rows.kv_head,
+            _spread((at % page_size)[:, None], mask),
+            _spread(columns, mask),
+        )
         key, value = (plgpu.load(pool.at[cells], mask=mask, other=0.0) for pool in (keys, values))
         seen = (at[:, None] <= rows.position[None]) & rows.there[None]
         scores = jnp.where(seen, by_columns(key, rows.q, tile.interpret), MASKED)
@@ -145,7 +152,7 @@ def _combine(before: Partial, after: Partial) -> Partial:
 def _in_turn(q_ref, keys, values, blocks: PagedBlocks, out_ref, *, tile: _Tile) -> None:
     rows = _rows_of(q_ref, blocks, tile)
 
-    @pl.when(rows.there.any())
+    @pl.when(rows.some)
     def _():
         def add(split, done: Partial) -> Partial:
             return _combine(done, _of_split(rows, keys, values, blocks, split, tile))
@@ -161,7 +168,7 @@ def _in_turn(q_ref, keys, values, blocks: PagedBlocks, out_ref, *, tile: _Tile) 
 def _one_split(q_ref, keys, values, blocks: PagedBlocks, high_ref, total_ref, out_ref, *, tile: _Tile) -> None:
     rows, split = _rows_of(q_ref, blocks, tile), pl.program_id(3)
 
-    @pl.when(rows.there.any() & (split * tile.kv_split < rows.end))
+    @pl.when(rows.some & (split * tile.kv_split < rows.end))
     def _():
         high, total, out = _of_split(rows, keys, values, blocks, split, tile)
         for ref, x in ((high_ref, high), (total_ref, total)):

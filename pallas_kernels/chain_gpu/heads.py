@@ -2,7 +2,7 @@
 head of one row."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -56,7 +56,7 @@ def rotate_and_write(
     kernel = functools.partial(_kernel, geometry=geometry, r=rows // blocks.starts.shape[0])
     first = len([x for x in (*projection, *blocks) if x is not None])
     grid = rows, geometry.queries + 2 * geometry.keys
-    how = dict(interpret=interpret, warps=1, aliases={first: 1, first + 1: 2})
+    how: dict[str, Any] = dict(interpret=interpret, warps=1, aliases={first: 1, first + 1: 2})
     return call("chain_heads", kernel, grid, out, *inputs, **how)
 
 
@@ -68,13 +68,14 @@ def _kernel(projection: Projection, blocks: PagedBlocks, _keys, _values, q_ref, 
     page = jnp.where(is_there, blocks.tables[blocks.slots[block], position // page_size], 0)
     cell = position % page_size
     half = g.width // 2
-    places = [pl.ds(part * half, power_of_two(half)) for part in range(2)]
-    mask = None if half == power_of_two(half) else jnp.arange(power_of_two(half)) < half
+    own_cells = jnp.arange(power_of_two(half))  # no slice, because one may not reach past the end, masked or not
+    places = [part * half + own_cells for part in range(2)]
+    mask = None if half == power_of_two(half) else own_cells < half
 
     def packed(kind: int, own: Array) -> list[Array]:
         """The halves of a head of queries (0), keys (1) or values (2)."""
         column = _column(g, kind, own) * g.width
-        windows = [pl.ds(column + part * half, power_of_two(half)) for part in range(2)]
+        windows = [column + at for at in places]
         halves = [
             in_order([load(projection.sums.at[np.int32(i), row, at], mask) for i in range(projection.sums.shape[0])])
             for at in windows

@@ -7,7 +7,7 @@ and 128 rows run one family of instructions. Along K the dots of one depth are a
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +63,7 @@ def gated(
         silu_kernel = functools.partial(_silu, width=width, columns=columns)
         return call("chain_silu", silu_kernel, (m, leaves, cdiv(width, columns)), out, sums, interpret=interpret)
     kernel = functools.partial(_gated, sizes=sizes, rows=rows, split=split, interpret=interpret)
-    how = dict(interpret=interpret, warps=8 if rows == 128 else sizes.warps, stages=sizes.stages)
+    how: dict[str, Any] = dict(interpret=interpret, warps=8 if rows == 128 else sizes.warps, stages=sizes.stages)
     return call("chain_gated", kernel, tiles, out, x[None], w.reshape(leaves, 2, width, inputs), **how)
 
 
@@ -77,8 +77,15 @@ def _partial_sums(x: Array, w: Array, sizes: ChainSizes, interpret: bool, split:
     kernel = functools.partial(_sums, sizes=sizes, rows=rows, split=split, apart=apart, interpret=interpret)
     grid = *tiles, leaves * (num_splits if apart else 1)
     out = new((leaves, num_splits if apart else 1, m, width))
-    how = dict(interpret=interpret, warps=8 if rows == 128 else sizes.warps, stages=sizes.stages)
+    how: dict[str, Any] = dict(interpret=interpret, warps=8 if rows == 128 else sizes.warps, stages=sizes.stages)
     return call("chain_product", kernel, grid, out, x, w, **how)
+
+
+class Operand(NamedTuple):
+    """`ref[index]`: Triton takes one index of a ref, so it is joined to the block's."""
+
+    ref: Any
+    index: tuple
 
 
 def _sums(x_ref, w_ref, out_ref, *, sizes: ChainSizes, rows: int, split: int, apart: bool, interpret: bool) -> None:
@@ -86,7 +93,7 @@ def _sums(x_ref, w_ref, out_ref, *, sizes: ChainSizes, rows: int, split: int, ap
     num_splits = cdiv(w_ref.shape[-1], split)
     leaf, own = (place // num_splits, place % num_splits) if apart else (place, np.int32(0))
     how = dict(sizes=sizes, rows=rows, split=split, interpret=interpret)
-    of_split = functools.partial(_of_split, x_ref.at[leaf], [w_ref.at[leaf]], row, column, **how)
+    of_split = functools.partial(_of_split, Operand(x_ref, (leaf,)), [Operand(w_ref, (leaf,))], row, column, **how)
     (total,) = of_split(own) if apart else _in_turn(of_split, num_splits)
     _store(out_ref, (leaf, own), row, column, total, rows, sizes.columns)
 
@@ -95,8 +102,10 @@ def _gated(x_ref, w_ref, out_ref, *, sizes: ChainSizes, rows: int, split: int, i
     leaf, tile, row = pl.program_id(0), pl.program_id(1), pl.program_id(2) * rows
     (_, _, width, inputs), column = w_ref.shape, tile * sizes.columns
     how = dict(sizes=sizes, rows=rows, split=split, interpret=interpret)
-    parts = [w_ref.at[leaf, np.int32(part)] for part in range(2)]
-    gate, up = _in_turn(functools.partial(_of_split, x_ref, parts, row, column, **how), cdiv(inputs, split))
+    parts = [Operand(w_ref, (leaf, np.int32(part))) for part in range(2)]
+    gate, up = _in_turn(
+        functools.partial(_of_split, Operand(x_ref, ()), parts, row, column, **how), cdiv(inputs, split)
+    )
     _store(out_ref, (), row, column, silu(gate) * up, rows, sizes.columns, leaf * width, width)
 
 
@@ -130,10 +139,19 @@ def _in_turn(of_split: Callable, num_splits: int) -> list[Array]:
 
 
 def _of_split(
-    x_ref, w_refs: list, row, column, split_index, *, sizes: ChainSizes, rows: int, split: int, interpret: bool
+    x: Operand,
+    weights: list[Operand],
+    row,
+    column,
+    split_index,
+    *,
+    sizes: ChainSizes,
+    rows: int,
+    split: int,
+    interpret: bool,
 ) -> list[Float[Array, "columns rows"]]:
     """The sums over one split of K with each of the weights; the rows are read once for all."""
-    (parts, m, inputs), width = x_ref.shape, w_refs[0].shape[-2]
+    (parts, m, inputs), width = x.ref.shape[-3:], weights[0].ref.shape[-2]
     in_rows, in_columns = inside(row, rows, m), inside(column, sizes.columns, width)
 
     def step(i, totals):
@@ -142,14 +160,14 @@ def _of_split(
         if inputs % split:
             in_depth = start + jnp.arange(sizes.depth) < inputs
         mask = both(in_rows, in_depth, (rows, sizes.depth))
-        xs = [load(x_ref.at[np.int32(part), pl.ds(row, rows), k], mask) for part in reversed(range(parts))]
+        xs = [load(x.ref.at[(*x.index, np.int32(part), pl.ds(row, rows), k)], mask) for part in reversed(range(parts))]
         mask = both(in_columns, in_depth, (sizes.columns, sizes.depth))
-        ws = [load(w_ref.at[pl.ds(column, sizes.columns), k], mask) for w_ref in w_refs]
+        ws = [load(w.ref.at[(*w.index, pl.ds(column, sizes.columns), k)], mask) for w in weights]
         return [
             in_order([total, *(by_columns(w, x, interpret) for x in xs)]) for total, w in zip(totals, ws, strict=True)
         ]
 
-    zeros = [jnp.zeros((sizes.columns, rows), jnp.float32) for _ in w_refs]
+    zeros = [jnp.zeros((sizes.columns, rows), jnp.float32) for _ in weights]
     return jax.lax.fori_loop(0, split // sizes.depth, step, zeros)
 
 

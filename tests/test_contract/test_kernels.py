@@ -1,4 +1,4 @@
-"""The contract under Pallas kernels, whose TPU bodies a CPU interprets: the same axes; how kernels are chosen."""
+"""The contract under Pallas kernels, which a CPU interprets: the same axes; how kernels are chosen."""
 
 import dataclasses
 import functools
@@ -24,7 +24,7 @@ from pallas_kernels.implementations import Implementation
 
 SMALL = dict(vocab_size=250, hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2)
 LENGTHS = (3, 17, 40, 30, 30)
-INTERPRETED = "pallas_interpret"
+INTERPRETED, CHAIN = "pallas_interpret", "pallas_gpu_interpret"
 
 
 class Case:
@@ -35,6 +35,7 @@ class Case:
             family, dtype=dtype, reduction_leaves=leaves, num_hidden_layers=layers, **SMALL
         )
         sizes = dict(max_model_len=128, max_num_seqs=8, num_pages=40, max_num_batched_tokens=32, kernels=INTERPRETED)
+        self.kernels = engine.get("kernels", INTERPRETED)
         self.llm = make_llm(self.config, self.params, **sizes | engine)
         rng = np.random.default_rng(0)
         self.prompts = [rng.integers(0, 250, n).tolist() for n in LENGTHS]
@@ -58,14 +59,13 @@ class Case:
         with self.llm.engine.adjusted(**adjusted):
             return bits(self.llm.generate(self.prompts, self.sampling))
 
-    def score(self, params, kernels: str = INTERPRETED):
-        return jaxengine.score(
-            params, self.rollout.tokens, self.rollout.mask, self.sampling, config=self.config, kernels=kernels
-        )
+    def score(self, params, kernels: str | None = None):
+        how = dict(config=self.config, kernels=kernels or self.kernels)
+        return jaxengine.score(params, self.rollout.tokens, self.rollout.mask, self.sampling, **how)
 
     @functools.cached_property
     def with_gradient(self):
-        return self.scored_with_gradient(INTERPRETED)
+        return self.scored_with_gradient(self.kernels)
 
     def scored_with_gradient(self, kernels: str):
         """(logprobs as they are inside value_and_grad, gradient of their sum)"""
@@ -82,6 +82,16 @@ CASES = [
     pytest.param(("Qwen3", "float32", 1, 1, dict(compile_patience=1_000_000)), id="Qwen3-float32-1-1"),
     pytest.param(
         ("Qwen2", "bfloat16", 2, 1, dict(compile_patience=0)), marks=pytest.mark.long, id="Qwen2-bfloat16-2-1"
+    ),
+    pytest.param(
+        ("Qwen3", "float32", 2, 1, dict(compile_patience=1_000_000, kernels=CHAIN)),
+        marks=pytest.mark.slow,
+        id="chain-Qwen3-float32-2-1",
+    ),
+    pytest.param(
+        ("Qwen2", "bfloat16", 1, 1, dict(compile_patience=0, kernels=CHAIN)),
+        marks=pytest.mark.long,
+        id="chain-Qwen2-bfloat16-1-1",
     ),
 ]
 

@@ -1,0 +1,185 @@
+"""The chain of a Hopper GPU's kernels, interpreted: each against float64, and a row alone against the row in a batch,
+by bits. Rows come in numbers that take each tile of rows, weights in sizes that fill no tile.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.chain_gpu import attend, heads, product, residual
+from pallas_kernels.chain_gpu.sizes import ChainSizes, chain_sizes, split_of
+from pallas_kernels.paged_attention_inputs import PagedBlocks
+from pallas_kernels.sizes import INTERPRETED
+
+SIZES = ChainSizes(depth=32, split=64, kv_tile=32, kv_split=64, columns=64, warps=4, stages=2)
+ROWS = 130
+BATCHES = (slice(0, 1), slice(7, 10), slice(0, 40), slice(60, 124))
+LEAVES, WIDTH, OUTPUTS = 2, 168, 72  # three splits, the last one short; columns that fill no tile
+RNG = np.random.default_rng(0)
+random = functools.partial(RNG.normal, 0, 1)
+
+
+def array(*shape: int, dtype=jnp.float32) -> jax.Array:
+    return jnp.asarray(random(size=shape), dtype)
+
+
+def bits(x) -> np.ndarray:
+    return np.asarray(x, np.float32).view(np.uint32)
+
+
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
+def f64(x) -> np.ndarray:
+    return np.asarray(x, np.float64)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+def test_products(dtype):
+    """Of shared rows, of each leaf's own, gated, and in one split."""
+    x, w = array(ROWS, WIDTH, dtype=dtype), array(LEAVES, 2 * OUTPUTS, WIDTH, dtype=dtype)
+    flat, by_leaf = w.reshape(-1, WIDTH), array(LEAVES, ROWS, WIDTH, dtype=dtype)
+    run = {
+        "outputs": jax.jit(lambda x: product.outputs(x[None], flat, SIZES, interpret=True).sum(0)),
+        "summed": jax.jit(lambda x: product.summed(jnp.stack([x, x]), w, SIZES, interpret=True).sum(1)[0]),
+        "gated": jax.jit(lambda x: product.gated(x, w, SIZES, interpret=True)),
+        "finished": jax.jit(lambda x: product.finished(jnp.stack([x, x]), flat, SIZES, interpret=True)),
+    }
+    y = f64(x) @ f64(flat).T
+    gate, up = f64(x) @ f64(w[:, :OUTPUTS]).swapaxes(1, 2), f64(x) @ f64(w[:, OUTPUTS:]).swapaxes(1, 2)
+    gated = (silu(gate) * up).swapaxes(0, 1).reshape(ROWS, -1)
+    expected = {"outputs": y, "summed": y[:, : 2 * OUTPUTS], "gated": gated, "finished": 2 * y}
+    for name, function in run.items():
+        whole, size = function(x), np.abs(expected[name]).max()
+        rounding = 1e-2 if name == "gated" and dtype == jnp.bfloat16 else 1e-6
+        assert np.abs(f64(whole) - expected[name]).max() < rounding * size, name
+        for rows in BATCHES:
+            assert (bits(function(x[rows])) == bits(whole[rows])).all(), (name, rows)
+    assert by_leaf.shape[1] == ROWS and split_of(SIZES, OUTPUTS, WIDTH) == 64
+
+
+def test_splits_side_by_side_are_those_in_turn(monkeypatch):
+    """132 tiles fill a Hopper's processors; here as many as we say."""
+    x, w = array(1, 20, WIDTH), array(OUTPUTS, WIDTH)
+    apart = product.outputs(x, w, SIZES, interpret=True)
+    gated = product.gated(x[0], w[None], SIZES, interpret=True)
+    monkeypatch.setattr(product, "PROCESSORS", 1)
+    in_turn = product.outputs(x, w, SIZES, interpret=True)
+    assert (apart.shape[0], in_turn.shape[0]) == (3, 1)
+    assert (bits((apart[0] + apart[1]) + apart[2]) == bits(in_turn[0])).all()
+    assert (bits(product.gated(x[0], w[None], SIZES, interpret=True)) == bits(gated)).all()
+
+
+def test_the_stream_is_settled():
+    """Splits in order, leaves by the tree; the norm's three bfloat16 parts are a float32 number."""
+    x, sums, bias, norm = array(ROWS, WIDTH), array(4, 3, ROWS, WIDTH), array(WIDTH), array(WIDTH)
+    settle = functools.partial(residual.settle, eps=1e-6, interpret=True)
+    total, (y,) = settle(x, sums, bias, norm, dtype=jnp.float32)
+    leaves = [(s[0] + s[1]) + s[2] for s in sums]
+    assert (bits(total) == bits(x + ((leaves[0] + leaves[1]) + (leaves[2] + leaves[3])) + bias)).all()
+    expected = f64(total) / np.sqrt((f64(total) ** 2).mean(-1, keepdims=True) + 1e-6) * f64(norm)
+    assert np.abs(f64(y) - expected).max() < 1e-5
+    assert (bits(residual.total(x, sums, bias, interpret=True)) == bits(total)).all()
+    parts = settle(x, sums, bias, norm, dtype=jnp.bfloat16, parts=3)[1].astype(jnp.float32)
+    assert (bits(parts[0] + (parts[1] + parts[2])) == bits(y)).all()
+    for rows in BATCHES:
+        alone = settle(x[rows], sums[:, :, rows], bias, norm, dtype=jnp.float32)
+        assert (bits(alone[0]) == bits(total[rows])).all() and (bits(alone[1][0]) == bits(y[rows])).all()
+
+
+def test_the_embedding_is_copied():
+    table, ids = array(50, WIDTH, dtype=jnp.bfloat16), jnp.asarray(RNG.integers(0, 50, 9))
+    assert (bits(residual.embed(table, ids, interpret=True)) == bits(table[ids].astype(jnp.float32))).all()
+
+
+# -- attention ---------------------------------------------------------------------------------------------------------
+
+PAGE, PAGES = 16, 12  # a context of 192: three splits
+GEOMETRY = heads.Geometry(queries=6, keys=2, width=24, leaves=2, eps=1e-6, rope_factor=1.0)
+LENGTHS = (1, 30, 65, 150, 187)
+
+
+def attended(starts, counts, slots, sums, r: int, apart: bool | None = None):
+    """(what the blocks attend to, the pools) with pools of random earlier pages; memory of no token is NaN."""
+    width, num_pages = 32, 1 + PAGES * len(LENGTHS)
+    tables = jnp.arange(1, num_pages).reshape(len(LENGTHS), PAGES)
+    rng = np.random.default_rng(1)
+    pools = [rng.normal(size=(num_pages, GEOMETRY.keys, PAGE, width)).astype(np.float32) for _ in range(2)]
+    for slot, length in enumerate(LENGTHS):
+        for position in range(length, PAGES * PAGE):
+            for pool in pools:
+                pool[tables[slot, position // PAGE], :, position % PAGE] = np.nan
+    norms = [jnp.asarray(rng.normal(size=GEOMETRY.width), jnp.float32) for _ in range(2)]
+    frequencies = jnp.asarray(1 / 1e4 ** (np.arange(GEOMETRY.width // 2) / (GEOMETRY.width // 2)), jnp.float32)
+    projection = heads.Projection(sums, jnp.ones(sums.shape[-1]), *norms, frequencies)
+    blocks = PagedBlocks(tables, *(jnp.asarray(x, jnp.int32) for x in (slots, starts, counts)))
+    q, keys, values = heads.rotate_and_write(GEOMETRY, projection, *map(jnp.asarray, pools), blocks, interpret=True)
+    return attend.attend(q, keys, values, blocks, SIZES, interpret=True, apart=apart), keys, values
+
+
+def test_attention():
+    """The last tokens of five contexts: each alone, all together, as the end of a prefill's block, split either way."""
+    slots, starts = list(range(len(LENGTHS))), [length - 1 for length in LENGTHS]
+    ones, sums = [1] * len(LENGTHS), array(2, len(LENGTHS), (6 + 2 + 2) * GEOMETRY.width)
+    together, keys, values = attended(starts, ones, slots, sums, r=1)
+    assert np.isfinite(np.asarray(together)).all()
+    for i in slots:
+        alone, *pools = attended(starts[i : i + 1], [1], [i], sums[:, i : i + 1], r=1)
+        assert (bits(alone[0]) == bits(together[i])).all(), LENGTHS[i]
+        in_turn, *_ = attended(starts[i : i + 1], [1], [i], sums[:, i : i + 1], r=1, apart=False)
+        assert (bits(in_turn[0]) == bits(together[i])).all(), LENGTHS[i]
+    expected = naive(starts, sums, keys, values)
+    assert np.abs(f64(together) - expected).max() < 1e-5
+
+
+def test_a_block_of_a_prefill_has_the_bits_of_its_tokens():
+    """Four tokens of two contexts in blocks of four, the second half empty, against decoding them one after another."""
+    sums = array(1, 8, 10 * GEOMETRY.width)
+    blocks, *pools = attended([64, 28], [4, 2], [3, 1], sums, r=4)
+    for block, (slot, start, count) in enumerate(((3, 64, 4), (1, 28, 2))):
+        for token in range(count):
+            part = sums[:, 4 * block : 4 * block + token + 1]
+            rows = range(start, start + token + 1)
+            alone, *_ = attended(list(rows), [1] * len(rows), [slot] * len(rows), part, r=1)
+            assert (bits(alone[-1]) == bits(blocks[4 * block + token])).all()
+
+
+def naive(starts, sums, keys, values) -> np.ndarray:
+    """Attention of each context's last token in float64, from the packed projection and the pools as written."""
+    g, out = GEOMETRY, []
+    packed = f64(sums).sum(0) + 1
+    rng = np.random.default_rng(1)
+    for _ in range(2):
+        rng.normal(size=keys.shape)
+    q_norm = rng.normal(size=g.width).astype(np.float32)
+    angles = 1 / 1e4 ** (np.arange(g.width // 2) / (g.width // 2))
+    for slot, start in enumerate(starts):
+        by_leaf = packed[slot].reshape(g.leaves, -1, g.width)
+        q = by_leaf[:, : g.queries // g.leaves].reshape(-1, g.width)
+        q = q / np.sqrt((q**2).mean(-1, keepdims=True) + g.eps) * f64(q_norm)
+        a, b = np.split(q, 2, axis=-1)
+        cos, sin = np.cos(start * angles), np.sin(start * angles)
+        q = np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+        pages = slice(1 + slot * PAGES, 1 + (slot + 1) * PAGES)
+        k, v = (
+            f64(pool)[pages].swapaxes(0, 1).reshape(g.keys, -1, 32)[:, : start + 1, : g.width]
+            for pool in (keys, values)
+        )
+        for head in range(g.queries):
+            scores = k[head // (g.queries // g.keys)] @ q[head] / np.sqrt(g.width)
+            p = np.exp(scores - scores.max())
+            out.append(p / p.sum() @ v[head // (g.queries // g.keys)])
+    return np.array(out).reshape(len(starts), -1)
+
+
+def test_sizes_are_of_the_weight_alone():
+    hopper = chain_sizes("Hopper", np.dtype(jnp.bfloat16))
+    assert split_of(hopper, 24576, 4096) == 4096 and split_of(hopper, 4096, 12288) == hopper.split
+    assert split_of(hopper, 1024, 1024) == 1024
+    with pytest.raises(ValueError, match="takes weights in bfloat16 or float32, got float16"):
+        chain_sizes("Hopper", np.dtype(np.float16))
+    assert chain_sizes(INTERPRETED, np.dtype(np.float32)).kv_tile == 32
