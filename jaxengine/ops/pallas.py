@@ -155,6 +155,9 @@ class PallasAttention:
         tables: Int[Array, "slots n"],
         blocks: QueryBlocks,
     ) -> Float[Array, "B r Hh"]:
+        """Blocks that are only padding get 0. The kernel leaves them out, and the trainer multiplies them with a
+        gradient of 0, which only a finite number turns into 0.
+        """
         out = paged_attention(
             q,
             inputs.Pages(keys, values),
@@ -162,11 +165,12 @@ class PallasAttention:
             scoring=inputs.Scoring(model_config.head_dim**-0.5),
             implementation=self.implementation,
         )
-        return out.reshape(*out.shape[:2], -1).astype(model_config.dtype)
+        live = jnp.arange(out.shape[0])[:, None, None] < blocks.num_blocks
+        return jnp.where(live, out.reshape(*out.shape[:2], -1), 0.0).astype(model_config.dtype)
 
 
 def _located(tables: Int[Array, "slots n"], blocks: QueryBlocks) -> inputs.PagedBlocks:
-    return inputs.PagedBlocks(tables, blocks.slots, blocks.starts, blocks.counts)
+    return inputs.PagedBlocks(tables, blocks.slots, blocks.starts, blocks.counts, blocks.num_blocks)
 
 
 @dataclasses.dataclass(frozen=True)
