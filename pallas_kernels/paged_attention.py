@@ -34,8 +34,8 @@ def paged_attention(
     the device's tile of keys.
     """
     _check(q, pages, blocks, sinks)
-    _, num_kv_heads, page_size, head_dim = pages.keys.shape
-    sizes = attention_sizes(implementation.device, pages.keys.dtype, num_kv_heads, head_dim)
+    page_size, head_dim = pages.keys.shape[2:]
+    sizes = attention_sizes(implementation.device, pages.keys.dtype, head_dim)
     _check_page_size(page_size, sizes)
     return BODIES[implementation.name](q, pages, blocks, sinks, scoring, sizes)
 

@@ -149,7 +149,7 @@ class TestGpuBody(Body):
     side_by_side = False
 
     def run(self, scoring, q, pages, blocks, sinks):
-        sizes = attention_sizes(INTERPRETED, pages.keys.dtype, *pages.keys.shape[1::2])
+        sizes = attention_sizes(INTERPRETED, pages.keys.dtype, pages.keys.shape[3])
         return paged_attention_gpu(
             q, pages, blocks, sinks, scoring, sizes, interpret=True, side_by_side=self.side_by_side
         )
