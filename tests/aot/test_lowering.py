@@ -39,6 +39,7 @@ MATMULS = (
     MatmulCase(64, 2048, 1024, residual=True),
     MatmulCase(64, 4096, 6144, bias=True, residual=True),
     MatmulCase(64, 1024, 6144, gated=True),
+    MatmulCase(1024, 2048, 8192, residual=True, gated=True),  # what takes the most VMEM
     MatmulCase(600, 3072, 1024, "float32", bias=True),
     MatmulCase(100, 200, 96),
     MatmulCase(24, 200, 48, "float32", gated=True),
