@@ -98,7 +98,8 @@ class AttentionCase:
             begin, end = max(self.lengths[slot] - self.chunk, 0), self.lengths[slot]
             cut += [(slot, start, min(r, end - start)) for start in range(begin, end, r)] or [(slot, 0, 0)]
         rows = np.array(cut, np.int32)
-        return PagedBlocks(jnp.asarray(self.tables()), *map(jnp.asarray, rows.T), jnp.int32(len(rows))), rows
+        places, starts, counts = (jnp.asarray(column) for column in rows.T)
+        return PagedBlocks(jnp.asarray(self.tables()), places, starts, counts, jnp.int32(len(rows))), rows
 
     def abstract(
         self, r: int, num_pages: int = 4096
