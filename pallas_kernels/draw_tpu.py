@@ -5,6 +5,7 @@ taken CHUNK at a time, and their masses are in VMEM as [chunks, CHUNK].
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +14,13 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.draw_reference import Draw, first_above
-from pallas_kernels.matmul_tpu import VMEM_LIMIT
 from pallas_kernels.numbers import ceil_to
 from pallas_kernels.pinned_math import exp
 from pallas_kernels.sizes import VOCAB_BLOCK
 
 CHUNK = 128  # blocks
 SUBLANES = 8
+VMEM_LIMIT = 48 * 2**20  # bytes: three quarters of the smallest generation's VMEM
 
 
 def _dot(a: Array, b: Array, contract_b: int) -> Array:
@@ -96,7 +97,7 @@ def _kernel(
 
 
 def draw_tpu(
-    logits: Float[Array, "t V"], uniforms: Float[Array, "t 2"], given: Int[Array, " t"], *, interpret: bool = False
+    logits: Float[Array, "t V"], uniforms: Float[Array, "t 2"], given: Int[Array, " t"], *, interpret: Any = False
 ) -> Draw:
     """The draw, a row at a time."""
     t, num_blocks = logits.shape[0], logits.shape[1] // VOCAB_BLOCK

@@ -49,7 +49,8 @@ def grouped_matmul(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _grouped(implementation: Implementation, out_dtype: jnp.dtype, x, w, group_sizes):
-    sizes = matmul_sizes(implementation.device, w.dtype, w.shape[2], w.shape[3])
+    _, parts, outputs, inputs = w.shape
+    sizes = matmul_sizes(implementation.device, w.dtype, outputs, inputs, parts)
     return BODIES[implementation.name](x, w, group_sizes, sizes, out_dtype)
 
 

@@ -1,6 +1,7 @@
 """The grouped product's TPU body: the visits, known before the kernel starts, name the blocks of weights to fetch."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +11,12 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.grouped_matmul_reference import rows_of_visit, visits_of, without_rest
 from pallas_kernels.matmul_reference import finish
-from pallas_kernels.matmul_tpu import VMEM_LIMIT, add_block
+from pallas_kernels.matmul_tpu import add_block
 from pallas_kernels.sizes import MatmulSizes
 
 
 def _kernel(tiles, experts, starts, ends, x_ref, w_ref, out_ref, sum_ref, *, sizes: MatmulSizes, inputs: int) -> None:
-    add_block(x_ref, w_ref, sum_ref, sizes, inputs)
+    add_block(pl.program_id(2), x_ref, w_ref, sum_ref, sizes, inputs)
     visit = pl.program_id(1)
 
     @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
@@ -33,9 +34,12 @@ def grouped_matmul_tpu(
     sizes: MatmulSizes,
     out_dtype: jnp.dtype,
     *,
-    interpret: bool = False,
+    interpret: Any = False,
 ) -> Float[Array, "M N"]:
-    """The product visit by visit. The visits of a tile are consecutive, so its result stays in VMEM between them."""
+    """The product visit by visit. The visits of a tile are consecutive, so its result stays in VMEM between them.
+
+    Tiles that no expert visits are not written: all their rows are after the last group.
+    """
     (m, inputs), (_, parts, outputs, _) = x.shape, w.shape
     visits = visits_of(group_sizes, m, sizes.rows)
     of_x = pl.BlockSpec((sizes.rows, sizes.depth), lambda j, v, k, tiles, *_: (tiles[v], k))
@@ -43,7 +47,7 @@ def grouped_matmul_tpu(
         (None, parts, sizes.columns, sizes.depth), lambda j, v, k, _, experts, *__: (experts[v], 0, j, k)
     )
     of_out = pl.BlockSpec((sizes.rows, sizes.columns), lambda j, v, k, tiles, *_: (tiles[v], j))
-    grid = (pl.cdiv(outputs, sizes.columns), visits.tiles.shape[0], pl.cdiv(inputs, sizes.depth))
+    grid = (pl.cdiv(outputs, sizes.columns), visits.count, pl.cdiv(inputs, sizes.depth))
     out = pl.pallas_call(
         functools.partial(_kernel, sizes=sizes, inputs=inputs),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -55,7 +59,7 @@ def grouped_matmul_tpu(
         ),
         out_shape=jax.ShapeDtypeStruct((m, outputs), out_dtype),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=sizes.vmem
         ),
         name="grouped_matmul_tpu",
         interpret=interpret,

@@ -22,7 +22,8 @@ def kv_write_gpu(
         raise ValueError(
             f"the GPU's KV write takes head widths that are powers of two, got {h}: take implementation 'xla'"
         )
-    whole, operands = pl.BlockSpec(memory_space=pl.ANY), (*blocks, k, v, keys, values)
+    whole = pl.BlockSpec(memory_space=pl.ANY)
+    operands = (blocks.tables, blocks.slots, blocks.starts, blocks.counts, k, v, keys, values)
     keys, values = pl.pallas_call(
         functools.partial(_kernel, page_size=keys.shape[2]),
         grid=(batch, r, num_kv_heads),

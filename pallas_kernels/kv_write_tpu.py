@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Int
 
+from pallas_kernels.numbers import cdiv
 from pallas_kernels.paged_attention_inputs import PagedBlocks
 from pallas_kernels.paged_attention_tpu_pages import SUBLANE_BYTES, check_pool
 
@@ -21,16 +22,18 @@ AT_ONCE = 8  # tiles that one grid step copies
 
 
 def kv_write_tpu(
-    keys: Array, values: Array, k: Array, v: Array, blocks: PagedBlocks, *, interpret: bool = False
+    keys: Array, values: Array, k: Array, v: Array, blocks: PagedBlocks, *, interpret: Any = False
 ) -> tuple[Array, Array]:
-    """Pools `[P, K, p, h]` with the blocks' `[B, r, K, h]` written, in place.
+    """Pools `[P, K, p, h]` with the blocks' `[B, r, K, h]` written, in place. There are only the grid steps that blocks
+    before `num_blocks` need.
 
     Raises ValueError for pools that a TPU cannot copy tile by tile (paged_attention_tpu.check_pool).
     """
     _, num_kv_heads, page_size, h = keys.shape
     check_pool(keys, interpret)
     height = SUBLANE_BYTES // keys.dtype.itemsize
-    touched = _touched(blocks, k.shape[1], height)
+    tiles_of_block = cdiv(k.shape[1] - 1, height) + 1
+    touched = _touched(blocks, tiles_of_block, height)
     owners, tokens, new = _tokens_of_tiles(blocks, touched, height)
     rows = [x[owners, tokens].swapaxes(1, 2) for x in (k, v)]  # [E, K, height, h]
     columns = jnp.minimum(touched.tiles * height // page_size, blocks.tables.shape[1] - 1)
@@ -44,7 +47,7 @@ def kv_write_tpu(
         out_shape=[jax.ShapeDtypeStruct(pool.shape, pool.dtype) for pool in (keys, values)],
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
-            grid=(pages.shape[0] // AT_ONCE,),
+            grid=(cdiv(blocks.num_blocks * tiles_of_block, AT_ONCE),),
             in_specs=[_of_tiles(height, 1), of_rows, of_rows, anywhere, anywhere],
             out_specs=[anywhere, anywhere],
             scratch_shapes=[buffer, buffer, pltpu.SemaphoreType.DMA],
@@ -70,9 +73,8 @@ class _Touched(NamedTuple):
     used: Bool[Array, " E"]  # whether the block has a token in it
 
 
-def _touched(blocks: PagedBlocks, r: int, height: int) -> _Touched:
-    """The tiles of all blocks, padded to a multiple of AT_ONCE."""
-    most = (r + height - 2) // height + 1
+def _touched(blocks: PagedBlocks, most: int, height: int) -> _Touched:
+    """The tiles of all blocks, at `most` so many each, padded to a multiple of AT_ONCE."""
     tiles = (blocks.starts // height)[:, None] + jnp.arange(most)
     used = (tiles * height < (blocks.starts + blocks.counts)[:, None]) & (blocks.counts > 0)[:, None]
     flat = (jnp.repeat(blocks.slots, most), tiles.reshape(-1), used.reshape(-1))

@@ -24,7 +24,8 @@ def paged_attention(
     implementation: Implementation,
     sinks: Float[Array, " H"] | None = None,
 ) -> Float[Array, "B r H h"]:
-    """Causal attention of query blocks over their sequences' pages, in float32; 0 for tokens past a block's count.
+    """Causal attention of query blocks over their sequences' pages, in float32; 0 for tokens past a block's count,
+    anything in blocks from `num_blocks` on.
 
     The blocks' own keys and values are already in the pages. Queries are rounded to the cache's dtype (bfloat16 for an
     8-bit cache) after scaling, softmax weights before they are multiplied with the values; everything else is float32.
@@ -33,8 +34,8 @@ def paged_attention(
     the device's tile of keys.
     """
     _check(q, pages, blocks, sinks)
-    _, num_kv_heads, page_size, head_dim = pages.keys.shape
-    sizes = attention_sizes(implementation.device, pages.keys.dtype, num_kv_heads, head_dim)
+    page_size, head_dim = pages.keys.shape[2:]
+    sizes = attention_sizes(implementation.device, pages.keys.dtype, head_dim)
     _check_page_size(page_size, sizes)
     return BODIES[implementation.name](q, pages, blocks, sinks, scoring, sizes)
 

@@ -67,6 +67,7 @@ def paged_attention_gpu(
     group = num_heads // num_kv_heads
     rows = arrange(q, pages, scoring, sizes.rows)
     num_splits = cdiv(blocks.tables.shape[1] * page_size, sizes.split)
+    blocks = blocks._replace(num_blocks=None)  # the programs of padding see its count of 0
     side_by_side = r == 1 if side_by_side is None else side_by_side
     of_rows = None if sinks is None else sinks_of_rows(sinks, num_kv_heads, r, sizes.rows)
     tokens = tokens_of_rows(r, group, sizes.rows)

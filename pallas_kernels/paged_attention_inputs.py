@@ -31,14 +31,16 @@ class Pages(NamedTuple):
 class PagedBlocks(NamedTuple):
     """Query blocks: `counts[b]` consecutive tokens of the sequence in `slots[b]`, the first at position `starts[b]`.
 
-    Decoding is one token to a block; a chunk of a prompt is cut into blocks, of which the last may be short. A block
-    that is only padding has count 0.
+    Decoding is one token to a block; a chunk of a prompt is cut into blocks, of which the last may be short. Blocks
+    from `num_blocks` on are padding: they have count 0, a kernel may leave them out, and what attention gives for them
+    is undefined.
     """
 
     tables: Int[Array, "S n"]  # a sequence's pages, in order; entries past its context may be anything
     slots: Int[Array, " B"]
     starts: Int[Array, " B"]
     counts: Int[Array, " B"]
+    num_blocks: Int[Array, ""]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,8 @@
-"""Paged attention's TPU body: a grid step attends one query block, and copies a tile of keys while it uses the last."""
+"""Paged attention's TPU body: a grid step attends one query block.
+
+While a tile of keys is used the next is copied, and that goes on from block to block: with its last tile a block starts
+the copies of the next block's first. So grid steps run in order, and their number is that of the live blocks.
+"""
 
 import functools
 from collections.abc import Callable
@@ -10,7 +14,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.numbers import cdiv
 from pallas_kernels.paged_attention_inputs import (
     PagedBlocks,
     Pages,
@@ -35,7 +38,8 @@ from pallas_kernels.paged_attention_softmax import (
 from pallas_kernels.paged_attention_tpu_pages import Fetch, buffers_of, check_pool, with_scales_of_positions
 from pallas_kernels.sizes_attention import AttentionSizes
 
-VMEM_LIMIT = 64 * 2**20  # bytes: above the compiler's own 16 MiB, below every generation's VMEM
+VMEM_LIMIT = 48 * 2**20  # bytes: three quarters of the smallest generation's VMEM
+HEADS_AT_ONCE = 8  # key-value heads whose arithmetic may overlap; more are more code to compile
 
 
 def paged_attention_tpu(
@@ -46,10 +50,11 @@ def paged_attention_tpu(
     scoring: Scoring,
     sizes: AttentionSizes,
     *,
-    interpret: bool = False,
+    interpret: Any = False,
 ) -> Float[Array, "B r H h"]:
-    """Attention over pages. Slots, starts and counts are read as scalars before the queries come. A block's table
-    comes with the block, because all tables of an engine with long contexts are more than the scalar memory holds.
+    """Attention over pages. Slots, starts and counts are read as scalars before the queries come. A block's table and
+    the next block's come with the block, because all tables of an engine with long contexts are more than the scalar
+    memory holds. Results of blocks from `num_blocks` on are not written.
 
     Raises ValueError for pools that a TPU cannot copy page by page (check_pool).
     """
@@ -60,8 +65,7 @@ def paged_attention_tpu(
     rows = arrange(q, pages, scoring, sizes.rows)
     of_block = pl.BlockSpec((1, *rows.shape[1:]), lambda b, *_: (b, 0, 0, 0))
     tokens = tokens_of_rows(r, num_heads // num_kv_heads, sizes.rows)
-    of_table = pl.BlockSpec((1, 1, tables.shape[1]), lambda b, slots, *_: (slots[b], 0, 0), memory_space=pltpu.SMEM)
-    operands = tables[:, None], rows, tokens
+    operands = tables[:, None], tables[:, None], rows, tokens
     of_rows = None if sinks is None else sinks_of_rows(sinks, num_kv_heads, r, sizes.rows)
     pools = with_scales_of_positions(pages, tables, page_size)
     anywhere = jax.tree.map(lambda _: pl.BlockSpec(memory_space=pl.ANY), pools)
@@ -70,12 +74,20 @@ def paged_attention_tpu(
         out_shape=jax.ShapeDtypeStruct(rows.shape, jnp.float32),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
-            grid=(batch,),
-            in_specs=[of_table, of_block, _whole(tokens), None if of_rows is None else _whole(of_rows), anywhere],
+            grid=(blocks.num_blocks,),
+            in_specs=[
+                _table_of(0, tables, batch),
+                _table_of(1, tables, batch),
+                of_block,
+                _whole(tokens),
+                None if of_rows is None else _whole(of_rows),
+                anywhere,
+            ],
             out_specs=of_block,
             scratch_shapes=[
                 _partial(rows.shape),
                 _partial(rows.shape),
+                pltpu.SMEM((1,), jnp.int32),
                 pltpu.SemaphoreType.DMA((2,)),
                 buffers_of(pools, num_kv_heads, sizes),
             ],
@@ -85,6 +97,15 @@ def paged_attention_tpu(
         interpret=interpret,
     )(blocks.slots, blocks.starts, blocks.counts, *operands, of_rows, pools)
     return restore(out, q)
+
+
+def _table_of(ahead: int, tables: Array, batch: int) -> pl.BlockSpec:
+    """The table of the block so many places after the grid step's own, or of the last."""
+
+    def index(b, slots, *_):
+        return slots[jnp.minimum(b + ahead, batch - 1)], 0, 0
+
+    return pl.BlockSpec((1, 1, tables.shape[1]), index, memory_space=pltpu.SMEM)
 
 
 def _whole(x: Array) -> pl.BlockSpec:
@@ -104,6 +125,7 @@ def _kernel(
     starts,
     counts,
     table,
+    next_table,
     q,
     tokens,
     sinks,
@@ -111,6 +133,7 @@ def _kernel(
     out,
     partial: Partial,
     done: Partial,
+    turn,
     semaphores,
     buffers: Pages,
     *,
@@ -119,36 +142,53 @@ def _kernel(
     page_size: int,
 ):
     """`sinks` is None where there are none; `partial` is the result of the split at hand, `done` that of the splits
-    before."""
-    b = pl.program_id(0)
-    slot, start, count = slots[b], starts[b], counts[b]
-    first, end = key_range(start, count, scoring.window)
-    begin, stop = first // sizes.kv_tile, cdiv(end, sizes.kv_tile)
-    fetch = Fetch(pools, buffers, semaphores, table, slot, first, end, page_size, sizes.kv_tile)
+    before. `turn[0]` is the buffer of the block's first tile."""
+    b, last = pl.program_id(0), pl.num_programs(0) - 1
+    start, count = starts[b], counts[b]
+
+    def fetch_of(b, table):
+        first, end = key_range(starts[b], counts[b], scoring.window)
+        return Fetch(pools, buffers, semaphores, table, slots[b], first, end, page_size, sizes.kv_tile)
+
+    fetch, of_next = fetch_of(b, table), fetch_of(jnp.minimum(b + 1, last), next_table)
+    first, end, begin, stop = fetch.first, fetch.end, fetch.begin, fetch.stop
     _clear(partial)
     _clear(done)
 
-    @pl.when(begin < stop)
+    @pl.when(b == 0)
     def _():
-        fetch.start(begin)
+        turn[0] = 0
+        fetch.start_first(0)
+
+    first_buffer = turn[0]
+    turn[0] = (first_buffer + stop - begin) & 1
+
+    @pl.when((b < last) & (begin == stop))
+    def _():
+        of_next.start_first(first_buffer)
 
     def end_split(at):
         _put(done, at, combine(_take(done, at), _take(partial, at)))
 
     def step(i, _):
+        buffer = (first_buffer + i - begin) & 1
+
         @pl.when(i + 1 < stop)
         def _():
-            fetch.start(i + 1)
+            fetch.start(i + 1, 1 - buffer)
 
-        fetch.wait(i)
+        @pl.when((b < last) & (i + 1 == stop))
+        def _():
+            of_next.start_first(1 - buffer)
+
+        fetch.wait(i, buffer)
         positions = i * sizes.kv_tile + jax.lax.broadcasted_iota(jnp.int32, (1, sizes.kv_tile), 1)
         column = i * sizes.kv_tile + jax.lax.broadcasted_iota(jnp.int32, (sizes.kv_tile, 1), 0)
 
         def sees(rows):
             return visible(tokens[rows], positions, start, count, scoring.window)
 
-        tile = fetch.tile(i)
-        _fold_tile(q, tile, partial, (column >= first) & (column < end), sees, scoring, sizes)
+        _fold_tile(q, fetch.tile(buffer), partial, (column >= first) & (column < end), sees, scoring, sizes)
 
         @pl.when(((i + 1) % sizes.split_tiles == 0) | (i + 1 == stop))
         def _():
@@ -189,14 +229,15 @@ def _widen(x: Array, dtype: jnp.dtype) -> Array:
 
 
 def _each_tile_of_rows(q, size: int, body: Callable) -> None:
-    """body((head, rows)) for every key-value head and tile of rows."""
+    """body((head, rows)) for every key-value head and tile of rows, HEADS_AT_ONCE in a row without a loop, so that the
+    matrix unit works for one head while another's softmax is computed."""
 
     def head(k, _):
         for m in range(0, q.shape[2], size):
             body((k, pl.ds(m, size)))
         return 0
 
-    jax.lax.fori_loop(0, q.shape[1], head, 0)
+    jax.lax.fori_loop(0, q.shape[1], head, 0, unroll=min(HEADS_AT_ONCE, q.shape[1]))
 
 
 def _take(refs: Partial, at) -> Partial:

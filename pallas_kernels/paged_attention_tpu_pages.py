@@ -9,6 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
+from pallas_kernels.numbers import cdiv
 from pallas_kernels.paged_attention_inputs import Pages
 from pallas_kernels.sizes import LANES
 from pallas_kernels.sizes_attention import AttentionSizes
@@ -16,7 +17,7 @@ from pallas_kernels.sizes_attention import AttentionSizes
 SUBLANE_BYTES = 32  # rows of a memory tile times bytes of a number
 
 
-def check_pool(pool: Array, interpret: bool) -> None:
+def check_pool(pool: Array, interpret: Any) -> None:
     """Raises ValueError for pages that are no whole memory tiles: 8 rows of 32 bits, 16 of 16, 32 of 8, and LANES wide.
 
     XLA keeps narrower pages in another layout, and would copy the whole pool at every call. The interpreter takes them,
@@ -61,7 +62,7 @@ def buffers_of(pools: Pages, num_kv_heads: int, sizes: AttentionSizes) -> Any:
 
 
 class Fetch(NamedTuple):
-    """A block's tiles of keys, copied page by page from the pools to two buffers in turn."""
+    """A block's tiles of keys, from `begin` to before `stop`, copied page by page from the pools to either buffer."""
 
     pools: Pages
     buffers: Pages
@@ -73,29 +74,45 @@ class Fetch(NamedTuple):
     page_size: int
     kv_tile: int
 
-    def start(self, i: Array) -> None:
+    @property
+    def begin(self) -> Array:
+        return self.first // self.kv_tile
+
+    @property
+    def stop(self) -> Array:
+        """No less than `begin`; equal where the block sees no key."""
+        return jnp.where(self.first < self.end, cdiv(self.end, self.kv_tile), self.begin)
+
+    def start_first(self, buffer: Any) -> None:
+        """Start the copies of the first tile, if there is one."""
+
+        @pl.when(self.begin < self.stop)
+        def _():
+            self.start(self.begin, buffer)
+
+    def start(self, i: Array, buffer: Any) -> None:
         """Start the copies of tile i."""
-        for wanted, copies in self._copies(i):
+        for wanted, copies in self._copies(i, buffer):
 
             @pl.when(wanted)
             def _(copies=copies):
                 for copy in copies:
                     copy.start()
 
-    def wait(self, i: Array) -> None:
+    def wait(self, i: Array, buffer: Any) -> None:
         """Wait for the copies of tile i."""
-        for wanted, copies in self._copies(i):
+        for wanted, copies in self._copies(i, buffer):
 
             @pl.when(wanted)
             def _(copies=copies):
                 for copy in copies:
                     copy.wait()
 
-    def tile(self, i: Array) -> Pages:
-        """Refs of tile i's keys, values and scales."""
-        return Pages(*(None if buffer is None else buffer.at[i % 2] for buffer in self.buffers))  # pyright: ignore[reportArgumentType]
+    def tile(self, buffer: Any) -> Pages:
+        """Refs of the keys, values and scales of the tile in that buffer."""
+        return Pages(*(None if side is None else side.at[buffer] for side in self.buffers))  # pyright: ignore[reportArgumentType]
 
-    def _copies(self, i: Array) -> Iterator[tuple[Array, list]]:
+    def _copies(self, i: Array, buffer: Any) -> Iterator[tuple[Array, list]]:
         """(whether a query sees any of it, its copies) for each page of tile i, and for the scales of the whole
         tile."""
         pages_per_tile = self.kv_tile // self.page_size
@@ -103,14 +120,14 @@ class Fetch(NamedTuple):
             position = i * self.kv_tile + j * self.page_size
             page, rows = self.table[0, 0, i * pages_per_tile + j], pl.ds(j * self.page_size, self.page_size)
             wanted = (position < self.end) & (position + self.page_size > self.first)
-            keys = self._copy(self.pools.keys.at[page], self.buffers.keys.at[i % 2, :, rows], i)
-            yield wanted, [keys, self._copy(self.pools.values.at[page], self.buffers.values.at[i % 2, :, rows], i)]
+            sides = (self.pools.keys, self.buffers.keys), (self.pools.values, self.buffers.values)
+            yield wanted, [self._copy(pool.at[page], room.at[buffer, :, rows], buffer) for pool, room in sides]
         scales = (self.pools.key_scales, self.buffers.key_scales), (self.pools.value_scales, self.buffers.value_scales)
-        for pool, buffer in scales:
-            if pool is not None and buffer is not None:
+        for pool, room in scales:
+            if pool is not None and room is not None:
                 wanted = i >= 0  # always
                 positions = pl.ds(pl.multiple_of(i * self.kv_tile, self.kv_tile), self.kv_tile)
-                yield wanted, [self._copy(pool.at[self.slot, :, positions], buffer.at[i % 2], i)]
+                yield wanted, [self._copy(pool.at[self.slot, :, positions], room.at[buffer], buffer)]
 
-    def _copy(self, source: Any, target: Any, i: Array) -> Any:
-        return pltpu.make_async_copy(source, target, self.semaphores.at[i % 2])
+    def _copy(self, source: Any, target: Any, buffer: Any) -> Any:
+        return pltpu.make_async_copy(source, target, self.semaphores.at[buffer])

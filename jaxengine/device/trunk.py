@@ -152,7 +152,9 @@ def _attention(
     pools = Pools(*(jnp.full(x.shape, zero, x.dtype, device=x.sharding) for x in shapes))
     tables = kernels.attention.tables(tables, blocks)
     q, pools = kernels.attention.rotate_and_write(model_config, packed, pools, tables, blocks, tile.rows)
-    return kernels.attention.attend(model_config, pools, q, tables, blocks)
+    attended = kernels.attention.attend(model_config, pools, q, tables, blocks)
+    # Padding's rows may hold anything, and are multiplied by a cotangent of 0, which only a finite number turns into 0.
+    return jnp.where(jnp.arange(attended.shape[0])[:, None] < count * r, attended, 0)
 
 
 def _attention_forward(model_config, kernels, tile, *given):

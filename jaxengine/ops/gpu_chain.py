@@ -18,11 +18,10 @@ from jaxengine.config import ModelConfig
 from jaxengine.ops.heads import PackedHeads
 from jaxengine.ops.live import Live
 from jaxengine.ops.norm import rms_norm
-from jaxengine.ops.pallas import PallasAttention
+from jaxengine.ops.pallas import PallasAttention, located_blocks
 from jaxengine.ops.pools import Pools
 from jaxengine.ops.query_blocks import QueryBlocks
 from jaxengine.ops.rope import inverse_frequencies
-from pallas_kernels import paged_attention_inputs as inputs
 from pallas_kernels.chain_gpu import attend, heads, product, residual
 from pallas_kernels.chain_gpu.sizes import CHAIN, ChainSizes, chain_sizes, split_of
 from pallas_kernels.implementations import Implementation
@@ -259,13 +258,13 @@ class ChainAttention(PallasAttention):
             model_config.rms_norm_eps,
             model_config.rope.attention_factor,
         )
-        located = inputs.PagedBlocks(tables, blocks.slots, blocks.starts, blocks.counts)
+        located = located_blocks(tables, blocks)
         q, *written = heads.rotate_and_write(geometry, projection, *pools, located, **_how(self.implementation))
         return q, Pools(*written)
 
     def attend(
         self, model_config: ModelConfig, pools: Pools, q: Float[Array, "R H h"], tables: Array, blocks: QueryBlocks
     ) -> Float[Array, "R Hh"]:
-        located = inputs.PagedBlocks(tables, blocks.slots, blocks.starts, blocks.counts)
+        located = located_blocks(tables, blocks)
         sizes = chain_sizes(self.implementation.device, pools.keys.dtype)
         return attend.attend(q, *pools, located, sizes, **_how(self.implementation))

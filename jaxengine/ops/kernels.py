@@ -147,7 +147,8 @@ class Attention(Protocol):
     ) -> Float[Array, "B*r Hh"]:
         """Causal attention of the blocks over their sequences' pages, in the model's dtype.
 
-        A block's bits do not depend on what else is attended. Its gradient is the caller's affair (device/trunk.py).
+        A block's bits do not depend on what else is attended; rows of blocks that are only padding may hold anything.
+        Its gradient is the caller's affair (device/trunk.py).
         """
         ...
 

@@ -6,7 +6,6 @@ and one conversion happens.
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -52,13 +51,13 @@ def check_model(implementation: Implementation, model_config: ModelConfig) -> No
 
 
 def _sizes_of_device(table: dict[tuple[str, str], Any], device: str) -> dict[str, Any]:
-    """A device's block sizes by dtype, ready for JSON: how a sum is split is part of its bits."""
-    return {dtype: dataclasses.asdict(sizes) for (family, dtype), sizes in table.items() if family == device}
+    """A device's block sizes by dtype, ready for JSON: those that are part of a sum's bits."""
+    return {dtype: sizes.in_bits() for (family, dtype), sizes in table.items() if family == device}
 
 
 @dataclasses.dataclass(frozen=True)
 class PallasProducts:
-    """One kernel call for each leaf."""
+    """One kernel call for all leaves."""
 
     implementation: Implementation
 
@@ -79,14 +78,8 @@ class PallasProducts:
         return tree_sum(self._of_leaves(x, w))
 
     def _of_leaves(self, x: Array, w: Array, **how: Any) -> Array:
-        """The product of each leaf. x is the leaf's own `[leaf, t, K]`, or all leaves' `[t, K]`.
-
-        One leaf is passed as a view of the weight, because a slice of several leaves would be a copy.
-        """
-        run, shared = functools.partial(matmul, implementation=self.implementation, **how), x.ndim == 2
-        if w.shape[0] == 1:
-            return run(x if shared else x[0], w[0])[None]
-        return jax.vmap(run, in_axes=(None if shared else 0, 0))(x, w)
+        """The product of each leaf. x is the leaf's own `[leaf, t, K]`, or all leaves' `[t, K]`."""
+        return matmul(x, w, implementation=self.implementation, **how)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +99,7 @@ class PallasAttention(RotatesInTiles):
         """Raises ValueError for a page size that does not divide the kernel's tile of keys."""
         dtype, heads = jnp.dtype(model_config.dtype), model_config.num_key_value_heads
         width = self._width(model_config.head_dim)
-        tile = attention_sizes(self.implementation.device, dtype, heads, width).kv_tile
+        tile = attention_sizes(self.implementation.device, dtype, width).kv_tile
         if tile % page_size:
             raise ValueError(
                 f"kernels {str(self.implementation)!r} take {tile} keys of this model at a time, and whole pages: "
@@ -138,7 +131,7 @@ class PallasAttention(RotatesInTiles):
         """Two blocks that hold the same tokens (a probe's) hold the same bits, so the order in which they are written
         does not matter.
         """
-        pages = kv_write(inputs.Pages(*pools), k, v, _located(tables, blocks), implementation=self.implementation)
+        pages = kv_write(inputs.Pages(*pools), k, v, located_blocks(tables, blocks), implementation=self.implementation)
         return Pools(pages.keys, pages.values)
 
     def attend(
@@ -152,15 +145,15 @@ class PallasAttention(RotatesInTiles):
         out = paged_attention(
             q,
             inputs.Pages(*pools),
-            _located(tables, blocks),
+            located_blocks(tables, blocks),
             scoring=inputs.Scoring(model_config.head_dim**-0.5),
             implementation=self.implementation,
         )
         return out.reshape(out.shape[0] * out.shape[1], -1).astype(model_config.dtype)
 
 
-def _located(tables: Int[Array, "slots n"], blocks: QueryBlocks) -> inputs.PagedBlocks:
-    return inputs.PagedBlocks(tables, blocks.slots, blocks.starts, blocks.counts)
+def located_blocks(tables: Int[Array, "slots n"], blocks: QueryBlocks) -> inputs.PagedBlocks:
+    return inputs.PagedBlocks(tables, blocks.slots, blocks.starts, blocks.counts, blocks.num_blocks)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -98,7 +98,8 @@ class AttentionCase:
             begin, end = max(self.lengths[slot] - self.chunk, 0), self.lengths[slot]
             cut += [(slot, start, min(r, end - start)) for start in range(begin, end, r)] or [(slot, 0, 0)]
         rows = np.array(cut, np.int32)
-        return PagedBlocks(jnp.asarray(self.tables()), *map(jnp.asarray, rows.T)), rows
+        places, starts, counts = (jnp.asarray(column) for column in rows.T)
+        return PagedBlocks(jnp.asarray(self.tables()), places, starts, counts, jnp.int32(len(rows))), rows
 
     def abstract(
         self, r: int, num_pages: int = 4096
@@ -108,7 +109,8 @@ class AttentionCase:
         batch = slots * cdiv(self.chunk, r)
         pool = _shape((num_pages, heads, self.page_size, self.page_width or h), self.dtype)
         scales = [_shape((num_pages, heads))] * 2 if self.dtype in EIGHT_BIT else []
-        blocks = PagedBlocks(_shape((slots, cdiv(context, self.page_size)), "int32"), *[_shape((batch,), "int32")] * 3)
+        tables, of_blocks = _shape((slots, cdiv(context, self.page_size)), "int32"), _shape((batch,), "int32")
+        blocks = PagedBlocks(tables, of_blocks, of_blocks, of_blocks, _shape((), "int32"))
         sinks = _shape((self.num_heads,)) if self.has_sinks else None
         return _shape((batch, r, self.num_heads, h)), Pages(pool, pool, *scales), blocks, sinks
 
@@ -118,6 +120,13 @@ class AttentionCase:
         for b, (slot, start, count) in enumerate(rows):
             out[b, :count] = tokens[slot, start : start + count]
         return jnp.asarray(out)
+
+
+def with_padding(q: Array, blocks: PagedBlocks, count: int) -> tuple[Array, PagedBlocks]:
+    """Queries and blocks with so many blocks of padding after them, whose queries are NaN."""
+    slots, starts, counts = (jnp.pad(x, (0, count)) for x in (blocks.slots, blocks.starts, blocks.counts))
+    q = jnp.pad(q, ((0, count), (0, 0), (0, 0), (0, 0)), constant_values=jnp.nan)
+    return q, blocks._replace(slots=slots, starts=starts, counts=counts)
 
 
 def _shape(sizes: tuple[int, ...], dtype: str = "float32") -> Any:

@@ -46,7 +46,7 @@ def attend(
     blocks may hold anything.
     """
     (num_rows, heads, width), (_, num_kv_heads, page_size, page_width) = q.shape, keys.shape
-    batch = blocks.starts.shape[0]
+    batch, blocks = blocks.starts.shape[0], blocks._replace(num_blocks=None)  # counts say it too
     r, group = num_rows // batch, heads // num_kv_heads
     rows, out = row_tile(r * group), new((num_rows, heads * width), keys.dtype)
     num_splits = cdiv(blocks.tables.shape[1] * page_size, sizes.kv_split)

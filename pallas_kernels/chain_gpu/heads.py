@@ -51,6 +51,7 @@ def rotate_and_write(
 
     Row i is token i % r of block i // r; rows after a block's count give zeros and write nothing.
     """
+    blocks = blocks._replace(num_blocks=None)  # counts say it too
     rows, inputs = projection.sums.shape[1], (projection, blocks, keys, values)
     out = new((rows, geometry.queries, geometry.width), keys.dtype), *(new(x.shape, x.dtype) for x in (keys, values))
     kernel = functools.partial(_kernel, geometry=geometry, r=rows // blocks.starts.shape[0])

@@ -116,7 +116,7 @@ def attended(starts, counts, slots, sums, r: int, apart: bool | None = None):
     norms = [jnp.asarray(rng.normal(size=GEOMETRY.width), jnp.float32) for _ in range(2)]
     frequencies = jnp.asarray(1 / 1e4 ** (np.arange(GEOMETRY.width // 2) / (GEOMETRY.width // 2)), jnp.float32)
     projection = heads.Projection(sums, jnp.ones(sums.shape[-1]), *norms, frequencies)
-    blocks = PagedBlocks(tables, *(jnp.asarray(x, jnp.int32) for x in (slots, starts, counts)))
+    blocks = PagedBlocks(tables, *(jnp.asarray(x, jnp.int32) for x in (slots, starts, counts, len(starts))))
     q, keys, values = heads.rotate_and_write(GEOMETRY, projection, *map(jnp.asarray, pools), blocks, interpret=True)
     return attend.attend(q, keys, values, blocks, SIZES, interpret=True, apart=apart), keys, values
 

@@ -110,13 +110,28 @@ class TestReference(Body):
             tolerance = float(jnp.abs(e).max()) * (1e-2 if f.dtype == jnp.bfloat16 else 1e-5)
             np.testing.assert_allclose(f.astype(jnp.float32), e, rtol=0, atol=tolerance)
 
-    def test_leaves_under_vmap_have_the_bits_of_each_alone(self):
-        """The decoder's weights have a leading leaf axis."""
-        case = SMALL[0]
-        (x, w, *_), (y, v, *_) = case.operands(), case.operands(seed=1)
-        run = jax.jit(jax.vmap(functools.partial(matmul, implementation=self.implementation)))
-        leaves = run(jnp.stack([x, y]), jnp.stack([w, v]))
-        assert same_bits(leaves, jnp.stack([self.jitted(case, x, w, None, None), self.jitted(case, y, v, None, None)]))
+    @pytest.mark.parametrize("shared", (False, True))
+    def test_leaves_have_the_bits_of_each_alone(self, shared):
+        """The decoder's weights have a leading leaf axis; x is each leaf's own, or the same for all."""
+        case = SMALL[4]
+        some, others = case.operands(), case.operands(seed=1)
+        others = (some[0] if shared else others[0], *others[1:])
+        leaves = [jnp.stack(pair) for pair in zip(some, others, strict=True)]
+        found = self.jitted(case, some[0] if shared else leaves[0], *leaves[1:])
+        assert same_bits(found, jnp.stack([self.jitted(case, *some), self.jitted(case, *others)]))
+
+    def test_gradients_of_leaves(self):
+        case, weight = SMALL[9], jax.random.normal(jax.random.key(9), (2, 37, 48))
+        x, *own = jax.tree.map(lambda *leaves: jnp.stack(leaves), case.operands(), case.operands(seed=1))
+
+        def loss(run, x, *own):
+            return (run(x, *own) * weight).sum()
+
+        shared = jax.vmap(functools.partial(plain_float32, case), in_axes=(None, 0, 0, 0))
+        ours = functools.partial(self.run, case)
+        found, expected = (jax.grad(functools.partial(loss, run), (0, 1, 2, 3))(x[0], *own) for run in (ours, shared))
+        for f, e in zip(found, expected, strict=True):
+            np.testing.assert_allclose(f, e, rtol=0, atol=1e-5 * float(jnp.abs(e).max()))
 
 
 def plain_float32(case, x, w, bias, residual):
@@ -160,7 +175,8 @@ class TestErrors:
     def test_shapes(self):
         x, w = jnp.ones((3, 8)), jnp.ones((4, 8))
         for message, weights, given in (
-            (r"takes x \[M, K\] and w \[N, K\], got \(3, 8\) and \(4, 7\)", w[:, :7], {}),
+            (r"takes x \[M, K\] and w \[N, K\].*, got \(3, 8\) and \(4, 7\)", w[:, :7], {}),
+            (r"got \(3, 8\) and \(4, 8, 1\)", w[..., None], {}),
             ("N must be even, got 3", w[:3], dict(gated=True)),
             (r"bias must be \[4\]", w, dict(bias=jnp.ones(3))),
             (r"residual must be \[3, 4\]", w, dict(residual=jnp.ones((3, 5)))),
@@ -181,6 +197,14 @@ class TestErrors:
         assert caplog.messages == ["kernels: pallas_tpu with the block sizes of TPU v5e"]
 
     def test_sizes_depend_on_geometry_and_never_on_the_batch(self):
-        sizes = matmul_sizes("TPU v5e", jnp.dtype("bfloat16"), 4096, 3 * 384)
-        assert (sizes.columns, sizes.depth) == (512, 384), "a depth that divides K is taken"
-        assert matmul_sizes("TPU v5e", jnp.dtype("bfloat16"), 100, 100).columns == 128
+        of_v5e = functools.partial(matmul_sizes, "TPU v5e", jnp.dtype("bfloat16"))
+        for outputs, inputs, parts, expected in (
+            (4096, 1024, 1, (1024, 1024)),
+            (3072, 1024, 2, (512, 1024)),
+            (4096, 3 * 768, 1, (1408, 768)),  # a depth that divides K is taken
+            (4096, 1152, 1, (2048, 640)),  # none does: as many steps as there must be
+            (4096, 128, 1, (2048, 128)),
+            (100, 100, 1, (128, 128)),
+        ):
+            sizes = of_v5e(outputs, inputs, parts)
+            assert (sizes.columns, sizes.depth) == expected

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.cases.attention import DECODE, GROUPS, PREFILL, AttentionCase
+from pallas_kernels.cases.attention import DECODE, GROUPS, PREFILL, AttentionCase, with_padding
 from pallas_kernels.implementations import choose
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.paged_attention_gpu import paged_attention_gpu
@@ -149,7 +149,7 @@ class TestGpuBody(Body):
     side_by_side = False
 
     def run(self, scoring, q, pages, blocks, sinks):
-        sizes = attention_sizes(INTERPRETED, pages.keys.dtype, *pages.keys.shape[1::2])
+        sizes = attention_sizes(INTERPRETED, pages.keys.dtype, pages.keys.shape[3])
         return paged_attention_gpu(
             q, pages, blocks, sinks, scoring, sizes, interpret=True, side_by_side=self.side_by_side
         )
@@ -185,3 +185,17 @@ QUICK = AttentionCase((71, 3), chunk=8, dtype="bfloat16", num_heads=6, has_sinks
 def test_every_body_in_short(body):
     body().check(QUICK, 8)
     assert_same_bits(body().rows_of(QUICK, 8), body().rows_of(QUICK, 1))
+
+
+@pytest.mark.parametrize("num_blocks", (1, 3))
+def test_blocks_of_padding_change_no_bit(num_blocks):
+    """The same program for one block and for three; its blocks of padding are not computed."""
+    tokens = QUICK.tokens()
+    pages, _ = QUICK.pages(*tokens[1:])
+    blocks, rows = QUICK.blocks(8, (0, 1, 0)[:num_blocks])
+    q, padded = with_padding(QUICK.queries(tokens[0], rows, 8), blocks, 4 - num_blocks)
+    out = np.asarray(jitted(TestTpuBody)(QUICK.scoring, q, pages, padded, QUICK.sinks()))
+    expected = computed(TestTpuBody, QUICK, 8, None)
+    assert np.isnan(out[num_blocks:]).all()
+    for b, (slot, start, count) in enumerate(rows):
+        assert_same_bits({(slot, start + t): out[b, t] for t in range(count)}, expected)
