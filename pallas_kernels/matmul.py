@@ -60,14 +60,14 @@ def _check(x: Array, w: Array, bias: Array | None, residual: Array | None, parts
         raise ValueError(f"residual must be {list(result)} as the result, got {residual.shape}")
 
 
-def _each_leaf(body: Callable) -> Callable:
+def each_leaf(body: Callable) -> Callable:
     """For all leaves what `body` is for one. One leaf is passed as a view of the weight, because a slice of several
     leaves would be a copy.
     """
 
-    def run(x, w, bias, residual, *how):
+    def run(x, w, bias, residual, *how, **more):
         def one(x, w, bias, residual):
-            return body(x, w, bias, residual, *how)
+            return body(x, w, bias, residual, *how, **more)
 
         if w.shape[0] == 1:
             return one(x if x.ndim == 2 else x[0], *jax.tree.map(lambda of_leaf: of_leaf[0], (w, bias, residual)))[None]
@@ -76,7 +76,7 @@ def _each_leaf(body: Callable) -> Callable:
     return run
 
 
-BODIES = bodies(_each_leaf(matmul_reference), matmul_tpu, _each_leaf(matmul_gpu))
+BODIES = bodies(each_leaf(matmul_reference), matmul_tpu, each_leaf(matmul_gpu))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -91,7 +91,7 @@ def _forward(implementation, out_dtype, *operands):
 
 
 def _backward(implementation, out_dtype, operands, cotangent):
-    _, pullback = jax.vjp(_each_leaf(plain), *operands)
+    _, pullback = jax.vjp(each_leaf(plain), *operands)
     return pullback(cotangent.astype(jnp.float32))
 
 

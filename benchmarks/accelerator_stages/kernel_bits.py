@@ -37,6 +37,7 @@ from pallas_kernels.implementations import Implementation
 from pallas_kernels.kv_write_gpu import kv_write_gpu
 from pallas_kernels.matmul_gpu import matmul_gpu
 from pallas_kernels.paged_attention_gpu import paged_attention_gpu
+from pallas_kernels.paged_attention_inputs import PagedBlocks
 
 # Those that a decode step has come first. Attention's own cases are cut: its twin loops over every tile.
 ATTENTION = tuple(smaller(case, 8, 2048) for case in attention_cases.DECODER)
@@ -95,7 +96,7 @@ def gpu_bodies() -> Iterator[None]:
         return body(*arrays, own, out_dtype, interpret=True)
 
     pieces = (
-        (matmul, functools.partial(in_splits, matmul_gpu)),
+        (matmul, matmul.each_leaf(functools.partial(in_splits, matmul_gpu))),
         (grouped_matmul, functools.partial(in_splits, grouped_matmul_gpu)),
         (paged_attention, functools.partial(paged_attention_gpu, interpret=True)),
         (draw, functools.partial(draw_gpu, interpret=True)),
@@ -156,9 +157,7 @@ def check_write(case: AttentionCase, bodies: Bodies) -> Iterator[Row]:
         write = jax.jit(functools.partial(kv_write.kv_write, implementation=here.own_kernels()))
         at_once, in_turn = write(pages, k, v, blocks), pages
         for b in range(len(k)):
-            own = blocks._replace(
-                slots=blocks.slots[b, None], starts=blocks.starts[b, None], counts=blocks.counts[b, None]
-            )
+            own = PagedBlocks(blocks.tables, *(x[b, None] for x in blocks[1:4]), jnp.int32(1))
             in_turn = write(in_turn, k[b, None], v[b, None], own)
     other = jax.jit(functools.partial(kv_write.kv_write, implementation=twin()))(pages, k, v, blocks)
     alone, as_twin = (same_rows(pools, at_once, slice(None)) for pools in (in_turn, other))

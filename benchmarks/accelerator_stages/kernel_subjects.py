@@ -101,7 +101,8 @@ def of_attention(case: AttentionCase) -> Subject:
     def cut(rows: slice) -> tuple:
         starts = (blocks.starts[rows, None] + tokens).reshape(-1)
         counts = (tokens < blocks.counts[rows, None]).astype(jnp.int32).reshape(-1)
-        own = PagedBlocks(blocks.tables, jnp.repeat(blocks.slots[rows], len(tokens)), starts, counts)
+        slots = jnp.repeat(blocks.slots[rows], len(tokens))
+        own = PagedBlocks(blocks.tables, slots, starts, counts, jnp.int32(len(starts)))
         return q[rows].reshape(-1, 1, *q.shape[2:]), pages, own
 
     limit = ATTENTION_LIMITS.get(case.dtype, ROUNDED_LIMIT)

@@ -72,7 +72,7 @@ def of_a_tpu(case: MatmulCase, tiny: bool) -> Iterator[Row]:
     def with_tile(rows: int) -> Product:
         own = dataclasses.replace(sizes, rows=rows)
         run = functools.partial(matmul_tpu, interpret=here.platform() == "cpu")
-        return jax.jit(lambda x, w: run(x, w[None], None, None, own, jnp.dtype(jnp.float32)))
+        return jax.jit(lambda x, w: run(x, w[None, None], None, None, own, jnp.dtype(jnp.float32))[0])
 
     tiles = {rows: with_tile(rows) for rows in (TINY_TPU_TILES if tiny else TPU_TILES)}
     for row, is_same in compared(case, tiles, tiny):
