@@ -180,7 +180,7 @@ def test_a_wide_decode_step(case):
         max_model_len=64,
         max_num_seqs=128,
         num_pages=200,
-        kernels=INTERPRETED,
+        kernels=case.kernels,
         compile_patience=0,
     )
     requests = [(prompt[:8], params) for prompt, params in zip(case.prompts, case.sampling, strict=True)]
