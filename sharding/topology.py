@@ -8,6 +8,7 @@ import dataclasses
 import importlib.util
 import os
 import re
+import tempfile
 import time
 from typing import Any
 
@@ -15,6 +16,9 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from sharding import gpu_program
+from sharding.gpu_program import GpuProgram
 
 KERNEL_CALLS = ("tpu_custom_call", "__gpu$xla.gpu.triton", "triton_kernel_call_ffi", "mosaic_gpu_v2", "mosaic_gpu")
 # Settings of the TPU's library: it asks no metadata server, and other processes may compile at the same time.
@@ -49,6 +53,7 @@ class Compiled:
     flops: float
     bytes_accessed: float
     kernels: tuple[str, ...]
+    gpu: GpuProgram | None = None  # what it starts, where it is a GPU's
 
     def __str__(self) -> str:
         sizes = (self.argument_bytes, self.output_bytes, self.workspace_bytes, self.bytes_accessed)
@@ -57,6 +62,7 @@ class Compiled:
             f"{self.seconds:.1f} s to compile; "
             f"MiB: {arguments} in, {output} out, {workspace} workspace, {moved} moved; "
             f"{self.flops / 1e6:.1f} Mflop outside kernels; kernels: {', '.join(self.kernels) or 'none'}"
+            f"{f'; {self.gpu}' if self.gpu else ''}"
         )
 
 
@@ -102,10 +108,13 @@ def compile_ahead(mesh: Mesh, jitted: Any, *args: Any, **static: Any) -> Compile
         sharding = sharding if isinstance(sharding, NamedSharding) else replicated
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-    with jax.set_mesh(mesh):
+    on_gpu = mesh.devices.flat[0].platform in ("gpu", "cuda")
+    with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder:
         start = time.monotonic()
-        compiled = jitted.lower(*jax.tree.map(placed, args), **static).compile()
+        lowered = jitted.lower(*jax.tree.map(placed, args), **static)
+        compiled = lowered.compile(gpu_program.dumping(folder) if on_gpu else None)
         seconds = time.monotonic() - start
+        gpu = gpu_program.read(folder) if on_gpu else None
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
     return Compiled(
         seconds,
@@ -115,6 +124,7 @@ def compile_ahead(mesh: Mesh, jitted: Any, *args: Any, **static: Any) -> Compile
         cost.get("flops", 0.0),
         cost.get("bytes accessed", 0.0),
         kernels_of(compiled.as_text()),
+        gpu,
     )
 
 

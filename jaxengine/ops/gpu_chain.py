@@ -154,7 +154,7 @@ def _gated(of: Implementation, eps: float, stream: Stream, norm: Array, w: Array
 
 @differentiated_as(_plain_add, static=1)
 def _add(of: Implementation, y: Array, w: Array) -> Float[Array, "leaf S M N"]:
-    return product.summed(_by_leaf(y, w), w, _sizes(of, w), **_how(of))
+    return product.summed(y.astype(w.dtype), w, _sizes(of, w), **_how(of))
 
 
 @differentiated_as(_plain_logits, static=2)

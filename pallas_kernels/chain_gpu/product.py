@@ -31,7 +31,7 @@ def outputs(
 
     Of several parts the last is added first, so that the smallest numbers come first.
     """
-    return _partial_sums(x[None], w[None], sizes, interpret)[0]
+    return _partial_sums(x, w[None], sizes, interpret)[0]
 
 
 def finished(
@@ -39,14 +39,14 @@ def finished(
 ) -> Float[Array, "M N"]:
     """As `outputs`, with all of K in one split, so that nothing is left to add: the head."""
     split = cdiv(w.shape[1], sizes.depth) * sizes.depth
-    return _partial_sums(x[None], w[None], sizes, interpret, split)[0, 0]
+    return _partial_sums(x, w[None], sizes, interpret, split)[0, 0]
 
 
 def summed(
-    x: Float[Array, "leaf M K"], w: Float[Array, "leaf N K"], sizes: ChainSizes, *, interpret: bool = False
+    x: Float[Array, "M leaf*K"], w: Float[Array, "leaf N K"], sizes: ChainSizes, *, interpret: bool = False
 ) -> Float[Array, "leaf S M N"]:
-    """The splits' partial sums of each leaf's x @ w.T."""
-    return _partial_sums(x[:, None], w, sizes, interpret)
+    """The splits' partial sums of each leaf's own columns of x times its w."""
+    return _partial_sums(x[None], w, sizes, interpret)
 
 
 def gated(
@@ -58,7 +58,7 @@ def gated(
     split, out = split_of(sizes, leaves * width, inputs), new((m, leaves * width), w.dtype)
     tiles = leaves, cdiv(width, sizes.columns), cdiv(m, rows)
     if cdiv(inputs, split) > 1 and math.prod(tiles) < PROCESSORS:
-        sums = _partial_sums(x[None, None], w.reshape(1, -1, inputs), sizes, interpret, split)[0]
+        sums = _partial_sums(x[None], w.reshape(1, -1, inputs), sizes, interpret, split)[0]
         columns = min(SILU_COLUMNS, power_of_two(width))
         silu_kernel = functools.partial(_silu, width=width, columns=columns)
         return call("chain_silu", silu_kernel, (m, leaves, cdiv(width, columns)), out, sums, interpret=interpret)
@@ -68,9 +68,9 @@ def gated(
 
 
 def _partial_sums(x: Array, w: Array, sizes: ChainSizes, interpret: bool, split: int | None = None) -> Array:
-    """x [leaf, P, M, K], w [leaf, N, K] -> [leaf, S, M, N]. Splits are programs of their own where tiles alone leave
+    """x [P, M, leaf·K], w [leaf, N, K] -> [leaf, S, M, N]. Splits are programs of their own where tiles alone leave
     processors idle, and are added in turn otherwise: the same additions."""
-    (leaves, _, m, inputs), (_, width, _) = x.shape, w.shape
+    (_, m, _), (leaves, width, inputs) = x.shape, w.shape
     rows, split = row_tile(m), split or split_of(sizes, width, inputs)
     num_splits, tiles = cdiv(inputs, split), (cdiv(width, sizes.columns), cdiv(m, rows))
     apart = num_splits > 1 and leaves * tiles[0] * tiles[1] < PROCESSORS
@@ -81,7 +81,7 @@ def _partial_sums(x: Array, w: Array, sizes: ChainSizes, interpret: bool, split:
     return call("chain_product", kernel, grid, out, x, w, **how)
 
 
-class Operand(NamedTuple):
+class Weights(NamedTuple):
     """`ref[index]`: Triton takes one index of a ref, so it is joined to the block's."""
 
     ref: Any
@@ -93,7 +93,8 @@ def _sums(x_ref, w_ref, out_ref, *, sizes: ChainSizes, rows: int, split: int, ap
     num_splits = cdiv(w_ref.shape[-1], split)
     leaf, own = (place // num_splits, place % num_splits) if apart else (place, np.int32(0))
     how = dict(sizes=sizes, rows=rows, split=split, interpret=interpret)
-    of_split = functools.partial(_of_split, Operand(x_ref, (leaf,)), [Operand(w_ref, (leaf,))], row, column, **how)
+    weights, first = [Weights(w_ref, (leaf,))], leaf * w_ref.shape[-1]
+    of_split = functools.partial(_of_split, x_ref, first, weights, row, column, **how)
     (total,) = of_split(own) if apart else _in_turn(of_split, num_splits)
     _store(out_ref, (leaf, own), row, column, total, rows, sizes.columns)
 
@@ -102,10 +103,8 @@ def _gated(x_ref, w_ref, out_ref, *, sizes: ChainSizes, rows: int, split: int, i
     leaf, tile, row = pl.program_id(0), pl.program_id(1), pl.program_id(2) * rows
     (_, _, width, inputs), column = w_ref.shape, tile * sizes.columns
     how = dict(sizes=sizes, rows=rows, split=split, interpret=interpret)
-    parts = [Operand(w_ref, (leaf, np.int32(part))) for part in range(2)]
-    gate, up = _in_turn(
-        functools.partial(_of_split, Operand(x_ref, ()), parts, row, column, **how), cdiv(inputs, split)
-    )
+    parts = [Weights(w_ref, (leaf, np.int32(part))) for part in range(2)]
+    gate, up = _in_turn(functools.partial(_of_split, x_ref, 0, parts, row, column, **how), cdiv(inputs, split))
     _store(out_ref, (), row, column, silu(gate) * up, rows, sizes.columns, leaf * width, width)
 
 
@@ -139,8 +138,9 @@ def _in_turn(of_split: Callable, num_splits: int) -> list[Array]:
 
 
 def _of_split(
-    x: Operand,
-    weights: list[Operand],
+    x_ref,
+    first,
+    weights: list[Weights],
     row,
     column,
     split_index,
@@ -150,8 +150,8 @@ def _of_split(
     split: int,
     interpret: bool,
 ) -> list[Float[Array, "columns rows"]]:
-    """The sums over one split of K with each of the weights; the rows are read once for all."""
-    (parts, m, inputs), width = x.ref.shape[-3:], weights[0].ref.shape[-2]
+    """The sums over one split of K with each of the weights. The rows, from column `first` on, are read once."""
+    (parts, m, _), (width, inputs) = x_ref.shape, weights[0].ref.shape[-2:]
     in_rows, in_columns = inside(row, rows, m), inside(column, sizes.columns, width)
 
     def step(i, totals):
@@ -160,7 +160,8 @@ def _of_split(
         if inputs % split:
             in_depth = start + jnp.arange(sizes.depth) < inputs
         mask = both(in_rows, in_depth, (rows, sizes.depth))
-        xs = [load(x.ref.at[(*x.index, np.int32(part), pl.ds(row, rows), k)], mask) for part in reversed(range(parts))]
+        cells = pl.ds(row, rows), pl.ds(first + start, sizes.depth)
+        xs = [load(x_ref.at[(np.int32(part), *cells)], mask) for part in reversed(range(parts))]
         mask = both(in_columns, in_depth, (sizes.columns, sizes.depth))
         ws = [load(w.ref.at[(*w.index, pl.ds(column, sizes.columns), k)], mask) for w in weights]
         return [

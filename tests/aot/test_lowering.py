@@ -14,16 +14,18 @@ from jax.experimental import pallas as pl
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxengine.config import EngineConfig, ModelConfig
-from jaxengine.device import kv_cache
+from jaxengine.device import kv_cache, steps
 from jaxengine.models import params
 from jaxengine.ops.kernels import Kernels, kernels_of
 from jaxengine.ops.sharded import sharded
+from jaxengine.ops.tiles import ROW_UNIT, Tile
 from pallas_kernels.cases.draw import DrawCase
 from pallas_kernels.cases.grouped_matmul import GroupedCase
 from pallas_kernels.cases.matmul import MatmulCase
 from pallas_kernels.draw import draw_and_score
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.matmul import matmul
+from sharding.gpu_program import GpuProgram
 from sharding.topology import TARGETS, Compiled, compile_ahead, mesh_of
 
 pytestmark = pytest.mark.aot
@@ -105,15 +107,33 @@ def calls(compiled: Compiled, name: str) -> int:
 
 def compiled_step(kind: str, mesh: Mesh, ops: Kernels, state: tuple) -> Compiled:
     step, inputs, static = step_call(kind, ENGINE)
+    if mesh.devices.flat[0].platform != "tpu":
+        step = steps.captured(step)
+        static |= dict(tile=Tile(1, ROW_UNIT)) if kind == "decode" else {}
     return compile_ahead(mesh, step, *state, *inputs, model_config=MODEL, kernels=ops, **static)
 
 
 def assert_kernels(compiled: Compiled) -> None:
-    """A layer has four products, attention and a write; a step the head and the draw. One may be two GPU kernels."""
+    """A layer has four products, attention and a write; a step the head and the draw."""
     layers = MODEL.num_hidden_layers
+    if compiled.gpu is not None:
+        assert_chain(compiled.gpu, layers)
+        return
     assert calls(compiled, "matmul_") >= 4 * layers + 1
     assert calls(compiled, "paged_attention_") >= layers and calls(compiled, "kv_write_") == layers
     assert calls(compiled, "draw_") >= 1
+
+
+def assert_chain(program: GpuProgram, layers: int) -> None:
+    """On a GPU a step is one command buffer, a layer at most ten kernels, and between them XLA only copies."""
+    assert program.pieces == 1 and program.steered == 0, str(program)
+    chain = [name.startswith("chain_") or name == "kCopy" for name in program.straight]
+    first = next(i for i, name in enumerate(program.straight) if name.startswith("chain_"))
+    last = max(i for i, name in enumerate(program.straight) if name.startswith("chain_")) + 1
+    launches = program.straight[first:last]
+    assert all(chain[first:last]), [name for name in launches if not name.startswith("chain_")]
+    assert launches.count("chain_gated") + launches.count("chain_silu") == layers
+    assert len(launches) <= 10 * layers + 4, launches
 
 
 @STEP_TARGETS

@@ -1,0 +1,32 @@
+"""Reading what a GPU's compiled program starts."""
+
+import pytest
+
+from sharding.gpu_program import parse, read
+
+LISTING = """000: kCommandBuffer [source | sink]
+    001: kCustomKernel [source | next=002 (1)] chain_embed grid: [64, 1, 1]
+    002: kCustomKernel [prev=001 (1) | next=005 (1)] chain_settle__1 grid: [64, 1, 1]
+    005: kConditional  [prev=002 (1) | next=006 (1)]
+      false_branch:
+        003: kCustomKernel [source | sink] loop_compare_fusion grid: [1, 1, 1]
+      true_branch:
+        004: kCopy [source | sink] copy
+    006: kCustomKernel [prev=005 (1) | sink] draw grid: [1, 1, 1]
+007: kWhile [prev=000 (1) | next=009 (1)]
+  body:
+    008: kCustomKernel [source | sink] chain_gated grid: [1, 1, 1]
+009: kCopy [prev=007 (1) | sink] copy
+"""
+
+
+def test_what_is_started():
+    program = parse(LISTING)
+    assert program.pieces == 3 and program.steered == 1
+    assert program.straight == ("chain_embed", "chain_settle", "draw", "copy")
+    assert str(program) == "3 pieces, 1 steered by the host, 4 kernels in a row"
+
+
+def test_a_folder_without_a_program(tmp_path):
+    with pytest.raises(FileNotFoundError, match="XLA wrote about no GPU program"):
+        read(str(tmp_path))
