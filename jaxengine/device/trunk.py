@@ -54,7 +54,7 @@ def hidden_states(
     batch, length = tokens.shape
     layout, parts = lay_out(params, tokens, lengths), QUERY_BLOCK // tile.tokens
     starts, tables = jnp.repeat(layout.starts, parts, axis=0), jnp.repeat(layout.tables, parts, axis=0)
-    starts += jnp.tile(jnp.arange(0, QUERY_BLOCK, tile.tokens), layout.tokens.shape[0])
+    starts += jnp.tile(jnp.arange(0, QUERY_BLOCK, tile.tokens, dtype=jnp.int32), layout.tokens.shape[0])
     count = layout.count * parts
     x = embed(kernels, tile, params.embed, layout.tokens.reshape(-1), count * tile.tokens)
     for layer in params.layers:
@@ -165,7 +165,7 @@ def _attention_backward(model_config, kernels, tile, saved, cotangent):
     """Gradient of plain attention in float32, a block of queries at a time: nothing of size T × T is kept."""
     packed, tables, starts, count = jax.lax.optimization_barrier(saved)
     r = tile.tokens
-    positions = (starts[:, None] + jnp.arange(r)).reshape(-1)
+    positions = (starts[:, None] + jnp.arange(r, dtype=jnp.int32)).reshape(-1)
 
     def heads(packed):
         packed = packed._replace(rows=kernels.attention.rows_of(packed.rows))

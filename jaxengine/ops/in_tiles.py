@@ -167,7 +167,7 @@ class RotatesInTiles:
     ) -> tuple[Float[Array, "B r H h"], Pools]:
         batch = blocks.starts.shape[0]
         r = packed.rows.shape[0] // batch
-        positions = (blocks.starts[:, None] + jnp.arange(r)).reshape(-1)
+        positions = (blocks.starts[:, None] + jnp.arange(r, dtype=jnp.int32)).reshape(-1)
         heads = rotated_heads(model_config, packed, positions, Live(tile, blocks.num_blocks * r))
         q, k, v = (x.reshape(batch, r, *x.shape[1:]) for x in heads)
         return q, self.write(pools, k, v, tables, blocks)
