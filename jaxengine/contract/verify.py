@@ -68,7 +68,17 @@ class Axis(NamedTuple):
 def verify(
     session: Session, *, quick: bool = False, samples: int | None = None, seed: int = 0, report: Report = say_nothing
 ) -> Verification:
-    """Run every check.
+    """Run every check, as `run_checks`, and tell what this machine refuses."""
+    checks = list(run_checks(session, quick=quick, samples=samples, seed=seed, report=report))
+    refused = [f"{kind} on {tile.rows} rows" for kind, tile in session.engine.step_variants.refused]
+    refused += map(str, scoring_proof.refused(session.model_config, session.engine.kernels))
+    return Verification(session.contract(), refused, checks)
+
+
+def run_checks(
+    session: Session, *, quick: bool = False, samples: int | None = None, seed: int = 0, report: Report = say_nothing
+) -> Iterator[Check]:
+    """Every check, as soon as it is done.
 
     `samples` of one prompt are drawn at temperature 0 and at temperature 1 among random traffic: 1,000 unless said
     otherwise, 100 with `quick`. `seed` makes the traffic. The engine must be idle; afterwards it is as it was, except
@@ -77,16 +87,12 @@ def verify(
     count = samples if samples is not None else (QUICK_SAMPLES if quick else SAMPLES)
     if count < 2:
         raise ValueError(f"samples must be at least 2, got {count}")
-    checks = []
     with session.runner.reserved():
         for axis in _axes(Traffic(session, seed), quick, count):
             report(f"{axis.name}: {axis.what} …")
             start = time.perf_counter()
             outcome = axis.run()
-            checks.append(Check(axis.name, axis.what, outcome.holds, outcome.text, time.perf_counter() - start))
-    refused = [f"{kind} on {tile.rows} rows" for kind, tile in session.engine.step_variants.refused]
-    refused += map(str, scoring_proof.refused(session.model_config, session.engine.kernels))
-    return Verification(session.contract(), refused, checks)
+            yield Check(axis.name, axis.what, outcome.holds, outcome.text, time.perf_counter() - start)
 
 
 def _axes(traffic: "Traffic", quick: bool, count: int) -> Iterator[Axis]:
