@@ -28,7 +28,15 @@ QWEN3_06B = ModelConfig(
     qk_norm=True,
     dtype="bfloat16",
 )
-SHAPES = {"qwen3-0.6b-shape": QWEN3_06B}  # their weights are random, made in place
+QWEN3_8B = dataclasses.replace(
+    QWEN3_06B,
+    hidden_size=4096,
+    intermediate_size=12288,
+    num_hidden_layers=36,
+    num_attention_heads=32,
+    tie_word_embeddings=False,
+)
+SHAPES = {"qwen3-0.6b-shape": QWEN3_06B, "qwen3-8b-shape": QWEN3_8B}  # their weights are random, made in place
 ENGINE = dict(max_model_len=2048, max_num_seqs=64, num_pages=1025)  # room for either workload at 64 sequences
 
 
