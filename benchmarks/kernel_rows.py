@@ -1,4 +1,4 @@
-"""What kernels.py measures: a kernel at decoders' shapes, XLA's operation on the same numbers, and the work of both."""
+"""What accelerator.py measures: a kernel at decoders' shapes, XLA's operation on the same numbers, the work of both."""
 
 import dataclasses
 import functools
@@ -184,7 +184,7 @@ def kv_write_rows(
     implementation: Implementation, cases: Sequence[AttentionCase] = attention_cases.DECODER
 ) -> Iterator[Row]:
     """In place, WRITES times in a call; XLA's own is a scatter."""
-    for case in (case for case in cases if case.dtype not in EIGHT_BIT and not case.page_width):
+    for case in filter(is_written_alone, cases):
         q, pages, blocks = attention_operands(case)
         k, v = (q[:, :, : case.num_kv_heads].astype(case.dtype) + part for part in (0, 1))
         yield Row(
@@ -197,6 +197,11 @@ def kv_write_rows(
             2 * size_of((k, v)),
             calls=WRITES,
         )
+
+
+def is_written_alone(case: AttentionCase) -> bool:
+    """Whether a write is nothing but copying: no scales, and pages as wide as heads."""
+    return case.dtype not in EIGHT_BIT and not case.page_width
 
 
 def many_times(write: Callable) -> Callable:
@@ -216,6 +221,3 @@ def scatter(pages: Pages, k: Array, v: Array, blocks: PagedBlocks) -> Pages:
         return pool.at[ids, :, positions % size, : x.shape[-1]].set(x, mode="drop")
 
     return pages._replace(keys=put(pages.keys, k), values=put(pages.values, v))
-
-
-ROWS = (attention_rows, kv_write_rows, matmul_rows, grouped_rows, draw_rows)

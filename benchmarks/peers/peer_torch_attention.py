@@ -1,4 +1,4 @@
-"""torch's scaled_dot_product_attention as a peer of ../kernels.py, in an interpreter of its own.
+"""torch's scaled_dot_product_attention as a peer of ../accelerator.py, in an interpreter of its own.
 
 It answers each line of JSON on standard input, {"sequences", "context", "chunk", "heads", "kv_heads", "head_dim",
 "dtype", "window"}, with {"seconds": of one call}.

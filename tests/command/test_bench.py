@@ -204,7 +204,7 @@ def test_the_script_of_an_installed_peer_measures(name, has_weights, folder, tmp
 
 @pytest.mark.reference
 def test_torchs_attention_answers():
-    """The peer of benchmarks/kernels.py."""
+    """The peer of benchmarks/accelerator.py."""
     pytest.importorskip("torch", reason="needs torch")
     task = dict(sequences=2, context=40, chunk=3, heads=4, kv_heads=2, head_dim=8, dtype="float32", window=5)
     found = subprocess.run(
