@@ -62,7 +62,7 @@ def run(*words: str) -> subprocess.CompletedProcess:
 
 
 def test_every_stage_gives_its_results(tmp_path):
-    found = run("--minutes=60", f"--out={tmp_path}", "--torch-python=no-such-interpreter")
+    found = run("--minutes=600", f"--out={tmp_path}", "--torch-python=no-such-interpreter")
     text, results = (tmp_path / "results.md").read_text(), json.loads((tmp_path / "results.json").read_text())
     assert found.returncode == 0, f"{found.stdout}\n{found.stderr}\n{text}"
     rows = {stage["name"]: stage["rows"] for stage in results["stages"]}
@@ -80,7 +80,7 @@ def test_every_stage_gives_its_results(tmp_path):
 @pytest.mark.reference
 def test_torch_is_measured_where_it_is(tmp_path):
     pytest.importorskip("torch", reason="needs torch")
-    assert run("--minutes=60", f"--out={tmp_path}", "--only", "beside-xla", "beside-transformers").returncode == 0
+    assert run("--minutes=600", f"--out={tmp_path}", "--only", "beside-xla", "beside-transformers").returncode == 0
     text = (tmp_path / "results.md").read_text()
     assert "| transformers |" in text and "times as fast as torch" in text
 
