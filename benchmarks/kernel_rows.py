@@ -17,6 +17,8 @@ from pallas_kernels.cases import matmul as matmul_cases
 from pallas_kernels.cases.attention import AttentionCase
 from pallas_kernels.cases.grouped_matmul import GroupedCase
 from pallas_kernels.cases.matmul import MatmulCase
+from pallas_kernels.chain_gpu import attend, product, residual
+from pallas_kernels.chain_gpu.sizes import chain_sizes
 from pallas_kernels.draw import draw_and_score
 from pallas_kernels.draw_reference import plain_draw
 from pallas_kernels.grouped_matmul import grouped_matmul
@@ -27,6 +29,8 @@ from pallas_kernels.matmul import matmul
 from pallas_kernels.matmul_reference import plain
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.paged_attention_inputs import EIGHT_BIT, PagedBlocks, Pages
+from pallas_kernels.pinned_math import LOG2_E
+from pallas_kernels.sizes import INTERPRETED
 
 WRITES = 100  # of one call, so that bringing the pools into the call is no part of the time
 
@@ -69,6 +73,28 @@ def our_matmul(case: MatmulCase, implementation: Implementation, x: Array, w: Ar
 def plain_matmul(case: MatmulCase, x: Array, w: Array, bias, residual) -> Array:
     parts = 2 if case.gated else 1
     return plain(x, w.reshape(parts, -1, w.shape[1]), None if bias is None else bias.reshape(parts, -1), residual)
+
+
+def chain_product(case: MatmulCase, implementation: Implementation, x: Array, w: Array) -> Array:
+    """The product of a GPU's chain without bias and residual, and the kernel that adds its splits."""
+    how = dict(interpret=implementation.device == INTERPRETED)
+    sizes = chain_sizes(implementation.device, w.dtype)
+    if case.gated:
+        return product.gated(x, w[None], sizes, **how)
+    sums = product.summed(x, w[None], sizes, **how)
+    return residual.total(jnp.zeros(sums.shape[-2:], jnp.float32), sums, None, **how)
+
+
+def chain_product_rows(implementation: Implementation, cases: Sequence = matmul_cases.DECODER) -> Iterator[Row]:
+    for case in map(bare, cases):
+        x, w, *_ = case.operands()
+        ours = jax.jit(functools.partial(chain_product, case, implementation))
+        theirs = jax.jit(functools.partial(plain_matmul, case, bias=None, residual=None))
+        yield row(f"chain product {case}", ours, theirs, (x, w), 2 * case.rows * case.inputs * case.outputs)
+
+
+def bare(case: MatmulCase) -> MatmulCase:
+    return dataclasses.replace(case, bias=False, residual=False)
 
 
 def grouped_rows(implementation: Implementation, cases: Sequence = grouped_cases.DECODER) -> Iterator[Row]:
@@ -178,6 +204,28 @@ def attention_rows(
             attention_moved(case, q),
             sdpa=sdpa,
         )
+
+
+def chain_attention(
+    case: AttentionCase, implementation: Implementation, q: Array, pages: Pages, blocks: PagedBlocks
+) -> Array:
+    """The attention of a GPU's chain, in the pages' dtype. Tokens after a block's count may be anything."""
+    sizes = chain_sizes(implementation.device, pages.keys.dtype)
+    scaled = (q * (case.scoring.scale * LOG2_E)).astype(pages.keys.dtype).reshape(-1, *q.shape[2:])
+    how = dict(interpret=implementation.device == INTERPRETED)
+    return attend.attend(scaled, pages.keys, pages.values, blocks, sizes, **how).reshape(q.shape)
+
+
+def chain_attention_rows(implementation: Implementation, cases: Sequence[AttentionCase]) -> Iterator[Row]:
+    for case, row in zip(cases, attention_rows(implementation, cases), strict=True):
+        ours = jax.jit(functools.partial(chain_attention, case, implementation))
+        yield dataclasses.replace(row, name=f"chain {row.name}", ours=ours)
+
+
+def is_plain(case: AttentionCase) -> bool:
+    """Whether the chain takes it."""
+    extras = case.window, case.soft_cap, case.page_width, case.has_sinks or None
+    return extras == (None,) * 4 and case.dtype not in EIGHT_BIT
 
 
 def kv_write_rows(

@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import kernel_rows
 
@@ -14,10 +14,13 @@ from pallas_kernels.cases import draw as draw_cases
 from pallas_kernels.cases import grouped_matmul as grouped_cases
 from pallas_kernels.cases import matmul as matmul_cases
 from pallas_kernels.cases.attention import AttentionCase
-from pallas_kernels.cases.draw import DrawCase
 from pallas_kernels.cases.matmul import MatmulCase
 
 WRITTEN = [*filter(kernel_rows.is_written_alone, attention_cases.DECODER)]
+CHAIN = {
+    "chain product": (kernel_rows.chain_product_rows, matmul_cases.DECODER),
+    "chain attention": (kernel_rows.chain_attention_rows, [*filter(kernel_rows.is_plain, attention_cases.DECODER)]),
+}  # of a GPU: what the engine runs there, with the draw
 KINDS = {
     "attention": (kernel_rows.attention_rows, attention_cases.DECODER),
     "matmul": (kernel_rows.matmul_rows, matmul_cases.DECODER),
@@ -25,10 +28,11 @@ KINDS = {
     "grouped": (kernel_rows.grouped_rows, grouped_cases.DECODER),
     "kv_write": (kernel_rows.kv_write_rows, WRITTEN),
 }
+TINY_PRODUCTS = [MatmulCase(19, 130, 48, residual=True)]
 TINY = {
-    "attention": (kernel_rows.attention_rows, [AttentionCase((40, 40))]),
-    "matmul": (kernel_rows.matmul_rows, [MatmulCase(19, 130, 48, residual=True)]),
-    "draw": (kernel_rows.draw_rows, [DrawCase(5, 256)]),
+    "chain product": (kernel_rows.chain_product_rows, TINY_PRODUCTS),
+    "chain attention": (kernel_rows.chain_attention_rows, [AttentionCase((40, 40))]),
+    "matmul": (kernel_rows.matmul_rows, TINY_PRODUCTS),
 }
 REPEATS, TINY_REPEATS = 20, 2
 
@@ -38,10 +42,16 @@ def measurements(settings: Settings) -> list[Measurement]:
     torch = functools.cache(functools.partial(attention_of_torch, settings.torch_python))
     kinds = [
         [Measurement(f"{name} {case}", functools.partial(measured, rows, case, torch, tiny)) for case in cases]
-        for name, (rows, cases) in (TINY if tiny else KINDS).items()
+        for name, (rows, cases) in kinds_of(tiny).items()
     ]
     in_turns = itertools.chain(*itertools.zip_longest(*kinds))
     return [Measurement("torch", functools.partial(of_torch, torch)), *filter(None, in_turns)]
+
+
+def kinds_of(tiny: bool) -> dict[str, tuple[Callable, Sequence]]:
+    if tiny:
+        return TINY
+    return CHAIN | KINDS if here.platform() == "gpu" else KINDS
 
 
 def attention_of_torch(python: str) -> TorchAttention | str:

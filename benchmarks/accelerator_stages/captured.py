@@ -1,15 +1,15 @@
 """Do bits hold where loops are captured in command buffers, over many replays with donated pools?
 
-XLA steers a loop from the host unless it may capture it (WHILE below), and captures the rest of a step by default. Two
-steps are run both ways from the same state, each many times: a loop of unknown length around products, and the engine's
-own decode step. On a device without command buffers both ways are one.
+XLA steers a loop from the host unless it may capture it, which the engine's steps allow. Two steps are run both ways
+from the same state, each many times: a loop of unknown length around products, and the engine's own decode step. On a
+device without command buffers both ways are one.
 """
 
 import contextlib
 import functools
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -29,10 +29,7 @@ from jaxengine.device import steps
 from pallas_kernels.cases.matmul import MatmulCase
 from pallas_kernels.matmul_reference import dot
 
-CAPTURED = {
-    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,CONDITIONAL,WHILE",
-    "xla_gpu_graph_min_graph_size": "1",  # commands: a step that is one loop has few beside it
-}
+CAPTURED = steps.ON_A_GPU | {"xla_gpu_graph_min_graph_size": "1"}  # commands: beside its loop the step has few
 OUTSIDE = re.compile(r"^\d+: kWhile", re.MULTILINE)  # of a program's thunks, where a buffer's own are indented
 LAYERS, ROWS, WIDTH, TOKENS = 8, 16, 2048, 4096  # of the loop of products; TOKENS that its pool holds
 TINY_LOOP = (2, 16, 128, 32)
@@ -126,8 +123,9 @@ def same_bits(a: Array, b: Array) -> bool:
 
 def engines_step(tiny: bool) -> Iterator[Row]:
     replays = TINY_REPLAYS if tiny else REPLAYS
-    expected, default = generated(tiny, replays)
-    with captured_steps():
+    with compiled_by_default():
+        expected, default = generated(tiny, replays)
+    with captured_anywhere():
         found, captured = generated(tiny, replays)
     comparison = compare("bit-equal", expected, found)
     yield {
@@ -162,10 +160,15 @@ def _step_time(llm: LLM, prompts: list[list[int]], lengths: list[int]) -> float:
 
 
 @contextlib.contextmanager
-def captured_steps() -> Iterator[None]:
-    """Decode steps that are compiled inside may capture their loops."""
-    static = ("model_config", "kernels", "tile", "max_logprobs", "num_steps")
-    plain: Callable = steps.decode_step.__wrapped__
-    step = jax.jit(plain, static_argnames=static, donate_argnames="cache", compiler_options=options())
+def compiled_by_default() -> Iterator[None]:
+    """Steps that are compiled inside have no options, on a GPU too."""
+    with mock.patch.object(steps, "captured", lambda step: step):
+        yield
+
+
+@contextlib.contextmanager
+def captured_anywhere() -> Iterator[None]:
+    """Decode steps that are compiled inside have the GPU's options, on a CPU too."""
+    step = steps.decode_step if here.platform() == "tpu" else steps.captured(steps.decode_step)
     with mock.patch.object(steps, "decode_step", step):
         yield

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
-from kernel_rows import attention_operands, our_matmul
+from kernel_rows import attention_operands, bare, chain_attention, chain_product, our_matmul
 
 from pallas_kernels.cases.attention import AttentionCase
 from pallas_kernels.cases.draw import DrawCase
@@ -20,7 +20,17 @@ from pallas_kernels.implementations import Implementation
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.paged_attention_inputs import EIGHT_BIT, PagedBlocks
 
-Case = MatmulCase | GroupedCase | DrawCase | AttentionCase
+
+class Chain(NamedTuple):
+    """A case of the chain of a GPU's kernels."""
+
+    case: MatmulCase | AttentionCase
+
+    def __str__(self) -> str:
+        return f"chain {name_of(self.case)}"
+
+
+Case = MatmulCase | GroupedCase | DrawCase | AttentionCase | Chain
 # How far a kernel may be from float32, over the largest value. A product's inputs are exact in float32; attention
 # rounds queries and weights to the pages' dtype.
 PRODUCT_LIMIT = 1e-4
@@ -31,18 +41,22 @@ ROUNDED_LIMIT = 5e-2
 class Subject(NamedTuple):
     """A kernel's call on all rows of a case."""
 
-    name: str
     run: Callable  # (implementation, *operands) -> an array or several, a row a row
     operands: tuple
     cut: Callable[[slice], tuple]  # operands of some rows
     rows: int
     number: Callable[[Any], Array]  # what of the results is compared with float32
     limit: float
+    twin: Callable  # as `run`, for the twin's implementation
 
 
 def subject_of(case: Case) -> Subject:
-    makers = {MatmulCase: of_matmul, GroupedCase: of_grouped, DrawCase: of_draw, AttentionCase: of_attention}
-    return makers[type(case)](case)
+    return MAKERS[type(case)](case)
+
+
+def name_of(case: Case) -> str:
+    names = {MatmulCase: "matmul", GroupedCase: "grouped", DrawCase: "draw", AttentionCase: "attention"}
+    return f"{names[type(case)]} {case}" if type(case) in names else str(case)
 
 
 def whole(out: Array) -> Array:
@@ -56,7 +70,7 @@ def of_matmul(case: MatmulCase) -> Subject:
         return x[rows], w, bias, None if residual is None else residual[rows]
 
     run = functools.partial(our_matmul, case)
-    return Subject(f"matmul {case}", run, (x, w, bias, residual), cut, case.rows, whole, PRODUCT_LIMIT)
+    return Subject(run, (x, w, bias, residual), cut, case.rows, whole, PRODUCT_LIMIT, run)
 
 
 def of_grouped(case: GroupedCase) -> Subject:
@@ -70,7 +84,7 @@ def of_grouped(case: GroupedCase) -> Subject:
         own = jnp.minimum(ends, rows.stop) - jnp.maximum(ends - sizes, rows.start)
         return x[rows], w, jnp.maximum(own, 0)
 
-    return Subject(f"grouped {case}", run, (x, w, sizes), cut, case.rows, whole, PRODUCT_LIMIT)
+    return Subject(run, (x, w, sizes), cut, case.rows, whole, PRODUCT_LIMIT, run)
 
 
 def of_draw(case: DrawCase) -> Subject:
@@ -87,7 +101,7 @@ def of_draw(case: DrawCase) -> Subject:
     def log_masses(out: tuple[Array, Array, Array]) -> Array:
         return out[2]
 
-    return Subject(f"draw {case}", run, (logits, uniforms), cut, case.rows, log_masses, PRODUCT_LIMIT)
+    return Subject(run, (logits, uniforms), cut, case.rows, log_masses, PRODUCT_LIMIT, run)
 
 
 def of_attention(case: AttentionCase) -> Subject:
@@ -106,7 +120,33 @@ def of_attention(case: AttentionCase) -> Subject:
         return q[rows].reshape(-1, 1, *q.shape[2:]), pages, own
 
     limit = ATTENTION_LIMITS.get(case.dtype, ROUNDED_LIMIT)
-    return Subject(f"attention {case}", run, (q, pages, blocks), cut, len(q), whole, limit)
+    return Subject(run, (q, pages, blocks), cut, len(q), whole, limit, run)
+
+
+def of_chain(chain: Chain) -> Subject:
+    """The products' twin is the matrix product's, attention's is that of paged attention."""
+    if isinstance(chain.case, AttentionCase):
+        return of_attention(chain.case)._replace(run=functools.partial(chain_attention, chain.case))
+    case = bare(chain.case)
+    x, w, *_ = case.operands()
+
+    def twin(implementation: Implementation, x: Array, w: Array) -> Array:
+        return our_matmul(case, implementation, x, w, None, None)
+
+    def cut(rows: slice) -> tuple:
+        return x[rows], w
+
+    limit = ROUNDED_LIMIT if case.gated else PRODUCT_LIMIT  # what is gated is rounded to the weights' dtype
+    return Subject(functools.partial(chain_product, case), (x, w), cut, case.rows, whole, limit, twin)
+
+
+MAKERS: dict[type, Callable[[Any], Subject]] = {
+    MatmulCase: of_matmul,
+    GroupedCase: of_grouped,
+    DrawCase: of_draw,
+    AttentionCase: of_attention,
+    Chain: of_chain,
+}
 
 
 def widened(subject: Subject) -> tuple:

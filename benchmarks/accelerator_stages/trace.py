@@ -59,8 +59,9 @@ def kernel_times(folder: Path) -> dict[str, list[float]]:
 
 
 def profile_of(folder: Path) -> ProfileData:
-    (file,) = folder.rglob("*.xplane.pb")
-    return ProfileData.from_file(str(file))
+    """The newest in the folder."""
+    files = sorted(folder.rglob("*.xplane.pb"), key=lambda file: file.stat().st_mtime)
+    return ProfileData.from_file(str(files[-1]))
 
 
 def places_of(folder: Path) -> list[str]:
