@@ -10,6 +10,7 @@ mean, because other programs may want the processor too.
 
 import argparse
 import cProfile
+import dataclasses
 import pstats
 import time
 from collections.abc import Callable
@@ -67,7 +68,8 @@ CASES = [
 def empty_cache(*_: Any, **__: Any) -> Cache:
     """Of the right structure and of no size."""
     layers = (jnp.zeros(1),) * MODEL.num_hidden_layers
-    return Cache(tuple(map(jnp.copy, layers)), tuple(map(jnp.copy, layers)), jnp.zeros((1, 1), jnp.int32))
+    slots = [jnp.zeros((1, 1), jnp.int32) for _ in dataclasses.fields(Cache)[2:]]
+    return Cache(tuple(map(jnp.copy, layers)), tuple(map(jnp.copy, layers)), *slots)
 
 
 def answers(*shape: int) -> RowOutputs:
@@ -167,7 +169,11 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="where the time goes, under cProfile")
     arguments = parser.parse_args()
     nothing = mock.Mock(
-        empty_cache=empty_cache, is_lost=kv_cache.is_lost, rebuild=empty_cache, write_history=lambda cache, *_: cache
+        empty_cache=empty_cache,
+        is_lost=kv_cache.is_lost,
+        rebuild=empty_cache,
+        write_history=lambda cache, *_: cache,
+        write_rules=lambda cache, *_: cache,
     )
     parts = {name: nothing for name in ("kv_cache", "steps") if hasattr(engine_module, name)}
     print("| case | plain, µs a step | overlapped, µs a step |\n|---|---|---|", flush=True)

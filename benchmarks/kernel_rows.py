@@ -81,8 +81,8 @@ def chain_product(case: MatmulCase, implementation: Implementation, x: Array, w:
     sizes = chain_sizes(implementation.device, w.dtype)
     if case.gated:
         return product.gated(x, w[None], sizes, **how)
-    sums = product.outputs(x[None], w, sizes, **how)
-    return residual.total(jnp.zeros(sums.shape[1:], jnp.float32), sums[None], None, **how)
+    sums = product.summed(x, w[None], sizes, **how)
+    return residual.total(jnp.zeros(sums.shape[-2:], jnp.float32), sums, None, **how)
 
 
 def chain_product_rows(implementation: Implementation, cases: Sequence = matmul_cases.DECODER) -> Iterator[Row]:
