@@ -30,7 +30,6 @@ from pallas_kernels.matmul_reference import plain
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.paged_attention_inputs import EIGHT_BIT, PagedBlocks, Pages
 from pallas_kernels.pinned_math import LOG2_E
-from pallas_kernels.sizes import INTERPRETED
 
 WRITES = 100  # of one call, so that bringing the pools into the call is no part of the time
 
@@ -77,7 +76,7 @@ def plain_matmul(case: MatmulCase, x: Array, w: Array, bias, residual) -> Array:
 
 def chain_product(case: MatmulCase, implementation: Implementation, x: Array, w: Array) -> Array:
     """The product of a GPU's chain without bias and residual, and the kernel that adds its splits."""
-    how = dict(interpret=implementation.device == INTERPRETED)
+    how = dict(interpret=implementation.is_interpreted)
     sizes = chain_sizes(implementation.device, w.dtype)
     if case.gated:
         return product.gated(x, w[None], sizes, **how)
@@ -212,7 +211,7 @@ def chain_attention(
     """The attention of a GPU's chain, in the pages' dtype. Tokens after a block's count may be anything."""
     sizes = chain_sizes(implementation.device, pages.keys.dtype)
     scaled = (q * (case.scoring.scale * LOG2_E)).astype(pages.keys.dtype).reshape(-1, *q.shape[2:])
-    how = dict(interpret=implementation.device == INTERPRETED)
+    how = dict(interpret=implementation.is_interpreted)
     return attend.attend(scaled, pages.keys, pages.values, blocks, sizes, **how).reshape(q.shape)
 
 

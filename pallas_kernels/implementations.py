@@ -30,6 +30,11 @@ class Implementation:
     name: str
     device: str
 
+    @property
+    def is_interpreted(self) -> bool:
+        """Whether a CPU runs it, whatever its own device."""
+        return self.device == INTERPRETED
+
     def __str__(self) -> str:
         return f"{self.name} with the block sizes of {self.device}"
 

@@ -4,9 +4,9 @@ import functools
 
 import jax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array
 
+from pallas_kernels.gpu_call import call
 from pallas_kernels.paged_attention_inputs import PagedBlocks
 
 
@@ -22,19 +22,12 @@ def kv_write_gpu(
         raise ValueError(
             f"the GPU's KV write takes head widths that are powers of two, got {h}: take implementation 'xla'"
         )
-    whole = pl.BlockSpec(memory_space=pl.ANY)
     operands = (blocks.tables, blocks.slots, blocks.starts, blocks.counts, k, v, keys, values)
-    keys, values = pl.pallas_call(
-        functools.partial(_kernel, page_size=keys.shape[2]),
-        grid=(batch, r, num_kv_heads),
-        in_specs=[whole] * len(operands),
-        out_specs=[whole, whole],
-        out_shape=[jax.ShapeDtypeStruct(pool.shape, pool.dtype) for pool in (keys, values)],
-        input_output_aliases={len(operands) - 2: 0, len(operands) - 1: 1},
-        compiler_params=plgpu.CompilerParams(num_warps=1),
-        name="kv_write_gpu",
-        interpret=interpret,
-    )(*operands)
+    kernel = functools.partial(_kernel, page_size=keys.shape[2])
+    out = [jax.ShapeDtypeStruct(pool.shape, pool.dtype) for pool in (keys, values)]
+    aliases = {len(operands) - 2: 0, len(operands) - 1: 1}
+    grid = batch, r, num_kv_heads
+    keys, values = call("kv_write_gpu", kernel, grid, out, *operands, interpret=interpret, warps=1, aliases=aliases)
     return keys, values
 
 

@@ -16,9 +16,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.matmul_reference import dot, finish
-from pallas_kernels.sizes import MatmulSizes
-
-PROCESSORS = 132  # of an H100; a grid of fewer programs leaves some idle
+from pallas_kernels.sizes import PROCESSORS, MatmulSizes
 
 
 def load_block(

@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
+from pallas_kernels.gpu_call import call
 from pallas_kernels.numbers import cdiv
 from pallas_kernels.paged_attention_inputs import (
     NO_TOKEN,
@@ -38,8 +39,6 @@ from pallas_kernels.paged_attention_softmax import (
     visible,
 )
 from pallas_kernels.sizes_attention import AttentionSizes
-
-WHOLE = pl.BlockSpec(memory_space=pl.ANY)
 
 
 def paged_attention_gpu(
@@ -74,35 +73,20 @@ def paged_attention_gpu(
     out_shape = jax.ShapeDtypeStruct(rows.shape, jnp.float32)
     grid = rows.shape[0], rows.shape[1], rows.shape[2] // sizes.rows  # block, key-value head, tile of rows
 
-    def call(kernel: Callable, name: str, grid: tuple[int, ...], out_shape: Any, *inputs: Any) -> Any:
+    def run(kernel: Callable, name: str, grid: tuple[int, ...], out_shape: Any, *inputs: Any) -> Any:
         kernel = functools.partial(kernel, scoring=scoring, sizes=sizes)
-        return _call(kernel, name, grid, out_shape, inputs, interpret)
+        return call(name, kernel, grid, out_shape, *inputs, interpret=interpret)
 
     if not side_by_side or num_splits == 1:
-        out = call(_in_turn, "paged_attention_gpu", grid, out_shape, blocks, tokens, rows, pages, of_rows)
+        out = run(_in_turn, "paged_attention_gpu", grid, out_shape, blocks, tokens, rows, pages, of_rows)
         return restore(out, q)
     # Of the partial results only the rows of tokens take memory: when decoding, most rows of a tile only fill it.
     shape = (num_splits, *rows.shape[:2], r * group)
     shapes = tuple(jax.ShapeDtypeStruct((*shape, width), jnp.float32) for width in (1, 1, h))
     name = "paged_attention_gpu_splits"
-    partials = call(_one_split, name, (*grid, num_splits), shapes, blocks, tokens, rows, pages)
-    out = call(_join, "paged_attention_gpu_join", grid, out_shape, blocks, tokens, Partial(*partials), of_rows)
+    partials = run(_one_split, name, (*grid, num_splits), shapes, blocks, tokens, rows, pages)
+    out = run(_join, "paged_attention_gpu_join", grid, out_shape, blocks, tokens, Partial(*partials), of_rows)
     return restore(out, q)
-
-
-def _call(kernel: Callable, name: str, grid: tuple[int, ...], out_shape: Any, inputs: tuple, interpret: bool) -> Any:
-    """`kernel(*refs of the inputs, refs of the outputs)` for every program of the grid. The refs are of whole
-    arrays."""
-    return pl.pallas_call(
-        kernel,
-        grid=grid,
-        in_specs=jax.tree.map(lambda _: WHOLE, inputs),
-        out_specs=jax.tree.map(lambda _: WHOLE, out_shape),
-        out_shape=out_shape,
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
-        name=name,
-        interpret=interpret,
-    )(*inputs)
 
 
 def _place(sizes: AttentionSizes) -> tuple:

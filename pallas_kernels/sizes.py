@@ -28,6 +28,7 @@ from pallas_kernels.numbers import cdiv, ceil_to
 INTERPRETED = "interpreter"  # small tiles, so that small shapes in a test have several
 LANES = 128  # the unit of a TPU's last axis
 MIB = 2**20
+PROCESSORS = 132  # of an H100; a grid of fewer programs leaves some idle
 VOCAB_BLOCK = 128  # token ids that a draw takes together; it decides which token a key draws
 
 # What a device calls itself -> (platform, row of the table).

@@ -7,7 +7,6 @@ device without command buffers both ways are one.
 
 import contextlib
 import functools
-import re
 import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -26,11 +25,12 @@ from jaxengine import LLM, SamplingParams
 from jaxengine.command.bench import Decode
 from jaxengine.contract.compare import compare
 from jaxengine.device import steps
+from jaxengine.engine.step_variants import equal_bits
 from pallas_kernels.cases.matmul import MatmulCase
 from pallas_kernels.matmul_reference import dot
+from sharding import gpu_program
 
 CAPTURED = steps.ON_A_GPU | {"xla_gpu_graph_min_graph_size": "1"}  # commands: beside its loop the step has few
-OUTSIDE = re.compile(r"^\d+: kWhile", re.MULTILINE)  # of a program's thunks, where a buffer's own are indented
 LAYERS, ROWS, WIDTH, TOKENS = 8, 16, 2048, 4096  # of the loop of products; TOKENS that its pool holds
 TINY_LOOP = (2, 16, 128, 32)
 REPLAYS, TINY_REPLAYS = 200, 5
@@ -69,7 +69,7 @@ def loop_of_products(tiny: bool) -> Iterator[Row]:
         "µs by default": default.microseconds,
         "µs with loops captured": captured.microseconds,
         "note": f"loops outside command buffers: {default.loops} by default, {captured.loops} captured",
-        "holds": all(same_bits(a, b) for a, b in pairs) and not captured.loops,
+        "holds": all(equal_bits(np.asarray(a), np.asarray(b)) for a, b in pairs) and not captured.loops,
     }
 
 
@@ -91,7 +91,7 @@ def replayed(weights: Array, state: tuple[Array, ...], layers: int, replays: int
     for _ in range(replays):
         state = step(weights, state, count)
     jax.block_until_ready(state)
-    return Replayed(state, (time.perf_counter() - start) / replays * 1e6, len(OUTSIDE.findall(thunks)))
+    return Replayed(state, (time.perf_counter() - start) / replays * 1e6, gpu_program.parse(thunks).steered)
 
 
 def _step(weights: Array, state: tuple[Array, ...], layers: Array) -> tuple[Array, ...]:
@@ -111,11 +111,6 @@ def _step(weights: Array, state: tuple[Array, ...], layers: Array) -> tuple[Arra
 
 def _multiply(x: Array, w: Array) -> Array:
     return product(x, w, Cut(16), interpret=here.platform() == "cpu")
-
-
-def same_bits(a: Array, b: Array) -> bool:
-    unsigned = f"u{a.dtype.itemsize}"
-    return np.array_equal(np.asarray(a).view(unsigned), np.asarray(b).view(unsigned))
 
 
 # -- the engine's step -------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from accelerator_stages.measurement import Settings
 from jaxengine.ops.kernels import OF_PLATFORM
 from pallas_kernels.implementations import Implementation, choose
+from sharding import gpu_program
 
 GIB = 2**30
 WIDTH = 8192  # of the square product that tells the peak
@@ -50,7 +51,7 @@ def compiled(lowered: Any, options: dict[str, str], files: str) -> tuple[Any, st
     if platform() != "gpu":
         return lowered.compile(compiler_options=options), ""
     with tempfile.TemporaryDirectory() as folder:
-        dump = {"xla_dump_to": folder, "xla_dump_emitter_re": "^[^t]"}  # PTX too
+        dump = gpu_program.dumping(folder) | {"xla_dump_emitter_re": "^[^t]"}  # PTX too
         function = lowered.compile(compiler_options=options | dump)
         return function, "".join(file.read_text() for file in Path(folder).rglob(files))
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -23,12 +24,17 @@ from pallas_kernels.draw_reference import Draw
 from pallas_kernels.tiles import unknown_zero
 
 STATIC = ("model_config", "kernels", "tile", "max_logprobs", "num_steps")
-# What XLA may put into a GPU's command buffers. By default it leaves loops out, steers each from the host, and cuts a
-# step into dozens of pieces: https://openxla.org/xla/flags_guidance, xla_gpu_enable_command_buffer.
+# What XLA may put into a GPU's command buffers: all that it knows. Left alone it keeps loops outside, steers each from
+# the host, and so cuts a step into dozens of pieces.
 ON_A_GPU = {"xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,CONDITIONAL,WHILE"}
 
 
-@functools.partial(jax.jit, static_argnames=STATIC[:-1], donate_argnames="cache")
+def _jit_step(step: Callable, **how: Any) -> Any:
+    static = [name for name in STATIC if name in inspect.signature(step).parameters]
+    return jax.jit(step, static_argnames=static, donate_argnames="cache", **how)
+
+
+@_jit_step
 def prefill_step(
     params: Decoder,
     cache: Cache,
@@ -56,7 +62,7 @@ def prefill_step(
     return _append(cache, rows, out, drawn), out
 
 
-@functools.partial(jax.jit, static_argnames=STATIC, donate_argnames="cache")
+@_jit_step
 def decode_step(
     params: Decoder,
     cache: Cache,
@@ -97,8 +103,7 @@ def decode_step(
 @functools.cache
 def captured(step: Any) -> Any:
     """The jitted step for a GPU: the same program, as one command buffer that the device steers by itself."""
-    static = [name for name in STATIC if name in inspect.signature(step).parameters]
-    return jax.jit(step.__wrapped__, static_argnames=static, donate_argnames="cache", compiler_options=ON_A_GPU)
+    return _jit_step(step.__wrapped__, compiler_options=ON_A_GPU)
 
 
 @jax.jit

@@ -16,17 +16,17 @@ from jaxtyping import Array, Float, Int
 
 from jaxengine.config import ModelConfig
 from jaxengine.ops.heads import PackedHeads
+from jaxengine.ops.linear import by_leaf, dot, join_leaves, split_outputs
 from jaxengine.ops.live import Live
 from jaxengine.ops.norm import rms_norm
-from jaxengine.ops.pallas import PallasAttention, located_blocks
+from jaxengine.ops.pallas import PallasAttention, located_blocks, sizes_of_device
 from jaxengine.ops.pools import Pools
 from jaxengine.ops.query_blocks import QueryBlocks
 from jaxengine.ops.rope import inverse_frequencies
+from jaxengine.ops.xla import XlaProducts
 from pallas_kernels.chain_gpu import attend, heads, product, residual
 from pallas_kernels.chain_gpu.sizes import CHAIN, ChainSizes, chain_sizes, split_of
 from pallas_kernels.implementations import Implementation
-from pallas_kernels.pinned_math import silu
-from pallas_kernels.sizes import INTERPRETED
 from sharding.leaves import tree_sum
 
 HEAD_PARTS = 3  # bfloat16 numbers whose sum is a float32
@@ -82,15 +82,15 @@ def _plain_sums(
     x: Float[Array, "leaf M K"], w: Float[Array, "leaf N K"], split: int, count: int
 ) -> Float[Array, "leaf S M N"]:
     if count == 1:
-        return _einsum("lmk,lnk->lmn", x, w)[:, None]
-    padding = ((0, 0), (0, 0), (0, -x.shape[2] % split))
-    x, w = (jnp.pad(a, padding).reshape(*a.shape[:2], count, split) for a in (x, w))
-    return _einsum("lmsk,lnsk->lsmn", x, w)
+        return dot(x, w)[:, None]
+    x, w = (_as_splits(a, split, count) for a in (x, w))
+    sums = dot(x, w)
+    return sums.reshape(-1, count, *sums.shape[1:])
 
 
-def _einsum(terms: str, x: Array, w: Array) -> Array:
-    precision = jax.lax.Precision.HIGHEST if w.dtype == jnp.float32 else None
-    return jnp.einsum(terms, x, w, precision=precision, preferred_element_type=jnp.float32)
+def _as_splits(a: Float[Array, "leaf M K"], split: int, count: int) -> Float[Array, "leaf*S M split"]:
+    padded = jnp.pad(a, ((0, 0), (0, 0), (0, -a.shape[2] % split)))
+    return padded.reshape(*a.shape[:2], count, split).swapaxes(1, 2).reshape(-1, a.shape[1], split)
 
 
 def _plain_finish(of: Implementation, like: Array, stream: Stream) -> Float[Array, "R D"]:
@@ -99,37 +99,27 @@ def _plain_finish(of: Implementation, like: Array, stream: Stream) -> Float[Arra
 
 def _plain_project(of: Implementation, eps: float, like: tuple, stream: Stream, norm: Array, w: Array):
     x, flat = _plain_total(stream), w.reshape(1, -1, w.shape[-1])
-    y, split = rms_norm(x, norm, eps).astype(w.dtype), split_of(_sizes(of, w), *flat.shape[1:])
+    y, split = rms_norm(x, norm, eps), split_of(_sizes(of, w), *flat.shape[1:])
     return x, _plain_sums(y[None], flat, split, like[1].shape[0])[0]
 
 
 def _plain_gated(of: Implementation, eps: float, like: tuple, stream: Stream, norm: Array, w: Array):
     x = _plain_total(stream)
-    y = _einsum("mk,lnk->mln", rms_norm(x, norm, eps).astype(w.dtype), w)
-    gate, up = jnp.split(y, 2, axis=-1)
-    return x, (silu(gate) * up).astype(w.dtype).reshape(x.shape[0], -1)
+    return x, join_leaves(XlaProducts().gated(rms_norm(x, norm, eps), w)).astype(w.dtype)
 
 
 def _plain_add(of: Implementation, like: Array, y: Array, w: Array) -> Float[Array, "leaf S M N"]:
-    return _plain_sums(_by_leaf(y, w), w, split_of(_sizes(of, w), *w.shape[1:]), like.shape[1])
+    return _plain_sums(by_leaf(y, w.shape[0]), w, split_of(_sizes(of, w), *w.shape[1:]), like.shape[1])
 
 
 def _plain_logits(
     of: Implementation, eps: float, like: Array, x: Array, norm: Array, head: Array
 ) -> Float[Array, "t V"]:
-    return _einsum("mk,nk->mn", rms_norm(x, norm, eps), head.astype(jnp.float32).reshape(-1, head.shape[-1]))
-
-
-def _by_leaf(y: Float[Array, "M leaf*K"], w: Float[Array, "leaf N K"]) -> Float[Array, "leaf M K"]:
-    return y.astype(w.dtype).reshape(y.shape[0], w.shape[0], -1).swapaxes(0, 1)
+    return join_leaves(split_outputs(rms_norm(x, norm, eps), head.astype(jnp.float32)))
 
 
 def _sizes(of: Implementation, w: Array) -> ChainSizes:
     return chain_sizes(of.device, w.dtype)
-
-
-def _how(of: Implementation) -> dict[str, bool]:
-    return {"interpret": of.device == INTERPRETED}
 
 
 # -- the ops -----------------------------------------------------------------------------------------------------------
@@ -137,31 +127,31 @@ def _how(of: Implementation) -> dict[str, bool]:
 
 @differentiated_as(_plain_finish, static=1)
 def _finish(of: Implementation, stream: Stream) -> Float[Array, "R D"]:
-    return residual.total(*stream, **_how(of))
+    return residual.total(*stream, interpret=of.is_interpreted)
 
 
 @differentiated_as(_plain_project, static=2)
 def _project(of: Implementation, eps: float, stream: Stream, norm: Array, w: Array) -> tuple[Array, Array]:
-    x, y = residual.settle(*stream, norm, eps, w.dtype, **_how(of))
-    return x, product.outputs(y, w.reshape(-1, w.shape[-1]), _sizes(of, w), **_how(of))
+    x, y = residual.settle(*stream, norm, eps, w.dtype, interpret=of.is_interpreted)
+    return x, product.outputs(y, w.reshape(-1, w.shape[-1]), _sizes(of, w), interpret=of.is_interpreted)
 
 
 @differentiated_as(_plain_gated, static=2)
 def _gated(of: Implementation, eps: float, stream: Stream, norm: Array, w: Array) -> tuple[Array, Array]:
-    x, y = residual.settle(*stream, norm, eps, w.dtype, **_how(of))
-    return x, product.gated(y[0], w, _sizes(of, w), **_how(of))
+    x, y = residual.settle(*stream, norm, eps, w.dtype, interpret=of.is_interpreted)
+    return x, product.gated(y[0], w, _sizes(of, w), interpret=of.is_interpreted)
 
 
 @differentiated_as(_plain_add, static=1)
 def _add(of: Implementation, y: Array, w: Array) -> Float[Array, "leaf S M N"]:
-    return product.summed(y.astype(w.dtype), w, _sizes(of, w), **_how(of))
+    return product.summed(y.astype(w.dtype), w, _sizes(of, w), interpret=of.is_interpreted)
 
 
 @differentiated_as(_plain_logits, static=2)
 def _logits(of: Implementation, eps: float, x: Array, norm: Array, head: Array) -> Float[Array, "t V"]:
     parts = HEAD_PARTS if head.dtype == jnp.bfloat16 else 1
-    _, y = residual.settle(x, None, None, norm, eps, head.dtype, parts, **_how(of))
-    return product.finished(y, head.reshape(-1, head.shape[-1]), _sizes(of, head), **_how(of))
+    _, y = residual.settle(x, None, None, norm, eps, head.dtype, parts, interpret=of.is_interpreted)
+    return product.finished(y, head.reshape(-1, head.shape[-1]), _sizes(of, head), interpret=of.is_interpreted)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,12 +161,13 @@ class ChainProducts:
     implementation: Implementation
 
     def parts(self) -> dict[str, Any]:
-        of = self.implementation.device
-        table = {dtype: dataclasses.asdict(sizes) for (device, dtype), sizes in CHAIN.items() if device == of}
-        return {"device": of, "chain": table}
+        device = self.implementation.device
+        return {"device": device, "chain": sizes_of_device(CHAIN, device)}
 
     def embed(self, table: Float[Array, "leaf V D"], ids: Int[Array, " R"], live: Live) -> Stream:
-        return Stream(residual.embed(table.reshape(-1, table.shape[-1]), ids, **_how(self.implementation)))
+        return Stream(
+            residual.embed(table.reshape(-1, table.shape[-1]), ids, interpret=self.implementation.is_interpreted)
+        )
 
     def project(
         self,
@@ -259,7 +250,9 @@ class ChainAttention(PallasAttention):
             model_config.rope.attention_factor,
         )
         located = located_blocks(tables, blocks)
-        q, *written = heads.rotate_and_write(geometry, projection, *pools, located, **_how(self.implementation))
+        q, *written = heads.rotate_and_write(
+            geometry, projection, *pools, located, interpret=self.implementation.is_interpreted
+        )
         return q, Pools(*written)
 
     def attend(
@@ -267,4 +260,4 @@ class ChainAttention(PallasAttention):
     ) -> Float[Array, "R Hh"]:
         located = located_blocks(tables, blocks)
         sizes = chain_sizes(self.implementation.device, pools.keys.dtype)
-        return attend.attend(q, *pools, located, sizes, **_how(self.implementation))
+        return attend.attend(q, *pools, located, sizes, interpret=self.implementation.is_interpreted)

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxengine.config import ModelConfig
 from jaxengine.ops.heads import PackedHeads, rotated_heads
+from jaxengine.ops.linear import by_leaf, join_leaves
 from jaxengine.ops.live import Live
 from jaxengine.ops.norm import rms_norm
 from jaxengine.ops.pools import Pools
@@ -101,8 +102,8 @@ class ProductsInTiles:
         if head.dtype == jnp.bfloat16:
             parts = self.of_tile.outputs(jnp.concatenate(_bfloat16_parts(y)), head)
             high, middle, low = jnp.split(parts, 3, axis=1)
-            return _joined(high + (middle + low))
-        return _joined(self.of_tile.outputs(y, head.astype(jnp.float32)))
+            return join_leaves(high + (middle + low))
+        return join_leaves(self.of_tile.outputs(y, head.astype(jnp.float32)))
 
 
 def _bfloat16_parts(x: Float[Array, "t D"]) -> list[Array]:
@@ -124,22 +125,17 @@ def _project(products: TileProducts, eps: float, weights: tuple, x: Float[Array,
     packed = products.outputs(rms_norm(x, norm, eps), w)
     if bias is not None:
         packed = packed + bias.astype(jnp.float32)[:, None]
-    return _joined(packed)
+    return join_leaves(packed)
 
 
 def _gated(products: TileProducts, eps: float, weights: tuple, x: Float[Array, "t D"]) -> Float[Array, "t leaf*F"]:
     norm, w = weights
-    return _joined(products.gated(rms_norm(x, norm, eps), w))
-
-
-def _joined(by_leaf: Float[Array, "leaf t N"]) -> Float[Array, "t leaf*N"]:
-    return by_leaf.swapaxes(0, 1).reshape(by_leaf.shape[1], -1)
+    return join_leaves(products.gated(rms_norm(x, norm, eps), w))
 
 
 def _add(products: TileProducts, weights: tuple, rows: tuple[Array, Array]) -> Float[Array, "t D"]:
     (w, bias), (x, y) = weights, rows
-    leaves = w.shape[0]
-    x = x + products.summed(y.reshape(y.shape[0], leaves, -1).swapaxes(0, 1), w)
+    x = x + products.summed(by_leaf(y, w.shape[0]), w)
     return x if bias is None else x + bias.astype(jnp.float32)
 
 

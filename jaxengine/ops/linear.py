@@ -22,3 +22,13 @@ def dot(x: Float[Array, "leaf t K"], w: Float[Array, "leaf N K"]) -> Float[Array
 def split_outputs(x: Float[Array, "t K"], w: Float[Array, "leaf N K"]) -> Float[Array, "leaf t N"]:
     """x @ w.T for every leaf's outputs."""
     return dot(jnp.broadcast_to(x, (w.shape[0], *x.shape)), w)
+
+
+def join_leaves(outputs: Float[Array, "leaf t N"]) -> Float[Array, "t leaf*N"]:
+    """Each row's outputs of all leaves, one leaf after another."""
+    return outputs.swapaxes(0, 1).reshape(outputs.shape[1], -1)
+
+
+def by_leaf(rows: Float[Array, "t leaf*K"], leaves: int) -> Float[Array, "leaf t K"]:
+    """Each leaf's own columns of the rows."""
+    return rows.reshape(rows.shape[0], leaves, -1).swapaxes(0, 1)

@@ -50,7 +50,7 @@ def check_model(implementation: Implementation, model_config: ModelConfig) -> No
         )
 
 
-def _sizes_of_device(table: dict[tuple[str, str], Any], device: str) -> dict[str, Any]:
+def sizes_of_device(table: dict[tuple[str, str], Any], device: str) -> dict[str, Any]:
     """A device's block sizes by dtype, ready for JSON: those that are part of a sum's bits."""
     return {dtype: sizes.in_bits() for (family, dtype), sizes in table.items() if family == device}
 
@@ -63,7 +63,7 @@ class PallasProducts:
 
     def parts(self) -> dict[str, Any]:
         device = self.implementation.device
-        return {"device": device, "matmul": _sizes_of_device(MATMUL, device)}
+        return {"device": device, "matmul": sizes_of_device(MATMUL, device)}
 
     def embed(self, table: Float[Array, "leaf V D"], ids: Int[Array, " t"]) -> Float[Array, "t D"]:
         return table.reshape(-1, table.shape[-1])[ids].astype(jnp.float32)
@@ -93,7 +93,7 @@ class PallasAttention(RotatesInTiles):
 
     def parts(self) -> dict[str, Any]:
         device = self.implementation.device
-        return {"device": device, "attention": _sizes_of_device(ATTENTION, device)}
+        return {"device": device, "attention": sizes_of_device(ATTENTION, device)}
 
     def pools(self, model_config: ModelConfig, num_pages: int, page_size: int) -> tuple[Any, Any]:
         """Raises ValueError for a page size that does not divide the kernel's tile of keys."""

@@ -2,7 +2,8 @@
 it takes any multiple of 8.
 
 The arithmetic is that of paged_attention_softmax.py: to base 2, with a running maximum that is a whole number, so that
-rescaling is exact and it makes no difference whether splits of a context run side by side or in turn.
+rescaling is exact and it makes no difference whether splits of a context run side by side or in turn. Its Partial of n
+queries is transposed here: high and total [n], out [h, n].
 """
 
 import functools
@@ -14,20 +15,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.chain_gpu.call import by_columns, call, new
+from pallas_kernels.chain_gpu.blocks import by_columns, new
 from pallas_kernels.chain_gpu.sizes import ChainSizes, row_tile
-from pallas_kernels.numbers import cdiv
+from pallas_kernels.gpu_call import call
+from pallas_kernels.numbers import cdiv, power_of_two
 from pallas_kernels.paged_attention_inputs import PagedBlocks
-from pallas_kernels.paged_attention_softmax import MASKED
+from pallas_kernels.paged_attention_softmax import MASKED, Partial, combine
 from pallas_kernels.pinned_math import exp2
-
-
-class Partial(NamedTuple):
-    """The softmax over some keys before it is divided."""
-
-    high: Float[Array, " n"]  # a whole number no less than every score
-    total: Float[Array, " n"]  # Σ 2^(score - high)
-    out: Float[Array, "h n"]  # Σ 2^(score - high) · value
 
 
 def attend(
@@ -78,9 +72,8 @@ class _Tile(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """A program's queries, and where they lie."""
+    """Where a program's queries lie."""
 
-    q: Float[Array, "n h"]
     row: Array  # [n], of the step's rows
     head: Array
     there: Array  # whether it is a token's
@@ -91,25 +84,26 @@ class _Rows(NamedTuple):
     some: Array  # whether any row is a token's
 
 
-def _rows_of(q_ref, blocks: PagedBlocks, tile: _Tile) -> _Rows:
+def _rows_of(blocks: PagedBlocks, tile: _Tile) -> _Rows:
     b, k = pl.program_id(0), pl.program_id(1)
     own = pl.program_id(2) * tile.rows + jnp.arange(tile.rows)
     token, head = own // tile.group, k * tile.group + own % tile.group
     start, count = blocks.starts[b], blocks.counts[b]
     some = pl.program_id(2) * tile.rows // tile.group < count
     there, row = (token < count) & (own < tile.r * tile.group), b * tile.r + token
-    columns = jnp.arange(tile.page_width)
-    mask = there[:, None] & (columns < tile.width)[None]
-    cells = (_spread(row[:, None], mask), _spread(head[:, None], mask), _spread(columns[None], mask))
-    q = plgpu.load(q_ref.at[cells], mask=mask, other=0)
-    return _Rows(q, row, head, there, start + token, start + count, blocks.slots[b], k, some)
+    return _Rows(row, head, there, start + token, start + count, blocks.slots[b], k, some)
+
+
+def _queries(q_ref, rows: _Rows, tile: _Tile) -> Float[Array, "n h"]:
+    *cells, mask = _place(rows, tile)
+    return plgpu.load(q_ref.at[tuple(cells)], mask=mask, other=0)
 
 
 def _spread(x: Array, like: Array) -> Array:
     return jnp.broadcast_to(x, like.shape)
 
 
-def _of_split(rows: _Rows, keys, values, blocks: Any, split, tile: _Tile) -> Partial:
+def _of_split(q: Array, rows: _Rows, keys, values, blocks: Any, split, tile: _Tile) -> Partial:
     page_size = keys.shape[2]
     columns = jnp.arange(tile.page_width, dtype=jnp.int32)[None]
 
@@ -126,7 +120,7 @@ def _of_split(rows: _Rows, keys, values, blocks: Any, split, tile: _Tile) -> Par
         )
         key, value = (plgpu.load(pool.at[cells], mask=mask, other=0.0) for pool in (keys, values))
         seen = (at[:, None] <= rows.position[None]) & rows.there[None]
-        scores = jnp.where(seen, by_columns(key, rows.q, tile.interpret), MASKED)
+        scores = jnp.where(seen, by_columns(key, q, tile.interpret), MASKED)
         high = jnp.maximum(done.high, jnp.ceil(scores.max(0)))
         weights, shrink = jnp.where(seen, exp2(scores - high[None]), 0.0), exp2(done.high - high)
         more = by_columns(value.T, weights.astype(value.dtype).T, tile.interpret)
@@ -142,55 +136,53 @@ def _nothing(tile: _Tile) -> Partial:
     return Partial(high, total, jnp.zeros((tile.page_width, tile.rows), jnp.float32))
 
 
-def _combine(before: Partial, after: Partial) -> Partial:
-    """Two partial results as one, the earlier keys first."""
-    high = jnp.maximum(before.high, after.high)
-    first, second = exp2(before.high - high), exp2(after.high - high)
-    return Partial(high, before.total * first + after.total * second, before.out * first + after.out * second)
+def _place(rows: _Rows, tile: _Tile) -> tuple[Array, Array, Array, Array]:
+    """Where the program's results [n, h] lie, as wide as pages: row, head and column of each, and which there are."""
+    columns = jnp.arange(tile.page_width)[None]
+    mask = rows.there[:, None] & (columns < tile.width)
+    return _spread(rows.row[:, None], mask), _spread(rows.head[:, None], mask), _spread(columns, mask), mask
 
 
 def _in_turn(q_ref, keys, values, blocks: PagedBlocks, out_ref, *, tile: _Tile) -> None:
-    rows = _rows_of(q_ref, blocks, tile)
+    rows = _rows_of(blocks, tile)
+    q = _queries(q_ref, rows, tile)
 
     @pl.when(rows.some)
     def _():
         def add(split, done: Partial) -> Partial:
-            return _combine(done, _of_split(rows, keys, values, blocks, split, tile))
+            return combine(done, _of_split(q, rows, keys, values, blocks, split, tile))
 
         _, total, out = jax.lax.fori_loop(0, cdiv(rows.end, tile.kv_split), add, _nothing(tile))
         out = out / jnp.where(total > 0, total, 1.0)[None]
-        columns = jnp.arange(tile.page_width)[None]
-        mask = rows.there[:, None] & (columns < tile.width)
-        places = _spread(rows.row[:, None], mask), rows.head[:, None] * tile.width + _spread(columns, mask)
-        plgpu.store(out_ref.at[places], out.T.astype(out_ref.dtype), mask=mask)
+        row, head, column, mask = _place(rows, tile)
+        plgpu.store(out_ref.at[row, head * tile.width + column], out.T.astype(out_ref.dtype), mask=mask)
 
 
 def _one_split(q_ref, keys, values, blocks: PagedBlocks, high_ref, total_ref, out_ref, *, tile: _Tile) -> None:
-    rows, split = _rows_of(q_ref, blocks, tile), pl.program_id(3)
+    rows, split = _rows_of(blocks, tile), pl.program_id(3)
+    q = _queries(q_ref, rows, tile)
 
     @pl.when(rows.some & (split * tile.kv_split < rows.end))
     def _():
-        high, total, out = _of_split(rows, keys, values, blocks, split, tile)
+        high, total, out = _of_split(q, rows, keys, values, blocks, split, tile)
         for ref, x in ((high_ref, high), (total_ref, total)):
             plgpu.store(ref.at[split, rows.row, rows.head], x, mask=rows.there)
-        columns = jnp.arange(tile.page_width)[None]
-        mask = rows.there[:, None] & (columns < tile.width)
-        places = split, _spread(rows.row[:, None], mask), _spread(rows.head[:, None], mask), _spread(columns, mask)
-        plgpu.store(out_ref.at[places], out.T, mask=mask)
+        *cells, mask = _place(rows, tile)
+        plgpu.store(out_ref.at[(split, *cells)], out.T, mask=mask)
 
 
 def _join(high_ref, total_ref, sums_ref, blocks: PagedBlocks, out_ref, *, r: int, kv_split: int) -> None:
     """The splits' partial results of one row and head, in their order."""
     row, head = pl.program_id(0), pl.program_id(1)
     width = sums_ref.shape[3]
-    wide = 1 << (width - 1).bit_length()
+    wide = power_of_two(width)
     mask = None if wide == width else jnp.arange(wide) < width
     block = row // r
     end = blocks.starts[block] + blocks.counts[block]
 
     def step(split, done: Partial) -> Partial:
         out = plgpu.load(sums_ref.at[split, row, head, pl.ds(0, wide)], mask=mask, other=None if mask is None else 0.0)
-        return _combine(done, Partial(high_ref[split, row, head], total_ref[split, row, head], out))
+        return combine(done, Partial(high_ref[split, row, head], total_ref[split, row, head], out))
 
     @pl.when(row % r < blocks.counts[block])
     def _():

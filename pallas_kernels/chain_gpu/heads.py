@@ -10,8 +10,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.chain_gpu.call import call, load, new, power_of_two
+from pallas_kernels.chain_gpu.blocks import load, new
 from pallas_kernels.chain_gpu.product import in_order
+from pallas_kernels.gpu_call import call
+from pallas_kernels.numbers import power_of_two
 from pallas_kernels.paged_attention_inputs import PagedBlocks
 from pallas_kernels.pinned_math import LOG2_E
 

@@ -16,10 +16,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.chain_gpu.call import both, by_columns, call, inside, load, new, power_of_two
-from pallas_kernels.chain_gpu.sizes import PROCESSORS, ChainSizes, row_tile, split_of
-from pallas_kernels.numbers import cdiv
+from pallas_kernels.chain_gpu.blocks import both, by_columns, inside, load, new
+from pallas_kernels.chain_gpu.sizes import ChainSizes, row_tile, split_of
+from pallas_kernels.gpu_call import call
+from pallas_kernels.numbers import cdiv, power_of_two
 from pallas_kernels.pinned_math import silu
+from pallas_kernels.sizes import PROCESSORS
 
 SILU_COLUMNS = 512  # of one program
 

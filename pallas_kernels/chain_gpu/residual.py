@@ -9,8 +9,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.chain_gpu.call import call, inside, load, new, power_of_two
+from pallas_kernels.chain_gpu.blocks import inside, load, new
 from pallas_kernels.chain_gpu.product import in_order
+from pallas_kernels.gpu_call import call
+from pallas_kernels.numbers import power_of_two
 
 
 def embed(table: Float[Array, "V D"], ids: Int[Array, " M"], *, interpret: bool = False) -> Float[Array, "M D"]:

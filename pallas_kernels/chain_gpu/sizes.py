@@ -5,14 +5,12 @@ import dataclasses
 import numpy as np
 
 from pallas_kernels.numbers import cdiv
-from pallas_kernels.sizes import INTERPRETED
-
-PROCESSORS = 132  # of an H100; a grid of fewer programs leaves some idle
+from pallas_kernels.sizes import INTERPRETED, PROCESSORS
 
 
 @dataclasses.dataclass(frozen=True)
 class ChainSizes:
-    """Lengths along reduced axes, which are in the bits, and the columns of a tile, which are free."""
+    """Lengths along reduced axes, and the columns of a tile, by which `split_of` decides; warps and stages are free."""
 
     depth: int  # of one dot along K: a row of 128 bytes, what a wgmma's swizzle takes whole
     split: int  # of K that one partial sum covers, where columns alone do not fill the processors
@@ -21,6 +19,10 @@ class ChainSizes:
     columns: int  # of the weights: a wgmma's 64 rows
     warps: int
     stages: int
+
+    def in_bits(self) -> dict[str, int]:
+        """The figures that a result's bits depend on."""
+        return {name: getattr(self, name) for name in ("depth", "split", "kv_tile", "kv_split", "columns")}
 
 
 CHAIN = {
