@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 LINE = re.compile(r"^( *)\d+: (k\w+) +\[[^]]*\] *(\S*)", re.M)
+# The last state comes first; where its passes change nothing, XLA writes the earlier one alone.
+LISTINGS = "thunk_sequence_after_thunk_passes", "thunk_sequence"
 BUFFER, LOOP, CONDITIONAL = "kCommandBuffer", "kWhile", "kConditional"
 
 
@@ -51,11 +53,11 @@ def dumping(folder: str) -> dict[str, Any]:
 
 
 def read(folder: str) -> GpuProgram:
-    """The program that was compiled last with `dumping(folder)`. Raises FileNotFoundError where there is none."""
-    files = sorted(Path(folder).glob("*.thunk_sequence_after_thunk_passes.txt"), key=lambda file: file.stat().st_mtime)
-    if not files:
-        raise FileNotFoundError(f"XLA wrote about no GPU program in {folder}")
-    return parse(files[-1].read_text())
+    """The program that was compiled with `dumping(folder)`. Raises FileNotFoundError where there is none."""
+    for listing in LISTINGS:
+        for file in Path(folder).glob(f"*.{listing}.txt"):
+            return parse(file.read_text())
+    raise FileNotFoundError(f"XLA wrote about no GPU program in {folder}")
 
 
 def parse(text: str) -> GpuProgram:

@@ -27,6 +27,14 @@ def test_what_is_started():
     assert str(program) == "3 pieces, 1 steered by the host, 4 kernels in a row"
 
 
+def test_the_last_state_that_was_written_counts(tmp_path):
+    """XLA writes the second file where its last passes changed something."""
+    (tmp_path / "module_0001.jit_f.thunk_sequence.txt").write_text("001: kCopy [source | sink] copy\n")
+    assert read(str(tmp_path)).straight == ("copy",)
+    (tmp_path / "module_0001.jit_f.thunk_sequence_after_thunk_passes.txt").write_text(LISTING)
+    assert read(str(tmp_path)) == parse(LISTING)
+
+
 def test_a_folder_without_a_program(tmp_path):
     with pytest.raises(FileNotFoundError, match="XLA wrote about no GPU program"):
         read(str(tmp_path))
