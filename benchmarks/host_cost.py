@@ -23,10 +23,12 @@ import jax.numpy as jnp
 from jaxengine.config import QUERY_BLOCK, EngineConfig, ModelConfig
 from jaxengine.device import kv_cache
 from jaxengine.device.kv_cache import Cache
+from jaxengine.device.needs import Needs
 from jaxengine.device.step_inputs import RowOutputs
 from jaxengine.engine import engine as engine_module
 from jaxengine.engine.batch import BatchBuilder
 from jaxengine.engine.engine import Engine
+from jaxengine.engine.step_variants import Variant
 from jaxengine.host.sample import Request
 from jaxengine.models import params as model_params
 from jaxengine.ops.tiles import Tile
@@ -91,8 +93,8 @@ class NoSteps:
             lambda cache, *inputs: (cache, answers(batch.prefill_rows)), donate_argnums=0, keep_unused=True
         )
 
-    def pick(self, kind: str, num_blocks: int, params: Any, cache: Cache) -> tuple[Cache, Tile]:
-        return cache, Tile(QUERY_BLOCK if kind == "prefill" else 1, 8)
+    def pick(self, kind: str, num_blocks: int, needs: Needs, params: Any, cache: Cache) -> tuple[Cache, Variant]:
+        return cache, Variant(kind, Tile(QUERY_BLOCK if kind == "prefill" else 1, 8), needs)
 
     def run_decode(self, params: Any, cache: Cache, *inputs: Any) -> tuple[Cache, RowOutputs]:
         return self._decode(cache, params, *inputs[:-1])

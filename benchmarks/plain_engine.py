@@ -46,9 +46,10 @@ def whole(body, tile, weights, rows, count):
     return jax.tree.map(padded, body(weights, jax.tree.map(lambda x: x[:tile], rows)))
 
 
-def unproven(self, kind, tile, params, cache):
+def unproven(self, variant, params, cache):
     """In the place of StepVariants._prove."""
-    return cache, True
+    self._proven[variant] = True
+    return cache
 
 
 @contextlib.contextmanager

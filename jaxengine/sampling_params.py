@@ -122,6 +122,10 @@ class SamplingParams:
         return self.biases, self.allowed_token_ids, self.bad_words_token_ids
 
     @property
+    def has_penalties(self) -> bool:
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+    @property
     def has_token_rules(self) -> bool:
         return self.token_rules != ((), None, ())
 

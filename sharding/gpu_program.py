@@ -37,6 +37,11 @@ class GpuProgram:
         return sum(thunk.kind in (LOOP, CONDITIONAL) and BUFFER not in thunk.inside for thunk in self.thunks)
 
     @property
+    def branches(self) -> int:
+        """Loops and conditionals, wherever they stand."""
+        return sum(thunk.kind in (LOOP, CONDITIONAL) for thunk in self.thunks)
+
+    @property
     def straight(self) -> tuple[str, ...]:
         """Names of kernels that run whatever the data: inside no loop and no conditional."""
         holds = (LOOP, CONDITIONAL)
@@ -44,7 +49,10 @@ class GpuProgram:
         return tuple(thunk.name or thunk.kind for thunk in kernels)
 
     def __str__(self) -> str:
-        return f"{self.pieces} pieces, {self.steered} steered by the host, {len(self.straight)} kernels in a row"
+        return (
+            f"{self.pieces} pieces, {self.branches} loops and conditionals, {self.steered} of them steered by the host, "
+            f"{len(self.straight)} kernels in a row"
+        )
 
 
 def dumping(folder: str) -> dict[str, Any]:

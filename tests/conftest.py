@@ -21,6 +21,7 @@ from jaxengine import LLM
 from jaxengine.config import EngineConfig, ModelConfig, RopeConfig
 from jaxengine.device import steps
 from jaxengine.device.kv_cache import Cache
+from jaxengine.device.needs import Needs
 from jaxengine.device.packed import pack
 from jaxengine.engine import scoring_proof, step_variants
 from jaxengine.engine.batch import BatchBuilder
@@ -120,7 +121,9 @@ def make_llm(config: ModelConfig, params: Decoder, **engine) -> LLM:
         return LLM.from_params(config, params, **ENGINE | engine)
 
 
-def step_call(kind: str, engine: EngineConfig, num_steps: int = 1) -> tuple[Callable, tuple, dict]:
+def step_call(
+    kind: str, engine: EngineConfig, num_steps: int = 1, needs: Needs = Needs.ALL
+) -> tuple[Callable, tuple, dict]:
     """A jitted step of eight rows or query blocks, its arguments after params and cache, and its static arguments."""
     step, tile, more = {
         "decode": (steps.decode_step, BASE, dict(num_steps=num_steps)),
@@ -128,7 +131,8 @@ def step_call(kind: str, engine: EngineConfig, num_steps: int = 1) -> tuple[Call
     }[kind]
     batch = BatchBuilder(engine)
     slots = jax.tree.map(np.copy, batch.host_slots)
-    return step, (batch.tables, slots, pack(batch.smallest(kind, tile))), dict(tile=tile, max_logprobs=20) | more
+    how = dict(tile=tile, needs=needs, max_logprobs=20)
+    return step, (batch.tables, slots, pack(batch.smallest(kind, tile))), how | more
 
 
 def pool_bytes(cache: Cache) -> int:

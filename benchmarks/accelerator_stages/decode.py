@@ -9,6 +9,7 @@ import numpy as np
 from accelerator_stages import here, models
 from accelerator_stages.measurement import Measurement, Row, Settings
 from jaxengine import LLM
+from jaxengine.device.needs import Needs
 from jaxengine.engine.batch import rows_of
 from pallas_kernels.numbers import cdiv
 
@@ -53,10 +54,11 @@ def decode_step(llm: LLM, batch: int, context: int) -> tuple[Callable[[], jax.Ar
     slots.request.limit[:] = llm.engine_config.max_model_len + 1
     rows = rows_of(engine.batch.decode_rows, range(batch), range(batch), [context - 1] * batch, [False] * batch)
     on_device = jax.device_put((tables, slots))
-    engine.cache, tile = engine.step_variants.pick("decode", batch, engine.params, engine.cache)
+    wanted = "decode", batch, Needs.PLAIN
+    engine.cache, variant = engine.step_variants.pick(*wanted, engine.params, engine.cache)
 
     def step() -> jax.Array:
-        engine.cache, out = engine.step_variants.run_decode(engine.params, engine.cache, *on_device, rows, tile)
+        engine.cache, out = engine.step_variants.run_decode(engine.params, engine.cache, *on_device, rows, variant)
         return out.tokens
 
-    return step, tile.rows
+    return step, variant.tile.rows

@@ -70,7 +70,7 @@ def verify(
 ) -> Verification:
     """Run every check, as `run_checks`, and tell what this machine refuses."""
     checks = list(run_checks(session, quick=quick, samples=samples, seed=seed, report=report))
-    refused = [f"{kind} on {tile.rows} rows" for kind, tile in session.engine.step_variants.refused]
+    refused = [str(variant) for variant in session.engine.step_variants.refused]
     refused += map(str, scoring_proof.refused(session.model_config, session.engine.kernels))
     return Verification(session.contract(), refused, checks)
 

@@ -5,8 +5,8 @@ All that reads the tokens before a row reads as many as there are, whatever the 
 to the longest row that asks.
 """
 
-import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,8 @@ from jaxengine.device.step_inputs import SamplingArrays, TokenRules
 from jaxengine.ops.tiles import HISTORY_BLOCK
 from pallas_kernels.numbers import cdiv
 
+# (whether a row of the tile wants it, what does it, what leaves it) -> the result of one of the two
+When = Callable[[Bool[Array, ""], Callable[[], Any], Callable[[], Any]], Any]
 OUTSIDE = -2  # in the place of a token that no bad word may begin with; -1 is padding
 
 
@@ -31,31 +33,26 @@ class Context(NamedTuple):
     rules: TokenRules
 
 
-def adjusted(logits: Float[Array, "t V"], row: SamplingArrays, context: Context) -> Float[Array, "t V"]:
+def adjusted(logits: Float[Array, "t V"], row: SamplingArrays, context: Context, when: When) -> Float[Array, "t V"]:
     """The logits `[t, V]` that temperature divides; what is ruled out is -inf.
 
-    Work that no row of the tile asks for is skipped; a row that does not ask for it has the same bits either way.
+    `when` may skip what no row of the tile asks for; a row that does not ask for it has the same bits either way.
     """
     has_rules = (row.rules != NO_RULES) | (context.positions < context.first_stop)
-    logits = jax.lax.cond(has_rules.any(), functools.partial(_ruled, row, context), unchanged, logits)
+    ruled = when(has_rules.any(), lambda: _ruled(row, context, logits, when), lambda: logits)
     wants_penalty = (row.repetition_penalty != 1) | (row.presence_penalty != 0) | (row.frequency_penalty != 0)
-    penalised = functools.partial(_penalised, row, context, wants_penalty)
-    return jax.lax.cond(wants_penalty.any(), penalised, unchanged, logits)
-
-
-def unchanged(logits: Float[Array, "t V"]) -> Float[Array, "t V"]:
-    return logits
+    return when(wants_penalty.any(), lambda: _penalised(row, context, wants_penalty, ruled), lambda: ruled)
 
 
 # -- rules -------------------------------------------------------------------------------------------------------------
 
 
-def _ruled(row: SamplingArrays, context: Context, logits: Float[Array, "t V"]) -> Float[Array, "t V"]:
+def _ruled(row: SamplingArrays, context: Context, logits: Float[Array, "t V"], when: When) -> Float[Array, "t V"]:
     """Logits under the token rules, and -inf for stop tokens that come too early."""
-    by_rules = functools.partial(_by_token_rules, row, context)
-    logits = jax.lax.cond((row.rules != NO_RULES).any(), by_rules, unchanged, logits)
+    has_rules = (row.rules != NO_RULES).any()
+    ruled = when(has_rules, lambda: _by_token_rules(row, context, logits), lambda: logits)
     early = (context.positions < context.first_stop)[:, None]
-    return _without(logits, jnp.where(early, row.stop_ids, -1))
+    return _without(ruled, jnp.where(early, row.stop_ids, -1))
 
 
 def _by_token_rules(row: SamplingArrays, context: Context, logits: Float[Array, "t V"]) -> Float[Array, "t V"]:

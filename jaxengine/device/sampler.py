@@ -12,7 +12,6 @@ swallow its tail.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 
 import jax
@@ -22,7 +21,8 @@ from jax.extend.random import threefry_2x32
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from jaxengine.base.keys import key_of
-from jaxengine.device.adjustments import Context, adjusted, unchanged
+from jaxengine.device.adjustments import Context, When, adjusted
+from jaxengine.device.needs import Needs
 from jaxengine.device.sampling_arrays import NO_RULES
 from jaxengine.device.step_inputs import SamplingArrays
 from pallas_kernels.draw_reference import log_softmax
@@ -49,28 +49,32 @@ def fold_keys(key: UInt32[Array, "t 2"], folds: Int[Array, "t 2"], positions: In
 
 
 def process(
-    logits: Float[Array, "t V"], row: SamplingArrays, context: Context, kept: Bool[Array, "t V"] | None = None
+    logits: Float[Array, "t V"],
+    row: SamplingArrays,
+    context: Context,
+    kept: Bool[Array, "t V"] | None = None,
+    needs: Needs = Needs.ALL,
+    when: When = jax.lax.cond,
 ) -> tuple[Float[Array, "t V"], Float[Array, "t V"]]:
     """(logits after rules and penalties, logits of the processed distribution), both float32 `[t, V]`.
 
     `row` holds the parameters of each row's slot: `[t, …]`. What is ruled out or cut off is -inf; `kept`, where it is
-    given, takes the place of what top-k, top-p and min-p keep. Work that no row of the tile asks for is skipped; a row
-    that does not ask for it has the same bits either way.
+    given, takes the place of what top-k, top-p and min-p keep. No row asks for more than `needs`, and `when` may skip
+    what no row of the tile asks for; a row that does not ask for it has the same bits either way.
     """
-    penalised = adjusted(logits, row, context)
+    penalised = adjusted(logits, row, context, when) if needs >= Needs.ALL else logits
     scaled = penalised / jnp.where(row.temperature > 0, row.temperature, 1.0)[:, None]
+    if needs < Needs.CUT:
+        return penalised, scaled
     cuts = (row.top_k > 0) | (row.top_p < 1) | (row.min_p > 0)
     wants_cut = (cuts & (row.temperature > 0)).any()
-    cut = functools.partial(_truncated, row) if kept is None else functools.partial(_within, kept)
-    return penalised, jax.lax.cond(wants_cut, cut, unchanged, scaled)
 
+    def cut() -> Float[Array, "t V"]:
+        if kept is not None:
+            return jnp.where(kept, scaled, -jnp.inf)
+        return truncate(scaled, row.top_k, row.top_p, row.min_p)
 
-def _truncated(row: SamplingArrays, logits: Float[Array, "t V"]) -> Float[Array, "t V"]:
-    return truncate(logits, row.top_k, row.top_p, row.min_p)
-
-
-def _within(kept: Bool[Array, "t V"], logits: Float[Array, "t V"]) -> Float[Array, "t V"]:
-    return jnp.where(kept, logits, -jnp.inf)
+    return penalised, when(wants_cut, cut, lambda: scaled)
 
 
 def distribution(
@@ -79,12 +83,14 @@ def distribution(
     context: Context,
     raw: Bool[Array, " t"],
     kept: Bool[Array, "t V"] | None = None,
+    needs: Needs = Needs.ALL,
+    when: When = jax.lax.cond,
 ) -> tuple[Float[Array, "t V"], Float[Array, "t V"]]:
     """(logits after rules and penalties, logits of the distribution that tokens are drawn from), both float32 `[t, V]`.
 
-    Of rows at temperature 0 the latter are the model's own; of rows that are `raw` both. `kept` is as in `process`.
+    Of rows at temperature 0 the latter are the model's own; of rows that are `raw` both. The rest is as in `process`.
     """
-    penalised, processed = process(logits, _asking_nothing(row, raw), context, kept)
+    penalised, processed = process(logits, _asking_nothing(row, raw), context, kept, needs, when)
     raw |= row.temperature == 0
     return penalised, jnp.where(raw[:, None], logits, processed)
 

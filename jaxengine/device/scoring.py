@@ -42,8 +42,6 @@ class SequenceArrays:
     min_tokens: Int[Array, " B"]
     kept: SamplingMask | None = None  # in the place of what top-k, top-p and min-p would keep
 
-    kept: SamplingMask | None = None  # in the place of what top-k, top-p and min-p would keep
-
 
 @pytree
 class ScoringArrays:

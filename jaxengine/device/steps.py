@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxengine.config import ModelConfig
 from jaxengine.device import kv_cache, sampler
 from jaxengine.device.kv_cache import Cache
+from jaxengine.device.needs import Needs
 from jaxengine.device.packed import Packed
 from jaxengine.device.step_inputs import RequestArrays, RowOutputs, Rows, Slots, TokenRules
 from jaxengine.models import decoder
@@ -23,7 +24,7 @@ from jaxengine.ops.tiles import HEAD_TILE, Tile
 from pallas_kernels.draw_reference import Draw
 from pallas_kernels.tiles import unknown_zero
 
-STATIC = ("model_config", "kernels", "tile", "max_logprobs", "num_steps")
+STATIC = ("model_config", "kernels", "tile", "needs", "max_logprobs", "num_steps")
 # What XLA may put into a GPU's command buffers: all that it knows. Left alone it keeps loops outside, steers each from
 # the host, and so cuts a step into dozens of pieces.
 ON_A_GPU = {"xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,CONDITIONAL,WHILE"}
@@ -45,6 +46,7 @@ def prefill_step(
     model_config: ModelConfig,
     kernels: Kernels,
     tile: Tile,
+    needs: Needs,
     max_logprobs: int,
 ) -> tuple[Cache, RowOutputs]:
     """Run prompt chunks and draw (or score) the token after each of the rows; `inputs` are (QueryBlocks, Rows, Copies).
@@ -57,7 +59,7 @@ def prefill_step(
     # would otherwise copy all pools.
     cache = kv_cache.copy_pages(cache, copies.sources, copies.targets, copies.num_copies + unknown_zero(hidden))
     x = hidden[rows.indices]
-    out = next_tokens(model_config, kernels, params, cache, slots, x, rows, HEAD_TILE, max_logprobs)
+    out = next_tokens(model_config, kernels, params, cache, slots, x, rows, HEAD_TILE, needs, max_logprobs)
     drawn = ~rows.scored & (jnp.arange(rows.slots.shape[0]) < rows.num_rows)
     return _append(cache, rows, out, drawn), out
 
@@ -73,6 +75,7 @@ def decode_step(
     model_config: ModelConfig,
     kernels: Kernels,
     tile: Tile,
+    needs: Needs,
     max_logprobs: int,
     num_steps: int,
 ) -> tuple[Cache, RowOutputs]:
@@ -88,7 +91,7 @@ def decode_step(
         live &= rows.positions + 1 < slots.request.limit[rows.slots]
         blocks = QueryBlocks(rows.slots, jnp.where(live, rows.positions, 0), live.astype(jnp.int32), rows.num_rows)
         cache, hidden = _run_blocks(model_config, kernels, params, cache, tables, blocks, tile)
-        out = next_tokens(model_config, kernels, params, cache, slots, hidden, rows, tile.rows, max_logprobs)
+        out = next_tokens(model_config, kernels, params, cache, slots, hidden, rows, tile.rows, needs, max_logprobs)
         return _append(cache, rows, out, ~rows.scored & live), out
 
     def step(cache: Cache, i: Array) -> tuple[Cache, RowOutputs]:
@@ -179,15 +182,16 @@ def next_tokens(
     x: Float[Array, "R D"],
     rows: Rows,
     tile: int,
+    needs: Needs,
     max_logprobs: int,
 ) -> RowOutputs:
-    """Head and sampler over the rows, as one pinned region."""
+    """Head and sampler over the rows, which ask for no more than `needs`, as one pinned region."""
     padding = -x.shape[0] % tile
 
     def pad(a: Array) -> Array:
         return jnp.pad(a, ((0, padding), *((0, 0),) * (a.ndim - 1)))
 
-    body = functools.partial(next_token, model_config, kernels, max_logprobs)
+    body = functools.partial(next_token, model_config, kernels, needs, max_logprobs)
     weights = _Weights(params.norm, params.output_head, slots, cache.history, cache.rules)
     inputs = jax.tree.map(pad, _RowInputs(x, rows.slots, rows.positions, rows.scored))
     out = kernels.over_rows(body, tile, weights, inputs, rows.num_rows)
@@ -195,7 +199,7 @@ def next_tokens(
 
 
 def next_token(
-    model_config: ModelConfig, kernels: Kernels, max_logprobs: int, weights: _Weights, rows: _RowInputs
+    model_config: ModelConfig, kernels: Kernels, needs: Needs, max_logprobs: int, weights: _Weights, rows: _RowInputs
 ) -> RowOutputs:
     """One tile of rows: logits, processed distribution, token, logprob and what else was asked for."""
     row: Slots = jax.tree.map(lambda a: a[rows.slots], weights.slots)
@@ -203,7 +207,9 @@ def next_token(
     logits = decoder.logits(model_config, kernels, weights.norm, weights.head, rows.x)
     finite = (jnp.isfinite(logits) | (jnp.arange(logits.shape[1]) >= model_config.vocab_size)).all(-1)
     context = sampler.Context(history, rows.slots, position, request.prompt_length, request.first_stop, weights.rules)
-    penalised, drawn_from = sampler.distribution(logits, row.sampling, context, rows.scored)
+    penalised, drawn_from = sampler.distribution(
+        logits, row.sampling, context, rows.scored, needs=needs, when=kernels.when
+    )
     best = jnp.argmax(penalised, axis=-1).astype(jnp.int32)
     dead_end = finite & ~rows.scored & (jnp.take_along_axis(penalised, best[:, None], axis=-1)[:, 0] == -jnp.inf)
     follows = history[rows.slots, jnp.minimum(position, history.shape[1] - 1)]
@@ -211,8 +217,8 @@ def next_token(
     uniforms = sampler.uniforms(sampler.fold_keys(request.key, request.key_folds, position))
     out = kernels.draw.draw_and_score(drawn_from, given, uniforms)
     finite &= ~dead_end & ~jnp.isnan(out.logprobs)  # logits may be finite, and overflow when a temperature divides them
-    raw_logprobs, entropies = _details(kernels, logits, drawn_from, out, request)
-    ranks, top_ids, top_logprobs = _likeliest(drawn_from, out, request, max_logprobs)
+    raw_logprobs, entropies = _details(kernels, logits, drawn_from, out, request, needs)
+    ranks, top_ids, top_logprobs = _likeliest(kernels, drawn_from, out, request, needs, max_logprobs)
     return RowOutputs(
         tokens=jnp.where(dead_end, -1, out.tokens),
         logprobs=out.logprobs,
@@ -226,7 +232,12 @@ def next_token(
 
 
 def _details(
-    kernels: Kernels, logits: Float[Array, "t V"], drawn_from: Float[Array, "t V"], out: Draw, request: RequestArrays
+    kernels: Kernels,
+    logits: Float[Array, "t V"],
+    drawn_from: Float[Array, "t V"],
+    out: Draw,
+    request: RequestArrays,
+    needs: Needs,
 ) -> tuple[Float[Array, " t"], Float[Array, " t"]]:
     """(raw logprobs, entropies), zeros where no row asked."""
 
@@ -238,11 +249,11 @@ def _details(
         nothing = jnp.zeros(out.tokens.shape, jnp.float32)
         return nothing, nothing
 
-    return jax.lax.cond(request.details.any(), asked, not_asked)
+    return kernels.when(request.details.any(), asked, not_asked) if needs >= Needs.ALL else not_asked()
 
 
 def _likeliest(
-    drawn_from: Float[Array, "t V"], out: Draw, request: RequestArrays, n: int
+    kernels: Kernels, drawn_from: Float[Array, "t V"], out: Draw, request: RequestArrays, needs: Needs, n: int
 ) -> tuple[Int[Array, " t"], Int[Array, "t n"], Float[Array, "t n"]]:
     """(rank of the chosen token, likeliest ids, their logprobs), zeros where no row asked. Ties go to the lower id."""
     batch = out.logprobs.shape[0]
@@ -255,4 +266,4 @@ def _likeliest(
     def not_asked() -> tuple[Array, Array, Array]:
         return jnp.zeros(batch, jnp.int32), jnp.zeros((batch, n), jnp.int32), jnp.zeros((batch, n), jnp.float32)
 
-    return jax.lax.cond(request.likeliest.any(), asked, not_asked)
+    return kernels.when(request.likeliest.any(), asked, not_asked) if needs >= Needs.ALL else not_asked()

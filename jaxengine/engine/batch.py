@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from jaxengine.config import QUERY_BLOCK, EngineConfig
+from jaxengine.device.needs import Needs, needs_of
 from jaxengine.device.sampling_arrays import NO_RULES, empty_slots, token_rules, write_request, write_sampling
 from jaxengine.device.slot_state import SLOT_ROWS, TABLE_ENTRIES
 from jaxengine.device.step_inputs import Copies, Rows, Slots, TokenRules
@@ -26,6 +27,7 @@ class BatchBuilder:
         self.num_slots = engine_config.max_num_seqs + 1
         self._num_written = [0] * self.num_slots  # entries of each slot's table that the device has, or is about to get
         self.host_slots = empty_slots(self.num_slots)
+        self._needs = np.zeros(self.num_slots, np.int8)
         self._changed_slots: list[int] = []  # that the device has not got yet
         self.decode_rows = ceil_to(engine_config.max_num_seqs, ROW_UNIT)
         num_blocks = engine_config.prefill_query_blocks
@@ -37,7 +39,7 @@ class BatchBuilder:
     def admit(self, sample: Sample) -> None:
         """Write a sample's sampling parameters into its slot."""
         request, params = sample.request, sample.request.sampling
-        self._num_written[sample.slot] = 0
+        self._num_written[sample.slot], self._needs[sample.slot] = 0, needs_of(params)
         rules = sample.slot if params.has_token_rules else NO_RULES
         write_sampling(self.host_slots.sampling, sample.slot, params, request.stop_token_ids, rules)
         write_request(
@@ -58,6 +60,10 @@ class BatchBuilder:
         """Whether a request in a slot asks for more than tokens and logprobs."""
         request: Any = self.host_slots.request
         return bool((request.likeliest | request.details).any())
+
+    def needs(self, slots: Sequence[int]) -> Needs:
+        """What the requests in these slots ask for."""
+        return Needs(self._needs[slots].max(initial=0))
 
     def slot_changes(self) -> Iterator[tuple[np.ndarray, Slots]]:
         """Uploads for slot_state.write_slots: the slots that were given away since."""

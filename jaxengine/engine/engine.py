@@ -285,18 +285,20 @@ class Engine:
 
     def _decode(self, plan: Plan) -> RowOutputs:
         state = self.slot_state
-        self.cache, tile = self.step_variants.pick("decode", len(plan.decodes), self.params, self.cache)
-        rows = self.batch.decode(plan.decodes)
-        self.cache, out = self.step_variants.run_decode(self.params, self.cache, state.tables, state.slots, rows, tile)
+        rows, count = self.batch.decode(plan.decodes), len(plan.decodes)
+        needs = self.batch.needs(rows.slots[:count])
+        self.cache, step = self.step_variants.pick("decode", count, needs, self.params, self.cache)
+        self.cache, out = self.step_variants.run_decode(self.params, self.cache, state.tables, state.slots, rows, step)
         return out
 
     def _prefill(self, plan: Plan) -> RowOutputs:
         state = self.slot_state
         num_blocks = sum(chunk.num_blocks for chunk in plan.chunks)
-        self.cache, tile = self.step_variants.pick("prefill", num_blocks, self.params, self.cache)
-        inputs = self.batch.prefill(plan, tile.tokens)
+        needs = self.batch.needs([row.sample.slot for row in plan.rows])
+        self.cache, step = self.step_variants.pick("prefill", num_blocks, needs, self.params, self.cache)
+        inputs = self.batch.prefill(plan, step.tile.tokens)
         self.cache, out = self.step_variants.run_prefill(
-            self.params, self.cache, state.tables, state.slots, *inputs, tile
+            self.params, self.cache, state.tables, state.slots, *inputs, step
         )
         return out
 

@@ -1,9 +1,10 @@
 """Step variants: which compiled step serves a plan, and the proof that it may.
 
-A step is compiled for a few tile shapes. The bits of BASE, the decode step on tiles of eight rows, are the definition.
-A wider or narrower tile serves only after it has answered PROBE_TOKENS random tokens, with the engine's own weights and
-program, with the same bits: logprobs, the likeliest tokens at every position, keys and values of every layer. Where one
-bit differs the base tile serves instead (fail closed).
+A step is compiled for a few tile shapes, and for what its rows may ask for. The bits of BASE, the decode step on tiles
+of eight rows, are the definition, compiled for what was asked for first. Every other variant serves only after it has
+answered PROBE_TOKENS random tokens, with the engine's own weights and program, with the same bits: logprobs, the
+likeliest tokens at every position where it knows them, keys and values of every layer. Where one bit differs the base
+tile serves instead, or none (fail closed).
 """
 
 import concurrent.futures
@@ -11,7 +12,7 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -21,6 +22,7 @@ from jaxengine.base.progress import Report, say_nothing
 from jaxengine.config import PROBE_TOKENS, QUERY_BLOCK, EngineConfig, ModelConfig
 from jaxengine.device import kv_cache, steps
 from jaxengine.device.kv_cache import Cache
+from jaxengine.device.needs import Needs
 from jaxengine.device.packed import pack
 from jaxengine.device.step_inputs import Copies, RowOutputs
 from jaxengine.engine.batch import BatchBuilder, history_uploads, rows_of
@@ -30,9 +32,23 @@ from jaxengine.ops.kernels import Kernels
 from jaxengine.ops.query_blocks import QueryBlocks
 from jaxengine.ops.tiles import BASE, TILES, Tile
 
+SAID_BY_ALL = ("tokens", "logprobs", "finite")  # of a step's outputs, whatever it is compiled for
+SAID_BESIDE = ("ranks", "top_ids", "top_logprobs")
+
+
+class Variant(NamedTuple):
+    """A step as it is compiled."""
+
+    kind: str  # "decode" or "prefill"
+    tile: Tile
+    needs: Needs
+
+    def __str__(self) -> str:
+        return f"{self.kind} step for {self.tile.rows} rows{self.needs}"
+
 
 class StepVariants:
-    """The compiled steps of one engine, a variant for each tile, compiled at first use and proven before they serve."""
+    """The compiled steps of one engine, compiled at first use and proven before they serve."""
 
     def __init__(
         self,
@@ -50,51 +66,64 @@ class StepVariants:
             "decode": TILES["decode"] + wide,
             "prefill": tuple(t for t in TILES["prefill"] if t.blocks <= batch.prefill_query_blocks),
         }
-        self._proven: dict[tuple[str, Tile], bool] = {("decode", BASE): True}
-        self._times_wanted: Counter[tuple[str, Tile]] = Counter()
-        self._expected: list[np.ndarray] | None = None
-        self._compiled: set[tuple[str, Tile]] = set()
+        self._proven: dict[Variant, bool] = {}  # the first is the definition
+        self._times_wanted: Counter[Variant] = Counter()
+        self._expected: dict[Needs, list[np.ndarray]] = {}
+        self._compiled: set[Variant] = set()
 
     @property
-    def refused(self) -> list[tuple[str, Tile]]:
+    def refused(self) -> list[Variant]:
         """Steps whose bits differed from the base tile's on this machine."""
-        return [step for step, is_proven in self._proven.items() if not is_proven]
+        return [variant for variant, is_proven in self._proven.items() if not is_proven]
 
     def forget_expected(self) -> None:
         """Other weights run from now on, so the base step's answers under the old ones are no measure any more.
 
         Proofs stay good: whether XLA adds in the same order depends on shapes alone.
         """
-        self._expected = None
+        self._expected = {}
 
     # -- serving -------------------------------------------------------------------------------------------------------
 
-    def pick(self, kind: str, num_blocks: int, params: Decoder, cache: Cache) -> tuple[Cache, Tile]:
-        """The tile for a step over num_blocks query blocks: the narrowest that holds them, or the widest.
+    def pick(self, kind: str, num_blocks: int, needs: Needs, params: Decoder, cache: Cache) -> tuple[Cache, Variant]:
+        """The step for num_blocks query blocks that ask for `needs`: of the narrowest tile that holds them, or the
+        widest.
 
         One that is not compiled yet has to be wanted compile_patience times while another can serve: compiling takes
-        longer than the last steps of a batch, in which few rows are left.
+        longer than the last steps of a batch, in which few rows are left. One that could do more serves for good where
+        it skips what is not asked for.
         """
         tiles = self._tiles[kind]
-        wanted = next((tile for tile in tiles if tile.blocks >= num_blocks), tiles[-1])
-        if (kind, wanted) not in self._proven:
-            self._times_wanted[kind, wanted] += 1
-            ready = [tile for tile in tiles if self._proven.get((kind, tile))]
-            if ready and self._times_wanted[kind, wanted] <= self.engine_config.compile_patience:
-                distances = [abs(tile.blocks - wanted.blocks) for tile in ready]
-                return cache, ready[distances.index(min(distances))]
-            cache, self._proven[kind, wanted] = self._prove(kind, wanted, params, cache)
-        return cache, wanted if self._proven[kind, wanted] else BASE
+        tile = next((tile for tile in tiles if tile.blocks >= num_blocks), tiles[-1])
+        wanted = Variant(kind, tile, needs)
+        self._define(needs)
+        if wanted not in self._proven:
+            self._times_wanted[wanted] += 1
+            ready = [v for v, is_proven in self._proven.items() if is_proven and v.kind == kind and v.needs >= needs]
+            nearest = min(ready, key=lambda v: (abs(v.tile.blocks - tile.blocks), v.needs), default=None)
+            if nearest is not None:
+                is_enough = nearest.tile == tile and not self.kernels.in_one
+                if is_enough or self._times_wanted[wanted] <= self.engine_config.compile_patience:
+                    return cache, nearest
+            cache = self._prove(wanted, params, cache)
+        return cache, wanted if self._proven[wanted] else wanted._replace(tile=BASE)
+
+    def _define(self, needs: Needs) -> None:
+        """What is asked for first, the definition is compiled for."""
+        if not self._proven:
+            self._proven[Variant("decode", BASE, needs)] = True
 
     def warm_up(self, params: Decoder, cache: Cache) -> Cache:
         """Compile and prove every step that can serve."""
-        self._compile([(kind, tile) for kind, tiles in self._tiles.items() for tile in tiles], params, cache)
-        for kind, tiles in self._tiles.items():
-            for tile in tiles:
-                if (kind, tile) not in self._proven:
-                    cache, self._proven[kind, tile] = self._prove(kind, tile, params, cache)
-            if not all(self._proven[kind, tile] for tile in tiles):
-                cache, _ = self._probe(kind, BASE, params, cache)
+        needs = tuple(Needs) if self.kernels.in_one else (Needs.ALL,)
+        wanted = [Variant(kind, tile, n) for n in needs for kind, tiles in self._tiles.items() for tile in tiles]
+        self._define(needs[0])
+        self._compile(wanted, params, cache)
+        for variant in wanted:
+            if variant not in self._proven:
+                cache = self._prove(variant, params, cache)
+        for variant in self.refused:
+            cache, _ = self._probe(variant._replace(tile=BASE), params, cache)
         return cache
 
     def base_logprobs(self, params: Decoder, cache: Cache) -> tuple[np.ndarray, np.ndarray]:
@@ -102,56 +131,55 @@ class StepVariants:
 
         The cache is donated.
         """
-        _, (_, logprobs, *_) = self._probe("decode", BASE, params, cache)
+        _, (_, logprobs, *_) = self._probe(Variant("decode", BASE, Needs.PLAIN), params, cache)
         return self._probe_tokens(), logprobs
 
-    def run_decode(self, params, cache, tables, slots, rows, tile: Tile) -> tuple[Cache, RowOutputs]:
-        with self._first_use("decode", tile):
-            step, how = self._step("decode"), self._static("decode", tile)
-            cache, out = step(params, cache, tables, slots, pack(rows), **how)
+    def run_decode(self, params, cache, tables, slots, rows, variant: Variant) -> tuple[Cache, RowOutputs]:
+        return self._run(variant, params, cache, tables, slots, rows)
+
+    def run_prefill(self, params, cache, tables, slots, blocks, rows, copies, variant: Variant):
+        return self._run(variant, params, cache, tables, slots, (blocks, rows, copies))
+
+    def _run(self, variant, params, cache, tables, slots, inputs) -> tuple[Cache, RowOutputs]:
+        with self._first_use(variant):
+            cache, out = self._step(variant)(params, cache, tables, slots, pack(inputs), **self._static(variant))
         begin_copies(out, self.batch.tells_details)
         return cache, out
 
-    def run_prefill(self, params, cache, tables, slots, blocks, rows, copies, tile: Tile) -> tuple[Cache, RowOutputs]:
-        inputs = pack((blocks, rows, copies))
-        with self._first_use("prefill", tile):
-            step, how = self._step("prefill"), self._static("prefill", tile)
-            cache, out = step(params, cache, tables, slots, inputs, **how)
-        begin_copies(out, self.batch.tells_details)
-        return cache, out
-
-    def _step(self, kind: str) -> Any:
+    def _step(self, variant: Variant) -> Any:
         """The jitted step for the device at hand."""
-        step = steps.decode_step if kind == "decode" else steps.prefill_step
+        step = steps.decode_step if variant.kind == "decode" else steps.prefill_step
         return steps.captured(step) if jax.default_backend() == "gpu" else step
 
-    def _static(self, kind: str, tile: Tile) -> dict[str, Any]:
+    def _static(self, variant: Variant) -> dict[str, Any]:
         """What a step is compiled for."""
-        how = dict(model_config=self.model_config, kernels=self.kernels, tile=tile, max_logprobs=self._max_logprobs)
-        return how | (dict(num_steps=self.engine_config.decode_steps) if kind == "decode" else {})
+        of_engine = dict(model_config=self.model_config, kernels=self.kernels, max_logprobs=self._max_logprobs)
+        of_kind = dict(num_steps=self.engine_config.decode_steps) if variant.kind == "decode" else {}
+        return of_engine | of_kind | dict(tile=variant.tile, needs=variant.needs)
 
     # -- compiling -----------------------------------------------------------------------------------------------------
 
-    def _compile(self, wanted: Iterable[tuple[str, Tile]], params: Decoder, cache: Cache) -> None:
+    def _compile(self, wanted: Iterable[Variant], params: Decoder, cache: Cache) -> None:
         """Compile steps side by side, as many at a time as there are cores; JAX then has them when they are called.
 
         Alone, a step is compiled by its first call.
         """
-        new, cores = [step for step in dict.fromkeys(wanted) if step not in self._compiled], machine.num_threads()
+        new, cores = [v for v in dict.fromkeys(wanted) if v not in self._compiled], machine.num_threads()
         if len(new) < 2 or cores < 2:
             return
         with concurrent.futures.ThreadPoolExecutor(min(len(new), cores)) as threads:
-            for done in [threads.submit(self._compile_one, *step, params, cache) for step in new]:
+            for done in [threads.submit(self._compile_one, variant, params, cache) for variant in new]:
                 done.result()
 
-    def _compile_one(self, kind: str, tile: Tile, params: Decoder, cache: Cache) -> None:
-        with self._first_use(kind, tile):
-            self.lowered(kind, tile, params, cache).compile()
+    def _compile_one(self, variant: Variant, params: Decoder, cache: Cache) -> None:
+        with self._first_use(variant):
+            self.lowered(variant, params, cache).compile()
 
-    def lowered(self, kind: str, tile: Tile, params: Any, cache: Any) -> Any:
+    def lowered(self, variant: Variant, params: Any, cache: Any) -> Any:
         """The step before it is compiled; of `params` and `cache` only shapes and places are looked at."""
-        batch, inputs = self.batch, pack(self.batch.smallest(kind, tile))
-        return self._step(kind).lower(params, cache, batch.tables, batch.host_slots, inputs, **self._static(kind, tile))
+        batch, inputs = self.batch, pack(self.batch.smallest(variant.kind, variant.tile))
+        step, how = self._step(variant), self._static(variant)
+        return step.lower(params, cache, batch.tables, batch.host_slots, inputs, **how)
 
     def workspace(self, params: Any, cache: Any) -> int:
         """Bytes that the widest steps take beside their arguments, read from the compiled programs.
@@ -160,45 +188,62 @@ class StepVariants:
         """
         sizes = []
         for kind, tiles in self._tiles.items():
-            taken = self.lowered(kind, tiles[-1], params, cache).compile().memory_analysis()
+            taken = self.lowered(Variant(kind, tiles[-1], Needs.ALL), params, cache).compile().memory_analysis()
             sizes.append(taken.temp_size_in_bytes + taken.output_size_in_bytes - taken.alias_size_in_bytes)
         return max(sizes)
 
     @contextlib.contextmanager
-    def _first_use(self, kind: str, tile: Tile) -> Iterator[None]:
-        if (kind, tile) in self._compiled:
+    def _first_use(self, variant: Variant) -> Iterator[None]:
+        if variant in self._compiled:
             yield
             return
         start = time.monotonic()
-        self.report(f"compiling the {kind} step for {tile.rows} rows …")
+        self.report(f"compiling the {variant} …")
         yield
-        self._compiled.add((kind, tile))
-        self.report(f"compiled the {kind} step for {tile.rows} rows in {time.monotonic() - start:.1f} s")
+        self._compiled.add(variant)
+        self.report(f"compiled the {variant} in {time.monotonic() - start:.1f} s")
 
     # -- proof ---------------------------------------------------------------------------------------------------------
 
-    def _prove(self, kind: str, tile: Tile, params: Decoder, cache: Cache) -> tuple[Cache, bool]:
-        if self._expected is None:
-            self._compile([("decode", BASE), (kind, tile)], params, cache)
-            cache, self._expected = self._probe("decode", BASE, params, cache)
-        cache, found = self._probe(kind, tile, params, cache)
-        same = all(equal_bits(a, b) for a, b in zip(self._expected, found, strict=True))
-        if not same:
-            self.report(
-                f"the {kind} step for {tile.rows} rows gives other bits than the base tile on this machine: "
-                "it will not be used"
-            )
-        return cache, same
+    def _prove(self, variant: Variant, params: Decoder, cache: Cache) -> Cache:
+        """Writes down whether the variant has the bits of the base tile that is compiled for the same needs.
 
-    def _probe(self, kind: str, tile: Tile, params: Decoder, cache: Cache) -> tuple[Cache, list[np.ndarray]]:
+        Raises RuntimeError where that one has not the definition's.
+        """
+        base = Variant("decode", BASE, variant.needs)
+        self._compile([*(() if base in self._proven else self._proven), base, variant], params, cache)
+        cache, expected = self._answers(variant.needs, params, cache)
+        if variant != base:
+            cache, found = self._probe(variant, params, cache)
+            self._proven[variant] = _same(expected, found)
+            if not self._proven[variant]:
+                self.report(f"the {variant} gives other bits than the base tile on this machine: it will not be used")
+        return cache
+
+    def _answers(self, needs: Needs, params: Decoder, cache: Cache) -> tuple[Cache, list[np.ndarray]]:
+        """What the base tile that is compiled for `needs` says of the probe, once it has the definition's bits."""
+        if needs not in self._expected:
+            base, definition = Variant("decode", BASE, needs), next(iter(self._proven))
+            cache, found = self._probe(base, params, cache)
+            if base not in self._proven:
+                cache, expected = self._answers(definition.needs, params, cache)
+                if not _same(_without_beside(expected), _without_beside(found)):
+                    raise RuntimeError(
+                        f"the {base} gives other bits than the {definition} on this machine, so it may not serve"
+                    )
+                self._proven[base] = True
+            self._expected[needs] = found
+        return cache, self._expected[needs]
+
+    def _probe(self, variant: Variant, params: Decoder, cache: Cache) -> tuple[Cache, list[np.ndarray]]:
         """Everything that a step says of the probe's tokens: outputs of each row, then the pages it wrote."""
         probe = self._probe_tokens()
         count = len(probe) - 1
         slot, tables, slots, histories = self._probe_inputs(probe)
         for upload in histories:
             cache = kv_cache.write_history(cache, *upload)
-        run = self._probe_decode if kind == "decode" else self._probe_prefill
-        cache, outputs = run(tile, params, cache, tables, slots, slot, count)
+        run = self._probe_decode if variant.kind == "decode" else self._probe_prefill
+        cache, outputs = run(variant, params, cache, tables, slots, slot, count)
         pages = steps.read_pages(cache, tables[slot, : self.engine_config.probe_pages])
         written = [
             _written_part(pool, count)
@@ -221,18 +266,18 @@ class StepVariants:
         slots.request.likeliest[slot] = True
         return slot, tables, slots, history_uploads(self.batch.num_slots, [(slot, probe.tolist())])
 
-    def _probe_decode(self, tile, params, cache, tables, slots, slot, count):
+    def _probe_decode(self, variant, params, cache, tables, slots, slot, count):
         answers = []
         for first in range(0, count, self.batch.decode_rows):
             positions = range(first, min(first + self.batch.decode_rows, count))
             size = len(positions)
             rows = rows_of(self.batch.decode_rows, range(size), [slot] * size, positions, [True] * size)
-            cache, out = self.run_decode(params, cache, tables, slots, rows, tile)
+            cache, out = self.run_decode(params, cache, tables, slots, rows, variant)
             answers.append([np.asarray(x)[0, :size] for x in _fields(out)])
         return cache, [np.concatenate(parts) for parts in zip(*answers, strict=True)]
 
-    def _probe_prefill(self, tile, params, cache, tables, slots, slot, count):
-        answers, batch = [], self.batch
+    def _probe_prefill(self, variant, params, cache, tables, slots, slot, count):
+        answers, batch, tile = [], self.batch, variant.tile
         room = self.engine_config.prefill_query_blocks * QUERY_BLOCK
         for first in range(0, count, room):
             size = min(room, count - first)
@@ -254,14 +299,23 @@ class StepVariants:
             )
             nothing = np.zeros(self.engine_config.max_num_seqs, np.int32)
             cache, out = self.run_prefill(
-                params, cache, tables, slots, blocks, rows, Copies(nothing, nothing, np.int32(0)), tile
+                params, cache, tables, slots, blocks, rows, Copies(nothing, nothing, np.int32(0)), variant
             )
             answers.append([np.asarray(x)[:size] for x in _fields(out)])
         return cache, [np.concatenate(parts) for parts in zip(*answers, strict=True)]
 
 
 def _fields(out: RowOutputs) -> tuple:
-    return out.tokens, out.logprobs, out.ranks, out.top_ids, out.top_logprobs, out.finite
+    return tuple(getattr(out, name) for name in SAID_BY_ALL + SAID_BESIDE)
+
+
+def _without_beside(answers: list[np.ndarray]) -> list[np.ndarray]:
+    """What two steps of different needs both say: SAID_BY_ALL, and the pages."""
+    return answers[: len(SAID_BY_ALL)] + answers[len(SAID_BY_ALL + SAID_BESIDE) :]
+
+
+def _same(expected: list[np.ndarray], found: list[np.ndarray]) -> bool:
+    return all(equal_bits(a, b) for a, b in zip(expected, found, strict=True))
 
 
 def _written_part(tokens: np.ndarray, count: int) -> np.ndarray:

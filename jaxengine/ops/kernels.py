@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxengine.config import ModelConfig, check_kernels
 from jaxengine.ops import pallas, xla
@@ -185,6 +185,10 @@ class Kernels:
         if self.in_one and jax.tree.leaves(rows)[0].shape[0] <= tile:
             return body(weights, rows)
         return over_tiles(body, tile, weights, rows, count)
+
+    def when(self, wanted: Bool[Array, ""], do: Callable[[], Any], leave: Callable[[], Any]) -> Any:
+        """`do()` where it is wanted, else `leave()`; always `do()` where a step is to have no conditionals."""
+        return do() if self.in_one else jax.lax.cond(wanted, do, leave)
 
     def parts(self) -> dict[str, Any]:
         """What the bits depend on, ready for JSON: the contract holds it."""

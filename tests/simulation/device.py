@@ -18,9 +18,11 @@ import numpy as np
 from model import UNKNOWN, draw, link, root, score, turn
 
 from jaxengine.config import QUERY_BLOCK, EngineConfig
+from jaxengine.device.needs import Needs
 from jaxengine.device.sampling_arrays import empty_slots
 from jaxengine.device.step_inputs import Copies, RowOutputs, Rows, Slots
 from jaxengine.engine.batch import BatchBuilder
+from jaxengine.engine.step_variants import Variant
 from jaxengine.ops.query_blocks import QueryBlocks
 from jaxengine.ops.tiles import HISTORY_BLOCK, Tile
 
@@ -159,10 +161,10 @@ class StepVariants:
     def forget_expected(self) -> None:
         """There is no proof to forget."""
 
-    def pick(self, kind: str, num_blocks: int, params: int, cache: Cache) -> tuple[Cache, Tile]:
-        return cache, Tile(self.tokens_per_block if kind == "prefill" else 1, 8)
+    def pick(self, kind: str, num_blocks: int, needs: Needs, params: int, cache: Cache) -> tuple[Cache, Variant]:
+        return cache, Variant(kind, Tile(self.tokens_per_block if kind == "prefill" else 1, 8), needs)
 
-    def run_decode(self, params: int, cache: Cache, tables: np.ndarray, slots: Slots, rows: Rows, tile: Tile):
+    def run_decode(self, params: int, cache: Cache, tables: np.ndarray, slots: Slots, rows: Rows, variant: Variant):
         out, count = Answers(self.config.decode_steps, len(rows.slots)), int(rows.num_rows)
         lanes = list(enumerate(zip(rows.slots[:count].tolist(), rows.positions[:count].tolist(), strict=True)))
         with self._fault(cache):
@@ -186,9 +188,9 @@ class StepVariants:
         blocks: QueryBlocks,
         rows: Rows,
         copies: Copies,
-        tile: Tile,
+        variant: Variant,
     ):
-        out, count = Answers(len(rows.slots)), int(rows.num_rows)
+        out, count, tile = Answers(len(rows.slots)), int(rows.num_rows), variant.tile
         with self._fault(cache):
             owners = self._write_blocks(params, cache, tables, blocks, tile)
             ends = {slot: start + size - 1 for slot, start, size in owners}

@@ -21,8 +21,9 @@ from conftest import FAMILIES, FEW_TILES, ONE_TILE, bits, make_llm, random_model
 from jaxengine import LLM, SamplingParams
 from jaxengine.base.keys import sample_key
 from jaxengine.command.bench import compilations
+from jaxengine.device.needs import Needs
 from jaxengine.engine import step_variants
-from jaxengine.engine.step_variants import StepVariants
+from jaxengine.engine.step_variants import StepVariants, Variant
 from jaxengine.ops.tiles import BASE, TILES, Tile
 
 KEY = 7
@@ -258,15 +259,21 @@ def test_a_tile_of_other_bits_is_refused(monkeypatch):
     config, params = random_model("Qwen3", dtype="float32")
     llm = make_llm(config, params, compile_patience=0)
     outputs = bits(llm.generate([[1, 2, 3]], SamplingParams(max_tokens=8, temperature=0)))
-    assert llm.engine.step_variants.refused == [("decode", single)]
+    assert llm.engine.step_variants.refused == [Variant("decode", single, Needs.PLAIN)]
     monkeypatch.undo()
     assert outputs == bits(make_llm(config, params).generate([[1, 2, 3]], SamplingParams(max_tokens=8, temperature=0)))
+
+
+def unproven(self, variant, params, cache):
+    """In the place of StepVariants._prove."""
+    self._proven[variant] = True
+    return cache
 
 
 def test_without_the_proof_bits_move(monkeypatch):
     """The control: single-row steps serve unproven, and a request alone has not the bits that it has in a batch."""
     monkeypatch.setattr(step_variants, "TILES", ONE_TILE | {"decode": (Tile(1, 1), BASE)})
-    monkeypatch.setattr(StepVariants, "_prove", lambda self, kind, tile, params, cache: (cache, True))
+    monkeypatch.setattr(StepVariants, "_prove", unproven)
     config, params = random_model("Qwen3", dtype="float32")
     llm = make_llm(config, params, compile_patience=0)
     prompts = [list(range(1, 20)), list(range(5, 40))]

@@ -17,6 +17,8 @@ from jaxengine.base.keys import sample_key
 from jaxengine.config import EngineConfig
 from jaxengine.device import checksums
 from jaxengine.device.kv_cache import Cache
+from jaxengine.device.needs import Needs
+from jaxengine.engine.step_variants import Variant
 from jaxengine.ops.kernels import XLA, choose_kernels, kernels_of
 from jaxengine.ops.tiles import Tile
 from jaxengine.rl.rollout import Rollout
@@ -189,7 +191,7 @@ def test_a_wide_decode_step(case):
         bits(llm.generate([prompt for prompt, _ in requests * 8], [params for _, params in requests * 8]))
         == expected * 8
     )
-    assert llm.engine.step_variants._proven["decode", Tile(1, 128)]
+    assert llm.engine.step_variants._proven[Variant("decode", Tile(1, 128), Needs.ALL)]
 
 
 # -- the choice -------------------------------------------------------------------------------------------------------

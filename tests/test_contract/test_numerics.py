@@ -11,6 +11,7 @@ that it gave before the change, with the number as it is.
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -29,6 +30,7 @@ from conftest import random_model, step_call  # noqa: E402  (as a script, this f
 from jaxengine import SamplingParams  # noqa: E402
 from jaxengine.config import EngineConfig  # noqa: E402
 from jaxengine.device import kv_cache, scoring, steps  # noqa: E402
+from jaxengine.device.needs import Needs  # noqa: E402
 from jaxengine.engine.contract_digest import NUMERICS  # noqa: E402
 from jaxengine.models.params import abstract  # noqa: E402
 from jaxengine.ops import xla  # noqa: E402
@@ -51,9 +53,9 @@ def digests(model: str, kernels_name: str) -> dict[str, str]:
     engine = dataclasses.replace(ENGINE, kernels=kernels_name)
     cache, how = kv_cache.abstract(config, engine, kernels), dict(model_config=config, kernels=kernels)
     programs = {}
-    for kind in ("decode", "prefill"):
-        step, inputs, static = step_call(kind, engine)
-        programs[kind] = step.lower(params, cache, *inputs, **how, **static)
+    for kind, needs in itertools.product(("decode", "prefill"), Needs):
+        step, inputs, static = step_call(kind, engine, needs=needs)
+        programs[f"{kind}{needs}"] = step.lower(params, cache, *inputs, **how, **static)
     arrays = scoring.sampling_arrays_of([SamplingParams()] * 2, config)
     tokens, mask = jnp.zeros((2, 70), jnp.int32), jnp.ones((2, 70), bool)
     programs["score"] = scoring.token_logprobs.lower(
