@@ -37,9 +37,9 @@ class GpuProgram:
         return sum(thunk.kind in (LOOP, CONDITIONAL) and BUFFER not in thunk.inside for thunk in self.thunks)
 
     @property
-    def branches(self) -> int:
-        """Loops and conditionals, wherever they stand."""
-        return sum(thunk.kind in (LOOP, CONDITIONAL) for thunk in self.thunks)
+    def conditionals(self) -> int:
+        """Wherever they stand."""
+        return sum(thunk.kind == CONDITIONAL for thunk in self.thunks)
 
     @property
     def straight(self) -> tuple[str, ...]:
@@ -50,7 +50,7 @@ class GpuProgram:
 
     def __str__(self) -> str:
         return (
-            f"{self.pieces} pieces, {self.branches} loops and conditionals, {self.steered} of them steered by the host, "
+            f"{self.pieces} pieces, {self.steered} steered by the host, {self.conditionals} conditionals, "
             f"{len(self.straight)} kernels in a row"
         )
 

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxengine.config import EngineConfig, ModelConfig
 from jaxengine.device import kv_cache, steps
+from jaxengine.device.needs import Needs
 from jaxengine.models import params
 from jaxengine.ops.kernels import Kernels, kernels_of
 from jaxengine.ops.sharded import sharded
@@ -105,8 +106,8 @@ def calls(compiled: Compiled, name: str) -> int:
     return sum(kernel.startswith(name) for kernel in compiled.kernels)
 
 
-def compiled_step(kind: str, mesh: Mesh, ops: Kernels, state: tuple) -> Compiled:
-    step, inputs, static = step_call(kind, ENGINE)
+def compiled_step(kind: str, mesh: Mesh, ops: Kernels, state: tuple, needs: Needs = Needs.PLAIN) -> Compiled:
+    step, inputs, static = step_call(kind, ENGINE, needs=needs)
     if mesh.devices.flat[0].platform != "tpu":
         step = steps.captured(step)
         static |= dict(tile=Tile(1, ROW_UNIT)) if kind == "decode" else {}
@@ -125,8 +126,10 @@ def assert_kernels(compiled: Compiled) -> None:
 
 
 def assert_chain(program: GpuProgram, layers: int) -> None:
-    """On a GPU a step is one command buffer, a layer at most ten kernels, and between them XLA only copies."""
-    assert program.pieces == 1 and program.steered == 0, str(program)
+    """On a GPU a step is one command buffer without conditionals, a layer at most ten kernels, and between them XLA only
+    copies.
+    """
+    assert program.pieces == 1 and program.steered == program.conditionals == 0, str(program)
     chain = [name.startswith("chain_") or name == "kCopy" for name in program.straight]
     first = next(i for i, name in enumerate(program.straight) if name.startswith("chain_"))
     last = max(i for i, name in enumerate(program.straight) if name.startswith("chain_")) + 1
@@ -137,12 +140,12 @@ def assert_chain(program: GpuProgram, layers: int) -> None:
 
 
 @STEP_TARGETS
-@pytest.mark.parametrize("kind", ["decode", "prefill"])
-def test_step(kind, mesh, kernels, report):
+@pytest.mark.parametrize("kind, needs", [("decode", Needs.PLAIN), ("decode", Needs.ALL), ("prefill", Needs.PLAIN)])
+def test_step(kind, needs, mesh, kernels, report):
     """A whole step of a 4-layer model on the device's own kernels."""
     ops = kernels_of(kernels)
     state = params.abstract(MODEL), kv_cache.abstract(MODEL, ENGINE, ops)
-    compiled = report(compiled_step(kind, mesh, ops, state))
+    compiled = report(compiled_step(kind, mesh, ops, state, needs))
     weights_and_pages = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
     assert compiled.argument_bytes >= weights_and_pages
     assert compiled.workspace_bytes < pool_bytes(state[1]), "the step copies what it should update in place"

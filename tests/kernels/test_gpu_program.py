@@ -22,9 +22,9 @@ LISTING = """000: kCommandBuffer [source | sink]
 
 def test_what_is_started():
     program = parse(LISTING)
-    assert program.pieces == 3 and program.steered == 1
+    assert program.pieces == 3 and program.steered == program.conditionals == 1
     assert program.straight == ("chain_embed", "chain_settle", "draw", "copy")
-    assert str(program) == "3 pieces, 2 loops and conditionals, 1 of them steered by the host, 4 kernels in a row"
+    assert str(program) == "3 pieces, 1 steered by the host, 1 conditionals, 4 kernels in a row"
 
 
 def test_the_last_state_that_was_written_counts(tmp_path):
