@@ -126,9 +126,8 @@ def assert_kernels(compiled: Compiled) -> None:
 
 
 def assert_chain(program: GpuProgram, layers: int) -> None:
-    """On a GPU a step is one command buffer without conditionals, a layer at most ten kernels, and between them XLA only
-    copies.
-    """
+    """On a GPU a step is one command buffer with no conditional, and a layer at most ten kernels, between which XLA
+    only copies."""
     assert program.pieces == 1 and program.steered == program.conditionals == 0, str(program)
     chain = [name.startswith("chain_") or name == "kCopy" for name in program.straight]
     first = next(i for i, name in enumerate(program.straight) if name.startswith("chain_"))
