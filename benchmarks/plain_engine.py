@@ -19,7 +19,7 @@ from jaxengine.device import sampler, steps
 from jaxengine.engine import step_variants
 from jaxengine.ops import heads, in_tiles, kernels, norm, regions, xla
 from jaxengine.ops.tiles import Tile
-from pallas_kernels import draw_reference
+from pallas_kernels import draw_reference, truncation_reference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +65,8 @@ def plain() -> Iterator[None]:
         (xla, "silu", jax.nn.silu),
         (sampler, "row_sum", total),
         (sampler, "exp", jnp.exp),
+        (truncation_reference, "row_sum", total),
+        (truncation_reference, "exp", jnp.exp),
         (draw_reference, "row_sum", total),
         (draw_reference, "exp", jnp.exp),
         (draw_reference, "row_cumsum", functools.partial(jnp.cumsum, axis=-1)),

@@ -25,12 +25,12 @@ from jaxengine.device.adjustments import Context, When, adjusted
 from jaxengine.device.needs import Needs
 from jaxengine.device.sampling_arrays import NO_RULES
 from jaxengine.device.step_inputs import SamplingArrays
-from pallas_kernels.draw_reference import log_softmax
 from pallas_kernels.pinned_math import exp, row_sum
+from pallas_kernels.truncation_reference import kept_reference
 
 ONE = np.float32(1).view(np.uint32)  # the bits of 1.0
-TINY = jnp.finfo(jnp.float32).tiny
-SIGN = np.uint32(1 << 31)  # the first bit of a float32
+# (logits [t, V], top-k, top-p and min-p of each row) -> bool [t, V], as ops/kernels.DrawKernel.kept
+Kept = Callable[[Array, Array, Array, Array], Array]
 
 
 def fold_keys(key: UInt32[Array, "t 2"], folds: Int[Array, "t 2"], positions: Int[Array, " t"]) -> Array:
@@ -52,14 +52,14 @@ def process(
     logits: Float[Array, "t V"],
     row: SamplingArrays,
     context: Context,
-    kept: Bool[Array, "t V"] | None = None,
+    kept: Kept | Bool[Array, "t V"] = kept_reference,
     needs: Needs = Needs.ALL,
     when: When = jax.lax.cond,
 ) -> tuple[Float[Array, "t V"], Float[Array, "t V"]]:
     """(logits after rules and penalties, logits of the processed distribution), both float32 `[t, V]`.
 
-    `row` holds the parameters of each row's slot: `[t, …]`. What is ruled out or cut off is -inf; `kept`, where it is
-    given, takes the place of what top-k, top-p and min-p keep. No row asks for more than `needs`, and `when` may skip
+    `row` holds the parameters of each row's slot: `[t, …]`. What is ruled out or cut off is -inf; `kept` finds
+    what top-k, top-p and min-p keep, or is what takes its place. No row asks for more than `needs`, and `when` may skip
     what no row of the tile asks for; a row that does not ask for it has the same bits either way.
     """
     penalised = adjusted(logits, row, context, when) if needs >= Needs.ALL else logits
@@ -70,9 +70,9 @@ def process(
     wants_cut = (cuts & (row.temperature > 0)).any()
 
     def cut() -> Float[Array, "t V"]:
-        if kept is not None:
-            return jnp.where(kept, scaled, -jnp.inf)
-        return truncate(scaled, row.top_k, row.top_p, row.min_p)
+        if callable(kept):
+            return truncate(scaled, row.top_k, row.top_p, row.min_p, kept)
+        return jnp.where(kept, scaled, -jnp.inf)
 
     return penalised, when(wants_cut, cut, lambda: scaled)
 
@@ -82,7 +82,7 @@ def distribution(
     row: SamplingArrays,
     context: Context,
     raw: Bool[Array, " t"],
-    kept: Bool[Array, "t V"] | None = None,
+    kept: Kept | Bool[Array, "t V"] = kept_reference,
     needs: Needs = Needs.ALL,
     when: When = jax.lax.cond,
 ) -> tuple[Float[Array, "t V"], Float[Array, "t V"]]:
@@ -108,78 +108,14 @@ def _asking_nothing(row: SamplingArrays, raw: Bool[Array, " t"]) -> SamplingArra
 
 
 def truncate(
-    logits: Float[Array, "t V"], top_k: Int[Array, " t"], top_p: Float[Array, " t"], min_p: Float[Array, " t"]
+    logits: Float[Array, "t V"],
+    top_k: Int[Array, " t"],
+    top_p: Float[Array, " t"],
+    min_p: Float[Array, " t"],
+    kept: Kept = kept_reference,
 ) -> Float[Array, "t V"]:
-    """logits with everything outside top-k, then top-p, then min-p at -inf.
-
-    Ties in the sorted order are broken by token id. Nothing is sorted: the threshold is found by bisection over the
-    bits of float32, because their order is that of integers.
-    """
-    keep = jax.lax.stop_gradient(_support(jax.lax.stop_gradient(logits), top_k, top_p, min_p))
-    return jnp.where(keep, logits, -jnp.inf)
-
-
-def _support(
-    logits: Float[Array, "t V"], top_k: Int[Array, " t"], top_p: Float[Array, " t"], min_p: Float[Array, " t"]
-) -> Bool[Array, "t V"]:
-    """What top-k, top-p and min-p keep.
-
-    Top-k = 3 of the logits of tokens 0 … 4, as an example:
-
-        logits                                2.0   0.5   1.0   1.0   1.0
-        the edge: the largest threshold that at least 3 logits reach        1.0 (four logits reach it)
-        above the edge, and so kept           yes    no    no    no    no
-        missing: 3 - 1 = 2 of those on it      -      -   yes   yes    no   (the lowest ids)
-
-    Top-p does the same with masses for counts: its edge is the largest threshold with a mass of at least p at or above
-    it, and what is missing is p less the mass above the edge, in units of the one probability that all tokens on the
-    edge have.
-    """
-    vocab = logits.shape[-1]
-    order = _order(logits)
-    k = jnp.where((top_k > 0) & (top_k < vocab), top_k, vocab)[:, None]
-    edge = _largest(lambda threshold: (order >= threshold).sum(-1, keepdims=True) >= k, order.shape[0])
-    missing = k - (order > edge).sum(-1, keepdims=True)
-    keep = _above(order, edge, missing)
-    probs = exp(log_softmax(jnp.where(keep, logits, -jnp.inf)))
-    keep &= jnp.where(top_p[:, None] < 1, _nucleus(order, probs, top_p), True)
-    return keep & (probs >= min_p[:, None] * probs.max(-1, keepdims=True))
-
-
-def _nucleus(order: UInt32[Array, "t V"], probs: Float[Array, "t V"], top_p: Float[Array, " t"]) -> Bool[Array, "t V"]:
-    """The shortest run of the likeliest tokens with a mass of at least top_p."""
-    p = jnp.maximum(top_p, TINY)[:, None]  # a p that rounds to 0 still keeps the likeliest
-
-    def mass(chosen: Bool[Array, "t V"]) -> Float[Array, "t 1"]:
-        return row_sum(jnp.where(chosen, probs, 0))[:, None]
-
-    edge = _largest(lambda threshold: mass(order >= threshold) >= p, order.shape[0])
-    each = jnp.max(jnp.where(order == edge, probs, 0), -1, keepdims=True)  # ids on the edge have one probability
-    missing = jnp.ceil((p - mass(order > edge)) / jnp.maximum(each, TINY))
-    return _above(order, edge, jnp.clip(missing, 1, order.shape[-1]).astype(jnp.int32))
-
-
-def _order(x: Float[Array, "t V"]) -> UInt32[Array, "t V"]:
-    """float32 as unsigned integers in the same order; -0 and +0 are one number."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    bits = jnp.where(bits == SIGN, 0, bits)  # not by adding 0.0, which the compiler takes out
-    return jnp.where(bits >= SIGN, ~bits, bits | SIGN)
-
-
-def _largest(enough: Callable[[Array], Bool[Array, "t 1"]], rows: int) -> UInt32[Array, "t 1"]:
-    """The largest threshold for which `enough(threshold)` holds, bit by bit; enough is true at 0 and falls once."""
-
-    def step(i, found):
-        candidate = found | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
-        return jnp.where(enough(candidate), candidate, found)
-
-    return jax.lax.fori_loop(0, 32, step, jnp.zeros((rows, 1), jnp.uint32))
-
-
-def _above(order: UInt32[Array, "t V"], edge: UInt32[Array, "t 1"], missing: Int[Array, "t 1"]) -> Bool[Array, "t V"]:
-    """All above the edge, and the `missing` lowest ids of those on it."""
-    on_edge = order == edge
-    return (order > edge) | (on_edge & (jnp.cumsum(on_edge, axis=-1) <= missing))
+    """logits with everything outside top-k, then top-p, then min-p at -inf."""
+    return jnp.where(kept(jax.lax.stop_gradient(logits), top_k, top_p, min_p), logits, -jnp.inf)
 
 
 def uniforms(keys: Array) -> Float[Array, "t 2"]:

@@ -180,7 +180,7 @@ def _row_scores(
     )
     logits = decoder.logits(model_config, kernels, weights.norm, weights.head, rows.x)
     raw = jnp.zeros(rows.x.shape[0], bool)
-    kept = None if row.kept is None else is_kept(row.kept, rows.positions, logits.shape[1])
+    kept = kernels.draw.kept if row.kept is None else is_kept(row.kept, rows.positions, logits.shape[1])
     _, drawn_from = sampler.distribution(logits, row.sampling, context, raw, kept)
     out = kernels.draw.draw_and_score(drawn_from, weights.tokens[rows.sequences, rows.positions])
     if kept_words:

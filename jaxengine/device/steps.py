@@ -208,7 +208,7 @@ def next_token(
     finite = (jnp.isfinite(logits) | (jnp.arange(logits.shape[1]) >= model_config.vocab_size)).all(-1)
     context = sampler.Context(history, rows.slots, position, request.prompt_length, request.first_stop, weights.rules)
     penalised, drawn_from = sampler.distribution(
-        logits, row.sampling, context, rows.scored, needs=needs, when=kernels.when
+        logits, row.sampling, context, rows.scored, kernels.draw.kept, needs, kernels.when
     )
     best = jnp.argmax(penalised, axis=-1).astype(jnp.int32)
     dead_end = finite & ~rows.scored & (jnp.take_along_axis(penalised, best[:, None], axis=-1)[:, 0] == -jnp.inf)

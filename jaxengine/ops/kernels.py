@@ -168,6 +168,15 @@ class DrawKernel(Protocol):
         """
         ...
 
+    def kept(
+        self, logits: Float[Array, "t V"], top_k: Int[Array, " t"], top_p: Float[Array, " t"], min_p: Float[Array, " t"]
+    ) -> Bool[Array, "t V"]:
+        """What top-k, then top-p, then min-p keep of each row (pallas_kernels/truncation_reference.py).
+
+        A row's answer depends on that row alone. It has no gradient.
+        """
+        ...
+
 
 @dataclasses.dataclass(frozen=True)
 class Kernels:

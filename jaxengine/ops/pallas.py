@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxengine.config import ModelConfig
 from jaxengine.ops.in_tiles import RotatesInTiles
@@ -26,6 +26,7 @@ from pallas_kernels.numbers import ceil_to
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.sizes import LANES, MATMUL
 from pallas_kernels.sizes_attention import ATTENTION, attention_sizes
+from pallas_kernels.truncation import kept
 from sharding.leaves import tree_sum
 
 GPU_WIDTHS = (16, 32, 64, 128, 256)  # of heads in pages: Triton's arrays are powers of two
@@ -166,3 +167,8 @@ class PallasDraw:
         self, logits: Float[Array, "t V"], given: Int[Array, " t"], uniforms: Float[Array, "t 2"] | None = None
     ) -> Draw:
         return draw_and_score(logits, given, uniforms, implementation=self.implementation)
+
+    def kept(
+        self, logits: Float[Array, "t V"], top_k: Int[Array, " t"], top_p: Float[Array, " t"], min_p: Float[Array, " t"]
+    ) -> Bool[Array, "t V"]:
+        return kept(logits, top_k, top_p, min_p, implementation=self.implementation)

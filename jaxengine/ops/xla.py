@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxengine.config import KV_TILE, ModelConfig
 from jaxengine.ops.in_tiles import RotatesInTiles
@@ -19,6 +19,7 @@ from jaxengine.ops.tiles import ATTENTION_TILE
 from pallas_kernels.draw_reference import Draw, plain_draw
 from pallas_kernels.paged_attention_cpu import paged_attention
 from pallas_kernels.pinned_math import silu
+from pallas_kernels.truncation_reference import kept_reference
 from sharding.leaves import tree_sum
 
 
@@ -119,6 +120,11 @@ class XlaDraw:
         self, logits: Float[Array, "t V"], given: Int[Array, " t"], uniforms: Float[Array, "t 2"] | None = None
     ) -> Draw:
         return plain_draw(logits, given, uniforms)
+
+    def kept(
+        self, logits: Float[Array, "t V"], top_k: Int[Array, " t"], top_p: Float[Array, " t"], min_p: Float[Array, " t"]
+    ) -> Bool[Array, "t V"]:
+        return kept_reference(logits, top_k, top_p, min_p)
 
 
 def storage_dtype(dtype: jnp.dtype) -> jnp.dtype:

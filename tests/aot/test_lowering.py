@@ -26,6 +26,7 @@ from pallas_kernels.cases.matmul import MatmulCase
 from pallas_kernels.draw import draw_and_score
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.matmul import matmul
+from pallas_kernels.truncation import kept
 from sharding.gpu_program import GpuProgram
 from sharding.topology import TARGETS, Compiled, compile_ahead, mesh_of
 
@@ -99,6 +100,14 @@ def test_draw_and_score(case, mesh, kernels, report):
     given = jax.ShapeDtypeStruct((case.rows,), jnp.int32)
     run = jax.jit(functools.partial(draw_and_score, implementation=kernels))
     assert calls(report(compile_ahead(mesh, run, logits, given, uniforms)), "draw_")
+
+
+@pytest.mark.parametrize("case", DRAWS, ids=str)
+def test_truncation(case, mesh, kernels, report):
+    logits, _ = jax.eval_shape(case.operands)
+    per_row = [jax.ShapeDtypeStruct((case.rows,), dtype) for dtype in (jnp.int32, jnp.float32, jnp.float32)]
+    compiled = report(compile_ahead(mesh, jax.jit(functools.partial(kept, implementation=kernels)), logits, *per_row))
+    assert compiled.gpu is None or calls(compiled, "truncation") == 1
 
 
 def calls(compiled: Compiled, name: str) -> int:

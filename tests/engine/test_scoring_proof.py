@@ -27,7 +27,7 @@ def unproven(monkeypatch):
 
 @pytest.fixture(scope="module")
 def model():
-    return random_model("Qwen3", dtype="float32")
+    return random_model("Qwen3", dtype="float32", num_hidden_layers=1)
 
 
 @dataclasses.dataclass(frozen=True)

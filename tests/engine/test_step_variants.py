@@ -50,14 +50,18 @@ def served(llm, monkeypatch) -> list[Variant]:
     return found
 
 
+def one_layer() -> tuple:
+    return random_model(num_hidden_layers=1)
+
+
 def test_bits_are_those_of_every_variant(monkeypatch):
     """A request is served by the least that covers a step, and has the bits of a step that could do everything."""
-    llm, expected = make_llm(*random_model()), {}
+    llm, expected = make_llm(*one_layer()), {}
     for sampling in (PLAIN, CUT, PLAIN.replace(temperature=0)):
         expected[sampling] = bits(llm.generate(PROMPTS, sampling))
     assert {v.needs for v in llm.engine.step_variants._compiled} == {Needs.PLAIN, Needs.CUT}
     monkeypatch.setattr(batch, "needs_of", lambda sampling: Needs.ALL)
-    widest = make_llm(*random_model())
+    widest = make_llm(*one_layer())
     for sampling, found in expected.items():
         assert bits(widest.generate(PROMPTS, sampling)) == found
     assert {v.needs for v in widest.engine.step_variants._compiled} == {Needs.ALL}
@@ -73,10 +77,11 @@ def test_one_that_can_do_more_serves_for_good_where_it_skips(tiny, monkeypatch):
     assert {v.needs for v in found} == {Needs.ALL}
 
 
+@pytest.mark.slow  # interpreted
 def test_a_step_without_conditionals_does_no_more_than_is_asked(monkeypatch):
     """Where nothing is skipped, as on a GPU, the narrower step is compiled once it has been wanted often enough."""
     monkeypatch.setattr(step_variants, "TILES", ONE_TILE)
-    llm = make_llm(*random_model(num_hidden_layers=1), kernels="pallas_gpu_interpret", compile_patience=2)
+    llm = make_llm(*one_layer(), kernels="pallas_gpu_interpret", compile_patience=2)
     assert llm.engine.kernels.in_one
     found = served(llm, monkeypatch)
     first = bits(llm.generate(PROMPTS[:1], PLAIN.replace(logprobs=2)))
@@ -100,7 +105,7 @@ def test_a_program_holds_what_it_is_compiled_for(tiny):
 
 def test_a_variant_of_other_bits_never_serves(monkeypatch):
     """A planted machine that rounds the step with penalties in another way."""
-    llm, probe = make_llm(*random_model()), StepVariants._probe
+    llm, probe = make_llm(*one_layer()), StepVariants._probe
 
     def rounding(self, variant, params, cache):
         cache, (tokens, logprobs, *rest) = probe(self, variant, params, cache)

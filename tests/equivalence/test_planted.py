@@ -17,6 +17,7 @@ from jaxengine.config import KV_TILE, EngineConfig, ModelConfig
 from jaxengine.device import sampler, scoring
 from jaxengine.ops import heads, xla
 from jaxengine.ops.rope import cos_sin
+from pallas_kernels import truncation_reference
 
 MODEL = ModelConfig(
     architecture="Qwen3ForCausalLM",
@@ -91,7 +92,7 @@ def softmax_of_xlas_own(real):
 
 SLOW = pytest.mark.long  # each compiles a model
 PLANTS = [
-    pytest.param(1, sampler, "_above", edge_left_out),
+    pytest.param(1, truncation_reference, "_above", edge_left_out),
     pytest.param(2, scoring, "sampler", softmax_of_xlas_own),
     pytest.param(3, xla, "paged_attention", first_tile_for_the_second, marks=SLOW),
     pytest.param(4, sampler, "process", prompt_is_penalised, marks=SLOW),
