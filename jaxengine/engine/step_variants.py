@@ -186,11 +186,14 @@ class StepVariants:
 
         They hardly depend on the number of pages, so that those of a small pool may be asked.
         """
-        sizes = []
-        for kind, tiles in self._tiles.items():
-            taken = self.lowered(Variant(kind, tiles[-1], Needs.ALL), params, cache).compile().memory_analysis()
-            sizes.append(taken.temp_size_in_bytes + taken.output_size_in_bytes - taken.alias_size_in_bytes)
-        return max(sizes)
+        widest = [Variant(kind, tiles[-1], Needs.ALL) for kind, tiles in self._tiles.items()]
+
+        def taken(variant: Variant) -> int:
+            found = self.lowered(variant, params, cache).compile().memory_analysis()
+            return found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+
+        with concurrent.futures.ThreadPoolExecutor(min(len(widest), machine.num_threads())) as threads:
+            return max(threads.map(taken, widest))
 
     @contextlib.contextmanager
     def _first_use(self, variant: Variant) -> Iterator[None]:
