@@ -148,16 +148,27 @@ def assert_chain(program: GpuProgram, layers: int) -> None:
 
 
 @STEP_TARGETS
-@pytest.mark.parametrize("kind, needs", [("decode", Needs.PLAIN), ("decode", Needs.ALL), ("prefill", Needs.PLAIN)])
-def test_step(kind, needs, mesh, kernels, report):
+@pytest.mark.parametrize("kind", ["decode", "prefill"])
+def test_step(kind, mesh, kernels, report):
     """A whole step of a 4-layer model on the device's own kernels."""
     ops = kernels_of(kernels)
     state = params.abstract(MODEL), kv_cache.abstract(MODEL, ENGINE, ops)
-    compiled = report(compiled_step(kind, mesh, ops, state, needs))
+    compiled = report(compiled_step(kind, mesh, ops, state))
     weights_and_pages = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
     assert compiled.argument_bytes >= weights_and_pages
     assert compiled.workspace_bytes < pool_bytes(state[1]), "the step copies what it should update in place"
     assert_kernels(compiled)
+
+
+@pytest.mark.parametrize("target", ["h100"], indirect=True, ids=machines.NAMES.get)
+@pytest.mark.parametrize("needs", [Needs.CUT, Needs.ALL])
+def test_step_that_can_do_more(needs, mesh, kernels, report):
+    """Whatever a GPU's decode step can do beside, nothing branches, and one kernel cuts the vocabulary."""
+    ops = kernels_of(kernels)
+    state = params.abstract(MODEL), kv_cache.abstract(MODEL, ENGINE, ops)
+    program = report(compiled_step("decode", mesh, ops, state, needs)).gpu
+    assert_chain(program, MODEL.num_hidden_layers)
+    assert program.straight.count("truncation") == 1
 
 
 @STEP_TARGETS
