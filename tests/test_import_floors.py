@@ -30,6 +30,7 @@ FLOORS = {
     "jaxengine.contract": (12, ()),
     "jaxengine.llm": (13, ()),
     "jaxengine.functional": (13, ()),
+    "jaxengine.async_llm": (14, ()),
     "jaxengine.rl.loops": (14, ()),
     "jaxengine.rl.integrations": (14, ()),
     "jaxengine.rl.calc": (15, ()),
