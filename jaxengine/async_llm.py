@@ -114,8 +114,8 @@ class AsyncLLM:
                     raise news
                 for index, new, finished in news:
                     num_open -= finished
-                    request = requests[index]
-                    output = self.llm.session.output(request) if finished else None
+                    request, render = requests[index], self.llm.session.output
+                    output = await asyncio.to_thread(render, request) if finished else None  # it may hash new weights
                     yield index, RequestDelta(request.request_id, new, finished, output)
         finally:
             if num_open:
