@@ -3,11 +3,12 @@
 import contextlib
 import functools
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.routing import Route
@@ -46,6 +47,7 @@ ROUTES = {
     "POST /update_weights": weights.update_weights,
     "POST /finish_weight_update": weights.finish_weight_update,
 }
+Handler = Callable[[Service, HttpRequest], Awaitable[Response]]
 log = logging.getLogger("jaxengine.server")
 
 
@@ -61,13 +63,26 @@ def application(engine: AsyncLLM, config: ServerConfig) -> Starlette:
     routes = []
     for line, handler in ROUTES.items():
         method, path = line.split()
-        routes.append(Route(path, functools.partial(handler, service), methods=[method]))
+        routes.append(Route(path, functools.partial(_answered, handler, service), methods=[method]))
     return Starlette(
         routes=routes,
         middleware=[Middleware(Gate, config=config)],
-        exception_handlers={ApiError: _refused, HTTPException: _not_routed, Exception: _failed},
+        exception_handlers={ApiError: _refused, HTTPException: _not_routed},
         lifespan=lifespan,
     )
+
+
+async def _answered(handler: Handler, service: Service, http: HttpRequest) -> Response:
+    """A route's answer. Of what nobody foresaw the client is told the kind alone: a message may hold addresses."""
+    try:
+        return await handler(service, http)
+    except (ApiError, HTTPException):
+        raise
+    except ClientDisconnect as error:  # while its body was read
+        raise ApiError(499, "the client went away") from error
+    except Exception as error:
+        log.exception("%s %s failed", http.method, http.url.path)
+        raise ApiError(500, f"the server failed with {type(error).__name__}") from error
 
 
 async def _refused(http: HttpRequest, error: Exception) -> Response:
@@ -79,9 +94,3 @@ async def _not_routed(http: HttpRequest, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = f"{http.method} {http.url.path:.200}: {error.detail}"
     return ApiError(error.status_code, message, code="no_route", headers=error.headers).response()
-
-
-async def _failed(http: HttpRequest, error: Exception) -> Response:
-    """What nobody foresaw. The client is told its kind alone: a message may hold addresses."""
-    log.error("%s %s failed", http.method, http.url.path, exc_info=error)
-    return ApiError(500, f"the server failed with {type(error).__name__}").response()

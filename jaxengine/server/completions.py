@@ -26,7 +26,7 @@ async def completions(service: Service, http: HttpRequest) -> Response:
     count = 0 if form.logprobs is None else int(form.logprobs)
     # A true asks for the drawn tokens' alone, which are always there; so does a 0.
     likeliest = count if not isinstance(form.logprobs, bool) and count else None
-    wants_prompt = form.echo and form.logprobs not in (None, False) and form.prompt_logprobs is None
+    wants_prompt = form.echo and form.wants_logprobs and form.prompt_logprobs is None
     more = {"prompt_logprobs": likeliest or 0} if wants_prompt else {}
     max_tokens = MAX_TOKENS if form.max_tokens is None else form.max_tokens
     sampling = service.sampling_params(form, logprobs=likeliest, max_tokens=max_tokens, **more)
@@ -91,7 +91,7 @@ class _Answer:
     def _choice(self, index: int, drawn: CompletionDelta | CompletionOutput) -> dict[str, Any]:
         place = self._call.choice(index, drawn.index)
         logprobs = None
-        if self._form.logprobs not in (None, False):
+        if self._form.wants_logprobs:
             offset = self._offsets.get(place, 0)
             logprobs = self._names.completion(drawn, self._count, offset)
             self._offsets[place] = offset + sum(map(len, logprobs["tokens"]))

@@ -8,6 +8,8 @@ from typing import Any
 
 from starlette.responses import Response
 
+from jaxengine.server.protocol import SAMPLING_FIELDS
+
 TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -20,6 +22,7 @@ TYPES = {
     501: "not_implemented_error",
     503: "service_unavailable_error",
 }
+NAMED = SAMPLING_FIELDS | {"logprobs", "messages"}
 _FIELD = re.compile(r"[a-z][a-z_]*")
 
 
@@ -69,5 +72,5 @@ def refusals() -> Iterator[None]:
         yield
     except (ValueError, TypeError, OverflowError) as error:
         message = str(error)
-        field = _FIELD.match(message)
-        raise ApiError(400, message, param=field[0] if field and "_" in field[0] else None) from error
+        field = _FIELD.match(message)  # every error begins with the name of what is wrong
+        raise ApiError(400, message, param=field[0] if field and field[0] in NAMED else None) from error

@@ -102,6 +102,10 @@ class CompletionRequest(_Generation):
     echo: bool | None = None
     add_special_tokens: bool | None = None
 
+    @property
+    def wants_logprobs(self) -> bool:
+        return self.logprobs is not None and self.logprobs is not False  # a 0 asks for them too
+
 
 class ChatRequest(_Generation):
     """POST /v1/chat/completions."""

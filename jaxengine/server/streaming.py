@@ -1,6 +1,7 @@
 """Server-sent events: what a call gains, as it comes."""
 
 import contextlib
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from typing import Any
 
@@ -12,6 +13,7 @@ from jaxengine.server.errors import ApiError, json_text
 from jaxengine.server.service import Call, Service, until_gone
 
 Chunks = Callable[[int, RequestDelta], Iterable[dict[str, Any]]]
+log = logging.getLogger("jaxengine.server")
 DONE = "data: [DONE]\n\n"
 
 
@@ -55,6 +57,9 @@ async def _events(
             yield _event(end)
     except ApiError as error:
         yield _event(error.body())
+    except Exception as error:  # the status is sent already; a client that reads on must not wait
+        log.exception("a stream failed")
+        yield _event(ApiError(500, f"the server failed with {type(error).__name__}").body())
     yield DONE
 
 

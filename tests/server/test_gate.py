@@ -19,7 +19,7 @@ def test_every_route_but_health_needs_a_key(served, route):
     method, path = route.split()
     statuses = [
         served.nobody.request(method, path, headers=headers).status_code
-        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": KEY}, {"Authorization": "Bearer "})
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": KEY}, {"Authorization": "Bearer"})
     ]
     assert statuses == [200 if path in ("/health", "/liveness") else 401] * 4
 
@@ -43,7 +43,8 @@ def test_without_keys(calc):
         web_page = server.nobody.post("/v1/completions", json=LONG, headers={"Origin": "http://evil.example"})
         assert web_page.status_code == 403
         with server.nobody.stream("POST", "/v1/completions", json=LONG | {"stream": True}) as stream:
-            next(stream.iter_lines())
+            lines = stream.iter_lines()  # kept: collected, it would close the stream
+            next(lines)
             refused = server.admin.post("/v1/completions", json=LONG)
             assert refused.status_code == 429 and refused.headers["retry-after"] == "1"
             assert server.admin.get("/health").status_code == 200
@@ -79,7 +80,8 @@ def test_a_queue_that_fills_after_the_check_is_429_too(served, monkeypatch):
 
 def test_a_client_that_leaves_a_stream_aborts_it(served):
     with served.user.stream("POST", "/v1/completions", json=LONG | {"stream": True, "n": 3}) as response:
-        next(response.iter_lines())
+        lines = response.iter_lines()
+        next(lines)
         assert len(served.llm.engine.requests) == 1
     served.wait_until(served.is_idle)
 

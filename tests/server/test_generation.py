@@ -18,6 +18,11 @@ def ok(response):
     return response.json()
 
 
+def complete(served, **fields) -> list[dict]:
+    """The choices of a completion."""
+    return ok(served.user.post("/v1/completions", json=fields))["choices"]
+
+
 def events(client, path, body) -> list[dict]:
     with client.stream("POST", path, json=body | {"stream": True}) as response:
         assert response.status_code == 200 and response.headers["content-type"].startswith("text/event-stream")
@@ -43,7 +48,7 @@ def test_a_hundred_requests_at_once_have_the_bits_of_generate(served):
     def over_http(prompt, sampling):
         body = dict(prompt=prompt, max_tokens=sampling.max_tokens, seed=sampling.seed, n=sampling.n)
         body |= dict(temperature=sampling.temperature, logprobs=0, return_token_ids=True)
-        return ok(served.user.post("/v1/completions", json=body))["choices"]
+        return complete(served, **body)
 
     with concurrent.futures.ThreadPoolExecutor(100) as pool:
         answers = list(pool.map(over_http, prompts, params))
@@ -92,7 +97,7 @@ def test_token_ids_are_a_prompt(served):
 @pytest.mark.parametrize("asked, count", [(0, 1), (True, 1), (3, 3)])
 def test_completion_logprobs_in_each_form(served, asked, count):
     body = BODY | dict(prompt=PROMPTS[0], logprobs=asked, return_tokens_as_token_ids=True, return_token_ids=True)
-    (choice,) = ok(served.user.post("/v1/completions", json=body))["choices"]
+    (choice,) = complete(served, **body)
     found = choice["logprobs"]
     assert found["tokens"] == [f"token_id:{token}" for token in choice["token_ids"]]
     for name, logprob, top in zip(found["tokens"], found["token_logprobs"], found["top_logprobs"], strict=True):
@@ -101,13 +106,13 @@ def test_completion_logprobs_in_each_form(served, asked, count):
 
 @pytest.mark.parametrize("asked", [None, False])
 def test_without_logprobs_there_are_none(served, asked):
-    (choice,) = ok(served.user.post("/v1/completions", json=BODY | dict(prompt="1+1=", logprobs=asked)))["choices"]
+    (choice,) = complete(served, **BODY, prompt="1+1=", logprobs=asked)
     assert choice["logprobs"] is None
 
 
 def test_prompt_logprobs_have_every_token_of_the_prompt(served):
     body = BODY | dict(prompt=PROMPTS[0], max_tokens=1, prompt_logprobs=2, return_token_ids=True)
-    (choice,) = ok(served.user.post("/v1/completions", json=body))["choices"]
+    (choice,) = complete(served, **body)
     entries = choice["prompt_logprobs"]
     assert entries[0] is None and len(entries) == len(choice["prompt_token_ids"])
     (output,) = served.llm.generate(PROMPTS[:1], SamplingParams(max_tokens=1, prompt_logprobs=2))
@@ -117,7 +122,7 @@ def test_prompt_logprobs_have_every_token_of_the_prompt(served):
 
 def test_echo_puts_text_and_logprobs_of_the_prompt_first(served):
     body = BODY | dict(prompt=PROMPTS[0], logprobs=1, echo=True, max_tokens=3)
-    (choice,) = ok(served.user.post("/v1/completions", json=body))["choices"]
+    (choice,) = complete(served, **body)
     (plain,) = ok(served.user.post("/v1/completions", json=body | {"echo": False}))["choices"]
     found, own = choice["logprobs"], plain["logprobs"]
     assert choice["text"] == PROMPTS[0] + plain["text"]
@@ -157,9 +162,7 @@ def test_every_answer_carries_a_coordinate_that_replays(served, path):
 
 def test_calls_without_a_seed_differ_and_so_do_equal_prompts(served):
     body = dict(prompt=["1"] * 2, max_tokens=24, ignore_eos=True)
-    texts = [
-        choice["text"] for _ in range(2) for choice in ok(served.user.post("/v1/completions", json=body))["choices"]
-    ]
+    texts = [choice["text"] for _ in range(2) for choice in complete(served, **body)]
     assert len(set(texts)) == 4
 
 
