@@ -45,7 +45,8 @@ async def update_weights(service: Service, http: HttpRequest) -> Response:
     try:
         number = await service.engine.update_params(path, **how)
     except (ValueError, TypeError, OSError) as error:
-        raise ApiError(400, str(error), "weight_dir") from error
+        message = str(error).replace(str(path), str(folder))  # where the root lies is not the client's to know
+        raise ApiError(400, message, "weight_dir") from error
     except (RuntimeError, MemoryError) as error:
         raise ApiError(409, str(error)) from error
     service.weight_label = form.weight_version

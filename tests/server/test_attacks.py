@@ -149,7 +149,7 @@ def test_a_request_id_in_use_is_409_and_the_first_goes_on(served):
     ids = served.llm.tokenizer.encode("1+")
     body = {
         "token_ids": ids,
-        "sampling_params": {"max_tokens": 400, "ignore_eos": True, "seed": 1},
+        "sampling_params": {"max_tokens": 150, "ignore_eos": True, "seed": 1},
         "request_id": "mine",
     }
     with served.user.stream("POST", GENERATE, json=body | {"stream": True}) as response:
