@@ -83,7 +83,7 @@ def test_every_sampling_field_is_an_option(field):
 
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(EngineConfig)])
-@pytest.mark.parametrize("command", ["generate m", "bench"])
+@pytest.mark.parametrize("command", ["generate m", "serve m", "bench"])
 def test_every_engine_field_is_an_option(command, field):
     name, kind = field.replace("_", "-"), type(getattr(EngineConfig(), field))
     words, value = [f"--{name}", "64"], "64" if kind is str else 64
