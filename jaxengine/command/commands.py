@@ -133,6 +133,8 @@ def run_serve(arguments: argparse.Namespace) -> int:
     config = ServerConfig(model_name=arguments.served_model_name or arguments.model, **more)
     engine = {"max_waiting": SERVED_WAITING} | given_fields(arguments, EngineConfig)
     llm = AsyncLLM(arguments.model, dtype=arguments.dtype, progress=arguments.progress, **engine)
+    if arguments.warm_up:
+        llm.llm.warm_up()
     print(f"serving {config.model_name} at http://{config.host}:{config.port}", file=sys.stderr, flush=True)
     server(llm, config).run()
     return 0

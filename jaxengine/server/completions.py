@@ -31,7 +31,7 @@ async def completions(service: Service, http: HttpRequest) -> Response:
     max_tokens = MAX_TOKENS if form.max_tokens is None else form.max_tokens
     sampling = service.sampling_params(form, logprobs=likeliest, max_tokens=max_tokens, **more)
     call = await service.call("cmpl", _prompts(form), sampling, form.request_id)
-    answer = _Answer(service, form, call, likeliest or 0)
+    answer = _Answer(service, form, call)
     if form.stream:
         return await stream(service, call, http, answer.chunks, answer.last)
     outputs = await service.outputs(call, http)
@@ -59,8 +59,8 @@ def _prompts(form: CompletionRequest) -> list[Any]:
 class _Answer:
     """One call's answer, whole or in chunks."""
 
-    def __init__(self, service: Service, form: CompletionRequest, call: Call, count: int) -> None:
-        self._form, self._call, self._count, self._tokenizer = form, call, count, service.llm.tokenizer
+    def __init__(self, service: Service, form: CompletionRequest, call: Call) -> None:
+        self._form, self._call, self._tokenizer = form, call, service.llm.tokenizer
         self._names = forms.TokenNames(service.llm.tokenizer, form.return_tokens_as_token_ids)
         self._offsets: dict[int, int] = {}  # characters of the tokens of each choice so far
         self._begun: set[int] = set()  # choices that had a chunk
@@ -93,7 +93,7 @@ class _Answer:
         logprobs = None
         if self._form.wants_logprobs:
             offset = self._offsets.get(place, 0)
-            logprobs = self._names.completion(drawn, self._count, offset)
+            logprobs = self._names.completion(drawn, offset)
             self._offsets[place] = offset + sum(map(len, logprobs["tokens"]))
         return {
             "index": place,

@@ -21,7 +21,7 @@ async def pause(service: Service, http: HttpRequest) -> Response:
     mode, clears = http.query_params.get("mode", "abort"), _flag(http, "clear_cache", True)
     if mode not in MODES:
         raise ApiError(400, f"mode must be one of {', '.join(MODES)}, got {mode!r:.40}", "mode")
-    if mode == "wait":
+    if mode == "wait" and not service.llm.is_paused:  # paused, they would never end
         async with service.drained():
             await service.engine.pause()
     else:

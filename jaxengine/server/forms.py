@@ -27,8 +27,8 @@ class TokenNames:
     def __call__(self, token: int) -> str:
         return f"token_id:{token}" if self._tokenizer is None else self._tokenizer.token_text(token)
 
-    def completion(self, drawn: Drawn, count: int, offset: int = 0) -> dict[str, Any]:
-        """`logprobs` of /v1/completions: four lists, an item a token; the `count` likeliest beside the drawn one.
+    def completion(self, drawn: Drawn, offset: int = 0) -> dict[str, Any]:
+        """`logprobs` of /v1/completions: four lists, an item a token; the likeliest that were asked for and the drawn.
 
         `offset` is the number of characters before the first token.
         """
@@ -37,21 +37,17 @@ class TokenNames:
         logprobs = [number(logprob) for logprob in drawn.token_logprobs]
         top = [
             {self(other): number(value.logprob) for other, value in entry.items()} | {name: logprob}
-            for name, logprob, entry in zip(names, logprobs, _likeliest(drawn, count), strict=True)
+            for name, logprob, entry in zip(names, logprobs, _likeliest(drawn), strict=True)
         ]
         return {"tokens": names, "token_logprobs": logprobs, "top_logprobs": top, "text_offset": offsets}
 
     def chat(self, drawn: Drawn, count: int) -> dict[str, Any]:
         """`logprobs` of /v1/chat/completions, with the `count` likeliest, the likeliest first."""
-        each = zip(drawn.token_ids, drawn.token_logprobs, _likeliest(drawn, count), strict=True)
+        each = zip(drawn.token_ids, drawn.token_logprobs, _likeliest(drawn), strict=True)
         return {
             "content": [
                 self._entry(token, logprob)
-                | {
-                    "top_logprobs": [
-                        self._entry(other, value.logprob) for other, value in _by_rank(entry) if value.rank <= count
-                    ]
-                }
+                | {"top_logprobs": [self._entry(other, value.logprob) for other, value in _best(entry, count)]}
                 for token, logprob, entry in each
             ]
         }
@@ -64,12 +60,11 @@ class TokenNames:
 def token_content(drawn: Drawn, count: int) -> dict[str, Any]:
     """`logprobs` of /inference/v1/generate, in the older form (`token`) and the newer one (`token_id`) at once."""
     content = []
-    for token, logprob, entry in zip(drawn.token_ids, drawn.token_logprobs, _likeliest(drawn, count), strict=True):
+    for token, logprob, entry in zip(drawn.token_ids, drawn.token_logprobs, _likeliest(drawn), strict=True):
         own = {"token": f"token_id:{token}", "token_id": token, "logprob": number(logprob)}
         top = [
             {"token": f"token_id:{other}", "token_id": other, "logprob": number(value.logprob), "rank": value.rank}
-            for other, value in _by_rank(entry)
-            if value.rank <= count
+            for other, value in _best(entry, count)
         ]
         content.append(own | {"rank": entry[token].rank if token in entry else None, "top_logprobs": top})
     return {"content": content}
@@ -79,13 +74,14 @@ def prompt_logprobs(output: RequestOutput) -> list[dict[str, Any] | None] | None
     """A dict by token id for each token of the prompt, None for the first."""
     if output.prompt_logprobs is None:
         return None
-    return [
-        entry and {str(token): _described(value) for token, value in entry.items()} for entry in output.prompt_logprobs
-    ]
+    return [None if entry is None else _described(entry) for entry in output.prompt_logprobs]
 
 
-def _described(value: Logprob) -> dict[str, Any]:
-    return {"logprob": number(value.logprob), "rank": value.rank, "decoded_token": value.decoded_token}
+def _described(entry: dict[int, Logprob]) -> dict[str, Any]:
+    return {
+        str(token): {"logprob": number(value.logprob), "rank": value.rank, "decoded_token": value.decoded_token}
+        for token, value in entry.items()
+    }
 
 
 def coordinate(sample: CompletionOutput) -> Any:
@@ -111,10 +107,12 @@ def usage(outputs: Sequence[RequestOutput]) -> dict[str, Any]:
     }
 
 
-def _likeliest(drawn: Drawn, count: int) -> Sequence[dict[int, Logprob]]:
-    """The likeliest tokens at each token, empty where none were asked for."""
-    return drawn.logprobs if count and drawn.logprobs is not None else [{}] * len(drawn.token_ids)
+def _likeliest(drawn: Drawn) -> Sequence[dict[int, Logprob]]:
+    """The drawn token and the likeliest ones at each token, empty where they were not asked for."""
+    return drawn.logprobs if drawn.logprobs is not None else [{}] * len(drawn.token_ids)
 
 
-def _by_rank(entry: dict[int, Logprob]) -> list[tuple[int, Logprob]]:
-    return sorted(entry.items(), key=lambda item: item[1].rank)
+def _best(entry: dict[int, Logprob], count: int) -> list[tuple[int, Logprob]]:
+    """The `count` likeliest, the likeliest first; -1 is all. The drawn token is among them only where it is likely."""
+    by_rank = sorted(entry.items(), key=lambda item: item[1].rank)
+    return [(token, value) for token, value in by_rank if count == -1 or value.rank <= count]

@@ -192,7 +192,7 @@ def test_a_wrong_value_ends_with_one_line(folder, capsys, words, message):
         (["generate", "m"], "no prompt"),
         (["demo", "--samples", "0"], "--samples: must be a number of at least 1, got '0'"),
         (["bench", "--json", "/no/such/folder/x.json"], "/no/such/folder/x.json"),
-        (["serve"], "'serve'"),
+        (["serv"], "'serv'"),
         ([], "COMMAND"),
     ],
 )

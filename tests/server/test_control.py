@@ -36,8 +36,9 @@ def token_ids(answer) -> list[int]:
 
 def test_pause_keeps_and_resume_goes_on_with_the_same_bits(served, pool):
     assert ok(served.admin.post("/pause?mode=keep&clear_cache=false")) == {"status": "paused"}
-    assert ok(served.admin.post("/pause?mode=keep")) == {"status": "paused"}  # idempotent
     future = begin(served, pool)
+    for mode in ("keep", "wait"):  # idempotent
+        assert ok(served.admin.post(f"/pause?mode={mode}")) == {"status": "paused"}
     assert ok(served.user.get("/is_paused")) == {"is_paused": True} and not future.done()
     assert 'vllm:engine_pause_state{model_name="calc"} 1.0' in served.user.get("/metrics").text
     assert ok(served.admin.post("/resume")) == {"status": "resumed"}

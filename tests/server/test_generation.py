@@ -187,9 +187,10 @@ def test_a_chat_has_messages_logprobs_and_ids(served):
         assert content == choice["logprobs"]["content"]
 
 
-def test_tokens_in_and_out_with_both_forms_of_logprobs(served):
+@pytest.mark.parametrize("asked", [0, 1])
+def test_tokens_in_and_out_with_both_forms_of_logprobs(served, asked):
     ids = served.llm.tokenizer.encode(PROMPTS[0])
-    body = dict(token_ids=ids, sampling_params=dict(max_tokens=6, seed=3, logprobs=1), return_token_ids=True)
+    body = dict(token_ids=ids, sampling_params=dict(max_tokens=6, seed=3, logprobs=asked), return_token_ids=True)
     answer = ok(served.user.post("/inference/v1/generate", json=body | dict(cache_salt="v1", request_id="mine")))
     (output,) = served.llm.generate([ids], SamplingParams(max_tokens=6, seed=3))
     (choice,), (sample,) = answer["choices"], output.outputs
@@ -200,6 +201,7 @@ def test_tokens_in_and_out_with_both_forms_of_logprobs(served):
     assert logprob_bits([entry["logprob"] for entry in content]) == sample.token_logprobs.tobytes()
     for token, entry in zip(sample.token_ids, content, strict=True):
         assert entry["token"] == f"token_id:{token}" and entry["token_id"] == token and entry["rank"] >= 1
+        assert [top["rank"] for top in entry["top_logprobs"]] == list(range(1, asked + 1))
     streamed = events(served.user, "/inference/v1/generate", body)
     assert [token for event in streamed for token in event["choices"][0]["token_ids"]] == sample.token_ids
 

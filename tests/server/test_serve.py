@@ -40,7 +40,7 @@ def test_sigterm_lets_a_stream_end_and_then_ends_the_server():
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     headers = {"Authorization": "Bearer k"}
     try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=headers, timeout=120) as client:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=headers, timeout=600) as client:
             wait_for(client, process)
             body = dict(prompt="1+", max_tokens=400, ignore_eos=True, seed=1, stream=True, return_token_ids=True)
             with client.stream("POST", "/v1/completions", json=body) as response:
@@ -58,7 +58,13 @@ def test_sigterm_lets_a_stream_end_and_then_ends_the_server():
 
 
 def test_without_the_extra_it_says_what_to_install():
-    code = "import sys; sys.modules['uvicorn'] = None; from jaxengine.command.main import main; sys.exit(main(['serve', 'calc']))"
+    lines = (
+        "import sys",
+        "sys.modules['uvicorn'] = None",
+        "from jaxengine.command.main import main",
+        "sys.exit(main(['serve', 'calc']))",
+    )
+    code = "; ".join(lines)
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert found.returncode == 2 and "pip install 'jaxengine[server]'" in found.stderr
 
