@@ -1,6 +1,7 @@
 """Control and weight routes: they stop and change the engine, and no token is lost unless that is asked for."""
 
 import concurrent.futures
+import os
 
 import jax
 import pytest
@@ -107,15 +108,25 @@ def test_what_trainers_ask_first(served):
     assert info["digest"] == served.llm.contract().digest
 
 
+def test_weights_outside_the_root_are_not_read(served, weights_root, tmp_path):
+    """They would fit: what refuses them is where they lie."""
+    loading.save(tmp_path / "outside", served.llm.config, served.llm.params)
+    (weights_root / "link").symlink_to(tmp_path / "outside")
+    climbing = os.path.relpath(tmp_path / "outside", weights_root)
+    for folder in (str(tmp_path / "outside"), climbing, "link"):
+        response = served.admin.post("/update_weights", json={"weight_dir": folder})
+        assert (response.status_code, response.json()["error"]["code"]) == (400, "outside_root")
+    assert served.llm.weights_version == 0
+
+
 def test_weights_from_a_folder_are_taken_whole_or_not_at_all(served, weights_root):
     llm: LLM = served.llm
     kept = llm.params
     changed = jax.tree.map(lambda leaf: leaf * 2, kept)
     loading.save(weights_root / "step-1", llm.config, changed)
     (weights_root / "broken").mkdir()
-    (weights_root / "out").symlink_to("/etc")
     assert ok(served.user.get("/weight_info"))["weight_version"] == "default"
-    for folder in ("broken", "out", "no such"):
+    for folder in ("broken", "no such"):
         response = served.admin.post("/update_weights", json={"weight_dir": folder})
         assert (response.status_code, llm.weights_version) == (400, 0), response.text
         assert str(weights_root) not in response.text
