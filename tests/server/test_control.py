@@ -5,8 +5,10 @@ import os
 
 import jax
 import pytest
+from conftest import make_llm
+from serving import ADMIN, KEY, running
 
-from jaxengine import LLM, SamplingParams
+from jaxengine import SamplingParams
 from jaxengine.models import loading
 
 BODY = dict(prompt="1+", max_tokens=40, ignore_eos=True, seed=1, return_token_ids=True)
@@ -108,39 +110,48 @@ def test_what_trainers_ask_first(served):
     assert info["digest"] == served.llm.contract().digest
 
 
-def test_weights_outside_the_root_are_not_read(served, weights_root, tmp_path):
+@pytest.fixture
+def learner(calc, tmp_path):
+    """A server of its own, because its weights change."""
+    (tmp_path / "root").mkdir()
+    llm = make_llm(calc.config, calc.params, tokenizer=calc.tokenizer)
+    with running(llm, api_key=KEY, admin_key=ADMIN, weights_root=tmp_path / "root") as found:
+        yield found
+    llm.close()
+
+
+def test_weights_outside_the_root_are_not_read(learner, tmp_path):
     """They would fit: what refuses them is where they lie."""
-    loading.save(tmp_path / "outside", served.llm.config, served.llm.params)
-    (weights_root / "link").symlink_to(tmp_path / "outside")
-    climbing = os.path.relpath(tmp_path / "outside", weights_root)
+    root = tmp_path / "root"
+    loading.save(tmp_path / "outside", learner.llm.config, learner.llm.params)
+    (root / "link").symlink_to(tmp_path / "outside")
+    climbing = os.path.relpath(tmp_path / "outside", root)
     for folder in (str(tmp_path / "outside"), climbing, "link"):
-        response = served.admin.post("/update_weights", json={"weight_dir": folder})
+        response = learner.admin.post("/update_weights", json={"weight_dir": folder})
         assert (response.status_code, response.json()["error"]["code"]) == (400, "outside_root")
-    assert served.llm.weights_version == 0
+    assert learner.llm.weights_version == 0
 
 
-def test_weights_from_a_folder_are_taken_whole_or_not_at_all(served, weights_root):
-    llm: LLM = served.llm
-    kept = llm.params
-    changed = jax.tree.map(lambda leaf: leaf * 2, kept)
-    loading.save(weights_root / "step-1", llm.config, changed)
-    (weights_root / "broken").mkdir()
-    assert ok(served.user.get("/weight_info"))["weight_version"] == "default"
+def test_weights_from_a_folder_are_taken_whole_or_not_at_all(learner, tmp_path):
+    llm, root = learner.llm, tmp_path / "root"
+    changed = jax.tree.map(lambda leaf: leaf * 2, llm.params)
+    loading.save(root / "step-1", llm.config, changed)
+    (root / "broken").mkdir()
+    assert ok(learner.user.get("/weight_info"))["weight_version"] == "default"
     for folder in ("broken", "no such"):
-        response = served.admin.post("/update_weights", json={"weight_dir": folder})
+        response = learner.admin.post("/update_weights", json={"weight_dir": folder})
         assert (response.status_code, llm.weights_version) == (400, 0), response.text
-        assert str(weights_root) not in response.text
-    assert ok(served.admin.post("/init_weight_transfer_engine", json={"init_info": {"backend": "disk"}}))["message"]
-    assert ok(served.admin.post("/start_weight_update", json={}))["message"]
-    answer = ok(served.admin.post("/update_weights", json={"update_info": {"path": str(weights_root / "step-1")}}))
+        assert str(root) not in response.text
+    assert ok(learner.admin.post("/init_weight_transfer_engine", json={"init_info": {"backend": "disk"}}))["message"]
+    assert ok(learner.admin.post("/start_weight_update", json={}))["message"]
+    answer = ok(learner.admin.post("/update_weights", json={"update_info": {"path": str(root / "step-1")}}))
     assert answer["version"] == llm.weights_version == 1
-    ok(served.admin.post("/finish_weight_update", json={"weight_version": "step 1"}))
-    info = ok(served.user.get("/weight_info"))
+    ok(learner.admin.post("/finish_weight_update", json={"weight_version": "step 1"}))
+    info = ok(learner.user.get("/weight_info"))
     assert (info["weight_version"], info["version"]) == ("step 1", 1)
-    (choice,) = ok(served.user.post("/v1/completions", json=BODY))["choices"]
+    (choice,) = ok(learner.user.post("/v1/completions", json=BODY))["choices"]
     assert choice["weight_versions"] == [{"version": 1, "start": 0, "stop": 40}]
     assert choice["token_ids"] == llm.generate(["1+"], PARAMS)[0].outputs[0].token_ids
-    llm.update_params(kept)
 
 
 def test_nccl_is_501_with_what_to_do(served):
