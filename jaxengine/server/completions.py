@@ -118,8 +118,7 @@ class _Answer:
         own = [entry and forms.number(entry[token].logprob) for token, entry in zip(tokens, entries, strict=True)]
         top = [entry and {self._names(i): forms.number(v.logprob) for i, v in entry.items()} for entry in entries]
         length = sum(map(len, names))
-        offsets = [sum(map(len, names[:index])) for index in range(len(names))]
-        drawn["text_offset"] = offsets + [length + offset for offset in drawn["text_offset"]]
+        drawn["text_offset"] = forms.text_offsets(names) + [length + offset for offset in drawn["text_offset"]]
         drawn["tokens"] = names + drawn["tokens"]
         drawn["token_logprobs"] = own + drawn["token_logprobs"]
         drawn["top_logprobs"] = top + drawn["top_logprobs"]

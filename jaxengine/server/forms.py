@@ -1,5 +1,6 @@
 """From the engine's outputs to the forms in which clients read tokens and logprobs."""
 
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -18,6 +19,11 @@ def number(logprob: float) -> float:
     return value if math.isfinite(value) else LEAST
 
 
+def text_offsets(names: Sequence[str], start: int = 0) -> list[int]:
+    """Characters before each token."""
+    return list(itertools.accumulate(map(len, names), initial=start))[:-1]
+
+
 class TokenNames:
     """Tokens by their text, or as "token_id:5" where a client asked for that or there is no tokenizer."""
 
@@ -33,7 +39,7 @@ class TokenNames:
         `offset` is the number of characters before the first token.
         """
         names = [self(token) for token in drawn.token_ids]
-        offsets = [offset + sum(map(len, names[:index])) for index in range(len(names))]
+        offsets = text_offsets(names, offset)
         logprobs = [number(logprob) for logprob in drawn.token_logprobs]
         top = [
             {self(other): number(value.logprob) for other, value in entry.items()} | {name: logprob}
