@@ -8,6 +8,7 @@ import importlib.util
 
 _HOMES = {
     "LLM": "llm",
+    "AsyncLLM": "async_llm",
     "SamplingParams": "sampling_params",
     "RequestOutput": "outputs",
     "CompletionOutput": "outputs",

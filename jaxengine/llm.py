@@ -188,7 +188,7 @@ class LLM:
         later ends its own request with finish reason "error". With `on_error="return"` a prompt that is wrong does so
         too: its samples have no tokens, their `stop_reason` is the message, and the others draw what they always draw.
         """
-        requests = self._requests(prompts_of(prompts), sampling_params, key, request_ids, on_error)
+        requests = self.admitted(prompts_of(prompts), sampling_params, key, request_ids, on_error)
         return self._complete(requests, use_tqdm)
 
     def extend(
@@ -223,7 +223,7 @@ class LLM:
         prompts = prompts_of(prompt)
         if len(prompts) != 1:
             raise ValueError(f"stream takes one prompt, got {len(prompts)}: stream each of them, or use generate")
-        (request,) = self._requests(prompts, sampling_params, key, None)
+        (request,) = self.admitted(prompts, sampling_params, key, None)
         yield from self.session.growing(request) if cumulative else self.session.stream(request)
 
     def chat(
@@ -249,10 +249,6 @@ class LLM:
         Raises ValueError where the model has no tokenizer or no template, and where the template refuses the messages
         or fails.
         """
-        if self.tokenizer is None:
-            raise ValueError(
-                "the model has no tokenizer, so there is no chat: give LLM one as tokenizer=, or token ids to generate"
-            )
         conversations = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
         options = {
             "chat_template": chat_template,
@@ -261,8 +257,8 @@ class LLM:
             "tools": tools,
             "template_kwargs": chat_template_kwargs,
         }
-        prompts = [_chat_prompt(self.tokenizer, each, options, on_error) for each in conversations]
-        return self._complete(self._requests(prompts, sampling_params, key, None, on_error), use_tqdm)
+        prompts = [self.chat_prompt(each, options, on_error) for each in conversations]
+        return self._complete(self.admitted(prompts, sampling_params, key, None, on_error), use_tqdm)
 
     def get_tokenizer(self) -> Tokenizer | None:
         """The model's tokenizer, as `LLM.tokenizer`; None where it has none."""
@@ -428,7 +424,7 @@ class LLM:
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
-    def _requests(
+    def admitted(
         self,
         prompts: list[Any],
         sampling_params: Any,
@@ -436,6 +432,7 @@ class LLM:
         request_ids: Sequence[str] | None,
         on_error: str = "refuse",
     ) -> list[Request]:
+        """A call's requests, checked and not queued yet; without a key they take the next one of the LLM's seed."""
         self.session.runner.check_usable()
         _check_ids(request_ids, len(prompts))
         sampling = sampling_of(sampling_params, len(prompts))
@@ -448,6 +445,23 @@ class LLM:
             requests = self.session.requests(prompts, sampling, data, request_ids, on_error)
             self._calls += 1
         return requests
+
+    def chat_prompt(self, messages: Any, options: dict[str, Any], on_error: str = "refuse") -> Any:
+        """The prompt of a conversation, or with on_error="return" why there is none.
+
+        `options` are those of `Tokenizer.render_chat`.
+        """
+        if self.tokenizer is None:
+            raise ValueError(
+                "the model has no tokenizer, so there is no chat: give LLM one as tokenizer=, or token ids to generate"
+            )
+        try:
+            chat = self.tokenizer.render_chat(messages, **options)
+        except ValueError as error:
+            if on_error != "return":
+                raise
+            return Refused(str(error))
+        return {"prompt": chat.text, "prompt_token_ids": chat.token_ids}
 
     def _complete(self, requests: list[Request], use_tqdm: bool | None) -> RequestOutputs:
         """Queue requests, run them to their ends and render them."""
@@ -469,17 +483,6 @@ class LLM:
         raise TypeError(
             "an LLM holds device memory and cannot be pickled or copied: build one from its model in each process"
         )
-
-
-def _chat_prompt(tokenizer: Tokenizer, conversation: Any, options: dict[str, Any], on_error: str) -> Any:
-    """The prompt of a conversation, or with on_error="return" why there is none."""
-    try:
-        chat = tokenizer.render_chat(conversation, **options)
-    except ValueError as error:
-        if on_error != "return":
-            raise
-        return Refused(str(error))
-    return {"prompt": chat.text, "prompt_token_ids": chat.token_ids}
 
 
 def _check_ids(request_ids: Sequence[str] | None, count: int) -> None:

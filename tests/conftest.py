@@ -160,3 +160,33 @@ def tiny() -> LLM:
 def tiny_with_text(tiny) -> LLM:
     """The shared engine's model, so that nothing is compiled again, with texts for its first 259 tokens."""
     return make_llm(tiny.config, tiny.params, tokenizer=Tokenizer.load(find_folder("calc")))
+
+
+@pytest.fixture(scope="session")
+def calc() -> LLM:
+    """The model that ships, in the shape that tests share."""
+    with mock.patch.object(step_variants, "TILES", ONE_TILE):
+        return LLM("calc", progress=False, **ENGINE)
+
+
+@pytest.fixture(scope="session")
+def weights_root(tmp_path_factory) -> Path:
+    """The folder that the shared server may read weights from."""
+    return tmp_path_factory.mktemp("weights")
+
+
+@pytest.fixture(scope="session")
+def shared_server(calc, weights_root):
+    from serving import ADMIN, KEY, running  # tests/server/serving.py: what it needs, other tests do without
+
+    keys = dict(api_key=KEY, admin_key=ADMIN, weights_root=weights_root)
+    with running(calc, max_body_bytes=100_000, max_samples=500, **keys) as found:
+        yield found
+
+
+@pytest.fixture
+def served(shared_server):
+    """One server over one engine; whatever a test sends it, no request and no held page stays."""
+    yield shared_server
+    shared_server.wait_until(shared_server.is_idle)
+    shared_server.llm.engine.scheduler.page_pool.check_integrity([])

@@ -30,11 +30,13 @@ FLOORS = {
     "jaxengine.contract": (12, ()),
     "jaxengine.llm": (13, ()),
     "jaxengine.functional": (13, ()),
+    "jaxengine.async_llm": (14, ()),
     "jaxengine.rl.loops": (14, ()),
     "jaxengine.rl.integrations": (14, ()),
     "jaxengine.rl.calc": (15, ()),
-    "jaxengine.command": (16, ()),
-    "jaxengine.__main__": (17, ()),
+    "jaxengine.server": (16, ()),
+    "jaxengine.command": (17, ()),
+    "jaxengine.__main__": (18, ()),
 }
 JAX = {"jax": ("jax", "jaxlib", "jaxtyping", "flax", "optax"), "numpy": ("numpy", "ml_dtypes")}
 PACKAGES = ("jaxengine", "pallas_kernels", "sharding", "checkpoints")

@@ -57,7 +57,7 @@ _ENGINE = {
     "tokenizer_revision": _TOKENIZER,
     "skip_tokenizer_init": "token ids need no tokenizer; SamplingParams(detokenize=False) makes no text",
     "chat_template": "give it to chat(), which takes one for each call",
-    "served_model_name": "there is no server, so a model has no other name",
+    "served_model_name": "it is an option of `jaxengine serve`",
     "generation_config": _END_TOKENS,
     "override_generation_config": _END_TOKENS,
     "logprobs_mode": "token_logprobs are those of the distribution that was drawn from (vLLM's processed_logprobs); "

@@ -18,6 +18,8 @@ from jaxengine.command.records import records
 from jaxengine.config import EngineConfig
 from jaxengine.sampling_params import SamplingParams
 
+SERVED_WAITING = 8192  # samples that wait before clients are told to come again
+
 
 def run_demo(arguments: argparse.Namespace) -> int:
     from jaxengine.command.demo import demo
@@ -115,6 +117,27 @@ def _text_lines(outputs: Any, show: Callable[[Any], str]) -> Iterable[str]:
         for sample in output.outputs:
             figures = f"{len(sample.token_ids)} tokens, logprob {sample.cumulative_logprob:.4f}"
             yield f"{show(sample)}  [{sample.finish_reason}, {figures}]"
+
+
+def run_serve(arguments: argparse.Namespace) -> int:
+    """Serves until SIGTERM or Ctrl-C."""
+    try:
+        from jaxengine.server.serve import server
+        from jaxengine.server.settings import ServerConfig
+    except ImportError as error:
+        raise ValueError(f"serve needs {error.name}: pip install 'jaxengine[server]'") from error
+    from jaxengine.async_llm import AsyncLLM
+
+    named = ("host", "port", "api_key", "admin_key", "weights_root", "max_body_bytes", "max_open_requests")
+    more = {name: getattr(arguments, name) for name in (*named, "max_samples", "drain_seconds")}
+    config = ServerConfig(model_name=arguments.served_model_name or arguments.model, **more)
+    engine = {"max_waiting": SERVED_WAITING} | given_fields(arguments, EngineConfig)
+    llm = AsyncLLM(arguments.model, dtype=arguments.dtype, progress=arguments.progress, **engine)
+    if arguments.warm_up:
+        llm.llm.warm_up()
+    print(f"serving {config.model_name} at http://{config.host}:{config.port}", file=sys.stderr, flush=True)
+    server(llm, config).run()
+    return 0
 
 
 def run_verify(arguments: argparse.Namespace) -> int:

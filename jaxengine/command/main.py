@@ -1,4 +1,4 @@
-"""The command line: `jaxengine demo`, `generate`, `verify` and `bench`. It parses and prints; the work is done
+"""The command line: `jaxengine demo`, `generate`, `serve`, `verify` and `bench`. It parses and prints; the work is done
 elsewhere.
 
 What a user gets wrong ends with one line on standard error and code 2, an interrupt with code 130.

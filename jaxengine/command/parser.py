@@ -22,6 +22,7 @@ BENCH_DEFAULTS = LLM_DEFAULTS | {
 }
 DEMO = "Sample arithmetic with the model that ships, and draw every sample again, bit for bit."
 VERIFY = "Run the contract on this machine with a model: every axis, every bit."
+SERVE = "Serve a model over HTTP, by OpenAI's routes and vLLM's."
 BENCH = "Measure tokens per second of the decode and group workloads."
 
 
@@ -36,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
     group = whole.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_demo(_command(group, "demo", commands.run_demo, DEMO))
     _add_generate(_command(group, "generate", commands.run_generate, "Complete prompts."))
+    _add_serve(_command(group, "serve", commands.run_serve, SERVE))
     _add_verify(_command(group, "verify", commands.run_verify, VERIFY))
     _add_bench(_command(group, "bench", commands.run_bench, BENCH))
     return whole
@@ -83,6 +85,28 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     form.add_argument("--stream", action="store_true", help="text as it grows, a prompt after the other; the same bits")
     add_fields(parser.add_argument_group("sampling", "the fields of SamplingParams"), SamplingParams)
     _add_engine(parser, LLM_DEFAULTS)
+
+
+def _add_serve(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="a name, a folder or a hub id")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="the address to listen at; others than this machine's own take a key"
+    )
+    parser.add_argument("--port", type=int, default=8000, help="0: one that is free")
+    parser.add_argument("--served-model-name", help="what clients call the model (default: the model's own name)")
+    parser.add_argument("--api-key", help="the key that every route asks for, /health excepted")
+    parser.add_argument(
+        "--admin-key", help="the key of routes that pause and change the engine (default: they are off)"
+    )
+    parser.add_argument(
+        "--weights-root", type=Path, metavar="FOLDER", help="weights may be read from folders inside it (default: none)"
+    )
+    parser.add_argument("--max-body-bytes", type=count, default=16 * 1024 * 1024, help="of one HTTP request")
+    parser.add_argument("--max-open-requests", type=count, default=1024, help="HTTP requests at once; more get 429")
+    parser.add_argument("--max-samples", type=count, default=4096, help="prompts times n of one HTTP request")
+    parser.add_argument("--warm-up", action="store_true", help="compile every step before the first request")
+    parser.add_argument("--drain-seconds", type=count, default=30, help="how long requests go on after SIGTERM")
+    _add_engine(parser, LLM_DEFAULTS | {"max_waiting": "default: 8192 samples; more get 429"})
 
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:

@@ -17,6 +17,9 @@ class _Place:
     has_ended: bool = False
 
 
+_UNREAD = _Place()
+
+
 class DeltaReader:
     """Reads one request as it grows; what it reads, joined, is the whole output.
 
@@ -30,8 +33,13 @@ class DeltaReader:
 
     def read(self) -> list[CompletionDelta]:
         """What is new, of the samples that have tokens, text or an end which were not read yet."""
-        deltas = [self._read(sample) for sample in self._request.samples]
+        deltas = [self._read(sample) for sample in self._request.samples if self._has_news(sample)]
         return [delta for delta in deltas if delta.token_ids or delta.text or delta.finish_reason]
+
+    def _has_news(self, sample: Sample) -> bool:
+        """Whether it is worth a look: most samples of a long queue have not begun."""
+        place, drawn = self._places.get(sample.index, _UNREAD), sample.drawn
+        return len(drawn.token_ids) != place.num_tokens or (drawn.finish_reason is not None) != place.has_ended
 
     def _read(self, sample: Sample) -> CompletionDelta:
         drawn = sample.drawn

@@ -53,6 +53,10 @@ class InFlight:
         return itertools.chain(_decoding(self.plan), self.plan.prefilling)
 
 
+class QueueFull(ValueError):
+    """More samples would wait than `max_waiting` allows."""
+
+
 class OutOfDeviceMemory(Exception):
     """The device has no memory for what it was to do for these samples."""
 
@@ -98,8 +102,8 @@ class Engine:
     def add(self, request: Request, *, with_text: bool = False) -> None:
         """Queue a request, `with_text` where a stream reads its text as it grows.
 
-        A request without an id gets the next number that is no caller's. Raises ValueError for an id in use and for a
-        queue that is full.
+        A request without an id gets the next number that is no caller's. Raises ValueError for an id in use, QueueFull
+        for a queue that is full.
         """
         if not request.request_id:
             request.request_id = next(name for name in map(str, self._ids) if name not in self.requests)
@@ -107,7 +111,7 @@ class Engine:
             raise ValueError(f"request id {request.request_id!r} is in use: ids of unfinished requests must differ")
         num_waiting, count = len(self.scheduler.waiting), request.sampling.n
         if num_waiting + count > self.engine_config.max_waiting:
-            raise ValueError(
+            raise QueueFull(
                 f"the queue holds {num_waiting} of at most {self.engine_config.max_waiting} samples: "
                 f"no room for {count} more; wait, or raise max_waiting"
             )

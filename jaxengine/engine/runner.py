@@ -46,33 +46,38 @@ class Runner:
     def run(self, requests: list[Request], *, with_text: bool = False) -> Iterator[None]:
         """Queue a call's requests, all or none, and step until they have ended.
 
-        Holds the lock while it queues and steps.
-
-        The contract is found before the first step, because the weights may change in the middle; reading all weights
-        takes a while, so other threads may step meanwhile. `with_text` as in Engine.add.
+        Holds the lock while it queues and steps. `with_text` as in Engine.add.
         """
         remaining = collections.deque(requests)
-        self.check_awake()
-        check_alive(self.engine.params)
-        self.contracts.current()
         try:
-            with self._turn():
-                self.check_awake()
-                self._abort_now()  # their ids are free again
-                for request in requests:
-                    self.engine.add(request, with_text=with_text)
-                check_alive(self.engine.params)
-                self.contracts.current()  # at once, unless the weights have changed meanwhile
+            self.queue(requests, with_text=with_text)
             while not _all_ended(remaining):
-                if not self._wait():
+                if not self.wait_until_it_goes():
                     continue
                 with self.lock:
-                    if not self._is_halted and not _all_ended(remaining):
+                    if not self.is_halted and not _all_ended(remaining):
                         self.engine.step()
                 self.sweep()
                 yield
         finally:
             self.abort_later(requests)
+
+    def queue(self, requests: list[Request], *, with_text: bool = False) -> None:
+        """Queue a call's requests. Where it raises, the caller gives them to `abort_later`: some may be queued.
+
+        The contract is found before the first step, because the weights may change in the middle; reading all weights
+        takes a while, so other threads may step meanwhile.
+        """
+        self.check_awake()
+        check_alive(self.engine.params)
+        self.contracts.current()
+        with self._turn():
+            self.check_awake()
+            self._abort_now()  # their ids are free again
+            for request in requests:
+                self.engine.add(request, with_text=with_text)
+            check_alive(self.engine.params)
+            self.contracts.current()  # at once, unless the weights have changed meanwhile
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
@@ -125,7 +130,8 @@ class Runner:
         return self._asleep_by is not None
 
     @property
-    def _is_halted(self) -> bool:
+    def is_halted(self) -> bool:
+        """Whether no step may begin."""
         return self.is_paused or self.is_asleep
 
     def check_awake(self) -> None:
@@ -155,7 +161,7 @@ class Runner:
             self._asleep_by = None
             self._changed.notify_all()
 
-    def _wait(self) -> bool:
+    def wait_until_it_goes(self) -> bool:
         """Wait while paused or asleep; True where the engine goes.
 
         Raises where the thread that would wait is the one that has to end it.
@@ -169,7 +175,7 @@ class Runner:
                     f"this LLM was {done} by this very thread, which would wait for itself: call {undo} first"
                 )
         with self._changed:
-            return self._changed.wait_for(lambda: not self._is_halted, WAKE)
+            return self._changed.wait_for(lambda: not self.is_halted, WAKE)
 
     # -- aborting -----------------------------------------------------------------------------------------------------
 

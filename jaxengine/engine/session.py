@@ -200,6 +200,11 @@ class Session:
             self.runner.lock.release()
             self.runner.sweep()
 
+    def clear_prefix_cache(self) -> None:
+        """Forget every cached prefix. Holds the lock."""
+        with self.runner.alone():
+            self.engine.scheduler.page_pool.clear_cache()
+
     def sleep(self, level: int) -> None:
         """LLM.sleep. Holds the lock."""
         if level not in SLEEP_LEVELS:

@@ -83,7 +83,7 @@ def test_every_sampling_field_is_an_option(field):
 
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(EngineConfig)])
-@pytest.mark.parametrize("command", ["generate m", "bench"])
+@pytest.mark.parametrize("command", ["generate m", "serve m", "bench"])
 def test_every_engine_field_is_an_option(command, field):
     name, kind = field.replace("_", "-"), type(getattr(EngineConfig(), field))
     words, value = [f"--{name}", "64"], "64" if kind is str else 64
@@ -192,7 +192,7 @@ def test_a_wrong_value_ends_with_one_line(folder, capsys, words, message):
         (["generate", "m"], "no prompt"),
         (["demo", "--samples", "0"], "--samples: must be a number of at least 1, got '0'"),
         (["bench", "--json", "/no/such/folder/x.json"], "/no/such/folder/x.json"),
-        (["serve"], "'serve'"),
+        (["serv"], "'serv'"),
         ([], "COMMAND"),
     ],
 )

@@ -205,7 +205,7 @@ def test_own_ids_never_meet_a_callers(model):
     llm = make_llm(*model)
     outputs = llm.generate(PROMPTS, PARAMS, request_ids=["1", "x", "0"])
     assert [output.request_id for output in outputs] == ["1", "x", "0"]
-    requests = llm._requests(PROMPTS, PARAMS, KEY, None)
+    requests = llm.admitted(PROMPTS, PARAMS, KEY, None)
     assert [request.request_id for request in requests] == ["", "", ""]
     blocked = llm.generate(PROMPTS[:2], PARAMS, request_ids=["0", "2"])
     assert len(llm.session.complete(requests)) == 3 and len({r.request_id for r in requests}) == 3 and blocked

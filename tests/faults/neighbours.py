@@ -20,7 +20,7 @@ PARAMS = [
 
 def start(llm: LLM, prompts=PROMPTS, params=PARAMS, ids: list[str] | None = None) -> list[Request]:
     """Queue requests without running them."""
-    requests = llm._requests(prompts, params, jax.random.key(7), ids)
+    requests = llm.admitted(prompts, params, jax.random.key(7), ids)
     for request in requests:
         llm.engine.add(request)
     return requests

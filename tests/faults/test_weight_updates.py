@@ -250,7 +250,7 @@ def test_equal_weights_replay_under_any_version(model):
     assert llm.weights_version == 20 and llm.contract().digest == output.digest
     assert llm.replay(output.outputs[0].coordinate).holds
     run_ = llm.session.runner.run(
-        requests := llm._requests([PROMPTS[1]], SamplingParams(max_tokens=6), jax.random.key(3), None)
+        requests := llm.admitted([PROMPTS[1]], SamplingParams(max_tokens=6), jax.random.key(3), None)
     )
     next(run_), next(run_)
     llm.update_params(params)
@@ -265,7 +265,7 @@ def test_a_replay_knows_its_weights(model, other):
     (output,) = llm.generate([PROMPTS[1]], SamplingParams(max_tokens=6), key=jax.random.key(3))
     assert llm.replay(output.outputs[0].coordinate).holds
     run_ = llm.session.runner.run(
-        requests := llm._requests([PROMPTS[1]], SamplingParams(max_tokens=6), jax.random.key(3), None)
+        requests := llm.admitted([PROMPTS[1]], SamplingParams(max_tokens=6), jax.random.key(3), None)
     )
     for _ in range(3):
         next(run_)

@@ -39,7 +39,7 @@ def engine(model, **changes) -> LLM:
 def cut(llm: LLM, steps: int, update, prompts=PROMPTS, params=PARAMS, **adjusted) -> list:
     """The outputs of a call that `update(llm)` interrupts after so many steps; requests share cached prefixes."""
     with llm.engine.adjusted(**adjusted):
-        requests = llm._requests(prompts, params, KEY, None)
+        requests = llm.admitted(prompts, params, KEY, None)
         run = llm.session.runner.run(requests)
         for _ in range(steps):
             next(run)
@@ -149,7 +149,7 @@ def test_many_updates_in_one_call(model, other):
     """An update every third step, with the policies in turns, in a pool so small that it has to preempt."""
     llm = engine(model)
     with llm.engine.adjusted(held_pages=380, held_slots=26):
-        requests = llm._requests(PROMPTS, PARAMS, KEY, None)
+        requests = llm.admitted(PROMPTS, PARAMS, KEY, None)
         for step, _ in enumerate(llm.session.runner.run(requests)):
             if step % 3 == 2:
                 llm.update_params((other, model[1])[step // 3 % 2], in_flight=("recompute", "keep")[step // 6 % 2])
@@ -176,7 +176,7 @@ def test_an_aborted_sample_goes_on_from_where_it_stood(model):
     expected = engine(model).generate(PROMPTS, PARAMS, key=KEY)
     llm = engine(model)
     for steps in (1, 6):
-        run = llm.session.runner.run(requests := llm._requests(PROMPTS, PARAMS, KEY, None))
+        run = llm.session.runner.run(requests := llm.admitted(PROMPTS, PARAMS, KEY, None))
         for _ in range(steps):
             next(run)
         run.close()

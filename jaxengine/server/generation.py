@@ -1,0 +1,48 @@
+"""What OpenAI's two routes share."""
+
+from typing import Any
+
+from jaxengine.outputs import CompletionDelta, CompletionOutput, RequestOutput
+from jaxengine.server import forms
+from jaxengine.server.errors import ApiError
+from jaxengine.server.protocol import ChatRequest, CompletionRequest
+from jaxengine.server.service import Call, Service
+
+Form = ChatRequest | CompletionRequest
+Drawn = CompletionDelta | CompletionOutput
+
+
+def check_generation(service: Service, form: Form) -> None:
+    """Raises ApiError for another model, and for an output format that is not there."""
+    service.check_model(form.model)
+    kind = (form.response_format or {"type": "text"}).get("type")
+    if kind != "text":
+        message = (
+            f"response_format of type {kind!r:.40} is not supported: output that follows a schema is not there yet"
+        )
+        raise ApiError(400, message, "response_format", "unsupported")
+
+
+def head(service: Service, kind: str, call: Call) -> dict[str, Any]:
+    """What every chunk of an answer has."""
+    return {"id": call.name, "object": kind, "created": call.created, "model": service.config.model_name}
+
+
+def extras(form: Form, drawn: Drawn, prompt_token_ids: list[int] | None) -> dict[str, Any]:
+    """What a choice has where it was asked for: token ids, the versions of the weights, the coordinate."""
+    more: dict[str, Any] = {}
+    if form.return_token_ids:
+        more["token_ids"] = drawn.token_ids
+        more["weight_versions"] = forms.version_spans(drawn)
+        if prompt_token_ids is not None:
+            more["prompt_token_ids"] = prompt_token_ids
+    if form.return_coordinate and isinstance(drawn, CompletionOutput):
+        more["coordinate"] = forms.coordinate(drawn)
+    return more
+
+
+def last_chunk(form: Form, head: dict[str, Any], outputs: list[RequestOutput]) -> dict[str, Any] | None:
+    """The chunk without choices that tells the usage, where it was asked for."""
+    if form.stream_options is None or not form.stream_options.include_usage:
+        return None
+    return head | {"choices": [], "usage": forms.usage(outputs)}

@@ -1,0 +1,190 @@
+"""The bodies that routes take, field by field: OpenAI's and vLLM's names. A null field is one that is not given."""
+
+from typing import Any
+
+import pydantic
+
+# What clients send that changes nothing here.
+IGNORED = frozenset(
+    {"user", "session_id", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
+)
+_GRAMMAR = "output that follows a grammar, schema, regular expression or choice is not there yet"
+_TOOLS = "calls are not parsed yet; with tool_choice='none' tools are put into the prompt and calls come as text"
+# Fields that ask for what is not there, and why; values that ask for nothing are taken.
+UNSUPPORTED = {
+    "best_of": "draw n samples and choose by their logprobs",
+    "use_beam_search": "draw n samples and choose by their logprobs",
+    "length_penalty": "there is no beam search",
+    "early_stopping": "there is no beam search",
+    "suffix": "models complete from the left",
+    "structured_outputs": _GRAMMAR,
+    "guided_json": _GRAMMAR,
+    "guided_regex": _GRAMMAR,
+    "guided_choice": _GRAMMAR,
+    "guided_grammar": _GRAMMAR,
+    "functions": _TOOLS,
+    "function_call": _TOOLS,
+    "parallel_tool_calls": _TOOLS,
+    "reasoning_effort": "it is an argument of some chat templates: give it in chat_template_kwargs",
+    "audio": "models take text and token ids only",
+    "modalities": "models take text and token ids only",
+    "features": "models take text and token ids only",
+    "mm_processor_kwargs": "models take text and token ids only",
+    "logprob_token_ids": "give top_logprobs or logprobs, or score the tokens with prompt_logprobs",
+    "priority": "requests run in the order in which they come",
+    "thinking_token_budget": "generate up to max_tokens, then go on with another prompt",
+    "vllm_xargs": "there are no plugins that would read them",
+    "extra_args": "there are no plugins that would read them",
+    "logits_processors": "there are logit_bias, allowed_token_ids and penalties",
+    "routed_experts": "models have no experts",
+    "return_routed_experts": "models have no experts",
+}
+
+
+class _Form(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(strict=True, protected_namespaces=())
+
+
+class Sampling(_Form):
+    """The fields that have the names and meanings of SamplingParams."""
+
+    n: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    truncate_prompt_tokens: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    seed: int | None = None
+    prompt_logprobs: int | None = None
+
+
+SAMPLING_FIELDS = frozenset(Sampling.model_fields)
+
+
+class StreamOptions(_Form):
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+
+class _Generation(Sampling):
+    """What both of OpenAI's routes take."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    response_format: dict[str, Any] | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    return_coordinate: bool | None = None
+    cache_salt: str | None = pydantic.Field(None, max_length=1024)
+    spaces_between_special_tokens: bool | None = None
+    request_id: str | None = pydantic.Field(None, min_length=1, max_length=256)
+
+
+class CompletionRequest(_Generation):
+    """POST /v1/completions. `logprobs` is a number of likeliest tokens, or true for the drawn ones' alone."""
+
+    prompt: Any = None
+    logprobs: bool | int | None = None
+    echo: bool | None = None
+    add_special_tokens: bool | None = None
+
+    @property
+    def wants_logprobs(self) -> bool:
+        return self.logprobs is not None and self.logprobs is not False  # a 0 asks for them too
+
+
+class ChatRequest(_Generation):
+    """POST /v1/chat/completions."""
+
+    messages: list[dict[str, Any]]
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    max_completion_tokens: int | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+
+
+class TokenSampling(Sampling):
+    """`sampling_params` of /inference/v1/generate."""
+
+    logprobs: int | None = None
+    detokenize: bool | None = None
+    spaces_between_special_tokens: bool | None = None
+
+
+class GenerateRequest(_Form):
+    """POST /inference/v1/generate: token ids in, token ids out."""
+
+    token_ids: list[int]
+    sampling_params: dict[str, Any]
+    model: str | None = None
+    request_id: str | None = pydantic.Field(None, min_length=1, max_length=256)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    cache_salt: str | None = pydantic.Field(None, min_length=1, max_length=1024)
+    return_token_ids: bool | None = None
+    return_coordinate: bool | None = None
+    output_mode: str | None = None
+
+
+class TokenizeRequest(_Form):
+    """POST /tokenize: a text, or messages for the chat template."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[dict[str, Any]] | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(_Form):
+    """POST /detokenize."""
+
+    model: str | None = None
+    tokens: list[int]
+
+
+class AbortRequest(_Form):
+    """POST /abort_requests; without ids all."""
+
+    request_ids: list[str] | None = None
+
+
+class WeightsRequest(_Form):
+    """POST /update_weights and its neighbours."""
+
+    weight_dir: str | None = None
+    update_info: dict[str, Any] | None = None
+    init_info: dict[str, Any] | None = None
+    is_checkpoint_format: bool | None = None
+    weight_version: str | None = pydantic.Field(None, max_length=256)
+    in_flight: str | None = None
+
+
+class Anything(pydantic.BaseModel):
+    """A body that nothing is read from."""
+
+    reset_running_requests: bool | None = None

@@ -1,0 +1,160 @@
+"""Control and weight routes: they stop and change the engine, and no token is lost unless that is asked for."""
+
+import concurrent.futures
+import os
+
+import jax
+import pytest
+from conftest import make_llm
+from serving import ADMIN, KEY, running
+
+from jaxengine import SamplingParams
+from jaxengine.models import loading
+
+BODY = dict(prompt="1+", max_tokens=40, ignore_eos=True, seed=1, return_token_ids=True)
+PARAMS = SamplingParams(max_tokens=40, ignore_eos=True, seed=1)
+
+
+@pytest.fixture
+def pool():
+    with concurrent.futures.ThreadPoolExecutor(4) as found:
+        yield found
+
+
+def ok(response):
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def begin(served, pool, **changes):
+    """A completion that is under way."""
+    future = pool.submit(lambda: ok(served.user.post("/v1/completions", json=BODY | changes)))
+    served.wait_until(lambda: served.llm.engine.requests or future.done())
+    return future
+
+
+def token_ids(answer) -> list[int]:
+    return answer["choices"][0]["token_ids"]
+
+
+def test_pause_keeps_and_resume_goes_on_with_the_same_bits(served, pool):
+    assert ok(served.admin.post("/pause?mode=keep&clear_cache=false")) == {"status": "paused"}
+    future = begin(served, pool)
+    for mode in ("keep", "wait"):  # idempotent
+        assert ok(served.admin.post(f"/pause?mode={mode}")) == {"status": "paused"}
+    assert ok(served.user.get("/is_paused")) == {"is_paused": True} and not future.done()
+    assert 'vllm:engine_pause_state{model_name="calc"} 1.0' in served.user.get("/metrics").text
+    assert ok(served.admin.post("/resume")) == {"status": "resumed"}
+    assert ok(served.user.get("/is_paused")) == {"is_paused": False}
+    assert token_ids(future.result()) == served.llm.generate(["1+"], PARAMS)[0].outputs[0].token_ids
+
+
+def test_pause_aborts(served, pool):
+    future = begin(served, pool, max_tokens=480)
+    ok(served.admin.post("/pause"))
+    assert future.result()["choices"][0]["finish_reason"] == "abort"
+    ok(served.admin.post("/resume"))
+
+
+def test_pause_waits_for_the_end(served, pool):
+    future = begin(served, pool)
+    ok(served.admin.post("/pause?mode=wait"))
+    assert future.result()["choices"][0]["finish_reason"] == "length" and served.is_idle()
+    later = begin(served, pool)
+    assert not later.done()
+    ok(served.admin.post("/resume"))
+    assert token_ids(later.result()) == token_ids(future.result())
+
+
+def test_requests_are_aborted_by_the_id_of_their_answer(served, pool):
+    ok(served.admin.post("/pause?mode=keep"))
+    one = begin(served, pool, request_id="one")
+    two = begin(served, pool, request_id="two", prompt=["1+", "2+"])
+    served.wait_until(lambda: len(served.llm.engine.requests) == 3)
+    assert ok(served.admin.post("/abort_requests", json={"request_ids": ["two", "no such"]}))["aborted"] == 2
+    assert [choice["finish_reason"] for choice in two.result()["choices"]] == ["abort", "abort"]
+    ok(served.admin.post("/resume"))
+    assert one.result()["choices"][0]["finish_reason"] == "length"
+    assert ok(served.admin.post("/abort_requests"))["aborted"] == 0
+
+
+def test_the_prefix_cache_is_emptied(served):
+    body = BODY | dict(prompt="1+2+3+4+5+6+7+8+9+1+2+3+4+5+6+7+8+9+1+2+3+4+5+6+7+8+9+", max_tokens=1)
+    cached = []
+    for _ in range(2):
+        ok(served.user.post("/v1/completions", json=body))
+        usage = ok(served.user.post("/v1/completions", json=body))["usage"]
+        cached.append(usage["prompt_tokens_details"]["cached_tokens"])
+        assert ok(served.admin.post("/reset_prefix_cache")) == {"success": True}
+    first = ok(served.user.post("/v1/completions", json=body))["usage"]["prompt_tokens_details"]["cached_tokens"]
+    assert cached == [32, 32] and first == 0
+
+
+def test_sleep_gives_the_pool_back_and_wake_up_goes_on(served, pool):
+    expected = served.llm.generate(["1+"], PARAMS)[0].outputs[0].token_ids
+    ok(served.admin.post("/sleep?level=1"))
+    assert ok(served.user.get("/is_sleeping")) == {"is_sleeping": True} and not served.llm.engine.has_pool
+    assert served.user.post("/v1/completions", json=BODY).status_code == 503
+    ok(served.admin.post("/wake_up?tags=weights"))
+    assert ok(served.user.get("/is_sleeping")) == {"is_sleeping": True}
+    ok(served.admin.post("/wake_up?tags=kv_cache"))
+    assert ok(served.user.get("/is_sleeping")) == {"is_sleeping": False}
+    assert token_ids(ok(served.user.post("/v1/completions", json=BODY))) == expected
+
+
+def test_what_trainers_ask_first(served):
+    assert ok(served.user.get("/get_world_size")) == {"world_size": 1}
+    info = ok(served.user.get("/server_info?config_format=json"))
+    assert info["vllm_config"]["model_config"]["dtype"] == "torch.bfloat16"
+    assert info["vllm_config"]["model_config"]["logprobs_mode"] == "processed_logprobs"
+    assert info["digest"] == served.llm.contract().digest
+
+
+@pytest.fixture
+def learner(calc, tmp_path):
+    """A server of its own, because its weights change."""
+    (tmp_path / "root").mkdir()
+    llm = make_llm(calc.config, calc.params, tokenizer=calc.tokenizer)
+    with running(llm, api_key=KEY, admin_key=ADMIN, weights_root=tmp_path / "root") as found:
+        yield found
+    llm.close()
+
+
+def test_weights_outside_the_root_are_not_read(learner, tmp_path):
+    """They would fit: what refuses them is where they lie."""
+    root = tmp_path / "root"
+    loading.save(tmp_path / "outside", learner.llm.config, learner.llm.params)
+    (root / "link").symlink_to(tmp_path / "outside")
+    climbing = os.path.relpath(tmp_path / "outside", root)
+    for folder in (str(tmp_path / "outside"), climbing, "link"):
+        response = learner.admin.post("/update_weights", json={"weight_dir": folder})
+        assert (response.status_code, response.json()["error"]["code"]) == (400, "outside_root")
+    assert learner.llm.weights_version == 0
+
+
+def test_weights_from_a_folder_are_taken_whole_or_not_at_all(learner, tmp_path):
+    llm, root = learner.llm, tmp_path / "root"
+    changed = jax.tree.map(lambda leaf: leaf * 2, llm.params)
+    loading.save(root / "step-1", llm.config, changed)
+    (root / "broken").mkdir()
+    assert ok(learner.user.get("/weight_info"))["weight_version"] == "default"
+    for folder in ("broken", "no such"):
+        response = learner.admin.post("/update_weights", json={"weight_dir": folder})
+        assert (response.status_code, llm.weights_version) == (400, 0), response.text
+        assert str(root) not in response.text
+    assert ok(learner.admin.post("/init_weight_transfer_engine", json={"init_info": {"backend": "disk"}}))["message"]
+    assert ok(learner.admin.post("/start_weight_update", json={}))["message"]
+    answer = ok(learner.admin.post("/update_weights", json={"update_info": {"path": str(root / "step-1")}}))
+    assert answer["version"] == llm.weights_version == 1
+    ok(learner.admin.post("/finish_weight_update", json={"weight_version": "step 1"}))
+    info = ok(learner.user.get("/weight_info"))
+    assert (info["weight_version"], info["version"]) == ("step 1", 1)
+    (choice,) = ok(learner.user.post("/v1/completions", json=BODY))["choices"]
+    assert choice["weight_versions"] == [{"version": 1, "start": 0, "stop": 40}]
+    assert choice["token_ids"] == llm.generate(["1+"], PARAMS)[0].outputs[0].token_ids
+
+
+def test_nccl_is_501_with_what_to_do(served):
+    info = {"master_address": "127.0.0.1", "master_port": 1, "rank_offset": 1, "world_size": 2, "packed": True}
+    response = served.admin.post("/init_weight_transfer_engine", json={"init_info": info})
+    assert response.status_code == 501 and "weight_dir" in response.json()["detail"]
