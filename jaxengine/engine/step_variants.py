@@ -102,7 +102,7 @@ class StepVariants:
             ready = [v for v, is_proven in self._proven.items() if is_proven and v.kind == kind and v.needs >= needs]
             nearest = min(ready, key=lambda v: (abs(v.tile.blocks - tile.blocks), v.needs), default=None)
             if nearest is not None:
-                is_enough = nearest.tile == tile and not self.kernels.in_one
+                is_enough = nearest.tile == tile and self.kernels.skips
                 if is_enough or self._times_wanted[wanted] <= self.engine_config.compile_patience:
                     return cache, nearest
             cache = self._prove(wanted, params, cache)
@@ -115,7 +115,7 @@ class StepVariants:
 
     def warm_up(self, params: Decoder, cache: Cache) -> Cache:
         """Compile and prove every step that can serve."""
-        needs = tuple(Needs) if self.kernels.in_one else (Needs.ALL,)
+        needs = (Needs.ALL,) if self.kernels.skips else tuple(Needs)
         wanted = [Variant(kind, tile, n) for n in needs for kind, tiles in self._tiles.items() for tile in tiles]
         self._define(needs[0])
         self._compile(wanted, params, cache)

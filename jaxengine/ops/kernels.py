@@ -188,6 +188,7 @@ class Kernels:
     draw: DrawKernel
     wide_rows: tuple[int, ...] = ()  # of decode tiles wider than all kernels have (engine/step_variants.py)
     in_one: bool = False  # a row's bits depend on it alone without any tiles, so that a step needs no loop
+    skips: bool = True  # a step branches over what no row of a tile asks for; a GPU had better not
 
     def over_rows(self, body: Callable, tile: int, weights: Any, rows: Any, count: Int[Array, ""]) -> Any:
         """ops/regions.over_tiles, or the body alone where all rows are one tile of kernels that need no loop."""
@@ -196,8 +197,8 @@ class Kernels:
         return over_tiles(body, tile, weights, rows, count)
 
     def when(self, wanted: Bool[Array, ""], do: Callable[[], Any], leave: Callable[[], Any]) -> Any:
-        """`do()` where it is wanted, else `leave()`; always `do()` where a step is to have no conditionals."""
-        return do() if self.in_one else jax.lax.cond(wanted, do, leave)
+        """`do()` where it is wanted, else `leave()`; always `do()` where a step has no conditionals."""
+        return jax.lax.cond(wanted, do, leave) if self.skips else do()
 
     def parts(self) -> dict[str, Any]:
         """What the bits depend on, ready for JSON: the contract holds it."""
@@ -212,7 +213,7 @@ def kernels_of(implementation: Implementation) -> Kernels:
     draw = pallas.PallasDraw(implementation)
     if implementation.name in OF_A_GPU:
         chain = ChainProducts(implementation), ChainAttention(implementation)
-        return Kernels(implementation.name, *chain, draw, wide_rows=pallas.WIDE_ROWS, in_one=True)
+        return Kernels(implementation.name, *chain, draw, wide_rows=pallas.WIDE_ROWS, in_one=True, skips=False)
     own = ProductsInTiles(pallas.PallasProducts(implementation)), pallas.PallasAttention(implementation)
     return Kernels(implementation.name, *own, draw, wide_rows=pallas.WIDE_ROWS)
 

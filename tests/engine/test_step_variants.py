@@ -82,7 +82,7 @@ def test_a_step_without_conditionals_does_no_more_than_is_asked(monkeypatch):
     """Where nothing is skipped, as on a GPU, the narrower step is compiled once it has been wanted often enough."""
     monkeypatch.setattr(step_variants, "TILES", ONE_TILE)
     llm = make_llm(*one_layer(), kernels="pallas_gpu_interpret", compile_patience=2)
-    assert llm.engine.kernels.in_one
+    assert not llm.engine.kernels.skips
     found = served(llm, monkeypatch)
     first = bits(llm.generate(PROMPTS[:1], PLAIN.replace(logprobs=2)))
     found.clear()
