@@ -129,7 +129,6 @@ def page_shapes(heads: int, num_pages: int, page_size: int, width: int, dtype: A
 def rotate_and_write(
     geometry: Geometry,
     packed: Float[Array, "R N"],
-    bias: Float[Array, " N"] | None,
     norms: tuple[Array | None, Array | None],
     frequencies: Float[Array, " half"],
     keys: Array,
@@ -137,11 +136,11 @@ def rotate_and_write(
     blocks: PagedBlocks,
     body: str = "best",
 ) -> tuple[Float[Array, "R H h"], Array, Array]:
-    """(queries times log2(e) / sqrt(h), keys, values): the blocks' keys and values are written into their pages."""
+    """(queries `[R, H, h]` times log2(e) / sqrt(h), keys, values): the blocks' keys and values are written into their pages."""
     q = jax.ShapeDtypeStruct((packed.shape[0], geometry.queries, geometry.width), jnp.float32)
-    first = 10
+    first = 9
     call = _call("heads", (q, _like(keys), _like(values)), body, {first: 1, first + 1: 2})
-    given = packed, _or_empty(bias), *map(_or_empty, norms), frequencies, *_arrays(blocks), keys, values
+    given = packed, *map(_or_empty, norms), frequencies, *_arrays(blocks), keys, values
     return call(
         *given,
         leaves=np.int64(geometry.leaves),

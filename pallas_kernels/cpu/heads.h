@@ -1,19 +1,10 @@
-// From a projection to the heads that attention takes: biased, normalised, rotated; keys and values go to their pages.
+// From a projection to the heads that attention takes: normalised, rotated; keys and values go to their pages.
 // Included by a body, inside its namespace.
 //
 // Keys lie transposed in a page, [head width, tokens], and values as [tokens, head width], so that attention's sums need
 // none over lanes. Columns of the projection lie by leaf: a leaf's queries, its keys, its values.
 
 struct Turn { float cosine, sine; };
-
-// A head of the row, in the thread's own memory.
-inline void take(const Heads& h, const float* row, int64_t column, float* out) {
-  for (int64_t i = 0; i < h.width; i += 16) {
-    Lanes v = widen_some(row + column + i, h.width - i);
-    if (h.bias) v = v + widen_some(h.bias, column + i, h.width - i);
-    narrow_some(out + i, v, h.width - i);
-  }
-}
 
 inline void rotate(float* x, int64_t width, const Turn* turns) {
   for (int64_t i = 0; i < width / 2; i++) {
@@ -50,23 +41,23 @@ inline void heads_of_row(const Heads& h, int64_t m, int64_t position, int64_t pa
   }
   const int64_t queries = h.queries / h.leaves, keys = h.pages.heads / h.leaves, cell = position % h.pages.size;
   const float* row = h.packed + m * h.leaves * (queries + 2 * keys) * h.width;
+  const size_t bytes = h.width * sizeof(float);
   alignas(64) float x[WIDEST];
   for (int64_t leaf = 0; leaf < h.leaves; leaf++) {
     const int64_t begin = leaf * (queries + 2 * keys);
     for (int64_t i = 0; i < queries; i++) {
-      take(h, row, (begin + i) * h.width, x);
+      std::memcpy(x, row + (begin + i) * h.width, bytes);
       if (h.q_norm) normalise(x, h.width, h.q_norm, h.eps);
       rotate(x, h.width, turns);
       float* q = h.q + (m * h.queries + leaf * queries + i) * h.width;
       for (int64_t j = 0; j < h.width; j++) q[j] = x[j] * h.scale;
     }
     for (int64_t i = 0; i < keys; i++) {
-      take(h, row, (begin + queries + i) * h.width, x);
+      std::memcpy(x, row + (begin + queries + i) * h.width, bytes);
       if (h.k_norm) normalise(x, h.width, h.k_norm, h.eps);
       rotate(x, h.width, turns);
       write_key<T>(h.pages, page, leaf * keys + i, cell, x);
-      take(h, row, (begin + queries + keys + i) * h.width, x);
-      write_value<T>(h.pages, page, leaf * keys + i, cell, x);
+      write_value<T>(h.pages, page, leaf * keys + i, cell, row + (begin + queries + keys + i) * h.width);
     }
   }
 }

@@ -135,7 +135,7 @@ ffi::Error embed(ffi::ThreadPool pool, Any table, Ints ids, Ints count, FloatsOu
   return guarded(pool, chosen->embed, e);
 }
 
-ffi::Error heads(ffi::ThreadPool pool, Floats packed, Any bias, Any q_norm, Any k_norm, Floats frequencies, Ints tables,
+ffi::Error heads(ffi::ThreadPool pool, Floats packed, Any q_norm, Any k_norm, Floats frequencies, Ints tables,
                  Ints slots, Ints starts, Ints counts, Ints num_blocks, Any keys_in, Any values_in, FloatsOut q,
                  AnyOut keys, AnyOut values, int64_t leaves, float eps, float rope_factor, float scale, int64_t type,
                  int64_t body) {
@@ -148,7 +148,7 @@ ffi::Error heads(ffi::ThreadPool pool, Floats packed, Any bias, Any q_norm, Any 
   const Pages pages = pages_of(*keys, *values, type);
   if (const char* what = trouble(blocks, pages, keys->dimensions()[0], tables.dimensions()[0])) return refused(what);
   if (packed.dimensions()[1] != (queries + 2 * pages.heads) * width) return refused("a projection and its heads do not fit");
-  const Heads h{leaves, queries, width, packed.typed_data(), frequencies.typed_data(), array(bias), array(q_norm),
+  const Heads h{leaves, queries, width, packed.typed_data(), frequencies.typed_data(), array(q_norm),
                 array(k_norm), eps, rope_factor, scale, blocks, pages, q->typed_data()};
   return guarded(pool, chosen->heads, h);
 }
@@ -199,7 +199,7 @@ OP(jaxengine_product, product, on_threads().Arg<Any>().Arg<Any>().Arg<Any>().Arg
 OP(jaxengine_embed, embed, on_threads().Arg<Any>().Arg<Ints>().Arg<Ints>().Ret<Floats>().Attr<int64_t>("tile")
     .Attr<int64_t>("body"));
 
-OP(jaxengine_heads, heads, on_threads().Arg<Floats>().Arg<Any>().Arg<Any>().Arg<Any>().Arg<Floats>().Arg<Ints>()
+OP(jaxengine_heads, heads, on_threads().Arg<Floats>().Arg<Any>().Arg<Any>().Arg<Floats>().Arg<Ints>()
     .Arg<Ints>().Arg<Ints>().Arg<Ints>().Arg<Ints>().Arg<Any>().Arg<Any>().Ret<Floats>().Ret<Any>().Ret<Any>()
     .Attr<int64_t>("leaves").Attr<float>("eps").Attr<float>("rope_factor").Attr<float>("scale").Attr<int64_t>("type")
     .Attr<int64_t>("body"));

@@ -42,7 +42,7 @@ struct Blocks {  // query blocks, as jaxengine/ops/query_blocks.py has them
 struct Heads {  // packed [blocks · tokens, leaves · (queries + 2 keys) · width] -> q [blocks · tokens, heads, width] and pages
   int64_t leaves, queries, width;  // queries: of all leaves
   const float *packed, *frequencies;
-  Array bias, q_norm, k_norm;
+  Array q_norm, k_norm;
   float eps, rope_factor, scale;
   Blocks blocks;
   Pages pages;
