@@ -13,7 +13,7 @@ from typing import Any
 from setuptools.command.build_ext import build_ext
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))  # setuptools loads this file by its path
-from pallas_kernels.cpu.seal import FLAGS, seal  # noqa: E402
+from pallas_kernels.cpu.seal import FLAGS, seal
 
 
 class BuildKernels(build_ext):

@@ -54,7 +54,12 @@ def outputs(
 
 
 def gated(
-    x: Float[Array, "R K"], norm: Float[Array, " K"], eps: float, w: Float[Array, "leaf F2 K"], live: Live, body: str = "best"
+    x: Float[Array, "R K"],
+    norm: Float[Array, " K"],
+    eps: float,
+    w: Float[Array, "leaf F2 K"],
+    live: Live,
+    body: str = "best",
 ) -> Float[Array, "R leaf*F"]:
     """silu(gate) · up of rms_norm(x), in the weights' dtype. A leaf's weights are its gates, then its ups."""
     like = jax.ShapeDtypeStruct((x.shape[0], w.shape[0] * w.shape[1] // 2), w.dtype)
@@ -114,14 +119,12 @@ def embed(
 
 
 def page_shapes(heads: int, num_pages: int, page_size: int, width: int, dtype: Any) -> tuple[Any, Any]:
-    """Shapes of a layer's keys `[P, K, h, p]` and values `[P, K, p, h]`, a value's row padded to whole lanes with zeros.
+    """Shapes of a layer's keys `[P, K, h, p]` and values `[P, K, p, h]`, of which rows are padded to whole lanes.
 
     Raises ValueError for heads that are wider than the kernels take.
     """
     if width > WIDEST_HEAD:
-        raise ValueError(
-            f"kernels 'cpu' take heads of at most {WIDEST_HEAD}, got head_dim={width}: take kernels 'xla'"
-        )
+        raise ValueError(f"kernels 'cpu' take heads of at most {WIDEST_HEAD}, got head_dim={width}: take kernels 'xla'")
     keys = jax.ShapeDtypeStruct((num_pages, heads, width, page_size), dtype)
     return keys, jax.ShapeDtypeStruct((num_pages, heads, page_size, ceil_to(width, VALUE_UNIT)), dtype)
 
@@ -136,7 +139,7 @@ def rotate_and_write(
     blocks: PagedBlocks,
     body: str = "best",
 ) -> tuple[Float[Array, "R H h"], Array, Array]:
-    """(queries `[R, H, h]` times log2(e) / sqrt(h), keys, values): the blocks' keys and values are written into their pages."""
+    """(queries times log2(e) / sqrt(h), keys, values): the blocks' keys and values are written into their pages."""
     q = jax.ShapeDtypeStruct((packed.shape[0], geometry.queries, geometry.width), jnp.float32)
     first = 9
     call = _call("heads", (q, _like(keys), _like(values)), body, {first: 1, first + 1: 2})
