@@ -5,6 +5,9 @@
 
 #include "elementary.h"
 #include "product.h"
+#ifdef WITH_AMX
+#include "tiles.h"
+#endif
 
 #include "attend.h"
 #include "draw.h"

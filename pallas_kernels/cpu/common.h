@@ -11,6 +11,7 @@
 #include <limits>
 #include <memory>
 #include <new>
+#include <type_traits>
 
 namespace jaxengine {
 

@@ -1,4 +1,8 @@
 // The ops as XLA calls them: arguments are checked, and a body is chosen by what the processor has.
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
 #include <array>
 #include <string>
 
@@ -17,21 +21,28 @@ using FloatsOut = ffi::Result<Floats>;
 
 // -- bodies -----------------------------------------------------------------------------------------------------------
 
-enum BodyName : int64_t { BEST, AVX2, AVX512, BODIES };
+enum BodyName : int64_t { BEST, AVX2, AVX512, AMX, BODIES };
+
+bool amx_is_allowed() {  // the processor has tiles and their bfloat16 product, and Linux grants them to who asks
+  unsigned a, b, c, d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return false;
+  constexpr int REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
+  return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+}
 
 bool has(int64_t body) {
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  return body == AVX2 ? avx2 : body == AVX512 ? avx512 : false;
+  return body == AVX2 ? avx2 : body == AVX512 ? avx512 : avx512 && amx_is_allowed();
 }
 
 const Body* body_of(int64_t wanted) {  // null where this processor lacks it
-  static const std::array<bool, BODIES> there = {false, has(AVX2), has(AVX512)};
-  if (wanted == BEST) wanted = there[AVX512] ? AVX512 : AVX2;
+  static const std::array<bool, BODIES> there = {false, has(AVX2), has(AVX512), has(AMX)};
+  if (wanted == BEST) wanted = there[AMX] ? AMX : there[AVX512] ? AVX512 : AVX2;
   if (wanted < 0 || wanted >= BODIES || !there[wanted]) return nullptr;
-  return wanted == AVX512 ? &avx512_body : &avx2_body;
+  return wanted == AMX ? &amx_body : wanted == AVX512 ? &avx512_body : &avx2_body;
 }
 
 class OfXla final : public Threads {

@@ -118,10 +118,6 @@ inline Lanes rounded_to(Lanes a) {
   narrow(words, a);
   return widen(words);
 }
-inline Lanes rounded(Lanes a, Type type) {
-  if (type == Type::F32) return a;
-  return type == Type::F16 ? rounded_to<F16>(a) : rounded_to<BF16>(a);
-}
 
 // -- over lanes, halves first -----------------------------------------------------------------------------------------
 

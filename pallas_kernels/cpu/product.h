@@ -13,12 +13,17 @@ constexpr int64_t FETCH = 256;  // bytes of each output's weights that are asked
 
 // -- rows, made ready -------------------------------------------------------------------------------------------------
 
-// Rows as the products take them: [leaves, K / 32, rows · parts, even and odd, 16], zeros after a leaf's last input. The
-// parts of a row lie BAND's whole rows apart: part p of row r of a band is its row p · (rows of the band) + r.
+// Rows as the products take them: [leaves, K / 32, rows · parts, even and odd, 16], zeros after a leaf's last input. Of a
+// band's rows there come all first parts, then all second ones, then all third ones.
 struct Rows {
   float* data;
   int64_t count, depths, parts;
-  float* at(int64_t leaf, int64_t depth) const { return data + (leaf * depths + depth) * count * parts * DEPTH; }
+  static int64_t floats(int64_t count, int64_t depths, int64_t parts) {
+    return depths * ceil_to(count * parts, 16) * DEPTH;
+  }
+  float* at(int64_t leaf, int64_t depth) const {
+    return data + floats(count, leaf * depths + depth, parts);
+  }
   int64_t band() const { return BAND / parts; }
   int64_t place(int64_t row, int64_t part) const {
     const int64_t first = row / band() * band(), size = std::min(band(), count - first);
@@ -38,11 +43,22 @@ inline void normalise(float* x, int64_t width, const Array& scale, float eps) {
     narrow_some(x + k, widen_some(x + k, width - k) * factor * widen_some(scale, k, width - k), width - k);
 }
 
-inline void put_even_odd(const float* x, float* out) {
+#ifdef WITH_AMX
+inline void put_pairs(const float* x, float* rows, int64_t place);  // tiles.h
+#endif
+
+// The 32 inputs x of the row at a place in Rows.
+template <class T>
+inline void put(const float* x, float* rows, int64_t place) {
+#ifdef WITH_AMX
+  if constexpr (std::is_same_v<T, BF16>) return put_pairs(x, rows, place);
+#endif
+  float* out = rows + place * DEPTH;
   for (int i = 0; i < 16; i++) out[i] = x[2 * i], out[16 + i] = x[2 * i + 1];
 }
 
 // `row` is a thread's own memory, as wide as x and padded to DEPTH.
+template <class T>
 inline void prepare_row(const Product& p, const Rows& rows, int64_t m, float* row) {
   const int64_t width = p.form == Form::ADDED ? p.leaves * p.inputs : p.inputs;
   for (int64_t k = 0; k < width; k += 16) narrow_some(row + k, widen_some(p.x, m * width + k, width - k), width - k);
@@ -57,11 +73,11 @@ inline void prepare_row(const Product& p, const Rows& rows, int64_t m, float* ro
       for (int part = 0; part < p.parts; part++) {
         alignas(64) float here[DEPTH];
         for (int i = 0; i < DEPTH; i += 16) {
-          const Lanes v = load(rest + i), kept = p.rounds ? rounded(v, p.w.type) : v;
+          const Lanes v = load(rest + i), kept = p.rounds ? rounded_to<T>(v) : v;
           store(here + i, kept);
           store(rest + i, v - kept);
         }
-        put_even_odd(here, rows.at(leaf, depth) + rows.place(m, part) * DEPTH);
+        put<T>(here, rows.at(leaf, depth), rows.place(m, part));
       }
     }
 }
@@ -159,11 +175,19 @@ inline void multiply_all(const Panel& panel, const float* x, int64_t rows, float
 
 using Sums = float[BAND][WIDTH];
 
+#ifdef WITH_AMX
+inline void sum_by_tiles(const Product& p, const Rows& rows, int64_t leaf, int64_t first, int64_t count, int64_t w,
+                         int64_t outputs, Sums& sums);  // tiles.h
+#endif
+
 // A leaf's sums of `count` prepared rows from `first` on and of up to 16 outputs, whose weights begin at element `w`.
 template <class T>
 inline void sum_leaf(const Product& p, const Rows& rows, int64_t leaf, int64_t first, int64_t count, int64_t w,
                      int64_t outputs, Sums& sums) {
   std::memset(sums, 0, count * sizeof(sums[0]));
+#ifdef WITH_AMX
+  if constexpr (std::is_same_v<T, BF16>) return sum_by_tiles(p, rows, leaf, first, count, w, outputs, sums);
+#endif
   alignas(64) Panel panel;
   for (int64_t depth = 0; depth < rows.depths; depth++) {
     fill((const T*)p.w.data + w, p.inputs, outputs, depth * DEPTH, p.inputs, panel);
@@ -171,18 +195,10 @@ inline void sum_leaf(const Product& p, const Rows& rows, int64_t leaf, int64_t f
   }
 }
 
-inline void sum_any_leaf(const Product& p, const Rows& rows, int64_t leaf, int64_t first, int64_t count, int64_t w,
-                         int64_t outputs, Sums& sums) {
-  switch (p.w.type) {
-    case Type::F32: return sum_leaf<float>(p, rows, leaf, first, count, w, outputs, sums);
-    case Type::F16: return sum_leaf<F16>(p, rows, leaf, first, count, w, outputs, sums);
-    case Type::BF16: return sum_leaf<BF16>(p, rows, leaf, first, count, w, outputs, sums);
-  }
-}
-
 // Sums over leaves as sharding/leaves.py adds them, ((l0 + l1) + (l2 + l3)) + ..., with one partial sum a level kept.
 constexpr int LEVELS = 8;
 
+template <class T>
 inline void sum_tree(const Product& p, const Rows& rows, int64_t first, int64_t count, int64_t n, int64_t outputs,
                      Sums (&levels)[LEVELS]) {
   for (int64_t leaf = 0; leaf < p.leaves; leaf++) {
@@ -190,7 +206,7 @@ inline void sum_tree(const Product& p, const Rows& rows, int64_t first, int64_t 
     for (int64_t bits = leaf; bits & 1; bits >>= 1) level++;
     Sums& own = levels[level];  // free: the sums of lower levels end up here
     float spare[BAND][WIDTH];
-    sum_any_leaf(p, rows, leaf, first, count, (leaf * p.outputs + n) * p.inputs, outputs, level ? spare : own);
+    sum_leaf<T>(p, rows, leaf, first, count, (leaf * p.outputs + n) * p.inputs, outputs, level ? spare : own);
     for (int below = 0; below < level; below++)
       for (int64_t r = 0; r < count; r++) {
         float* out = below == level - 1 ? own[r] : spare[r];
@@ -206,16 +222,8 @@ inline void finish_row(const Product& p, int64_t m, int64_t column, int64_t colu
   narrow_some(y, total, outputs);
 }
 
-inline void finish_gated(const Product& p, int64_t at, int64_t outputs, Lanes gate, Lanes up) {
-  const Lanes y = silu(gate) * up;
-  switch (p.w.type) {
-    case Type::F32: return narrow_some((float*)p.y + at, y, outputs);
-    case Type::F16: return narrow_some((F16*)p.y + at, y, outputs);
-    case Type::BF16: return narrow_some((BF16*)p.y + at, y, outputs);
-  }
-}
-
 // One band of rows times up to 16 outputs: number `group` of those of a section (of GATED a leaf, else everything).
+template <class T>
 inline void run_group(const Product& p, const Rows& rows, int64_t row, int64_t section, int64_t n, int64_t section_outputs,
                       int64_t columns) {
   const int64_t size = std::min(rows.band(), rows.count - row), outputs = std::min<int64_t>(WIDTH, section_outputs - n);
@@ -223,18 +231,18 @@ inline void run_group(const Product& p, const Rows& rows, int64_t row, int64_t s
   alignas(64) Sums levels[LEVELS];
   if (p.form == Form::GATED) {
     const int64_t gates = (section * p.outputs + n) * p.inputs, ups = gates + section_outputs * p.inputs;
-    sum_any_leaf(p, rows, 0, first, count, gates, outputs, levels[0]);
-    sum_any_leaf(p, rows, 0, first, count, ups, outputs, levels[1]);
+    sum_leaf<T>(p, rows, 0, first, count, gates, outputs, levels[0]);
+    sum_leaf<T>(p, rows, 0, first, count, ups, outputs, levels[1]);
     for (int64_t r = 0; r < size; r++)
-      finish_gated(p, (row + r) * columns + column, outputs, load(levels[0][r]), load(levels[1][r]));
+      narrow_some((T*)p.y + (row + r) * columns + column, silu(load(levels[0][r])) * load(levels[1][r]), outputs);
     return;
   }
   int top = 0;
   if (p.form == Form::ADDED) {
-    sum_tree(p, rows, first, count, n, outputs, levels);
+    sum_tree<T>(p, rows, first, count, n, outputs, levels);
     while ((int64_t(1) << top) < p.leaves) top++;
   } else {
-    sum_any_leaf(p, rows, 0, first, count, n * p.inputs, outputs, levels[0]);
+    sum_leaf<T>(p, rows, 0, first, count, n * p.inputs, outputs, levels[0]);
   }
   for (int64_t r = 0; r < size; r++) {
     Lanes total = load(levels[top][r]);
@@ -243,23 +251,24 @@ inline void run_group(const Product& p, const Rows& rows, int64_t row, int64_t s
   }
 }
 
-inline void product(Threads& threads, const Product& p) {
+template <class T>
+inline void product_of(Threads& threads, const Product& p) {
   const bool gated = p.form == Form::GATED, added = p.form == Form::ADDED;
   const int64_t sections = gated ? p.leaves : 1;
   const int64_t section_outputs = gated ? p.outputs / 2 : added ? p.outputs : p.leaves * p.outputs;
   const int64_t columns = sections * section_outputs;
-  const int64_t bytes = gated && p.w.type != Type::F32 ? 2 : 4;
+  const int64_t bytes = gated ? sizeof(T) : sizeof(float);
   std::memset((char*)p.y + p.live * columns * bytes, 0, (p.zeros_to - p.live) * columns * bytes);
   if (p.live == 0) return;
 
   const int64_t leaves = added ? p.leaves : 1, depths = ceil_div(p.inputs, DEPTH);
   static thread_local Scratch of_rows;
-  const Rows rows{of_rows.floats(leaves * depths * p.live * p.parts * DEPTH), p.live, depths, p.parts};
+  const Rows rows{of_rows.floats(Rows::floats(p.live, leaves * depths, p.parts)), p.live, depths, p.parts};
   const int64_t few = ceil_div(p.live, 4 * threads.count());  // rows to a task
   parallel(threads, ceil_div(p.live, few), [&](int64_t task) {
     static thread_local Scratch of_row;
     float* row = of_row.floats(leaves * p.inputs);
-    for (int64_t m = task * few; m < std::min(p.live, (task + 1) * few); m++) prepare_row(p, rows, m, row);
+    for (int64_t m = task * few; m < std::min(p.live, (task + 1) * few); m++) prepare_row<T>(p, rows, m, row);
   });
 
   const int64_t groups = ceil_div(section_outputs, WIDTH), all = sections * groups;
@@ -267,6 +276,14 @@ inline void product(Threads& threads, const Product& p) {
   parallel(threads, ceil_div(all, each), [&](int64_t task) {
     for (int64_t row = 0; row < p.live; row += rows.band())
       for (int64_t g = task * each; g < std::min(all, (task + 1) * each); g++)
-        run_group(p, rows, row, g / groups, g % groups * WIDTH, section_outputs, columns);
+        run_group<T>(p, rows, row, g / groups, g % groups * WIDTH, section_outputs, columns);
   });
+}
+
+inline void product(Threads& threads, const Product& p) {
+  switch (p.w.type) {
+    case Type::F32: return product_of<float>(threads, p);
+    case Type::F16: return product_of<F16>(threads, p);
+    case Type::BF16: return product_of<BF16>(threads, p);
+  }
 }
