@@ -9,7 +9,6 @@
 
 constexpr int DEPTH = 32, WIDTH = 16;
 constexpr int64_t BAND = 96;    // rows (and parts of rows) that use a panel before it is made again
-constexpr int64_t FETCH = 256;  // bytes of each output's weights that are asked for ahead
 
 // -- rows, made ready -------------------------------------------------------------------------------------------------
 
@@ -125,11 +124,20 @@ inline void fill8(const T* w, int64_t stride, Panel& panel, int at) {
   }
 }
 
+// Ask for the weights that come soon, and for the next outputs', of which the first ones come without notice.
+template <class T>
+inline void fetch_next(const T* w, int64_t stride, int64_t k) {
+  for (int n = 0; n < WIDTH; n++) {
+    _mm_prefetch((const char*)(w + n * stride + k) + 256, _MM_HINT_T0);
+    _mm_prefetch((const char*)(w + (WIDTH + n) * stride + k), _MM_HINT_T1);
+  }
+}
+
 // Weights [.., stride] of `outputs` <= 16 outputs from w on, inputs [k, k + 32) of which `inputs` exist; zeros elsewhere.
 template <class T>
 inline void fill(const T* w, int64_t stride, int64_t outputs, int64_t k, int64_t inputs, Panel& panel) {
   if (outputs == WIDTH && inputs - k >= DEPTH) {
-    for (int n = 0; n < WIDTH; n++) _mm_prefetch((const char*)(w + n * stride + k) + FETCH, _MM_HINT_T0);
+    fetch_next(w, stride, k);
     fill8(w + k, stride, panel, 0);
     fill8(w + 8 * stride + k, stride, panel, 8);
     return;
@@ -159,17 +167,21 @@ inline void multiply(const Panel& panel, const float* x, float* sums) {
   for (int r = 0; r < R; r++) store(sums + r * WIDTH, load(sums + r * WIDTH) + (even[r] + odd[r]));
 }
 
-constexpr int ROWS_AT_ONCE = 6;
+constexpr int64_t ROWS_AT_ONCE = 6;
 
+// In parts of about the same number of rows, because few rows are few chains, which wait for one another.
 inline void multiply_all(const Panel& panel, const float* x, int64_t rows, float* sums) {
-  for (; rows >= ROWS_AT_ONCE; rows -= ROWS_AT_ONCE, x += ROWS_AT_ONCE * DEPTH, sums += ROWS_AT_ONCE * WIDTH)
-    multiply<ROWS_AT_ONCE>(panel, x, sums);
-  switch (rows) {
-    case 5: return multiply<5>(panel, x, sums);
-    case 4: return multiply<4>(panel, x, sums);
-    case 3: return multiply<3>(panel, x, sums);
-    case 2: return multiply<2>(panel, x, sums);
-    case 1: return multiply<1>(panel, x, sums);
+  for (int64_t parts = ceil_div(rows, ROWS_AT_ONCE); parts > 0; parts--) {
+    const int64_t size = ceil_div(rows, parts);
+    switch (size) {
+      case 1: multiply<1>(panel, x, sums); break;
+      case 2: multiply<2>(panel, x, sums); break;
+      case 3: multiply<3>(panel, x, sums); break;
+      case 4: multiply<4>(panel, x, sums); break;
+      case 5: multiply<5>(panel, x, sums); break;
+      case 6: multiply<6>(panel, x, sums); break;
+    }
+    rows -= size, x += size * DEPTH, sums += size * WIDTH;
   }
 }
 

@@ -30,7 +30,7 @@ inline void multiply_tiles(const BF16* w, int64_t inputs, int64_t outputs, const
   FOR_EACH_SUM(ZERO)
   for (int64_t k = 0; k < inputs; k += DEPTH, x += stride) {
     if (outputs == WIDTH && inputs - k >= DEPTH) {
-      for (int n = 0; n < WIDTH; n++) _mm_prefetch((const char*)(w + n * inputs + k) + FETCH, _MM_HINT_T0);
+      fetch_next(w, inputs, k);
       _tile_loadd(6, w + k, inputs * sizeof(BF16));
     } else {
       alignas(64) BF16 padded[WIDTH * DEPTH] = {};
