@@ -9,7 +9,7 @@ from pallas_kernels.sizes import VOCAB_BLOCK
 
 QUERY_BLOCK = 16  # tokens of one sequence that prefill keeps together; page sizes and chunk starts are multiples of it
 PROBE_TOKENS = 128  # tokens on which a step's tile is proven before it serves (engine/step_variants.py)
-KERNELS = ("auto", *PLATFORMS)  # ops/kernels.py says what they are
+KERNELS = ("auto", *PLATFORMS, "cpu")  # ops/kernels.py says what they are
 SIZES = (
     "vocab_size",
     "hidden_size",

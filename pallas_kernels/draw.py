@@ -1,6 +1,7 @@
 """The draw: float32 log-softmax over the vocabulary, a token, and the logprob of the token that was drawn or given."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,13 @@ def draw_and_score(
     logprob and the log-mass. The largest logit counts as a constant, which makes no difference to all_logprobs,
     because it cancels there. Raises ValueError where V is no multiple of VOCAB_BLOCK or a shape or dtype does not fit.
     """
+    return draw_by(BODIES[implementation.name], logits, given, uniforms)
+
+
+def draw_by(
+    body: Callable, logits: Float[Array, "t V"], given: Int[Array, " t"], uniforms: Float[Array, "t 2"] | None = None
+) -> Draw:
+    """draw_and_score by a body that no name stands for: (logits, uniforms, given) -> Draw."""
     t, vocab = logits.shape
     if vocab % VOCAB_BLOCK:
         raise ValueError(f"the vocabulary must be padded with -inf to a multiple of {VOCAB_BLOCK}, got {vocab}")
@@ -41,20 +49,20 @@ def draw_and_score(
             "draw_and_score takes float32 logits [t, V], given [t] and uniforms [t, 2], "
             f"got {logits.dtype} {logits.shape}, {given.shape} and {uniforms.shape}"
         )
-    return _draw(implementation, logits, uniforms, given.astype(jnp.int32))
+    return _draw(body, logits, uniforms, given.astype(jnp.int32))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _draw(implementation: Implementation, logits, uniforms, given):
-    return BODIES[implementation.name](logits, uniforms, given)
+def _draw(body: Callable, logits, uniforms, given):
+    return body(logits, uniforms, given)
 
 
-def _forward(implementation, logits, uniforms, given):
-    out = BODIES[implementation.name](logits, uniforms, given)
+def _forward(body, logits, uniforms, given):
+    out = body(logits, uniforms, given)
     return out, (logits, uniforms, out)
 
 
-def _backward(implementation, saved, cotangents):
+def _backward(body, saved, cotangents):
     """d logprob / d logits = one-hot(token) - softmax(logits); d log-mass / d logits = softmax(logits)."""
     logits, uniforms, out = saved
     here, softmax = jnp.arange(logits.shape[1]) == out.tokens[:, None], jnp.exp(out.all_logprobs(logits))

@@ -13,6 +13,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 # Folder or file -> (its floor, the packages that it may not import). A module imports its own folder and lower floors.
 FLOORS = {
     "pallas_kernels": (0, ()),
+    "pallas_kernels.cpu": (1, ()),
     "sharding": (0, ()),
     "checkpoints": (0, ()),
     "jaxengine.base": (1, ()),

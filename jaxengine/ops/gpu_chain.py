@@ -6,8 +6,6 @@ array. Gradients are XLA's, of the same expressions.
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxengine.config import ModelConfig
+from jaxengine.ops.differentiated import differentiated_as
 from jaxengine.ops.heads import PackedHeads
 from jaxengine.ops.linear import by_leaf, dot, join_leaves, split_outputs
 from jaxengine.ops.live import Live
@@ -45,27 +44,6 @@ class Sums(NamedTuple):
 
     sums: Float[Array, "S R N"]
     bias: Float[Array, " N"] | None
-
-
-def differentiated_as(plain: Callable, static: int) -> Callable:
-    """A kernel's value with the gradient of an expression.
-
-    The first `static` arguments are no arrays. `plain` takes those, then the cotangent, of which it looks at shapes
-    alone (how many partial sums there are follows from the number of rows), then the arrays.
-    """
-
-    def wrap(kernel: Callable) -> Callable:
-        op = jax.custom_vjp(kernel, nondiff_argnums=tuple(range(static)))
-
-        def backward(*given):
-            how, (arrays, cotangent) = given[:static], given[static:]
-            _, pullback = jax.vjp(functools.partial(plain, *how, cotangent), *arrays)
-            return pullback(cotangent)
-
-        op.defvjp(lambda *given: (op(*given), given[static:]), backward)
-        return op
-
-    return wrap
 
 
 # -- what gradients are taken of ---------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """Which code computes the decoder's ops: chosen once, by name, when an engine is made or sequences are scored.
 
-"xla" is plain XLA (ops/xla.py), "pallas_tpu" and "pallas_gpu" are the devices' kernels (ops/pallas.py),
-"pallas_interpret" runs the TPU's on any machine, slowly. Each has its own bits, so the name is part of the contract;
-the layout of the KV cache belongs to it too.
+"xla" is plain XLA (ops/xla.py), "cpu" kernels in C++ for x86-64 (ops/cpu_chain.py), "pallas_tpu" and "pallas_gpu" are
+the devices' kernels (ops/pallas.py), "pallas_interpret" runs the TPU's on any machine, slowly. Each has its own bits,
+so the name is part of the contract; the layout of the KV cache belongs to it too.
 
 An implementation is three small classes, one for each protocol below; ops/sharded.py wraps any three for a mesh.
 """
@@ -17,7 +17,7 @@ import jax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxengine.config import ModelConfig, check_kernels
-from jaxengine.ops import pallas, xla
+from jaxengine.ops import cpu_chain, pallas, xla
 from jaxengine.ops.gpu_chain import ChainAttention, ChainProducts
 from jaxengine.ops.heads import PackedHeads
 from jaxengine.ops.in_tiles import ProductsInTiles
@@ -29,7 +29,7 @@ from pallas_kernels import implementations
 from pallas_kernels.draw_reference import Draw
 from pallas_kernels.implementations import OF_A_GPU, Implementation
 
-OF_PLATFORM = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}
+OF_PLATFORM = {"cpu": "xla", "tpu": "pallas_tpu", "gpu": "pallas_gpu"}  # what "auto" is
 Stream = Any  # the residual stream `[R, D]` float32 as an implementation passes it on: sums may be left to add
 log = logging.getLogger("jaxengine")
 
@@ -208,6 +208,12 @@ class Kernels:
 XLA = Kernels("xla", ProductsInTiles(xla.XlaProducts()), xla.XlaAttention(), xla.XlaDraw())
 
 
+def cpu_kernels(body: str = "best") -> Kernels:
+    """The CPU's own kernels; `body` is one of pallas_kernels.cpu.library.BODIES."""
+    products, attention, draw = cpu_chain.CpuProducts(body), cpu_chain.CpuAttention(body), cpu_chain.CpuDraw(body)
+    return Kernels("cpu", products, attention, draw, in_one=True)
+
+
 def kernels_of(implementation: Implementation) -> Kernels:
     """A device's own kernels."""
     draw = pallas.PallasDraw(implementation)
@@ -241,6 +247,10 @@ def _named(name: str, model_config: ModelConfig) -> Kernels:
     if name == "xla":
         log.info("kernels: xla")
         return XLA
+    if name == "cpu":
+        cpu_chain.check_model(model_config)
+        log.info("kernels: cpu")
+        return cpu_kernels()
     implementation = implementations.choose(name)
     pallas.check_model(implementation, model_config)
     return kernels_of(implementation)

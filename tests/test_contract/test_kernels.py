@@ -22,6 +22,7 @@ from jaxengine.engine.step_variants import Variant
 from jaxengine.ops.kernels import XLA, choose_kernels, kernels_of
 from jaxengine.ops.tiles import Tile
 from jaxengine.rl.rollout import Rollout
+from pallas_kernels.cpu import library
 from pallas_kernels.implementations import Implementation
 
 SMALL = dict(vocab_size=250, hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2)
@@ -80,10 +81,25 @@ class Case:
         return logprobs, gradient
 
 
+try:
+    library.load()
+    WHY = ""
+except library.KernelsMissingError as error:
+    WHY = str(error)
+NATIVE = pytest.mark.skipif(bool(WHY), reason=WHY)
+
 CASES = [
     pytest.param(("Qwen3", "float32", 1, 1, dict(compile_patience=1_000_000)), id="Qwen3-float32-1-1"),
     pytest.param(
         ("Qwen2", "bfloat16", 2, 1, dict(compile_patience=0)), marks=pytest.mark.long, id="Qwen2-bfloat16-2-1"
+    ),
+    pytest.param(
+        ("Qwen3", "bfloat16", 2, 2, dict(compile_patience=0, kernels="cpu")), marks=NATIVE, id="cpu-Qwen3-bfloat16-2-2"
+    ),
+    pytest.param(
+        ("Qwen2", "float16", 1, 1, dict(compile_patience=0, kernels="cpu")),
+        marks=[NATIVE, pytest.mark.slow],
+        id="cpu-Qwen2-float16-1-1",
     ),
     pytest.param(
         ("Qwen3", "float32", 2, 1, dict(compile_patience=1_000_000, kernels=CHAIN)),
@@ -245,7 +261,7 @@ def test_names_that_are_refused():
         lambda: choose_kernels("palas_gpu", MODEL),
     ):
         with pytest.raises(
-            ValueError, match="kernels must be one of auto, xla, .*, got 'palas_gpu', did you mean 'pallas_gpu'"
+            ValueError, match="kernels must be one of auto, xla, .*, cpu, got 'palas_gpu', did you mean 'pallas_gpu'"
         ):
             make()
     with pytest.raises(ValueError, match="no block sizes for device 'cpu'"):

@@ -1,0 +1,209 @@
+"""The decoder's ops as a chain of kernels in C++ (pallas_kernels/cpu). kernels.py says what each op has to be.
+
+A row's bits depend on it alone, so no op works in tiles; `Live.tile` says up to where zeros stand after the live rows.
+Gradients are XLA's, of the same expressions over the live rows.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxengine.config import ModelConfig
+from jaxengine.ops.differentiated import differentiated_as
+from jaxengine.ops.heads import PackedHeads
+from jaxengine.ops.linear import by_leaf, dot, join_leaves, split_outputs
+from jaxengine.ops.live import Live
+from jaxengine.ops.norm import rms_norm
+from jaxengine.ops.pallas import located_blocks
+from jaxengine.ops.pools import Pools
+from jaxengine.ops.query_blocks import QueryBlocks
+from jaxengine.ops.rope import inverse_frequencies
+from jaxengine.ops.xla import XlaProducts, storage_dtype
+from pallas_kernels.cpu import calls, library
+from pallas_kernels.draw import draw_by
+from pallas_kernels.draw_reference import Draw
+from sharding.leaves import tree_sum
+
+ORDER = 1  # of all sums in pallas_kernels/cpu: raised by whoever changes one, because it is in the bits
+
+
+def check_model(model_config: ModelConfig) -> None:
+    """Raises ValueError where the kernels do not run here, or do not take the model."""
+    platform = jax.devices()[0].platform
+    if platform != "cpu":
+        raise ValueError(f"kernels 'cpu' run on a CPU, the first device is a {platform}: take kernels 'auto'")
+    library.load()
+    calls.page_shapes(1, 1, 1, model_config.head_dim, model_config.dtype)
+
+
+# -- what gradients are taken of ---------------------------------------------------------------------------------------
+
+
+def _kept(x: Float[Array, "R D"], count: Int[Array, ""], other: float) -> Float[Array, "R D"]:
+    """Rows from `count` on may hold anything, NaN too, which no cotangent of 0 would turn into 0."""
+    return jnp.where(jnp.arange(x.shape[0])[:, None] < count, x, other)
+
+
+def _plain_project(eps: float, tile: int, body: str, like: Array, x, norm, w, bias, count) -> Float[Array, "R N"]:
+    y = join_leaves(split_outputs(rms_norm(_kept(x, count, 1.0), norm, eps), w))
+    return _kept(y if bias is None else y + bias.astype(jnp.float32).reshape(-1), count, 0.0)
+
+
+def _plain_gated(eps: float, tile: int, body: str, like: Array, x, norm, w, count) -> Float[Array, "R F"]:
+    y = XlaProducts().gated(rms_norm(_kept(x, count, 1.0), norm, eps), w)
+    return _kept(join_leaves(y).astype(w.dtype), count, 0.0)
+
+
+def _plain_add(tile: int, body: str, like: Array, x, y, w, bias, count) -> Float[Array, "R D"]:
+    total = _kept(x, count, 0.0) + tree_sum(dot(by_leaf(_kept(y, count, 0.0), w.shape[0]), w))
+    return _kept(total if bias is None else total + bias.astype(jnp.float32), count, 0.0)
+
+
+def _plain_logits(eps: float, body: str, like: Array, x, norm, head) -> Float[Array, "t V"]:
+    return join_leaves(split_outputs(rms_norm(x, norm, eps), head.astype(jnp.float32)))
+
+
+# -- the ops -----------------------------------------------------------------------------------------------------------
+
+
+@differentiated_as(_plain_project, static=3)
+def _project(eps: float, tile: int, body: str, x, norm, w, bias, count) -> Float[Array, "R N"]:
+    return calls.outputs(x, norm, eps, w, bias, calls.Live(count, tile), body)
+
+
+@differentiated_as(_plain_gated, static=3)
+def _gated(eps: float, tile: int, body: str, x, norm, w, count) -> Float[Array, "R F"]:
+    return calls.gated(x, norm, eps, w, calls.Live(count, tile), body)
+
+
+@differentiated_as(_plain_add, static=2)
+def _add(tile: int, body: str, x, y, w, bias, count) -> Float[Array, "R D"]:
+    return calls.added(x, y, w, bias, calls.Live(count, tile), body)
+
+
+@differentiated_as(_plain_logits, static=2)
+def _logits(eps: float, body: str, x, norm, head) -> Float[Array, "t V"]:
+    return calls.logits(x, norm, eps, head, body)
+
+
+@dataclasses.dataclass(frozen=True)
+class CpuProducts:
+    """The products of ops/kernels.py. `body` is no part of the bits."""
+
+    body: str
+
+    def parts(self) -> dict[str, Any]:
+        return {"order": ORDER}
+
+    def embed(self, table: Float[Array, "leaf V D"], ids: Int[Array, " R"], live: Live) -> Float[Array, "R D"]:
+        return calls.embed(table, ids, calls.Live(live.count, live.tile), self.body)
+
+    def project(
+        self,
+        x: Float[Array, "R D"],
+        norm: Float[Array, " D"],
+        eps: float,
+        w: Float[Array, "leaf N D"],
+        bias: Float[Array, "leaf N"] | None,
+        live: Live,
+    ) -> tuple[Float[Array, "R D"], Float[Array, "R leaf*N"]]:
+        return x, _project(eps, live.tile, self.body, x, norm, w, bias, live.count)
+
+    def gated(
+        self, x: Float[Array, "R D"], norm: Float[Array, " D"], eps: float, w: Float[Array, "leaf F2 D"], live: Live
+    ) -> tuple[Float[Array, "R D"], Float[Array, "R leaf*F"]]:
+        return x, _gated(eps, live.tile, self.body, x, norm, w, live.count)
+
+    def add(
+        self,
+        x: Float[Array, "R D"],
+        y: Float[Array, "R leaf*K"],
+        w: Float[Array, "leaf D K"],
+        bias: Float[Array, " D"] | None,
+        live: Live,
+    ) -> Float[Array, "R D"]:
+        return _add(live.tile, self.body, x, y, w, bias, live.count)
+
+    def stream(self, x: Float[Array, "R D"]) -> Float[Array, "R D"]:
+        return x
+
+    def finish(self, x: Float[Array, "R D"]) -> Float[Array, "R D"]:
+        return x
+
+    def logits(
+        self, x: Float[Array, "t D"], norm: Float[Array, " D"], eps: float, head: Float[Array, "leaf V D"]
+    ) -> Float[Array, "t V"]:
+        return _logits(eps, self.body, x, norm, head)
+
+
+@dataclasses.dataclass(frozen=True)
+class CpuAttention:
+    """Keys are stored transposed, `[P, K, h, p]`, values as `[P, K, p, h]` with rows padded to whole lanes."""
+
+    body: str
+
+    def parts(self) -> dict[str, Any]:
+        return {}
+
+    def pools(self, model_config: ModelConfig, num_pages: int, page_size: int) -> tuple[Any, Any]:
+        dtype = storage_dtype(jnp.dtype(model_config.dtype))  # XLA copies pages, and would widen 16-bit floats for it
+        heads, width = model_config.num_key_value_heads, model_config.head_dim
+        return calls.page_shapes(heads, num_pages, page_size, width, dtype)
+
+    def by_token(self, keys: Any, values: Any) -> tuple[Any, Any]:
+        return keys.transpose(0, 3, 1, 2), values.transpose(0, 2, 1, 3)[..., : keys.shape[2]]
+
+    def tables(self, tables: Int[Array, "slots n"], blocks: QueryBlocks) -> Int[Array, "slots n"]:
+        """All of them: kernels look up a block's own by its slot."""
+        return tables
+
+    def rows_of(self, packed: Float[Array, "R N"]) -> Float[Array, "R N"]:
+        return packed
+
+    def rotate_and_write(
+        self,
+        model_config: ModelConfig,
+        packed: PackedHeads,
+        pools: Pools,
+        tables: Array,
+        blocks: QueryBlocks,
+        tile: int,
+    ) -> tuple[Float[Array, "R H h"], Pools]:
+        geometry = calls.Geometry(
+            model_config.reduction_leaves,
+            model_config.num_attention_heads,
+            model_config.head_dim,
+            model_config.rms_norm_eps,
+            model_config.rope.attention_factor,
+            model_config.dtype,
+        )
+        frequencies = jnp.asarray(inverse_frequencies(model_config.rope, model_config.head_dim))
+        located = located_blocks(tables, blocks)
+        norms = packed.q_norm, packed.k_norm
+        q, *written = calls.rotate_and_write(
+            geometry, packed.rows, norms, frequencies, pools.keys, pools.values, located, self.body
+        )
+        return q, Pools(*written)
+
+    def attend(
+        self, model_config: ModelConfig, pools: Pools, q: Float[Array, "R H h"], tables: Array, blocks: QueryBlocks
+    ) -> Float[Array, "R Hh"]:
+        return calls.attend(q, *pools, located_blocks(tables, blocks), model_config.dtype, self.body)
+
+
+@dataclasses.dataclass(frozen=True)
+class CpuDraw:
+    """One kernel call for all rows."""
+
+    body: str
+
+    def draw_and_score(
+        self, logits: Float[Array, "t V"], given: Int[Array, " t"], uniforms: Float[Array, "t 2"] | None = None
+    ) -> Draw:
+        return draw_by(self._draw, logits, given, uniforms)
+
+    def _draw(self, logits: Float[Array, "t V"], uniforms: Float[Array, "t 2"], given: Int[Array, " t"]) -> Draw:
+        return Draw(*calls.draw(logits, uniforms, given, self.body))

@@ -1,0 +1,15 @@
+// All ops for the instructions that the including file has switched on, inside its namespace. What the standard library
+// brings is included before, so that none of it is compiled for them: another file may end up with that code.
+
+#include "lanes.h"
+
+#include "elementary.h"
+#include "product.h"
+#ifdef WITH_AMX
+#include "tiles.h"
+#endif
+
+#include "attend.h"
+#include "draw.h"
+#include "embed.h"
+#include "heads.h"

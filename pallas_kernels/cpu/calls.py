@@ -1,0 +1,193 @@
+"""The kernels as functions of JAX arrays. None is differentiable: jaxengine/ops/cpu_chain.py says what gradients are
+taken of.
+
+`body` is one of library.BODIES, "best" unless a test forces another. Rows from `count` on are not computed; what they
+hold is zero up to the end of the last tile of `tile` rows with a live one, and undefined after it.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.cpu import library
+from pallas_kernels.numbers import ceil_to
+from pallas_kernels.paged_attention_inputs import PagedBlocks
+
+PLAIN, GATED, ADDED = range(3)  # Form in ops.h
+TYPES = ("float32", "float16", "bfloat16")  # Type in common.h
+WIDEST_HEAD, VALUE_UNIT = 256, 16
+
+
+class Live(NamedTuple):
+    """How many rows there are to compute, and in which tiles zeros follow them."""
+
+    count: Int[Array, ""]
+    tile: int
+
+
+class Geometry(NamedTuple):
+    """Of a model's heads: how a projection is packed, normalised and rotated."""
+
+    leaves: int
+    queries: int  # heads of all leaves
+    width: int
+    eps: float
+    rope_factor: float
+    dtype: str
+
+
+def outputs(
+    x: Float[Array, "R K"],
+    norm: Float[Array, " K"] | None,
+    eps: float,
+    w: Float[Array, "leaf N K"],
+    bias: Float[Array, "leaf N"] | None,
+    live: Live,
+    body: str = "best",
+) -> Float[Array, "R leaf*N"]:
+    """rms_norm(x), rounded to the weights' dtype, times w.T, and the bias, for every leaf's outputs."""
+    like = jax.ShapeDtypeStruct((x.shape[0], w.shape[0] * w.shape[1]), jnp.float32)
+    return _product(like, x, norm, eps, w, bias, None, live, body, form=PLAIN)
+
+
+def gated(
+    x: Float[Array, "R K"],
+    norm: Float[Array, " K"],
+    eps: float,
+    w: Float[Array, "leaf F2 K"],
+    live: Live,
+    body: str = "best",
+) -> Float[Array, "R leaf*F"]:
+    """silu(gate) · up of rms_norm(x), in the weights' dtype. A leaf's weights are its gates, then its ups."""
+    like = jax.ShapeDtypeStruct((x.shape[0], w.shape[0] * w.shape[1] // 2), w.dtype)
+    return _product(like, x, norm, eps, w, None, None, live, body, form=GATED)
+
+
+def added(
+    x: Float[Array, "R D"],
+    y: Float[Array, "R leaf*K"],
+    w: Float[Array, "leaf D K"],
+    bias: Float[Array, " D"] | None,
+    live: Live,
+    body: str = "best",
+) -> Float[Array, "R D"]:
+    """x + y @ w.T, summed over leaves by the tree, + bias."""
+    return _product(jax.ShapeDtypeStruct(x.shape, jnp.float32), y, None, 0.0, w, bias, x, live, body, form=ADDED)
+
+
+def logits(
+    x: Float[Array, "t D"], norm: Float[Array, " D"], eps: float, head: Float[Array, "leaf V D"], body: str = "best"
+) -> Float[Array, "t V"]:
+    """rms_norm(x) @ head.T; what is normalised is not rounded. With bfloat16 weights it goes in three exact parts."""
+    like, parts = jax.ShapeDtypeStruct((x.shape[0], head.shape[0] * head.shape[1]), jnp.float32), 1
+    if head.dtype == jnp.bfloat16:
+        parts = 3
+    live = Live(jnp.int32(x.shape[0]), 1)
+    return _product(like, x, norm, eps, head, None, None, live, body, form=PLAIN, parts=parts, rounds=parts == 3)
+
+
+def _product(
+    like: Any,
+    x: Array,
+    norm: Array | None,
+    eps: float,
+    w: Array,
+    bias: Array | None,
+    residual: Array | None,
+    live: Live,
+    body: str,
+    form: int,
+    parts: int = 1,
+    rounds: bool = True,
+) -> Array:
+    given = x, _or_empty(norm), w, _or_empty(bias), _or_empty(residual), live.count
+    return _call("product", like, body)(
+        *given, form=np.int64(form), parts=np.int64(parts), rounds=rounds, eps=np.float32(eps), tile=np.int64(live.tile)
+    )
+
+
+def embed(
+    table: Float[Array, "leaf V D"], ids: Int[Array, " R"], live: Live, body: str = "best"
+) -> Float[Array, "R D"]:
+    """Rows of the table in float32."""
+    flat = table.reshape(-1, table.shape[-1])
+    like = jax.ShapeDtypeStruct((ids.shape[0], flat.shape[1]), jnp.float32)
+    return _call("embed", like, body)(flat, ids, live.count, tile=np.int64(live.tile))
+
+
+def page_shapes(heads: int, num_pages: int, page_size: int, width: int, dtype: Any) -> tuple[Any, Any]:
+    """Shapes of a layer's keys `[P, K, h, p]` and values `[P, K, p, h]`, of which rows are padded to whole lanes.
+
+    Raises ValueError for heads that are wider than the kernels take.
+    """
+    if width > WIDEST_HEAD:
+        raise ValueError(f"kernels 'cpu' take heads of at most {WIDEST_HEAD}, got head_dim={width}: take kernels 'xla'")
+    keys = jax.ShapeDtypeStruct((num_pages, heads, width, page_size), dtype)
+    return keys, jax.ShapeDtypeStruct((num_pages, heads, page_size, ceil_to(width, VALUE_UNIT)), dtype)
+
+
+def rotate_and_write(
+    geometry: Geometry,
+    packed: Float[Array, "R N"],
+    norms: tuple[Array | None, Array | None],
+    frequencies: Float[Array, " half"],
+    keys: Array,
+    values: Array,
+    blocks: PagedBlocks,
+    body: str = "best",
+) -> tuple[Float[Array, "R H h"], Array, Array]:
+    """(queries times log2(e) / sqrt(h), keys, values): the blocks' keys and values are written into their pages."""
+    q = jax.ShapeDtypeStruct((packed.shape[0], geometry.queries, geometry.width), jnp.float32)
+    first = 9
+    call = _call("heads", (q, _like(keys), _like(values)), body, {first: 1, first + 1: 2})
+    given = packed, *map(_or_empty, norms), frequencies, *_arrays(blocks), keys, values
+    return call(
+        *given,
+        leaves=np.int64(geometry.leaves),
+        eps=np.float32(geometry.eps),
+        rope_factor=np.float32(geometry.rope_factor),
+        scale=np.float32(np.log2(np.e) * geometry.width**-0.5),
+        type=np.int64(TYPES.index(geometry.dtype)),
+    )
+
+
+def attend(
+    q: Float[Array, "R H h"], keys: Array, values: Array, blocks: PagedBlocks, dtype: Any, body: str = "best"
+) -> Float[Array, "R Hh"]:
+    """Causal attention of `rotate_and_write`'s queries over their sequences' pages, in `dtype`, the pages' own."""
+    like = jax.ShapeDtypeStruct((q.shape[0], q.shape[1] * q.shape[2]), dtype)
+    which = np.int64(TYPES.index(jnp.dtype(dtype).name))
+    return _call("attend", like, body)(q, *_arrays(blocks), keys, values, type=which)
+
+
+def draw(
+    logits: Float[Array, "t V"], uniforms: Float[Array, "t 2"], given: Int[Array, " t"], body: str = "best"
+) -> tuple[Array, Array, Array, Array]:
+    """(tokens, logprobs, largest logits, log masses), as draw_reference.Draw has them."""
+    number = jax.ShapeDtypeStruct(given.shape, jnp.float32)
+    return _call("draw", (_like(given), number, number, number), body)(logits, uniforms, given)
+
+
+def _call(op: str, like: Any, body: str, aliases: dict[int, int] | None = None) -> Any:
+    library.load()
+    call = jax.ffi.ffi_call(f"jaxengine_{op}", like, input_output_aliases=aliases or {})
+
+    def with_body(*arrays: Array, **how: Any) -> Any:
+        return call(*arrays, **how, body=np.int64(library.BODIES[body]))
+
+    return with_body
+
+
+def _arrays(blocks: PagedBlocks) -> tuple[Array, ...]:
+    return blocks.tables, blocks.slots, blocks.starts, blocks.counts, blocks.num_blocks
+
+
+def _like(x: Array) -> Any:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+def _or_empty(x: Array | None) -> Array:
+    return jnp.zeros(0, jnp.float32) if x is None else x

@@ -1,0 +1,94 @@
+// What all kernels share: types of numbers, how a float behaves, a parallel loop on XLA's own threads, scratch memory.
+#pragma once
+#include <immintrin.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <memory>
+#include <new>
+#include <type_traits>
+
+namespace jaxengine {
+
+struct BF16 { uint16_t bits; };
+struct F16 { uint16_t bits; };
+enum class Type { F32, F16, BF16 };
+
+struct Array {  // of any type; null where there is none
+  const void* data;
+  Type type;
+  explicit operator bool() const { return data != nullptr; }
+};
+
+// While in scope: rounding to nearest, no traps, subnormals read and written as zero. That is how AMX computes whatever
+// the thread's settings are, so all bodies do, on every thread.
+class Arithmetic {
+ public:
+  Arithmetic() : before_(_mm_getcsr()) { _mm_setcsr(0x1f80 | 0x8000 | 0x0040); }
+  ~Arithmetic() { _mm_setcsr(before_); }
+
+ private:
+  unsigned before_;
+};
+
+class Threads {  // XLA's own, as kernels.cc has them
+ public:
+  virtual int64_t count() const = 0;
+  virtual void start(std::function<void()> work) = 0;
+
+ protected:
+  ~Threads() = default;
+};
+
+// f(i) for i in [0, n), on the calling thread and the others. Threads claim indices one by one, so a helper that comes
+// late finds nothing left and touches nothing; the caller works too, and never waits for a thread that has not begun.
+template <class F>
+void parallel(Threads& threads, int64_t n, const F& f) {
+  const int64_t helpers = std::min<int64_t>(n, threads.count()) - 1;
+  if (helpers <= 0) {
+    Arithmetic arithmetic;
+    for (int64_t i = 0; i < n; i++) f(i);
+    return;
+  }
+  struct Shared { std::atomic<int64_t> next{0}, done{0}; };
+  auto shared = std::make_shared<Shared>();
+  auto work = [shared, n, &f] {
+    Arithmetic arithmetic;
+    int64_t mine = 0;
+    for (int64_t i; (i = shared->next.fetch_add(1)) < n; mine++) f(i);
+    shared->done.fetch_add(mine, std::memory_order_release);
+  };
+  for (int64_t h = 0; h < helpers; h++) threads.start(work);
+  work();
+  while (shared->done.load(std::memory_order_acquire) < n) _mm_pause();
+}
+
+// A thread's memory that stays between calls, so that a step does not fetch fresh pages for every op.
+class Scratch {
+ public:
+  ~Scratch() { std::free(data_); }
+  float* floats(int64_t count) {
+    const size_t bytes = (size_t(count) * sizeof(float) + 4095) / 4096 * 4096;
+    if (bytes > size_) {
+      std::free(data_);
+      size_ = 0, data_ = std::aligned_alloc(4096, bytes);
+      if (!data_) throw std::bad_alloc();
+      size_ = bytes;
+    }
+    return static_cast<float*>(data_);
+  }
+
+ private:
+  void* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t ceil_to(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+}  // namespace jaxengine

@@ -1,0 +1,57 @@
+// Elementary functions from additions and multiplications, because a C library's differ from machine to machine.
+// Included by a body, inside its namespace.
+
+inline Lanes exp_of_small(Lanes r) {  // e^r for |r| <= ln 2 / 2: the polynomial of expf in Moshier's Cephes library
+  Lanes p = set(1.9875691500e-4f);
+  for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+    p = fma(p, r, set(c));
+  return fma(p, r * r, r) + set(1.0f);
+}
+
+inline Lanes exp2(Lanes x) {  // 2^x for x <= 127; 0 below -126; NaN stays NaN
+  const Lanes clipped = max(min(x, set(127.0f)), set(-126.0f)), n = floor(clipped + set(0.5f));
+  const Lanes y = exp_of_small((clipped - n) * set(0.6931471805599453f)) * two_to(n);
+  return where_nan(x, x, where_less(x, set(-126.0f), set(0.0f), y));
+}
+
+inline Lanes exp(Lanes x) {  // e^x; 0 below -87, e^88 above 88; NaN stays NaN
+  const Lanes clipped = max(min(x, set(88.0f)), set(-87.0f));
+  const Lanes n = floor(fma(clipped, set(1.442695040888963f), set(0.5f)));
+  const Lanes r = fma(n, set(2.12194440e-4f), fma(n, set(-0.693359375f), clipped));
+  const Lanes y = exp_of_small(r) * two_to(n);
+  return where_nan(x, x, where_less(x, set(-87.0f), set(0.0f), y));
+}
+
+inline Lanes silu(Lanes x) { return x / (set(1.0f) + exp(set(0.0f) - x)); }
+
+inline double log(double x) {  // of a positive finite number; NaN of all others
+  if (!(x > 0 && x <= std::numeric_limits<double>::max())) return std::numeric_limits<double>::quiet_NaN();
+  uint64_t bits;
+  std::memcpy(&bits, &x, 8);
+  int64_t exponent = int64_t(bits >> 52) - 1023;
+  bits = (bits & 0xfffffffffffff) | (uint64_t(1023) << 52);
+  double f;
+  std::memcpy(&f, &bits, 8);
+  if (f > 1.4142135623730951) f *= 0.5, exponent++;
+  const double s = (f - 1) / (f + 1), square = s * s;  // log f = 2 (s + s^3 / 3 + s^5 / 5 + ...)
+  double series = 0;
+  for (int k = 23; k >= 1; k -= 2) series = series * square + 1.0 / k;
+  return 2 * s * series + double(exponent) * 0.6931471805599453;
+}
+
+// Cosine and sine of an angle below a million or so, in float64: quarter turns are taken off by pi/2 in two parts, of
+// which the first times a whole number of 20 bits is exact.
+inline void cos_sin(float angle, double* cosine, double* sine) {
+  const double x = angle, turns = x * 0.6366197723675814;
+  const int64_t n = int64_t(turns < 0 ? turns - 0.5 : turns + 0.5);
+  const double r = (x - double(n) * 1.57079632673412561417e+00) - double(n) * 6.07710050650619224932e-11;
+  const double square = r * r;
+  double c = 1, s = 1;
+  for (int k = 16; k >= 2; k -= 2) {
+    c = 1 - c * square * (1.0 / (k * (k - 1)));
+    s = 1 - s * square * (1.0 / (k * (k + 1)));
+  }
+  s *= r;
+  *cosine = n & 1 ? (n & 2 ? s : -s) : (n & 2 ? -c : c);
+  *sine = n & 1 ? (n & 2 ? -c : c) : (n & 2 ? -s : s);
+}

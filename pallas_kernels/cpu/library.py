@@ -1,0 +1,58 @@
+"""The compiled kernels: found beside this file, checked before they are loaded, made known to XLA once."""
+
+import ctypes
+import functools
+import pathlib
+import platform
+import sysconfig
+
+import jax
+
+from pallas_kernels.cpu import seal
+
+FOLDER = pathlib.Path(__file__).parent
+OPS = ("product", "embed", "heads", "attend", "draw")
+BODIES = {"best": 0, "avx2": 1, "avx512": 2, "amx": 3}  # BodyName in kernels.cc
+REBUILD = "run `pip install .` (or `pip install -e .`) again with a C++ compiler, or take kernels 'xla'"
+
+
+class KernelsMissingError(ValueError):
+    """The CPU's kernels cannot be used here, and why."""
+
+
+@functools.cache
+def load(path: pathlib.Path | None = None) -> tuple[str, ...]:
+    """Load and register the kernels; the bodies that this processor has, narrowest first. Once a process.
+
+    `path` is for tests. Raises KernelsMissingError where there is no library, where it is damaged or not made of these
+    sources, and where the processor has not even AVX2.
+    """
+    path = path or FOLDER / f"_kernels{sysconfig.get_config_var('EXT_SUFFIX')}"
+    check_file(path)
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise KernelsMissingError(f"the CPU kernels at {path} do not load ({error}): {REBUILD}") from error
+    found = library.jaxengine_bodies()
+    bodies = tuple(name for name, number in BODIES.items() if found >> number & 1)
+    if not bodies:
+        raise KernelsMissingError("the CPU kernels want a processor with AVX2, FMA and F16C: take kernels 'xla'")
+    for op in OPS:
+        handler = jax.ffi.pycapsule(getattr(library, f"jaxengine_{op}"))
+        jax.ffi.register_ffi_target(f"jaxengine_{op}", handler, platform="cpu")
+    return bodies
+
+
+def check_file(path: pathlib.Path) -> None:
+    """Raises KernelsMissingError for a file that is not there, not whole, or of other sources.
+
+    A loader would map a damaged file and the process would die of it, so bytes are compared before.
+    """
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        raise KernelsMissingError(f"the CPU kernels are for x86-64, this is {platform.machine()}: take kernels 'xla'")
+    if not path.is_file():
+        raise KernelsMissingError(f"the CPU kernels were not built ({path} is not there): {REBUILD}")
+    if not seal.is_whole(path):
+        raise KernelsMissingError(f"the CPU kernels at {path} are damaged, or no file of ours: {REBUILD}")
+    if not seal.is_of(path, FOLDER):
+        raise KernelsMissingError(f"the CPU kernels at {path} were built from other sources: {REBUILD}")

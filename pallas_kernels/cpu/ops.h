@@ -1,0 +1,78 @@
+// The ops, and what each is given. A body (body_*.cc) is all of them, compiled for one set of instructions.
+#pragma once
+#include "common.h"
+
+namespace jaxengine {
+
+enum class Form { PLAIN, GATED, ADDED };
+
+// Rows [rows, leaves of x · inputs] times weights [leaves, outputs, inputs], as jaxengine/ops/kernels.py has `project`,
+// `gated`, `add` and `logits`. Rows from `live` on are not computed; up to `zeros_to` they become zeros.
+struct Product {
+  Form form;
+  int64_t rows, live, zeros_to, leaves, outputs, inputs;
+  Array x, norm;  // with a norm x is float32, and normalised first
+  float eps;
+  int parts;    // 3: of a float32 row, bfloat16 numbers with the row as their sum. 1: the row itself
+  bool rounds;  // whether rows are rounded to the weights' type
+  Array w, bias;
+  const float* residual;
+  void* y;  // float32; of GATED the weights' type
+};
+
+struct Embedding {
+  int64_t live, zeros_to, width, ids_end;
+  Array table;
+  const int32_t* ids;
+  float* y;
+};
+
+struct Pages {
+  int64_t heads, size, key_width, value_width;  // keys [pages, heads, key_width, size], values [pages, heads, size, value_width]
+  Type type;
+  void *keys, *values;
+};
+
+struct Blocks {  // query blocks, as jaxengine/ops/query_blocks.py has them
+  int64_t live, tokens, table_width;
+  const int32_t *tables, *slots, *starts, *counts;
+  const int32_t* table(int64_t block) const { return tables + int64_t(slots[block]) * table_width; }
+};
+
+struct Heads {  // packed [blocks · tokens, leaves · (queries + 2 keys) · width] -> q [blocks · tokens, heads, width] and pages
+  int64_t leaves, queries, width;  // queries: of all leaves
+  const float *packed, *frequencies;
+  Array q_norm, k_norm;
+  float eps, rope_factor, scale;
+  Blocks blocks;
+  Pages pages;
+  float* q;
+};
+
+struct Attention {
+  int64_t queries;
+  const float* q;
+  Blocks blocks;
+  Pages pages;
+  void* y;  // [blocks · tokens, queries · width], the pages' type
+};
+
+struct Drawing {
+  int64_t rows, vocabulary;
+  const float *logits, *uniforms;
+  const int32_t* given;
+  int32_t* tokens;
+  float *logprobs, *highs, *log_masses;
+};
+
+struct Body {
+  void (*product)(Threads&, const Product&);
+  void (*embed)(Threads&, const Embedding&);
+  void (*heads)(Threads&, const Heads&);
+  void (*attend)(Threads&, const Attention&);
+  void (*draw)(Threads&, const Drawing&);
+};
+
+extern const Body avx2_body, avx512_body, amx_body;
+
+}  // namespace jaxengine
