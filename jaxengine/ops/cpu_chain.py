@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxengine.config import ModelConfig
 from jaxengine.ops.differentiated import differentiated_as
@@ -25,6 +25,7 @@ from jaxengine.ops.xla import XlaProducts, storage_dtype
 from pallas_kernels.cpu import calls, library
 from pallas_kernels.draw import draw_by
 from pallas_kernels.draw_reference import Draw
+from pallas_kernels.truncation_reference import kept_reference
 from sharding.leaves import tree_sum
 
 ORDER = 1  # of all sums in pallas_kernels/cpu: raised by whoever changes one, because it is in the bits
@@ -204,6 +205,11 @@ class CpuDraw:
         self, logits: Float[Array, "t V"], given: Int[Array, " t"], uniforms: Float[Array, "t 2"] | None = None
     ) -> Draw:
         return draw_by(self._draw, logits, given, uniforms)
+
+    def kept(
+        self, logits: Float[Array, "t V"], top_k: Int[Array, " t"], top_p: Float[Array, " t"], min_p: Float[Array, " t"]
+    ) -> Bool[Array, "t V"]:
+        return kept_reference(logits, top_k, top_p, min_p)
 
     def _draw(self, logits: Float[Array, "t V"], uniforms: Float[Array, "t 2"], given: Int[Array, " t"]) -> Draw:
         return Draw(*calls.draw(logits, uniforms, given, self.body))
