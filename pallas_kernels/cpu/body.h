@@ -4,6 +4,7 @@
 #include "lanes.h"
 
 #include "elementary.h"
+#include "rows.h"
 #include "product.h"
 #ifdef WITH_AMX
 #include "tiles.h"

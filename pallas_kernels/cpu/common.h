@@ -47,6 +47,7 @@ class Threads {  // XLA's own, as kernels.cc has them
 
 // f(i) for i in [0, n), on the calling thread and the others. Threads claim indices one by one, so a helper that comes
 // late finds nothing left and touches nothing; the caller works too, and never waits for a thread that has not begun.
+// f may find no memory: that is thrown on the calling thread, once nobody uses f any more.
 template <class F>
 void parallel(Threads& threads, int64_t n, const F& f) {
   const int64_t helpers = std::min<int64_t>(n, threads.count()) - 1;
@@ -55,17 +56,27 @@ void parallel(Threads& threads, int64_t n, const F& f) {
     for (int64_t i = 0; i < n; i++) f(i);
     return;
   }
-  struct Shared { std::atomic<int64_t> next{0}, done{0}; };
+  struct Shared {
+    std::atomic<int64_t> next{0}, done{0};
+    std::atomic<bool> no_memory{false};
+  };
   auto shared = std::make_shared<Shared>();
   auto work = [shared, n, &f] {
     Arithmetic arithmetic;
     int64_t mine = 0;
-    for (int64_t i; (i = shared->next.fetch_add(1)) < n; mine++) f(i);
+    for (int64_t i; (i = shared->next.fetch_add(1)) < n; mine++) {
+      try {
+        f(i);
+      } catch (const std::bad_alloc&) {
+        shared->no_memory = true;
+      }
+    }
     shared->done.fetch_add(mine, std::memory_order_release);
   };
   for (int64_t h = 0; h < helpers; h++) threads.start(work);
   work();
   while (shared->done.load(std::memory_order_acquire) < n) _mm_pause();
+  if (shared->no_memory) throw std::bad_alloc();
 }
 
 // A thread's memory that stays between calls, so that a step does not fetch fresh pages for every op.

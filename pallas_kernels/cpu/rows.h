@@ -1,0 +1,74 @@
+// Rows as the products take them: normalised, cut into parts, even and odd inputs apart. Included by a body, inside its
+// namespace.
+
+constexpr int DEPTH = 32, WIDTH = 16;
+constexpr int64_t BAND = 96;    // rows (and parts of rows) that use a panel before it is made again
+
+// Rows as the products take them: [leaves, K / 32, rows · parts, even and odd, 16], zeros after a leaf's last input. Of a
+// band's rows there come all first parts, then all second ones, then all third ones.
+struct Rows {
+  float* data;
+  int64_t count, depths, parts;
+  static int64_t floats(int64_t count, int64_t depths, int64_t parts) {
+    return depths * ceil_to(count * parts, 16) * DEPTH;
+  }
+  float* at(int64_t leaf, int64_t depth) const {
+    return data + floats(count, leaf * depths + depth, parts);
+  }
+  int64_t band() const { return BAND / parts; }
+  int64_t place(int64_t row, int64_t part) const {
+    const int64_t first = row / band() * band(), size = std::min(band(), count - first);
+    return first * parts + part * size + row - first;
+  }
+};
+
+// x / sqrt(mean(x^2) + eps) · scale.
+inline void normalise(float* x, int64_t width, const Array& scale, float eps) {
+  Lanes squares = set(0.0f);
+  for (int64_t k = 0; k < width; k += 16) {
+    const Lanes v = widen_some(x + k, width - k);
+    squares = fma(v, v, squares);
+  }
+  const Lanes factor = set(1.0f / std::sqrt(sum(squares) / float(width) + eps));
+  for (int64_t k = 0; k < width; k += 16)
+    narrow_some(x + k, widen_some(x + k, width - k) * factor * widen_some(scale, k, width - k), width - k);
+}
+
+#ifdef WITH_AMX
+inline void put_pairs(const float* x, float* rows, int64_t place);  // tiles.h
+#endif
+
+// The 32 inputs x of the row at a place in Rows.
+template <class T>
+inline void put(const float* x, float* rows, int64_t place) {
+#ifdef WITH_AMX
+  if constexpr (std::is_same_v<T, BF16>) return put_pairs(x, rows, place);
+#endif
+  float* out = rows + place * DEPTH;
+  for (int i = 0; i < 16; i++) out[i] = x[2 * i], out[16 + i] = x[2 * i + 1];
+}
+
+// `row` is a thread's own memory, as wide as x and padded to DEPTH.
+template <class T>
+inline void prepare_row(const Product& p, const Rows& rows, int64_t m, float* row) {
+  const int64_t width = p.form == Form::ADDED ? p.leaves * p.inputs : p.inputs;
+  for (int64_t k = 0; k < width; k += 16) narrow_some(row + k, widen_some(p.x, m * width + k, width - k), width - k);
+  if (p.norm) normalise(row, width, p.norm, p.eps);
+  const int64_t leaves = width / p.inputs;
+  for (int64_t leaf = 0; leaf < leaves; leaf++)
+    for (int64_t depth = 0; depth < rows.depths; depth++) {
+      alignas(64) float rest[DEPTH];
+      for (int i = 0; i < DEPTH; i += 16)
+        store(rest + i, widen_some(row + leaf * p.inputs + depth * DEPTH + i,
+                                   std::max<int64_t>(p.inputs - depth * DEPTH - i, 0)));
+      for (int part = 0; part < p.parts; part++) {
+        alignas(64) float here[DEPTH];
+        for (int i = 0; i < DEPTH; i += 16) {
+          const Lanes v = load(rest + i), kept = p.rounds ? rounded_to<T>(v) : v;
+          store(here + i, kept);
+          store(rest + i, v - kept);
+        }
+        put<T>(here, rows.at(leaf, depth), rows.place(m, part));
+      }
+    }
+}
