@@ -51,6 +51,7 @@ ENGINE = dict(max_model_len=512, max_num_seqs=32, num_pages=400)
 # what a test compiles that proves all tiles of an engine and need not prove six.
 ONE_TILE = {"decode": (BASE,), "prefill": (WIDE,)}
 FEW_TILES = ONE_TILE | {"decode": TILES["decode"][:2]}
+LONG_FIRST = "test_contract", "rl", "models", "simulation", "equivalence", "kernels", "faults", "engine"
 MAPS = Path("/proc/self/maps")
 MANY_MAPS = 25_000  # Linux ends a process that asks for more than 65,530
 
@@ -89,6 +90,12 @@ def pytest_xdist_auto_num_workers() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return max(1, min(max(2, cores - 1), memory // 6_000_000_000))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Folders whose files take long come first, so that no process is left alone with one at the end."""
+    order = {name: place for place, name in enumerate(LONG_FIRST)}
+    items.sort(key=lambda item: order.get(item.path.parent.name, len(order)))
 
 
 @pytest.fixture(autouse=True)

@@ -34,6 +34,7 @@ pytestmark = pytest.mark.aot
 target, mesh, kernels, report = machines.target, machines.mesh, machines.kernels, machines.report  # fixtures
 # Whole steps for v5p are compiled by hand, `-m 'aot and long'`: it differs from v5e in its kernels' sizes alone.
 TARGETS_OF_STEPS = [pytest.param(name, marks=pytest.mark.long if name == "v5p" else ()) for name in TARGETS]
+GPU = pytest.mark.parametrize("target", ["h100"], indirect=True, ids=machines.NAMES.get)
 STEP_TARGETS = pytest.mark.parametrize("target", TARGETS_OF_STEPS, indirect=True, ids=machines.NAMES.get)
 
 MATMULS = (
@@ -102,12 +103,14 @@ def test_draw_and_score(case, mesh, kernels, report):
     assert calls(report(compile_ahead(mesh, run, logits, given, uniforms)), "draw_")
 
 
+@GPU
 @pytest.mark.parametrize("case", DRAWS, ids=str)
 def test_truncation(case, mesh, kernels, report):
+    """TPUs have no kernel of their own for it."""
     logits, _ = jax.eval_shape(case.operands)
     per_row = [jax.ShapeDtypeStruct((case.rows,), dtype) for dtype in (jnp.int32, jnp.float32, jnp.float32)]
     compiled = report(compile_ahead(mesh, jax.jit(functools.partial(kept, implementation=kernels)), logits, *per_row))
-    assert compiled.gpu is None or calls(compiled, "truncation") == 1
+    assert calls(compiled, "truncation") == 1
 
 
 def calls(compiled: Compiled, name: str) -> int:
@@ -160,7 +163,7 @@ def test_step(kind, mesh, kernels, report):
     assert_kernels(compiled)
 
 
-@pytest.mark.parametrize("target", ["h100"], indirect=True, ids=machines.NAMES.get)
+@GPU
 @pytest.mark.parametrize("needs", [Needs.CUT, Needs.ALL])
 def test_step_that_can_do_more(needs, mesh, kernels, report):
     """Whatever a GPU's decode step can do beside, nothing branches, and one kernel cuts the vocabulary."""
