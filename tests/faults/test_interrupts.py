@@ -95,7 +95,7 @@ def test_ctrl_c_amid_tracing(llm, expected, monkeypatch):
     """JAX is in the midst of a program that is to take the cache."""
 
     @functools.partial(jax.jit, static_argnames=STATIC, donate_argnames="cache")
-    def traced(params, cache, *args, model_config, kernels, tile, max_logprobs, num_steps):
+    def traced(params, cache, *args, model_config, kernels, tile, needs, max_logprobs, num_steps):
         signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
