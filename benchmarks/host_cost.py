@@ -93,7 +93,9 @@ class NoSteps:
             lambda cache, *inputs: (cache, answers(batch.prefill_rows)), donate_argnums=0, keep_unused=True
         )
 
-    def pick(self, kind: str, num_blocks: int, needs: Needs, params: Any, cache: Cache) -> tuple[Cache, Variant]:
+    def pick(
+        self, kind: str, num_blocks: int, needs: Needs, params: Any, cache: Cache, before: Any
+    ) -> tuple[Cache, Variant]:
         return cache, Variant(kind, Tile(QUERY_BLOCK if kind == "prefill" else 1, 8), needs)
 
     def run_decode(self, params: Any, cache: Cache, *inputs: Any) -> tuple[Cache, RowOutputs]:

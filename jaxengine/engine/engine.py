@@ -16,7 +16,7 @@ from jaxengine.device.step_inputs import RowOutputs
 from jaxengine.engine import idle_pools, memory, page_checksums
 from jaxengine.engine.batch import BatchBuilder
 from jaxengine.engine.collect import HostRows, append_decoded, append_prefilled
-from jaxengine.engine.step_variants import StepVariants
+from jaxengine.engine.step_variants import StepVariants, Variant
 from jaxengine.host.page_pool import PagePool
 from jaxengine.host.plan import Plan
 from jaxengine.host.sample import Request, Sample, Status, text_ids
@@ -269,10 +269,16 @@ class Engine:
         changed = plan.admitted + plan.grown
         with _blaming(changed):
             self._change_slots(self.batch.table_changes(changed), self.batch.slot_changes())
+        # Both are picked before either runs: where one is to be proven, what fails then is not the other's doing.
         with _blaming(_decoding(plan)):
-            decoded = self._decode(plan) if plan.decodes else None
+            decode = self._pick("decode", len(plan.decodes), [decode.sample.slot for decode in plan.decodes])
         with _blaming(plan.prefilling):
-            prefilled = self._prefill(plan) if plan.chunks else None
+            num_blocks = sum(chunk.num_blocks for chunk in plan.chunks)
+            prefill = self._pick("prefill", num_blocks, [sample.slot for sample in plan.prefilling])
+        with _blaming(_decoding(plan)):
+            decoded = self._decode(plan, decode) if decode is not None else None
+        with _blaming(plan.prefilling):
+            prefilled = self._prefill(plan, prefill) if prefill is not None else None
         step = InFlight(plan, decoded, prefilled, None)
         if self.page_checksums is not None:
             samples = list(step.samples)
@@ -287,23 +293,30 @@ class Engine:
         for which, rows in slots:
             self.slot_state = slot_state.write_slots(self.slot_state, which, rows)
 
-    def _decode(self, plan: Plan) -> RowOutputs:
-        state = self.slot_state
-        rows, count = self.batch.decode(plan.decodes), len(plan.decodes)
-        needs = self.batch.needs(rows.slots[:count])
-        self.cache, step = self.step_variants.pick("decode", count, needs, self.params, self.cache)
-        self.cache, out = self.step_variants.run_decode(self.params, self.cache, state.tables, state.slots, rows, step)
+    def _pick(self, kind: str, num_blocks: int, slots: list[int]) -> Variant | None:
+        """The compiled step for so many query blocks of these slots; None where there are none."""
+        if not num_blocks:
+            return None
+        needs, pick = self.batch.needs(slots), self.step_variants.pick
+        self.cache, variant = pick(kind, num_blocks, needs, self.params, self.cache, self._settle)
+        return variant
+
+    def _settle(self) -> None:
+        """Wait for the step in flight, so that its samples are to blame where it fails."""
+        if self._in_flight is not None:
+            with _blaming(self._in_flight.samples):
+                jax.block_until_ready(self.cache)
+
+    def _decode(self, plan: Plan, variant: Variant) -> RowOutputs:
+        state, rows = self.slot_state, self.batch.decode(plan.decodes)
+        run = self.step_variants.run_decode
+        self.cache, out = run(self.params, self.cache, state.tables, state.slots, rows, variant)
         return out
 
-    def _prefill(self, plan: Plan) -> RowOutputs:
-        state = self.slot_state
-        num_blocks = sum(chunk.num_blocks for chunk in plan.chunks)
-        needs = self.batch.needs([row.sample.slot for row in plan.rows])
-        self.cache, step = self.step_variants.pick("prefill", num_blocks, needs, self.params, self.cache)
-        inputs = self.batch.prefill(plan, step.tile.tokens)
-        self.cache, out = self.step_variants.run_prefill(
-            self.params, self.cache, state.tables, state.slots, *inputs, step
-        )
+    def _prefill(self, plan: Plan, variant: Variant) -> RowOutputs:
+        state, inputs = self.slot_state, self.batch.prefill(plan, variant.tile.tokens)
+        run = self.step_variants.run_prefill
+        self.cache, out = run(self.params, self.cache, state.tables, state.slots, *inputs, variant)
         return out
 
     # -- results ------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import concurrent.futures
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -85,7 +85,15 @@ class StepVariants:
 
     # -- serving -------------------------------------------------------------------------------------------------------
 
-    def pick(self, kind: str, num_blocks: int, needs: Needs, params: Decoder, cache: Cache) -> tuple[Cache, Variant]:
+    def pick(
+        self,
+        kind: str,
+        num_blocks: int,
+        needs: Needs,
+        params: Decoder,
+        cache: Cache,
+        before_a_proof: Callable[[], None] = lambda: None,
+    ) -> tuple[Cache, Variant]:
         """The step for num_blocks query blocks that ask for `needs`: of the narrowest tile that holds them, or the
         widest.
 
@@ -105,6 +113,7 @@ class StepVariants:
                 is_enough = nearest.tile == tile and self.kernels.skips
                 if is_enough or self._times_wanted[wanted] <= self.engine_config.compile_patience:
                     return cache, nearest
+            before_a_proof()
             cache = self._prove(wanted, params, cache)
         return cache, wanted if self._proven[wanted] else wanted._replace(tile=BASE)
 

@@ -38,7 +38,10 @@ def whole(tiny) -> list[tuple]:
 
 @pytest.fixture(params=[False, True], ids=["plain", "overlapped"])
 def llm(request, tiny) -> LLM:
-    return make_llm(tiny.config, tiny.params, overlap=request.param)
+    """Its steps are compiled and proven, so that a fault hits the step that it is planted in."""
+    llm = make_llm(tiny.config, tiny.params, overlap=request.param)
+    llm.warm_up()
+    return llm
 
 
 # -- at start ---------------------------------------------------------------------------------------------------------
@@ -153,6 +156,19 @@ def test_no_memory_to_decode_fails_those_that_decode(llm, when, expected, whole,
     assert_failed(llm, victim, whole, 4)
     assert run(llm, start(llm, [PROMPT], VICTIM)) == whole
     assert_idle(llm)
+
+
+def test_a_proof_does_not_answer_for_the_step_before(tiny, expected, whole, monkeypatch):
+    """What the device still does when a step is first wanted fails in the midst of its proof."""
+    llm = make_llm(tiny.config, tiny.params, overlap=True)
+    (victim,) = start(llm, [PROMPT], VICTIM)
+    while len(victim.samples[0].drawn.token_ids) < 5:
+        step(llm)
+    with monkeypatch.context() as patched:
+        patched.setattr(steps, "decode_step", short_of_memory(steps.decode_step, 0, "when it is read"))
+        step(llm)
+    assert run(llm, start(llm)) == expected
+    assert_failed(llm, victim, whole, 4)
 
 
 @WHEN

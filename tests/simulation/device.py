@@ -161,7 +161,9 @@ class StepVariants:
     def forget_expected(self) -> None:
         """There is no proof to forget."""
 
-    def pick(self, kind: str, num_blocks: int, needs: Needs, params: int, cache: Cache) -> tuple[Cache, Variant]:
+    def pick(
+        self, kind: str, num_blocks: int, needs: Needs, params: int, cache: Cache, before: Any
+    ) -> tuple[Cache, Variant]:
         return cache, Variant(kind, Tile(self.tokens_per_block if kind == "prefill" else 1, 8), needs)
 
     def run_decode(self, params: int, cache: Cache, tables: np.ndarray, slots: Slots, rows: Rows, variant: Variant):
