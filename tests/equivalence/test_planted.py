@@ -93,7 +93,7 @@ def softmax_of_xlas_own(real):
 SLOW = pytest.mark.long  # each compiles a model
 PLANTS = [
     pytest.param(1, truncation_reference, "_above", edge_left_out),
-    pytest.param(2, scoring, "sampler", softmax_of_xlas_own),
+    pytest.param(2, scoring, "sampler", softmax_of_xlas_own, marks=SLOW),
     pytest.param(3, xla, "paged_attention", first_tile_for_the_second, marks=SLOW),
     pytest.param(4, sampler, "process", prompt_is_penalised, marks=SLOW),
     pytest.param(5, sampler, "fold_keys", keys_of_the_next_position, marks=SLOW),
