@@ -63,9 +63,9 @@ def run(*words: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True)
 
 
-def results(folder: Path, *words: str) -> dict[str, list[dict]]:
+def results(folder: Path) -> dict[str, list[dict]]:
     """The rows of each stage of a run in which all went well."""
-    found = run("--minutes=600", f"--out={folder}", "--torch-python=no-such-interpreter", *words)
+    found = run("--minutes=600", f"--out={folder}", "--torch-python=no-such-interpreter")
     text = (folder / "results.md").read_text()
     assert found.returncode == 0, f"{found.stdout}\n{found.stderr}\n{text}"
     stages = json.loads((folder / "results.json").read_text())["stages"]
