@@ -9,7 +9,7 @@ from jaxengine.command.workloads import Prompts
 
 def queue(llm: LLM, prompts: Prompts, lengths: list[int]) -> None:
     """Queue prompts with exactly so many new tokens each, without running them."""
-    requests = llm._requests(
+    requests = llm.admitted(
         [{"prompt_token_ids": prompt} for prompt in prompts], exact_lengths(lengths), jax.random.key(0), None
     )
     for request in requests:
