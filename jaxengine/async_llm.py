@@ -4,12 +4,12 @@ import asyncio
 import contextlib
 import os
 import weakref
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from jaxengine.engine.engine import QueueFull
 from jaxengine.engine.stepping_thread import News, SteppingThread
-from jaxengine.host.prompts import prompts_of
+from jaxengine.host.prompts import conversations_of, prompts_of
 from jaxengine.host.sample import Request
 from jaxengine.llm import LLM
 from jaxengine.outputs import RequestDelta, RequestOutput, RequestOutputs
@@ -71,8 +71,7 @@ class AsyncLLM:
         **options: Any,
     ) -> RequestOutputs:
         """As LLM.chat; `options` are those of `Tokenizer.render_chat`. Templates run beside the event loop."""
-        conversations = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
-        prompts = [await asyncio.to_thread(self.llm.chat_prompt, each, options) for each in conversations]
+        prompts = [await asyncio.to_thread(self.llm.chat_prompt, each, options) for each in conversations_of(messages)]
         return await self.completed(self.llm.admitted(prompts, sampling_params, key, None))
 
     async def stream(

@@ -3,7 +3,7 @@
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from jaxengine.engine.session import Session
 from jaxengine.engine.settings import ENGINE_KEYWORDS, resolve_engine_config
 from jaxengine.engine.weights import check_alive
 from jaxengine.host.admission import sampling_of
-from jaxengine.host.prompts import Refused, prompts_of
+from jaxengine.host.prompts import Refused, conversations_of, prompts_of
 from jaxengine.host.sample import Request
 from jaxengine.models import loading
 from jaxengine.models.generation_config import sampling_defaults
@@ -249,7 +249,6 @@ class LLM:
         Raises ValueError where the model has no tokenizer or no template, and where the template refuses the messages
         or fails.
         """
-        conversations = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
         options = {
             "chat_template": chat_template,
             "add_generation_prompt": add_generation_prompt,
@@ -257,7 +256,7 @@ class LLM:
             "tools": tools,
             "template_kwargs": chat_template_kwargs,
         }
-        prompts = [self.chat_prompt(each, options, on_error) for each in conversations]
+        prompts = [self.chat_prompt(each, options, on_error) for each in conversations_of(messages)]
         return self._complete(self.admitted(prompts, sampling_params, key, None, on_error), use_tqdm)
 
     def get_tokenizer(self) -> Tokenizer | None:

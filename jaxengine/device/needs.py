@@ -1,7 +1,6 @@
 """What the rows of a step ask for: the host picks the step that is compiled for it (engine/step_variants.py).
 
-What nobody in a step asks for is not in its program, so that a GPU's has no conditionals and no loops of a host's. It
-would not change a bit either.
+What nobody in a step asks for is not in its program, where it would change no bit.
 """
 
 import enum

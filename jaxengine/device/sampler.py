@@ -52,14 +52,14 @@ def process(
     logits: Float[Array, "t V"],
     row: SamplingArrays,
     context: Context,
-    kept: Kept | Bool[Array, "t V"] = kept_reference,
+    kept: Kept = kept_reference,
     needs: Needs = Needs.ALL,
     when: When = jax.lax.cond,
 ) -> tuple[Float[Array, "t V"], Float[Array, "t V"]]:
     """(logits after rules and penalties, logits of the processed distribution), both float32 `[t, V]`.
 
-    `row` holds the parameters of each row's slot: `[t, …]`. What is ruled out or cut off is -inf; `kept` finds
-    what top-k, top-p and min-p keep, or is what takes its place. No row asks for more than `needs`, and `when` may skip
+    `row` holds the parameters of each row's slot: `[t, …]`. What is ruled out or cut off is -inf; `kept` says
+    what top-k, top-p and min-p keep. No row asks for more than `needs`, and `when` may skip
     what no row of the tile asks for; a row that does not ask for it has the same bits either way.
     """
     penalised = adjusted(logits, row, context, when) if needs >= Needs.ALL else logits
@@ -70,9 +70,7 @@ def process(
     wants_cut = (cuts & (row.temperature > 0)).any()
 
     def cut() -> Float[Array, "t V"]:
-        if callable(kept):
-            return truncate(scaled, row.top_k, row.top_p, row.min_p, kept)
-        return jnp.where(kept, scaled, -jnp.inf)
+        return truncate(scaled, row.top_k, row.top_p, row.min_p, kept)
 
     return penalised, when(wants_cut, cut, lambda: scaled)
 
@@ -82,7 +80,7 @@ def distribution(
     row: SamplingArrays,
     context: Context,
     raw: Bool[Array, " t"],
-    kept: Kept | Bool[Array, "t V"] = kept_reference,
+    kept: Kept = kept_reference,
     needs: Needs = Needs.ALL,
     when: When = jax.lax.cond,
 ) -> tuple[Float[Array, "t V"], Float[Array, "t V"]]:

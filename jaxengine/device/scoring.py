@@ -180,12 +180,17 @@ def _row_scores(
     )
     logits = decoder.logits(model_config, kernels, weights.norm, weights.head, rows.x)
     raw = jnp.zeros(rows.x.shape[0], bool)
-    kept = kernels.draw.kept if row.kept is None else is_kept(row.kept, rows.positions, logits.shape[1])
+    kept = kernels.draw.kept if row.kept is None else _as_drawn(is_kept(row.kept, rows.positions, logits.shape[1]))
     _, drawn_from = sampler.distribution(logits, row.sampling, context, raw, kept)
     out = kernels.draw.draw_and_score(drawn_from, weights.tokens[rows.sequences, rows.positions])
     if kept_words:
         return out.logprobs, packed(drawn_from)
     return (out.logprobs, sampler.entropy(out.all_logprobs(drawn_from))) if entropy else (out.logprobs,)
+
+
+def _as_drawn(mask: Bool[Array, "t V"]) -> sampler.Kept:
+    """What was kept when the tokens were drawn, in the place of what these logits would keep."""
+    return lambda *_: mask
 
 
 def _opaque(arrays: ScoringArrays, params: Decoder, tokens: Array) -> ScoringArrays:

@@ -17,7 +17,8 @@ DEAD_END = (
 )
 NOT_FINITE = "the model's logits were not finite"
 ALWAYS = ("tokens", "logprobs", "finite")  # of a step's results
-DETAILS = ("raw_logprobs", "entropies", "ranks", "top_ids", "top_logprobs")  # where a request asks for them
+LIKELIEST = ("ranks", "top_ids", "top_logprobs")  # where a request asks for them
+DETAILS = ("raw_logprobs", "entropies", *LIKELIEST)
 Index = int | tuple[int, int]  # of a row: its place, or (step, place) where a dispatch ran several steps
 
 

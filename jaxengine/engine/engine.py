@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -269,16 +269,15 @@ class Engine:
         changed = plan.admitted + plan.grown
         with _blaming(changed):
             self._change_slots(self.batch.table_changes(changed), self.batch.slot_changes())
-        # Both are picked before either runs: where one is to be proven, what fails then is not the other's doing.
+        # Both are made ready before either runs: where one is to be proven, what fails then is not the other's doing.
         with _blaming(_decoding(plan)):
-            decode = self._pick("decode", len(plan.decodes), [decode.sample.slot for decode in plan.decodes])
+            decode = self._ready_decode(plan) if plan.decodes else None
         with _blaming(plan.prefilling):
-            num_blocks = sum(chunk.num_blocks for chunk in plan.chunks)
-            prefill = self._pick("prefill", num_blocks, [sample.slot for sample in plan.prefilling])
+            prefill = self._ready_prefill(plan) if plan.chunks else None
         with _blaming(_decoding(plan)):
-            decoded = self._decode(plan, decode) if decode is not None else None
+            decoded = self._run(self.step_variants.run_decode, *decode) if decode else None
         with _blaming(plan.prefilling):
-            prefilled = self._prefill(plan, prefill) if prefill is not None else None
+            prefilled = self._run(self.step_variants.run_prefill, *prefill) if prefill else None
         step = InFlight(plan, decoded, prefilled, None)
         if self.page_checksums is not None:
             samples = list(step.samples)
@@ -293,10 +292,18 @@ class Engine:
         for which, rows in slots:
             self.slot_state = slot_state.write_slots(self.slot_state, which, rows)
 
-    def _pick(self, kind: str, num_blocks: int, slots: list[int]) -> Variant | None:
-        """The compiled step for so many query blocks of these slots; None where there are none."""
-        if not num_blocks:
-            return None
+    def _ready_decode(self, plan: Plan) -> tuple[Variant, tuple]:
+        """The compiled step for the plan's decodes, and its inputs."""
+        rows, count = self.batch.decode(plan.decodes), len(plan.decodes)
+        return self._pick("decode", count, rows.slots[:count]), (rows,)
+
+    def _ready_prefill(self, plan: Plan) -> tuple[Variant, tuple]:
+        """The compiled step for the plan's chunks, and its inputs."""
+        num_blocks = sum(chunk.num_blocks for chunk in plan.chunks)
+        variant = self._pick("prefill", num_blocks, [sample.slot for sample in plan.prefilling])
+        return variant, self.batch.prefill(plan, variant.tile.tokens)
+
+    def _pick(self, kind: str, num_blocks: int, slots: Sequence[int]) -> Variant:
         needs, pick = self.batch.needs(slots), self.step_variants.pick
         self.cache, variant = pick(kind, num_blocks, needs, self.params, self.cache, self._settle)
         return variant
@@ -307,15 +314,8 @@ class Engine:
             with _blaming(self._in_flight.samples):
                 jax.block_until_ready(self.cache)
 
-    def _decode(self, plan: Plan, variant: Variant) -> RowOutputs:
-        state, rows = self.slot_state, self.batch.decode(plan.decodes)
-        run = self.step_variants.run_decode
-        self.cache, out = run(self.params, self.cache, state.tables, state.slots, rows, variant)
-        return out
-
-    def _prefill(self, plan: Plan, variant: Variant) -> RowOutputs:
-        state, inputs = self.slot_state, self.batch.prefill(plan, variant.tile.tokens)
-        run = self.step_variants.run_prefill
+    def _run(self, run: Callable, variant: Variant, inputs: tuple) -> RowOutputs:
+        state = self.slot_state
         self.cache, out = run(self.params, self.cache, state.tables, state.slots, *inputs, variant)
         return out
 

@@ -26,14 +26,11 @@ from jaxengine.device.needs import Needs
 from jaxengine.device.packed import pack
 from jaxengine.device.step_inputs import Copies, RowOutputs
 from jaxengine.engine.batch import BatchBuilder, history_uploads, rows_of
-from jaxengine.engine.collect import begin_copies
+from jaxengine.engine.collect import ALWAYS, LIKELIEST, begin_copies
 from jaxengine.models.params import Decoder
 from jaxengine.ops.kernels import Kernels
 from jaxengine.ops.query_blocks import QueryBlocks
 from jaxengine.ops.tiles import BASE, TILES, Tile
-
-SAID_BY_ALL = ("tokens", "logprobs", "finite")  # of a step's outputs, whatever it is compiled for
-SAID_BESIDE = ("ranks", "top_ids", "top_logprobs")
 
 
 class Variant(NamedTuple):
@@ -121,6 +118,10 @@ class StepVariants:
         """What is asked for first, the definition is compiled for."""
         if not self._proven:
             self._proven[Variant("decode", BASE, needs)] = True
+
+    @property
+    def _definition(self) -> Variant:
+        return next(iter(self._proven))
 
     def warm_up(self, params: Decoder, cache: Cache) -> Cache:
         """Compile and prove every step that can serve."""
@@ -223,7 +224,8 @@ class StepVariants:
         Raises RuntimeError where that one has not the definition's.
         """
         base = Variant("decode", BASE, variant.needs)
-        self._compile([*(() if base in self._proven else self._proven), base, variant], params, cache)
+        first = () if base in self._proven else (self._definition,)
+        self._compile([*first, base, variant], params, cache)
         cache, expected = self._answers(variant.needs, params, cache)
         if variant != base:
             cache, found = self._probe(variant, params, cache)
@@ -235,11 +237,11 @@ class StepVariants:
     def _answers(self, needs: Needs, params: Decoder, cache: Cache) -> tuple[Cache, list[np.ndarray]]:
         """What the base tile that is compiled for `needs` says of the probe, once it has the definition's bits."""
         if needs not in self._expected:
-            base, definition = Variant("decode", BASE, needs), next(iter(self._proven))
+            base, definition = Variant("decode", BASE, needs), self._definition
             cache, found = self._probe(base, params, cache)
             if base not in self._proven:
                 cache, expected = self._answers(definition.needs, params, cache)
-                if not _same(_without_beside(expected), _without_beside(found)):
+                if not _same(_without_likeliest(expected), _without_likeliest(found)):
                     raise RuntimeError(
                         f"the {base} gives other bits than the {definition} on this machine, so it may not serve"
                     )
@@ -318,12 +320,12 @@ class StepVariants:
 
 
 def _fields(out: RowOutputs) -> tuple:
-    return tuple(getattr(out, name) for name in SAID_BY_ALL + SAID_BESIDE)
+    return tuple(getattr(out, name) for name in ALWAYS + LIKELIEST)
 
 
-def _without_beside(answers: list[np.ndarray]) -> list[np.ndarray]:
-    """What two steps of different needs both say: SAID_BY_ALL, and the pages."""
-    return answers[: len(SAID_BY_ALL)] + answers[len(SAID_BY_ALL + SAID_BESIDE) :]
+def _without_likeliest(answers: list[np.ndarray]) -> list[np.ndarray]:
+    """What two steps of different needs both say: what is always said, and the pages."""
+    return answers[: len(ALWAYS)] + answers[len(ALWAYS + LIKELIEST) :]
 
 
 def _same(expected: list[np.ndarray], found: list[np.ndarray]) -> bool:

@@ -37,6 +37,11 @@ def prompts_of(prompts: Any) -> list[Any]:
     return [batch] if batch and all(map(_is_token, batch)) else batch
 
 
+def conversations_of(messages: Any) -> list[Any]:
+    """A batch of conversations: one list of messages is a batch of one."""
+    return [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
+
+
 def _is_token(item: Any) -> bool:
     is_scalar_array = getattr(item, "ndim", None) == 0
     return is_scalar_array or not isinstance(item, str) and not hasattr(item, "__iter__")

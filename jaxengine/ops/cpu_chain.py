@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from jaxengine.config import ModelConfig
 from jaxengine.ops.differentiated import differentiated_as
@@ -21,11 +21,10 @@ from jaxengine.ops.pallas import located_blocks
 from jaxengine.ops.pools import Pools
 from jaxengine.ops.query_blocks import QueryBlocks
 from jaxengine.ops.rope import inverse_frequencies
-from jaxengine.ops.xla import XlaProducts, storage_dtype
+from jaxengine.ops.xla import XlaDraw, XlaProducts, storage_dtype
 from pallas_kernels.cpu import calls, library
 from pallas_kernels.draw import draw_by
 from pallas_kernels.draw_reference import Draw
-from pallas_kernels.truncation_reference import kept_reference
 from sharding.leaves import tree_sum
 
 ORDER = 1  # of all sums in pallas_kernels/cpu: raised by whoever changes one, because it is in the bits
@@ -196,8 +195,8 @@ class CpuAttention:
 
 
 @dataclasses.dataclass(frozen=True)
-class CpuDraw:
-    """One kernel call for all rows."""
+class CpuDraw(XlaDraw):
+    """One kernel call for all rows; what is kept of a vocabulary XLA finds."""
 
     body: str
 
@@ -205,11 +204,6 @@ class CpuDraw:
         self, logits: Float[Array, "t V"], given: Int[Array, " t"], uniforms: Float[Array, "t 2"] | None = None
     ) -> Draw:
         return draw_by(self._draw, logits, given, uniforms)
-
-    def kept(
-        self, logits: Float[Array, "t V"], top_k: Int[Array, " t"], top_p: Float[Array, " t"], min_p: Float[Array, " t"]
-    ) -> Bool[Array, "t V"]:
-        return kept_reference(logits, top_k, top_p, min_p)
 
     def _draw(self, logits: Float[Array, "t V"], uniforms: Float[Array, "t 2"], given: Int[Array, " t"]) -> Draw:
         return Draw(*calls.draw(logits, uniforms, given, self.body))

@@ -10,7 +10,7 @@ from starlette.responses import Response
 from jaxengine.outputs import CompletionDelta, CompletionOutput, RequestDelta, RequestOutput
 from jaxengine.server import body, forms
 from jaxengine.server.errors import ApiError, json_response, refusals
-from jaxengine.server.generation import check_generation, extras, head, last_chunk
+from jaxengine.server.generation import check_generation, coordinate_chunks, extras, head, last_chunk
 from jaxengine.server.protocol import UNSUPPORTED, ChatRequest, TokenizeRequest
 from jaxengine.server.service import Call, Service
 from jaxengine.server.streaming import stream
@@ -77,10 +77,9 @@ class _Answer:
             self._begun.add(new.index)
             choice = self._choice(new) | {"delta": message} | extras(self._form, new, None)
             yield self._head | {"choices": [choice]} | (prompt if self._form.return_token_ids else {})
-        if delta.output is not None and self._form.return_coordinate:
-            for sample in delta.output.outputs:
-                choice = {"index": sample.index, "delta": {}, "finish_reason": None}
-                yield self._head | {"choices": [choice | {"coordinate": forms.coordinate(sample)}]}
+        yield from coordinate_chunks(
+            self._form, self._head, self._call, index, delta, {"delta": {}, "finish_reason": None}
+        )
 
     def last(self, outputs: list[RequestOutput]) -> dict[str, Any] | None:
         return last_chunk(self._form, self._head, outputs)

@@ -10,7 +10,7 @@ from jaxengine.host.prompts import prompts_of
 from jaxengine.outputs import CompletionDelta, CompletionOutput, RequestDelta, RequestOutput
 from jaxengine.server import body, forms
 from jaxengine.server.errors import ApiError, json_response, refusals
-from jaxengine.server.generation import check_generation, extras, head, last_chunk
+from jaxengine.server.generation import check_generation, coordinate_chunks, extras, head, last_chunk
 from jaxengine.server.protocol import CompletionRequest
 from jaxengine.server.service import Call, Service
 from jaxengine.server.streaming import stream
@@ -80,10 +80,9 @@ class _Answer:
             prompt = None if place in self._begun else self._call.requests[index].prompt_token_ids
             self._begun.add(place)
             yield self.head | {"choices": [self._choice(index, new) | extras(self._form, new, prompt)]}
-        if delta.output is not None and self._form.return_coordinate:
-            for sample in delta.output.outputs:
-                choice = {"index": self._call.choice(index, sample.index), "text": "", "finish_reason": None}
-                yield self.head | {"choices": [choice | {"coordinate": forms.coordinate(sample)}]}
+        yield from coordinate_chunks(
+            self._form, self.head, self._call, index, delta, {"text": "", "finish_reason": None}
+        )
 
     def last(self, outputs: list[RequestOutput]) -> dict[str, Any] | None:
         return last_chunk(self._form, self.head, outputs)

@@ -1,11 +1,12 @@
-"""What OpenAI's two routes share."""
+"""What the routes that generate share; the first two are OpenAI's."""
 
+from collections.abc import Iterator
 from typing import Any
 
-from jaxengine.outputs import CompletionDelta, CompletionOutput, RequestOutput
+from jaxengine.outputs import CompletionDelta, CompletionOutput, RequestDelta, RequestOutput
 from jaxengine.server import forms
 from jaxengine.server.errors import ApiError
-from jaxengine.server.protocol import ChatRequest, CompletionRequest
+from jaxengine.server.protocol import ChatRequest, CompletionRequest, GenerateRequest
 from jaxengine.server.service import Call, Service
 
 Form = ChatRequest | CompletionRequest
@@ -41,7 +42,22 @@ def extras(form: Form, drawn: Drawn, prompt_token_ids: list[int] | None) -> dict
     return more
 
 
-def last_chunk(form: Form, head: dict[str, Any], outputs: list[RequestOutput]) -> dict[str, Any] | None:
+def coordinate_chunks(
+    form: Form | GenerateRequest, head: dict[str, Any], call: Call, index: int, delta: RequestDelta, empty: dict
+) -> Iterator[dict[str, Any]]:
+    """A chunk for each sample of the `index`-th prompt that has ended, where coordinates were asked for: a choice that
+    gained nothing, `empty` in the route's own form, and the coordinate.
+    """
+    if delta.output is None or not form.return_coordinate:
+        return
+    for sample in delta.output.outputs:
+        choice = {"index": call.choice(index, sample.index)} | empty
+        yield head | {"choices": [choice | {"coordinate": forms.coordinate(sample)}]}
+
+
+def last_chunk(
+    form: Form | GenerateRequest, head: dict[str, Any], outputs: list[RequestOutput]
+) -> dict[str, Any] | None:
     """The chunk without choices that tells the usage, where it was asked for."""
     if form.stream_options is None or not form.stream_options.include_usage:
         return None

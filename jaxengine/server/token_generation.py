@@ -9,6 +9,7 @@ from starlette.responses import Response
 from jaxengine.outputs import CompletionDelta, CompletionOutput, RequestDelta, RequestOutput
 from jaxengine.server import body, forms
 from jaxengine.server.errors import ApiError, json_response
+from jaxengine.server.generation import coordinate_chunks, last_chunk
 from jaxengine.server.protocol import GenerateRequest, TokenSampling
 from jaxengine.server.service import Call, Service
 from jaxengine.server.streaming import stream
@@ -54,15 +55,10 @@ class _Answer:
     def chunks(self, index: int, delta: RequestDelta) -> Iterator[dict[str, Any]]:
         for new in delta.outputs:
             yield self._head | {"choices": [self._choice(new)]}
-        if delta.output is not None and self._form.return_coordinate:
-            for sample in delta.output.outputs:
-                choice = {"index": sample.index, "token_ids": [], "coordinate": forms.coordinate(sample)}
-                yield self._head | {"choices": [choice]}
+        yield from coordinate_chunks(self._form, self._head, self._call, index, delta, {"token_ids": []})
 
     def last(self, outputs: list[RequestOutput]) -> dict[str, Any] | None:
-        if self._form.stream_options is None or not self._form.stream_options.include_usage:
-            return None
-        return self._head | {"choices": [], "usage": forms.usage(outputs)}
+        return last_chunk(self._form, self._head, outputs)
 
     def _choice(self, drawn: CompletionDelta | CompletionOutput) -> dict[str, Any]:
         count = self._call.sampling.logprobs
