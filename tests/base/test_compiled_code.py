@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import jax
 import pytest
@@ -22,6 +23,21 @@ llm = LLM("calc", progress=False, max_model_len=64, max_num_seqs=2, num_pages=8,
 print(len(missed), output.outputs[0].token_ids, output.outputs[0].token_logprobs.tobytes().hex())
 print(jax.config.jax_compilation_cache_dir, file=sys.stderr)
 """
+
+
+def test_what_takes_a_moment_to_compile_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    names = ["jax_compilation_cache_dir", "jax_compilation_cache_max_size"]
+    names += ["jax_persistent_cache_min_compile_time_secs"]
+    before = {name: getattr(jax.config, name) for name in names}
+    jax.config.update("jax_compilation_cache_dir", None)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", compiled_code.DEFAULT_SECONDS)
+    try:
+        assert compiled_code.keep() == Path(jax.config.jax_compilation_cache_dir)
+        assert jax.config.jax_persistent_cache_min_compile_time_secs == compiled_code.LEAST_SECONDS
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
 
 
 def test_a_folder_that_the_caller_chose_stays(tmp_path):
@@ -67,11 +83,15 @@ def test_without_a_place_to_write_everything_is_compiled(tmp_path, monkeypatch, 
 
 @pytest.mark.slow
 def test_a_second_process_compiles_no_step(tmp_path):
-    """Two at once do each other no harm; the bits are those of a process that keeps nothing."""
+    """Two at once do each other no harm; the bits are those of a process that keeps nothing.
+
+    Here all is kept: on a fast machine much of a small model compiles in less than LEAST_SECONDS.
+    """
 
     def run(keep: bool = True) -> tuple[int, str, str]:
         env = {name: value for name, value in os.environ.items() if "COMPILATION_CACHE" not in name}
         env |= {"XDG_CACHE_HOME": str(tmp_path), "PYTHONWARNINGS": "error::UserWarning"}
+        env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         done = subprocess.run(
             [sys.executable, "-c", ONE_CALL.format(keep=keep)], env=env, capture_output=True, text=True, check=True
         )
@@ -79,8 +99,8 @@ def test_a_second_process_compiles_no_step(tmp_path):
         return int(count), answer, done.stderr
 
     with ThreadPoolExecutor() as threads:
-        (first, expected, folder), (_, beside, _) = threads.map(run, (True, True))
+        (first, expected, folder), (second, beside, _) = threads.map(run, (True, True))
     again, answer, _ = run()
-    assert first > 4 * again and str(tmp_path) in folder  # what is compiled in no time is not kept
+    assert first + second > 0 == again and str(tmp_path) in folder
     fresh, alone, none = run(keep=False)
     assert none.strip().endswith("None") and fresh == 0 and {expected, beside, answer, alone} == {expected}
