@@ -1,7 +1,7 @@
 """Configuration: small, frozen, resolved once. ModelConfig says what is computed, EngineConfig with what room."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 from jaxengine.base.arguments import flag, integer, nearest, real, strict_keywords
 from pallas_kernels.implementations import PLATFORMS
@@ -96,6 +96,16 @@ class ModelConfig:
         if self.reduction_leaves & (self.reduction_leaves - 1):
             raise ValueError(f"reduction_leaves must be a power of two, got {self.reduction_leaves}")
 
+    def share(self, degree: int) -> "ModelConfig":
+        """The part of the model that each of `degree` devices has, which share its leaves."""
+        return dataclasses.replace(
+            self,
+            num_attention_heads=self.num_attention_heads // degree,
+            num_key_value_heads=self.num_key_value_heads // degree,
+            intermediate_size=self.intermediate_size // degree,
+            reduction_leaves=self.reduction_leaves // degree,
+        )
+
     @property
     def group_size(self) -> int:
         """Query heads that share one key-value head."""
@@ -144,6 +154,7 @@ class EngineConfig:
     )
     compilation_cache: bool = True  # keep compiled steps in the user's cache folder (base/compiled_code.py)
     kernels: str = "auto"  # which code computes: one of KERNELS, whose bits differ; "auto" is the device's own
+    mesh: Any = None  # the jax.sharding.Mesh on which devices share the weights (sharding/mesh.py); None: one device
 
     def __post_init__(self) -> None:
         put = lambda name, value: object.__setattr__(self, name, value)

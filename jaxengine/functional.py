@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxengine.base.arguments import check_keywords
 from jaxengine.base.keys import key_data
@@ -21,7 +22,7 @@ from jaxengine.engine import idle_pools
 from jaxengine.engine.scoring_proof import scoring_tiles
 from jaxengine.engine.session import Session
 from jaxengine.engine.settings import ENGINE_KEYWORDS, resolve_engine_config
-from jaxengine.engine.weights import check_fits, placed
+from jaxengine.engine.weights import check_fits, check_one_device, homes, placed
 from jaxengine.host.admission import sampling_of
 from jaxengine.host.prompts import prompts_of
 from jaxengine.models.params import Decoder
@@ -59,9 +60,8 @@ def generate(
     if not batch:
         return RequestOutputs()
     check_fits(params, config)
-    params = placed(params)
     with _session(params, config, tokenizer, engine) as session:
-        session.set_first_weights(params)
+        session.set_first_weights(placed(params, homes(params, config, session.engine.kernels)))
         try:
             return RequestOutputs(session.complete(session.requests(batch, sampling, key_data(key), on_error=on_error)))
         finally:
@@ -78,6 +78,7 @@ def score(
     entropy: bool = False,
     sampling_mask: SamplingMask | None = None,
     kernels: str = "auto",
+    mesh: Mesh | None = None,
 ) -> Any:
     """float32 logprobs `[B, T]` of the tokens under `mask`, equal by bits to those that `generate` reported.
 
@@ -90,17 +91,19 @@ def score(
     same support under any weights.
 
     Differentiable in params by reverse mode, and the same bits under jit and inside `jax.value_and_grad`, at any batch
-    size and padding. `kernels` as in EngineConfig: those that generated, whose bits they are. The first call for a
-    model proves on this machine which tiles give the bits of generation (engine/scoring_proof.py). Raises ValueError
-    where shapes do not fit each other or params do not fit config, for a token outside the vocabulary, and for a
-    sequence that is longer than the model's context; RuntimeError where no tile gives the bits of generation.
+    size and padding. `kernels` as in EngineConfig: those that generated, whose bits they are. On a `mesh` devices share
+    the weights and the bits stay; params may lie on its devices in any way. The first call for a model proves on this
+    machine which tiles give the bits of generation (engine/scoring_proof.py). Raises ValueError where shapes do not fit
+    each other or params do not fit config, for a token outside the vocabulary, for a sequence that is longer than the
+    model's context, and for weights that are cut over devices where no mesh is given; RuntimeError where no tile gives
+    the bits of generation.
     """
     tokens, mask = jnp.asarray(tokens), jnp.asarray(mask)
     check_scored(tokens, mask, config)
     check_sampling_mask(sampling_mask, tokens)
     check_fits(params, config)
     slots = scoring.sampling_arrays_of(sampling_of(sampling_params, tokens.shape[0]), config, sampling_mask)
-    how = _how(config, kernels)
+    how = _how(params, config, kernels, mesh)
     logprobs, entropies = scoring.token_logprobs(params, tokens, mask, slots, entropy=entropy, **how)
     return (logprobs, entropies) if entropy else logprobs
 
@@ -113,6 +116,7 @@ def sampling_mask(
     *,
     config: ModelConfig,
     kernels: str = "auto",
+    mesh: Mesh | None = None,
 ) -> SamplingMask:
     """What top-k, top-p and min-p kept when `params` drew the tokens under `mask`, as numpy arrays: for `score` under
     weights that have moved since.
@@ -124,12 +128,14 @@ def sampling_mask(
     check_scored(tokens, mask, config)
     check_fits(params, config)
     arrays = scoring.sampling_arrays_of(sampling_of(sampling_params, tokens.shape[0]), config)
-    return find_sampling_mask(params, tokens, mask, arrays, **_how(config, kernels))
+    return find_sampling_mask(params, tokens, mask, arrays, **_how(params, config, kernels, mesh))
 
 
-def _how(config: ModelConfig, kernels: str) -> dict[str, Any]:
+def _how(params: Any, config: ModelConfig, kernels: str, mesh: Mesh | None) -> dict[str, Any]:
     """What scores, on tiles that are proven to give the bits of generation on this machine."""
-    chosen = choose_kernels(kernels, config)
+    if mesh is None:
+        check_one_device(params)
+    chosen = choose_kernels(kernels, config, mesh)
     return dict(model_config=config, kernels=chosen, tiles=scoring_tiles(config, chosen))
 
 
@@ -155,7 +161,8 @@ def _session(
     One pool is kept. Those of other settings go before a new one is made, because there may be no room for two; one
     that a call uses goes after that call.
     """
-    devices = frozenset(device for leaf in jax.tree.leaves(params) for device in leaf.devices())
+    arrays = [leaf for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array)]
+    devices = frozenset(device for array in arrays for device in array.devices())
     settings = config, tokenizer, devices, tuple(sorted(engine.items()))
     with _choosing:  # two threads at once would build two
         for other in [other for other, kept in _kept.items() if other != settings and not kept.num_calls]:

@@ -31,13 +31,14 @@ from jaxengine.host.sample import Request
 from jaxengine.models import loading
 from jaxengine.models.generation_config import sampling_defaults
 from jaxengine.models.params import Decoder
+from jaxengine.ops.kernels import choose_kernels
 from jaxengine.outputs import RequestOutput, RequestOutputs
 from jaxengine.sampling_params import SamplingParams
 from jaxengine.text.tokenizer import Tokenizer
 
 OWN_KEYWORDS = (
-    "model", "dtype", "tokenizer", "seed", "reduction_leaves", "tensor_parallel_size", "data_parallel_size", "mesh",
-    "progress", "revision", "hf_overrides",
+    "model", "dtype", "tokenizer", "seed", "reduction_leaves", "data_parallel_size", "progress", "revision",
+    "hf_overrides",
 )  # fmt: skip
 
 
@@ -72,19 +73,15 @@ class LLM:
         tokenizer: str | os.PathLike[str] | None = None,
         seed: int = 0,
         reduction_leaves: int = 1,
-        tensor_parallel_size: int = 1,
         data_parallel_size: int = 1,
-        mesh: Any = None,
         progress: bool = True,
         revision: str | None = None,
         hf_overrides: dict[str, Any] | None = None,
         **engine: Any,
     ) -> None:
         check_keywords("LLM", engine, (*OWN_KEYWORDS, *ENGINE_KEYWORDS))
-        if tensor_parallel_size != 1 or data_parallel_size != 1 or mesh is not None:
-            raise NotImplementedError(
-                "this version runs on one device: leave tensor_parallel_size and data_parallel_size at 1"
-            )
+        if data_parallel_size != 1:
+            raise NotImplementedError("this version runs one replica: leave data_parallel_size at 1")
         key, folder, shown = seeded(seed), find_folder(model, revision=revision), Progress(progress)
         self._folder, self._tokenizer_folder = folder, _tokenizer_folder(tokenizer, folder)
         text = None if self._tokenizer_folder is None else Tokenizer.load(self._tokenizer_folder)
@@ -96,7 +93,8 @@ class LLM:
         def load() -> Decoder:
             with memory.explained(config, engine_config, "loading the weights"):
                 counter = shown.counter("loading weights", "tensors")
-                return jax.block_until_ready(loading.load(folder, config, counter))
+                kernels = choose_kernels(engine_config.kernels, config, engine_config.mesh)
+                return jax.block_until_ready(loading.load(folder, config, counter, kernels.split))
 
         self._start(config, engine_config, idle_pools.with_room(load), text, key, shown)
 

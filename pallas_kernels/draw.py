@@ -12,6 +12,7 @@ from pallas_kernels.draw_gpu import draw_gpu
 from pallas_kernels.draw_reference import Draw, draw_reference
 from pallas_kernels.draw_tpu import draw_tpu
 from pallas_kernels.implementations import Implementation, bodies
+from pallas_kernels.pinned_math import exp
 from pallas_kernels.sizes import VOCAB_BLOCK
 
 BODIES = bodies(draw_reference, draw_tpu, draw_gpu)
@@ -65,11 +66,9 @@ def _forward(body, logits, uniforms, given):
 def _backward(body, saved, cotangents):
     """d logprob / d logits = one-hot(token) - softmax(logits); d log-mass / d logits = softmax(logits)."""
     logits, uniforms, out = saved
-    here, softmax = jnp.arange(logits.shape[1]) == out.tokens[:, None], jnp.exp(out.all_logprobs(logits))
-    gradient = (
-        jnp.where(here, cotangents.logprobs[:, None], 0.0)
-        + (cotangents.log_masses - cotangents.logprobs)[:, None] * softmax
-    )
+    here = jnp.arange(logits.shape[1]) == out.tokens[:, None]
+    of_softmax = (cotangents.log_masses - cotangents.logprobs)[:, None] * exp(out.all_logprobs(logits))
+    gradient = jnp.where(here, cotangents.logprobs[:, None], 0.0) + of_softmax
     return gradient, jnp.zeros_like(uniforms), np.zeros(out.tokens.shape, jax.dtypes.float0)
 
 

@@ -66,6 +66,22 @@ def silu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return x / (1.0 + exp(-x))
 
 
+@jax.custom_vjp
+def row_quotient(x: Float[Array, "t n"], divisors: Float[Array, " t"]) -> Float[Array, "t n"]:
+    """Each row divided by its own number, which has no gradient.
+
+    The gradient multiplies by the reciprocals: XLA turns a division by a row's number into that in some programs and
+    leaves it in others.
+    """
+    return x / divisors[:, None]
+
+
+row_quotient.defvjp(
+    lambda x, divisors: (row_quotient(x, divisors), divisors),
+    lambda divisors, cotangent: (cotangent * (1.0 / divisors)[:, None], jnp.zeros_like(divisors)),
+)
+
+
 def row_sum(x: Float[Array, "... n"]) -> Float[Array, "..."]:
     """Sum over the last axis in float32. There must be at least two rows: XLA takes another path for a dot with one."""
     if x.shape[-1] > SUM_BLOCK:

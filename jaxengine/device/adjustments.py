@@ -16,6 +16,7 @@ from jaxengine.device.sampling_arrays import NO_RULES, WORD
 from jaxengine.device.step_inputs import SamplingArrays, TokenRules
 from jaxengine.ops.tiles import HISTORY_BLOCK
 from pallas_kernels.numbers import cdiv
+from pallas_kernels.pinned_math import row_quotient
 
 # (whether a row of the tile wants it, what does it, what leaves it) -> the result of one of the two
 When = Callable[[Bool[Array, ""], Callable[[], Any], Callable[[], Any]], Any]
@@ -108,9 +109,10 @@ def _penalised(
 ) -> Float[Array, "t V"]:
     """vLLM's order: the repetition penalty over all tokens so far, then frequency and presence over the completion."""
     prompt, generated = _token_counts(context, jnp.where(wants_penalty, context.positions, 0), logits.shape[1])
-    penalty = row.repetition_penalty[:, None]
+    penalty = row.repetition_penalty
     seen = generated + prompt > 0
-    logits = jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+    repeated = jnp.where(logits > 0, row_quotient(logits, penalty), logits * penalty[:, None])
+    logits = jnp.where(seen, repeated, logits)
     return logits - row.frequency_penalty[:, None] * generated - row.presence_penalty[:, None] * (generated > 0)
 
 

@@ -4,6 +4,8 @@ The gradient of `table[ids]` is a scatter with ids that repeat, which a GPU adds
 arrive. Here equal ids are brought together first, and each row of the table is written once.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -14,13 +16,21 @@ from jaxengine.ops.regions import no_gradient
 from jaxengine.ops.tiles import Tile
 from pallas_kernels.numbers import cdiv
 from pallas_kernels.tiles import unknown_zero
+from sharding.mesh import WHOLE
+from sharding.rules import spec_of
+
+TABLE = spec_of(("leaf", "vocab", None))
 
 
 def _embed(
     kernels: Kernels, tile: Tile, table: Float[Array, "leaf V D"], ids: Int[Array, " R"], count: Int[Array, ""]
 ) -> Float[Array, "R D"]:
     """Rows of the table in float32, the first `count` of them. Differentiable in the table."""
-    return kernels.products.finish(kernels.products.embed(table, ids, Live(tile.rows, count)))
+
+    def look_up(kernels: Kernels, table: Array, ids: Array, count: Array) -> Float[Array, "R D"]:
+        return kernels.products.finish(kernels.products.embed(table, ids, Live(tile.rows, count)))
+
+    return kernels.on_each(look_up, TABLE, WHOLE, WHOLE, outputs=WHOLE)(table, ids, count)
 
 
 embed = jax.custom_vjp(_embed, nondiff_argnums=(0, 1))
@@ -33,6 +43,14 @@ def _forward(kernels, tile, table, ids, count):
 def _backward(kernels, tile, saved, rows):
     """A tile of rows at a time, each rounded to the table's dtype as a product's gradient is."""
     table, ids, count = jax.lax.optimization_barrier(saved)
+    pull = kernels.on_each(functools.partial(_pull, tile), TABLE, *(WHOLE,) * 3, outputs=TABLE)
+    return pull(table, ids, count, rows), no_gradient(ids), no_gradient(count)
+
+
+def _pull(tile: Tile, kernels: Kernels, table: Array, ids: Array, count: Array, rows: Array) -> Array:
+    """The cotangent of a device's part of the table."""
+    ids, here = kernels.products.leaves.own_ids(table, ids)
+    rows = jnp.where(here[:, None], rows, 0)
 
     def step(i, total):
         own_ids, own_rows = (jax.lax.dynamic_slice_in_dim(x, i * tile.rows, tile.rows) for x in (ids, rows))
@@ -40,7 +58,7 @@ def _backward(kernels, tile, saved, rows):
 
     start = jnp.full((table.shape[0] * table.shape[1], table.shape[2]), unknown_zero(rows), jnp.float32)
     total = jax.lax.fori_loop(0, cdiv(count, tile.rows), step, start)
-    return total.astype(table.dtype).reshape(table.shape), no_gradient(ids), no_gradient(count)
+    return total.astype(table.dtype).reshape(table.shape)
 
 
 embed.defvjp(_forward, _backward)

@@ -19,6 +19,7 @@ from jaxengine.ops.kernels import Kernels
 from jaxengine.ops.tiles import HISTORY_BLOCK
 from jaxengine.sampling_params import SamplingParams
 from pallas_kernels.numbers import ceil_to
+from sharding.mesh import WHOLE
 
 
 @pytree
@@ -45,19 +46,28 @@ def abstract_slots(model_config: ModelConfig, engine_config: EngineConfig) -> An
 def abstract(model_config: ModelConfig, engine_config: EngineConfig, kernels: Kernels) -> Any:
     """Shapes and dtypes of the cache, nothing allocated."""
     num_pages = engine_config.num_pages + engine_config.probe_pages
-    keys, values = kernels.attention.pools(model_config, num_pages, engine_config.page_size)
+    keys, values = kernels.pools(model_config, num_pages, engine_config.page_size)
     layers = model_config.num_hidden_layers
     return Cache((keys,) * layers, (values,) * layers, *abstract_slots(model_config, engine_config))
 
 
+def specs(kernels: Kernels) -> Any:
+    """How a cache lies on a mesh: every device has its own heads' part of each page, and all else whole."""
+    pages: Any = kernels.page_specs()
+    whole: Any = WHOLE
+    return Cache(pages, pages, whole, whole)
+
+
 def empty_cache(model_config: ModelConfig, engine_config: EngineConfig, kernels: Kernels, beside: Any) -> Cache:
-    """An empty cache, committed to the one device that holds the arrays `beside`.
+    """An empty cache, on the kernels' mesh, or committed to the one device that holds the arrays `beside`.
 
     Steps return a committed cache, so JAX would compile the first step a second time for one that is not committed.
     """
     homes = {x.sharding for x in jax.tree.leaves(beside)}
     home = homes.pop() if len(homes) == 1 else None
     home = home if isinstance(home, jax.sharding.SingleDeviceSharding) else None
+    if kernels.split is not None:
+        home = kernels.split.sharding()
 
     def zeros(shape: jax.ShapeDtypeStruct) -> Array:
         return jnp.zeros(shape.shape, shape.dtype, device=shape.sharding or home)

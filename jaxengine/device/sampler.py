@@ -25,7 +25,7 @@ from jaxengine.device.adjustments import Context, When, adjusted
 from jaxengine.device.needs import Needs
 from jaxengine.device.sampling_arrays import NO_RULES
 from jaxengine.device.step_inputs import SamplingArrays
-from pallas_kernels.pinned_math import exp, row_sum
+from pallas_kernels.pinned_math import exp, row_quotient, row_sum
 from pallas_kernels.truncation_reference import kept_reference
 
 ONE = np.float32(1).view(np.uint32)  # the bits of 1.0
@@ -63,7 +63,7 @@ def process(
     what no row of the tile asks for; a row that does not ask for it has the same bits either way.
     """
     penalised = adjusted(logits, row, context, when) if needs >= Needs.ALL else logits
-    scaled = penalised / jnp.where(row.temperature > 0, row.temperature, 1.0)[:, None]
+    scaled = row_quotient(penalised, jnp.where(row.temperature > 0, row.temperature, 1.0))
     if needs < Needs.CUT:
         return penalised, scaled
     cuts = (row.top_k > 0) | (row.top_p < 1) | (row.min_p > 0)

@@ -25,11 +25,13 @@ from jaxengine.device.trunk import hidden_states
 from jaxengine.models import decoder, plain
 from jaxengine.models.params import Decoder, initialise
 from jaxengine.ops.kernels import Kernels
-from jaxengine.ops.regions import over_tiles
+from jaxengine.ops.regions import no_gradient, over_tiles
 from jaxengine.ops.tiles import ScoringTiles
 from jaxengine.sampling_params import SamplingParams, check_token_ids, stop_token_ids
 from pallas_kernels.numbers import ceil_to, power_of_two
-from pallas_kernels.tiles import unknown_zero
+from pallas_kernels.tiles import is_float, unknown_zero
+from sharding.mesh import WHOLE
+from sharding.rules import spec_of
 
 BATCH_TOKENS = 8192  # that one call scores, padding included, where a caller has more
 
@@ -120,6 +122,11 @@ class _Weights(NamedTuple):
     tokens: Int[Array, "B T"]
 
 
+_HEAD: Any = spec_of(("leaf", "vocab", None))
+_WHOLE: Any = WHOLE
+_WEIGHT_SPECS = _Weights(_WHOLE, _HEAD, _WHOLE, _WHOLE)
+
+
 class _RowInputs(NamedTuple):
     """What one tile of the region reads: of each row."""
 
@@ -157,9 +164,9 @@ def head_logprobs(
     predicting = x.reshape(-1, x.shape[-1]).at[places].get(mode="fill", fill_value=0, unique_indices=True)
     rows = _RowInputs(predicting, sequences, positions, prompts.reshape(-1)[order])
     weights = _Weights(params.norm, params.output_head, _opaque(arrays, params, tokens), tokens)
-    body = functools.partial(_row_scores, model_config, kernels, entropy, kept_words)
+    how = _HowRows(model_config, kernels, tiles.head_rows, entropy, kept_words)
     count = wanted.sum(dtype=jnp.int32) + unknown_zero(params.norm, tokens)
-    found = over_tiles(body, tiles.head_rows, weights, rows, count)
+    found = _rows_scored(how, weights, rows, count)
 
     def placed(scores: Array) -> Array:
         found = scores.at[jnp.argsort(order[: batch * length])].get(unique_indices=True)
@@ -167,6 +174,66 @@ def head_logprobs(
         return jnp.where(jnp.expand_dims(wanted, range(2, found.ndim)), found, 0)
 
     return placed(found[0]), placed(found[1]) if len(found) > 1 else None
+
+
+class _HowRows(NamedTuple):
+    """What the region is compiled for."""
+
+    model_config: ModelConfig
+    kernels: Kernels
+    tile: int
+    entropy: bool
+    kept_words: bool
+
+    def on_each(self, kernels: Kernels, weights: _Weights, rows: _RowInputs, count: Array) -> tuple[Array, ...]:
+        """The region, on one device."""
+        body = functools.partial(_row_scores, self.model_config, kernels, self.entropy, self.kept_words)
+        return over_tiles(body, self.tile, weights, rows, count)
+
+
+def _rows_scored(how: _HowRows, weights: _Weights, rows: _RowInputs, count: Int[Array, ""]) -> tuple[Array, ...]:
+    """What `_row_scores` says of the first `count` rows, on the kernels' mesh."""
+    if how.kernels.split is None:
+        return how.on_each(how.kernels, weights, rows, count)
+    return _rows_on_mesh(how, weights, rows, count)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _rows_on_mesh(how: _HowRows, weights: _Weights, rows: _RowInputs, count: Int[Array, ""]) -> tuple[Array, ...]:
+    each = how.kernels.on_each(how.on_each, _WEIGHT_SPECS, WHOLE, WHOLE, outputs=WHOLE)
+    return each(weights, rows, count)
+
+
+def _rows_forward(how, weights, rows, count):
+    return _rows_on_mesh(how, weights, rows, count), (weights, rows, count)
+
+
+def _rows_backward(how, saved, cotangents):
+    """JAX would add up the cotangents of what lies on every device, and it is the same on every device."""
+    weights, rows, count = saved
+
+    def pull(kernels: Kernels, weights: _Weights, rows: _RowInputs, count: Array, cotangents: Any) -> Any:
+        def apply(norm: Array, head: Array, x: Array) -> Any:
+            given = weights._replace(norm=norm, head=head), rows._replace(x=x)
+            return how.on_each(kernels, *given, count)
+
+        _, pullback = jax.vjp(apply, weights.norm, weights.head, rows.x)
+        return pullback(cotangents)
+
+    each = how.kernels.on_each(pull, _WEIGHT_SPECS, *(WHOLE,) * 3, outputs=(WHOLE, _WEIGHT_SPECS.head, WHOLE))
+    norm, head, x = each(weights, rows, count, cotangents)
+    return (
+        jax.tree.map(_zero_cotangent, weights)._replace(norm=norm, head=head),
+        jax.tree.map(_zero_cotangent, rows)._replace(x=x),
+        no_gradient(count),
+    )
+
+
+_rows_on_mesh.defvjp(_rows_forward, _rows_backward)
+
+
+def _zero_cotangent(x: Array) -> Any:
+    return jnp.zeros_like(x) if is_float(x) else no_gradient(x)
 
 
 def _row_scores(

@@ -28,9 +28,13 @@ class SlotState:
     slots: Slots
 
 
-def empty_state(num_slots: int, pages_per_seq: int) -> SlotState:
-    """Slots that hold nothing, on the default device. Not committed to it, as what the host hands to a step."""
-    return SlotState(jnp.zeros((num_slots, pages_per_seq), jnp.int32), jax.tree.map(jnp.array, empty_slots(num_slots)))
+def empty_state(num_slots: int, pages_per_seq: int, home: jax.sharding.Sharding | None = None) -> SlotState:
+    """Slots that hold nothing, on every device of a mesh (`home`), or on the default device.
+
+    Not committed to that one, as what the host hands to a step.
+    """
+    slots = jax.tree.map(lambda x: jnp.array(x, device=home), empty_slots(num_slots))
+    return SlotState(jnp.zeros((num_slots, pages_per_seq), jnp.int32, device=home), slots)
 
 
 def write_tables(state: SlotState, entries: Int[np.ndarray, "3 N"]) -> SlotState:

@@ -17,12 +17,13 @@ from jaxengine.device.needs import Needs
 from jaxengine.device.packed import Packed
 from jaxengine.device.step_inputs import RequestArrays, RowOutputs, Rows, Slots, TokenRules
 from jaxengine.models import decoder
-from jaxengine.models.params import Decoder
+from jaxengine.models.params import Decoder, specs
 from jaxengine.ops.kernels import Kernels
 from jaxengine.ops.query_blocks import QueryBlocks
 from jaxengine.ops.tiles import HEAD_TILE, Tile
 from pallas_kernels.draw_reference import Draw
 from pallas_kernels.tiles import unknown_zero
+from sharding.mesh import WHOLE
 
 STATIC = ("model_config", "kernels", "tile", "needs", "max_logprobs", "num_steps")
 # What XLA may put into a GPU's command buffers: all that it knows. Left alone it keeps loops outside, steers each from
@@ -53,6 +54,22 @@ def prefill_step(
 
     Drawn tokens are appended to the history.
     """
+    step = functools.partial(_prefill, kernels.share(model_config), tile, needs, max_logprobs)
+    return _on_each(kernels, model_config, step)(params, cache, tables, slots, inputs)
+
+
+def _prefill(
+    model_config: ModelConfig,
+    tile: Tile,
+    needs: Needs,
+    max_logprobs: int,
+    kernels: Kernels,
+    params: Decoder,
+    cache: Cache,
+    tables: Int[Array, "slots n"],
+    slots: Slots,
+    inputs: Packed,
+) -> tuple[Cache, RowOutputs]:
     blocks, rows, copies = inputs.unpack()
     cache, hidden = _run_blocks(model_config, kernels, params, cache, tables, blocks, tile)
     # Depends on `hidden`, so that the copies wait for the attention that reads the pools which they change: XLA on CPU
@@ -83,6 +100,23 @@ def decode_step(
 
     A row that reaches its limit is idle from there on.
     """
+    step = functools.partial(_decode, kernels.share(model_config), tile, needs, max_logprobs, num_steps)
+    return _on_each(kernels, model_config, step)(params, cache, tables, slots, inputs)
+
+
+def _decode(
+    model_config: ModelConfig,
+    tile: Tile,
+    needs: Needs,
+    max_logprobs: int,
+    num_steps: int,
+    kernels: Kernels,
+    params: Decoder,
+    cache: Cache,
+    tables: Int[Array, "slots n"],
+    slots: Slots,
+    inputs: Packed,
+) -> tuple[Cache, RowOutputs]:
     rows: Rows = inputs.unpack()
 
     def one(cache: Cache, rows: Rows) -> tuple[Cache, RowOutputs]:
@@ -101,6 +135,12 @@ def decode_step(
         cache, out = one(cache, rows)
         return cache, jax.tree.map(lambda x: x[None], out)
     return jax.lax.scan(step, cache, jnp.arange(num_steps, dtype=jnp.int32))
+
+
+def _on_each(kernels: Kernels, model_config: ModelConfig, step: Callable) -> Callable:
+    """The step on every device of a mesh. Each has its part of the weights and the pages, and all else whole."""
+    cache: Any = kv_cache.specs(kernels)
+    return kernels.on_each(step, specs(model_config), cache, WHOLE, WHOLE, WHOLE, outputs=(cache, WHOLE))
 
 
 @functools.cache

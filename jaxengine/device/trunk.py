@@ -18,7 +18,7 @@ from jaxengine.base.pytree import pytree
 from jaxengine.config import KV_TILE, QUERY_BLOCK, ModelConfig
 from jaxengine.device.embedding import embed
 from jaxengine.models import decoder
-from jaxengine.models.params import Decoder, Layer
+from jaxengine.models.params import Decoder, Layer, layer_specs
 from jaxengine.ops.heads import PackedHeads, rotated_heads
 from jaxengine.ops.kernels import Kernels
 from jaxengine.ops.live import Live
@@ -26,7 +26,9 @@ from jaxengine.ops.pools import Pools
 from jaxengine.ops.query_blocks import QueryBlocks
 from jaxengine.ops.regions import no_gradient
 from jaxengine.ops.tiles import ATTENTION_TILE, Tile
+from pallas_kernels.pinned_math import exp, row_sum
 from pallas_kernels.tiles import unknown_zero
+from sharding.mesh import WHOLE
 
 
 @pytree
@@ -91,14 +93,16 @@ def lay_out(params: Decoder, tokens: Int[Array, "B T"], lengths: Int[Array, " B"
 
 def _chain(
     model_config: ModelConfig,
-    kernels: Kernels,
     tile: Tile,
+    kernels: Kernels,
     layer: Layer,
     x: Float[Array, "NB*r D"],
     starts: Int[Array, " NB"],
     tables: Int[Array, "NB n"],
     count: Int[Array, ""],
 ) -> Float[Array, "NB*r D"]:
+    """A layer on one device, with its share of the model."""
+
     def attend(packed: PackedHeads) -> tuple[Any, None]:
         return _attention(model_config, kernels, tile, packed, tables, starts, count), None
 
@@ -107,7 +111,22 @@ def _chain(
     return kernels.products.finish(x)
 
 
-_layer = jax.custom_vjp(_chain, nondiff_argnums=(0, 1, 2))
+def _run_layer(
+    model_config: ModelConfig,
+    kernels: Kernels,
+    tile: Tile,
+    layer: Layer,
+    x: Float[Array, "NB*r D"],
+    starts: Int[Array, " NB"],
+    tables: Int[Array, "NB n"],
+    count: Int[Array, ""],
+) -> Float[Array, "NB*r D"]:
+    chain = functools.partial(_chain, kernels.share(model_config), tile)
+    each = kernels.on_each(chain, layer_specs(model_config), *(WHOLE,) * 4, outputs=WHOLE)
+    return each(layer, x, starts, tables, count)
+
+
+_layer = jax.custom_vjp(_run_layer, nondiff_argnums=(0, 1, 2))
 
 
 def _layer_forward(model_config, kernels, tile, layer, x, *where):
@@ -120,12 +139,22 @@ def _layer_backward(model_config, kernels, tile, saved, cotangent):
     # The trip count depends on the cotangent, so that XLA cannot compute a layer again before its turn and keep the
     # result. (jax.checkpoint ties a layer to its turn with a barrier, which XLA on CPU drops before it schedules.)
     count += unknown_zero(cotangent)
+    pull = functools.partial(_pull_layer, kernels.share(model_config), tile)
+    specs: Any = layer_specs(model_config)
+    each = kernels.on_each(pull, specs, *(WHOLE,) * 5, outputs=(specs, WHOLE))
+    return *each(layer, x, starts, tables, count, cotangent), *map(no_gradient, where)
+
+
+def _pull_layer(
+    model_config: ModelConfig, tile: Tile, kernels: Kernels, layer: Layer, x: Array, starts, tables, count, cotangent
+) -> tuple[Layer, Array]:
+    """The cotangents of a layer and of x, on one device."""
 
     def again(layer: Layer, x: Array) -> Array:
-        return _chain(model_config, kernels, tile, layer, x, starts, tables, count)
+        return _chain(model_config, tile, kernels, layer, x, starts, tables, count)
 
     _, pullback = jax.vjp(again, layer, x)
-    return *pullback(cotangent), *map(no_gradient, where)
+    return pullback(cotangent)
 
 
 _layer.defvjp(_layer_forward, _layer_backward)
@@ -169,7 +198,8 @@ def _attention_backward(model_config, kernels, tile, saved, cotangent):
 
     def heads(packed):
         packed = packed._replace(rows=kernels.attention.rows_of(packed.rows))
-        rows = rotated_heads(model_config, packed, positions, Live(tile.rows, count * r))
+        leaves, live = kernels.products.leaves, Live(tile.rows, count * r)
+        rows = rotated_heads(model_config, leaves, packed, positions, live)
         return [x.reshape(-1, r, *x.shape[1:]) for x in rows]
 
     (q, k, v), pullback = jax.vjp(heads, packed)
@@ -187,48 +217,79 @@ def _attention_gradient(
     count: Int[Array, ""],
     cotangent: Float[Array, "NB r Hh"],
 ) -> list[Array]:
-    """The gradients of q, k and v."""
-    keys, values = (x.reshape(-1, QUERY_BLOCK, *x.shape[2:]).astype(jnp.float32) for x in (k, v))
+    """The gradients of q, k and v, a block and a head of keys at a time: the order of no sum depends on how many heads
+    there are here.
+    """
+    heads, group = k.shape[2], model_config.group_size
+
+    def by_head(x: Array) -> Float[Array, "K NB g*r h"]:
+        x = x.reshape(*q.shape[:2], heads, group, -1).transpose(2, 0, 3, 1, 4)
+        return x.reshape(heads, q.shape[0], -1, q.shape[3])
+
+    queries, upstream = by_head(q), by_head(cotangent.astype(jnp.float32))
+    keys, values = (_by_head(x).astype(jnp.float32) for x in (k, v))
     pages = jnp.arange(tables.shape[1])
 
     def step(i, gradients):
         of_q, of_k, of_v = gradients
-        table = tables[i]
-        plain = functools.partial(_plain_attention, model_config, start=starts[i])
-        _, pullback = jax.vjp(plain, q[i], _joined(keys[table]), _joined(values[table]))
-        dq, dk, dv = pullback(cotangent[i].astype(jnp.float32))
-        places = jnp.where(pages * QUERY_BLOCK < starts[i] + q.shape[1], table, keys.shape[0] + pages)
-        return of_q.at[i].set(dq), _add_pages(of_k, places, dk), _add_pages(of_v, places, dv)
+        block, head = i // heads, i % heads
+        table = tables[block]
+        own_keys, own_values = (x[head, table].reshape(-1, x.shape[-1]) for x in (keys, values))
+        given = queries[head, block], own_keys, own_values, upstream[head, block]
+        dq, dk, dv = _head_gradients(given, starts[block], group, model_config.head_dim**-0.5)
+        places = jnp.where(pages * QUERY_BLOCK < starts[block] + q.shape[1], table, keys.shape[1] + pages)
+        return of_q.at[head, block].set(dq), _add_pages(of_k, head, places, dk), _add_pages(of_v, head, places, dv)
 
     zero = unknown_zero(cotangent)
-    start = tuple(jnp.full(x.shape, zero, x.dtype) for x in (q, keys, values))
-    of_q, of_k, of_v = jax.lax.fori_loop(0, count, step, start)
-    return [of_q, of_k.reshape(k.shape).astype(k.dtype), of_v.reshape(v.shape).astype(v.dtype)]
+    start = tuple(jnp.full(x.shape, zero, x.dtype) for x in (queries, keys, values))
+    of_q, of_k, of_v = jax.lax.fori_loop(0, count * heads, step, start)
+    of_q = of_q.reshape(heads, q.shape[0], group, *q.shape[1::2]).transpose(1, 3, 0, 2, 4).reshape(q.shape)
+    return [of_q, *(_by_token(x, k.shape).astype(k.dtype) for x in (of_k, of_v))]
 
 
-def _joined(pages: Float[Array, "n q K h"]) -> Float[Array, "S K h"]:
-    return pages.reshape(-1, *pages.shape[2:])
+def _by_head(x: Float[Array, "NB r K h"]) -> Float[Array, "K P q h"]:
+    """Keys or values as pages of each head."""
+    heads, width = x.shape[2:]
+    return x.transpose(2, 0, 1, 3).reshape(heads, -1, QUERY_BLOCK, width)
 
 
-def _add_pages(total: Float[Array, "P q K h"], places: Int[Array, " n"], part: Float[Array, "S K h"]) -> Array:
+def _by_token(x: Float[Array, "K P q h"], shape: tuple[int, ...]) -> Float[Array, "NB r K h"]:
+    """The inverse of `_by_head`."""
+    return x.reshape(x.shape[0], *shape[:2], x.shape[-1]).transpose(1, 2, 0, 3)
+
+
+def _add_pages(
+    total: Float[Array, "K P q h"], head: Array, places: Int[Array, " n"], part: Float[Array, "S h"]
+) -> Array:
     """No two places are equal: a table ends in zeros, and what is after the queries is placed after the last page."""
-    return total.at[places].add(part.reshape(-1, *total.shape[1:]), mode="drop", unique_indices=True)
+    part = part.reshape(-1, *total.shape[2:])
+    return total.at[head, places].add(part, mode="drop", unique_indices=True)
 
 
-def _plain_attention(
-    model_config: ModelConfig,
-    q: Float[Array, "r H h"],
-    k: Float[Array, "S K h"],
-    v: Float[Array, "S K h"],
+def _head_gradients(
+    given: tuple[Float[Array, "g*r h"], Float[Array, "S h"], Float[Array, "S h"], Float[Array, "g*r h"]],
     start: Int[Array, ""],
-) -> Float[Array, "r Hh"]:
-    """Causal attention of r queries from position `start` on, written for its gradient."""
-    r = q.shape[0]
-    grouped = q.reshape(r, -1, model_config.group_size, model_config.head_dim)
-    scores = jnp.einsum("tkgh,skh->kgts", grouped, k, precision="highest") * model_config.head_dim**-0.5
-    causal = (start + jnp.arange(r))[:, None] >= jnp.arange(k.shape[0])
-    weights = jax.nn.softmax(jnp.where(causal, scores, -jnp.inf), axis=-1)
-    return jnp.einsum("kgts,skh->tkgh", weights, v, precision="highest").reshape(r, -1)
+    group: int,
+    scale: float,
+) -> tuple[Float[Array, "g*r h"], Float[Array, "S h"], Float[Array, "S h"]]:
+    """The gradients of q, k and v, the first three given, where `group` heads of queries of r tokens from position
+    `start` on attend causally to one head of keys; the fourth is the cotangent. Dao et al. 2022, arXiv:2205.14135, B.2.
+
+    Written out, because XLA divides by a sum in another way where a program is cut for a mesh.
+    """
+    q, k, v, upstream = given
+    positions = start + jnp.tile(jnp.arange(q.shape[0] // group), group)
+    q = q * scale
+    scores = jnp.where(positions[:, None] >= jnp.arange(k.shape[0]), _product(q, k.T), -jnp.inf)
+    weights = exp(scores - scores.max(-1, keepdims=True))
+    weights *= (1.0 / row_sum(weights))[:, None]
+    of_weights = _product(upstream, v.T)
+    of_scores = weights * (of_weights - row_sum(weights * of_weights)[:, None])
+    return _product(of_scores, k) * scale, _product(of_scores.T, q), _product(weights.T, upstream)
+
+
+def _product(a: Float[Array, "m k"], b: Float[Array, "k n"]) -> Float[Array, "m n"]:
+    return jnp.matmul(a, b, precision="highest")
 
 
 _attention.defvjp(_attention_forward, _attention_backward)

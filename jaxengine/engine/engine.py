@@ -66,7 +66,9 @@ class OutOfDeviceMemory(Exception):
 
 
 class Engine:
-    """One model on one device: params, cache and what steps know of the slots are its only device state.
+    """One model on one device, or on a mesh of some that share it.
+
+    Params, cache and what steps know of the slots are its only device state.
 
     Nothing in here locks: `engine.runner.Runner` lets one thread in at a time.
     """
@@ -82,7 +84,7 @@ class Engine:
     ) -> None:
         self.model_config, self.engine_config, self.weights = model_config, engine_config, Weights(params, 0)
         self.tokenizer = tokenizer
-        self.kernels = choose_kernels(engine_config.kernels, model_config)
+        self.kernels = choose_kernels(engine_config.kernels, model_config, engine_config.mesh)
         # The cache comes first, because it takes the most memory and may be refused.
         self.cache = kv_cache.empty_cache(model_config, engine_config, self.kernels, params)
         pool = PagePool(engine_config.num_pages, engine_config.page_size, engine_config.enable_prefix_caching)
@@ -417,7 +419,9 @@ class Engine:
 
     def _new_slot_state(self) -> slot_state.SlotState:
         """Every slot is given away before a step reads it, so nothing of an earlier one is needed."""
-        return slot_state.empty_state(self.batch.num_slots, self.engine_config.pages_per_seq)
+        split = self.kernels.split
+        home = None if split is None else split.sharding()
+        return slot_state.empty_state(self.batch.num_slots, self.engine_config.pages_per_seq, home)
 
     def _new_checksums(self) -> page_checksums.PageChecksums | None:
         return page_checksums.PageChecksums(self.kernels) if self.engine_config.page_checksums else None

@@ -16,7 +16,7 @@ from jaxengine.device import kv_cache
 from jaxengine.engine.batch import BatchBuilder
 from jaxengine.engine.step_variants import StepVariants
 from jaxengine.models import params as model_params
-from jaxengine.ops.kernels import choose_kernels
+from jaxengine.ops.kernels import Kernels, choose_kernels
 
 CPU_SHARE = 0.25  # of the host's free memory, for the pool: other programs live there too
 CPU_POOL = 512_000_000  # bytes of pages that a CPU's pool has at most, or as many as its model's weights take, or
@@ -53,9 +53,10 @@ class MemoryPlan:
 
 def memory_plan(model_config: ModelConfig, engine_config: EngineConfig) -> MemoryPlan:
     """The plan of an engine as configured."""
-    cache = kv_cache.abstract(model_config, engine_config, choose_kernels(engine_config.kernels, model_config))
+    kernels = _kernels(model_config, engine_config)
+    cache = kv_cache.abstract(model_config, engine_config, kernels)
     return MemoryPlan(
-        _size(model_params.abstract(model_config)),
+        _size(_abstract_weights(model_config, kernels)),
         _size(cache),
         _workspace(model_config, engine_config),
         engine_config.num_pages,
@@ -121,9 +122,29 @@ def _pages_in(room: int, model_config: ModelConfig, engine_config: EngineConfig,
     return (room - slots) // page_bytes - engine_config.probe_pages
 
 
+def _kernels(model_config: ModelConfig, engine_config: EngineConfig) -> Kernels:
+    return choose_kernels(engine_config.kernels, model_config, engine_config.mesh)
+
+
+def _abstract_weights(model_config: ModelConfig, kernels: Kernels) -> Any:
+    """Their shapes and dtypes, and where they lie on a mesh."""
+    shapes = model_params.abstract(model_config)
+    if kernels.split is None:
+        return shapes
+    split = kernels.split
+    return jax.tree.map(
+        lambda x, spec: x.update(sharding=split.sharding(spec)), shapes, model_params.specs(model_config)
+    )
+
+
 def _size(tree: Any) -> int:
-    """Bytes of all arrays."""
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    """Bytes of all arrays, on each device of those that share them."""
+    return sum(math.prod(_on_one(x)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _on_one(x: Any) -> tuple[int, ...]:
+    sharding = getattr(x, "sharding", None)
+    return x.shape if sharding is None else sharding.shard_shape(x.shape)
 
 
 def _resident(params: Any) -> int:
@@ -173,10 +194,8 @@ def explained(model_config: ModelConfig, engine_config: EngineConfig, doing: str
 
 
 def _page_bytes(model_config: ModelConfig, engine_config: EngineConfig) -> int:
-    pools = choose_kernels(engine_config.kernels, model_config).attention.pools(
-        model_config, 1, engine_config.page_size
-    )
-    return model_config.num_hidden_layers * sum(math.prod(pool.shape) * pool.dtype.itemsize for pool in pools)
+    pools = _kernels(model_config, engine_config).pools(model_config, 1, engine_config.page_size)
+    return model_config.num_hidden_layers * _size(pools)
 
 
 def _workspace(model_config: ModelConfig, engine_config: EngineConfig) -> int:
@@ -194,12 +213,12 @@ def _workspace(model_config: ModelConfig, engine_config: EngineConfig) -> int:
 
 def _compiled_workspace(model_config: ModelConfig, engine_config: EngineConfig) -> int:
     """What the widest steps take on the first device, of a pool of one context."""
-    kernels = choose_kernels(engine_config.kernels, model_config)
+    kernels = _kernels(model_config, engine_config)
     engine_config = dataclasses.replace(engine_config, num_pages=_whole_context(engine_config))
     variants = StepVariants(model_config, engine_config, kernels, BatchBuilder(engine_config))
     cache = kv_cache.abstract(model_config, engine_config, kernels)
     with explained(model_config, engine_config, "compiling the widest steps"):
-        return variants.workspace(model_params.abstract(model_config), cache)
+        return variants.workspace(_abstract_weights(model_config, kernels), cache)
 
 
 def _device_memory() -> tuple[int, int]:

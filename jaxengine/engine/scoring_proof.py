@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxengine.base.progress import Report, say_nothing
-from jaxengine.config import PROBE_TOKENS, EngineConfig, ModelConfig
-from jaxengine.device import kv_cache, scoring
-from jaxengine.engine.batch import BatchBuilder
-from jaxengine.engine.step_variants import StepVariants, equal_bits
+from jaxengine.config import ModelConfig
+from jaxengine.device import scoring
+from jaxengine.engine.mesh_proof import check_mesh
+from jaxengine.engine.probe import generated
+from jaxengine.engine.step_variants import equal_bits
 from jaxengine.models.params import Decoder
 from jaxengine.ops.kernels import Kernels
 from jaxengine.ops.tiles import SCORING, ScoringTiles
@@ -57,9 +58,10 @@ def refused(model_config: ModelConfig, kernels: Kernels, report: Report = say_no
 
 def _prove(model_config: ModelConfig, kernels: Kernels, report: Report) -> int:
     """How many of SCORING come before the first that holds."""
+    check_mesh(model_config, kernels, report)
     one_layer = dataclasses.replace(model_config, num_hidden_layers=1)
     params = scoring.random_params(one_layer, jax.random.key(0))
-    tokens, expected = _generated(one_layer, kernels, params)
+    tokens, expected = generated(one_layer, kernels, params)
     for i, tiles in enumerate(SCORING):
         if equal_bits(expected, _scored(one_layer, kernels, params, tokens, tiles)):
             return i
@@ -68,15 +70,6 @@ def _prove(model_config: ModelConfig, kernels: Kernels, report: Report) -> int:
             "on this machine: it will not be used"
         )
     return len(SCORING)
-
-
-def _generated(model_config: ModelConfig, kernels: Kernels, params: Decoder) -> tuple[np.ndarray, np.ndarray]:
-    """(the probe's tokens int32 `[T]`, the base decode step's logprobs of all but the first, float32 `[T - 1]`)."""
-    length = min(PROBE_TOKENS, model_config.max_position_embeddings)
-    engine_config = EngineConfig(max_num_seqs=1, max_model_len=length, num_pages=2, max_logprobs=1)
-    variants = StepVariants(model_config, engine_config, kernels, BatchBuilder(engine_config))
-    cache = kv_cache.empty_cache(model_config, engine_config, kernels, params)
-    return variants.base_logprobs(params, cache)
 
 
 def _scored(

@@ -17,15 +17,17 @@ from jaxengine.engine import idle_pools, memory
 from jaxengine.engine.contract_digest import Contracts
 from jaxengine.engine.deltas import DeltaReader
 from jaxengine.engine.engine import Engine
+from jaxengine.engine.mesh_proof import check_mesh
 from jaxengine.engine.runner import Runner
 from jaxengine.engine.scoring_proof import scoring_tiles
 from jaxengine.engine.to_outputs import to_output
-from jaxengine.engine.weights import check_alive, placed, prepared
+from jaxengine.engine.weights import check_alive, homes, placed, prepared
 from jaxengine.host.admission import ON_ERROR, Admission, sampling_of
 from jaxengine.host.prompts import Prompts
 from jaxengine.host.sample import Request
 from jaxengine.models.named_weights import to_decoder
 from jaxengine.models.params import Decoder
+from jaxengine.ops.kernels import choose_kernels
 from jaxengine.outputs import RequestDelta, RequestOutput
 from jaxengine.sampling_params import SamplingParams
 from jaxengine.text.bad_words import each_with_token_ids
@@ -59,10 +61,11 @@ class Session:
         idle_pools.register(self)
 
     def _new_engine(self, engine_config: EngineConfig, params: Any) -> Engine:
+        kernels = choose_kernels(engine_config.kernels, self.model_config, engine_config.mesh)
         with memory.explained(self.model_config, engine_config, "making room for the cache"):
-            engine = Engine(
-                self.model_config, engine_config, placed(params), tokenizer=self.tokenizer, report=self.report
-            )
+            params = placed(params, homes(params, self.model_config, kernels))
+            check_mesh(self.model_config, kernels, self.report)
+            engine = Engine(self.model_config, engine_config, params, tokenizer=self.tokenizer, report=self.report)
             jax.block_until_ready(engine.cache)
         return engine
 
@@ -161,7 +164,7 @@ class Session:
         if in_flight not in IN_FLIGHT:
             raise ValueError(f"in_flight must be one of {', '.join(map(repr, IN_FLIGHT))}, got {in_flight!r}")
         self.runner.check_usable()
-        params = to_decoder(params, self.model_config, cast=cast)
+        params = to_decoder(params, self.model_config, cast=cast, split=self.engine.kernels.split)
         homes = self.params if self._homes is None else self._homes
         params = prepared(params, self.model_config, homes, cast=cast)
         with self.runner.alone():

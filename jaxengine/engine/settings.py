@@ -7,29 +7,33 @@ import dataclasses
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
+from jaxengine.base.arguments import integer
 from jaxengine.config import EngineConfig, ModelConfig
 from jaxengine.engine import memory
 from jaxengine.models.params import Decoder
 from jaxengine.ops.kernels import choose_kernels
+from sharding.mesh import make_mesh, with_all_axes
 
 CPU_TOKENS, DEVICE_TOKENS = 512, 8192  # default budget of a step
-ENGINE_KEYWORDS = tuple(field.name for field in dataclasses.fields(EngineConfig))
+ENGINE_KEYWORDS = (*(field.name for field in dataclasses.fields(EngineConfig)), "tensor_parallel_size")
 
 
 def resolve_engine_config(
     model_config: ModelConfig, given: dict[str, Any], params: Decoder | None = None
 ) -> EngineConfig:
-    """EngineConfig from keywords; None means the default.
+    """EngineConfig from keywords; None means the default. `tensor_parallel_size` makes a mesh of so many devices.
 
     The pool is sized from memory, where `params` may be already, unless num_pages is given. Raises ValueError for what
     is no setting, MemoryError where the pool has no room.
     """
     given = {name: value for name, value in given.items() if value is not None}
+    given |= _mesh(given.pop("tensor_parallel_size", None), given.get("mesh"))
     on_cpu = jax.devices()[0].platform == "cpu"
     given.setdefault("max_model_len", model_config.context_length)
     given.setdefault("max_num_batched_tokens", CPU_TOKENS if on_cpu else DEVICE_TOKENS)
-    given["kernels"] = choose_kernels(given.get("kernels", "auto"), model_config).name
+    given["kernels"] = choose_kernels(given.get("kernels", "auto"), model_config, given.get("mesh")).name
     engine_config = EngineConfig(**given)
     if engine_config.max_model_len > model_config.context_length:
         rope = model_config.rope
@@ -43,3 +47,14 @@ def resolve_engine_config(
         engine_config = memory.sized_pool(model_config, engine_config, params)
     memory.check_fits(model_config, engine_config)
     return engine_config
+
+
+def _mesh(tensor: Any, mesh: Mesh | None) -> dict[str, Any]:
+    """The mesh that a number of devices or the caller asks for; nothing for one device."""
+    tensor = 1 if tensor is None else integer("tensor_parallel_size", tensor, 1)
+    if mesh is None:
+        return {} if tensor == 1 else {"mesh": make_mesh(tensor=tensor)}
+    mesh = with_all_axes(mesh)
+    if tensor not in (1, mesh.shape["tensor"]):
+        raise ValueError(f"tensor_parallel_size={tensor}, and the mesh has {mesh.shape['tensor']}: give one of them")
+    return {"mesh": mesh}

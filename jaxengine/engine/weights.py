@@ -4,10 +4,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from jaxengine.config import ModelConfig
 from jaxengine.device import steps
-from jaxengine.models.params import Decoder, abstract
+from jaxengine.models.params import Decoder, abstract, specs
+from jaxengine.ops.kernels import Kernels
 
 SHOWN = 10  # differences that an error lists
 
@@ -24,19 +26,35 @@ def check_fits(params: Decoder, model_config: ModelConfig) -> None:
         raise ValueError(f"params do not fit config, {len(wrong)} leaves differ:\n  " + "\n  ".join(wrong[:SHOWN]))
 
 
-def placed(params: Any, like: Any = None) -> Any:
-    """`params` where the weights `like` lie (arrays, or their shardings), or where they are.
+def placed(params: Any, like: Any) -> Any:
+    """`params` where the weights `like` lie (arrays, or their shardings).
 
-    Leaves that are there already share their memory and nothing is copied. device_put only marks them as committed to
-    their device: a step compiled for committed weights would be compiled again for weights that are not.
+    Leaves that are there already share their memory and nothing is copied; others travel from device to device.
+    device_put only marks them as committed to their device: a step compiled for committed weights would be compiled
+    again for weights that are not.
     """
-    return jax.device_put(params, jax.tree.map(_home, params if like is None else like))
+    return jax.device_put(params, jax.tree.map(_sharding, like))
 
 
-def _home(leaf: Any) -> jax.sharding.Sharding:
-    if isinstance(leaf, jax.sharding.Sharding):
-        return leaf
-    return leaf.sharding if isinstance(leaf, jax.Array) else jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+def _sharding(leaf: Any) -> jax.sharding.Sharding:
+    return leaf if isinstance(leaf, jax.sharding.Sharding) else leaf.sharding
+
+
+def homes(params: Any, model_config: ModelConfig, kernels: Kernels) -> Any:
+    """Where an engine's weights lie, as shardings: cut by leaves on the kernels' mesh, else each on one device.
+
+    That is the one where it is, the first of those that share it, or the default device.
+    """
+    if kernels.split is not None:
+        return jax.tree.map(kernels.split.sharding, specs(model_config))
+    return jax.tree.map(_one_device, params)
+
+
+def _one_device(leaf: Any) -> jax.sharding.Sharding:
+    if isinstance(leaf, jax.Array) and len(leaf.devices()) == 1:
+        return leaf.sharding
+    devices = leaf.devices() if isinstance(leaf, jax.Array) else jax.local_devices()[:1]
+    return jax.sharding.SingleDeviceSharding(min(devices, key=lambda device: device.id))
 
 
 def prepared(params: Any, model_config: ModelConfig, like: Any, *, cast: bool = False) -> Decoder:
@@ -58,6 +76,22 @@ def prepared(params: Any, model_config: ModelConfig, like: Any, *, cast: bool = 
             + "\n  ".join(wrong[:SHOWN])
         )
     return ready
+
+
+def check_one_device(params: Any) -> None:
+    """Raises ValueError for weights that are cut over several devices, where no mesh is given: XLA would share out the
+    work in its own way, with its own bits.
+    """
+    cut = [
+        path
+        for path, leaf in _leaves(params)
+        if isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer) and not leaf.sharding.is_fully_replicated
+    ]
+    if cut:
+        raise ValueError(
+            f"{len(cut)} leaves lie on several devices, {cut[0]} for one: give the mesh that is to score them "
+            "(mesh=), or bring them to one device"
+        )
 
 
 def check_alive(params: Decoder | None) -> None:

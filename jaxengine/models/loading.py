@@ -24,8 +24,11 @@ from jaxengine.models import agreement, hugging_face, registry
 from jaxengine.models.generation_config import end_tokens, stop_set
 from jaxengine.models.hugging_face import said_dtype
 from jaxengine.models.overrides import overridden
+from jaxengine.models.parameter import Parameter
 from jaxengine.models.params import Decoder, by_path, declare, map_declared
 from jaxengine.text.tokenizer import Tokenizer
+from sharding.mesh import Split
+from sharding.rules import spec_of
 
 OTHER_NAMES = {"half": "float16", "float": "float32"}  # of dtypes, in vLLM
 
@@ -101,8 +104,13 @@ def dtype_name(dtype: Any, auto: str) -> str:
     return name
 
 
-def load(folder: Path, model_config: ModelConfig, progress: Callable[[int, int], None] | None = None) -> Decoder:
-    """Parameters of a folder, in their declared dtypes.
+def load(
+    folder: Path,
+    model_config: ModelConfig,
+    progress: Callable[[int, int], None] | None = None,
+    split: Split | None = None,
+) -> Decoder:
+    """Parameters of a folder, in their declared dtypes. On a mesh each device gets its own part alone.
 
     Raises ValueError listing what does not fit, before memory is taken.
     """
@@ -110,7 +118,7 @@ def load(folder: Path, model_config: ModelConfig, progress: Callable[[int, int],
     with open_folder(folder) as tensors:
         table = hugging_face.key_table(model_config)
         for target, array in _fitting(tensors, model_config, table):
-            leaves[target] = on_device(array, declared[target].dtype)
+            leaves[target] = on_device(array, declared[target], split)
             if progress is not None:
                 progress(len(leaves), len(table))
     return map_declared(lambda path, _: leaves[path], model_config)
@@ -130,9 +138,16 @@ def _fitting(tensors: TensorFolder, model_config: ModelConfig, table: list[Entry
         raise ValueError("\n".join([str(error), *sizes])) from error
 
 
-def on_device(array: np.ndarray, dtype: str) -> jax.Array:
-    """A copy of its own on the device, because the file or the caller's array may change."""
-    return jax.device_put(np.array(array, jnp.dtype(dtype), order="C"))
+def on_device(array: np.ndarray, parameter: Parameter, split: Split | None = None) -> jax.Array:
+    """A copy of its own on the device, because the file or the caller's array may change.
+
+    On a mesh each device gets its own part, and no other is read.
+    """
+    dtype = jnp.dtype(parameter.dtype)
+    if split is None:
+        return jax.device_put(np.array(array, dtype, order="C"))
+    home = split.sharding(spec_of(parameter.axes))
+    return jax.make_array_from_callback(array.shape, home, lambda part: np.array(array[part], dtype, order="C"))
 
 
 def named_tensors(model_config: ModelConfig, params: Decoder) -> Iterator[tuple[str, np.ndarray]]:

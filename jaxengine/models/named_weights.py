@@ -19,12 +19,13 @@ from jaxengine.models.agreement import differ
 from jaxengine.models.hugging_face import EMBEDDING, HEAD
 from jaxengine.models.loading import on_device
 from jaxengine.models.params import Decoder, by_path, declare, map_declared
+from sharding.mesh import Split
 
 log = logging.getLogger("jaxengine")
 FORMS = (str, os.PathLike, Mapping, list, tuple, Iterator)
 
 
-def to_decoder(weights: Any, model_config: ModelConfig, *, cast: bool = False) -> Any:
+def to_decoder(weights: Any, model_config: ModelConfig, *, cast: bool = False, split: Split | None = None) -> Any:
     """The parameters that `weights` hold, in this project's layout; what has none of the forms is given back.
 
     `weights` are a folder in Hugging Face format, a dict from names to arrays, or an iterable of (name, array) pairs in
@@ -43,9 +44,9 @@ def to_decoder(weights: Any, model_config: ModelConfig, *, cast: bool = False) -
         folder = find_folder(weights, "params")
         _log_other_architecture(folder, model_config)
         with open_folder(folder) as tensors:
-            return _decoder(((name, tensors.read(name)) for name in tensors.names), model_config, cast)
+            return _decoder(((name, tensors.read(name)) for name in tensors.names), model_config, cast, split)
     pairs = weights.items() if isinstance(weights, Mapping) else weights
-    return _decoder(_checked_pairs(pairs), model_config, cast)
+    return _decoder(_checked_pairs(pairs), model_config, cast, split)
 
 
 def _log_other_architecture(folder: Path, model_config: ModelConfig) -> None:
@@ -59,7 +60,7 @@ def _log_other_architecture(folder: Path, model_config: ModelConfig) -> None:
             log.warning("%s says %s=%s, and its weights will run with %s", folder / "config.json", name, there, here)
 
 
-def _decoder(pairs: Iterable[tuple[str, Any]], model_config: ModelConfig, cast: bool) -> Decoder:
+def _decoder(pairs: Iterable[tuple[str, Any]], model_config: ModelConfig, cast: bool, split: Split | None) -> Decoder:
     table, ignored = hugging_face.key_table(model_config), hugging_face.ignored_keys(model_config)
     # A tied model's head is no source, and is compared with the embedding as both are rounded.
     known = {HEAD, *(name for entry in table for name in entry.sources)}
@@ -68,7 +69,7 @@ def _decoder(pairs: Iterable[tuple[str, Any]], model_config: ModelConfig, cast: 
         arrays = _with_equal_head(arrays)
     declared = by_path(declare(model_config))
     leaves = {
-        target: on_device(array, declared[target].dtype) for target, array in key_table.packed(arrays, table, ignored)
+        target: on_device(array, declared[target], split) for target, array in key_table.packed(arrays, table, ignored)
     }
     return map_declared(lambda path, _: leaves[path], model_config)
 

@@ -13,6 +13,7 @@ from jaxengine.models import attention_block, mlp_block
 from jaxengine.models.attention_block import Attention
 from jaxengine.models.mlp_block import Mlp
 from jaxengine.models.parameter import Parameter, norm_scale
+from sharding.rules import spec_of
 
 
 @pytree
@@ -73,6 +74,16 @@ def by_path(tree: Any) -> dict[str, Any]:
     """A tree's leaves by their paths, Parameter declarations among them."""
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_parameter)
     return {path_name(path): leaf for path, leaf in leaves}
+
+
+def specs(model_config: ModelConfig) -> Any:
+    """How each parameter lies on a mesh (sharding/rules.py)."""
+    return map_declared(lambda _, parameter: spec_of(parameter.axes), model_config)
+
+
+def layer_specs(model_config: ModelConfig) -> Any:
+    """`specs` of one layer, which all are alike."""
+    return specs(model_config).layers[0]
 
 
 def abstract(model_config: ModelConfig) -> Decoder:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from jaxengine.config import ModelConfig
 from jaxengine.ops.differentiated import differentiated_as
 from jaxengine.ops.heads import PackedHeads
-from jaxengine.ops.linear import by_leaf, dot, join_leaves, split_outputs
+from jaxengine.ops.linear import by_leaf, dot, join_leaves
 from jaxengine.ops.live import Live
 from jaxengine.ops.norm import rms_norm
 from jaxengine.ops.pallas import located_blocks
@@ -25,7 +25,7 @@ from jaxengine.ops.xla import XlaDraw, XlaProducts, storage_dtype
 from pallas_kernels.cpu import calls, library
 from pallas_kernels.draw import draw_by
 from pallas_kernels.draw_reference import Draw
-from sharding.leaves import tree_sum
+from sharding.leaves import ALL_HERE, Leaves
 
 ORDER = 1  # of all sums in pallas_kernels/cpu: raised by whoever changes one, because it is in the bits
 
@@ -47,46 +47,55 @@ def _kept(x: Float[Array, "R D"], count: Int[Array, ""], other: float) -> Float[
     return jnp.where(jnp.arange(x.shape[0])[:, None] < count, x, other)
 
 
-def _plain_project(eps: float, tile: int, body: str, like: Array, x, norm, w, bias, count) -> Float[Array, "R N"]:
-    y = join_leaves(split_outputs(rms_norm(_kept(x, count, 1.0), norm, eps), w))
+def _plain_project(
+    eps: float, tile: int, body: str, leaves: Leaves, like: Array, x, norm, w, bias, count
+) -> Float[Array, "R N"]:
+    y = join_leaves(XlaProducts(leaves).outputs(rms_norm(_kept(x, count, 1.0), norm, eps), w))
     return _kept(y if bias is None else y + bias.astype(jnp.float32).reshape(-1), count, 0.0)
 
 
-def _plain_gated(eps: float, tile: int, body: str, like: Array, x, norm, w, count) -> Float[Array, "R F"]:
-    y = XlaProducts().gated(rms_norm(_kept(x, count, 1.0), norm, eps), w)
+def _plain_gated(
+    eps: float, tile: int, body: str, leaves: Leaves, like: Array, x, norm, w, count
+) -> Float[Array, "R F"]:
+    y = XlaProducts(leaves).gated(rms_norm(_kept(x, count, 1.0), norm, eps), w)
     return _kept(join_leaves(y).astype(w.dtype), count, 0.0)
 
 
-def _plain_add(tile: int, body: str, like: Array, x, y, w, bias, count) -> Float[Array, "R D"]:
-    total = _kept(x, count, 0.0) + tree_sum(dot(by_leaf(_kept(y, count, 0.0), w.shape[0]), w))
+def _plain_add(tile: int, body: str, leaves: Leaves, like: Array, x, y, w, bias, count) -> Float[Array, "R D"]:
+    total = _kept(x, count, 0.0) + leaves.sum(dot(by_leaf(_kept(y, count, 0.0), w.shape[0]), w))
     return _kept(total if bias is None else total + bias.astype(jnp.float32), count, 0.0)
 
 
-def _plain_logits(eps: float, body: str, like: Array, x, norm, head) -> Float[Array, "t V"]:
-    return join_leaves(split_outputs(rms_norm(x, norm, eps), head.astype(jnp.float32)))
+def _plain_logits(eps: float, body: str, leaves: Leaves, like: Array, x, norm, head) -> Float[Array, "t V"]:
+    y = XlaProducts(leaves).outputs(rms_norm(x, norm, eps), head.astype(jnp.float32))
+    return leaves.columns(join_leaves(y))
 
 
 # -- the ops -----------------------------------------------------------------------------------------------------------
 
 
-@differentiated_as(_plain_project, static=3)
-def _project(eps: float, tile: int, body: str, x, norm, w, bias, count) -> Float[Array, "R N"]:
+@differentiated_as(_plain_project, static=4)
+def _project(eps: float, tile: int, body: str, leaves: Leaves, x, norm, w, bias, count) -> Float[Array, "R N"]:
     return calls.outputs(x, norm, eps, w, bias, calls.Live(count, tile), body)
 
 
-@differentiated_as(_plain_gated, static=3)
-def _gated(eps: float, tile: int, body: str, x, norm, w, count) -> Float[Array, "R F"]:
+@differentiated_as(_plain_gated, static=4)
+def _gated(eps: float, tile: int, body: str, leaves: Leaves, x, norm, w, count) -> Float[Array, "R F"]:
     return calls.gated(x, norm, eps, w, calls.Live(count, tile), body)
 
 
-@differentiated_as(_plain_add, static=2)
-def _add(tile: int, body: str, x, y, w, bias, count) -> Float[Array, "R D"]:
-    return calls.added(x, y, w, bias, calls.Live(count, tile), body)
+@differentiated_as(_plain_add, static=3)
+def _add(tile: int, body: str, leaves: Leaves, x, y, w, bias, count) -> Float[Array, "R D"]:
+    if leaves == ALL_HERE:
+        return calls.added(x, y, w, bias, calls.Live(count, tile), body)
+    nothing = jnp.full_like(x, -0.0)  # the one number that leaves every other as it is, 0 too
+    total = x + leaves.sum(calls.added(nothing, y, w, None, calls.Live(count, tile), body)[None])
+    return total if bias is None else total + bias.astype(jnp.float32)
 
 
-@differentiated_as(_plain_logits, static=2)
-def _logits(eps: float, body: str, x, norm, head) -> Float[Array, "t V"]:
-    return calls.logits(x, norm, eps, head, body)
+@differentiated_as(_plain_logits, static=3)
+def _logits(eps: float, body: str, leaves: Leaves, x, norm, head) -> Float[Array, "t V"]:
+    return leaves.columns(calls.logits(x, norm, eps, head, body))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,12 +103,19 @@ class CpuProducts:
     """The products of ops/kernels.py. `body` is no part of the bits."""
 
     body: str
+    leaves: Leaves = ALL_HERE
+
+    def with_leaves(self, leaves: Leaves) -> "CpuProducts":
+        return dataclasses.replace(self, leaves=leaves)
 
     def parts(self) -> dict[str, Any]:
         return {"order": ORDER}
 
     def embed(self, table: Float[Array, "leaf V D"], ids: Int[Array, " R"], live: Live) -> Float[Array, "R D"]:
-        return calls.embed(table, ids, calls.Live(live.count, live.tile), self.body)
+        def lookup(table: Array, ids: Array) -> Float[Array, "R D"]:
+            return calls.embed(table, ids, calls.Live(live.count, live.tile), self.body)
+
+        return self.leaves.looked_up(lookup, table, ids)
 
     def project(
         self,
@@ -110,12 +126,12 @@ class CpuProducts:
         bias: Float[Array, "leaf N"] | None,
         live: Live,
     ) -> tuple[Float[Array, "R D"], Float[Array, "R leaf*N"]]:
-        return x, _project(eps, live.tile, self.body, x, norm, w, bias, live.count)
+        return x, _project(eps, live.tile, self.body, self.leaves, x, norm, w, bias, live.count)
 
     def gated(
         self, x: Float[Array, "R D"], norm: Float[Array, " D"], eps: float, w: Float[Array, "leaf F2 D"], live: Live
     ) -> tuple[Float[Array, "R D"], Float[Array, "R leaf*F"]]:
-        return x, _gated(eps, live.tile, self.body, x, norm, w, live.count)
+        return x, _gated(eps, live.tile, self.body, self.leaves, x, norm, w, live.count)
 
     def add(
         self,
@@ -125,7 +141,7 @@ class CpuProducts:
         bias: Float[Array, " D"] | None,
         live: Live,
     ) -> Float[Array, "R D"]:
-        return _add(live.tile, self.body, x, y, w, bias, live.count)
+        return _add(live.tile, self.body, self.leaves, x, y, w, bias, live.count)
 
     def stream(self, x: Float[Array, "R D"]) -> Float[Array, "R D"]:
         return x
@@ -136,7 +152,7 @@ class CpuProducts:
     def logits(
         self, x: Float[Array, "t D"], norm: Float[Array, " D"], eps: float, head: Float[Array, "leaf V D"]
     ) -> Float[Array, "t V"]:
-        return _logits(eps, self.body, x, norm, head)
+        return _logits(eps, self.body, self.leaves, x, norm, head)
 
 
 @dataclasses.dataclass(frozen=True)

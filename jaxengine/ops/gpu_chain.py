@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from jaxengine.config import ModelConfig
 from jaxengine.ops.differentiated import differentiated_as
 from jaxengine.ops.heads import PackedHeads
-from jaxengine.ops.linear import by_leaf, dot, join_leaves, split_outputs
+from jaxengine.ops.linear import by_leaf, dot, join_leaves
 from jaxengine.ops.live import Live
 from jaxengine.ops.norm import rms_norm
 from jaxengine.ops.pallas import PallasAttention, located_blocks, sizes_of_device
@@ -26,7 +26,7 @@ from jaxengine.ops.xla import XlaProducts
 from pallas_kernels.chain_gpu import attend, heads, product, residual
 from pallas_kernels.chain_gpu.sizes import CHAIN, ChainSizes, chain_sizes, split_of
 from pallas_kernels.implementations import Implementation
-from sharding.leaves import tree_sum
+from sharding.leaves import ALL_HERE, Leaves, spread, tree_sum
 
 HEAD_PARTS = 3  # bfloat16 numbers whose sum is a float32
 
@@ -75,15 +75,17 @@ def _plain_finish(of: Implementation, like: Array, stream: Stream) -> Float[Arra
     return _plain_total(stream)
 
 
-def _plain_project(of: Implementation, eps: float, like: tuple, stream: Stream, norm: Array, w: Array):
-    x, flat = _plain_total(stream), w.reshape(1, -1, w.shape[-1])
-    y, split = rms_norm(x, norm, eps), split_of(_sizes(of, w), *flat.shape[1:])
-    return x, _plain_sums(y[None], flat, split, like[1].shape[0])[0]
+def _plain_project(of: Implementation, eps: float, leaves: Leaves, like: tuple, stream: Stream, norm: Array, w: Array):
+    """Leaf by leaf, though the kernel takes all at once: a gradient's order may not follow who has which leaves."""
+    x, split = _plain_total(stream), split_of(_sizes(of, w), w.shape[0] * w.shape[1], w.shape[2])
+    y = spread(leaves.shared(rms_norm(x, norm, eps)), w.shape[0])
+    sums = _plain_sums(y, w, split, like[1].shape[0])
+    return x, jnp.moveaxis(sums, 0, 2).reshape(like[1].shape)
 
 
-def _plain_gated(of: Implementation, eps: float, like: tuple, stream: Stream, norm: Array, w: Array):
+def _plain_gated(of: Implementation, eps: float, leaves: Leaves, like: tuple, stream: Stream, norm: Array, w: Array):
     x = _plain_total(stream)
-    return x, join_leaves(XlaProducts().gated(rms_norm(x, norm, eps), w)).astype(w.dtype)
+    return x, join_leaves(XlaProducts(leaves).gated(rms_norm(x, norm, eps), w)).astype(w.dtype)
 
 
 def _plain_add(of: Implementation, like: Array, y: Array, w: Array) -> Float[Array, "leaf S M N"]:
@@ -91,9 +93,10 @@ def _plain_add(of: Implementation, like: Array, y: Array, w: Array) -> Float[Arr
 
 
 def _plain_logits(
-    of: Implementation, eps: float, like: Array, x: Array, norm: Array, head: Array
+    of: Implementation, eps: float, leaves: Leaves, like: Array, x: Array, norm: Array, head: Array
 ) -> Float[Array, "t V"]:
-    return join_leaves(split_outputs(rms_norm(x, norm, eps), head.astype(jnp.float32)))
+    y = XlaProducts(leaves).outputs(rms_norm(x, norm, eps), head.astype(jnp.float32))
+    return leaves.columns(join_leaves(y))
 
 
 def _sizes(of: Implementation, w: Array) -> ChainSizes:
@@ -108,14 +111,18 @@ def _finish(of: Implementation, stream: Stream) -> Float[Array, "R D"]:
     return residual.total(*stream, interpret=of.is_interpreted)
 
 
-@differentiated_as(_plain_project, static=2)
-def _project(of: Implementation, eps: float, stream: Stream, norm: Array, w: Array) -> tuple[Array, Array]:
+@differentiated_as(_plain_project, static=3)
+def _project(
+    of: Implementation, eps: float, leaves: Leaves, stream: Stream, norm: Array, w: Array
+) -> tuple[Array, Array]:
     x, y = residual.settle(*stream, norm, eps, w.dtype, interpret=of.is_interpreted)
     return x, product.outputs(y, w.reshape(-1, w.shape[-1]), _sizes(of, w), interpret=of.is_interpreted)
 
 
-@differentiated_as(_plain_gated, static=2)
-def _gated(of: Implementation, eps: float, stream: Stream, norm: Array, w: Array) -> tuple[Array, Array]:
+@differentiated_as(_plain_gated, static=3)
+def _gated(
+    of: Implementation, eps: float, leaves: Leaves, stream: Stream, norm: Array, w: Array
+) -> tuple[Array, Array]:
     x, y = residual.settle(*stream, norm, eps, w.dtype, interpret=of.is_interpreted)
     return x, product.gated(y[0], w, _sizes(of, w), interpret=of.is_interpreted)
 
@@ -125,11 +132,12 @@ def _add(of: Implementation, y: Array, w: Array) -> Float[Array, "leaf S M N"]:
     return product.summed(y.astype(w.dtype), w, _sizes(of, w), interpret=of.is_interpreted)
 
 
-@differentiated_as(_plain_logits, static=2)
-def _logits(of: Implementation, eps: float, x: Array, norm: Array, head: Array) -> Float[Array, "t V"]:
+@differentiated_as(_plain_logits, static=3)
+def _logits(of: Implementation, eps: float, leaves: Leaves, x: Array, norm: Array, head: Array) -> Float[Array, "t V"]:
     parts = HEAD_PARTS if head.dtype == jnp.bfloat16 else 1
     _, y = residual.settle(x, None, None, norm, eps, head.dtype, parts, interpret=of.is_interpreted)
-    return product.finished(y, head.reshape(-1, head.shape[-1]), _sizes(of, head), interpret=of.is_interpreted)
+    own = product.finished(y, head.reshape(-1, head.shape[-1]), _sizes(of, head), interpret=of.is_interpreted)
+    return leaves.columns(own)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,15 +145,21 @@ class ChainProducts:
     """The products of ops/kernels.py."""
 
     implementation: Implementation
+    leaves: Leaves = ALL_HERE
+
+    def with_leaves(self, leaves: Leaves) -> "ChainProducts":
+        return dataclasses.replace(self, leaves=leaves)
 
     def parts(self) -> dict[str, Any]:
         device = self.implementation.device
         return {"device": device, "chain": sizes_of_device(CHAIN, device)}
 
     def embed(self, table: Float[Array, "leaf V D"], ids: Int[Array, " R"], live: Live) -> Stream:
-        return Stream(
-            residual.embed(table.reshape(-1, table.shape[-1]), ids, interpret=self.implementation.is_interpreted)
-        )
+        def lookup(table: Array, ids: Array) -> Float[Array, "R D"]:
+            flat = table.reshape(-1, table.shape[-1])
+            return residual.embed(flat, ids, interpret=self.implementation.is_interpreted)
+
+        return Stream(self.leaves.looked_up(lookup, table, ids))
 
     def project(
         self,
@@ -156,13 +170,13 @@ class ChainProducts:
         bias: Float[Array, "leaf N"] | None,
         live: Live,
     ) -> tuple[Stream, Sums]:
-        total, sums = _project(self.implementation, eps, x, norm, w)
+        total, sums = _project(self.implementation, eps, self.leaves, x, norm, w)
         return Stream(total), Sums(sums, None if bias is None else bias.reshape(-1))
 
     def gated(
         self, x: Stream, norm: Float[Array, " D"], eps: float, w: Float[Array, "leaf F2 D"], live: Live
     ) -> tuple[Stream, Float[Array, "R leaf*F"]]:
-        total, inner = _gated(self.implementation, eps, x, norm, w)
+        total, inner = _gated(self.implementation, eps, self.leaves, x, norm, w)
         return Stream(total), inner
 
     def add(
@@ -173,7 +187,11 @@ class ChainProducts:
         bias: Float[Array, " D"] | None,
         live: Live,
     ) -> Stream:
-        return Stream(x.x, _add(self.implementation, y, w), bias)
+        sums = _add(self.implementation, y, w)
+        if self.leaves != ALL_HERE:  # every device's, as one split of each
+            nothing = jnp.full_like(x.x, -0.0)  # the one number that leaves every other as it is, 0 too
+            sums = self.leaves.gathered(_finish(self.implementation, Stream(nothing, sums)))[:, None]
+        return Stream(x.x, sums, bias)
 
     def stream(self, x: Float[Array, "R D"]) -> Stream:
         return Stream(x)
@@ -184,7 +202,7 @@ class ChainProducts:
     def logits(
         self, x: Float[Array, "t D"], norm: Float[Array, " D"], eps: float, head: Float[Array, "leaf V D"]
     ) -> Float[Array, "t V"]:
-        return _logits(self.implementation, eps, x, norm, head)
+        return _logits(self.implementation, eps, self.leaves, x, norm, head)
 
 
 @dataclasses.dataclass(frozen=True)

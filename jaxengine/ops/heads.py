@@ -1,16 +1,20 @@
 """From a packed projection to the heads that attention takes: normalised, and rotated by position."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxengine.config import ModelConfig
+from jaxengine.ops.linear import by_leaf
 from jaxengine.ops.live import Live
 from jaxengine.ops.norm import rms_norm
 from jaxengine.ops.regions import over_tiles
 from jaxengine.ops.rope import cos_sin, rotate
+from sharding.leaves import Leaves, spread
 
 
 class PackedHeads(NamedTuple):
@@ -24,30 +28,40 @@ class PackedHeads(NamedTuple):
 Heads = tuple[Float[Array, "R H h"], Float[Array, "R K h"], Float[Array, "R K h"]]
 
 
-def rotated_heads(model_config: ModelConfig, packed: PackedHeads, positions: Int[Array, " R"], live: Live) -> Heads:
-    """Queries (float32), keys and values (the model's dtype) of the rows, as one pinned region. Differentiable."""
-    body = functools.partial(_heads_of_tile, model_config)
-    return over_tiles(body, live.tile, packed[1:], (packed.rows, positions), live.count)
+def rotated_heads(
+    model_config: ModelConfig, leaves: Leaves, packed: PackedHeads, positions: Int[Array, " R"], live: Live
+) -> Heads:
+    """Queries (float32), keys and values (the model's dtype) of the rows, one pinned region for each leaf.
+
+    Differentiable. A leaf's part is compiled at one shape, however many leaves are here, and the gradients of the norms
+    are added leaf by leaf: so neither has other bits where other devices have some of the leaves.
+    """
+    count = model_config.reduction_leaves
+    body = functools.partial(_heads_of_tile, model_config.share(count))
+    norms = [None if norm is None else spread(leaves.shared(norm), count) for norm in packed[1:]]
+
+    def of_leaf(norms: Any, rows: Float[Array, "R N"]) -> Heads:
+        return over_tiles(body, live.tile, norms, (rows, positions), live.count)
+
+    if count == 1:
+        return of_leaf(*jax.tree.map(lambda x: x[0], (norms, packed.rows[None])))
+    rows = by_leaf(packed.rows, count)
+    _, heads = jax.lax.scan(lambda _, of: (None, of_leaf(*of)), None, (norms, rows))
+    q, k, v = (x.swapaxes(0, 1).reshape(x.shape[1], -1, x.shape[-1]) for x in heads)
+    return q, k, v
 
 
 def _heads_of_tile(
-    model_config: ModelConfig, norms: tuple[Array | None, Array | None], rows: tuple[Array, Array]
-) -> Heads:
+    model_config: ModelConfig, norms: Sequence[Array | None], rows: tuple[Array, Array]
+) -> tuple[Array, Array, Array]:
+    """Those of one leaf."""
     (packed, positions), (q_norm, k_norm) = rows, norms
-    q, k, v = _split(model_config, packed)
+    queries, keys = model_config.num_attention_heads, model_config.num_key_value_heads
+    heads = packed.reshape(packed.shape[0], -1, model_config.head_dim)
+    q, k, v = jnp.split(heads, [queries, queries + keys], axis=1)
     if q_norm is not None and k_norm is not None:
         q = rms_norm(q, q_norm, model_config.rms_norm_eps)
         k = rms_norm(k, k_norm, model_config.rms_norm_eps)
     cos, sin = cos_sin(positions, model_config.rope, model_config.head_dim)
     dtype = model_config.dtype
     return rotate(q, cos, sin).astype(jnp.float32), rotate(k, cos, sin).astype(dtype), v.astype(dtype)
-
-
-def _split(model_config: ModelConfig, packed: Float[Array, "t N"]) -> list[Float[Array, "t heads h"]]:
-    """Queries, keys and values of all leaves' heads. A leaf's columns are its queries, its keys, its values."""
-    leaves, h = model_config.reduction_leaves, model_config.head_dim
-    queries = model_config.num_attention_heads // leaves
-    keys = model_config.num_key_value_heads // leaves
-    by_leaf = packed.reshape(packed.shape[0], leaves, -1, h)
-    parts = jnp.split(by_leaf, [queries, queries + keys], axis=2)
-    return [part.reshape(packed.shape[0], -1, h) for part in parts]

@@ -18,11 +18,17 @@ from jaxengine.ops.live import Live
 from jaxengine.ops.norm import rms_norm
 from jaxengine.ops.pools import Pools
 from jaxengine.ops.query_blocks import QueryBlocks
-from jaxengine.ops.regions import over_tiles
+from jaxengine.ops.regions import over_tiles, settled
+from sharding.leaves import ALL_HERE, Leaves
 
 
 class TileProducts(Protocol):
     """Matrix products of the rows of one tile. Weights carry the leaf axis first; sums are float32."""
+
+    @property
+    def leaves(self) -> Leaves:
+        """Who has the leaves."""
+        ...
 
     def parts(self) -> dict[str, Any]:
         """What the bits depend on, ready for JSON."""
@@ -50,6 +56,14 @@ class ProductsInTiles:
     """The products of ops/kernels.py."""
 
     of_tile: TileProducts
+
+    @property
+    def leaves(self) -> Leaves:
+        return self.of_tile.leaves
+
+    def with_leaves(self, leaves: Leaves) -> "ProductsInTiles":
+        of_tile: Any = self.of_tile
+        return ProductsInTiles(dataclasses.replace(of_tile, leaves=leaves))
 
     def parts(self) -> dict[str, Any]:
         return self.of_tile.parts()
@@ -102,8 +116,10 @@ class ProductsInTiles:
         if head.dtype == jnp.bfloat16:
             parts = self.of_tile.outputs(jnp.concatenate(_bfloat16_parts(y)), head)
             high, middle, low = jnp.split(parts, 3, axis=1)
-            return join_leaves(high + (middle + low))
-        return join_leaves(self.of_tile.outputs(y, head.astype(jnp.float32)))
+            own = join_leaves(high + (middle + low))
+        else:
+            own = join_leaves(self.of_tile.outputs(y, head.astype(jnp.float32)))
+        return settled(self.leaves.columns(own))
 
 
 def _bfloat16_parts(x: Float[Array, "t D"]) -> list[Array]:
@@ -164,6 +180,6 @@ class RotatesInTiles:
         batch = blocks.starts.shape[0]
         r = packed.rows.shape[0] // batch
         positions = (blocks.starts[:, None] + jnp.arange(r, dtype=jnp.int32)).reshape(-1)
-        heads = rotated_heads(model_config, packed, positions, Live(tile, blocks.num_blocks * r))
+        heads = rotated_heads(model_config, ALL_HERE, packed, positions, Live(tile, blocks.num_blocks * r))
         q, k, v = (x.reshape(batch, r, *x.shape[1:]) for x in heads)
         return q, self.write(pools, k, v, tables, blocks)

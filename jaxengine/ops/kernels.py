@@ -4,7 +4,9 @@
 the devices' kernels (ops/pallas.py), "pallas_interpret" runs the TPU's on any machine, slowly. Each has its own bits,
 so the name is part of the contract; the layout of the KV cache belongs to it too.
 
-An implementation is three small classes, one for each protocol below; ops/sharded.py wraps any three for a mesh.
+An implementation is three small classes, one for each protocol below. On a mesh (`sharded`) each device runs its own
+chain of them on the leaves that are its own; only a sum over leaves that is finished, a row of the embedding and the
+logits travel.
 """
 
 import dataclasses
@@ -14,6 +16,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxengine.config import ModelConfig, check_kernels
@@ -28,6 +31,9 @@ from jaxengine.ops.regions import over_tiles
 from pallas_kernels import implementations
 from pallas_kernels.draw_reference import Draw
 from pallas_kernels.implementations import OF_A_GPU, Implementation
+from sharding.leaves import Leaves
+from sharding.mesh import Split, with_all_axes
+from sharding.rules import spec_of
 
 OF_PLATFORM = {"cpu": "xla", "tpu": "pallas_tpu", "gpu": "pallas_gpu"}  # what "auto" is
 Stream = Any  # the residual stream `[R, D]` float32 as an implementation passes it on: sums may be left to add
@@ -41,6 +47,15 @@ class Products(Protocol):
     Weights carry the leaf axis first (sharding/leaves.py), and columns of rows lie in the order of leaves; sums are
     float32, and added over leaves in the fixed order of the tree. All are differentiable in rows and weights.
     """
+
+    @property
+    def leaves(self) -> Leaves:
+        """Who has the leaves."""
+        ...
+
+    def with_leaves(self, leaves: Leaves) -> "Products":
+        """The same, inside a mesh's `on_each`, on each device's own leaves."""
+        ...
 
     def parts(self) -> dict[str, Any]:
         """What the bits depend on, ready for JSON."""
@@ -189,6 +204,33 @@ class Kernels:
     wide_rows: tuple[int, ...] = ()  # of decode tiles wider than all kernels have (engine/step_variants.py)
     in_one: bool = False  # a row's bits depend on it alone without any tiles, so that a step needs no loop
     skips: bool = True  # a step branches over what no row of a tile asks for; a GPU had better not
+    split: Split | None = None  # the devices that share the weights; None inside `on_each`, and where there is one
+
+    def on_each(self, function: Callable, *inputs: Any, outputs: Any) -> Callable:
+        """`function(kernels, *arrays)` as a function of arrays, on each device's own parts (sharding/mesh.py).
+
+        `inputs` and `outputs` are the arrays' PartitionSpecs, or trees of them. Where one device has all, the function
+        runs as it is.
+        """
+        inside = functools.partial(function, dataclasses.replace(self, split=None))
+        return inside if self.split is None else self.split.on_each(inside, inputs, outputs)
+
+    def share(self, model_config: ModelConfig) -> ModelConfig:
+        """What one device has of the model: its leaves' heads and inner values."""
+        return model_config if self.split is None else model_config.share(self.split.degree)
+
+    def page_specs(self) -> PartitionSpec:
+        """How all pools lie, of which the second axis is that of heads."""
+        return spec_of((None, "heads"))
+
+    def pools(self, model_config: ModelConfig, num_pages: int, page_size: int) -> tuple[Any, Any]:
+        """Shapes and dtypes of one layer's keys and values, and where they lie on a mesh."""
+        shapes = self.attention.pools(model_config, num_pages, page_size)
+        if self.split is None:
+            return shapes
+        home = self.split.sharding(self.page_specs())
+        keys, values = (shape.update(sharding=home) for shape in shapes)
+        return keys, values
 
     def over_rows(self, body: Callable, tile: int, weights: Any, rows: Any, count: Int[Array, ""]) -> Any:
         """ops/regions.over_tiles, or the body alone where all rows are one tile of kernels that need no loop."""
@@ -208,6 +250,33 @@ class Kernels:
 XLA = Kernels("xla", ProductsInTiles(xla.XlaProducts()), xla.XlaAttention(), xla.XlaDraw())
 
 
+def checked_for(model_config: ModelConfig, own: Kernels, mesh: Mesh) -> Mesh:
+    """The mesh with all its axes. Raises ValueError where its devices cannot share the model's leaves."""
+    mesh, leaves = with_all_axes(mesh), model_config.reduction_leaves
+    for axis in ("data", "expert"):
+        if mesh.shape[axis] != 1:
+            raise ValueError(f"one engine runs on one replica: the mesh's {axis!r} has {mesh.shape[axis]} devices")
+    degree = mesh.shape["tensor"]
+    if leaves % degree:
+        raise ValueError(
+            f"{degree} devices cannot share reduction_leaves={leaves} leaves evenly: give reduction_leaves a multiple "
+            "of them (it is in the bits)"
+        )
+    if own.name == "xla" and degree == leaves > 1 and model_config.dtype != "float32":
+        raise ValueError(
+            f"kernels 'xla' have other bits for one leaf of {model_config.dtype} than for several: with "
+            f"reduction_leaves={leaves} at most {leaves // 2} devices can share them; take kernels 'cpu' or a device's "
+            "own"
+        )
+    return mesh
+
+
+def sharded(own: Kernels, mesh: Mesh) -> Kernels:
+    """The kernels `own` on every device of a mesh, with the bits of one device that has all leaves."""
+    split = Split(mesh)
+    return dataclasses.replace(own, products=own.products.with_leaves(split.leaves), split=split)
+
+
 def cpu_kernels(body: str = "best") -> Kernels:
     """The CPU's own kernels; `body` is one of pallas_kernels.cpu.library.BODIES."""
     products, attention, draw = cpu_chain.CpuProducts(body), cpu_chain.CpuAttention(body), cpu_chain.CpuDraw(body)
@@ -225,14 +294,17 @@ def kernels_of(implementation: Implementation) -> Kernels:
 
 
 @functools.cache
-def choose_kernels(name: str, model_config: ModelConfig) -> Kernels:
-    """The kernels of that name for a model on the first device; logged.
+def choose_kernels(name: str, model_config: ModelConfig, mesh: Mesh | None = None) -> Kernels:
+    """The kernels of that name for a model on the first device, or on a mesh's, which share the weights; logged.
 
     "auto" is the device's own, or "xla", with a warning that says why, where they do not take this device or model; on
     a CPU it is "xla". Raises ValueError for an unknown name, and for a name given that the device or the model does not
     fit.
     """
     check_kernels(name)
+    if mesh is not None:
+        own = choose_kernels(name, model_config)
+        return sharded(own, checked_for(model_config, own, mesh))
     if name != "auto":
         return _named(name, model_config)
     wanted = OF_PLATFORM.get(jax.devices()[0].platform, "xla")

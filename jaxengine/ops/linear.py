@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from sharding.leaves import spread
+
 
 def dot(x: Float[Array, "leaf t K"], w: Float[Array, "leaf N K"]) -> Float[Array, "leaf t N"]:
     """One dot per leaf at one shape, accumulated in float32.
@@ -21,7 +23,7 @@ def dot(x: Float[Array, "leaf t K"], w: Float[Array, "leaf N K"]) -> Float[Array
 
 def split_outputs(x: Float[Array, "t K"], w: Float[Array, "leaf N K"]) -> Float[Array, "leaf t N"]:
     """x @ w.T for every leaf's outputs."""
-    return dot(jnp.broadcast_to(x, (w.shape[0], *x.shape)), w)
+    return dot(spread(x, w.shape[0]), w)
 
 
 def join_leaves(outputs: Float[Array, "leaf t N"]) -> Float[Array, "t leaf*N"]:

@@ -27,7 +27,7 @@ from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.sizes import LANES, MATMUL
 from pallas_kernels.sizes_attention import ATTENTION, attention_sizes
 from pallas_kernels.truncation import kept
-from sharding.leaves import tree_sum
+from sharding.leaves import ALL_HERE, Leaves
 
 GPU_WIDTHS = (16, 32, 64, 128, 256)  # of heads in pages: Triton's arrays are powers of two
 WIDE_ROWS = (
@@ -58,29 +58,34 @@ def sizes_of_device(table: dict[tuple[str, str], Any], device: str) -> dict[str,
 
 @dataclasses.dataclass(frozen=True)
 class PallasProducts:
-    """One kernel call for all leaves."""
+    """One kernel call for all leaves that are here."""
 
     implementation: Implementation
+    leaves: Leaves = ALL_HERE
 
     def parts(self) -> dict[str, Any]:
         device = self.implementation.device
         return {"device": device, "matmul": sizes_of_device(MATMUL, device)}
 
     def embed(self, table: Float[Array, "leaf V D"], ids: Int[Array, " t"]) -> Float[Array, "t D"]:
-        return table.reshape(-1, table.shape[-1])[ids].astype(jnp.float32)
+        return self.leaves.looked_up(_rows_gathered, table, ids)
 
     def outputs(self, x: Float[Array, "t K"], w: Float[Array, "leaf N K"]) -> Float[Array, "leaf t N"]:
-        return self._of_leaves(x, w)
+        return self._of_leaves(self.leaves.shared(x), w)
 
     def gated(self, x: Float[Array, "t K"], w: Float[Array, "leaf F2 K"]) -> Float[Array, "leaf t F"]:
-        return self._of_leaves(x, w, gated=True)
+        return self._of_leaves(self.leaves.shared(x), w, gated=True)
 
     def summed(self, x: Float[Array, "leaf t K"], w: Float[Array, "leaf N K"]) -> Float[Array, "t N"]:
-        return tree_sum(self._of_leaves(x, w))
+        return self.leaves.sum(self._of_leaves(x, w))
 
     def _of_leaves(self, x: Array, w: Array, **how: Any) -> Array:
         """The product of each leaf. x is the leaf's own `[leaf, t, K]`, or all leaves' `[t, K]`."""
         return matmul(x, w, implementation=self.implementation, **how)
+
+
+def _rows_gathered(table: Float[Array, "leaf V D"], ids: Int[Array, " t"]) -> Float[Array, "t D"]:
+    return table.reshape(-1, table.shape[-1])[ids].astype(jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,40 +14,38 @@ from jaxengine.ops.in_tiles import RotatesInTiles
 from jaxengine.ops.linear import dot, split_outputs
 from jaxengine.ops.pools import Pools
 from jaxengine.ops.query_blocks import QueryBlocks
-from jaxengine.ops.regions import over_tiles
+from jaxengine.ops.regions import over_tiles, settled
 from jaxengine.ops.tiles import ATTENTION_TILE
+from pallas_kernels.draw import draw_by
 from pallas_kernels.draw_reference import Draw, plain_draw
 from pallas_kernels.paged_attention_cpu import paged_attention
 from pallas_kernels.pinned_math import silu
 from pallas_kernels.truncation_reference import kept_reference
-from sharding.leaves import tree_sum
+from sharding.leaves import ALL_HERE, Leaves
 
 
 @dataclasses.dataclass(frozen=True)
 class XlaProducts:
     """One dot at one shape for each product, whatever its tile is part of."""
 
+    leaves: Leaves = ALL_HERE
+
     def parts(self) -> dict[str, Any]:
         return {}
 
     def embed(self, table: Float[Array, "leaf V D"], ids: Int[Array, " t"]) -> Float[Array, "t D"]:
         """One slice a token, because a gather would make XLA on CPU widen the whole table first."""
-        flat = table.reshape(-1, table.shape[-1])
-
-        def put(i, out):
-            return jax.lax.dynamic_update_slice_in_dim(out, slice_widened(flat, ids[i], 1, 0, i), i, 0)
-
-        return jax.lax.fori_loop(0, ids.shape[0], put, jnp.zeros((ids.shape[0], flat.shape[1]), jnp.float32))
+        return self.leaves.looked_up(_rows_widened, table, ids)
 
     def outputs(self, x: Float[Array, "t K"], w: Float[Array, "leaf N K"]) -> Float[Array, "leaf t N"]:
-        return split_outputs(x, w)
+        return split_outputs(self.leaves.shared(settled(x)), w)
 
     def gated(self, x: Float[Array, "t K"], w: Float[Array, "leaf F2 K"]) -> Float[Array, "leaf t F"]:
-        gate, up = jnp.split(split_outputs(x, w), 2, axis=-1)
+        gate, up = jnp.split(self.outputs(x, w), 2, axis=-1)
         return silu(gate) * up
 
     def summed(self, x: Float[Array, "leaf t K"], w: Float[Array, "leaf N K"]) -> Float[Array, "t N"]:
-        return tree_sum(dot(x, w))
+        return self.leaves.sum(dot(x, w))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,12 +117,20 @@ class XlaDraw:
     def draw_and_score(
         self, logits: Float[Array, "t V"], given: Int[Array, " t"], uniforms: Float[Array, "t 2"] | None = None
     ) -> Draw:
-        return plain_draw(logits, given, uniforms)
+        return draw_by(_given_alone if uniforms is None else _plain_draw, logits, given, uniforms)
 
     def kept(
         self, logits: Float[Array, "t V"], top_k: Int[Array, " t"], top_p: Float[Array, " t"], min_p: Float[Array, " t"]
     ) -> Bool[Array, "t V"]:
         return kept_reference(logits, top_k, top_p, min_p)
+
+
+def _plain_draw(logits: Float[Array, "t V"], uniforms: Float[Array, "t 2"], given: Int[Array, " t"]) -> Draw:
+    return plain_draw(logits, given, uniforms)
+
+
+def _given_alone(logits: Float[Array, "t V"], _: Array, given: Int[Array, " t"]) -> Draw:
+    return plain_draw(logits, given)
 
 
 def storage_dtype(dtype: jnp.dtype) -> jnp.dtype:
@@ -135,6 +141,15 @@ def storage_dtype(dtype: jnp.dtype) -> jnp.dtype:
 def _stored(x: Array) -> Array:
     dtype = storage_dtype(x.dtype)
     return x if x.dtype == dtype else jax.lax.bitcast_convert_type(x, dtype)
+
+
+def _rows_widened(table: Float[Array, "leaf V D"], ids: Int[Array, " t"]) -> Float[Array, "t D"]:
+    flat = table.reshape(-1, table.shape[-1])
+
+    def put(i, out):
+        return jax.lax.dynamic_update_slice_in_dim(out, slice_widened(flat, ids[i], 1, 0, i), i, 0)
+
+    return jax.lax.fori_loop(0, ids.shape[0], put, jnp.zeros((ids.shape[0], flat.shape[1]), jnp.float32))
 
 
 def slice_widened(x: Array, start: Array, size: int, axis: int, step: Array) -> Array:

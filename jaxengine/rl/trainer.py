@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 from jaxengine.base.keys import key_data, key_of
@@ -23,11 +24,12 @@ from jaxengine.device.sampling_mask import SamplingMask
 from jaxengine.device.scoring import ScoringArrays, sampling_arrays_of, token_logprobs
 from jaxengine.device.scoring_input import check_sampling_mask, check_scored
 from jaxengine.engine.scoring_proof import scoring_tiles
-from jaxengine.models.params import Decoder
+from jaxengine.models.params import Decoder, specs
 from jaxengine.ops.kernels import choose_kernels
 from jaxengine.rl import advantages as estimators
 from jaxengine.rl import critic, metrics
 from jaxengine.rl.critic import ActorCritic
+from jaxengine.rl.global_norm import global_norm
 from jaxengine.rl.losses import policy_loss, token_shares, token_weights, value_loss
 from jaxengine.rl.rollout import Rollout
 from jaxengine.rl.train_state import SHUFFLES, Batch, TrainerConfig, TrainState
@@ -37,7 +39,8 @@ class Trainer:
     """Pure functions of a TrainState, for one model, optimiser and configuration; each compiles once for a shape.
 
     `kernels` are as in jaxengine.score. The optimiser works on the float32 weights: optax.adamw(1e-4), or a
-    chain with a clip before it.
+    chain with a clip before it (rl/global_norm.py). On a `mesh` devices share the weights and the optimiser's moments
+    by leaves; gradients have the bits of one device, and what the optimiser does number by number keeps them.
     """
 
     def __init__(
@@ -47,9 +50,10 @@ class Trainer:
         config: TrainerConfig | None = None,
         *,
         kernels: str = "auto",
+        mesh: Mesh | None = None,
     ) -> None:
         self.model_config, self.optimizer, self.config = model_config, optimizer, config or TrainerConfig()
-        self.kernels = choose_kernels(kernels, model_config)
+        self.kernels = choose_kernels(kernels, model_config, mesh)
         self.update = jax.jit(self._update, donate_argnums=0)  # (state, batch) -> (state, metrics)
         self.policy = jax.jit(self._policy)  # state -> weights for the engine, a copy: the state may be donated
         self._forward = jax.jit(self._rounded_run)
@@ -62,13 +66,26 @@ class Trainer:
         """The state before the first update: `params` in float32, and the optimiser's initial moments."""
         widened = jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)
         master = ActorCritic(widened, critic.initialise(self.model_config) if self.has_critic else None)
-        return TrainState(
+        state = TrainState(
             master=master,
             moments=jax.jit(self.optimizer.init)(master),
             step=jnp.zeros((), jnp.int32),
             version=jnp.zeros((), jnp.int32),
             key=jnp.array(key_data(key), jnp.uint32),
         )
+        return state if self.kernels.split is None else jax.device_put(state, self._homes(state))
+
+    def _homes(self, state: TrainState) -> Any:
+        """Where a state lies on the mesh: weights and their moments cut by leaves, all else on every device."""
+        assert self.kernels.split is not None
+        home = self.kernels.split.sharding
+        policy = jax.tree.map(home, specs(self.model_config))
+        master = ActorCritic(policy, jax.tree.map(lambda _: home(), state.master.critic))
+        moments = optax.tree_map_params(
+            self.optimizer, lambda _, own: own, state.moments, master, transform_non_params=lambda _: home()
+        )
+        whole: Any = home()
+        return TrainState(master, moments, whole, whole, whole)
 
     def train(
         self, state: TrainState, rollout: Rollout, rewards: Float[np.ndarray, " B"], *, reference: Decoder | None = None
@@ -171,7 +188,9 @@ class Trainer:
         )
         if values is not None and batch.returns is not None:
             measured["explained_variance"] = metrics.explained_variance(values, batch.returns, batch.mask)
-        return state, measured | {"gradient_norm": optax.global_norm(gradient)}
+        if self.kernels.split is not None:  # as it lay, so that nothing is compiled again
+            state = jax.lax.with_sharding_constraint(state, self._homes(state))
+        return state, measured | {"gradient_norm": global_norm(gradient)}
 
     def _has_gradient(self, batch: Batch) -> Bool[Array, " B"]:
         """Samples that have a gradient. Those of groups that are all right or all wrong have none, and are masked: the

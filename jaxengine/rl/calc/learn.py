@@ -31,6 +31,7 @@ from jaxengine.rl.calc.arithmetic import Problem
 from jaxengine.rl.calc.model import build_tokenizer, write_tokenizer
 from jaxengine.rl.calc.run import Run, check, held_out_problems, problems
 from jaxengine.rl.calc.train import HELD_OUT_PROBLEMS, grade
+from jaxengine.rl.global_norm import clip_by_global_norm
 from jaxengine.rl.loops.loop import Iteration, Loop, judged_by
 from jaxengine.rl.losses import ALGORITHMS
 from jaxengine.rl.train_state import TrainerConfig, TrainState
@@ -88,7 +89,7 @@ def optimizer(run: Run) -> optax.GradientTransformation:
     rising = optax.linear_schedule(0.0, run.rate, run.warm_up * updates)
     falling = optax.linear_schedule(run.rate, 0.0, (run.iterations - run.warm_up) * updates)
     rate = optax.join_schedules([rising, falling], [run.warm_up * updates])
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b2=0.99))
+    return optax.chain(clip_by_global_norm(1.0), optax.adam(rate, b2=0.99))
 
 
 def held_out(model_config: ModelConfig, params: Decoder, run: Run) -> tuple[float, float]:

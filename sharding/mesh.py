@@ -1,0 +1,80 @@
+"""The mesh that one model is shared on, and where its arrays lie.
+
+Its axes are "data" (replicas, each with its own pages), "expert" and "tensor" (the leaves of sharding/leaves.py).
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from sharding.leaves import Leaves, LeavesOfDevices
+from sharding.rules import spec_of
+
+AXES = ("data", "expert", "tensor")
+WHOLE = PartitionSpec()
+
+
+def make_mesh(*, tensor: int = 1, data: int = 1, expert: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh of the first data · expert · tensor devices, neighbours along "tensor".
+
+    Raises ValueError where there are fewer.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    size = data * expert * tensor
+    if size > len(devices):
+        raise ValueError(
+            f"data · expert · tensor = {data} · {expert} · {tensor} asks for {size} devices, there are {len(devices)} "
+            f"({devices[0].device_kind}); on a CPU, jax.config.update('jax_num_cpu_devices', {size}) before the first "
+            "array makes as many"
+        )
+    return Mesh(np.array(devices[:size]).reshape(data, expert, tensor), AXES)
+
+
+def with_all_axes(mesh: Mesh) -> Mesh:
+    """The mesh with all of AXES, those that it lacks of size 1. Raises ValueError for an axis that is none of them."""
+    unknown = [name for name in mesh.axis_names if name not in AXES]
+    if unknown:
+        raise ValueError(f"a mesh has the axes {', '.join(AXES)}, got {unknown[0]!r} of {mesh.axis_names}")
+    order = [mesh.axis_names.index(name) for name in AXES if name in mesh.axis_names]
+    sizes = [mesh.shape.get(name, 1) for name in AXES]
+    return Mesh(mesh.devices.transpose(order).reshape(sizes), AXES)
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """One replica's devices, which share every weight by leaves, and with them heads and pages. Hashable."""
+
+    mesh: Mesh
+
+    @property
+    def degree(self) -> int:
+        """Devices that share the leaves."""
+        return self.mesh.shape["tensor"]
+
+    @property
+    def leaves(self) -> Leaves:
+        """Who has the leaves, as seen inside `on_each`."""
+        return LeavesOfDevices("tensor", self.degree)
+
+    def spec(self, axes: tuple[str | None, ...]) -> PartitionSpec:
+        """Where an array with these logical axes lies."""
+        return spec_of(axes)
+
+    def sharding(self, spec: PartitionSpec = WHOLE) -> NamedSharding:
+        return NamedSharding(self.mesh, spec)
+
+    def on_each(self, function: Callable, inputs: Any, outputs: Any) -> Callable:
+        """The function on each device's own parts; `inputs` and `outputs` are PartitionSpecs, or trees of them.
+
+        What lies on every device is the same on every device, which is the function's affair.
+        """
+        return jax.shard_map(function, mesh=self.mesh, in_specs=inputs, out_specs=outputs, check_vma=False)
+
+
+def replicas(mesh: Mesh) -> list[Mesh]:
+    """The mesh of each replica, cut along "data"."""
+    return [Mesh(mesh.devices[i : i + 1], AXES) for i in range(mesh.shape["data"])]
