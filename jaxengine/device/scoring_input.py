@@ -39,11 +39,12 @@ def check_scored(tokens: Any, mask: Any, config: ModelConfig) -> None:
 
 def check_length(length: int, config: ModelConfig, what: str) -> None:
     """Raises ValueError for a sequence of so many tokens that `generate` refuses it too."""
-    context = config.max_position_embeddings
+    context = config.context_length
     if length > context:
         raise ValueError(
-            f"a sequence of {length} tokens ({what}) is longer than the model's context, "
-            f"max_position_embeddings={context}: cut it, or leave the mask False after {context} tokens"
+            f"a sequence of {length} tokens ({what}) is longer than the model's context of {context} "
+            f"(max_position_embeddings={config.max_position_embeddings}, rope {config.rope.kind}): cut it, or leave the "
+            f"mask False after {context} tokens"
         )
 
 
