@@ -29,7 +29,7 @@ from jaxengine.host.admission import sampling_of
 from jaxengine.host.prompts import Refused, conversations_of, prompts_of
 from jaxengine.host.sample import Request
 from jaxengine.models import loading
-from jaxengine.models.generation_config import sampling_defaults
+from jaxengine.models.generation_config import log_defaults_not_taken, sampling_defaults
 from jaxengine.models.params import Decoder
 from jaxengine.outputs import RequestOutput, RequestOutputs
 from jaxengine.sampling_params import SamplingParams
@@ -135,6 +135,7 @@ class LLM:
         self.config, self.tokenizer, self.progress = config, tokenizer, progress
         self.session = Session(config, engine_config, params, tokenizer, progress.line)
         self._key, self._calls, self._numbering = key, 0, threading.Lock()
+        self._untold = self._folder  # whose sampling defaults nobody was told of
 
     @property
     def engine(self) -> Engine:
@@ -154,7 +155,8 @@ class LLM:
         """What the folder's generation_config.json recommends (models/generation_config.py).
 
         Unlike in vLLM, `generate` without sampling_params does not take it: it draws with SamplingParams(), from the
-        model's own distribution, and nothing in a folder changes what a policy is scored under. Pass it on purpose.
+        model's own distribution, and nothing in a folder changes what a policy is scored under. Pass it on purpose; the
+        first call that leaves it open is told in a warning.
         Raises ValueError naming the file for a value that SamplingParams refuses.
         """
         return SamplingParams() if self._folder is None else sampling_defaults(self._folder)
@@ -433,6 +435,8 @@ class LLM:
     ) -> list[Request]:
         """A call's requests, checked and not queued yet; without a key they take the next one of the LLM's seed."""
         self.session.runner.check_usable()
+        if sampling_params is None:
+            self._log_defaults_not_taken()
         _check_ids(request_ids, len(prompts))
         sampling = sampling_of(sampling_params, len(prompts))
         if not prompts:
@@ -444,6 +448,12 @@ class LLM:
             requests = self.session.requests(prompts, sampling, data, request_ids, on_error)
             self._calls += 1
         return requests
+
+    def _log_defaults_not_taken(self) -> None:
+        """Once, and only where somebody leaves it open how to draw."""
+        folder, self._untold = self._untold, None
+        if folder is not None:
+            log_defaults_not_taken(folder)
 
     def chat_prompt(self, messages: Any, options: dict[str, Any], on_error: str = "refuse") -> Any:
         """The prompt of a conversation, or with on_error="return" why there is none.
