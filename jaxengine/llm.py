@@ -10,10 +10,10 @@ from typing import Any
 import jax
 
 from checkpoints.model_folder import find_folder
+from jaxengine.base.absent_methods import explains_absent_methods
 from jaxengine.base.arguments import check_keywords
 from jaxengine.base.keys import folded, key_data, seeded
 from jaxengine.base.progress import Progress
-from jaxengine.base.vllm_names import explains_absent_methods
 from jaxengine.config import EngineConfig, ModelConfig
 from jaxengine.contract.compare import Comparison, compare
 from jaxengine.contract.report import Verification
