@@ -10,10 +10,10 @@ from typing import Any
 import jax
 
 from checkpoints.model_folder import find_folder
+from jaxengine.base.absent_methods import explains_absent_methods
 from jaxengine.base.arguments import check_keywords
 from jaxengine.base.keys import folded, key_data, seeded
 from jaxengine.base.progress import Progress
-from jaxengine.base.vllm_names import explains_absent_methods
 from jaxengine.config import EngineConfig, ModelConfig
 from jaxengine.contract.compare import Comparison, compare
 from jaxengine.contract.report import Verification
@@ -29,7 +29,7 @@ from jaxengine.host.admission import sampling_of
 from jaxengine.host.prompts import Refused, conversations_of, prompts_of
 from jaxengine.host.sample import Request
 from jaxengine.models import loading
-from jaxengine.models.generation_config import sampling_defaults
+from jaxengine.models.generation_config import log_defaults_not_taken, sampling_defaults
 from jaxengine.models.params import Decoder
 from jaxengine.ops.kernels import choose_kernels
 from jaxengine.outputs import RequestOutput, RequestOutputs
@@ -133,6 +133,7 @@ class LLM:
         self.config, self.tokenizer, self.progress = config, tokenizer, progress
         self.session = Session(config, engine_config, params, tokenizer, progress.line)
         self._key, self._calls, self._numbering = key, 0, threading.Lock()
+        self._untold = self._folder  # whose sampling defaults nobody was told of
 
     @property
     def engine(self) -> Engine:
@@ -152,7 +153,8 @@ class LLM:
         """What the folder's generation_config.json recommends (models/generation_config.py).
 
         Unlike in vLLM, `generate` without sampling_params does not take it: it draws with SamplingParams(), from the
-        model's own distribution, and nothing in a folder changes what a policy is scored under. Pass it on purpose.
+        model's own distribution, and nothing in a folder changes what a policy is scored under. Pass it on purpose; the
+        first call that leaves it open is told in a warning.
         Raises ValueError naming the file for a value that SamplingParams refuses.
         """
         return SamplingParams() if self._folder is None else sampling_defaults(self._folder)
@@ -295,8 +297,9 @@ class LLM:
 
         safetensors of at most 5 GB each, config.json, and the tokenizer and generation_config.json of the folder that
         this LLM was built from; `from_params` knows none. Raises FileExistsError where the folder holds tensors,
-        RuntimeError where the weights were donated.
+        RuntimeError where the weights were donated or are not here (`sleep(2)`, `close`).
         """
+        self.session.runner.check_usable()
         params = self.params
         check_alive(params)
         assert params is not None
@@ -431,6 +434,8 @@ class LLM:
     ) -> list[Request]:
         """A call's requests, checked and not queued yet; without a key they take the next one of the LLM's seed."""
         self.session.runner.check_usable()
+        if sampling_params is None:
+            self._log_defaults_not_taken()
         _check_ids(request_ids, len(prompts))
         sampling = sampling_of(sampling_params, len(prompts))
         if not prompts:
@@ -442,6 +447,12 @@ class LLM:
             requests = self.session.requests(prompts, sampling, data, request_ids, on_error)
             self._calls += 1
         return requests
+
+    def _log_defaults_not_taken(self) -> None:
+        """Once, and only where somebody leaves it open how to draw."""
+        folder, self._untold = self._untold, None
+        if folder is not None:
+            log_defaults_not_taken(folder)
 
     def chat_prompt(self, messages: Any, options: dict[str, Any], on_error: str = "refuse") -> Any:
         """The prompt of a conversation, or with on_error="return" why there is none.

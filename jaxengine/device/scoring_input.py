@@ -24,12 +24,13 @@ def check_scored(tokens: Any, mask: Any, config: ModelConfig) -> None:
     tokens, mask = np.asarray(tokens), np.asarray(mask)
     lengths = np.where(mask, np.arange(1, mask.shape[1] + 1), 0).max(1)
     check_length(int(lengths.max()), config, f"tokens[{int(lengths.argmax())}] up to its last token under the mask")
-    wrong = mask & ((tokens < 0) | (tokens >= config.vocab_size))
+    is_read = np.arange(tokens.shape[1]) < lengths[:, None]  # what comes after a row's last token is padding
+    wrong = is_read & ((tokens < 0) | (tokens >= config.vocab_size))
     if wrong.any():
         row, position = (int(i) for i in np.argwhere(wrong)[0])
         raise ValueError(
-            f"tokens[{row}, {position}] is {int(tokens[row, position])} under the mask: the vocabulary is "
-            f"0 … {config.vocab_size - 1}"
+            f"tokens[{row}, {position}] is {int(tokens[row, position])}, and a row is read up to its last token under "
+            f"the mask: the vocabulary is 0 … {config.vocab_size - 1}"
         )
     if mask[:, 0].any():
         raise ValueError(
@@ -39,11 +40,12 @@ def check_scored(tokens: Any, mask: Any, config: ModelConfig) -> None:
 
 def check_length(length: int, config: ModelConfig, what: str) -> None:
     """Raises ValueError for a sequence of so many tokens that `generate` refuses it too."""
-    context = config.max_position_embeddings
+    context = config.context_length
     if length > context:
         raise ValueError(
-            f"a sequence of {length} tokens ({what}) is longer than the model's context, "
-            f"max_position_embeddings={context}: cut it, or leave the mask False after {context} tokens"
+            f"a sequence of {length} tokens ({what}) is longer than the model's context of {context} "
+            f"(max_position_embeddings={config.max_position_embeddings}, rope {config.rope.kind}): cut it, or leave "
+            f"the mask False after {context} tokens"
         )
 
 

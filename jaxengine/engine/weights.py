@@ -95,7 +95,9 @@ def check_one_device(params: Any) -> None:
 
 
 def check_alive(params: Decoder | None) -> None:
-    """Raises RuntimeError where a leaf was donated to another computation."""
+    """Raises RuntimeError where there are no weights, or a leaf was donated to another computation."""
+    if params is None:
+        raise RuntimeError("there are no weights here: give some to update_params first")
     gone = [path for path, leaf in _leaves(params) if getattr(leaf, "is_deleted", bool)()]
     if gone:
         raise RuntimeError(

@@ -1,5 +1,7 @@
 """Where a model folder says how to draw: end tokens in several places, and sampling defaults of its own."""
 
+import contextlib
+import dataclasses
 import logging
 import os
 from collections.abc import Iterable
@@ -61,6 +63,24 @@ def sampling_defaults(folder: str | os.PathLike[str]) -> SamplingParams:
         return SamplingParams(**said)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def log_defaults_not_taken(folder: str | os.PathLike[str]) -> None:
+    """Log what generation_config.json recommends, for a call that said nothing and draws with SamplingParams().
+
+    Nothing where that is the same. A value that cannot be meant is an error of whoever asks for it.
+    """
+    with contextlib.suppress(ValueError):
+        recommended, plain = dataclasses.asdict(sampling_defaults(folder)), dataclasses.asdict(SamplingParams())
+        others = [f"{name}={value!r}" for name, value in recommended.items() if value != plain[name]]
+        if others:
+            log.warning(
+                "%s recommends %s. Without sampling_params a call draws from the model's own distribution, where vLLM "
+                "takes what the folder recommends: give sampling_params=llm.get_default_sampling_params() for that, or "
+                "SamplingParams(). This LLM says so once.",
+                Path(folder) / GENERATION_FILE,
+                ", ".join(others),
+            )
 
 
 def _unique(tokens: Iterable[int]) -> tuple[int, ...]:

@@ -103,6 +103,8 @@ def _as_numpy(name: str, given: Any) -> np.ndarray:
     if isinstance(given, np.ndarray):
         return given
     try:
+        if hasattr(given, "detach"):  # a parameter of PyTorch's is part of a graph, and exports nothing until it is not
+            given = given.detach()
         if isinstance(given, jax.Array) or not hasattr(given, "__dlpack__"):
             return _no_object(np.asarray(given))
         # PyTorch's bfloat16 is no dtype of numpy's own: JAX takes the tensor over by DLPack and knows one.

@@ -34,7 +34,9 @@ class Rollout:
     mask: Bool[Array, "B T"]  # True on generated tokens; False on those of a tool
     logprobs: Float[Array, "B T"]  # of generated tokens, each at its position; 0 elsewhere
     lengths: Int[Array, " B"]  # prompt and completion
-    group: Int[Array, " B"]  # samples that are compared with each other, by default those of one prompt, share it
+    # Samples that are compared with each other, by default those of one prompt, share it. Numbers are this rollout's
+    # own: for one rollout of several calls give `from_outputs` all their outputs.
+    group: Int[Array, " B"]
     weight_versions: Int[Array, "B T"]  # of the weights that drew each generated token; -1 elsewhere
     entropies: Float[Array, "B T"] | None = None  # of the processed distribution, in nats; None where not asked for
     finish_reasons: Int[Array, " B"] | None = None  # index in FINISH_REASONS; -1 where a sample has not ended

@@ -11,7 +11,16 @@ from jaxengine.config import EngineConfig
 from jaxengine.functional import generate
 from jaxengine.llm import OWN_KEYWORDS
 
-DEFAULTS = dict(enforce_eager=False, trust_remote_code=False, quantization=None, swap_space=4, runner="auto")
+DEFAULTS = dict(
+    enforce_eager=False,
+    trust_remote_code=False,
+    quantization=None,
+    swap_space=4,
+    runner="auto",
+    moe_backend="auto",
+    data_parallel_rank=None,  # near to a name that is here
+    mm_encoder_only=False,
+)
 
 
 @pytest.mark.parametrize("name, value", DEFAULTS.items())

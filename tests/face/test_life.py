@@ -103,7 +103,7 @@ def test_a_pool_in_use_is_not_taken(model, expected, small_memory):
 
 
 @pytest.mark.parametrize("level", [1, 2])
-def test_sleep_gives_memory_back(model, expected, level):
+def test_sleep_gives_memory_back(model, expected, level, tmp_path):
     config, params = model
     llm = make_llm(config, params)
     assert drawn(llm) == expected
@@ -117,8 +117,10 @@ def test_sleep_gives_memory_back(model, expected, level):
             use()
     if level == 2:
         assert llm.params is None
-        with pytest.raises(RuntimeError, match="update_params"):
-            llm.wake_up()
+        for use in (llm.wake_up, lambda: llm.save(tmp_path / "saved")):
+            with pytest.raises(RuntimeError, match="update_params"):
+                use()
+        assert not (tmp_path / "saved").exists()
         llm.wake_up(["weights"])
         llm.update_params(params)
     llm.wake_up(["kv_cache"] if level == 2 else None)
@@ -192,7 +194,8 @@ def test_close(model):
     llm.close()
     assert {sample.finish_reason for output in answers for sample in output.outputs} <= {"abort", "length"}
     assert live_bytes() < before and llm.params is None
-    for use in (lambda: drawn(llm), llm.warm_up, llm.pause, llm.sleep, lambda: llm.verify(quick=True)):
+    saves = lambda: llm.save("nowhere")
+    for use in (lambda: drawn(llm), llm.warm_up, llm.pause, llm.sleep, lambda: llm.verify(quick=True), saves):
         with pytest.raises(RuntimeError, match="closed"):
             use()
 

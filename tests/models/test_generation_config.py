@@ -13,7 +13,7 @@ from tokenizers import models
 
 from jaxengine import LLM, SamplingParams
 from jaxengine.models import loading
-from jaxengine.models.generation_config import sampling_defaults
+from jaxengine.models.generation_config import log_defaults_not_taken, sampling_defaults
 from jaxengine.text.tokenizer import Tokenizer
 
 END, OUTSIDE = 5, 100  # of word_tokenizer; HF's vocabulary ends at 99
@@ -144,6 +144,26 @@ def test_without_sampling_the_defaults_are_greedy(tmp_path):
 def test_a_default_that_cannot_be_meant_is_named_with_its_file(tmp_path, name, value):
     with pytest.raises(ValueError, match=rf"{tmp_path}/generation_config\.json: {name} .*got {value!r}"):
         defaults(tmp_path, **{name: value})
+
+
+def test_what_a_folder_recommends_is_told_once_to_whoever_leaves_it_open(tmp_path, tiny, caplog):
+    loading.save(tmp_path, tiny.config, tiny.params)
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.5, "top_k": 20, "max_new_tokens": 1}')
+    llm = LLM(tmp_path, progress=False, **ENGINE)
+    llm.generate([[1]], SamplingParams(max_tokens=1))
+    assert not caplog.records
+    for _ in range(2):
+        llm.generate([[1] * 500])
+    (record,) = caplog.records
+    for part in ("temperature=0.5", "top_k=20", "max_tokens=1", "get_default_sampling_params()"):
+        assert part in record.getMessage()
+
+
+@pytest.mark.parametrize("generation", ["{}", '{"temperature": 1.0, "top_k": 0}', '{"top_p": 7}'])
+def test_where_there_is_nothing_to_tell_nothing_is(tmp_path, generation, caplog):
+    (tmp_path / "generation_config.json").write_text(generation)
+    log_defaults_not_taken(tmp_path)
+    assert not caplog.records
 
 
 def test_an_llm_offers_them_and_does_not_take_them(tmp_path, tiny):

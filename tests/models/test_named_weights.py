@@ -49,6 +49,16 @@ class Capsule:
         return self.array.__dlpack_device__()
 
 
+class Parameter(Capsule):
+    """As PyTorch's: no array until it is detached."""
+
+    def __dlpack__(self, **options: Any) -> Any:
+        raise BufferError("Can't export tensors that require gradient, use tensor.detach()")
+
+    def detach(self) -> Capsule:
+        return Capsule(self.array)
+
+
 FORMS = {
     "folder": lambda pairs, folder: folder,
     "path": lambda pairs, folder: str(folder),
@@ -60,6 +70,7 @@ FORMS = {
     "jax": lambda pairs, folder: {name: jnp.asarray(array) for name, array in pairs},
     "__array__": lambda pairs, folder: [(name, ArrayLike(array)) for name, array in pairs],
     "dlpack": lambda pairs, folder: [(name, Capsule(jnp.asarray(array))) for name, array in pairs],
+    "parameters": lambda pairs, folder: iter([(name, Parameter(jnp.asarray(array))) for name, array in pairs]),
     "not contiguous": lambda pairs, folder: [(name, np.asarray(array, order="F")) for name, array in pairs],
 }
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 import threading
 import time
 from pathlib import Path
@@ -153,6 +154,22 @@ def test_workers_are_kept_and_killed_with_their_children(tmp_path):
     note = tmp_path / "pid"
     assert "TimeoutError" in judge(Isolated(bad_rewards.with_child), ["x"], str(note), timeout=2.0).failures[0]
     assert ends(int(note.read_text()))
+
+
+def test_a_worker_that_reads_nothing_takes_no_longer_than_the_limit():
+    """A pipe holds 64 KiB: what is longer waits for a reader."""
+    reward, replies = Isolated(bad_rewards.by_completion), []
+    pid = int(reward(None, "process", ""))
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        asking = threading.Thread(target=lambda: replies.append(judge(reward, ["x" * (1 << 20)], timeout=1.0)))
+        asking.start()
+        asking.join(60)
+        assert replies and "took longer than 1 s" in replies[0].failures[0]
+    finally:
+        if alive(pid):  # the writer would wait for ever
+            os.kill(pid, signal.SIGKILL)
+    assert judge(reward, ["x" * (1 << 20)]).values.tolist() == [4]  # by a new worker, in many parts
 
 
 def test_what_a_worker_cannot_import_is_refused():

@@ -1,5 +1,7 @@
 """A sequence beyond the model's context is refused wherever it is scored, as it is where one is generated."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import optax
@@ -8,6 +10,7 @@ from conftest import random_model
 
 import jaxengine
 from jaxengine import LLM, Rollout, SamplingParams
+from jaxengine.config import RopeConfig
 from jaxengine.device.scoring_input import check_scored
 from jaxengine.rl.integrations.nnx_policy import Policy
 from jaxengine.rl.trainer import Trainer
@@ -58,6 +61,23 @@ def test_all_entrances_refuse(entrance):
 def test_the_whole_context_is_allowed():
     """And padding after it."""
     check_scored(*sequences(CONTEXT - 1), CONFIG)
+
+
+def test_a_stretched_context_is_that_of_generate():
+    """What a rope with yarn reaches beyond max_position_embeddings is generated, and so it is scored."""
+    stretched = dataclasses.replace(CONFIG, rope=RopeConfig(1e4, "yarn", 2.0, CONTEXT))
+    llm = LLM.from_params(stretched, PARAMS, max_num_seqs=2, num_pages=8)
+    outputs = llm.generate([[1, 2, 3]], SamplingParams(ignore_eos=True), key=jax.random.key(0))
+    rollout = Rollout.from_outputs(outputs)
+    assert rollout.tokens.shape == (1, 2 * CONTEXT)
+    for scored in (
+        llm.score(rollout.tokens, rollout.mask),
+        jaxengine.score(PARAMS, rollout.tokens, rollout.mask, config=stretched),
+    ):
+        assert np.asarray(scored).tobytes() == rollout.logprobs.tobytes()
+    longer = np.ones((1, 2 * CONTEXT + 1), np.int32)
+    with pytest.raises(ValueError, match=rf"sequence of {2 * CONTEXT + 1} tokens .*context of {2 * CONTEXT} "):
+        check_scored(longer, np.arange(longer.shape[1])[None] == 2 * CONTEXT, stretched)
 
 
 def test_inside_jit_the_width_counts():

@@ -196,7 +196,9 @@ def test_other_parameters_score_other_bits(small):
         ([[1, 2]], [[True]], r"got \[1, 2\] and \[1, 1\]"),
         ([[1.0, 2.0]], [[False, True]], "must be integers"),
         ([[1, 2]], [[0, 1]], "mask booleans"),
-        ([[1, 300]], [[False, True]], r"tokens\[0, 1\] is 300 under the mask: the vocabulary is 0 … 299"),
+        ([[1, 300]], [[False, True]], r"tokens\[0, 1\] is 300.* the vocabulary is 0 … 299"),
+        ([[300, 1]], [[False, True]], r"tokens\[0, 0\] is 300.* the vocabulary is 0 … 299"),  # in the prompt
+        ([[1, -100, 1]], [[False, False, True]], r"tokens\[0, 1\] is -100.* the vocabulary is 0 … 299"),
         ([[1, 2]], [[True, True]], r"mask\[0, 0\] is True"),
     ],
 )

@@ -89,6 +89,8 @@ class Worker:
             bufsize=0,
             start_new_session=True,
         )
+        assert self._process.stdin is not None
+        os.set_blocking(self._process.stdin.fileno(), False)  # a worker that reads nothing must not hold the writer up
         try:
             reply = self.ask(json.dumps(setup | {"path": sys.path}), START_SECONDS)
         except BaseException:
@@ -100,22 +102,26 @@ class Worker:
 
     def ask(self, line: str, timeout: float) -> dict[str, Any]:
         """The reply to one line. Raises TimeoutError, and ChildProcessError where the process ends."""
-        assert self._process.stdin is not None
         deadline = time.monotonic() + timeout
         with contextlib.suppress(BrokenPipeError):  # the process has ended, which reading reports
-            self._process.stdin.write(line.encode() + b"\n")
+            self._write(memoryview(line.encode() + b"\n"), deadline, timeout)
         reply = b""
         while not reply.endswith(b"\n"):
             reply += self._read(deadline, timeout)
         return json.loads(reply)
 
+    def _write(self, data: memoryview, deadline: float, timeout: float) -> None:
+        assert self._process.stdin is not None
+        pipe = self._process.stdin.fileno()
+        while data:
+            _wait(pipe, select.POLLOUT, deadline, timeout)
+            data = data[os.write(pipe, data) :]
+
     def _read(self, deadline: float, timeout: float) -> bytes:
         assert self._process.stdout is not None
-        ready = select.poll()
-        ready.register(self._process.stdout, select.POLLIN)
-        if not ready.poll(max(deadline - time.monotonic(), 0) * 1000):
-            raise took_too_long(timeout)
-        part = os.read(self._process.stdout.fileno(), 1 << 16)
+        pipe = self._process.stdout.fileno()
+        _wait(pipe, select.POLLIN, deadline, timeout)
+        part = os.read(pipe, 1 << 16)
         if not part:
             raise ChildProcessError(f"the reward's process ended with {how_it_ended(self._process.wait())}")
         return part
@@ -128,6 +134,14 @@ class Worker:
         for pipe in (self._process.stdin, self._process.stdout):
             assert pipe is not None
             pipe.close()
+
+
+def _wait(pipe: int, event: int, deadline: float, timeout: float) -> None:
+    """Until the pipe is ready for `event`. Raises TimeoutError after the deadline, which names the `timeout`."""
+    ready = select.poll()
+    ready.register(pipe, event)
+    if not ready.poll(max(deadline - time.monotonic(), 0) * 1000):
+        raise took_too_long(timeout)
 
 
 def how_it_ended(code: int) -> str:
