@@ -127,7 +127,7 @@ class AsyncLLM:
     @property
     def num_waiting(self) -> int:
         """Samples that wait for a slot."""
-        return len(self.llm.engine.scheduler.waiting)
+        return self.llm.engine.occupancy().waiting
 
     @property
     def error(self) -> Exception | None:

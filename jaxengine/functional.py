@@ -26,7 +26,7 @@ from jaxengine.engine.weights import check_fits, check_one_device, homes, placed
 from jaxengine.host.admission import sampling_of
 from jaxengine.host.prompts import prompts_of
 from jaxengine.models.params import Decoder
-from jaxengine.ops.kernels import choose_kernels
+from jaxengine.ops.kernels import Kernels, choose_kernels
 from jaxengine.outputs import RequestOutputs
 from jaxengine.sampling_params import SamplingParams
 from jaxengine.text.tokenizer import Tokenizer
@@ -104,6 +104,7 @@ def score(
     check_fits(params, config)
     slots = scoring.sampling_arrays_of(sampling_of(sampling_params, tokens.shape[0]), config, sampling_mask)
     how = _how(params, config, kernels, mesh)
+    params = _where_it_scores(params, config, how["kernels"])
     logprobs, entropies = scoring.token_logprobs(params, tokens, mask, slots, entropy=entropy, **how)
     return (logprobs, entropies) if entropy else logprobs
 
@@ -128,7 +129,8 @@ def sampling_mask(
     check_scored(tokens, mask, config)
     check_fits(params, config)
     arrays = scoring.sampling_arrays_of(sampling_of(sampling_params, tokens.shape[0]), config)
-    return find_sampling_mask(params, tokens, mask, arrays, **_how(params, config, kernels, mesh))
+    how = _how(params, config, kernels, mesh)
+    return find_sampling_mask(_where_it_scores(params, config, how["kernels"]), tokens, mask, arrays, **how)
 
 
 def _how(params: Any, config: ModelConfig, kernels: str, mesh: Mesh | None) -> dict[str, Any]:
@@ -137,6 +139,11 @@ def _how(params: Any, config: ModelConfig, kernels: str, mesh: Mesh | None) -> d
         check_one_device(params)
     chosen = choose_kernels(kernels, config, mesh)
     return dict(model_config=config, kernels=chosen, tiles=scoring_tiles(config, chosen))
+
+
+def _where_it_scores(params: Decoder, config: ModelConfig, kernels: Kernels) -> Decoder:
+    """The weights as a mesh has them, from wherever a trainer keeps them. Differentiable."""
+    return params if kernels.split is None else placed(params, homes(params, config, kernels))
 
 
 @dataclasses.dataclass(eq=False)

@@ -22,6 +22,7 @@ from jaxengine.coordinate import Contract, Coordinate
 from jaxengine.device.sampling_mask import SamplingMask
 from jaxengine.engine import idle_pools, memory
 from jaxengine.engine.engine import Engine
+from jaxengine.engine.replicas import Replicas
 from jaxengine.engine.session import Session
 from jaxengine.engine.settings import ENGINE_KEYWORDS, resolve_engine_config
 from jaxengine.engine.weights import check_alive
@@ -37,8 +38,7 @@ from jaxengine.sampling_params import SamplingParams
 from jaxengine.text.tokenizer import Tokenizer
 
 OWN_KEYWORDS = (
-    "model", "dtype", "tokenizer", "seed", "reduction_leaves", "data_parallel_size", "progress", "revision",
-    "hf_overrides",
+    "model", "dtype", "tokenizer", "seed", "reduction_leaves", "progress", "revision", "hf_overrides",
 )  # fmt: skip
 
 
@@ -73,15 +73,12 @@ class LLM:
         tokenizer: str | os.PathLike[str] | None = None,
         seed: int = 0,
         reduction_leaves: int = 1,
-        data_parallel_size: int = 1,
         progress: bool = True,
         revision: str | None = None,
         hf_overrides: dict[str, Any] | None = None,
         **engine: Any,
     ) -> None:
         check_keywords("LLM", engine, (*OWN_KEYWORDS, *ENGINE_KEYWORDS))
-        if data_parallel_size != 1:
-            raise NotImplementedError("this version runs one replica: leave data_parallel_size at 1")
         key, folder, shown = seeded(seed), find_folder(model, revision=revision), Progress(progress)
         self._folder, self._tokenizer_folder = folder, _tokenizer_folder(tokenizer, folder)
         text = None if self._tokenizer_folder is None else Tokenizer.load(self._tokenizer_folder)
@@ -136,8 +133,11 @@ class LLM:
         self._untold = self._folder  # whose sampling defaults nobody was told of
 
     @property
-    def engine(self) -> Engine:
-        """The loop under this LLM. It does not lock: use it from one thread, while no call is under way."""
+    def engine(self) -> Engine | Replicas:
+        """The loop under this LLM, or those of its replicas.
+
+        It does not lock: use it from one thread, while no call is under way.
+        """
         return self.session.engine
 
     @property

@@ -175,7 +175,7 @@ class Traffic:
 
     def again(self, **adjusted: int) -> Outcome:
         """The same requests from an empty prefix cache, with the engine adjusted (Engine.adjusted)."""
-        self.session.engine.scheduler.page_pool.clear_cache()
+        self.session.engine.clear_prefix_cache()
         with self.session.engine.adjusted(**adjusted):
             return _outcome(compare("bit-equal", self.expected, self.run(self.requests)))
 
@@ -216,17 +216,17 @@ class Traffic:
 
     def preempted(self) -> Outcome:
         """Requests that come to want more pages than there are, in a pool of little more than the longest needs."""
-        size, scheduler = self.page_size, self.session.engine.scheduler
+        size, engine = self.page_size, self.session.engine
         length = min(3 * size + 2, self.room)
         sampling = PLAIN.replace(max_tokens=max(length - size + 2, 1))
         prompts = [self.prompt(max(min(size - 2, length - 1), 1)) for _ in range(8)]
         requests = [(prompt, sampling.replace(key=sample_key(self.key, 6, i))) for i, prompt in enumerate(prompts)]
-        expected, before = self.run(requests), scheduler.num_preemptions
-        scheduler.page_pool.clear_cache()
+        expected, before = self.run(requests), engine.occupancy().preemptions
+        engine.clear_prefix_cache()
         held_pages = max(self.session.engine_config.num_pages - 1 - cdiv(length, size) - 6, 0)
-        with self.session.engine.adjusted(held_pages=held_pages, enable_prefix_caching=False):
+        with engine.adjusted(held_pages=held_pages, enable_prefix_caching=False):
             comparison = compare("bit-equal", expected, self.run(requests))
-        return Outcome(comparison.holds, f"{comparison}, {scheduler.num_preemptions - before} preemptions")
+        return Outcome(comparison.holds, f"{comparison}, {engine.occupancy().preemptions - before} preemptions")
 
 
 def _outcome(comparison: Comparison) -> Outcome:

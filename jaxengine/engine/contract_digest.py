@@ -15,6 +15,7 @@ from jaxengine.config import KV_TILE, QUERY_BLOCK, VOCAB_BLOCK, ModelConfig
 from jaxengine.coordinate import Contract
 from jaxengine.device import checksums
 from jaxengine.engine.engine import Engine
+from jaxengine.engine.replicas import Replicas
 from jaxengine.engine.step_variants import BASE
 from jaxengine.models.params import Decoder
 from jaxengine.ops.kernels import Kernels
@@ -76,7 +77,7 @@ class Contracts:
     update.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine | Replicas) -> None:
         self._engine = engine
         self._lock = threading.Lock()
         self._digests: dict[int, str] = {}  # by version

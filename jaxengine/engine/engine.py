@@ -4,8 +4,8 @@ import contextlib
 import dataclasses
 import itertools
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 
@@ -51,6 +51,16 @@ class InFlight:
     @property
     def samples(self) -> Iterator[Sample]:
         return itertools.chain(_decoding(self.plan), self.plan.prefilling)
+
+
+class Occupancy(NamedTuple):
+    """What an engine is doing."""
+
+    running: int  # samples that have a slot
+    waiting: int  # samples that wait for one
+    preemptions: int  # so far
+    held_pages: int
+    pages: int
 
 
 class QueueFull(ValueError):
@@ -149,6 +159,15 @@ class Engine:
     def has_work(self) -> bool:
         return bool(self.requests)
 
+    def occupancy(self) -> Occupancy:
+        scheduler, pages = self.scheduler, self.engine_config.num_pages - 1
+        held = pages - scheduler.page_pool.num_available
+        return Occupancy(len(scheduler.running), len(scheduler.waiting), scheduler.num_preemptions, held, pages)
+
+    def clear_prefix_cache(self) -> None:
+        """Forget every cached prefix."""
+        self.scheduler.page_pool.clear_cache()
+
     # -- the loop -----------------------------------------------------------------------------------------------------
 
     def warm_up(self) -> None:
@@ -235,20 +254,29 @@ class Engine:
         Where the device runs out of memory, the samples that it worked for fail, with finish reason "error"; all others
         are computed again.
         """
+        return [request for requests in self.stepping() for request in requests]
+
+    def stepping(self) -> Generator[list[Request], None, None]:
+        """`step` in two halves: the device has been handed its work, results are read; the requests that ended.
+
+        The first half gives none. Other engines' steps may begin in between (engine/replicas.py).
+        """
         with self._whole():
             self.restore_pool()
             ended: list[Request] = []
             try:
-                self._step_overlapped(ended) if self.engine_config.overlap else self._step_plain(ended)
+                yield from self._step_overlapped(ended) if self.engine_config.overlap else self._step_plain(ended)
             except OutOfDeviceMemory as error:
                 ended += self._fail(error.samples)
-            return ended
+        yield ended
 
-    def _step_plain(self, ended: list[Request]) -> None:
+    def _step_plain(self, ended: list[Request]) -> Iterator[list[Request]]:
         """The specification: schedule, run, collect."""
-        ended += self._collect(self._dispatch(self.scheduler.schedule()))
+        step = self._dispatch(self.scheduler.schedule())
+        yield []
+        ended += self._collect(step)
 
-    def _step_overlapped(self, ended: list[Request]) -> None:
+    def _step_overlapped(self, ended: list[Request]) -> Iterator[list[Request]]:
         """Schedule and run the next step before the last one's results are read."""
         try:
             plan = self.scheduler.schedule()
@@ -257,6 +285,7 @@ class Engine:
             ended += collected
             plan = self.scheduler.schedule()
         previous, self._in_flight = self._in_flight, self._dispatch(plan) if plan else None
+        yield []
         ended += self._collect(previous)
 
     def _dispatch(self, plan: Plan) -> InFlight:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from jaxengine.engine.contract_digest import Contracts
 from jaxengine.engine.engine import Engine
+from jaxengine.engine.replicas import Replicas
 from jaxengine.engine.weights import check_alive
 from jaxengine.host.sample import Request
 
@@ -20,7 +21,7 @@ WAKE = 0.05  # seconds after which a call that waits for `resume` looks whether 
 class Runner:
     """Queues requests and steps the engine until they have ended. Belongs to the process that made it."""
 
-    def __init__(self, engine: Engine, contracts: Contracts) -> None:
+    def __init__(self, engine: Engine | Replicas, contracts: Contracts) -> None:
         self.engine, self.contracts = engine, contracts
         self.lock = threading.Lock()  # one step at a time
         self._to_abort: collections.deque[Request] = (

@@ -1,5 +1,6 @@
 """Requests in, outputs out: one engine as threads use it, under whichever weights run."""
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -18,6 +19,7 @@ from jaxengine.engine.contract_digest import Contracts
 from jaxengine.engine.deltas import DeltaReader
 from jaxengine.engine.engine import Engine
 from jaxengine.engine.mesh_proof import check_mesh
+from jaxengine.engine.replicas import Replicas
 from jaxengine.engine.runner import Runner
 from jaxengine.engine.scoring_proof import scoring_tiles
 from jaxengine.engine.to_outputs import to_output
@@ -32,6 +34,7 @@ from jaxengine.outputs import RequestDelta, RequestOutput
 from jaxengine.sampling_params import SamplingParams
 from jaxengine.text.bad_words import each_with_token_ids
 from jaxengine.text.tokenizer import Tokenizer
+from sharding.mesh import replicas
 
 IN_FLIGHT = ("recompute", "keep", "drain")
 SLEEP_LEVELS = (1, 2)
@@ -60,7 +63,14 @@ class Session:
         self._homes: Any = None  # of the weights, while they wait in the host's memory
         idle_pools.register(self)
 
-    def _new_engine(self, engine_config: EngineConfig, params: Any) -> Engine:
+    def _new_engine(self, engine_config: EngineConfig, params: Any) -> Engine | Replicas:
+        if engine_config.mesh is None:
+            return self._new_replica(engine_config, params)
+        configs = [dataclasses.replace(engine_config, mesh=mesh) for mesh in replicas(engine_config.mesh)]
+        engines = [self._new_replica(config, params) for config in configs]
+        return engines[0] if len(engines) == 1 else Replicas(engine_config, engines)
+
+    def _new_replica(self, engine_config: EngineConfig, params: Any) -> Engine:
         kernels = choose_kernels(engine_config.kernels, self.model_config, engine_config.mesh)
         with memory.explained(self.model_config, engine_config, "making room for the cache"):
             params = placed(params, homes(params, self.model_config, kernels))
@@ -206,7 +216,7 @@ class Session:
     def clear_prefix_cache(self) -> None:
         """Forget every cached prefix. Holds the lock."""
         with self.runner.alone():
-            self.engine.scheduler.page_pool.clear_cache()
+            self.engine.clear_prefix_cache()
 
     def sleep(self, level: int) -> None:
         """LLM.sleep. Holds the lock."""

@@ -17,19 +17,20 @@ from jaxengine.ops.kernels import choose_kernels
 from sharding.mesh import make_mesh, with_all_axes
 
 CPU_TOKENS, DEVICE_TOKENS = 512, 8192  # default budget of a step
-ENGINE_KEYWORDS = (*(field.name for field in dataclasses.fields(EngineConfig)), "tensor_parallel_size")
+MESH_KEYWORDS = "tensor_parallel_size", "data_parallel_size"
+ENGINE_KEYWORDS = (*(field.name for field in dataclasses.fields(EngineConfig)), *MESH_KEYWORDS)
 
 
 def resolve_engine_config(
     model_config: ModelConfig, given: dict[str, Any], params: Decoder | None = None
 ) -> EngineConfig:
-    """EngineConfig from keywords; None means the default. `tensor_parallel_size` makes a mesh of so many devices.
+    """EngineConfig from keywords; None means the default. `tensor_parallel_size` and `data_parallel_size` make a mesh.
 
     The pool is sized from memory, where `params` may be already, unless num_pages is given. Raises ValueError for what
     is no setting, MemoryError where the pool has no room.
     """
     given = {name: value for name, value in given.items() if value is not None}
-    given |= _mesh(given.pop("tensor_parallel_size", None), given.get("mesh"))
+    given |= _mesh([given.pop(name, None) for name in MESH_KEYWORDS], given.get("mesh"))
     on_cpu = jax.devices()[0].platform == "cpu"
     given.setdefault("max_model_len", model_config.context_length)
     given.setdefault("max_num_batched_tokens", CPU_TOKENS if on_cpu else DEVICE_TOKENS)
@@ -49,12 +50,15 @@ def resolve_engine_config(
     return engine_config
 
 
-def _mesh(tensor: Any, mesh: Mesh | None) -> dict[str, Any]:
-    """The mesh that a number of devices or the caller asks for; nothing for one device."""
-    tensor = 1 if tensor is None else integer("tensor_parallel_size", tensor, 1)
+def _mesh(sizes: list[Any], mesh: Mesh | None) -> dict[str, Any]:
+    """The mesh that numbers of devices or the caller ask for; nothing for one device."""
+    tensor, data = (
+        1 if size is None else integer(name, size, 1) for name, size in zip(MESH_KEYWORDS, sizes, strict=True)
+    )
     if mesh is None:
-        return {} if tensor == 1 else {"mesh": make_mesh(tensor=tensor)}
+        return {"mesh": make_mesh(tensor=tensor, data=data)} if tensor * data > 1 else {}
     mesh = with_all_axes(mesh)
-    if tensor not in (1, mesh.shape["tensor"]):
-        raise ValueError(f"tensor_parallel_size={tensor}, and the mesh has {mesh.shape['tensor']}: give one of them")
+    for axis, size in (("tensor", tensor), ("data", data)):
+        if size not in (1, mesh.shape[axis]):
+            raise ValueError(f"{axis}_parallel_size={size}, and the mesh has {mesh.shape[axis]}: give one of them")
     return {"mesh": mesh}

@@ -32,7 +32,7 @@ from pallas_kernels import implementations
 from pallas_kernels.draw_reference import Draw
 from pallas_kernels.implementations import OF_A_GPU, Implementation
 from sharding.leaves import Leaves
-from sharding.mesh import Split, with_all_axes
+from sharding.mesh import Split, replicas, with_all_axes
 from sharding.rules import spec_of
 
 OF_PLATFORM = {"cpu": "xla", "tpu": "pallas_tpu", "gpu": "pallas_gpu"}  # what "auto" is
@@ -251,11 +251,10 @@ XLA = Kernels("xla", ProductsInTiles(xla.XlaProducts()), xla.XlaAttention(), xla
 
 
 def checked_for(model_config: ModelConfig, own: Kernels, mesh: Mesh) -> Mesh:
-    """The mesh with all its axes. Raises ValueError where its devices cannot share the model's leaves."""
-    mesh, leaves = with_all_axes(mesh), model_config.reduction_leaves
-    for axis in ("data", "expert"):
-        if mesh.shape[axis] != 1:
-            raise ValueError(f"one engine runs on one replica: the mesh's {axis!r} has {mesh.shape[axis]} devices")
+    """One replica's mesh, the first's. Raises ValueError where its devices cannot share the model's leaves."""
+    mesh, leaves = replicas(with_all_axes(mesh))[0], model_config.reduction_leaves
+    if mesh.shape["expert"] != 1:
+        raise ValueError(f"no model here has experts: the mesh's 'expert' has {mesh.shape['expert']} devices")
     degree = mesh.shape["tensor"]
     if leaves % degree:
         raise ValueError(

@@ -83,19 +83,17 @@ class _EngineState(Collector):
         self._llm, self._name = llm, model_name
 
     def collect(self) -> Iterator[Metric]:
-        scheduler = self._llm.engine.scheduler
-        num_pages = self._llm.engine_config.num_pages - 1
-        in_use = num_pages - scheduler.page_pool.num_available
+        now = self._llm.engine.occupancy()
         is_paused = self._llm.is_paused or self._llm.is_sleeping
         for name, text, value in (
-            ("num_requests_running", "Samples that have a slot.", len(scheduler.running)),
-            ("num_requests_waiting", "Samples that wait for one.", len(scheduler.waiting)),
-            ("kv_cache_usage_perc", "The part of the pool's pages that is held, 0 to 1.", in_use / num_pages),
+            ("num_requests_running", "Samples that have a slot.", now.running),
+            ("num_requests_waiting", "Samples that wait for one.", now.waiting),
+            ("kv_cache_usage_perc", "The part of the pool's pages that is held, 0 to 1.", now.held_pages / now.pages),
             ("engine_pause_state", "1 while no step may begin.", int(is_paused)),
         ):
             gauge = GaugeMetricFamily(f"vllm:{name}", text, labels=LABELS)
             gauge.add_metric([self._name], value)
             yield gauge
         preemptions = CounterMetricFamily("vllm:num_preemptions", "Samples that lost their pages.", labels=LABELS)
-        preemptions.add_metric([self._name], scheduler.num_preemptions)
+        preemptions.add_metric([self._name], now.preemptions)
         yield preemptions

@@ -1,0 +1,156 @@
+"""Several engines that hold the same weights, behind the face of one: data parallelism.
+
+Each has its own devices, pages and scheduler, and knows nothing of the others; only the placement of new requests looks
+at all of them. The steps of all are under way at the same time: each is handed to its devices before the first is
+waited for.
+"""
+
+import contextlib
+import itertools
+from collections import ChainMap
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from jaxengine.config import EngineConfig
+from jaxengine.engine.engine import Engine, Occupancy, QueueFull, Weights
+from jaxengine.engine.weights import homes, placed
+from jaxengine.host.placement import Placement
+from jaxengine.host.sample import Request
+
+
+class Replicas:
+    """As an Engine is used: every method does for all of them what it says there."""
+
+    def __init__(self, engine_config: EngineConfig, engines: Sequence[Engine]) -> None:
+        self.engine_config, self.engines = engine_config, list(engines)
+        first = engines[0]
+        self.model_config, self.tokenizer, self.kernels = first.model_config, first.tokenizer, first.kernels
+        self.step_variants = first.step_variants  # what is refused on one is refused on all: their devices are alike
+        self._placement = Placement(engine_config.page_size)
+        self._ids = itertools.count()
+
+    # -- requests -----------------------------------------------------------------------------------------------------
+
+    @property
+    def requests(self) -> ChainMap[str, Request]:
+        """Unfinished requests by id."""
+        return ChainMap(*(engine.requests for engine in self.engines))
+
+    @property
+    def has_work(self) -> bool:
+        return any(engine.has_work for engine in self.engines)
+
+    def add(self, request: Request, *, with_text: bool = False) -> None:
+        """Queue a request on one of the replicas, with all of its samples: they share their prompt's pages."""
+        held = self.requests
+        if not request.request_id:
+            request.request_id = next(name for name in map(str, self._ids) if name not in held)
+        if request.request_id in held:
+            raise ValueError(f"request id {request.request_id!r} is in use: ids of unfinished requests must differ")
+        occupied = [engine.occupancy() for engine in self.engines]
+        if sum(each.waiting for each in occupied) + request.sampling.n > self.engine_config.max_waiting:
+            raise QueueFull(
+                f"the queues hold {sum(each.waiting for each in occupied)} of at most "
+                f"{self.engine_config.max_waiting} samples: no room for {request.sampling.n} more; wait, or raise "
+                "max_waiting"
+            )
+        loads = [each.waiting + each.running for each in occupied]
+        self.engines[self._placement.choose(request.prompt_token_ids, loads)].add(request, with_text=with_text)
+
+    def abort(self, request_id: str) -> None:
+        for engine in self.engines:
+            if request_id in engine.requests:
+                engine.abort(request_id)
+
+    def step(self) -> list[Request]:
+        """One step of every replica that has work.
+
+        Where one raises, the others' steps are read first: each recovers by itself.
+        """
+        steps = [engine.stepping() for engine in self.engines if engine.has_work]
+        ended: list[Request] = []
+        with contextlib.ExitStack() as stack:
+            for step in steps:
+                stack.callback(step.close)  # an interrupt closes what is under way, which recovers then
+            errors = [error for step in steps for error in _advanced(step)]
+            for step in steps:
+                errors += _advanced(step, ended)
+            if errors:
+                raise errors[0]
+        return ended
+
+    # -- the device ---------------------------------------------------------------------------------------------------
+
+    @property
+    def params(self) -> Any:
+        """Those of the first replica."""
+        return self.engines[0].params
+
+    @property
+    def weights(self) -> Weights:
+        return self.engines[0].weights
+
+    @property
+    def cache(self) -> list[Any]:
+        return [engine.cache for engine in self.engines]
+
+    @property
+    def has_pool(self) -> bool:
+        return any(engine.has_pool for engine in self.engines)
+
+    def occupancy(self) -> Occupancy:
+        return Occupancy(*map(sum, zip(*(engine.occupancy() for engine in self.engines), strict=True)))
+
+    def warm_up(self) -> None:
+        for engine in self.engines:
+            engine.warm_up()
+
+    def update_params(self, params: Any, version: int, *, keep: bool = False) -> list[Request]:
+        """`params` lie where those of the first replica do, and go from there to the others' devices."""
+        copies = [self._at_home(engine, params) for engine in self.engines]
+        updated = [
+            engine.update_params(copy, version, keep=keep) for engine, copy in zip(self.engines, copies, strict=True)
+        ]
+        return [request for requests in updated for request in requests]
+
+    def move_weights(self, params: Any) -> None:
+        for engine in self.engines:
+            engine.move_weights(None if params is None else self._at_home(engine, params))
+
+    def _at_home(self, engine: Engine, params: Any) -> Any:
+        return params if engine is self.engines[0] else placed(params, homes(params, self.model_config, engine.kernels))
+
+    def drop_weights(self) -> None:
+        for engine in self.engines:
+            engine.drop_weights()
+
+    def release_pool(self) -> None:
+        for engine in self.engines:
+            engine.release_pool()
+
+    def restore_pool(self) -> None:
+        for engine in self.engines:
+            engine.restore_pool()
+
+    def clear_prefix_cache(self) -> None:
+        for engine in self.engines:
+            engine.clear_prefix_cache()
+
+    @contextlib.contextmanager
+    def adjusted(self, **changes: Any) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for engine in self.engines:
+                stack.enter_context(engine.adjusted(**changes))
+            yield
+
+
+def _advanced(step: Iterator[list[Request]], ended: list[Request] | None = None) -> list[Exception]:
+    """The errors of a step that goes on to where it waits, or to its end; what it gives is added to `ended`."""
+    try:
+        for requests in step:
+            if ended is None:
+                break
+            ended += requests
+    except Exception as error:
+        return [error]
+    return []

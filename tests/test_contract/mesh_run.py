@@ -1,0 +1,113 @@
+"""Run by test_mesh.py in a process with eight CPU devices: what one model says on some of them, as JSON.
+
+    python mesh_run.py KERNELS FAMILY DTYPE LEAVES DEGREE...
+
+A degree may have a letter: "4x" exchanges columns of sums where others gather them whole, "4p" adds them by psum (a
+planted mistake), "4f" is given weights that lie in another way.
+"""
+
+import hashlib
+import json
+import sys
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+from conftest import bits, make_llm, random_model  # noqa: E402
+
+import jaxengine  # noqa: E402
+from jaxengine import SamplingParams  # noqa: E402
+from jaxengine.engine.mesh_proof import MeshDiffersError  # noqa: E402
+from sharding import leaves  # noqa: E402
+from sharding.mesh import make_mesh  # noqa: E402
+
+SHAPE = dict(hidden_size=96, intermediate_size=320, num_attention_heads=16, vocab_size=1000, head_dim=16)
+HEAD = list(range(40, 73))
+PROMPTS = [list(range(3)), HEAD, [*HEAD, 1, 2, 3], list(range(200, 255)), HEAD[:16]]
+SAMPLING = [
+    SamplingParams(n=2, max_tokens=5, ignore_eos=True, temperature=0.8, top_p=top_p, repetition_penalty=penalty)
+    for top_p, penalty in ((1.0, 1.0), (0.9, 1.0), (1.0, 1.1), (0.5, 1.0), (1.0, 1.0))
+]
+
+
+def digest(*parts: bytes) -> str:
+    return hashlib.sha256(b"|".join(parts)).hexdigest()[:16]
+
+
+def said(outputs) -> str:
+    return digest(repr(bits(outputs)).encode())
+
+
+def fully_sharded(params):
+    """Each array cut along its widest axis that eight devices divide, as a trainer may keep it."""
+    mesh = jax.make_mesh((8,), ("fsdp",))
+
+    def home(x):
+        axis = next((i for i in reversed(range(x.ndim)) if x.shape[i] % 8 == 0), None)
+        return NamedSharding(mesh, PartitionSpec(*(["fsdp" if i == axis else None for i in range(x.ndim)])))
+
+    return jax.device_put(params, jax.tree.map(home, params))
+
+
+def answers(kernels: str, config, params, degree: int, letter: str) -> dict[str, str]:
+    mesh = None if degree == 1 else make_mesh(tensor=degree)
+    how = dict(kernels=kernels, mesh=mesh)
+    given = fully_sharded(params) if letter == "f" else params
+    llm = make_llm(config, given, max_model_len=128, max_num_seqs=4, num_pages=14, max_num_batched_tokens=32, **how)
+    pool = llm.engine.cache.keys[0]
+    assert pool.addressable_shards[0].data.shape[1] == pool.shape[1] // degree
+    first = llm.generate(PROMPTS, SAMPLING, key=jax.random.key(0))  # in chunks, with too few pages for all
+    again = llm.generate(PROMPTS, SAMPLING, key=jax.random.key(0))  # what is left of the cache is found
+    assert not llm.engine.step_variants.refused
+    rollout = jaxengine.Rollout.from_outputs(first)
+    sampling = [SAMPLING[group] for group in np.asarray(rollout.group)]
+    tokens, mask, steps = (jnp.asarray(x) for x in (rollout.tokens, rollout.mask, np.arange(rollout.tokens.shape[1])))
+
+    def loss(params):
+        logprobs = jaxengine.score(params, tokens, mask, sampling, config=config, **how)
+        return (logprobs * jnp.sin(steps.astype(jnp.float32))).sum(), logprobs
+
+    (_, inside), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(llm.params)
+    alone = jaxengine.score(given if mesh is not None else llm.params, tokens, mask, sampling, config=config, **how)
+    assert np.asarray(inside).tobytes() == np.asarray(alone).tobytes() == rollout.logprobs.tobytes()
+    return {
+        "generate": said(first),
+        "from the cache": said(again),
+        "score": digest(np.asarray(alone).tobytes()),
+        "gradient": digest(*(np.asarray(x).tobytes() for x in jax.tree.leaves(gradient))),
+        "weights": llm.contract().digest,
+    }
+
+
+def main(kernels: str, family: str, dtype: str, num_leaves: str, *degrees: str) -> None:
+    heads = max(8, int(num_leaves))
+    shape = SHAPE | dict(num_key_value_heads=heads, reduction_leaves=int(num_leaves), dtype=dtype)
+    config, params = random_model(family, **shape)
+    found = {}
+    for name in degrees:
+        degree, letter = int(name.rstrip("xpf")), name[len(name.rstrip("xpf")) :]
+        exchanged = 1 if letter == "x" else leaves.EXCHANGED
+        total = by_psum if letter == "p" else leaves.LeavesOfDevices.total
+        with (
+            mock.patch.object(leaves, "EXCHANGED", exchanged),
+            mock.patch.object(leaves.LeavesOfDevices, "total", total),
+        ):
+            jax.clear_caches()
+            try:
+                found[name] = answers(kernels, config, params, degree, letter)
+            except MeshDiffersError as error:
+                found[name] = {"refused": str(error)}
+    print(json.dumps(found))
+
+
+def by_psum(self, own):
+    return jax.lax.psum(own, self.axis)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

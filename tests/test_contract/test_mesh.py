@@ -1,0 +1,44 @@
+"""C9: as many devices as share the leaves, the same bits, in generation, scoring and gradients."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+TESTS = pathlib.Path(__file__).parent.parent
+
+
+def run(*arguments: str) -> dict[str, dict[str, str]]:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
+    script = str(TESTS / "test_contract" / "mesh_run.py")
+    found = subprocess.run([sys.executable, script, *arguments], env=environment, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr[-3000:]
+    return json.loads(found.stdout)
+
+
+def check(found: dict[str, dict[str, str]]) -> None:
+    one, *others = found.values()
+    assert len(one) == 5 and others and all(other == one for other in others), found
+
+
+@pytest.mark.slow
+def test_devices_share_the_leaves():
+    """Among them: sums whose columns are exchanged, and weights that lie in another way than the mesh has them."""
+    check(run("cpu", "Qwen3", "bfloat16", "8", "1", "2", "4x", "8f"))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kernels", ["xla", "cpu", "pallas_interpret"])
+@pytest.mark.parametrize(("family", "dtype"), [("Llama", "float32"), ("Qwen2", "bfloat16"), ("Qwen3", "bfloat16")])
+def test_every_degree(kernels, family, dtype):
+    leaves = "16" if kernels == "xla" and dtype != "float32" else "8"  # ops/kernels.checked_for
+    check(run(kernels, family, dtype, leaves, "1", "2", "4", "8", "8x"))
+
+
+@pytest.mark.slow
+def test_sums_in_the_runtimes_order_are_refused():
+    found = run("cpu", "Llama", "float32", "8", "8p")
+    assert "give other bits than one" in found["8p"]["refused"]
