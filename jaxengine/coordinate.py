@@ -120,7 +120,8 @@ def changed_sampling(params: SamplingParams) -> dict[str, Any]:
         for field in dataclasses.fields(SamplingParams)
         if field.name not in WITHOUT_BITS
     }
-    return {name: value for name, value in given.items() if value != getattr(SamplingParams(), name)}
+    changed = {name: value for name, value in given.items() if value != getattr(SamplingParams(), name)}
+    return changed if params.structure is None else changed | {"structured_outputs": params.structure.given()}
 
 
 def sampling_of_changes(changed: dict[str, Any]) -> SamplingParams:

@@ -13,6 +13,7 @@ from jaxengine.outputs import CompletionOutput, RequestOutput
 from jaxengine.sampling_params import MAX_STOPS, SamplingParams, check_token_ids, stop_token_ids
 from jaxengine.text.bad_words import with_token_ids
 from jaxengine.text.detokenizer import Detokenizer
+from jaxengine.text.grammar import Grammar
 from pallas_kernels.numbers import cdiv
 
 ON_ERROR = ("refuse", "return")
@@ -82,6 +83,7 @@ class Admission:
             limit=self._limit(len(token_ids), index, sampling),
             prompt=given.text,
             cache_salt=given.cache_salt,
+            grammar=self._grammar(sampling, index),
         )
         if sampling.max_tokens == 0:
             first = Drawn(finish_reason=None if request.only_scores else "length")
@@ -131,6 +133,7 @@ class Admission:
                 raise ValueError(f"prompt_logprobs is asked for, but request {output.request_id} was begun without")
             request.prompt_logprobs = output.prompt_logprobs
         self._check_stop_strings(request)
+        _check_grammar(request)
         return request
 
     def _check_stop_strings(self, request: Request) -> None:
@@ -155,6 +158,13 @@ class Admission:
         if count == -1:
             count = min(self.engine_config.max_model_len, self._room) - (sampling.max_tokens != 0)
         return token_ids if count is None else token_ids[-count:]
+
+    def _grammar(self, sampling: SamplingParams, index: int) -> Grammar | None:
+        if sampling.structure is None:
+            return None
+        if self.prompts.tokenizer is None:
+            raise ValueError(f"structured_outputs of prompts[{index}] follow text, and the model has no tokenizer")
+        return self.prompts.tokenizer.grammars.compiled(sampling.structure)
 
     def _check_sampling(self, sampling: SamplingParams, index: int) -> None:
         for name in ("logprobs", "prompt_logprobs"):
@@ -194,6 +204,15 @@ class Admission:
                 f"has {config.num_pages - 1}: raise num_pages, or lower max_tokens"
             )
         return limit
+
+
+def _check_grammar(request: Request) -> None:
+    """Raises where a sample that goes on has tokens that its grammar does not allow."""
+    for index, drawn in enumerate(request.earlier):
+        if request.grammar is None or drawn.finish_reason is not None:
+            continue
+        if error := request.grammar.matcher().after(drawn.token_ids).error:
+            raise ValueError(f"structured_outputs do not allow what sample {index} has, which goes on: {error}")
 
 
 def _own_key_data(sampling: SamplingParams) -> tuple[int, int] | None:

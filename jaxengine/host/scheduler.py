@@ -54,6 +54,7 @@ class Scheduler:
             self._release(sample)
         if sample.detokenizer is not None:
             sample.detokenizer.finish()
+        sample.matcher = None
         sample.drawn.finish_reason, sample.drawn.stop_reason = reason, stop_reason
         sample.status = Status.FINISHED
         self.ended.append(sample)
@@ -130,6 +131,8 @@ class Scheduler:
             chunk.rows = chunk.wanted_rows()
             for sample in chunk.samples if chunk.is_last else ():
                 sample.length += 1
+                if sample.is_steered:
+                    plan.steered.append(sample)
         plan.grown, self._grown = self._grown, []
         return plan
 
@@ -146,9 +149,14 @@ class Scheduler:
                 prefilling.append(sample)
             elif length <= sample.quiet_length:
                 decodes.append(new_decode((sample, length - 1, most)))
+            elif sample.is_steered and sample.num_pending:
+                continue  # what it may draw next depends on the token that is under way; others go on meanwhile
             else:
                 count = min(sample.request.limit - length, most)
                 if count > 0 and self._grow(sample, length + count - 1):  # the last token's own are written later
+                    if sample.is_steered:
+                        count = 1  # what the dispatch draws after it knows no grammar, and is drawn again
+                        plan.steered.append(sample)
                     decodes.append(new_decode((sample, length - 1, count)))
         return prefilling
 
@@ -169,7 +177,7 @@ class Scheduler:
             sample.pages += self.page_pool.take(missing)
             self._grown.append(sample)
         edge = min(len(sample.pages) * self.engine_config.page_size + 1, sample.request.limit)
-        sample.quiet_length = edge - self.engine_config.decode_steps
+        sample.quiet_length = 0 if sample.is_steered else edge - self.engine_config.decode_steps
         return True
 
     def _plan_running_prefills(self, plan: Plan, samples: list[Sample], budget: int) -> int:

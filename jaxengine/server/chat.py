@@ -10,7 +10,7 @@ from starlette.responses import Response
 from jaxengine.outputs import CompletionDelta, CompletionOutput, RequestDelta, RequestOutput
 from jaxengine.server import body, forms
 from jaxengine.server.errors import ApiError, json_response, refusals
-from jaxengine.server.generation import check_generation, coordinate_chunks, extras, head, last_chunk
+from jaxengine.server.generation import coordinate_chunks, extras, head, last_chunk, structure_of
 from jaxengine.server.protocol import UNSUPPORTED, ChatRequest, TokenizeRequest
 from jaxengine.server.service import Call, Service
 from jaxengine.server.streaming import stream
@@ -18,13 +18,14 @@ from jaxengine.server.streaming import stream
 
 async def chat(service: Service, http: HttpRequest) -> Response:
     form = await body.read(http, ChatRequest, service.config.max_body_bytes)
-    check_generation(service, form)
+    service.check_model(form.model)
     if form.tools and form.tool_choice != "none":
         raise ApiError(400, f"tools: {UNSUPPORTED['functions']}", "tools", "unsupported")
     if form.top_logprobs and not form.logprobs:
         raise ApiError(400, "top_logprobs takes logprobs=true beside it", "top_logprobs")
     max_tokens = form.max_tokens if form.max_completion_tokens is None else form.max_completion_tokens
-    sampling = service.sampling_params(form, logprobs=form.top_logprobs or None, max_tokens=max_tokens)
+    how = dict(logprobs=form.top_logprobs or None, max_tokens=max_tokens)
+    sampling = service.sampling_params(form, **how, **structure_of(form))
     service.check_room(1, sampling.n)
     prompt = await render(service, form)
     call = await service.call("chatcmpl", [prompt | {"cache_salt": form.cache_salt}], sampling, form.request_id)

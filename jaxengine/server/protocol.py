@@ -8,7 +8,7 @@ import pydantic
 IGNORED = frozenset(
     {"user", "session_id", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
 )
-_GRAMMAR = "output that follows a grammar, schema, regular expression or choice is not there yet"
+_GRAMMAR = "it is structured_outputs: {json, regex, choice or grammar} here, or response_format"
 _TOOLS = "calls are not parsed yet; with tool_choice='none' tools are put into the prompt and calls come as text"
 # Fields that ask for what is not there, and why; values that ask for nothing are taken.
 UNSUPPORTED = {
@@ -17,7 +17,7 @@ UNSUPPORTED = {
     "length_penalty": "there is no beam search",
     "early_stopping": "there is no beam search",
     "suffix": "models complete from the left",
-    "structured_outputs": _GRAMMAR,
+    "guided_decoding": _GRAMMAR,
     "guided_json": _GRAMMAR,
     "guided_regex": _GRAMMAR,
     "guided_choice": _GRAMMAR,
@@ -69,6 +69,7 @@ class Sampling(_Form):
     skip_special_tokens: bool | None = None
     seed: int | None = None
     prompt_logprobs: int | None = None
+    structured_outputs: dict[str, Any] | None = None
 
 
 SAMPLING_FIELDS = frozenset(Sampling.model_fields)

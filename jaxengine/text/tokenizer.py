@@ -8,6 +8,7 @@ ordinary text. Other added tokens (`<think>`) are vocabulary like any word. No c
 """
 
 import contextlib
+import functools
 import json
 import logging
 import re
@@ -21,6 +22,7 @@ from jaxengine.text import chat_template as templates
 from jaxengine.text.chat_messages import check_characters, messages_of, plain, strings
 from jaxengine.text.continuation import Continuation
 from jaxengine.text.control_tokens import Controls
+from jaxengine.text.grammar import Grammars
 from jaxengine.text.pieces import Pieces
 from jaxengine.text.provenance import StandIns
 
@@ -118,6 +120,12 @@ class Tokenizer:
         skipped = self.special_ids if skip_special_tokens else frozenset()
         text = self.pieces.join(token_id for token_id in token_ids if token_id not in skipped)
         return text.decode("utf-8", "replace")
+
+    @functools.cached_property
+    def grammars(self) -> Grammars:
+        """What reads grammars for these tokens. Raises ValueError where llguidance is not installed."""
+        encode = functools.partial(self._controls.encode, add_special_tokens=False)
+        return Grammars(self.pieces, self.vocab_size, self.special_ids, encode)
 
     def token_text(self, token_id: int) -> str:
         """One token for display: special tokens by name, a part of a character as U+FFFD, "" for an unknown id."""

@@ -59,7 +59,19 @@ ATTACKS = {
     "a bias of text": (COMPLETE, {"prompt": "1", "logit_bias": {"x": 1}}, 400, "logit_bias"),
     "a bias that is infinite": (COMPLETE, b'{"prompt": "1", "logit_bias": {"1": 1e999}}', 400, "logit_bias"),
     "an unknown field": (COMPLETE, {"prompt": "1", "temprature": 1}, 400, "temprature"),
-    "a grammar": (COMPLETE, {"prompt": "1", "structured_outputs": {"regex": "a*"}}, 400, "structured_outputs"),
+    "a grammar": (COMPLETE, {"prompt": "1", "structured_outputs": {"regex": "(a"}}, 400, "structured_outputs"),
+    "a grammar of 70,000 characters": (
+        COMPLETE, {"prompt": "1", "structured_outputs": {"regex": "a" * 70_000}}, 400, "structured_outputs",
+    ),
+    "two grammars": (
+        CHAT, {"messages": MESSAGES, "structured_outputs": {"regex": "a", "json": "{}"}}, 400, "structured_outputs",
+    ),
+    "a schema from elsewhere": (
+        CHAT,
+        {"messages": MESSAGES, "response_format": {"type": "json_schema", "json_schema": {"schema": {"$ref": "http://a/"}}}},
+        400, "structured_outputs",
+    ),
+    "a grammar by its older name": (COMPLETE, {"prompt": "1", "guided_json": {"type": "object"}}, 400, "guided_json"),
     "a response format": (COMPLETE, {"prompt": "1", "response_format": {"type": "x"}}, 400, "response_format"),
     "a priority": (COMPLETE, {"prompt": "1", "priority": 5}, 400, "priority"),
     "echo that streams": (COMPLETE, {"prompt": "1", "echo": True, "stream": True}, 400, "echo"),

@@ -75,6 +75,17 @@ def test_openai_chats_streaming_and_not(openai, served):
         assert "".join(own) == choice.message.content
 
 
+def test_openai_asks_for_a_schema(openai):
+    pytest.importorskip("llguidance")
+    schema = {"properties": {"sum": {"type": "integer"}}, "required": ["sum"], "additionalProperties": False}
+    answer = openai.chat.completions.create(
+        model="calc", messages=MESSAGES, n=4, seed=5, max_completion_tokens=200,
+        response_format={"type": "json_schema", "json_schema": {"name": "sum", "schema": schema}},
+    )  # fmt: skip
+    found = [json.loads(choice.message.content) for choice in answer.choices if choice.finish_reason == "stop"]
+    assert found and all(set(value) == {"sum"} for value in found)
+
+
 def test_openai_raises_its_own_errors(openai, served):
     module = pytest.importorskip("openai")
     with pytest.raises(module.BadRequestError, match="temperature") as caught:
@@ -85,7 +96,7 @@ def test_openai_raises_its_own_errors(openai, served):
     with pytest.raises(module.AuthenticationError):
         openai.with_options(api_key="wrong").models.list()
     with pytest.raises(module.BadRequestError, match="response_format"):
-        openai.chat.completions.create(model="calc", messages=MESSAGES, response_format={"type": "json_object"})
+        openai.chat.completions.create(model="calc", messages=MESSAGES, response_format={"type": "x"})
 
 
 # -- trl --------------------------------------------------------------------------------------------------------------
