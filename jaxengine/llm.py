@@ -25,7 +25,7 @@ from jaxengine.engine.engine import Engine
 from jaxengine.engine.session import Session
 from jaxengine.engine.settings import ENGINE_KEYWORDS, resolve_engine_config
 from jaxengine.engine.weights import check_alive
-from jaxengine.host.admission import sampling_of
+from jaxengine.host.admission import prioritise, sampling_of
 from jaxengine.host.prompts import Refused, conversations_of, prompts_of
 from jaxengine.host.sample import Request
 from jaxengine.models import loading
@@ -173,6 +173,7 @@ class LLM:
         key: Any = None,
         use_tqdm: bool | None = None,
         request_ids: Sequence[str] | None = None,
+        priority: int | Sequence[int] = 0,
         on_error: str = "refuse",
     ) -> RequestOutputs:
         """Complete prompts.
@@ -183,12 +184,15 @@ class LLM:
         The draws depend on (key, index of the prompt, index of the sample, position) alone. Without a key each call
         takes the next one of the LLM's seed. An interrupt aborts the call's requests and leaves the engine usable.
 
-        `sampling_params` are one for all prompts or one each; `request_ids`, one each, are what `abort` takes. Raises
+        `sampling_params` are one for all prompts or one each; `request_ids`, one each, are what `abort` takes. Of
+        requests that wait for room those of the lowest `priority`, one for all or one each, come first, of equal ones
+        the first that came; those of the highest are the first to be preempted. No bit depends on it. Raises
         ValueError or TypeError, naming the prompt and what is allowed, before anything is computed; what goes wrong
         later ends its own request with finish reason "error". With `on_error="return"` a prompt that is wrong does so
         too: its samples have no tokens, their `stop_reason` is the message, and the others draw what they always draw.
         """
         requests = self.admitted(prompts_of(prompts), sampling_params, key, request_ids, on_error)
+        prioritise(requests, priority)
         return self._complete(requests, use_tqdm)
 
     def extend(
@@ -254,7 +258,7 @@ class LLM:
             "add_generation_prompt": add_generation_prompt,
             "continue_final_message": continue_final_message,
             "tools": tools,
-            "template_kwargs": chat_template_kwargs,
+            "chat_template_kwargs": chat_template_kwargs,
         }
         prompts = [self.chat_prompt(each, options, on_error) for each in conversations_of(messages)]
         return self._complete(self.admitted(prompts, sampling_params, key, None, on_error), use_tqdm)

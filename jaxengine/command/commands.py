@@ -129,7 +129,8 @@ def run_serve(arguments: argparse.Namespace) -> int:
     from jaxengine.async_llm import AsyncLLM
 
     named = ("host", "port", "api_key", "admin_key", "weights_root", "max_body_bytes", "max_open_requests")
-    more = {name: getattr(arguments, name) for name in (*named, "max_samples", "drain_seconds")}
+    named = (*named, "max_samples", "drain_seconds", "tool_call_parser", "reasoning_parser")
+    more = {name: getattr(arguments, name) for name in named}
     config = ServerConfig(model_name=arguments.served_model_name or arguments.model, **more)
     engine = {"max_waiting": SERVED_WAITING} | given_fields(arguments, EngineConfig)
     llm = AsyncLLM(arguments.model, dtype=arguments.dtype, progress=arguments.progress, **engine)

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxengine.base.arguments import as_integer, integer, items
 from jaxengine.base.keys import folded, key_data, key_of, sample_key, seed_data, seeded
 from jaxengine.config import EngineConfig, ModelConfig
 from jaxengine.coordinate import Coordinate
@@ -16,6 +17,7 @@ from jaxengine.text.detokenizer import Detokenizer
 from jaxengine.text.grammar import Grammar
 from pallas_kernels.numbers import cdiv
 
+MAX_PRIORITY = 2**31 - 1
 ON_ERROR = ("refuse", "return")
 FINAL = ("stop", "error")  # finish reasons after which a sample cannot go on
 
@@ -35,6 +37,15 @@ def sampling_of(sampling_params: Any, count: int) -> list[SamplingParams]:
     if len(sampling_params) != count:
         raise ValueError(f"{len(sampling_params)} sampling_params for {count} prompts: give one for all, or one each")
     return list(sampling_params)
+
+
+def prioritise(requests: Sequence[Request], priority: Any) -> None:
+    """Give requests that are not queued yet their priorities, one for all or one each. Raises ValueError."""
+    given = [priority] * len(requests) if as_integer(priority) is not None else items("priority", priority, "integers")
+    if len(given) != len(requests):
+        raise ValueError(f"{len(given)} priorities for {len(requests)} prompts: give one for all, or one each")
+    for request, each in zip(requests, given, strict=True):
+        request.priority = integer("priority", each, -MAX_PRIORITY, MAX_PRIORITY)
 
 
 def own_key(key: Any, sampling: SamplingParams, prompt_index: int, sample_index: int) -> Any:

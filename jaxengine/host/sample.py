@@ -53,6 +53,7 @@ class Request:
     limit: int  # prompt and completion end here
     prompt: str | None = None
     cache_salt: str = ""
+    priority: int = 0  # a lower one is served first
     grammar: Any = None  # text.grammar.Grammar, where structured outputs are asked for
     earlier: list[Drawn] = dataclasses.field(default_factory=list)  # of each sample, where an earlier call began them
     samples: list["Sample"] = dataclasses.field(default_factory=list)
@@ -128,6 +129,10 @@ class Sample:
         if self.matcher is None:
             self.matcher = self.request.grammar.matcher()
         return self.matcher.after(self.drawn.token_ids)
+
+    @property
+    def priority(self) -> int:
+        return self.request.priority
 
     @property
     def num_tokens(self) -> int:

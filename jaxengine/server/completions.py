@@ -30,7 +30,7 @@ async def completions(service: Service, http: HttpRequest) -> Response:
     more = {"prompt_logprobs": likeliest or 0} if wants_prompt else {}
     max_tokens = MAX_TOKENS if form.max_tokens is None else form.max_tokens
     sampling = service.sampling_params(form, logprobs=likeliest, max_tokens=max_tokens, **more, **structure_of(form))
-    call = await service.call("cmpl", _prompts(form), sampling, form.request_id)
+    call = await service.call("cmpl", _prompts(form), sampling, form.request_id, form.priority)
     answer = _Answer(service, form, call)
     if form.stream:
         return await stream(service, call, http, answer.chunks, answer.last)

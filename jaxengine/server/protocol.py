@@ -9,7 +9,7 @@ IGNORED = frozenset(
     {"user", "session_id", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
 )
 _GRAMMAR = "it is structured_outputs: {json, regex, choice or grammar} here, or response_format"
-_TOOLS = "calls are not parsed yet; with tool_choice='none' tools are put into the prompt and calls come as text"
+_TOOLS = "they are tools and tool_choice here"
 # Fields that ask for what is not there, and why; values that ask for nothing are taken.
 UNSUPPORTED = {
     "best_of": "draw n samples and choose by their logprobs",
@@ -24,14 +24,12 @@ UNSUPPORTED = {
     "guided_grammar": _GRAMMAR,
     "functions": _TOOLS,
     "function_call": _TOOLS,
-    "parallel_tool_calls": _TOOLS,
     "reasoning_effort": "it is an argument of some chat templates: give it in chat_template_kwargs",
     "audio": "models take text and token ids only",
     "modalities": "models take text and token ids only",
     "features": "models take text and token ids only",
     "mm_processor_kwargs": "models take text and token ids only",
     "logprob_token_ids": "give top_logprobs or logprobs, or score the tokens with prompt_logprobs",
-    "priority": "requests run in the order in which they come",
     "thinking_token_budget": "generate up to max_tokens, then go on with another prompt",
     "vllm_xargs": "there are no plugins that would read them",
     "extra_args": "there are no plugins that would read them",
@@ -91,6 +89,7 @@ class _Generation(Sampling):
     return_tokens_as_token_ids: bool | None = None
     return_coordinate: bool | None = None
     cache_salt: str | None = pydantic.Field(None, max_length=1024)
+    priority: int | None = None
     spaces_between_special_tokens: bool | None = None
     request_id: str | None = pydantic.Field(None, min_length=1, max_length=256)
 
@@ -117,6 +116,7 @@ class ChatRequest(_Generation):
     max_completion_tokens: int | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
@@ -141,6 +141,7 @@ class GenerateRequest(_Form):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     cache_salt: str | None = pydantic.Field(None, min_length=1, max_length=1024)
+    priority: int | None = None
     return_token_ids: bool | None = None
     return_coordinate: bool | None = None
     output_mode: str | None = None

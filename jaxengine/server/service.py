@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 from starlette.requests import Request as HttpRequest
 
 from jaxengine.async_llm import AsyncLLM, QueueFull
+from jaxengine.host.admission import prioritise
 from jaxengine.host.sample import Request
 from jaxengine.outputs import RequestDelta, RequestOutput
 from jaxengine.sampling_params import SamplingParams
@@ -51,6 +52,22 @@ class Service:
     def max_model_len(self) -> int:
         return self.llm.engine_config.max_model_len
 
+    @property
+    def tool_parser(self) -> str:
+        """The name of the form in which the model calls tools."""
+        is_llama = self._template_has("python_tag") or self._template_has("ipython")
+        own = "llama3_json" if is_llama and not self._template_has("<tool_call>") else "hermes"
+        return own if self.config.tool_call_parser == "auto" else self.config.tool_call_parser
+
+    @property
+    def tells_thoughts(self) -> bool:
+        """Whether what the model thinks is told apart from what it says."""
+        wanted = self.config.reasoning_parser
+        return self._template_has("</think>") if wanted == "auto" else wanted == "think"
+
+    def _template_has(self, text: str) -> bool:
+        return self.llm.tokenizer is not None and self.llm.tokenizer.template_has(text)
+
     def check_model(self, model: str | None) -> None:
         """Raises ApiError for another model than the one that is served."""
         if model is not None and model != self.config.model_name:
@@ -75,7 +92,14 @@ class Service:
         if waiting + count > most:
             raise too_many(f"{waiting} samples wait, at most {most} may: no room for {count} more")
 
-    async def call(self, kind: str, prompts: list[Any], sampling: SamplingParams, request_id: str | None) -> Call:
+    async def call(
+        self,
+        kind: str,
+        prompts: list[Any],
+        sampling: SamplingParams,
+        request_id: str | None,
+        priority: int | None = None,
+    ) -> Call:
         """A call's requests, checked beside the event loop: a long text takes a while to become tokens.
 
         Without a seed the call draws a key of its own, which coordinates tell; prompt and sample index are folded in.
@@ -88,6 +112,7 @@ class Service:
         try:
             with refusals():
                 requests = await asyncio.to_thread(self.llm.session.requests, prompts, each, key, ids)
+                prioritise(requests, priority or 0)
         except RuntimeError as error:  # closed
             raise ApiError(503, str(error)) from error
         return Call(name, int(time.time()), requests, sampling)

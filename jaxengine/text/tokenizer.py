@@ -143,7 +143,7 @@ class Tokenizer:
         add_generation_prompt: bool | None = None,
         continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
-        template_kwargs: Mapping[str, Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> RenderedChat:
         """Text and ids of a chat: the template's control tokens stay tokens, everything given here is text.
 
@@ -156,9 +156,9 @@ class Tokenizer:
                 "continue_final_message goes on with the last message, add_generation_prompt begins another"
             )
         source = self._template(chat_template, tools)
-        given = plain(template_kwargs or {}, "template_kwargs")
+        given = plain(chat_template_kwargs or {}, "chat_template_kwargs")
         if clash := given.keys() & {"messages", "tools", "add_generation_prompt"}:
-            raise ValueError(f"template_kwargs has {sorted(clash)}: these are arguments of the call itself")
+            raise ValueError(f"chat_template_kwargs has {sorted(clash)}: these are arguments of the call itself")
         given |= {"messages": messages_of(messages), "tools": plain(tools, "tools")}
         if add_generation_prompt is None:
             add_generation_prompt = not continue_final_message
@@ -196,6 +196,10 @@ class Tokenizer:
                 '{"prompt": …, "allow_special_tokens": True}'
             )
         return text, marked, stand_ins
+
+    def template_has(self, text: str) -> bool:
+        """Whether one of its chat templates has this text, a tag for one that the model was taught."""
+        return any(text in template for template in self._templates.values())
 
     def _template(self, given: str | None, tools: object) -> str:
         if given is not None:

@@ -10,7 +10,9 @@ from jaxengine import SamplingParams
 from jaxengine.coordinate import Coordinate
 
 PROMPTS = ["12+30=", "7*8=", "9-4="]
-SCHEMA = {"properties": {"sum": {"type": "integer"}}, "required": ["sum"], "additionalProperties": False}
+SCHEMA = {
+    "type": "object", "properties": {"sum": {"type": "integer"}}, "required": ["sum"], "additionalProperties": False,
+}  # fmt: skip
 BODY = dict(model="calc", max_tokens=6, seed=3, temperature=0.8)
 
 
