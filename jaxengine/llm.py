@@ -23,7 +23,7 @@ from jaxengine.device.sampling_mask import SamplingMask
 from jaxengine.engine import idle_pools, memory
 from jaxengine.engine.engine import Engine
 from jaxengine.engine.session import Session
-from jaxengine.engine.settings import ENGINE_KEYWORDS, resolve_engine_config
+from jaxengine.engine.settings import ENGINE_KEYWORDS, profile_line, resolve_engine_config
 from jaxengine.engine.weights import check_alive
 from jaxengine.host.admission import prioritise, sampling_of
 from jaxengine.host.prompts import Refused, conversations_of, prompts_of
@@ -57,7 +57,8 @@ class LLM:
     Where config.json and the weights' file disagree (tied head, dtype), the file counts and a warning says so.
     `reduction_leaves` is the number of parts that every long sum is cut into, and so the most devices that can ever
     share the model; it is in the bits. `num_pages` is sized from memory unless given. `seed` is the key of calls that
-    bring none. `progress` shows loading, compiling and tokens on stderr. Further keywords are EngineConfig's: they
+    bring none. `progress` shows loading, compiling and tokens on stderr. `profile` is "rl" or "serving", a line of
+    defaults for EngineConfig (engine/settings.py), which is shown. Further keywords are EngineConfig's: they
     change room and speed, never a bit except for `kernels`.
 
         llm = LLM("calc")
@@ -92,6 +93,8 @@ class LLM:
             folder, dtype=dtype, reduction_leaves=reduction_leaves, hf_overrides=hf_overrides, tokenizer=text
         )
         engine_config = idle_pools.with_room(lambda: resolve_engine_config(config, engine))
+        if engine.get("profile") is not None:
+            shown.line(profile_line(engine["profile"], engine_config))
 
         def load() -> Decoder:
             with memory.explained(config, engine_config, "loading the weights"):

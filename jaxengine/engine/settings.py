@@ -8,24 +8,25 @@ from typing import Any
 
 import jax
 
-from jaxengine.config import EngineConfig, ModelConfig
+from jaxengine.config import PROFILES, EngineConfig, ModelConfig
 from jaxengine.engine import memory
 from jaxengine.models.params import Decoder
 from jaxengine.ops.kernels import choose_kernels
 
 CPU_TOKENS, DEVICE_TOKENS = 512, 8192  # default budget of a step
-ENGINE_KEYWORDS = tuple(field.name for field in dataclasses.fields(EngineConfig))
+ENGINE_KEYWORDS = (*(field.name for field in dataclasses.fields(EngineConfig)), "profile")
 
 
 def resolve_engine_config(
     model_config: ModelConfig, given: dict[str, Any], params: Decoder | None = None
 ) -> EngineConfig:
-    """EngineConfig from keywords; None means the default.
+    """EngineConfig from keywords; None means the default, that of `profile` where one is given.
 
     The pool is sized from memory, where `params` may be already, unless num_pages is given. Raises ValueError for what
     is no setting, MemoryError where the pool has no room.
     """
     given = {name: value for name, value in given.items() if value is not None}
+    given = profile_defaults(given.pop("profile", None)) | given
     on_cpu = jax.devices()[0].platform == "cpu"
     given.setdefault("max_model_len", model_config.context_length)
     given.setdefault("max_num_batched_tokens", CPU_TOKENS if on_cpu else DEVICE_TOKENS)
@@ -43,3 +44,18 @@ def resolve_engine_config(
         engine_config = memory.sized_pool(model_config, engine_config, params)
     memory.check_fits(model_config, engine_config)
     return engine_config
+
+
+def profile_defaults(profile: Any) -> dict[str, Any]:
+    """The defaults of a profile; of None none. Raises ValueError for one that is not in PROFILES."""
+    if profile is None:
+        return {}
+    if profile not in PROFILES:
+        raise ValueError(f"profile must be one of {', '.join(map(repr, PROFILES))} or None, got {profile!r:.40}")
+    return PROFILES[profile]
+
+
+def profile_line(profile: str, engine_config: EngineConfig) -> str:
+    """What a profile's settings are in an engine, those that were given apart included."""
+    settings = ", ".join(f"{name}={getattr(engine_config, name)}" for name in PROFILES[profile])
+    return f"profile {profile}: {settings}"

@@ -7,6 +7,7 @@ import pydantic
 # What clients send that changes nothing here.
 IGNORED = frozenset(
     {"user", "session_id", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
+    | {"spaces_between_special_tokens"}
 )
 _GRAMMAR = "it is structured_outputs: {json, regex, choice or grammar} here, or response_format"
 _TOOLS = "they are tools and tool_choice here"
@@ -90,7 +91,6 @@ class _Generation(Sampling):
     return_coordinate: bool | None = None
     cache_salt: str | None = pydantic.Field(None, max_length=1024)
     priority: int | None = None
-    spaces_between_special_tokens: bool | None = None
     request_id: str | None = pydantic.Field(None, min_length=1, max_length=256)
 
 
@@ -128,7 +128,6 @@ class TokenSampling(Sampling):
 
     logprobs: int | None = None
     detokenize: bool | None = None
-    spaces_between_special_tokens: bool | None = None
 
 
 class GenerateRequest(_Form):
@@ -190,3 +189,50 @@ class Anything(pydantic.BaseModel):
     """A body that nothing is read from."""
 
     reset_running_requests: bool | None = None
+
+
+class SglangSampling(_Form):
+    """`sampling_params` of SGLang's /generate."""
+
+    n: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    max_new_tokens: int | None = None
+    min_new_tokens: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    no_stop_trim: bool | None = None
+    sampling_seed: int | None = None
+    json_schema: str | None = None
+    regex: str | None = None
+    ebnf: str | None = None
+
+
+class SglangGenerate(_Form):
+    """POST /generate."""
+
+    text: str | list[str] | None = None
+    input_ids: list[int] | list[list[int]] | None = None
+    sampling_params: dict[str, Any] | None = None
+    return_logprob: bool | None = None
+    return_coordinate: bool | None = None
+    stream: bool | None = None
+    rid: str | None = pydantic.Field(None, min_length=1, max_length=256)
+
+
+class SglangWeights(_Form):
+    """POST /update_weights_from_disk; what only says how SGLang is to load them is taken and not looked at."""
+
+    model_path: str
+    load_format: str | None = None
+    weight_version: str | None = pydantic.Field(None, max_length=256)
+    flush_cache: bool | None = None
+    abort_all_requests: bool | None = None

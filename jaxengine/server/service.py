@@ -18,6 +18,7 @@ from jaxengine.server.errors import ApiError, refusals, too_many
 from jaxengine.server.metrics import Metrics
 from jaxengine.server.protocol import SAMPLING_FIELDS, Sampling
 from jaxengine.server.settings import ServerConfig
+from jaxengine.server.weight_upload import WeightUpload
 
 T = TypeVar("T")
 
@@ -42,6 +43,7 @@ class Service:
         self.engine, self.llm, self.config = engine, engine.llm, config
         self.metrics = Metrics(engine.llm, config.model_name)
         self.started = int(time.time())
+        self.upload = WeightUpload(engine, config.weights_root)
         self.weight_label: str | None = None  # what the last weight update called itself
         self._admits = asyncio.Event()
         self._admits.set()
@@ -74,9 +76,9 @@ class Service:
             message = f"the model {model!r:.80} does not exist here: this server has {self.config.model_name!r}"
             raise ApiError(404, message, "model", "model_not_found")
 
-    def sampling_params(self, form: Sampling, **more: Any) -> SamplingParams:
+    def sampling_params(self, form: Sampling | dict[str, Any], **more: Any) -> SamplingParams:
         """The SamplingParams of a body; null fields have their defaults. `more` are those that a route finds itself."""
-        given = {name: getattr(form, name) for name in SAMPLING_FIELDS}
+        given = form if isinstance(form, dict) else {name: getattr(form, name) for name in SAMPLING_FIELDS}
         given = {name: value for name, value in (given | more).items() if value is not None}
         if self.llm.tokenizer is None and not given.get("stop"):
             given["detokenize"] = False
