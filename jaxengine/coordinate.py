@@ -38,6 +38,10 @@ class Contract:
     def digest(self) -> str:
         return hashlib.sha256(json.dumps(self.parts, sort_keys=True).encode()).hexdigest()[:32]
 
+    def with_grammars(self, identity: dict[str, str]) -> "Contract":
+        """That of tokens drawn under a grammar, which depend on what read it too."""
+        return Contract(self.parts | {"grammars": identity})
+
     def differences(self, other: "Contract") -> list[str]:
         """Each part that differs, as "jaxlib: 0.10.2, here 0.11.0"; `other` is what is here."""
         mine, here = _flat(self.parts), _flat(other.parts)

@@ -400,7 +400,10 @@ class LLM:
         session.runner.check_usable()
         if not coordinate.token_ids:
             raise ValueError("this coordinate's sample ended before its first token: there is nothing to draw again")
-        differences = coordinate.contract.differences(self.contract())
+        here = self.contract()
+        if coordinate.sampling_params.structure is not None and self.tokenizer is not None:
+            here = here.with_grammars(self.tokenizer.grammars.identity)
+        differences = coordinate.contract.differences(here)
         if differences:
             raise ValueError(
                 "this coordinate belongs to another contract, its bits cannot be expected here: "

@@ -1,6 +1,7 @@
 """Grammars that a completion's text follows: which tokens may come next. llguidance finds them."""
 
 import functools
+import hashlib
 import importlib
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -37,6 +38,9 @@ class Grammars:
         self._vocab_size = vocab_size
         tokens = _Tokens(pieces, vocab_size, special_ids, encode)
         self._tokens = self._library.LLTokenizer(self._library.TokenizerWrapper(tokens), n_vocab=vocab_size + 1)
+        pieces_digest = hashlib.sha256(b"".join(b"%d:%b" % (len(piece), piece) for piece in tokens.tokens))
+        # What the masks depend on beside the grammar: it is a part of the contract of what is drawn under them.
+        self.identity = {"library": self._library.get_version(), "tokens": pieces_digest.hexdigest()[:32]}
         self.compiled = functools.lru_cache(MAX_COMPILED)(self._compiled)
 
     def _compiled(self, wanted: StructuredOutputsParams) -> "Grammar":

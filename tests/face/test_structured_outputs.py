@@ -1,5 +1,6 @@
 """Structured outputs: texts follow, `score` gives their bits, and neither they nor their neighbours know each other."""
 
+import dataclasses
 import json
 import re
 import time
@@ -10,7 +11,7 @@ import pytest
 from conftest import ENGINE, ONE_TILE, bits, make_llm
 
 from jaxengine import LLM, Rollout, SamplingParams, StructuredOutputsParams, grammar_mask, score
-from jaxengine.coordinate import Coordinate
+from jaxengine.coordinate import Contract, Coordinate
 from jaxengine.engine import step_variants
 
 pytest.importorskip("llguidance")  # an extra, `structured`
@@ -177,7 +178,12 @@ def test_score_refuses_what_would_give_other_bits(calc):
 def test_a_coordinate_draws_it_again(calc):
     for output in calc.generate(PROMPTS, STRUCTURED, key=KEY):
         for sample in output.outputs:
-            assert calc.replay(Coordinate.from_json(sample.coordinate.to_json())).holds
+            coordinate = Coordinate.from_json(sample.coordinate.to_json())
+            assert calc.replay(coordinate).holds
+    parts = coordinate.contract.parts
+    other = parts | {"grammars": parts["grammars"] | {"library": "another"}}
+    with pytest.raises(ValueError, match="grammars.library"):
+        calc.replay(dataclasses.replace(coordinate, contract=Contract(other)))
 
 
 # -- lives that are cut short ------------------------------------------------------------------------------------------

@@ -37,14 +37,14 @@ def trained(tmp_path_factory):
 
     def measured(prompts, trainer) -> dict:
         found = rollout(prompts, trainer)
-        theirs = []
-        for prompt, completion in zip(found["prompt_ids"], found["completion_ids"], strict=True):
-            ids = torch.tensor([prompt + completion])
-            with torch.no_grad():
-                logps, *_ = trainer._get_per_token_logps_and_entropies(
-                    trainer.model, ids, torch.ones_like(ids), len(completion)
-                )
-            theirs.append(logps[0].tolist())
+        counts = [len(completion) for completion in found["completion_ids"]]  # of prompts of one length
+        rows = zip(found["prompt_ids"], found["completion_ids"], counts, strict=True)
+        ids = torch.tensor([prompt + completion + [0] * (max(counts) - count) for prompt, completion, count in rows])
+        with torch.no_grad():
+            logps, *_ = trainer._get_per_token_logps_and_entropies(
+                trainer.model, ids, torch.ones_like(ids), max(counts)
+            )
+        theirs = [row[:count] for row, count in zip(logps.tolist(), counts, strict=True)]
         differences.append(mean_abs_difference(found["logprobs"], theirs))
         versions.append(llm.weights_version)
         return found
