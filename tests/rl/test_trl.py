@@ -58,7 +58,7 @@ def trained(tmp_path_factory):
     # As many as a step has prompts, so that every step's rewards are of the same problems.
     problems = [{"prompt": f"{a}+{b}="} for a, b in rng.randint(10, 99, (PROMPTS, 2))]
     args = trl.GRPOConfig(
-        output_dir=str(tmp_path_factory.mktemp("trl")), max_steps=STEPS, num_generations=GROUP, learning_rate=5e-4,
+        output_dir=str(tmp_path_factory.mktemp("trl")), max_steps=STEPS, num_generations=GROUP, learning_rate=5e-5,
         per_device_train_batch_size=GROUP * PROMPTS, max_completion_length=8, temperature=1.0, beta=0.0,
         report_to="none", use_cpu=True, save_strategy="no", logging_steps=1, seed=1, bf16=False, disable_tqdm=True,
         lr_scheduler_type="constant", gradient_checkpointing=False,
