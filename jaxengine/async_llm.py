@@ -9,6 +9,7 @@ from typing import Any, NoReturn, TypeVar
 
 from jaxengine.engine.engine import QueueFull
 from jaxengine.engine.stepping_thread import News, SteppingThread
+from jaxengine.host.admission import prioritise
 from jaxengine.host.prompts import conversations_of, prompts_of
 from jaxengine.host.sample import Request
 from jaxengine.llm import LLM
@@ -57,9 +58,11 @@ class AsyncLLM:
         *,
         key: Any = None,
         request_ids: Sequence[str] | None = None,
+        priority: int | Sequence[int] = 0,
     ) -> RequestOutputs:
         """As LLM.generate, and with the same bits."""
         requests = self.llm.admitted(prompts_of(prompts), sampling_params, key, request_ids)
+        prioritise(requests, priority)
         return await self.completed(requests)
 
     async def chat(
@@ -81,13 +84,16 @@ class AsyncLLM:
         *,
         key: Any = None,
         request_id: str | None = None,
+        priority: int = 0,
     ) -> AsyncGenerator[RequestDelta, None]:
         """What one prompt's samples gained, as in LLM.stream; the last delta has the whole RequestOutput."""
         prompts = prompts_of(prompt)
         if len(prompts) != 1:
             raise ValueError(f"stream takes one prompt, got {len(prompts)}: stream each of them, or use generate")
         ids = None if request_id is None else [request_id]
-        async with contextlib.aclosing(self.deltas(self.llm.admitted(prompts, sampling_params, key, ids))) as deltas:
+        requests = self.llm.admitted(prompts, sampling_params, key, ids)
+        prioritise(requests, priority)
+        async with contextlib.aclosing(self.deltas(requests)) as deltas:
             async for _, delta in deltas:
                 yield delta
 

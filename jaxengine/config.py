@@ -203,6 +203,15 @@ class EngineConfig:
         return self.max_num_batched_tokens // QUERY_BLOCK
 
 
+# What a profile takes in the place of EngineConfig's own defaults. Room and speed, never a bit. Rollouts want many
+# tokens a second, however long one of them waits; a service wants little time between a request's tokens, an early
+# refusal instead of a long queue, and no request that waits while a better fitting step is compiled.
+PROFILES: dict[str, dict[str, int | bool]] = {
+    "rl": dict(max_num_seqs=256, overlap=True, max_waiting=100_000, compile_patience=16),
+    "serving": dict(max_num_seqs=64, overlap=True, max_waiting=8_192, compile_patience=256),
+}
+
+
 def check_kernels(name: str) -> None:
     """Raises ValueError for a name that is none of KERNELS."""
     if name not in KERNELS:

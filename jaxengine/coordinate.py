@@ -38,6 +38,10 @@ class Contract:
     def digest(self) -> str:
         return hashlib.sha256(json.dumps(self.parts, sort_keys=True).encode()).hexdigest()[:32]
 
+    def with_grammars(self, identity: dict[str, str]) -> "Contract":
+        """That of tokens drawn under a grammar, which depend on what read it too."""
+        return Contract(self.parts | {"grammars": identity})
+
     def differences(self, other: "Contract") -> list[str]:
         """Each part that differs, as "jaxlib: 0.10.2, here 0.11.0"; `other` is what is here."""
         mine, here = _flat(self.parts), _flat(other.parts)
@@ -120,7 +124,8 @@ def changed_sampling(params: SamplingParams) -> dict[str, Any]:
         for field in dataclasses.fields(SamplingParams)
         if field.name not in WITHOUT_BITS
     }
-    return {name: value for name, value in given.items() if value != getattr(SamplingParams(), name)}
+    changed = {name: value for name, value in given.items() if value != getattr(SamplingParams(), name)}
+    return changed if params.structure is None else changed | {"structured_outputs": params.structure.given()}
 
 
 def sampling_of_changes(changed: dict[str, Any]) -> SamplingParams:

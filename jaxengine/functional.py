@@ -16,8 +16,9 @@ from jaxengine.base.keys import key_data
 from jaxengine.config import ModelConfig
 from jaxengine.device import scoring
 from jaxengine.device.find_sampling_mask import find_sampling_mask
+from jaxengine.device.grammar_mask import GrammarMask, find_grammar_mask
 from jaxengine.device.sampling_mask import SamplingMask
-from jaxengine.device.scoring_input import check_sampling_mask, check_scored
+from jaxengine.device.scoring_input import check_grammar_mask, check_sampling_mask, check_scored
 from jaxengine.engine import idle_pools
 from jaxengine.engine.scoring_proof import scoring_tiles
 from jaxengine.engine.session import Session
@@ -77,6 +78,7 @@ def score(
     config: ModelConfig,
     entropy: bool = False,
     sampling_mask: SamplingMask | None = None,
+    grammar_mask: GrammarMask | None = None,
     kernels: str = "auto",
     mesh: Mesh | None = None,
 ) -> Any:
@@ -88,7 +90,7 @@ def score(
     tokens: the layout of Rollout. `sampling_params`, one for all or one each, say under which distribution they were
     drawn. With `entropy`, returns (logprobs, entropies of the processed distribution in nats `[B, T]`). A
     `sampling_mask` takes the place of top-k, top-p and min-p: with that of the weights that drew, the tokens have the
-    same support under any weights.
+    same support under any weights. Structured outputs take the `grammar_mask` of the tokens.
 
     Differentiable in params by reverse mode, and the same bits under jit and inside `jax.value_and_grad`, at any batch
     size and padding. `kernels` as in EngineConfig: those that generated, whose bits they are. On a `mesh` devices share
@@ -101,8 +103,10 @@ def score(
     tokens, mask = jnp.asarray(tokens), jnp.asarray(mask)
     check_scored(tokens, mask, config)
     check_sampling_mask(sampling_mask, tokens)
+    check_grammar_mask(grammar_mask, tokens)
     check_fits(params, config)
-    slots = scoring.sampling_arrays_of(sampling_of(sampling_params, tokens.shape[0]), config, sampling_mask)
+    sampling = sampling_of(sampling_params, tokens.shape[0])
+    slots = scoring.sampling_arrays_of(sampling, config, sampling_mask, grammar_mask)
     how = _how(params, config, kernels, mesh)
     params = _where_it_scores(params, config, how["kernels"])
     logprobs, entropies = scoring.token_logprobs(params, tokens, mask, slots, entropy=entropy, **how)
@@ -116,6 +120,7 @@ def sampling_mask(
     sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
     *,
     config: ModelConfig,
+    grammar_mask: GrammarMask | None = None,
     kernels: str = "auto",
     mesh: Mesh | None = None,
 ) -> SamplingMask:
@@ -127,10 +132,31 @@ def sampling_mask(
     """
     tokens, mask = np.asarray(tokens), np.asarray(mask)
     check_scored(tokens, mask, config)
+    check_grammar_mask(grammar_mask, tokens)
     check_fits(params, config)
-    arrays = scoring.sampling_arrays_of(sampling_of(sampling_params, tokens.shape[0]), config)
+    sampling = sampling_of(sampling_params, tokens.shape[0])
+    arrays = scoring.sampling_arrays_of(sampling, config, grammar=grammar_mask)
     how = _how(params, config, kernels, mesh)
     return find_sampling_mask(_where_it_scores(params, config, how["kernels"]), tokens, mask, arrays, **how)
+
+
+def grammar_mask(
+    tokens: Any,
+    mask: Any,
+    sampling_params: SamplingParams | Sequence[SamplingParams],
+    *,
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+) -> GrammarMask | None:
+    """What structured outputs allowed at each token under `mask`, as numpy arrays, for `score`; None where there are
+    none.
+
+    It follows from tokens and grammars, whatever the weights, and costs what drawing them cost on the host. Arguments
+    are `score`'s. Raises ValueError for a token that its grammar does not allow, and where `score` does for its shapes.
+    """
+    tokens, mask = np.asarray(tokens), np.asarray(mask)
+    check_scored(tokens, mask, config)
+    return find_grammar_mask(tokens, mask, sampling_of(sampling_params, tokens.shape[0]), tokenizer, config)
 
 
 def _how(params: Any, config: ModelConfig, kernels: str, mesh: Mesh | None) -> dict[str, Any]:

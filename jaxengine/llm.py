@@ -24,9 +24,9 @@ from jaxengine.engine import idle_pools, memory
 from jaxengine.engine.engine import Engine
 from jaxengine.engine.replicas import Replicas
 from jaxengine.engine.session import Session
-from jaxengine.engine.settings import ENGINE_KEYWORDS, resolve_engine_config
+from jaxengine.engine.settings import ENGINE_KEYWORDS, profile_line, resolve_engine_config
 from jaxengine.engine.weights import check_alive
-from jaxengine.host.admission import sampling_of
+from jaxengine.host.admission import prioritise, sampling_of
 from jaxengine.host.prompts import Refused, conversations_of, prompts_of
 from jaxengine.host.sample import Request
 from jaxengine.models import loading
@@ -58,7 +58,8 @@ class LLM:
     Where config.json and the weights' file disagree (tied head, dtype), the file counts and a warning says so.
     `reduction_leaves` is the number of parts that every long sum is cut into, and so the most devices that can ever
     share the model; it is in the bits. `num_pages` is sized from memory unless given. `seed` is the key of calls that
-    bring none. `progress` shows loading, compiling and tokens on stderr. Further keywords are EngineConfig's: they
+    bring none. `progress` shows loading, compiling and tokens on stderr. `profile` is "rl" or "serving", a line of
+    defaults for EngineConfig (engine/settings.py), which is shown. Further keywords are EngineConfig's: they
     change room and speed, never a bit except for `kernels`.
 
         llm = LLM("calc")
@@ -86,6 +87,8 @@ class LLM:
             folder, dtype=dtype, reduction_leaves=reduction_leaves, hf_overrides=hf_overrides, tokenizer=text
         )
         engine_config = idle_pools.with_room(lambda: resolve_engine_config(config, engine))
+        if engine.get("profile") is not None:
+            shown.line(profile_line(engine["profile"], engine_config))
 
         def load() -> Decoder:
             with memory.explained(config, engine_config, "loading the weights"):
@@ -173,6 +176,7 @@ class LLM:
         key: Any = None,
         use_tqdm: bool | None = None,
         request_ids: Sequence[str] | None = None,
+        priority: int | Sequence[int] = 0,
         on_error: str = "refuse",
     ) -> RequestOutputs:
         """Complete prompts.
@@ -183,12 +187,15 @@ class LLM:
         The draws depend on (key, index of the prompt, index of the sample, position) alone. Without a key each call
         takes the next one of the LLM's seed. An interrupt aborts the call's requests and leaves the engine usable.
 
-        `sampling_params` are one for all prompts or one each; `request_ids`, one each, are what `abort` takes. Raises
+        `sampling_params` are one for all prompts or one each; `request_ids`, one each, are what `abort` takes. Of
+        requests that wait for room those of the lowest `priority`, one for all or one each, come first, of equal ones
+        the first that came; those of the highest are the first to be preempted. No bit depends on it. Raises
         ValueError or TypeError, naming the prompt and what is allowed, before anything is computed; what goes wrong
         later ends its own request with finish reason "error". With `on_error="return"` a prompt that is wrong does so
         too: its samples have no tokens, their `stop_reason` is the message, and the others draw what they always draw.
         """
         requests = self.admitted(prompts_of(prompts), sampling_params, key, request_ids, on_error)
+        prioritise(requests, priority)
         return self._complete(requests, use_tqdm)
 
     def extend(
@@ -254,7 +261,7 @@ class LLM:
             "add_generation_prompt": add_generation_prompt,
             "continue_final_message": continue_final_message,
             "tools": tools,
-            "template_kwargs": chat_template_kwargs,
+            "chat_template_kwargs": chat_template_kwargs,
         }
         prompts = [self.chat_prompt(each, options, on_error) for each in conversations_of(messages)]
         return self._complete(self.admitted(prompts, sampling_params, key, None, on_error), use_tqdm)
@@ -394,7 +401,10 @@ class LLM:
         session.runner.check_usable()
         if not coordinate.token_ids:
             raise ValueError("this coordinate's sample ended before its first token: there is nothing to draw again")
-        differences = coordinate.contract.differences(self.contract())
+        here = self.contract()
+        if coordinate.sampling_params.structure is not None and self.tokenizer is not None:
+            here = here.with_grammars(self.tokenizer.grammars.identity)
+        differences = coordinate.contract.differences(here)
         if differences:
             raise ValueError(
                 "this coordinate belongs to another contract, its bits cannot be expected here: "

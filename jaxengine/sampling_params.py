@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 from jaxengine.base.arguments import flag, integer, items, real, strict_keywords
+from jaxengine.base.structured_outputs import StructuredOutputsParams, structured_outputs_of
 
 MAX_N = 16_384  # samples of one request
 MAX_STOP_STRINGS = 64
@@ -26,17 +27,18 @@ MOST = 1e6  # the largest factor that temperature and repetition_penalty may put
 class SamplingParams:
     """How to draw completions; names and meanings are vLLM's wherever vLLM has them.
 
-    `max_tokens=None` means up to the context, 0 that nothing is drawn: for `prompt_logprobs` of a prompt as long as
-    the context. `truncate_prompt_tokens=k` keeps the last k tokens of the prompt, -1 as many as fit. `key` (a typed JAX
-    key) or `seed` makes the request's draws its own: with n=1 the key takes the place of
-    `fold_in(fold_in(call key, prompt index), sample index)`; with n>1 sample i uses `fold_in(key, i)`. `logprobs=k`
-    returns the k likeliest tokens at each position, `prompt_logprobs=k` the same for the prompt, -1 for the whole
-    vocabulary (the engine's max_logprobs must allow it); the logprob of each sampled token is always returned.
-    `allowed_token_ids` rules out all other tokens. `bad_words` rules out the last token of a word where the completion
-    ends with the word's other tokens; a request keeps them as `bad_words_token_ids`, which may be given instead. Ours
-    alone: `raw_logprobs` also returns the sampled tokens' logprobs under the model's own distribution at temperature 1,
-    `entropy` the entropy of the distribution at each token, in nats. Raises ValueError naming the field, the value and
-    what is allowed.
+    `max_tokens=None` means up to the context, 0 that nothing is drawn: for `prompt_logprobs` of a prompt as long as the
+    context. `truncate_prompt_tokens=k` keeps the last k tokens of the prompt, -1 as many as fit. `key` (a typed JAX
+    key) or `seed` makes the request's draws its own: with n=1 the key takes the place of `fold_in(fold_in(call key,
+    prompt index), sample index)`; with n>1 sample i uses `fold_in(key, i)`. `logprobs=k` returns the k likeliest tokens
+    at each position, `prompt_logprobs=k` the same for the prompt, -1 for the whole vocabulary (the engine's
+    max_logprobs must allow it); the logprob of each sampled token is always returned. `allowed_token_ids` rules out all
+    other tokens. `bad_words` rules out the last token of a word where the completion ends with the word's other tokens;
+    a request keeps them as `bad_words_token_ids`, which may be given instead. `structured_outputs` rules out all tokens
+    after which the text could not follow a schema, an expression, a choice or a grammar any more; end tokens are ruled
+    out until it may end. Ours alone: `raw_logprobs` also returns the sampled tokens' logprobs under the model's own
+    distribution at temperature 1, `entropy` the entropy of the distribution at each token, in nats. Raises ValueError
+    naming the field, the value and what is allowed.
     """
 
     n: int = 1
@@ -54,6 +56,7 @@ class SamplingParams:
     max_tokens: int | None = None
     truncate_prompt_tokens: int | None = None
     min_tokens: int = 0
+    structured_outputs: StructuredOutputsParams | Mapping[str, Any] | None = None
     stop: str | Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
@@ -94,6 +97,7 @@ class SamplingParams:
         put("bad_words_token_ids", _token_sequences("bad_words_token_ids", self.bad_words_token_ids))
         put("stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKEN_IDS))
         put("logit_bias", _logit_bias(self.logit_bias))
+        put("structured_outputs", structured_outputs_of(self.structured_outputs))
         if self.allowed_token_ids is not None:
             put("allowed_token_ids", _token_ids("allowed_token_ids", self.allowed_token_ids))
             if not self.allowed_token_ids:
@@ -115,6 +119,11 @@ class SamplingParams:
     def biases(self) -> tuple[tuple[int, float], ...]:
         """logit_bias as (token id, value) pairs in order of the ids."""
         return cast(Any, self.logit_bias) or ()
+
+    @property
+    def structure(self) -> StructuredOutputsParams | None:
+        """structured_outputs, of whichever form it was given in."""
+        return cast(Any, self.structured_outputs)
 
     @property
     def token_rules(self) -> tuple[Any, ...]:

@@ -37,8 +37,8 @@ def check_keywords(owner: str, given: Iterable[str], known: Iterable[str]) -> No
             raise TypeError(f"{owner} has no keyword {name!r}: {hints[name]}")
         if name not in known and str(name).startswith(STRUCTURED):
             raise TypeError(
-                f"{owner} has no keyword {name!r}: output that follows a grammar, schema, regular expression or choice "
-                "is not supported. Leave it out and check the text, or steer with logit_bias, stop and stop_token_ids"
+                f"{owner} has no keyword {name!r}: output that follows a grammar is asked for by SamplingParams("
+                "structured_outputs=StructuredOutputsParams(json=… or regex=… or choice=… or grammar=…))"
             )
         if name not in known:
             raise TypeError(

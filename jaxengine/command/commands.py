@@ -18,8 +18,6 @@ from jaxengine.command.records import records
 from jaxengine.config import EngineConfig
 from jaxengine.sampling_params import SamplingParams
 
-SERVED_WAITING = 8192  # samples that wait before clients are told to come again
-
 
 def run_demo(arguments: argparse.Namespace) -> int:
     from jaxengine.command.demo import demo
@@ -129,10 +127,12 @@ def run_serve(arguments: argparse.Namespace) -> int:
     from jaxengine.async_llm import AsyncLLM
 
     named = ("host", "port", "api_key", "admin_key", "weights_root", "max_body_bytes", "max_open_requests")
-    more = {name: getattr(arguments, name) for name in (*named, "max_samples", "drain_seconds")}
+    named = (*named, "max_samples", "drain_seconds", "tool_call_parser", "reasoning_parser")
+    more = {name: getattr(arguments, name) for name in named}
     config = ServerConfig(model_name=arguments.served_model_name or arguments.model, **more)
-    engine = {"max_waiting": SERVED_WAITING} | given_fields(arguments, EngineConfig)
-    llm = AsyncLLM(arguments.model, dtype=arguments.dtype, progress=arguments.progress, **engine)
+    engine = given_fields(arguments, EngineConfig)
+    how = dict(dtype=arguments.dtype, progress=arguments.progress, profile=arguments.profile)
+    llm = AsyncLLM(arguments.model, **how, **engine)
     if arguments.warm_up:
         llm.llm.warm_up()
     print(f"serving {config.model_name} at http://{config.host}:{config.port}", file=sys.stderr, flush=True)

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -31,6 +32,8 @@ def _form(name: str, hint: Any, known: str) -> dict[str, Any]:
     members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     kinds = [member for member in members if member is not types.NoneType]
     origin = typing.get_origin(kinds[-1]) or kinds[-1]
+    if name == "structured_outputs":
+        return dict(type=json.loads, metavar="JSON", help='{"regex": …}, or json, choice or grammar')
     if name == "key":
         return dict(
             type=_key_words,

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from jaxengine.command import commands
 from jaxengine.command.options import add_fields, count, token_ids
 from jaxengine.command.workloads import PEERS
-from jaxengine.config import DTYPES, EngineConfig
+from jaxengine.config import DTYPES, PROFILES, EngineConfig
 from jaxengine.sampling_params import SamplingParams
 
 LLM_DEFAULTS = {
@@ -105,8 +105,17 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-open-requests", type=count, default=1024, help="HTTP requests at once; more get 429")
     parser.add_argument("--max-samples", type=count, default=4096, help="prompts times n of one HTTP request")
     parser.add_argument("--warm-up", action="store_true", help="compile every step before the first request")
+    parser.add_argument(
+        "--tool-call-parser", default="auto", help="the form of tool calls: hermes, llama3_json; auto: by the template"
+    )
+    parser.add_argument(
+        "--reasoning-parser", default="auto", help="think tells thoughts apart, none does not; auto: by the template"
+    )
     parser.add_argument("--drain-seconds", type=count, default=30, help="how long requests go on after SIGTERM")
-    _add_engine(parser, LLM_DEFAULTS | {"max_waiting": "default: 8192 samples; more get 429"})
+    parser.add_argument(
+        "--profile", choices=list(PROFILES), default="serving", help="defaults of the engine's settings"
+    )
+    _add_engine(parser, LLM_DEFAULTS | {"max_waiting": "samples; more get 429; the profile's"})
 
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:

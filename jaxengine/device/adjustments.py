@@ -32,6 +32,7 @@ class Context(NamedTuple):
     prompt_length: Int[Array, " t"]
     first_stop: Int[Array, " t"]  # stop tokens are ruled out at positions before this one
     rules: TokenRules
+    allowed: UInt32[Array, "t words"] | None = None  # what each row's grammar allows, where its rules do not have it
 
 
 def adjusted(logits: Float[Array, "t V"], row: SamplingArrays, context: Context, when: When) -> Float[Array, "t V"]:
@@ -39,6 +40,8 @@ def adjusted(logits: Float[Array, "t V"], row: SamplingArrays, context: Context,
 
     `when` may skip what no row of the tile asks for; a row that does not ask for it has the same bits either way.
     """
+    if context.allowed is not None:
+        logits = jnp.where(_is_allowed(context.allowed, logits.shape[1]), logits, -jnp.inf)
     has_rules = (row.rules != NO_RULES) | (context.positions < context.first_stop)
     ruled = when(has_rules.any(), lambda: _ruled(row, context, logits, when), lambda: logits)
     wants_penalty = (row.repetition_penalty != 1) | (row.presence_penalty != 0) | (row.frequency_penalty != 0)

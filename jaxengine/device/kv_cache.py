@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, UInt32
 
 from jaxengine.base.pytree import pytree
 from jaxengine.config import EngineConfig, ModelConfig
@@ -138,3 +138,10 @@ def write_rules(cache: Cache, slots: Int[Array, " A"], rules: TokenRules) -> Cac
         return table.at[slots].set(row, mode="drop")
 
     return dataclasses.replace(cache, rules=jax.tree.map(put, cache.rules, rules))
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def write_allowed(cache: Cache, slots: Int[Array, " A"], words: UInt32[Array, "A words"]) -> Cache:
+    """Put what may be drawn next into the rules of these slots; a slot after the last one is padding."""
+    allowed = cache.rules.allowed.at[slots].set(words, mode="drop")
+    return dataclasses.replace(cache, rules=dataclasses.replace(cache.rules, allowed=allowed))

@@ -13,7 +13,7 @@ class Needs(enum.IntEnum):
 
     PLAIN = 0  # a token of softmax(logits / temperature) or the likeliest one, and its logprob
     CUT = 1  # top-k, top-p, min-p
-    ALL = 2  # token rules, min_tokens, penalties; likeliest tokens, raw logprobs, entropies
+    ALL = 2  # token rules, grammars, min_tokens, penalties; likeliest tokens, raw logprobs, entropies
 
     def __str__(self) -> str:
         return ("", " with top-k and top-p", " with all that can be asked")[self]
@@ -21,7 +21,7 @@ class Needs(enum.IntEnum):
 
 def needs_of(sampling: SamplingParams) -> Needs:
     """What a request with these parameters asks for."""
-    changes = sampling.has_token_rules or sampling.min_tokens or sampling.has_penalties
+    changes = sampling.has_token_rules or sampling.structure or sampling.min_tokens or sampling.has_penalties
     told = sampling.logprobs is not None or sampling.prompt_logprobs is not None
     if changes or told or sampling.raw_logprobs or sampling.entropy:
         return Needs.ALL

@@ -58,7 +58,7 @@ def write_sampling(
 
     `stop_token_ids` are its own and the model's, `rules` is the row of TokenRules that holds its token rules.
     """
-    assert sampling.has_token_rules == (rules != NO_RULES)
+    assert rules != NO_RULES or not sampling.has_token_rules
     arrays.temperature[i] = 0.0 if sampling.greedy else sampling.temperature
     arrays.top_k[i] = min(sampling.top_k, MAX_TOP_K)
     for name in ("top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
@@ -80,7 +80,7 @@ def token_rules(samplings: Sequence[SamplingParams], vocab_size: int) -> TokenRu
         rules.bias_ids[i] = _padded([token for token, _ in sampling.biases], MAX_LOGIT_BIAS, -1)
         rules.bias_values[i] = _padded([value for _, value in sampling.biases], MAX_LOGIT_BIAS, 0)
         if sampling.allowed_token_ids is not None:
-            rules.allowed[i] = _bits(sampling.allowed_token_ids, rules.allowed.shape[1])
+            rules.allowed[i] = words_of_tokens(sampling.allowed_token_ids, rules.allowed.shape[1])
         for word, token_ids in zip(rules.bad_words[i], sampling.bad_words_token_ids, strict=False):
             word[-len(token_ids) :] = token_ids
     return rules
@@ -98,7 +98,7 @@ def distinct_rules(samplings: Sequence[SamplingParams], vocab_size: int) -> tupl
     return [rows.get(sampling.token_rules, NO_RULES) for sampling in samplings], rules
 
 
-def _bits(token_ids: Iterable[int], num_words: int) -> np.ndarray:
+def words_of_tokens(token_ids: Iterable[int], num_words: int) -> np.ndarray:
     """Words in which the bits of these tokens are set."""
     is_set = np.zeros(num_words * WORD, bool)
     is_set[list(token_ids)] = True

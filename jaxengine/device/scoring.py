@@ -5,6 +5,7 @@ The head and the sampler's distribution run in a pinned region over the rows tha
 stand.
 """
 
+import dataclasses
 import functools
 import operator
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxengine.base.pytree import pytree
 from jaxengine.config import KV_TILE, ModelConfig
 from jaxengine.device import sampler
+from jaxengine.device.grammar_mask import GrammarMask, allowed_words
 from jaxengine.device.sampling_arrays import distinct_rules, empty_sampling, write_sampling
 from jaxengine.device.sampling_mask import SamplingMask, is_kept, packed
 from jaxengine.device.step_inputs import SamplingArrays, TokenRules
@@ -43,6 +45,7 @@ class SequenceArrays:
     sampling: SamplingArrays
     min_tokens: Int[Array, " B"]
     kept: SamplingMask | None = None  # in the place of what top-k, top-p and min-p would keep
+    grammar: GrammarMask | None = None  # of sequences that have structured_outputs
 
 
 @pytree
@@ -54,20 +57,28 @@ class ScoringArrays:
 
 
 def sampling_arrays_of(
-    params: Sequence[SamplingParams], model_config: ModelConfig, kept: SamplingMask | None = None
+    params: Sequence[SamplingParams],
+    model_config: ModelConfig,
+    kept: SamplingMask | None = None,
+    grammar: GrammarMask | None = None,
 ) -> ScoringArrays:
     """Sampling parameters of B sequences, as numpy arrays.
 
-    Raises ValueError for tokens outside the vocabulary, and for bad words that are not token ids yet.
+    Raises ValueError for tokens outside the vocabulary, for bad words that are not token ids yet, and for structured
+    outputs without a grammar mask.
     """
     for i, each in enumerate(params):
         check_token_ids(each, model_config.vocab_size, f"sampling_params[{i}]")
+        if each.structured_outputs is not None and grammar is None:
+            raise ValueError(
+                f"sampling_params[{i}] has structured_outputs: give the grammar_mask that jaxengine.grammar_mask finds"
+            )
     arrays = empty_sampling(len(params))
     rows, rules = distinct_rules(params, model_config.padded_vocab_size)
     for i, each in enumerate(params):
         write_sampling(arrays, i, each, stop_token_ids(each, model_config.eos_token_ids), rows[i])
     min_tokens: Any = np.array([each.min_tokens for each in params], np.int32)
-    return ScoringArrays(SequenceArrays(arrays, min_tokens, kept), rules)
+    return ScoringArrays(SequenceArrays(arrays, min_tokens, kept, grammar), rules)
 
 
 @functools.partial(jax.jit, static_argnames=("model_config", "kernels", "entropy", "kept_words", "tiles"))
@@ -240,10 +251,13 @@ def _row_scores(
     model_config: ModelConfig, kernels: Kernels, entropy: bool, kept_words: bool, weights: _Weights, rows: _RowInputs
 ) -> tuple[Array, ...]:
     """(logprobs, and if asked entropies or packed words) of the rows' tokens."""
-    row: SequenceArrays = jax.lax.stop_gradient(jax.tree.map(operator.itemgetter(rows.sequences), weights.arrays.each))
+    grammar = weights.arrays.each.grammar
+    allowed = None if grammar is None else allowed_words(grammar, rows.sequences, rows.positions)
+    each = dataclasses.replace(weights.arrays.each, grammar=None)  # a row reads few of its words
+    row: SequenceArrays = jax.lax.stop_gradient(jax.tree.map(operator.itemgetter(rows.sequences), each))
     first_stop = jnp.where(row.min_tokens > 0, rows.prompts + row.min_tokens, 0)
     context = sampler.Context(
-        weights.tokens, rows.sequences, rows.positions, rows.prompts, first_stop, weights.arrays.rules
+        weights.tokens, rows.sequences, rows.positions, rows.prompts, first_stop, weights.arrays.rules, allowed
     )
     logits = decoder.logits(model_config, kernels, weights.norm, weights.head, rows.x)
     raw = jnp.zeros(rows.x.shape[0], bool)

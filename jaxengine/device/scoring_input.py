@@ -7,6 +7,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxengine.config import ModelConfig
+from jaxengine.device.grammar_mask import GrammarMask
 from jaxengine.device.sampling_mask import SamplingMask
 
 
@@ -58,4 +59,16 @@ def check_sampling_mask(sampling_mask: SamplingMask | None, tokens: Any) -> None
         raise ValueError(
             f"sampling_mask must have counts of the tokens' shape {list(tokens.shape)} and ids [B, N], "
             f"got {list(counts)} and {list(ids)}"
+        )
+
+
+def check_grammar_mask(grammar_mask: GrammarMask | None, tokens: Any) -> None:
+    """Raises ValueError where a grammar mask is not that of sequences of this shape."""
+    if grammar_mask is None:
+        return
+    rows, words = grammar_mask.rows.shape, grammar_mask.words.shape
+    if rows != tokens.shape or len(words) != 3 or words[0] != rows[0]:
+        raise ValueError(
+            f"grammar_mask must have rows of the tokens' shape {list(tokens.shape)} and words [B, M, words], "
+            f"got {list(rows)} and {list(words)}"
         )

@@ -7,8 +7,9 @@ import jax
 import numpy as np
 
 from jaxengine.config import QUERY_BLOCK, EngineConfig
+from jaxengine.device.grammar_mask import words_of
 from jaxengine.device.needs import Needs, needs_of
-from jaxengine.device.sampling_arrays import NO_RULES, empty_slots, token_rules, write_request, write_sampling
+from jaxengine.device.sampling_arrays import NO_RULES, WORD, empty_slots, token_rules, write_request, write_sampling
 from jaxengine.device.slot_state import SLOT_ROWS, TABLE_ENTRIES
 from jaxengine.device.step_inputs import Copies, Rows, Slots, TokenRules
 from jaxengine.host.plan import Decode, Plan
@@ -16,7 +17,7 @@ from jaxengine.host.sample import Sample
 from jaxengine.ops.query_blocks import QueryBlocks
 from jaxengine.ops.tiles import HISTORY_BLOCK, HISTORY_ROWS, NARROW_PREFILL, ROW_UNIT, WIDE_PREFILL, Tile
 from jaxengine.sampling_params import SamplingParams
-from pallas_kernels.numbers import ceil_to
+from pallas_kernels.numbers import cdiv, ceil_to
 
 
 class BatchBuilder:
@@ -40,7 +41,7 @@ class BatchBuilder:
         """Write a sample's sampling parameters into its slot."""
         request, params = sample.request, sample.request.sampling
         self._num_written[sample.slot], self._needs[sample.slot] = 0, needs_of(params)
-        rules = sample.slot if params.has_token_rules else NO_RULES
+        rules = sample.slot if params.has_token_rules or sample.is_steered else NO_RULES
         write_sampling(self.host_slots.sampling, sample.slot, params, request.stop_token_ids, rules)
         write_request(
             self.host_slots.request,
@@ -85,7 +86,7 @@ class BatchBuilder:
         """Uploads for kv_cache.write_rules of the samples whose requests bring token rules, one a request."""
         slots: dict[int, tuple[SamplingParams, list[int]]] = {}
         for sample in samples:
-            if sample.request.sampling.has_token_rules:
+            if sample.request.sampling.has_token_rules or sample.is_steered:
                 slots.setdefault(id(sample.request), (sample.request.sampling, []))[1].append(sample.slot)
         return [self._rules_upload(sampling, of_request, vocab_size) for sampling, of_request in slots.values()]
 
@@ -97,6 +98,22 @@ class BatchBuilder:
         self, sampling: SamplingParams, slots: Sequence[int], vocab_size: int
     ) -> tuple[np.ndarray, TokenRules]:
         return _padded(slots, self.num_slots, fill=self.num_slots), token_rules([sampling], vocab_size)
+
+    def allowed(self, samples: Sequence[Sample], vocab_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Uploads for kv_cache.write_allowed: what each sample's grammar lets it draw next."""
+        for first in range(0, len(samples), SLOT_ROWS):
+            yield self._allowed_upload(samples[first : first + SLOT_ROWS], vocab_size)
+
+    def nothing_allowed(self, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+        """An upload for kv_cache.write_allowed that changes nothing."""
+        return self._allowed_upload([], vocab_size)
+
+    def _allowed_upload(self, samples: Sequence[Sample], vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+        words: Any = np.zeros((SLOT_ROWS, cdiv(vocab_size, WORD)), np.uint32)
+        for row, sample in zip(words, samples, strict=False):
+            request = sample.request
+            row[:] = words_of(sample.allowed(), request.sampling, sorted(request.stop_token_ids), len(row))
+        return _padded([sample.slot for sample in samples], SLOT_ROWS, fill=self.num_slots), words
 
     @property
     def tables(self) -> np.ndarray:

@@ -10,10 +10,11 @@ from jaxengine.host.plan import Decode, Row
 from jaxengine.host.sample import Sample, Status
 from jaxengine.host.scheduler import Scheduler
 from jaxengine.outputs import Logprob
+from jaxengine.text.grammar import Allowed
 
 DEAD_END = (
-    "min_tokens, stop tokens, allowed_token_ids, bad_words, logit_bias and penalties rule out every token of the "
-    "vocabulary"
+    "min_tokens, stop tokens, structured_outputs, allowed_token_ids, bad_words, logit_bias and penalties rule out "
+    "every token of the vocabulary"
 )
 NOT_FINITE = "the model's logits were not finite"
 ALWAYS = ("tokens", "logprobs", "finite")  # of a step's results
@@ -106,7 +107,8 @@ def append_token(
     scheduler.register_pages(sample)
     _stop(scheduler, sample)
     sample.num_recorded += 1
-    if sample.status is Status.RUNNING and not tells_details and sample.detokenizer is None:
+    is_watched = tells_details or sample.detokenizer is not None or sample.is_steered
+    if sample.status is Status.RUNNING and not is_watched:
         full = (sample.num_registered + 1) * scheduler.engine_config.page_size
         sample.next_event = min(full, sample.request.limit) - sample.prompt_length
 
@@ -132,7 +134,19 @@ def _stop(scheduler: Scheduler, sample: Sample) -> None:
     found = sample.detokenizer.push([token]) if sample.detokenizer is not None else None
     if found is not None:
         scheduler.finish(sample, "stop", found[1])
+    elif sample.is_steered and not any((allowed := sample.allowed()).bits):
+        _end_of_grammar(scheduler, sample, allowed)
     elif sample.num_tokens >= request.limit:
+        scheduler.finish(sample, "length")
+
+
+def _end_of_grammar(scheduler: Scheduler, sample: Sample, allowed: Allowed) -> None:
+    """Where no text can follow, the sample draws an end token if it has one, and ends here if it has none."""
+    if not allowed.may_end:
+        _fail(scheduler, sample, allowed.error or "structured_outputs: no token of the vocabulary goes on from here")
+    elif not sample.request.stop_token_ids:
+        scheduler.finish(sample, "stop")
+    elif sample.num_tokens >= sample.request.limit:
         scheduler.finish(sample, "length")
 
 

@@ -176,7 +176,9 @@ class Engine:
             self.restore_pool()
             self.cache = self.step_variants.warm_up(self.params, self.cache)
             self._change_slots(*self.batch.empty_changes())
-            self.cache = kv_cache.write_rules(self.cache, *self.batch.no_rules(self.model_config.padded_vocab_size))
+            vocab_size = self.model_config.padded_vocab_size
+            self.cache = kv_cache.write_rules(self.cache, *self.batch.no_rules(vocab_size))
+            self.cache = kv_cache.write_allowed(self.cache, *self.batch.nothing_allowed(vocab_size))
 
     @contextlib.contextmanager
     def adjusted(self, *, held_pages: int = 0, held_slots: int = 0, **changes: Any) -> Iterator[None]:
@@ -297,6 +299,9 @@ class Engine:
                 self.cache = kv_cache.write_history(self.cache, *upload)
             for rules in self.batch.rules(plan.admitted, self.model_config.padded_vocab_size):
                 self.cache = kv_cache.write_rules(self.cache, *rules)
+        with _blaming(plan.steered):
+            for allowed in self.batch.allowed(plan.steered, self.model_config.padded_vocab_size):
+                self.cache = kv_cache.write_allowed(self.cache, *allowed)
         changed = plan.admitted + plan.grown
         with _blaming(changed):
             self._change_slots(self.batch.table_changes(changed), self.batch.slot_changes())

@@ -12,6 +12,7 @@ from jaxengine.base.progress import Report, say_nothing
 from jaxengine.config import EngineConfig, ModelConfig
 from jaxengine.coordinate import Contract
 from jaxengine.device import scoring
+from jaxengine.device.grammar_mask import find_grammar_mask
 from jaxengine.device.sampling_mask import SamplingMask
 from jaxengine.device.scoring_input import check_sampling_mask, check_scored
 from jaxengine.engine import idle_pools, memory
@@ -296,7 +297,8 @@ class Session:
         check_scored(tokens, mask, self.model_config)
         check_sampling_mask(sampling_mask, tokens)
         sampling = each_with_token_ids(sampling_of(sampling_params, tokens.shape[0]), self.tokenizer)
-        slots = scoring.sampling_arrays_of(sampling, self.model_config, sampling_mask)
+        grammar = find_grammar_mask(tokens, mask, sampling, self.tokenizer, self.model_config)
+        slots = scoring.sampling_arrays_of(sampling, self.model_config, sampling_mask, grammar)
         with self.runner.alone():
             self.runner.check_awake()
             params, kernels = self.params, self.engine.kernels

@@ -10,7 +10,7 @@ import jax
 from jax.sharding import Mesh
 
 from jaxengine.base.arguments import integer
-from jaxengine.config import EngineConfig, ModelConfig
+from jaxengine.config import PROFILES, EngineConfig, ModelConfig
 from jaxengine.engine import memory
 from jaxengine.models.params import Decoder
 from jaxengine.ops.kernels import choose_kernels
@@ -18,18 +18,20 @@ from sharding.mesh import make_mesh, with_all_axes
 
 CPU_TOKENS, DEVICE_TOKENS = 512, 8192  # default budget of a step
 MESH_KEYWORDS = "tensor_parallel_size", "data_parallel_size"
-ENGINE_KEYWORDS = (*(field.name for field in dataclasses.fields(EngineConfig)), *MESH_KEYWORDS)
+ENGINE_KEYWORDS = (*(field.name for field in dataclasses.fields(EngineConfig)), *MESH_KEYWORDS, "profile")
 
 
 def resolve_engine_config(
     model_config: ModelConfig, given: dict[str, Any], params: Decoder | None = None
 ) -> EngineConfig:
-    """EngineConfig from keywords; None means the default. `tensor_parallel_size` and `data_parallel_size` make a mesh.
+    """EngineConfig from keywords; None means the default, that of `profile` where one is given.
+    `tensor_parallel_size` and `data_parallel_size` make a mesh.
 
     The pool is sized from memory, where `params` may be already, unless num_pages is given. Raises ValueError for what
     is no setting, MemoryError where the pool has no room.
     """
     given = {name: value for name, value in given.items() if value is not None}
+    given = profile_defaults(given.pop("profile", None)) | given
     given |= _mesh([given.pop(name, None) for name in MESH_KEYWORDS], given.get("mesh"))
     on_cpu = jax.devices()[0].platform == "cpu"
     given.setdefault("max_model_len", model_config.context_length)
@@ -62,3 +64,18 @@ def _mesh(sizes: list[Any], mesh: Mesh | None) -> dict[str, Any]:
         if size not in (1, mesh.shape[axis]):
             raise ValueError(f"{axis}_parallel_size={size}, and the mesh has {mesh.shape[axis]}: give one of them")
     return {"mesh": mesh}
+
+
+def profile_defaults(profile: Any) -> dict[str, Any]:
+    """The defaults of a profile; of None none. Raises ValueError for one that is not in PROFILES."""
+    if profile is None:
+        return {}
+    if profile not in PROFILES:
+        raise ValueError(f"profile must be one of {', '.join(map(repr, PROFILES))} or None, got {profile!r:.40}")
+    return PROFILES[profile]
+
+
+def profile_line(profile: str, engine_config: EngineConfig) -> str:
+    """What a profile's settings are in an engine, those that were given apart included."""
+    settings = ", ".join(f"{name}={getattr(engine_config, name)}" for name in PROFILES[profile])
+    return f"profile {profile}: {settings}"

@@ -48,7 +48,7 @@ def _completion(sample: Sample, tokenizer: Tokenizer | None, contracts: Contract
         finish_reason=drawn.finish_reason,
         stop_reason=drawn.stop_reason,
         token_texts=[tokenizer.token_text(token) for token in drawn.token_ids] if tokenizer is not None else None,
-        coordinate=_coordinate(sample, fields["token_logprobs"], contracts.of(drawn.versions)),
+        coordinate=_coordinate(sample, fields["token_logprobs"], _contract(sample, tokenizer, contracts)),
         **fields,
     )
 
@@ -65,6 +65,11 @@ def token_fields(sample: Sample, tokenizer: Tokenizer | None, start: int = 0) ->
         "raw_logprobs": np.asarray(drawn.raw_logprobs[start:], np.float32) if sampling.raw_logprobs else None,
         "entropies": np.asarray(drawn.entropies[start:], np.float32) if sampling.entropy else None,
     }
+
+
+def _contract(sample: Sample, tokenizer: Tokenizer | None, contracts: Contracts) -> Contract:
+    found = contracts.of(sample.drawn.versions)
+    return found.with_grammars(tokenizer.grammars.identity) if sample.is_steered and tokenizer is not None else found
 
 
 def _coordinate(sample: Sample, logprobs: np.ndarray, contract: Contract) -> Coordinate:

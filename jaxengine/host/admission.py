@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxengine.base.arguments import as_integer, integer, items
 from jaxengine.base.keys import folded, key_data, key_of, sample_key, seed_data, seeded
 from jaxengine.config import EngineConfig, ModelConfig
 from jaxengine.coordinate import Coordinate
@@ -13,8 +14,10 @@ from jaxengine.outputs import CompletionOutput, RequestOutput
 from jaxengine.sampling_params import MAX_STOPS, SamplingParams, check_token_ids, stop_token_ids
 from jaxengine.text.bad_words import with_token_ids
 from jaxengine.text.detokenizer import Detokenizer
+from jaxengine.text.grammar import Grammar
 from pallas_kernels.numbers import cdiv
 
+MAX_PRIORITY = 2**31 - 1
 ON_ERROR = ("refuse", "return")
 FINAL = ("stop", "error")  # finish reasons after which a sample cannot go on
 
@@ -34,6 +37,15 @@ def sampling_of(sampling_params: Any, count: int) -> list[SamplingParams]:
     if len(sampling_params) != count:
         raise ValueError(f"{len(sampling_params)} sampling_params for {count} prompts: give one for all, or one each")
     return list(sampling_params)
+
+
+def prioritise(requests: Sequence[Request], priority: Any) -> None:
+    """Give requests that are not queued yet their priorities, one for all or one each. Raises ValueError."""
+    given = [priority] * len(requests) if as_integer(priority) is not None else items("priority", priority, "integers")
+    if len(given) != len(requests):
+        raise ValueError(f"{len(given)} priorities for {len(requests)} prompts: give one for all, or one each")
+    for request, each in zip(requests, given, strict=True):
+        request.priority = integer("priority", each, -MAX_PRIORITY, MAX_PRIORITY)
 
 
 def own_key(key: Any, sampling: SamplingParams, prompt_index: int, sample_index: int) -> Any:
@@ -82,6 +94,7 @@ class Admission:
             limit=self._limit(len(token_ids), index, sampling),
             prompt=given.text,
             cache_salt=given.cache_salt,
+            grammar=self._grammar(sampling, index),
         )
         if sampling.max_tokens == 0:
             first = Drawn(finish_reason=None if request.only_scores else "length")
@@ -131,6 +144,7 @@ class Admission:
                 raise ValueError(f"prompt_logprobs is asked for, but request {output.request_id} was begun without")
             request.prompt_logprobs = output.prompt_logprobs
         self._check_stop_strings(request)
+        _check_grammar(request)
         return request
 
     def _check_stop_strings(self, request: Request) -> None:
@@ -155,6 +169,13 @@ class Admission:
         if count == -1:
             count = min(self.engine_config.max_model_len, self._room) - (sampling.max_tokens != 0)
         return token_ids if count is None else token_ids[-count:]
+
+    def _grammar(self, sampling: SamplingParams, index: int) -> Grammar | None:
+        if sampling.structure is None:
+            return None
+        if self.prompts.tokenizer is None:
+            raise ValueError(f"structured_outputs of prompts[{index}] follow text, and the model has no tokenizer")
+        return self.prompts.tokenizer.grammars.compiled(sampling.structure)
 
     def _check_sampling(self, sampling: SamplingParams, index: int) -> None:
         for name in ("logprobs", "prompt_logprobs"):
@@ -194,6 +215,15 @@ class Admission:
                 f"has {config.num_pages - 1}: raise num_pages, or lower max_tokens"
             )
         return limit
+
+
+def _check_grammar(request: Request) -> None:
+    """Raises where a sample that goes on has tokens that its grammar does not allow."""
+    for index, drawn in enumerate(request.earlier):
+        if request.grammar is None or drawn.finish_reason is not None:
+            continue
+        if error := request.grammar.matcher().after(drawn.token_ids).error:
+            raise ValueError(f"structured_outputs do not allow what sample {index} has, which goes on: {error}")
 
 
 def _own_key_data(sampling: SamplingParams) -> tuple[int, int] | None:

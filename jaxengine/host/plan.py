@@ -72,6 +72,7 @@ class Plan:
     copies: list[tuple[int, int]] = dataclasses.field(default_factory=list)
     admitted: list[Sample] = dataclasses.field(default_factory=list)
     grown: list[Sample] = dataclasses.field(default_factory=list)  # those that got pages since the plan before
+    steered: list[Sample] = dataclasses.field(default_factory=list)  # those that draw under a grammar
 
     def __bool__(self) -> bool:
         return bool(self.decodes or self.chunks)

@@ -1,5 +1,6 @@
 """The samples that wait, in order. Plain Python."""
 
+import bisect
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 
@@ -7,35 +8,55 @@ from jaxengine.host.sample import Sample
 
 
 class Queue:
-    """A queue that any of its samples may leave, each move at a cost that does not grow with its length."""
+    """A queue that any of its samples may leave; of the lowest priority that waits, the sample that came first is next.
+
+    Each move has a cost that does not grow with the queue's length, but with the number of priorities in it.
+    """
 
     def __init__(self, samples: Iterable[Sample] = ()) -> None:
-        self._samples: OrderedDict[Sample, None] = OrderedDict.fromkeys(samples)
+        self._lines: dict[int, OrderedDict[Sample, None]] = {}  # by priority, none of them empty
+        self._priorities: list[int] = []  # of the lines, in order
+        for sample in samples:
+            self.push(sample)
 
     def __len__(self) -> int:
-        return len(self._samples)
+        return sum(map(len, self._lines.values()))
 
     def __iter__(self) -> Iterator[Sample]:
-        return iter(self._samples)
+        for priority in self._priorities:
+            yield from self._lines[priority]
 
     @property
     def head(self) -> Sample:
         """The sample that is next; there must be one."""
-        return next(iter(self._samples))
+        return next(iter(self._lines[self._priorities[0]]))
 
     def pop(self) -> Sample:
         """Take the head out."""
-        return self._samples.popitem(last=False)[0]
+        head = self.head
+        self.discard(head)
+        return head
 
     def push(self, sample: Sample) -> None:
-        """To the end."""
-        self._samples[sample] = None
+        """To the end of its priority's line."""
+        self._line(sample.priority)[sample] = None
 
     def push_front(self, sample: Sample) -> None:
-        """To the front: it is the head now."""
-        self._samples[sample] = None
-        self._samples.move_to_end(sample, last=False)
+        """To the front of its priority's line."""
+        line = self._line(sample.priority)
+        line[sample] = None
+        line.move_to_end(sample, last=False)
 
     def discard(self, sample: Sample) -> None:
         """Take a sample out, wherever it stands; nothing where it is not in the queue."""
-        self._samples.pop(sample, None)
+        line = self._lines.get(sample.priority, {})
+        line.pop(sample, None)
+        if not line and sample.priority in self._lines:
+            del self._lines[sample.priority]
+            self._priorities.remove(sample.priority)
+
+    def _line(self, priority: int) -> OrderedDict[Sample, None]:
+        if priority not in self._lines:
+            self._lines[priority] = OrderedDict()
+            bisect.insort(self._priorities, priority)
+        return self._lines[priority]

@@ -7,6 +7,7 @@ from typing import Any
 
 from jaxengine.outputs import Logprob
 from jaxengine.sampling_params import SamplingParams
+from jaxengine.text.grammar import Allowed
 
 
 class Status(enum.Enum):
@@ -52,6 +53,8 @@ class Request:
     limit: int  # prompt and completion end here
     prompt: str | None = None
     cache_salt: str = ""
+    priority: int = 0  # a lower one is served first
+    grammar: Any = None  # text.grammar.Grammar, where structured outputs are asked for
     earlier: list[Drawn] = dataclasses.field(default_factory=list)  # of each sample, where an earlier call began them
     samples: list["Sample"] = dataclasses.field(default_factory=list)
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
@@ -92,6 +95,7 @@ class Sample:
     has_old_pages: bool = False  # whether weights before `version` wrote some of its pages
     version: int = 0  # of the weights that run it
     detokenizer: Any = None  # text.detokenizer.Detokenizer, where stop strings or a stream need the text
+    matcher: Any = None  # text.grammar.Matcher, from its first token on where its request has a grammar
     prompt_length: int = dataclasses.field(init=False)
     length: int = dataclasses.field(init=False)  # tokens of prompt and completion, those under way included
     # Until then nothing has to be looked at, so that a step's work for most samples is short; 0: every time.
@@ -117,8 +121,18 @@ class Sample:
         self.status, self.slot, self.pages, self.has_old_pages = Status.WAITING, -1, [], False
         self.num_computed = self.num_registered = self.quiet_length = self.next_event = 0
         self.drawn.truncate(self.num_recorded)
-        self.drawn.finish_reason = self.drawn.stop_reason = None
+        self.drawn.finish_reason = self.drawn.stop_reason = self.matcher = None
         self.length = self.num_tokens
+
+    def allowed(self) -> Allowed:
+        """What its grammar lets follow the tokens that are known."""
+        if self.matcher is None:
+            self.matcher = self.request.grammar.matcher()
+        return self.matcher.after(self.drawn.token_ids)
+
+    @property
+    def priority(self) -> int:
+        return self.request.priority
 
     @property
     def num_tokens(self) -> int:
@@ -144,6 +158,11 @@ class Sample:
     def scores_prompt(self) -> bool:
         """Whether its prefill owes the prompt's logprobs: the first sample's does, once."""
         return self.request.sampling.prompt_logprobs is not None and self.index == 0 and not self.drawn.token_ids
+
+    @property
+    def is_steered(self) -> bool:
+        """Whether what may be drawn depends on the token before it, by a grammar that the host follows."""
+        return self.request.grammar is not None
 
     @property
     def is_decoding(self) -> bool:

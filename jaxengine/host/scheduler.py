@@ -25,7 +25,7 @@ class Scheduler:
     def __init__(self, engine_config: EngineConfig, page_pool: PagePool) -> None:
         self.engine_config, self.page_pool = engine_config, page_pool
         self.waiting = Queue()
-        self.running: list[Sample] = []  # by arrival: the newest is the first to be preempted
+        self.running: list[Sample] = []  # by priority, then by arrival: the last is the first to be preempted
         self.ended: list[Sample] = []  # since the engine looked last
         self.version = 0  # of the weights that run
         self._free_slots = list(range(engine_config.max_num_seqs - 1, -1, -1))
@@ -54,6 +54,7 @@ class Scheduler:
             self._release(sample)
         if sample.detokenizer is not None:
             sample.detokenizer.finish()
+        sample.matcher = None
         sample.drawn.finish_reason, sample.drawn.stop_reason = reason, stop_reason
         sample.status = Status.FINISHED
         self.ended.append(sample)
@@ -63,8 +64,8 @@ class Scheduler:
 
         Pages and slot are free for the next plan, which the device runs after those under way.
         """
-        place = bisect.bisect_left(self.running, sample.arrival, key=_arrival)
-        assert self.running[place] is sample, "running samples are not in order of arrival"
+        place = bisect.bisect_left(self.running, _order(sample), key=_order)
+        assert self.running[place] is sample, "running samples are not in order"
         del self.running[place]
         self.page_pool.release(sample.pages)
         self._free_slots.append(sample.slot)
@@ -96,7 +97,7 @@ class Scheduler:
         """Nothing is on the device and these samples wait, whatever state an interrupt left behind."""
         self.page_pool = PagePool(self.page_pool.num_pages, self.page_pool.page_size, self.page_pool.caching)
         self.running, self._free_slots = [], list(range(self.engine_config.max_num_seqs - 1, -1, -1))
-        self.waiting, self._refused = Queue(sorted(samples, key=_arrival)), None
+        self.waiting, self._refused = Queue(sorted(samples, key=_order)), None
         self.ended, self._grown = [], []
         for sample in self.waiting:
             sample.restart()
@@ -130,6 +131,8 @@ class Scheduler:
             chunk.rows = chunk.wanted_rows()
             for sample in chunk.samples if chunk.is_last else ():
                 sample.length += 1
+                if sample.is_steered:
+                    plan.steered.append(sample)
         plan.grown, self._grown = self._grown, []
         return plan
 
@@ -146,16 +149,21 @@ class Scheduler:
                 prefilling.append(sample)
             elif length <= sample.quiet_length:
                 decodes.append(new_decode((sample, length - 1, most)))
+            elif sample.is_steered and sample.num_pending:
+                continue  # what it may draw next depends on the token that is under way; others go on meanwhile
             else:
                 count = min(sample.request.limit - length, most)
                 if count > 0 and self._grow(sample, length + count - 1):  # the last token's own are written later
+                    if sample.is_steered:
+                        count = 1  # what the dispatch draws after it knows no grammar, and is drawn again
+                        plan.steered.append(sample)
                     decodes.append(new_decode((sample, length - 1, count)))
         return prefilling
 
     def _grow(self, sample: Sample, num_tokens: int) -> bool:
-        """Pages for num_tokens tokens, preempting the newest samples for them, at last itself; True where it may run.
+        """Pages for num_tokens tokens, preempting the last samples for them, at last itself; True where it may run.
 
-        Samples grow by age, so a preempted one is in no plan yet.
+        Samples grow in order, so a preempted one, which is the last, is in no plan yet.
         """
         missing = self._pages_of(num_tokens) - len(sample.pages)
         while missing > self.page_pool.num_available:
@@ -169,7 +177,7 @@ class Scheduler:
             sample.pages += self.page_pool.take(missing)
             self._grown.append(sample)
         edge = min(len(sample.pages) * self.engine_config.page_size + 1, sample.request.limit)
-        sample.quiet_length = edge - self.engine_config.decode_steps
+        sample.quiet_length = 0 if sample.is_steered else edge - self.engine_config.decode_steps
         return True
 
     def _plan_running_prefills(self, plan: Plan, samples: list[Sample], budget: int) -> int:
@@ -231,12 +239,12 @@ class Scheduler:
         return self.page_pool.match(sample.token_ids, self.version, sample.request.cache_salt, sample)
 
     def _enter(self, plan: Plan, sample: Sample, num_cached_pages: int) -> None:
-        """Into the running set, in order of arrival."""
+        """Into the running set, in its order."""
         sample.slot, sample.status, sample.version = self._free_slots.pop(), Status.RUNNING, self.version
         sample.num_registered, sample.num_computed = num_cached_pages, num_cached_pages * self.engine_config.page_size
         if sample.request.num_cached_tokens is None:
             sample.request.num_cached_tokens = sample.num_computed
-        bisect.insort(self.running, sample, key=_arrival)
+        bisect.insort(self.running, sample, key=_order)
         plan.admitted.append(sample)
 
     def _plan_chunk(self, plan: Plan, sample: Sample, budget: int) -> int:
@@ -295,9 +303,10 @@ class Scheduler:
         assert sorted(slots) == list(range(self.engine_config.max_num_seqs)), "a slot is lost or in two places"
         holders = [sample for sample in self.waiting if sample.pages or sample.slot >= 0]
         assert not holders, "a waiting sample holds pages or a slot"
-        arrivals = [sample.arrival for sample in self.running]
-        assert arrivals == sorted(arrivals), "running samples are not in order of arrival"
+        order = list(map(_order, self.running))
+        assert order == sorted(order), "running samples are not in order"
 
 
-def _arrival(sample: Sample) -> int:
-    return sample.arrival
+def _order(sample: Sample) -> tuple[int, int]:
+    """Where a sample stands among those that run: who has to wait longest is preempted first."""
+    return sample.priority, sample.arrival

@@ -14,7 +14,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from jaxengine.async_llm import AsyncLLM
-from jaxengine.server import about, chat, completions, control, token_generation, tokens, weights
+from jaxengine.server import about, chat, completions, control, sglang, token_generation, tokens, weights
 from jaxengine.server.errors import ApiError
 from jaxengine.server.gate import Gate
 from jaxengine.server.service import Service
@@ -34,6 +34,7 @@ ROUTES = {
     "POST /v1/completions": completions.completions,
     "POST /v1/chat/completions": chat.chat,
     "POST /inference/v1/generate": token_generation.generate,
+    "POST /generate": sglang.generate,
     "POST /tokenize": tokens.tokenize,
     "POST /detokenize": tokens.detokenize,
     "POST /pause": control.pause,
@@ -46,6 +47,7 @@ ROUTES = {
     "POST /start_weight_update": weights.start_weight_update,
     "POST /update_weights": weights.update_weights,
     "POST /finish_weight_update": weights.finish_weight_update,
+    "POST /update_weights_from_disk": sglang.update_weights_from_disk,
 }
 Handler = Callable[[Service, HttpRequest], Awaitable[Response]]
 log = logging.getLogger("jaxengine.server")

@@ -10,7 +10,7 @@ from jaxengine.host.prompts import prompts_of
 from jaxengine.outputs import CompletionDelta, CompletionOutput, RequestDelta, RequestOutput
 from jaxengine.server import body, forms
 from jaxengine.server.errors import ApiError, json_response, refusals
-from jaxengine.server.generation import check_generation, coordinate_chunks, extras, head, last_chunk
+from jaxengine.server.generation import coordinate_chunks, extras, head, last_chunk, structure_of
 from jaxengine.server.protocol import CompletionRequest
 from jaxengine.server.service import Call, Service
 from jaxengine.server.streaming import stream
@@ -20,7 +20,7 @@ MAX_TOKENS = 16  # OpenAI's default
 
 async def completions(service: Service, http: HttpRequest) -> Response:
     form = await body.read(http, CompletionRequest, service.config.max_body_bytes)
-    check_generation(service, form)
+    service.check_model(form.model)
     if form.echo and form.stream:
         raise ApiError(400, "echo does not stream: leave stream out", "echo", "unsupported")
     count = 0 if form.logprobs is None else int(form.logprobs)
@@ -29,8 +29,8 @@ async def completions(service: Service, http: HttpRequest) -> Response:
     wants_prompt = form.echo and form.wants_logprobs and form.prompt_logprobs is None
     more = {"prompt_logprobs": likeliest or 0} if wants_prompt else {}
     max_tokens = MAX_TOKENS if form.max_tokens is None else form.max_tokens
-    sampling = service.sampling_params(form, logprobs=likeliest, max_tokens=max_tokens, **more)
-    call = await service.call("cmpl", _prompts(form), sampling, form.request_id)
+    sampling = service.sampling_params(form, logprobs=likeliest, max_tokens=max_tokens, **more, **structure_of(form))
+    call = await service.call("cmpl", _prompts(form), sampling, form.request_id, form.priority)
     answer = _Answer(service, form, call)
     if form.stream:
         return await stream(service, call, http, answer.chunks, answer.last)

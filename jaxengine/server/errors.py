@@ -22,7 +22,7 @@ TYPES = {
     501: "not_implemented_error",
     503: "service_unavailable_error",
 }
-NAMED = SAMPLING_FIELDS | {"logprobs", "messages"}
+NAMED = SAMPLING_FIELDS | {"logprobs", "messages", "priority", "tools"}
 _FIELD = re.compile(r"[a-z][a-z_]*")
 
 

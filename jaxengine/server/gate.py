@@ -12,7 +12,7 @@ from jaxengine.server.settings import ServerConfig
 PUBLIC = frozenset({"/health", "/liveness"})
 ADMIN = frozenset({
     "/pause", "/resume", "/abort_requests", "/reset_prefix_cache", "/sleep", "/wake_up", "/init_weight_transfer_engine",
-    "/start_weight_update", "/update_weights", "/finish_weight_update",
+    "/start_weight_update", "/update_weights", "/finish_weight_update", "/update_weights_from_disk",
 })  # fmt: skip
 
 

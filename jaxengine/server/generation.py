@@ -1,6 +1,6 @@
 """What the routes that generate share; the first two are OpenAI's."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jaxengine.outputs import CompletionDelta, CompletionOutput, RequestDelta, RequestOutput
@@ -13,15 +13,24 @@ Form = ChatRequest | CompletionRequest
 Drawn = CompletionDelta | CompletionOutput
 
 
-def check_generation(service: Service, form: Form) -> None:
-    """Raises ApiError for another model, and for an output format that is not there."""
-    service.check_model(form.model)
-    kind = (form.response_format or {"type": "text"}).get("type")
-    if kind != "text":
+def structure_of(form: Form) -> dict[str, Any]:
+    """`structured_outputs` as `response_format` asks for them, nothing where it does not. Raises ApiError."""
+    given = form.response_format or {"type": "text"}
+    kind, described = given.get("type"), given.get("json_schema")
+    if kind == "text":
+        return {}
+    if form.structured_outputs is not None:
+        raise ApiError(400, "give response_format or structured_outputs, not both", "response_format")
+    if kind == "json_object":
+        return {"structured_outputs": {"json_object": True}}
+    schema = described.get("schema") if isinstance(described, Mapping) else None
+    if kind != "json_schema" or not isinstance(schema, Mapping):
         message = (
-            f"response_format of type {kind!r:.40} is not supported: output that follows a schema is not there yet"
+            'response_format must be {"type": "text"}, {"type": "json_object"} or {"type": '
+            f'"json_schema", "json_schema": {{"schema": …}}}}, got {given!r:.80}'
         )
-        raise ApiError(400, message, "response_format", "unsupported")
+        raise ApiError(400, message, "response_format")
+    return {"structured_outputs": {"json": schema}}
 
 
 def head(service: Service, kind: str, call: Call) -> dict[str, Any]:

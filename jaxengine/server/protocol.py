@@ -7,9 +7,10 @@ import pydantic
 # What clients send that changes nothing here.
 IGNORED = frozenset(
     {"user", "session_id", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
+    | {"spaces_between_special_tokens"}
 )
-_GRAMMAR = "output that follows a grammar, schema, regular expression or choice is not there yet"
-_TOOLS = "calls are not parsed yet; with tool_choice='none' tools are put into the prompt and calls come as text"
+_GRAMMAR = "it is structured_outputs: {json, regex, choice or grammar} here, or response_format"
+_TOOLS = "they are tools and tool_choice here"
 # Fields that ask for what is not there, and why; values that ask for nothing are taken.
 UNSUPPORTED = {
     "best_of": "draw n samples and choose by their logprobs",
@@ -17,21 +18,19 @@ UNSUPPORTED = {
     "length_penalty": "there is no beam search",
     "early_stopping": "there is no beam search",
     "suffix": "models complete from the left",
-    "structured_outputs": _GRAMMAR,
+    "guided_decoding": _GRAMMAR,
     "guided_json": _GRAMMAR,
     "guided_regex": _GRAMMAR,
     "guided_choice": _GRAMMAR,
     "guided_grammar": _GRAMMAR,
     "functions": _TOOLS,
     "function_call": _TOOLS,
-    "parallel_tool_calls": _TOOLS,
     "reasoning_effort": "it is an argument of some chat templates: give it in chat_template_kwargs",
     "audio": "models take text and token ids only",
     "modalities": "models take text and token ids only",
     "features": "models take text and token ids only",
     "mm_processor_kwargs": "models take text and token ids only",
     "logprob_token_ids": "give top_logprobs or logprobs, or score the tokens with prompt_logprobs",
-    "priority": "requests run in the order in which they come",
     "thinking_token_budget": "generate up to max_tokens, then go on with another prompt",
     "vllm_xargs": "there are no plugins that would read them",
     "extra_args": "there are no plugins that would read them",
@@ -69,6 +68,7 @@ class Sampling(_Form):
     skip_special_tokens: bool | None = None
     seed: int | None = None
     prompt_logprobs: int | None = None
+    structured_outputs: dict[str, Any] | None = None
 
 
 SAMPLING_FIELDS = frozenset(Sampling.model_fields)
@@ -90,7 +90,7 @@ class _Generation(Sampling):
     return_tokens_as_token_ids: bool | None = None
     return_coordinate: bool | None = None
     cache_salt: str | None = pydantic.Field(None, max_length=1024)
-    spaces_between_special_tokens: bool | None = None
+    priority: int | None = None
     request_id: str | None = pydantic.Field(None, min_length=1, max_length=256)
 
 
@@ -116,6 +116,7 @@ class ChatRequest(_Generation):
     max_completion_tokens: int | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
@@ -127,7 +128,6 @@ class TokenSampling(Sampling):
 
     logprobs: int | None = None
     detokenize: bool | None = None
-    spaces_between_special_tokens: bool | None = None
 
 
 class GenerateRequest(_Form):
@@ -140,6 +140,7 @@ class GenerateRequest(_Form):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     cache_salt: str | None = pydantic.Field(None, min_length=1, max_length=1024)
+    priority: int | None = None
     return_token_ids: bool | None = None
     return_coordinate: bool | None = None
     output_mode: str | None = None
@@ -188,3 +189,50 @@ class Anything(pydantic.BaseModel):
     """A body that nothing is read from."""
 
     reset_running_requests: bool | None = None
+
+
+class SglangSampling(_Form):
+    """`sampling_params` of SGLang's /generate."""
+
+    n: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    max_new_tokens: int | None = None
+    min_new_tokens: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    no_stop_trim: bool | None = None
+    sampling_seed: int | None = None
+    json_schema: str | None = None
+    regex: str | None = None
+    ebnf: str | None = None
+
+
+class SglangGenerate(_Form):
+    """POST /generate."""
+
+    text: str | list[str] | None = None
+    input_ids: list[int] | list[list[int]] | None = None
+    sampling_params: dict[str, Any] | None = None
+    return_logprob: bool | None = None
+    return_coordinate: bool | None = None
+    stream: bool | None = None
+    rid: str | None = pydantic.Field(None, min_length=1, max_length=256)
+
+
+class SglangWeights(_Form):
+    """POST /update_weights_from_disk; what only says how SGLang is to load them is taken and not looked at."""
+
+    model_path: str
+    load_format: str | None = None
+    weight_version: str | None = pydantic.Field(None, max_length=256)
+    flush_cache: bool | None = None
+    abort_all_requests: bool | None = None

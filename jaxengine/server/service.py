@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 from starlette.requests import Request as HttpRequest
 
 from jaxengine.async_llm import AsyncLLM, QueueFull
+from jaxengine.host.admission import prioritise
 from jaxengine.host.sample import Request
 from jaxengine.outputs import RequestDelta, RequestOutput
 from jaxengine.sampling_params import SamplingParams
@@ -17,6 +18,7 @@ from jaxengine.server.errors import ApiError, refusals, too_many
 from jaxengine.server.metrics import Metrics
 from jaxengine.server.protocol import SAMPLING_FIELDS, Sampling
 from jaxengine.server.settings import ServerConfig
+from jaxengine.server.weight_upload import WeightUpload
 
 T = TypeVar("T")
 
@@ -41,6 +43,7 @@ class Service:
         self.engine, self.llm, self.config = engine, engine.llm, config
         self.metrics = Metrics(engine.llm, config.model_name)
         self.started = int(time.time())
+        self.upload = WeightUpload(engine, config.weights_root)
         self.weight_label: str | None = None  # what the last weight update called itself
         self._admits = asyncio.Event()
         self._admits.set()
@@ -51,15 +54,31 @@ class Service:
     def max_model_len(self) -> int:
         return self.llm.engine_config.max_model_len
 
+    @property
+    def tool_parser(self) -> str:
+        """The name of the form in which the model calls tools."""
+        is_llama = self._template_has("python_tag") or self._template_has("ipython")
+        own = "llama3_json" if is_llama and not self._template_has("<tool_call>") else "hermes"
+        return own if self.config.tool_call_parser == "auto" else self.config.tool_call_parser
+
+    @property
+    def tells_thoughts(self) -> bool:
+        """Whether what the model thinks is told apart from what it says."""
+        wanted = self.config.reasoning_parser
+        return self._template_has("</think>") if wanted == "auto" else wanted == "think"
+
+    def _template_has(self, text: str) -> bool:
+        return self.llm.tokenizer is not None and self.llm.tokenizer.template_has(text)
+
     def check_model(self, model: str | None) -> None:
         """Raises ApiError for another model than the one that is served."""
         if model is not None and model != self.config.model_name:
             message = f"the model {model!r:.80} does not exist here: this server has {self.config.model_name!r}"
             raise ApiError(404, message, "model", "model_not_found")
 
-    def sampling_params(self, form: Sampling, **more: Any) -> SamplingParams:
+    def sampling_params(self, form: Sampling | dict[str, Any], **more: Any) -> SamplingParams:
         """The SamplingParams of a body; null fields have their defaults. `more` are those that a route finds itself."""
-        given = {name: getattr(form, name) for name in SAMPLING_FIELDS}
+        given = form if isinstance(form, dict) else {name: getattr(form, name) for name in SAMPLING_FIELDS}
         given = {name: value for name, value in (given | more).items() if value is not None}
         if self.llm.tokenizer is None and not given.get("stop"):
             given["detokenize"] = False
@@ -75,7 +94,14 @@ class Service:
         if waiting + count > most:
             raise too_many(f"{waiting} samples wait, at most {most} may: no room for {count} more")
 
-    async def call(self, kind: str, prompts: list[Any], sampling: SamplingParams, request_id: str | None) -> Call:
+    async def call(
+        self,
+        kind: str,
+        prompts: list[Any],
+        sampling: SamplingParams,
+        request_id: str | None,
+        priority: int | None = None,
+    ) -> Call:
         """A call's requests, checked beside the event loop: a long text takes a while to become tokens.
 
         Without a seed the call draws a key of its own, which coordinates tell; prompt and sample index are folded in.
@@ -88,6 +114,7 @@ class Service:
         try:
             with refusals():
                 requests = await asyncio.to_thread(self.llm.session.requests, prompts, each, key, ids)
+                prioritise(requests, priority or 0)
         except RuntimeError as error:  # closed
             raise ApiError(503, str(error)) from error
         return Call(name, int(time.time()), requests, sampling)

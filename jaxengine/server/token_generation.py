@@ -25,7 +25,7 @@ async def generate(service: Service, http: HttpRequest) -> Response:
     given = body.validated(form.sampling_params, TokenSampling, "sampling_params.")
     sampling = service.sampling_params(given, logprobs=given.logprobs)
     prompt = {"prompt_token_ids": form.token_ids, "cache_salt": form.cache_salt}
-    call = await service.call("generate", [prompt], sampling, form.request_id)
+    call = await service.call("generate", [prompt], sampling, form.request_id, form.priority)
     answer = _Answer(service, form, call)
     if form.stream:
         return await stream(service, call, http, answer.chunks, answer.last)

@@ -1,4 +1,4 @@
-"""Routes that change the weights, from a folder on this machine's disk; they need the admin key."""
+"""Routes that change the weights, from a folder on this machine's disk or from bodies; they need the admin key."""
 
 from pathlib import Path
 from typing import Any
@@ -10,38 +10,54 @@ from jaxengine.server import body
 from jaxengine.server.errors import ApiError, json_response
 from jaxengine.server.protocol import WeightsRequest
 from jaxengine.server.service import Service
+from jaxengine.server.weight_upload import BINARY
 
 NO_NCCL = (
     "weights do not come over NCCL here, which needs torch and a GPU on both sides: write them as a folder in Hugging "
     'Face format inside --weights-root, and post {"weight_dir": FOLDER} or {"update_info": {"path": FOLDER}} to '
-    "/update_weights"
+    "/update_weights; or post safetensors files to it, as application/octet-stream"
 )
+BACKENDS = ("disk", "http")
 DISK_KEYS = frozenset({"path", "backend"})
 
 
 async def init_weight_transfer(service: Service, http: HttpRequest) -> Response:
     form = await _form(service, http)
     if form.init_info is None:
-        raise ApiError(400, 'init_info is missing: {"backend": "disk"} is the one there is', "init_info")
-    if form.init_info.get("backend") != "disk" or form.init_info.keys() - DISK_KEYS:
+        raise ApiError(400, 'init_info is missing: {"backend": "disk"} or {"backend": "http"}', "init_info")
+    backend = form.init_info.get("backend")
+    if backend not in BACKENDS or form.init_info.keys() - DISK_KEYS:
         raise ApiError(501, NO_NCCL, "init_info", "no_nccl")
-    _root(service)
+    if backend == "disk":
+        _root(service)
     return json_response({"message": "Weight transfer initialized"})
 
 
 async def start_weight_update(service: Service, http: HttpRequest) -> Response:
-    """Nothing begins before the weights are there: they are taken whole, or not at all."""
+    """Bodies that follow are parts of one update, which /finish_weight_update makes: whole, or not at all."""
     await _form(service, http)
-    _root(service)
+    service.upload.begin()
     return json_response({"message": "Weight update started"})
 
 
 async def update_weights(service: Service, http: HttpRequest) -> Response:
-    """Weights of a folder, all or nothing, from the next token on; `in_flight` as LLM.update_params takes it."""
+    """Weights of a folder, all or nothing, from the next token on; `in_flight` as LLM.update_params takes it.
+
+    A binary body is a safetensors file under Hugging Face's names: the whole update, or between /start_weight_update
+    and /finish_weight_update a part of it.
+    """
+    if http.headers.get("content-type", "").partition(";")[0].strip() in BINARY:
+        return await _uploaded(service, http)
     form = await _form(service, http)
     folder = form.weight_dir if form.weight_dir is not None else _path_of(form.update_info)
-    how = {} if form.in_flight is None else {"in_flight": form.in_flight}
+    number = await from_disk(service, folder, form.in_flight, form.weight_version)
+    return json_response({"message": "Weights updated", "success": True, "version": number})
+
+
+async def from_disk(service: Service, folder: Any, in_flight: str | None, label: str | None) -> int:
+    """The weights of a folder inside the root run from the next token on; returns their version. Raises ApiError."""
     path = _inside(_root(service), folder)
+    how = {} if in_flight is None else {"in_flight": in_flight}
     try:
         number = await service.engine.update_params(path, **how)
     except (ValueError, TypeError, OSError) as error:
@@ -49,13 +65,38 @@ async def update_weights(service: Service, http: HttpRequest) -> Response:
         raise ApiError(400, message, "weight_dir") from error
     except (RuntimeError, MemoryError) as error:
         raise ApiError(409, str(error)) from error
-    service.weight_label = form.weight_version
+    service.weight_label = label
+    return number
+
+
+async def _uploaded(service: Service, http: HttpRequest) -> Response:
+    is_part = service.upload.has_begun
+    await service.upload.take(http)
+    if is_part:
+        return json_response({"message": "Weights received"})
+    query = http.query_params
+    number = await _applied(service, query.get("in_flight"), query.get("weight_version"))
     return json_response({"message": "Weights updated", "success": True, "version": number})
 
 
+async def _applied(service: Service, in_flight: str | None, label: str | None) -> int:
+    try:
+        number = await service.upload.apply(**({} if in_flight is None else {"in_flight": in_flight}))
+    except (ValueError, TypeError, OSError) as error:
+        raise ApiError(400, str(error), "update_info") from error
+    except (RuntimeError, MemoryError) as error:
+        raise ApiError(409, str(error)) from error
+    service.weight_label = label
+    return number
+
+
 async def finish_weight_update(service: Service, http: HttpRequest) -> Response:
-    """May name the weights that /update_weights brought, for /weight_info."""
+    """Takes the weights that came in parts; may name those that /update_weights brought, for /weight_info."""
     form = await _form(service, http)
+    if service.upload.has_files:
+        number = await _applied(service, form.in_flight, form.weight_version)
+        return json_response({"message": "Weight update finished", "version": number})
+    service.upload.drop()
     if form.weight_version is not None:
         service.weight_label = form.weight_version
     return json_response({"message": "Weight update finished"})

@@ -8,6 +8,7 @@ ordinary text. Other added tokens (`<think>`) are vocabulary like any word. No c
 """
 
 import contextlib
+import functools
 import json
 import logging
 import re
@@ -21,6 +22,7 @@ from jaxengine.text import chat_template as templates
 from jaxengine.text.chat_messages import check_characters, messages_of, plain, strings
 from jaxengine.text.continuation import Continuation
 from jaxengine.text.control_tokens import Controls
+from jaxengine.text.grammar import Grammars
 from jaxengine.text.pieces import Pieces
 from jaxengine.text.provenance import StandIns
 
@@ -119,6 +121,12 @@ class Tokenizer:
         text = self.pieces.join(token_id for token_id in token_ids if token_id not in skipped)
         return text.decode("utf-8", "replace")
 
+    @functools.cached_property
+    def grammars(self) -> Grammars:
+        """What reads grammars for these tokens. Raises ValueError where llguidance is not installed."""
+        encode = functools.partial(self._controls.encode, add_special_tokens=False)
+        return Grammars(self.pieces, self.vocab_size, self.special_ids, encode)
+
     def token_text(self, token_id: int) -> str:
         """One token for display: special tokens by name, a part of a character as U+FFFD, "" for an unknown id."""
         return self.pieces.piece(token_id, first=False).decode("utf-8", "replace")
@@ -135,7 +143,7 @@ class Tokenizer:
         add_generation_prompt: bool | None = None,
         continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
-        template_kwargs: Mapping[str, Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> RenderedChat:
         """Text and ids of a chat: the template's control tokens stay tokens, everything given here is text.
 
@@ -148,9 +156,9 @@ class Tokenizer:
                 "continue_final_message goes on with the last message, add_generation_prompt begins another"
             )
         source = self._template(chat_template, tools)
-        given = plain(template_kwargs or {}, "template_kwargs")
+        given = plain(chat_template_kwargs or {}, "chat_template_kwargs")
         if clash := given.keys() & {"messages", "tools", "add_generation_prompt"}:
-            raise ValueError(f"template_kwargs has {sorted(clash)}: these are arguments of the call itself")
+            raise ValueError(f"chat_template_kwargs has {sorted(clash)}: these are arguments of the call itself")
         given |= {"messages": messages_of(messages), "tools": plain(tools, "tools")}
         if add_generation_prompt is None:
             add_generation_prompt = not continue_final_message
@@ -188,6 +196,10 @@ class Tokenizer:
                 '{"prompt": …, "allow_special_tokens": True}'
             )
         return text, marked, stand_ins
+
+    def template_has(self, text: str) -> bool:
+        """Whether one of its chat templates has this text, a tag for one that the model was taught."""
+        return any(text in template for template in self._templates.values())
 
     def _template(self, given: str | None, tools: object) -> str:
         if given is not None:

@@ -26,6 +26,7 @@ PROMPTS = [[5, 6, 7], [8, 9, 10, 11]]
 PROMPT_OPTIONS = [f"--prompt-token-ids={','.join(map(str, prompt))}" for prompt in PROMPTS]
 # Every field of SamplingParams: arguments, and what they mean.
 FIELDS = {
+    "structured_outputs": (['--structured-outputs={"regex": "a+"}'], {"regex": "a+"}),
     "n": (["--n", "3"], 3),
     "temperature": (["--temperature", "0.5"], 0.5),
     "top_p": (["--top-p=0.9"], 0.9),

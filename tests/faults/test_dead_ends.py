@@ -1,4 +1,4 @@
-"""Dead ends. Grammars are refused at once, and what rules out every token ends the request."""
+"""Dead ends: what rules out every token ends the request. Those of grammars: face/test_structured_outputs.py."""
 
 import pytest
 from conftest import make_llm, random_model
@@ -15,53 +15,6 @@ PARAMS = [
     SamplingParams(max_tokens=5, temperature=0),
 ]
 ALL = SamplingParams(max_tokens=9, min_tokens=4, stop_token_ids=range(16))  # and 16 … 23 are the model's
-
-
-class Untouched:
-    """A grammar that must not be looked at, because to read it, even to show it, might take for ever."""
-
-    def __getattribute__(self, name):
-        pytest.fail(f"the grammar's {name} was read")
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "structured_outputs",
-        "guided_decoding",
-        "guided_json",
-        "guided_regex",
-        "guided_grammar",
-        "guided_choice",
-        "response_format",
-    ],
-)
-def test_grammars_are_refused_by_name_and_never_read(name):
-    with pytest.raises(
-        TypeError,
-        match=f"SamplingParams has no keyword '{name}': output that follows a grammar, schema, regular "
-        "expression or choice is not supported. Leave it out and check the text, or steer with logit_bias",
-    ):
-        SamplingParams(max_tokens=3, **{name: Untouched()})
-
-
-def test_grammars_are_refused_beside_running_requests(tiny):
-    right = run(tiny, start(tiny))
-
-    def fault():
-        with pytest.raises(TypeError, match="'structured_outputs': output that follows a grammar"):
-            tiny.generate([[1]], SamplingParams(structured_outputs={"regex": "(a+)+$"}))
-        with pytest.raises(
-            TypeError, match=r"prompts\[0\] has no keyword 'guided_regex': output that follows a grammar"
-        ):
-            tiny.generate({"prompt_token_ids": [1], "guided_regex": "(a+)+$"})
-        with pytest.raises(
-            TypeError, match="LLM.from_params has no keyword 'structured_outputs_config': output that follows"
-        ):
-            make_llm(tiny.config, tiny.params, structured_outputs_config=Untouched())
-
-    assert run(tiny, start(tiny), fault) == right
-    assert_idle(tiny)
 
 
 @pytest.fixture(scope="module")

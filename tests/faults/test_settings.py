@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import make_llm, random_model
+from conftest import bits, make_llm, random_model
 
 import jaxengine
 from jaxengine import LLM, SamplingParams
-from jaxengine.config import EngineConfig
+from jaxengine.config import PROFILES, EngineConfig
 from jaxengine.models import loading
 
 ONE = SamplingParams(max_tokens=1)
@@ -164,3 +164,16 @@ def test_a_folder_without_tokenizer_json_takes_anothers(folder):
 def test_an_unknown_keyword_of_generate_is_generates(name, then, tiny):
     with pytest.raises(TypeError, match=f"^generate has no keyword '{name}'{then}"):
         jaxengine.generate(tiny.params, [[1, 2]], key=jax.random.key(0), config=tiny.config, **{name: 128})
+
+
+def test_a_profile_is_a_line_of_defaults_that_change_no_bit(folder, capsys):
+    expected = LLM(folder, **ROOM).generate([[1, 2, 3]], SamplingParams(max_tokens=9, seed=1))
+    for profile, settings in PROFILES.items():
+        llm = LLM(folder, **ROOM | dict(progress=True, profile=profile))
+        found = dataclasses.asdict(llm.engine_config)
+        assert {name: found[name] for name in settings} == settings | {"max_num_seqs": 4}  # what is given counts
+        assert f"profile {profile}: max_num_seqs=4" in capsys.readouterr().err
+        outputs = llm.generate([[1, 2, 3]], SamplingParams(max_tokens=9, seed=1))
+        assert bits(outputs) == bits(expected)
+    with pytest.raises(ValueError, match="profile must be one of 'rl', 'serving' or None, got 'fast'"):
+        LLM(folder, profile="fast")

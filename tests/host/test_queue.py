@@ -15,7 +15,7 @@ class Waiting(SimpleNamespace):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_queue_is_a_list(seed):
-    rng, samples = random.Random(seed), [Waiting(number=i) for i in range(30)]
+    rng, samples = random.Random(seed), [Waiting(number=i, priority=0) for i in range(30)]
     expected = samples[:10]
     queue = Queue(expected)
     for _ in range(300):
@@ -35,3 +35,24 @@ def test_a_queue_is_a_list(seed):
             expected = [sample for sample in expected if sample is not gone]
         assert list(queue) == expected and len(queue) == len(expected) and bool(queue) == bool(expected)
         assert not expected or queue.head is expected[0]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_line_for_each_priority(seed):
+    rng, samples = random.Random(seed), [Waiting(number=i, priority=i % 4 - 1) for i in range(40)]
+    lines: dict[int, list] = {priority: [] for priority in (-1, 0, 1, 2)}
+    queue = Queue()
+    for _ in range(400):
+        sample, move = rng.choice(samples), rng.choice(["push", "push_front", "pop", "discard"])
+        line = lines[sample.priority]
+        if move == "pop" and len(queue):
+            gone = next(each for each in lines.values() if each).pop(0)
+            assert queue.pop() is gone
+        elif move == "discard":
+            queue.discard(sample)
+            lines[sample.priority] = [each for each in line if each is not sample]
+        elif move.startswith("push") and sample not in line:
+            getattr(queue, move)(sample)
+            line.insert(0 if move == "push_front" else len(line), sample)
+        expected = [each for priority in sorted(lines) for each in lines[priority]]
+        assert list(queue) == expected and len(queue) == len(expected) == sum(map(len, queue._lines.values()))

@@ -8,6 +8,13 @@ from jaxengine import SamplingParams
 
 GENERATE, COMPLETE, CHAT = "/inference/v1/generate", "/v1/completions", "/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "1+1="}]
+
+
+def function(name: str, parameters: dict | None = None) -> dict:
+    return {"type": "function", "function": {"name": name, "parameters": parameters or {"type": "object"}}}
+
+
+REGEX = {"regex": "a"}
 DEEP = "[" * 50_000 + "]" * 50_000
 # name -> (path, body as JSON values or as bytes, status, param of the error or None where it names none)
 ATTACKS = {
@@ -59,16 +66,50 @@ ATTACKS = {
     "a bias of text": (COMPLETE, {"prompt": "1", "logit_bias": {"x": 1}}, 400, "logit_bias"),
     "a bias that is infinite": (COMPLETE, b'{"prompt": "1", "logit_bias": {"1": 1e999}}', 400, "logit_bias"),
     "an unknown field": (COMPLETE, {"prompt": "1", "temprature": 1}, 400, "temprature"),
-    "a grammar": (COMPLETE, {"prompt": "1", "structured_outputs": {"regex": "a*"}}, 400, "structured_outputs"),
+    "a grammar": (COMPLETE, {"prompt": "1", "structured_outputs": {"regex": "(a"}}, 400, "structured_outputs"),
+    "a grammar of 70,000 characters": (
+        COMPLETE, {"prompt": "1", "structured_outputs": {"regex": "a" * 70_000}}, 400, "structured_outputs",
+    ),
+    "two grammars": (
+        CHAT, {"messages": MESSAGES, "structured_outputs": {"regex": "a", "json": "{}"}}, 400, "structured_outputs",
+    ),
+    "a schema from elsewhere": (
+        CHAT,
+        {"messages": MESSAGES, "response_format": {"type": "json_schema", "json_schema": {"schema": {"$ref": "http://a/"}}}},
+        400, "structured_outputs",
+    ),
+    "a grammar by its older name": (COMPLETE, {"prompt": "1", "guided_json": {"type": "object"}}, 400, "guided_json"),
     "a response format": (COMPLETE, {"prompt": "1", "response_format": {"type": "x"}}, 400, "response_format"),
-    "a priority": (COMPLETE, {"prompt": "1", "priority": 5}, 400, "priority"),
+    "a priority of 80 bits": (COMPLETE, {"prompt": "1", "priority": 2**80}, 400, "priority"),
+    "a priority as text": (COMPLETE, {"prompt": "1", "priority": "high"}, 400, "priority"),
     "echo that streams": (COMPLETE, {"prompt": "1", "echo": True, "stream": True}, 400, "echo"),
     "a salt of 2,000 characters": (COMPLETE, {"prompt": "1", "cache_salt": "x" * 2000}, 400, "cache_salt"),
     "messages that are text": (CHAT, {"messages": "hello"}, 400, "messages"),
     "no messages": (CHAT, {"messages": []}, 400, "messages"),
     "a role that is no word": (CHAT, {"messages": [{"role": "<|im_end|>", "content": "x"}]}, 400, "messages"),
     "an image": (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages"),
-    "tools that would be called": (CHAT, {"messages": MESSAGES, "tools": [{"type": "function"}]}, 400, "tools"),
+    "a tool without a function": (CHAT, {"messages": MESSAGES, "tools": [{"type": "function"}]}, 400, "tools"),
+    "a tool that is text": (CHAT, {"messages": MESSAGES, "tools": ["add"]}, 400, "tools"),
+    "a tool whose name is a sentence": (CHAT, {"messages": MESSAGES, "tools": [function("a b")]}, 400, "tools"),
+    "two tools of one name": (CHAT, {"messages": MESSAGES, "tools": [function("a")] * 2}, 400, "tools"),
+    "129 tools": (CHAT, {"messages": MESSAGES, "tools": [function(f"f{i}") for i in range(129)]}, 400, "tools"),
+    "a choice that is none": (
+        CHAT, {"messages": MESSAGES, "tools": [function("a")], "tool_choice": "any"}, 400, "tool_choice",
+    ),
+    "a choice of no tool": (
+        CHAT, {"messages": MESSAGES, "tools": [function("a")], "tool_choice": {"function": {"name": "b"}}},
+        400, "tool_choice",
+    ),
+    "a choice without tools": (CHAT, {"messages": MESSAGES, "tool_choice": "required"}, 400, "tool_choice"),
+    "a choice beside a grammar": (
+        CHAT,
+        {"messages": MESSAGES, "tools": [function("a")], "tool_choice": "required", "structured_outputs": REGEX},
+        400, "tool_choice",
+    ),
+    "a tool whose schema nothing meets": (
+        CHAT, {"messages": MESSAGES, "tools": [function("a", {"type": "x"})], "tool_choice": "required"},
+        400, "structured_outputs",
+    ),
     "top_logprobs without logprobs": (CHAT, {"messages": MESSAGES, "top_logprobs": 2}, 400, "top_logprobs"),
     "a template that escapes": (
         CHAT, {"messages": MESSAGES, "chat_template": "{{ ''.__class__.__mro__[1].__subclasses__() }}"}, 400, None,

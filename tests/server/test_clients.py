@@ -75,6 +75,34 @@ def test_openai_chats_streaming_and_not(openai, served):
         assert "".join(own) == choice.message.content
 
 
+def test_openai_asks_for_a_schema(openai):
+    pytest.importorskip("llguidance")
+    schema = {"type": "object", "properties": {"sum": {"type": "integer"}}, "required": ["sum"]}
+    schema |= {"additionalProperties": False}
+    answer = openai.chat.completions.create(
+        model="calc", messages=MESSAGES, n=4, seed=5, max_completion_tokens=200,
+        response_format={"type": "json_schema", "json_schema": {"name": "sum", "schema": schema}},
+    )  # fmt: skip
+    found = [json.loads(choice.message.content) for choice in answer.choices if choice.finish_reason == "stop"]
+    assert found and all(set(value) == {"sum"} for value in found)
+
+
+def test_openai_calls_tools(openai):
+    pytest.importorskip("llguidance")
+    schema = {"properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": False}
+    tools = [{"type": "function", "function": {"name": "add", "parameters": schema | {"type": "object"}}}]
+    asked = dict(
+        model="calc", messages=MESSAGES, seed=5, tools=tools, tool_choice="required", parallel_tool_calls=False
+    )
+    (choice,) = openai.chat.completions.create(**asked).choices
+    (call,) = choice.message.tool_calls
+    assert call.function.name == "add" and set(json.loads(call.function.arguments)) == {"a"}
+    assert choice.finish_reason == "tool_calls"
+    with openai.chat.completions.stream(**asked) as stream:
+        (streamed,) = stream.get_final_completion().choices[0].message.tool_calls
+    assert streamed.function.arguments == call.function.arguments
+
+
 def test_openai_raises_its_own_errors(openai, served):
     module = pytest.importorskip("openai")
     with pytest.raises(module.BadRequestError, match="temperature") as caught:
@@ -85,7 +113,7 @@ def test_openai_raises_its_own_errors(openai, served):
     with pytest.raises(module.AuthenticationError):
         openai.with_options(api_key="wrong").models.list()
     with pytest.raises(module.BadRequestError, match="response_format"):
-        openai.chat.completions.create(model="calc", messages=MESSAGES, response_format={"type": "json_object"})
+        openai.chat.completions.create(model="calc", messages=MESSAGES, response_format={"type": "x"})
 
 
 # -- trl --------------------------------------------------------------------------------------------------------------

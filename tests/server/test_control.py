@@ -4,10 +4,13 @@ import concurrent.futures
 import os
 
 import jax
+import numpy as np
 import pytest
 from conftest import make_llm
+from safetensors.numpy import save
 from serving import ADMIN, KEY, running
 
+from checkpoints.safetensors_files import open_folder
 from jaxengine import SamplingParams
 from jaxengine.models import loading
 
@@ -152,6 +155,99 @@ def test_weights_from_a_folder_are_taken_whole_or_not_at_all(learner, tmp_path):
     (choice,) = ok(learner.user.post("/v1/completions", json=BODY))["choices"]
     assert choice["weight_versions"] == [{"version": 1, "start": 0, "stop": 40}]
     assert choice["token_ids"] == llm.generate(["1+"], PARAMS)[0].outputs[0].token_ids
+
+
+def tensors_of(llm, params, folder) -> dict[str, np.ndarray]:
+    """The weights under Hugging Face's names."""
+    loading.save(folder, llm.config, params)
+    with open_folder(folder) as tensors:
+        return {name: tensors.read(name) for name in tensors.names}
+
+
+BINARY = {"Content-Type": "application/octet-stream"}
+
+
+def test_weights_as_bodies_are_taken_whole_or_not_at_all(learner, tmp_path):
+    llm, admin = learner.llm, learner.admin
+    tensors = tensors_of(llm, jax.tree.map(lambda leaf: leaf * 2, llm.params), tmp_path / "new")
+    whole, names = save(tensors), sorted(tensors)
+    expected = llm.params
+    wrong = {
+        "no file": b"weights",
+        "a file that is cut": whole[: len(whole) // 2],
+        "a name too few": save({name: tensors[name] for name in names[1:]}),
+        "a name too many": save(tensors | {"other": tensors[names[0]]}),
+    }
+    for body in wrong.values():
+        response = admin.post("/update_weights", content=body, headers=BINARY)
+        assert (response.status_code, llm.weights_version) == (400, 0), response.text
+        assert str(tmp_path) not in response.text and not os.listdir(tmp_path / "root")
+    too_long = admin.post("/update_weights", content=bytes(3 * len(whole)), headers=BINARY)
+    assert (too_long.status_code, llm.params, os.listdir(tmp_path / "root")) == (413, expected, [])
+    assert learner.user.post("/update_weights", content=whole, headers=BINARY).status_code == 401
+
+    answer = ok(admin.post("/update_weights?weight_version=one", content=whole, headers=BINARY))
+    assert answer["version"] == llm.weights_version == 1
+    assert ok(admin.post("/init_weight_transfer_engine", json={"init_info": {"backend": "http"}}))["message"]
+    ok(admin.post("/start_weight_update", json={}))
+    for part in (names[:3], names[3:]):
+        ok(admin.post("/update_weights", content=save({name: tensors[name] for name in part}), headers=BINARY))
+        assert llm.weights_version == 1
+    ok(admin.post("/finish_weight_update", json={"weight_version": "two"}))
+    info = ok(learner.user.get("/weight_info"))
+    assert (info["weight_version"], info["version"], os.listdir(tmp_path / "root")) == ("two", 2, [])
+    doubled = jax.tree.map(lambda leaf: leaf * 2, expected)
+    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), llm.params, doubled)))
+
+
+def test_a_part_that_is_wrong_leaves_the_old_weights(learner, tmp_path):
+    tensors = tensors_of(learner.llm, learner.llm.params, tmp_path / "new")
+    name = min(tensors)
+    ok(learner.admin.post("/start_weight_update", json={}))
+    ok(learner.admin.post("/update_weights", content=save({name: tensors[name]}), headers=BINARY))
+    response = learner.admin.post("/finish_weight_update", json={})
+    assert (response.status_code, learner.llm.weights_version, os.listdir(tmp_path / "root")) == (400, 0, [])
+
+
+# -- SGLang's ----------------------------------------------------------------------------------------------------------
+
+
+def test_sglang_generates_with_the_bits_of_generate(served):
+    ids = served.llm.tokenizer.encode("12+30=")
+    sampling = {"max_new_tokens": 12, "temperature": 0.8, "top_k": -1, "sampling_seed": 4, "skip_special_tokens": False}
+    sampling |= {"spaces_between_special_tokens": False, "no_stop_trim": True, "stop": ["5"], "stop_token_ids": [258]}
+    body = {"input_ids": ids, "sampling_params": sampling, "return_logprob": True}
+    answer = ok(served.user.post("/generate", json=body))
+    params = SamplingParams(max_tokens=12, temperature=0.8, seed=4, skip_special_tokens=False, stop=["5"])
+    params = params.replace(include_stop_str_in_output=True, stop_token_ids=[258])
+    (sample,) = served.llm.generate([ids], params)[0].outputs
+    told = answer["meta_info"]
+    logprobs, tokens, _ = zip(*told["output_token_logprobs"], strict=True)
+    assert (answer["text"], list(tokens)) == (sample.text, sample.token_ids)
+    assert np.asarray(logprobs, np.float32).tobytes() == sample.token_logprobs.tobytes()
+    assert told["finish_reason"]["type"] == sample.finish_reason and told["completion_tokens"] == len(sample.token_ids)
+    assert (told["prompt_tokens"], told["weight_version"]) == (len(ids), "0")
+
+
+def test_sglang_batches_are_lists(served):
+    body = {"text": ["1+1=", "2+2="], "sampling_params": {"n": 2, "max_new_tokens": 3, "sampling_seed": 1}}
+    answers = ok(served.user.post("/generate", json=body))
+    outputs = served.llm.generate(body["text"], SamplingParams(n=2, max_tokens=3, seed=1))
+    assert [answer["text"] for answer in answers] == [sample.text for output in outputs for sample in output.outputs]
+    single = ok(served.user.post("/generate", json=body | {"text": "1+1=", "sampling_params": {"max_new_tokens": 1}}))
+    assert single["meta_info"]["finish_reason"]["type"] in ("length", "stop")
+    for wrong in ({"text": None}, {"input_ids": [1]}, {"stream": True}, {"sampling_params": {"max_tokens": 1}}):
+        assert served.user.post("/generate", json={"text": "1"} | wrong).status_code == 400
+
+
+def test_sglang_takes_weights_from_disk(learner, tmp_path):
+    loading.save(tmp_path / "root" / "new", learner.llm.config, jax.tree.map(lambda leaf: leaf * 2, learner.llm.params))
+    body = {"model_path": str(tmp_path / "root" / "new"), "load_format": "auto", "weight_version": "new"}
+    assert learner.user.post("/update_weights_from_disk", json=body).status_code == 401
+    assert ok(learner.admin.post("/update_weights_from_disk", json=body))["success"]
+    assert learner.llm.weights_version == 1 and learner.user.get("/weight_info").json()["weight_version"] == "new"
+    outside = learner.admin.post("/update_weights_from_disk", json={"model_path": "/etc"})
+    assert (outside.status_code, outside.json()["error"]["code"]) == (400, "outside_root")
 
 
 def test_nccl_is_501_with_what_to_do(served):

@@ -10,6 +10,9 @@ from jaxengine import SamplingParams
 from jaxengine.coordinate import Coordinate
 
 PROMPTS = ["12+30=", "7*8=", "9-4="]
+SCHEMA = {
+    "type": "object", "properties": {"sum": {"type": "integer"}}, "required": ["sum"], "additionalProperties": False,
+}  # fmt: skip
 BODY = dict(model="calc", max_tokens=6, seed=3, temperature=0.8)
 
 
@@ -129,6 +132,32 @@ def test_echo_puts_text_and_logprobs_of_the_prompt_first(served):
     assert found["tokens"] == list(PROMPTS[0]) + own["tokens"] and found["token_logprobs"][0] is None
     assert found["token_logprobs"][6:] == own["token_logprobs"]
     assert found["text_offset"] == list(range(6)) + [6 + offset for offset in own["text_offset"]]
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/inference/v1/generate"])
+def test_structured_outputs_on_every_route(served, path):
+    pytest.importorskip("llguidance")
+    sampling = dict(max_tokens=20, seed=3, structured_outputs={"choice": ["yes", "no"]})
+    ids = served.llm.tokenizer.encode(PROMPTS[0])
+    bodies = {
+        "/v1/completions": sampling | {"prompt": ids},
+        "/v1/chat/completions": sampling | {"messages": [{"role": "user", "content": PROMPTS[0]}]},
+        "/inference/v1/generate": {"token_ids": ids, "sampling_params": sampling, "output_mode": "text"},
+    }
+    (choice,) = ok(served.user.post(path, json=bodies[path]))["choices"]
+    assert (choice.get("message") or {"content": choice.get("text")})["content"] in ("yes", "no")
+
+
+@pytest.mark.parametrize(
+    "asked", [{"type": "json_object"}, {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}]
+)
+def test_a_response_format_is_followed(served, asked):
+    pytest.importorskip("llguidance")
+    body = dict(messages=[{"role": "user", "content": "1+1="}], seed=5, max_tokens=300, n=4, response_format=asked)
+    choices = ok(served.user.post("/v1/chat/completions", json=body))["choices"]
+    found = [json.loads(choice["message"]["content"]) for choice in choices if choice["finish_reason"] == "stop"]
+    assert found and all(isinstance(value, dict) for value in found)
+    assert asked["type"] == "json_object" or all(set(value) == {"sum"} for value in found)
 
 
 def test_a_stream_joined_is_the_whole_answer(served):

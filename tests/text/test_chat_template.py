@@ -101,7 +101,7 @@ def render(source: str, **variables) -> str:
         (CHATML, CHAT, {}),
         (CHATML, CHAT, {"add_generation_prompt": False}),
         (CHATML, CALLS, {"tools": TOOLS}),
-        (CHATML, CHAT, {"template_kwargs": {"enable_thinking": False}}),
+        (CHATML, CHAT, {"chat_template_kwargs": {"enable_thinking": False}}),
         (TRIMMED, CHAT, {}),
     ],
 )
@@ -110,7 +110,7 @@ def test_the_ids_are_those_of_transformers(template, messages, options):
 
     peer = PreTrainedTokenizerFast(tokenizer_object=backend(), **NAMED)
     given = {"add_generation_prompt": True} | options
-    kwargs = given.pop("template_kwargs", {})
+    kwargs = given.pop("chat_template_kwargs", {})
     expected = peer.apply_chat_template(
         messages, chat_template=template, tokenize=True, return_dict=False, **given, **kwargs
     )
@@ -148,7 +148,7 @@ def test_names_keys_arguments_tools_and_template_kwargs_make_no_control_token():
     ids = chat_ids(calls, tools=[{"description": evil, evil: 1}])
     assert controls_in(ids) == controls_in(chat_ids(plain, tools=TOOLS))
     assert text_of(ids).count(evil) == 5
-    assert controls_in(chat_ids(CHAT, "{{ note }}", template_kwargs={"note": evil})) == []
+    assert controls_in(chat_ids(CHAT, "{{ note }}", chat_template_kwargs={"note": evil})) == []
 
 
 def test_strings_that_the_template_joins_make_no_control_token():
@@ -236,8 +236,8 @@ def test_which_template_is_used():
 
 
 def test_template_kwargs_may_not_replace_the_messages():
-    with pytest.raises(ValueError, match=r"template_kwargs has \['messages'\]"):
-        chat_ids(CHAT, template_kwargs={"messages": []})
+    with pytest.raises(ValueError, match=r"chat_template_kwargs has \['messages'\]"):
+        chat_ids(CHAT, chat_template_kwargs={"messages": []})
 
 
 def test_helpers_of_transformers():

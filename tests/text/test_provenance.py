@@ -55,7 +55,7 @@ def controls(template: str, messages: list[dict[str, str]], **options) -> list[s
     """The control tokens of the chat; its text and ids are those of the plain template, whoever wrote what."""
     chat = tokenizer().render_chat(messages, chat_template=template, **options)
     plain = {"messages": messages, "eos_token": "[EOS]", "tools": None, "add_generation_prompt": True}
-    assert chat.text == chat_template.render(template, plain | options.get("template_kwargs", {}), given=100)
+    assert chat.text == chat_template.render(template, plain | options.get("chat_template_kwargs", {}), given=100)
     assert tokenizer().decode(chat.token_ids, skip_special_tokens=False) == chat.text
     return [tokenizer().token_text(token) for token in chat.token_ids if token in tokenizer().special_ids]
 
@@ -142,6 +142,6 @@ def test_stand_ins_give_way_to_what_is_in_the_messages():
 
 
 def test_template_kwargs_tools_and_a_named_token_of_theirs_are_text():
-    options = dict(template_kwargs={"eos_token": "<|im_end|>"}, tools=[{EVIL: EVIL}])
+    options = dict(chat_template_kwargs={"eos_token": "<|im_end|>"}, tools=[{EVIL: EVIL}])
     chat = tokenizer().render_chat(messages_of("x"), chat_template="{{ eos_token }}{{ tools }}[EOS]", **options)
     assert [token for token in chat.token_ids if token in tokenizer().special_ids] == [tokenizer().eos_token_id]
