@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.cpu import library
 from pallas_kernels.numbers import ceil_to
@@ -169,6 +169,17 @@ def draw(
     """(tokens, logprobs, largest logits, log masses), as draw_reference.Draw has them."""
     number = jax.ShapeDtypeStruct(given.shape, jnp.float32)
     return _call("draw", (_like(given), number, number, number), body)(logits, uniforms, given)
+
+
+def kept(
+    logits: Float[Array, "t V"],
+    top_k: Int[Array, " t"],
+    top_p: Float[Array, " t"],
+    min_p: Float[Array, " t"],
+    body: str = "best",
+) -> Bool[Array, "t V"]:
+    """What top-k, then top-p, then min-p keep, as truncation_reference.kept_reference defines it."""
+    return _call("cut", jax.ShapeDtypeStruct(logits.shape, jnp.bool_), body)(logits, top_k, top_p, min_p)
 
 
 def _call(op: str, like: Any, body: str, aliases: dict[int, int] | None = None) -> Any:

@@ -89,6 +89,8 @@ digest.update(np.stack([found[place] for place in sorted(found)]).tobytes())
 logits = np.random.default_rng(0).normal(size=(5, 1024)).astype(np.float32)
 for y in calls.draw(logits, np.full((5, 2), 0.4, np.float32), np.full(5, -1, np.int32)):
     digest.update(np.asarray(y).tobytes())
+settings = np.full(5, 50, np.int32), np.full(5, 0.7, np.float32), np.full(5, 0.1, np.float32)
+digest.update(np.asarray(calls.kept(logits, *settings)))
 print(digest.hexdigest())
 """
 
