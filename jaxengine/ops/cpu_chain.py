@@ -37,6 +37,11 @@ def check_model(model_config: ModelConfig) -> None:
         raise ValueError(f"kernels 'cpu' run on a CPU, the first device is a {platform}: take kernels 'auto'")
     library.load()
     calls.page_shapes(1, 1, 1, model_config.head_dim, model_config.dtype)
+    if model_config.reduction_leaves > calls.MOST_LEAVES:
+        raise ValueError(
+            f"kernels 'cpu' add up to {calls.MOST_LEAVES} leaves, got reduction_leaves="
+            f"{model_config.reduction_leaves}: take kernels 'xla'"
+        )
 
 
 # -- what gradients are taken of ---------------------------------------------------------------------------------------

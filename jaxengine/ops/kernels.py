@@ -29,7 +29,7 @@ from pallas_kernels import implementations
 from pallas_kernels.draw_reference import Draw
 from pallas_kernels.implementations import OF_A_GPU, Implementation
 
-OF_PLATFORM = {"cpu": "xla", "tpu": "pallas_tpu", "gpu": "pallas_gpu"}  # what "auto" is
+OF_PLATFORM = {"cpu": "cpu", "tpu": "pallas_tpu", "gpu": "pallas_gpu"}  # what "auto" is
 Stream = Any  # the residual stream `[R, D]` float32 as an implementation passes it on: sums may be left to add
 log = logging.getLogger("jaxengine")
 
@@ -228,8 +228,8 @@ def kernels_of(implementation: Implementation) -> Kernels:
 def choose_kernels(name: str, model_config: ModelConfig) -> Kernels:
     """The kernels of that name for a model on the first device; logged.
 
-    "auto" is the device's own, or "xla", with a warning that says why, where they do not take this device or model; on
-    a CPU it is "xla". Raises ValueError for an unknown name, and for a name given that the device or the model does not
+    "auto" is the device's own, or "xla", with a warning that says why, where they do not take this device or model or
+    were not built. Raises ValueError for an unknown name, and for a name given that the device or the model does not
     fit.
     """
     check_kernels(name)

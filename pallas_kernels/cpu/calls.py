@@ -18,7 +18,7 @@ from pallas_kernels.paged_attention_inputs import PagedBlocks
 
 PLAIN, GATED, ADDED = range(3)  # Form in ops.h
 TYPES = ("float32", "float16", "bfloat16")  # Type in common.h
-WIDEST_HEAD, VALUE_UNIT = 256, 16
+WIDEST_HEAD, VALUE_UNIT, MOST_LEAVES = 256, 16, 128
 
 
 class Live(NamedTuple):
