@@ -16,6 +16,7 @@ from jaxengine.device.sampling_arrays import NO_RULES, WORD
 from jaxengine.device.step_inputs import SamplingArrays, TokenRules
 from jaxengine.ops.tiles import HISTORY_BLOCK
 from pallas_kernels.numbers import cdiv
+from pallas_kernels.pinned_math import rounded
 
 # (whether a row of the tile wants it, what does it, what leaves it) -> the result of one of the two
 When = Callable[[Bool[Array, ""], Callable[[], Any], Callable[[], Any]], Any]
@@ -111,7 +112,9 @@ def _penalised(
     penalty = row.repetition_penalty[:, None]
     seen = generated + prompt > 0
     logits = jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
-    return logits - row.frequency_penalty[:, None] * generated - row.presence_penalty[:, None] * (generated > 0)
+    nothing = (context.positions < 0)[:, None].astype(jnp.uint32)
+    frequency = rounded(row.frequency_penalty[:, None] * generated, nothing)
+    return rounded(logits, nothing) - frequency - jnp.where(generated > 0, row.presence_penalty[:, None], 0.0)
 
 
 def _token_counts(context: Context, lengths: Int[Array, " t"], vocab: int) -> Int[Array, "2 t V"]:

@@ -188,6 +188,7 @@ class Kernels:
     draw: DrawKernel
     wide_rows: tuple[int, ...] = ()  # of decode tiles wider than all kernels have (engine/step_variants.py)
     in_one: bool = False  # a row's bits depend on it alone without any tiles, so that a step needs no loop
+    any_processor: bool = False  # tokens and logprobs are the same on all processors that it runs on
     skips: bool = True  # a step branches over what no row of a tile asks for; a GPU had better not
 
     def over_rows(self, body: Callable, tile: int, weights: Any, rows: Any, count: Int[Array, ""]) -> Any:
@@ -211,7 +212,7 @@ XLA = Kernels("xla", ProductsInTiles(xla.XlaProducts()), xla.XlaAttention(), xla
 def cpu_kernels(body: str = "best") -> Kernels:
     """The CPU's own kernels; `body` is one of pallas_kernels.cpu.library.BODIES."""
     products, attention, draw = cpu_chain.CpuProducts(body), cpu_chain.CpuAttention(body), cpu_chain.CpuDraw(body)
-    return Kernels("cpu", products, attention, draw, in_one=True)
+    return Kernels("cpu", products, attention, draw, in_one=True, any_processor=True)
 
 
 def kernels_of(implementation: Implementation) -> Kernels:
