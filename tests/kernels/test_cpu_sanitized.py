@@ -27,7 +27,7 @@ import pathlib, sys
 from pallas_kernels.cpu import library
 library.FOLDER = pathlib.Path(sys.argv[1])
 import pytest
-sys.exit(pytest.main(["-n", "0", "-x", "-q", "-p", "no:cacheprovider", *sys.argv[2:]]))
+sys.exit(pytest.main(["-n", "0", "-x", "-q", "-s", "-p", "no:cacheprovider", *sys.argv[2:]]))
 """
 
 

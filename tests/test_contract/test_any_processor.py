@@ -39,8 +39,9 @@ each = [
     dict(repetition_penalty=1.3, frequency_penalty=0.3, presence_penalty=0.7, temperature=0.9),
     dict(logit_bias={5: 3.3, 7: -1.7}, top_p=0.8, frequency_penalty=-0.1),
     dict(temperature=0.0, repetition_penalty=1.1),
+    dict(allowed_token_ids=range(9), repetition_penalty=1.3, frequency_penalty=0.3, presence_penalty=0.7),
 ]
-prompts = [[1, 2, 3], list(range(70)), [9] * 17, [4, 4, 5, 6, 4], [7] * 40, list(range(33))]
+prompts = [[1, 2, 3], list(range(70)), [9] * 17, [4, 4, 5, 6, 4], [7] * 40, list(range(33)), [2, 3]]
 params = [SamplingParams(max_tokens=24, ignore_eos=True, seed=i, **more) for i, more in enumerate(each)]
 llm = make_llm(*random_model("Qwen3", dtype="bfloat16", hidden_size=64, num_hidden_layers=1), kernels=kernels)
 kept = pathlib.Path(folder) / "drawn"
