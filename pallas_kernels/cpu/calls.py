@@ -201,7 +201,7 @@ def _arrays(blocks: PagedBlocks) -> tuple[Array, ...]:
 
 def _int32(x: Array) -> Array:
     """Sums of integers are int64 under jax_enable_x64."""
-    return jnp.asarray(x, jnp.int32)
+    return x if x.dtype == jnp.int32 else x.astype(jnp.int32)
 
 
 def _like(x: Array) -> Any:
