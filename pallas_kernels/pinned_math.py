@@ -13,7 +13,7 @@ the rounding small.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt32
 
 LOG2_E, LN2 = 1.442695040888963, 0.6931471805599453
 LN2_HIGH, LN2_LOW = 0.693359375, -2.12194440e-4  # ln 2 in two parts, so that n · LN2_HIGH is exact
@@ -59,6 +59,21 @@ def exp2(x: Float[Array, "..."]) -> Float[Array, "..."]:
     clipped = jnp.clip(x, -126.0, 127.0)
     n = jnp.floor(clipped + 0.5)
     return jnp.where(x < -126.0, 0.0, _exp_of_small((clipped - n) * LN2) * _two_to(n))
+
+
+@jax.custom_jvp
+def rounded(x: Float[Array, "..."], nothing: UInt32[Array, "..."]) -> Float[Array, "..."]:
+    """x, which may be a product, as a number in memory has it; `nothing` is 0 at run time, unknown to a compiler.
+
+    Where a processor has fused multiply-adds, a compiler takes them for a product that is added to something, and does
+    not round the product; elsewhere it cannot.
+    """
+    return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(x, jnp.uint32) ^ nothing, jnp.float32)
+
+
+@rounded.defjvp
+def _rounded_jvp(primals, tangents):
+    return rounded(*primals), tangents[0]
 
 
 def silu(x: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -30,7 +30,7 @@ def is_tiny(settings: Settings) -> bool:
 
 def own_kernels() -> Implementation:
     """The device's; a CPU interprets the TPU's."""
-    return choose(OF_PLATFORM.get(platform(), "pallas_interpret"))
+    return choose(OF_PLATFORM[platform()] if platform() != "cpu" else "pallas_interpret")
 
 
 def seconds(function: Callable, operands: tuple, repeats: int) -> float:

@@ -49,12 +49,17 @@ HARMLESS_FLAGS = (
     "xla_dump_",
     "xla_hlo_profile",
 )  # beginnings of those that change no code
+INSTRUCTION_FLAGS = ("xla_cpu_max_isa", "xla_cpu_prefer_vector_width")
 
 
-def device() -> dict[str, Any]:
-    """The kind of the device; of a CPU also its model, and the instruction sets and threads that sums depend on."""
+def device(any_processor: bool = False) -> dict[str, Any]:
+    """The kind of the device; of a CPU also its model, and the instruction sets and threads that sums depend on.
+
+    For code to which `any_processor` of the kind is the same, the kind alone.
+    """
     kind = jax.devices()[0].device_kind
-    return {"kind": kind} | (_cpu() if jax.devices()[0].platform == "cpu" else {})
+    is_cpu = jax.devices()[0].platform == "cpu"
+    return {"kind": kind} | (_cpu() if is_cpu and not any_processor else {})
 
 
 def compiler() -> dict[str, str]:
@@ -105,15 +110,17 @@ def _cpu() -> dict[str, Any]:
     }
 
 
-def compiler_flags() -> dict[str, str]:
+def compiler_flags(any_processor: bool = False) -> dict[str, str]:
     """What the environment, or a file that it names, tells XLA, but for what changes no code.
 
-    The last of several of one name counts.
+    The last of several of one name counts. For code to which `any_processor` is the same, without those that choose
+    instructions.
     """
     texts = [os.environ.get(name, "").strip() for name in FLAG_VARIABLES]
     words = [word for text in texts for word in (text if text.startswith("-") else _read(Path(text)) or "").split()]
     pairs = [word.lstrip("-").partition("=") for word in words]
-    return {name: value for name, _, value in pairs if not name.startswith(HARMLESS_FLAGS)}
+    harmless = HARMLESS_FLAGS + (INSTRUCTION_FLAGS if any_processor else ())
+    return {name: value for name, _, value in pairs if not name.startswith(harmless)}
 
 
 def free_memory() -> int:

@@ -16,7 +16,7 @@ from jaxengine.device.sampling_arrays import NO_RULES, WORD
 from jaxengine.device.step_inputs import SamplingArrays, TokenRules
 from jaxengine.ops.tiles import HISTORY_BLOCK
 from pallas_kernels.numbers import cdiv
-from pallas_kernels.pinned_math import row_quotient
+from pallas_kernels.pinned_math import rounded, row_quotient
 
 # (whether a row of the tile wants it, what does it, what leaves it) -> the result of one of the two
 When = Callable[[Bool[Array, ""], Callable[[], Any], Callable[[], Any]], Any]
@@ -116,7 +116,9 @@ def _penalised(
     seen = generated + prompt > 0
     repeated = jnp.where(logits > 0, row_quotient(logits, penalty), logits * penalty[:, None])
     logits = jnp.where(seen, repeated, logits)
-    return logits - row.frequency_penalty[:, None] * generated - row.presence_penalty[:, None] * (generated > 0)
+    nothing = (context.positions < 0)[:, None].astype(jnp.uint32)
+    frequency = rounded(row.frequency_penalty[:, None] * generated, nothing)
+    return rounded(logits, nothing) - frequency - jnp.where(generated > 0, row.presence_penalty[:, None], 0.0)
 
 
 def _token_counts(context: Context, lengths: Int[Array, " t"], vocab: int) -> Int[Array, "2 t V"]:

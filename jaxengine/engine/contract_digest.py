@@ -19,10 +19,11 @@ from jaxengine.engine.replicas import Replicas
 from jaxengine.engine.step_variants import BASE
 from jaxengine.models.params import Decoder
 from jaxengine.ops.kernels import Kernels
+from jaxengine.ops.rope import inverse_frequencies
 
 # Of this project's own arithmetic: raised by hand whenever tokens or logprobs change by a bit on any machine, whatever
 # the change is in (a coefficient, the order of a sum, a tile). tests/test_contract/test_numerics.py holds it.
-NUMERICS = 1
+NUMERICS = 2
 VERSIONS_KEPT = 16  # of the weights, whose digests stay known
 
 
@@ -60,14 +61,21 @@ def contract_of(model_config: ModelConfig, kernels: Kernels, weights: str | list
             "numerics": NUMERICS,
             "jax": jax.__version__,
             "jaxlib": importlib.metadata.version("jaxlib"),
-            "device": machine.device(),
-            "compiler": machine.compiler() | machine.compiler_flags(),
+            "device": machine.device(kernels.any_processor),
+            "compiler": machine.compiler() | machine.compiler_flags(kernels.any_processor),
             "weights": weights,
             "model": dataclasses.asdict(model_config),
             "kernels": kernels.parts(),
+            "frequencies": _frequencies_digest(model_config),
             "tiles": {"rows": BASE.rows, "query_block": QUERY_BLOCK, "kv_tile": KV_TILE, "vocab_block": VOCAB_BLOCK},
         }
     )
+
+
+def _frequencies_digest(model_config: ModelConfig) -> str:
+    """Of the rotary embedding's, because their powers are a C library's."""
+    frequencies = inverse_frequencies(model_config.rope, model_config.head_dim)
+    return hashlib.sha256(frequencies.tobytes()).hexdigest()[:16]
 
 
 class Contracts:

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxengine.config import ModelConfig
 from jaxengine.ops.differentiated import differentiated_as
@@ -21,7 +21,7 @@ from jaxengine.ops.pallas import located_blocks
 from jaxengine.ops.pools import Pools
 from jaxengine.ops.query_blocks import QueryBlocks
 from jaxengine.ops.rope import inverse_frequencies
-from jaxengine.ops.xla import XlaDraw, XlaProducts, storage_dtype
+from jaxengine.ops.xla import XlaProducts, storage_dtype
 from pallas_kernels.cpu import calls, library
 from pallas_kernels.draw import draw_by
 from pallas_kernels.draw_reference import Draw
@@ -37,6 +37,11 @@ def check_model(model_config: ModelConfig) -> None:
         raise ValueError(f"kernels 'cpu' run on a CPU, the first device is a {platform}: take kernels 'auto'")
     library.load()
     calls.page_shapes(1, 1, 1, model_config.head_dim, model_config.dtype)
+    if model_config.reduction_leaves > calls.MOST_LEAVES:
+        raise ValueError(
+            f"kernels 'cpu' add up to {calls.MOST_LEAVES} leaves, got reduction_leaves="
+            f"{model_config.reduction_leaves}: take kernels 'xla'"
+        )
 
 
 # -- what gradients are taken of ---------------------------------------------------------------------------------------
@@ -211,8 +216,8 @@ class CpuAttention:
 
 
 @dataclasses.dataclass(frozen=True)
-class CpuDraw(XlaDraw):
-    """One kernel call for all rows; what is kept of a vocabulary XLA finds."""
+class CpuDraw:
+    """One kernel call for all rows."""
 
     body: str
 
@@ -223,3 +228,8 @@ class CpuDraw(XlaDraw):
 
     def _draw(self, logits: Float[Array, "t V"], uniforms: Float[Array, "t 2"], given: Int[Array, " t"]) -> Draw:
         return Draw(*calls.draw(logits, uniforms, given, self.body))
+
+    def kept(
+        self, logits: Float[Array, "t V"], top_k: Int[Array, " t"], top_p: Float[Array, " t"], min_p: Float[Array, " t"]
+    ) -> Bool[Array, "t V"]:
+        return calls.kept(logits, top_k, top_p, min_p, self.body)

@@ -35,7 +35,7 @@ from sharding.leaves import Leaves
 from sharding.mesh import Split, replicas, with_all_axes
 from sharding.rules import spec_of
 
-OF_PLATFORM = {"cpu": "xla", "tpu": "pallas_tpu", "gpu": "pallas_gpu"}  # what "auto" is
+OF_PLATFORM = {"cpu": "cpu", "tpu": "pallas_tpu", "gpu": "pallas_gpu"}  # what "auto" is
 Stream = Any  # the residual stream `[R, D]` float32 as an implementation passes it on: sums may be left to add
 log = logging.getLogger("jaxengine")
 
@@ -203,6 +203,7 @@ class Kernels:
     draw: DrawKernel
     wide_rows: tuple[int, ...] = ()  # of decode tiles wider than all kernels have (engine/step_variants.py)
     in_one: bool = False  # a row's bits depend on it alone without any tiles, so that a step needs no loop
+    any_processor: bool = False  # tokens and logprobs are the same on all processors that it runs on
     skips: bool = True  # a step branches over what no row of a tile asks for; a GPU had better not
     split: Split | None = None  # the devices that share the weights; None inside `on_each`, and where there is one
 
@@ -279,7 +280,7 @@ def sharded(own: Kernels, mesh: Mesh) -> Kernels:
 def cpu_kernels(body: str = "best") -> Kernels:
     """The CPU's own kernels; `body` is one of pallas_kernels.cpu.library.BODIES."""
     products, attention, draw = cpu_chain.CpuProducts(body), cpu_chain.CpuAttention(body), cpu_chain.CpuDraw(body)
-    return Kernels("cpu", products, attention, draw, in_one=True)
+    return Kernels("cpu", products, attention, draw, in_one=True, any_processor=True)
 
 
 def kernels_of(implementation: Implementation) -> Kernels:
@@ -296,8 +297,8 @@ def kernels_of(implementation: Implementation) -> Kernels:
 def choose_kernels(name: str, model_config: ModelConfig, mesh: Mesh | None = None) -> Kernels:
     """The kernels of that name for a model on the first device, or on a mesh's, which share the weights; logged.
 
-    "auto" is the device's own, or "xla", with a warning that says why, where they do not take this device or model; on
-    a CPU it is "xla". Raises ValueError for an unknown name, and for a name given that the device or the model does not
+    "auto" is the device's own, or "xla", with a warning that says why, where they do not take this device or model or
+    were not built. Raises ValueError for an unknown name, and for a name given that the device or the model does not
     fit.
     """
     check_kernels(name)

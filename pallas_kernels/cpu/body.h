@@ -14,3 +14,4 @@
 #include "draw.h"
 #include "embed.h"
 #include "heads.h"
+#include "truncation.h"

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.cpu import library
 from pallas_kernels.numbers import ceil_to
@@ -18,7 +18,7 @@ from pallas_kernels.paged_attention_inputs import PagedBlocks
 
 PLAIN, GATED, ADDED = range(3)  # Form in ops.h
 TYPES = ("float32", "float16", "bfloat16")  # Type in common.h
-WIDEST_HEAD, VALUE_UNIT = 256, 16
+WIDEST_HEAD, VALUE_UNIT, MOST_LEAVES = 256, 16, 128
 
 
 class Live(NamedTuple):
@@ -103,7 +103,7 @@ def _product(
     parts: int = 1,
     rounds: bool = True,
 ) -> Array:
-    given = x, _or_empty(norm), w, _or_empty(bias), _or_empty(residual), live.count
+    given = x, _or_empty(norm), w, _or_empty(bias), _or_empty(residual), _int32(live.count)
     return _call("product", like, body)(
         *given, form=np.int64(form), parts=np.int64(parts), rounds=rounds, eps=np.float32(eps), tile=np.int64(live.tile)
     )
@@ -115,7 +115,7 @@ def embed(
     """Rows of the table in float32."""
     flat = table.reshape(-1, table.shape[-1])
     like = jax.ShapeDtypeStruct((ids.shape[0], flat.shape[1]), jnp.float32)
-    return _call("embed", like, body)(flat, ids, live.count, tile=np.int64(live.tile))
+    return _call("embed", like, body)(flat, _int32(ids), _int32(live.count), tile=np.int64(live.tile))
 
 
 def page_shapes(heads: int, num_pages: int, page_size: int, width: int, dtype: Any) -> tuple[Any, Any]:
@@ -168,7 +168,20 @@ def draw(
 ) -> tuple[Array, Array, Array, Array]:
     """(tokens, logprobs, largest logits, log masses), as draw_reference.Draw has them."""
     number = jax.ShapeDtypeStruct(given.shape, jnp.float32)
-    return _call("draw", (_like(given), number, number, number), body)(logits, uniforms, given)
+    return _call("draw", (jax.ShapeDtypeStruct(given.shape, jnp.int32), number, number, number), body)(
+        logits, uniforms, _int32(given)
+    )
+
+
+def kept(
+    logits: Float[Array, "t V"],
+    top_k: Int[Array, " t"],
+    top_p: Float[Array, " t"],
+    min_p: Float[Array, " t"],
+    body: str = "best",
+) -> Bool[Array, "t V"]:
+    """What top-k, then top-p, then min-p keep, as truncation_reference.kept_reference defines it."""
+    return _call("cut", jax.ShapeDtypeStruct(logits.shape, jnp.bool_), body)(logits, _int32(top_k), top_p, min_p)
 
 
 def _call(op: str, like: Any, body: str, aliases: dict[int, int] | None = None) -> Any:
@@ -182,7 +195,13 @@ def _call(op: str, like: Any, body: str, aliases: dict[int, int] | None = None) 
 
 
 def _arrays(blocks: PagedBlocks) -> tuple[Array, ...]:
-    return blocks.tables, blocks.slots, blocks.starts, blocks.counts, blocks.num_blocks
+    numbers = blocks.tables, blocks.slots, blocks.starts, blocks.counts, blocks.num_blocks
+    return tuple(map(_int32, numbers))
+
+
+def _int32(x: Array) -> Array:
+    """Sums of integers are int64 under jax_enable_x64."""
+    return x if x.dtype == jnp.int32 else x.astype(jnp.int32)
 
 
 def _like(x: Array) -> Any:

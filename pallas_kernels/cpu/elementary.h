@@ -22,6 +22,25 @@ inline Lanes exp(Lanes x) {  // e^x; 0 below -87, e^88 above 88; NaN stays NaN
   return where_nan(x, x, where_less(x, set(-87.0f), set(0.0f), y));
 }
 
+// log x of a positive normal number, as XLA's vector code has it: logf of Moshier's Cephes library.
+inline float log(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  float exponent = float(int32_t(bits >> 23) - 126);
+  bits = (bits & 0x7fffff) | 0x3f000000;
+  float m;
+  std::memcpy(&m, &bits, 4);
+  if (m < 0.707106781186547524f) exponent -= 1, m += m - 1;
+  else m -= 1;
+  auto polynomial = [m](float a, float b, float c) { return __builtin_fmaf(__builtin_fmaf(m, a, b), m, c); };
+  const float square = m * m, cube = square * m;
+  float y = __builtin_fmaf(polynomial(7.0376836292e-2f, -1.1514610310e-1f, 1.1676998740e-1f), cube,
+                     polynomial(-1.2420140846e-1f, 1.4249322787e-1f, -1.6668057665e-1f));
+  y = __builtin_fmaf(y, cube, polynomial(2.0000714765e-1f, -2.4999993993e-1f, 3.3333331174e-1f));
+  y = __builtin_fmaf(y, cube, exponent * -2.12194440e-4f);
+  return __builtin_fmaf(exponent, 0.693359375f, (m - square * 0.5f) + y);
+}
+
 inline Lanes silu(Lanes x) { return x / (set(1.0f) + exp(set(0.0f) - x)); }
 
 inline double log(double x) {  // of a positive finite number; NaN of all others

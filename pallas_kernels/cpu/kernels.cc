@@ -185,6 +185,15 @@ ffi::Error draw(ffi::ThreadPool pool, Floats logits, Floats uniforms, Ints given
   return guarded(pool, chosen->draw, d);
 }
 
+ffi::Error cut(ffi::ThreadPool pool, Floats logits, Ints top_k, Floats top_p, Floats min_p,
+                    ffi::Result<ffi::Buffer<ffi::PRED>> kept, int64_t body) {
+  const Body* chosen = body_of(body);
+  if (!chosen) return refused("this processor lacks the body that was asked for");
+  const Truncation t{logits.dimensions()[0], logits.dimensions()[1], logits.typed_data(), top_k.typed_data(),
+                     top_p.typed_data(), min_p.typed_data(), (uint8_t*)kept->untyped_data()};
+  return guarded(pool, chosen->cut, t);
+}
+
 auto on_threads() { return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>(); }
 
 }  // namespace
@@ -220,3 +229,6 @@ OP(jaxengine_attend, attend, on_threads().Arg<Floats>().Arg<Ints>().Arg<Ints>().
 
 OP(jaxengine_draw, draw, on_threads().Arg<Floats>().Arg<Floats>().Arg<Ints>().Ret<Ints>().Ret<Floats>().Ret<Floats>()
     .Ret<Floats>().Attr<int64_t>("body"));
+
+OP(jaxengine_cut, cut, on_threads().Arg<Floats>().Arg<Ints>().Arg<Floats>().Arg<Floats>()
+    .Ret<ffi::Buffer<ffi::PRED>>().Attr<int64_t>("body"));

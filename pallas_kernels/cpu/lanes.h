@@ -31,6 +31,12 @@ inline Lanes two_to(Lanes n) {  // 2^n for whole n between -126 and 127, from it
   const __m512i exponent = _mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(exponent, 23))};
 }
+inline uint32_t at_least(const int32_t* p, int32_t least) {  // a bit for each of sixteen whole numbers
+  return _mm512_cmpge_epi32_mask(_mm512_loadu_si512(p), _mm512_set1_epi32(least));
+}
+inline Lanes where_at_least(const int32_t* p, int32_t least, Lanes yes) {  // else 0
+  return {_mm512_maskz_mov_ps(_mm512_cmpge_epi32_mask(_mm512_loadu_si512(p), _mm512_set1_epi32(least)), yes.v)};
+}
 inline __m256 low(Lanes a) { return _mm512_castps512_ps256(a.v); }
 inline __m256 high(Lanes a) { return _mm512_extractf32x8_ps(a.v, 1); }
 inline Lanes join(__m256 lo, __m256 hi) { return {_mm512_insertf32x8(_mm512_castps256_ps512(lo), hi, 1)}; }
@@ -61,10 +67,35 @@ inline __m256 two_to(__m256 n) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23));
 }
 inline Lanes two_to(Lanes n) { return {two_to(n.lo), two_to(n.hi)}; }  // for whole n between -126 and 127
+inline uint32_t below8(const int32_t* p, int32_t least) {
+  const __m256i is_below = _mm256_cmpgt_epi32(_mm256_set1_epi32(least), _mm256_loadu_si256((const __m256i*)p));
+  return uint32_t(_mm256_movemask_ps(_mm256_castsi256_ps(is_below)));
+}
+inline uint32_t at_least(const int32_t* p, int32_t least) {  // a bit for each of sixteen whole numbers
+  return 0xffff ^ (below8(p, least) | below8(p + 8, least) << 8);
+}
+inline __m256 where_at_least8(const int32_t* p, int32_t least, __m256 yes) {
+  const __m256i is_below = _mm256_cmpgt_epi32(_mm256_set1_epi32(least), _mm256_loadu_si256((const __m256i*)p));
+  return _mm256_andnot_ps(_mm256_castsi256_ps(is_below), yes);
+}
+inline Lanes where_at_least(const int32_t* p, int32_t least, Lanes yes) {  // else 0
+  return {where_at_least8(p, least, yes.lo), where_at_least8(p + 8, least, yes.hi)};
+}
 inline __m256 low(Lanes a) { return a.lo; }
 inline __m256 high(Lanes a) { return a.hi; }
 inline Lanes join(__m256 lo, __m256 hi) { return {lo, hi}; }
 #endif
+
+// -- float32 as whole numbers in the same order -----------------------------------------------------------------------
+
+// -0 and +0 are one number, and no NaN is above 2^31 - 2, so that there is a next one.
+inline void store_order8(int32_t* p, __m256 a) {
+  __m256i bits = _mm256_castps_si256(a);
+  bits = _mm256_andnot_si256(_mm256_cmpeq_epi32(bits, _mm256_set1_epi32(int32_t(0x80000000))), bits);
+  bits = _mm256_xor_si256(bits, _mm256_srli_epi32(_mm256_srai_epi32(bits, 31), 1));
+  _mm256_storeu_si256((__m256i*)p, _mm256_min_epi32(bits, _mm256_set1_epi32(0x7ffffffe)));
+}
+inline void store_order(int32_t* p, Lanes a) { store_order8(p, low(a)), store_order8(p + 8, high(a)); }
 
 // -- 16-bit numbers ---------------------------------------------------------------------------------------------------
 

@@ -65,12 +65,21 @@ struct Drawing {
   float *logprobs, *highs, *log_masses;
 };
 
+struct Truncation {
+  int64_t rows, vocabulary;
+  const float* logits;
+  const int32_t* top_k;
+  const float *top_p, *min_p;
+  uint8_t* kept;  // 1 or 0
+};
+
 struct Body {
   void (*product)(Threads&, const Product&);
   void (*embed)(Threads&, const Embedding&);
   void (*heads)(Threads&, const Heads&);
   void (*attend)(Threads&, const Attention&);
   void (*draw)(Threads&, const Drawing&);
+  void (*cut)(Threads&, const Truncation&);
 };
 
 extern const Body avx2_body, avx512_body, amx_body;

@@ -26,6 +26,12 @@ def test_processors(text, model, features, tmp_path, monkeypatch):
     assert machine.device() == {"kind": "cpu", "model": model, "features": features, "threads": machine.num_threads()}
 
 
+def test_code_for_any_processor_is_told_nothing_of_it(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_max_isa=AVX --xla_a=1")
+    assert machine.device(any_processor=True) == {"kind": "cpu"}
+    assert machine.compiler_flags(any_processor=True) == {"xla_a": "1"}
+
+
 def test_a_system_that_lists_no_processors(tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "PROC", tmp_path)
     assert machine.device()["model"] and machine.device()["features"] == []

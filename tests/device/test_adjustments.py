@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxengine.base import machine
 from jaxengine.config import EngineConfig
-from jaxengine.device import sampler
+from jaxengine.device import adjustments, sampler
 from jaxengine.device.sampling_arrays import token_rules
 from jaxengine.engine.batch import BatchBuilder, history_uploads
 from jaxengine.host.sample import Drawn, Request, Sample
@@ -124,6 +125,30 @@ def test_completions_around_a_block_are_counted_apart_from_the_prompt():
     rows = [(PENALTIES, some_tokens(a, a), (some_tokens(b, b) + [9] * 3)[:b]) for a, b in lengths]
     expected = [plain(logits[i], *row) for i, row in enumerate(rows)]
     assert same_bits(adjusted(logits, rows)[: len(rows)], expected)
+
+
+INEXACT = SamplingParams(repetition_penalty=1.3, presence_penalty=0.7, frequency_penalty=0.3)
+REPEATED = [token for token in range(64) for _ in range(token % 12)]
+
+
+def with_inexact_penalties(process) -> bool:
+    """Whether a row has the bits of the plain loop, which rounds every product.
+
+    Of negative logits, because XLA divides positive ones by multiplying.
+    """
+    logits = -np.abs(np.random.default_rng(2).normal(size=(ROWS, V))).astype(np.float32)
+    found = process(logits, *arrays_of([(INEXACT, [1, 2, 3], REPEATED)]))[0]
+    return same_bits(found[0], plain(logits[0], INEXACT, [1, 2, 3], REPEATED))
+
+
+def test_products_in_penalties_are_rounded():
+    assert with_inexact_penalties(process)
+
+
+@pytest.mark.skipif("fma" not in machine.device()["features"], reason="nothing fuses a product into a sum here")
+def test_products_that_are_not_would_be_seen(monkeypatch):
+    monkeypatch.setattr(adjustments, "rounded", lambda x, nothing: x)
+    assert not with_inexact_penalties(jax.jit(lambda *given: sampler.process(*given)))
 
 
 def test_bad_words_are_of_the_completion():

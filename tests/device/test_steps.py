@@ -8,7 +8,7 @@ from jaxengine import SamplingParams
 from jaxengine.config import EngineConfig, ModelConfig
 from jaxengine.device import kv_cache, steps
 from jaxengine.models import params
-from jaxengine.ops.kernels import XLA
+from jaxengine.ops.kernels import choose_kernels
 
 # Weights and pools so large that a copy of either would stand out from what the rows of a step need.
 MODEL = ModelConfig(**SIZES | FAMILIES["Qwen3"] | dict(num_hidden_layers=2, hidden_size=1024, intermediate_size=16384))
@@ -16,14 +16,15 @@ ENGINE = EngineConfig(max_num_seqs=32, max_model_len=512, num_pages=50_000)
 
 
 @pytest.mark.parametrize(
-    "kind, more",
-    [("prefill", {}), ("decode", {}), ("decode", dict(num_steps=4))],
-    ids=["prefill", "decode", "four decode steps"],
+    "kind, more, kernels",
+    [("prefill", {}, "xla"), ("decode", {}, "xla"), ("decode", dict(num_steps=4), "xla"), ("decode", {}, "auto")],
+    ids=["prefill", "decode", "four decode steps", "decode by the CPU's own kernels"],
 )
-def test_a_step_copies_neither_cache_nor_weights(kind, more):
+def test_a_step_copies_neither_cache_nor_weights(kind, more, kernels):
     step, inputs, static = step_call(kind, ENGINE, **more)
-    weights, cache = params.abstract(MODEL), kv_cache.abstract(MODEL, ENGINE, XLA)
-    memory = step.lower(weights, cache, *inputs, model_config=MODEL, kernels=XLA, **static).compile().memory_analysis()
+    how = dict(model_config=MODEL, kernels=choose_kernels(kernels, MODEL))
+    weights, cache = params.abstract(MODEL), kv_cache.abstract(MODEL, ENGINE, how["kernels"])
+    memory = step.lower(weights, cache, *inputs, **how, **static).compile().memory_analysis()
     assert memory.alias_size_in_bytes == sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
     down = weights.layers[0].mlp.down  # a layer's smaller matrix
     assert memory.temp_size_in_bytes < min(down.size * down.dtype.itemsize, pool_bytes(cache) / 10)

@@ -74,7 +74,7 @@ def test_an_accelerators_pool_fills_what_others_leave(share, in_use, tiny, monke
 
 def test_the_workspace_of_an_accelerator_is_that_of_its_compiled_steps(tiny):
     """No estimate: what XLA says of the widest steps, which grows with the rows that they take."""
-    few, many = (dataclasses.replace(ENGINE, max_num_batched_tokens=tokens) for tokens in (64, 512))
+    few, many = (dataclasses.replace(ENGINE, max_num_batched_tokens=n, kernels="xla") for n in (64, 512))
     one_layer = dataclasses.replace(tiny.config, num_hidden_layers=1)
     found = [memory._compiled_workspace(one_layer, engine) for engine in (few, many)]
     logits = WIDE.rows * tiny.config.padded_vocab_size * 4

@@ -70,14 +70,14 @@ def test_nothing_is_scored_where_no_tile_holds(model, monkeypatch):
     config, params = model
     tokens, mask = np.ones((1, 4), np.int32), np.array([[False, True, True, True]])
     with pytest.raises(RuntimeError, match="bits of generation"):
-        jaxengine.score(params, tokens, mask, config=config)
+        jaxengine.score(params, tokens, mask, config=config, kernels="xla")
 
 
 @pytest.mark.slow
 def test_verify_names_it(model, monkeypatch):
     """A machine where nothing may be scored fails that axis, and is told about the others."""
     monkeypatch.setattr(scoring_proof, "_refused", {(model[0], XLA): len(SCORING)})
-    llm = LLM.from_params(*model, num_pages=32, max_num_seqs=4, max_model_len=64)
+    llm = LLM.from_params(*model, num_pages=32, max_num_seqs=4, max_model_len=64, kernels="xla")
     found = llm.verify(quick=True, samples=2)
     assert {check.axis for check in found.checks if not check.holds} == {"C11"}
     assert "no way of scoring" in str(found) and all(str(tiles) in found.refused for tiles in SCORING)
@@ -86,12 +86,12 @@ def test_verify_names_it(model, monkeypatch):
 def test_the_first_score_may_be_traced(model):
     """The proof computes on numbers of its own, inside jit and value_and_grad too."""
     config, params = model
-    llm = LLM.from_params(config, params, num_pages=32, max_num_seqs=4, max_model_len=64)
+    llm = LLM.from_params(config, params, num_pages=32, max_num_seqs=4, max_model_len=64, kernels="xla")
     rollout = Rollout.from_outputs(llm.generate([[1, 2, 3]], SamplingParams(max_tokens=8, ignore_eos=True)))
 
     @jax.jit
     def loss(params):
-        logprobs = jaxengine.score(params, rollout.tokens, rollout.mask, config=config)
+        logprobs = jaxengine.score(params, rollout.tokens, rollout.mask, config=config, kernels="xla")
         return logprobs.sum(), logprobs
 
     (_, logprobs), _ = jax.value_and_grad(loss, has_aux=True)(params)

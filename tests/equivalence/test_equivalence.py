@@ -71,7 +71,8 @@ def check_bits(llm: LLM, batch: Batch, outputs) -> None:
     missing = ROWS - len(each)
     tokens, mask = (np.pad(x, ((0, missing), (0, 0))) for x in (rollout.tokens, rollout.mask))
     each += [SamplingParams()] * missing
-    found = jaxengine.score(llm.params, tokens, mask, each, config=llm.config)
+    kernels = llm.engine_config.kernels
+    found = jaxengine.score(llm.params, tokens, mask, each, config=llm.config, kernels=kernels)
     bits = lambda x: np.asarray(x, np.float32).view(np.uint32)
     assert (bits(found)[: ROWS - missing] == bits(rollout.logprobs)).all(), "score and generate differ in bits"
 

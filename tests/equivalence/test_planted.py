@@ -31,7 +31,13 @@ MODEL = ModelConfig(
     max_position_embeddings=LENGTH,
 )
 ENGINE = EngineConfig(
-    max_model_len=LENGTH, page_size=32, num_pages=30, max_num_seqs=8, max_num_batched_tokens=64, compile_patience=99
+    max_model_len=LENGTH,
+    page_size=32,
+    num_pages=30,
+    max_num_seqs=8,
+    max_num_batched_tokens=64,
+    compile_patience=99,
+    kernels="xla",  # in whose code mistakes are planted
 )
 PROMPTS = tuple(tuple(np.random.default_rng(n).integers(0, MODEL.vocab_size, n).tolist()) for n in (3, 40, 64, 90))
 SAMPLING = (

@@ -1,5 +1,6 @@
 """The compiled kernels as a file, and on other numbers of threads."""
 
+import logging
 import os
 import pathlib
 import shutil
@@ -8,9 +9,11 @@ import sys
 import sysconfig
 
 import pytest
+from conftest import FAMILIES, SIZES
 
-import jaxengine
 from jaxengine import LLM
+from jaxengine.config import ModelConfig
+from jaxengine.ops.kernels import XLA, choose_kernels
 from pallas_kernels.cpu import library, seal
 
 BUILT = library.FOLDER / f"_kernels{sysconfig.get_config_var('EXT_SUFFIX')}"
@@ -62,14 +65,17 @@ def test_one_of_other_sources(tmp_path):
     assert "built from other sources" in refusal(other)
 
 
-def test_where_there_are_none_a_name_is_refused_and_auto_is_not(monkeypatch):
+def test_where_there_are_none_a_name_is_refused_and_auto_is_not(monkeypatch, caplog):
     def missing(path=None):
         raise library.KernelsMissingError("the CPU kernels were not built: take kernels 'xla'")
 
     monkeypatch.setattr(library, "load", missing)
     with pytest.raises(ValueError, match="were not built: take kernels 'xla'"):
         LLM("calc", kernels="cpu", progress=False)
-    assert jaxengine.EngineConfig(kernels="auto").kernels == "auto"
+    config = ModelConfig(**SIZES | FAMILIES["Qwen3"])
+    with caplog.at_level(logging.WARNING, "jaxengine"):
+        assert choose_kernels.__wrapped__("auto", config) is XLA
+    assert len(caplog.records) == 1 and "'xla' in the place of 'cpu'" in caplog.text and "were not built" in caplog.text
 
 
 # Every op, on as many threads as NPROC says; a context that is long enough to be shared among them.
@@ -89,6 +95,8 @@ digest.update(np.stack([found[place] for place in sorted(found)]).tobytes())
 logits = np.random.default_rng(0).normal(size=(5, 1024)).astype(np.float32)
 for y in calls.draw(logits, np.full((5, 2), 0.4, np.float32), np.full(5, -1, np.int32)):
     digest.update(np.asarray(y).tobytes())
+settings = np.full(5, 50, np.int32), np.full(5, 0.7, np.float32), np.full(5, 0.1, np.float32)
+digest.update(np.asarray(calls.kept(logits, *settings)))
 print(digest.hexdigest())
 """
 

@@ -41,7 +41,8 @@ MODELS = {
     "Qwen2 float32, 4 leaves": dict(architecture="Qwen2ForCausalLM", qkv_bias=True, reduction_leaves=4),
     "Llama float16": dict(architecture="LlamaForCausalLM", rope=LLAMA3, out_bias=True, dtype="float16"),
 }
-ENGINE = dict(max_model_len=256, max_num_seqs=8, num_pages=64, page_size=16)
+KERNELS = "xla"  # whose bits follow from every line of the ops; the CPU's own kernels have a golden test
+ENGINE = dict(max_model_len=256, max_num_seqs=8, num_pages=64, page_size=16, kernels=KERNELS)
 LENGTHS = (1, 2, 15, 16, 17, 33, 48, 63, 64, 65, 97)
 
 
@@ -104,10 +105,11 @@ def scored(name: str, config: ModelConfig, params: Any) -> Iterator[tuple[str, A
         SamplingParams(repetition_penalty=1.2),
         SamplingParams(),
     ]
-    yield f"{name}: score", jaxengine.score(params, tokens, mask, sampling, config=config, entropy=True)
+    how = dict(config=config, kernels=KERNELS)
+    yield f"{name}: score", jaxengine.score(params, tokens, mask, sampling, entropy=True, **how)
 
     def loss(params):
-        logprobs = jaxengine.score(params, tokens, mask, SamplingParams(temperature=1.1), config=config)
+        logprobs = jaxengine.score(params, tokens, mask, SamplingParams(temperature=1.1), **how)
         return jnp.where(mask, jnp.maximum(logprobs, -30.0), 0.0).sum()
 
     yield f"{name}: gradient", jax.jit(jax.value_and_grad(loss))(params)
@@ -115,7 +117,7 @@ def scored(name: str, config: ModelConfig, params: Any) -> Iterator[tuple[str, A
 
 def with_text() -> Iterator[tuple[str, Any]]:
     """The model that ships: text, stop strings, chat, streams, a replay."""
-    llm = LLM("calc", progress=False, max_model_len=128, max_num_seqs=8, num_pages=64)
+    llm = LLM("calc", progress=False, max_model_len=128, max_num_seqs=8, num_pages=64, kernels=KERNELS)
     sampling = SamplingParams(n=4, max_tokens=16, stop=["5", "77"], logprobs=2)
     outputs = llm.generate(["12+30=", "7*8=", "(3+4)*5="], sampling, key=jax.random.key(2))
     yield "calc: text", [(s.text, s.token_texts) for output in outputs for s in output.outputs]
@@ -148,7 +150,9 @@ def trained() -> Iterator[tuple[str, Any]]:
     sampling = SamplingParams(n=4, max_tokens=12, temperature=0.9, top_k=200, entropy=True)
     prompts = [[1, 2, 3], [4, 5], [6] * 9, [7] * 17]
     for algorithm in ("grpo", "ppo"):
-        trainer = Trainer(config, optax.adamw(1e-3), TrainerConfig(ALGORITHMS[algorithm], sampling, mini_batches=2))
+        trainer = Trainer(
+            config, optax.adamw(1e-3), TrainerConfig(ALGORITHMS[algorithm], sampling, mini_batches=2), kernels=KERNELS
+        )
         state = trainer.start(params, jax.random.key(8))
         outputs = jaxengine.generate(
             trainer.policy(state), prompts, sampling, key=jax.random.key(9), config=config, **ENGINE

@@ -19,7 +19,7 @@ from jaxengine.device import checksums
 from jaxengine.device.kv_cache import Cache
 from jaxengine.device.needs import Needs
 from jaxengine.engine.step_variants import Variant
-from jaxengine.ops.kernels import XLA, choose_kernels, kernels_of
+from jaxengine.ops.kernels import OF_PLATFORM, XLA, choose_kernels, cpu_kernels, kernels_of
 from jaxengine.ops.tiles import Tile
 from jaxengine.rl.rollout import Rollout
 from pallas_kernels.cpu import library
@@ -213,6 +213,7 @@ def test_a_wide_decode_step(case):
 # -- the choice -------------------------------------------------------------------------------------------------------
 
 MODEL = random_model(**SMALL)[0]
+LEAVES = "reduction_leaves", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size"
 
 
 def on_a(monkeypatch, platform: str, kind: str) -> None:
@@ -222,7 +223,7 @@ def on_a(monkeypatch, platform: str, kind: str) -> None:
 @pytest.mark.parametrize(
     ("platform", "kind", "chosen"),
     [
-        ("cpu", "cpu", XLA),
+        pytest.param("cpu", "cpu", cpu_kernels(), marks=NATIVE),
         ("tpu", "TPU v6 lite", kernels_of(Implementation("pallas_tpu", "TPU v6e"))),
         ("gpu", "NVIDIA H100 80GB HBM3", kernels_of(Implementation("pallas_gpu", "Hopper"))),
     ],
@@ -243,15 +244,25 @@ def test_auto_is_the_devices_own(platform, kind, chosen, monkeypatch):
             "take weights in bfloat16 or float32, got float16",
         ),
         ("gpu", "NVIDIA H200", dataclasses.replace(MODEL, head_dim=320), "heads of at most 256, got head_dim=320"),
+        pytest.param(
+            "cpu", "cpu", dataclasses.replace(MODEL, head_dim=320), "at most 256, got head_dim=320", marks=NATIVE
+        ),
+        pytest.param(
+            "cpu",
+            "cpu",
+            dataclasses.replace(MODEL, **dict.fromkeys(LEAVES, 256)),
+            "got reduction_leaves=256",
+            marks=NATIVE,
+        ),
     ],
 )
 def test_where_they_do_not_fit_auto_says_so_and_a_name_is_refused(platform, kind, model, why, monkeypatch, caplog):
     on_a(monkeypatch, platform, kind)
     with caplog.at_level(logging.WARNING):
         assert choose_kernels.__wrapped__("auto", model) is XLA
-    assert f"kernels: 'xla' in the place of 'pallas_{platform}'" in caplog.text and why in caplog.text
+    assert f"kernels: 'xla' in the place of '{OF_PLATFORM[platform]}'" in caplog.text and why in caplog.text
     with pytest.raises(ValueError, match=why):
-        choose_kernels.__wrapped__(f"pallas_{platform}", model)
+        choose_kernels.__wrapped__(OF_PLATFORM[platform], model)
 
 
 def test_names_that_are_refused():
@@ -288,4 +299,6 @@ def test_the_canary_sees_each_word(side):
 
 
 def test_what_runs_is_shown():
-    assert LLM.from_params(MODEL, None, num_pages=40).engine_config.kernels == "xla"
+    for name in ("xla", "pallas_interpret"):
+        assert LLM.from_params(MODEL, None, num_pages=40, kernels=name).engine_config.kernels == name
+    assert LLM.from_params(MODEL, None, num_pages=40).engine_config.kernels == ("xla" if WHY else "cpu")

@@ -7,6 +7,9 @@ and of scoring, before XLA compiles it. A change of it is a change of bits, unle
 
 writes the new programs down: after NUMERICS was raised; or, where `tests/test_contract/mixed_run.py` gives the digest
 that it gave before the change, with the number as it is.
+
+Of the CPU's kernels in C++ a program says only that they are called. Their bits are the same on every x86-64 processor,
+so those are held beside it, with the number of their order (ops/cpu_chain.ORDER).
 """
 
 import dataclasses
@@ -15,6 +18,7 @@ import itertools
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,17 +37,29 @@ from jaxengine.device import kv_cache, scoring, steps  # noqa: E402
 from jaxengine.device.needs import Needs  # noqa: E402
 from jaxengine.engine.contract_digest import NUMERICS  # noqa: E402
 from jaxengine.models.params import abstract  # noqa: E402
-from jaxengine.ops import xla  # noqa: E402
+from jaxengine.ops import cpu_chain, xla  # noqa: E402
 from jaxengine.ops.kernels import choose_kernels  # noqa: E402
 from jaxengine.ops.tiles import SCORING  # noqa: E402
 from pallas_kernels import pinned_math  # noqa: E402
+from pallas_kernels.cpu import calls, library  # noqa: E402
+from pallas_kernels.paged_attention_inputs import PagedBlocks  # noqa: E402
 
 ENGINE = EngineConfig(max_num_seqs=8, max_num_batched_tokens=128, max_model_len=128, num_pages=8)
 MODELS = {
     "Qwen2 float32, 2 leaves": dict(family="Qwen2", dtype="float32", reduction_leaves=2),
     "Qwen3 bfloat16": dict(family="Qwen3", dtype="bfloat16"),
 }
-PROGRAMS = [(model, kernels) for model in MODELS for kernels in ("xla", "pallas_interpret")]
+try:
+    library.load()
+    WHY = ""
+except library.KernelsMissingError as error:
+    WHY = str(error)
+NATIVE = pytest.mark.skipif(bool(WHY), reason=WHY)
+PROGRAMS = [
+    pytest.param(model, kernels, marks=NATIVE if kernels == "cpu" else ())
+    for model in MODELS
+    for kernels in ("xla", "pallas_interpret", "cpu")
+]
 
 
 def digests(model: str, kernels_name: str) -> dict[str, str]:
@@ -66,6 +82,64 @@ def digests(model: str, kernels_name: str) -> dict[str, str]:
 
 def held() -> dict:
     return json.loads(HELD.read_text())
+
+
+# -- the CPU's kernels -------------------------------------------------------------------------------------------------
+
+
+def numbers(seed: int, *shape: int, dtype: str = "float32") -> np.ndarray:
+    """Multiples of 1/1024 between -4 and 4: exact, and the same on every machine."""
+    whole = np.random.RandomState(seed).randint(-4096, 4097, shape)
+    return (whole / 1024).astype(np.float32).astype(jnp.dtype(dtype))
+
+
+def kernel_digests() -> dict[str, str]:
+    """A hash of what each kernel gives, by its name and the type of its weights."""
+    found, live = {}, calls.Live(jnp.int32(11), 8)
+    for dtype in ("bfloat16", "float16", "float32"):
+        x, norm, w = numbers(0, 11, 72), numbers(1, 72, dtype=dtype), numbers(2, 2, 34, 72, dtype=dtype)
+        inner, residual = numbers(3, 11, 144, dtype=dtype), numbers(4, 11, 34)
+        found[f"outputs {dtype}"] = calls.outputs(x, norm, 1e-6, w, None, live)
+        found[f"gated {dtype}"] = calls.gated(x, norm, 1e-6, w, live)
+        found[f"added {dtype}"] = calls.added(residual, inner, w, None, live)
+        found[f"logits {dtype}"] = calls.logits(x, norm, 1e-6, w)
+        found[f"attention {dtype}"] = attended(dtype)
+    logits = numbers(5, 6, 1024)
+    uniforms = np.linspace(0.05, 0.95, 12, dtype=np.float32).reshape(6, 2)
+    found["draw"] = calls.draw(logits, uniforms, np.full(6, -1, np.int32))
+    settings = np.full(6, 100, np.int32), np.linspace(0.2, 1, 6, dtype=np.float32), np.full(6, 0.05, np.float32)
+    found["kept"] = calls.kept(logits, *settings)
+    return {name: hashed(out) for name, out in found.items()}
+
+
+def attended(dtype: str) -> list[jax.Array]:
+    """70 tokens of one sequence, in blocks of 16: the queries, and what they attend to."""
+    rows, norm = numbers(6, 80, 8 * 32), numbers(7, 32, dtype=dtype)
+    storage = jnp.float32 if dtype == "float32" else jnp.uint16
+    keys, values = (jnp.zeros(x.shape, x.dtype) for x in calls.page_shapes(2, 3, 32, 32, storage))
+    starts = jnp.arange(0, 80, 16, dtype=jnp.int32)
+    blocks = PagedBlocks(
+        jnp.array([[2, 0, 1]]), jnp.zeros(5, jnp.int32), starts, jnp.minimum(70 - starts, 16), jnp.int32(5)
+    )
+    geometry = calls.Geometry(1, 4, 32, 1e-6, 1.0, dtype)
+    frequencies = numbers(8, 16)
+    q, keys, values = calls.rotate_and_write(geometry, rows, (norm, norm), frequencies, keys, values, blocks)
+    return [q, calls.attend(q, keys, values, blocks, dtype)]
+
+
+def hashed(out: Any) -> str:
+    content = b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(out))
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+@NATIVE
+def test_the_cpus_kernels_have_the_bits_of_their_order():
+    expected = held()["cpu kernels"]
+    assert expected["order"] == cpu_chain.ORDER, f"write the bits of ORDER={cpu_chain.ORDER} down: python {__file__}"
+    assert kernel_digests() == expected["bits"], "raise ORDER in ops/cpu_chain.py"
+
+
+# -- programs ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("model, kernels", PROGRAMS, ids=lambda name: name.replace(" ", "-"))
@@ -108,8 +182,10 @@ def test_a_change_of_bits_is_seen(plant, monkeypatch):
 
 def main() -> None:
     programs = held()["programs"] if HELD.exists() and held()["numerics"] == NUMERICS else {}
-    programs[jax.__version__] = {f"{model}, {kernels}": digests(model, kernels) for model, kernels in PROGRAMS}
-    HELD.write_text(json.dumps({"numerics": NUMERICS, "programs": programs}, indent=1) + "\n")
+    each = [param.values for param in PROGRAMS]
+    programs[jax.__version__] = {f"{model}, {kernels}": digests(model, kernels) for model, kernels in each}
+    bits = {"order": cpu_chain.ORDER, "bits": kernel_digests()}
+    HELD.write_text(json.dumps({"numerics": NUMERICS, "programs": programs, "cpu kernels": bits}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

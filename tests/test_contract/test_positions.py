@@ -23,7 +23,7 @@ LONG = [pytest.param(16_384, marks=SLOW), pytest.param(40_960, marks=SLOW)]
 GREEDY = SamplingParams(max_tokens=NEW, temperature=0.0)
 
 
-def llm_of(config, params, page_size=32, chunk=256, longest=LONGEST) -> LLM:
+def llm_of(config, params, page_size=32, chunk=256, longest=LONGEST, kernels="auto") -> LLM:
     """An engine whose free pages lie in random order. Equal sizes compile once, whatever the weights."""
     num_pages = sum(-(-(n + 2 * NEW) // page_size) for n in (*EDGES, longest)) + 16
     llm = LLM.from_params(
@@ -35,6 +35,7 @@ def llm_of(config, params, page_size=32, chunk=256, longest=LONGEST) -> LLM:
         max_num_seqs=32,
         max_num_batched_tokens=chunk,
         compile_patience=10**6,
+        kernels=kernels,
     )
     np.random.default_rng(0).shuffle(llm.engine.scheduler.page_pool._free)
     return llm
@@ -203,7 +204,8 @@ def test_a_planted_mistake_is_seen(plant, monkeypatch):
     owner, name, change = PLANTS[plant]
     monkeypatch.setattr(owner, name, change(getattr(owner, name)))
     # What is planted into a step needs a model of its own, so that jit traces it again.
-    llm = counting_llm(LONGEST if owner is not xla else 300 + list(PLANTS).index(plant))
+    own = dict(longest=300 + list(PLANTS).index(plant), kernels="xla") if owner is xla else {}
+    llm = counting_llm(**own)
     (prompt,) = marked([200])
     with pytest.raises(AssertionError, match="a count is off"):
         counted(llm, [prompt], EVERYTHING)
@@ -215,4 +217,4 @@ def test_a_dropped_tile_loses_needles(monkeypatch):
     change = PLANTS["a tile is dropped"][2]
     monkeypatch.setattr(xla, "paged_attention", change(xla.paged_attention))
     with pytest.raises(AssertionError, match="prompt of 127 tokens|prompt of 65 tokens|prompt of 128 tokens"):
-        walk_cycles(700, "bfloat16")
+        walk_cycles(700, "bfloat16", kernels="xla")

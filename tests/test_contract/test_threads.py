@@ -26,7 +26,7 @@ for dtype in (jnp.bfloat16, jnp.float32):
             product = jax.jit(lambda x, w: jnp.dot(x, w, preferred_element_type=jnp.float32))
             products.update(np.asarray(product(x, w)).tobytes())
 config, params = random_model("Qwen3", dtype="bfloat16", hidden_size=64, num_hidden_layers=1)
-llm = make_llm(config, params)
+llm = make_llm(config, params, kernels="xla")
 outputs = llm.generate([[1, 2, 3], list(range(70))], SamplingParams(max_tokens=12, seed=1, ignore_eos=True))
 bits = hashlib.sha256(b"".join(o.outputs[0].token_logprobs.tobytes() for o in outputs)).hexdigest()
 print(products.hexdigest()[:12], bits[:12], llm.contract().digest, llm.contract().parts["device"]["threads"])
