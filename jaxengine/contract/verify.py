@@ -4,6 +4,7 @@
 on the engine that serves, and compares tokens and logprobs as uint32 with those of the plain batch.
 """
 
+import dataclasses
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,7 @@ from jaxengine.contract.compare import Comparison, compare
 from jaxengine.contract.report import Check, Verification
 from jaxengine.device.scoring import plain_logprobs
 from jaxengine.engine import scoring_proof
+from jaxengine.engine.replicas import Replicas
 from jaxengine.engine.scoring_proof import NothingHoldsError
 from jaxengine.engine.session import Session
 from jaxengine.outputs import CompletionOutput, RequestOutput
@@ -113,6 +115,12 @@ def _axes(traffic: "Traffic", quick: bool, count: int) -> Iterator[Axis]:
     yield Axis("C6", "few slots", partial(traffic.again, held_slots=held_slots))
     loop = "the plain loop" if config.overlap else "the overlapped loop"
     yield Axis("C7", loop, partial(traffic.again, overlap=not config.overlap))
+    engine = traffic.session.engine
+    if isinstance(engine, Replicas):
+        for index in range(len(engine.engines)):
+            yield Axis("C8", f"replica {index} alone", partial(traffic.on_replica, engine, index))
+    if engine.kernels.split is not None:
+        yield Axis("C9", f"one device against {engine.kernels.split.degree} that share it", traffic.on_one_device)
     yield Axis("C11", "score against generate", partial(scored, traffic))
     yield Axis("drift", "against plain float32", partial(drift, traffic, 4 if quick else len(LENGTHS)))
 
@@ -153,11 +161,10 @@ class Traffic:
         )
 
     def outputs(self, requests: Requests) -> list[RequestOutput]:
-        prompts = [{"prompt_token_ids": tokens} for tokens, _ in requests]
-        return self.session.complete(self.session.requests(prompts, [sampling for _, sampling in requests], (0, 0)))
+        return _outputs(self.session, requests)
 
     def run(self, requests: Requests) -> list[CompletionOutput]:
-        return [output.outputs[0] for output in self.outputs(requests)]
+        return _first_samples(self.session, requests)
 
     def random_requests(self, count: int, seed: int) -> Requests:
         sampling = PLAIN.replace(max_tokens=self.new_tokens)
@@ -227,6 +234,36 @@ class Traffic:
         with engine.adjusted(held_pages=held_pages, enable_prefix_caching=False):
             comparison = compare("bit-equal", expected, self.run(requests))
         return Outcome(comparison.holds, f"{comparison}, {engine.occupancy().preemptions - before} preemptions")
+
+    def on_replica(self, replicas: Replicas, index: int) -> Outcome:
+        self.session.engine.clear_prefix_cache()
+        with replicas.only(index):
+            return _outcome(compare("bit-equal", self.expected, self.run(self.requests)))
+
+    def on_one_device(self) -> Outcome:
+        """The whole model on the first device of the mesh; where it has no room, what was proven of one layer
+        (engine/mesh_proof.py).
+        """
+        config, params = self.session.engine_config, self.session.params
+        pages = min(config.num_pages, len(self.requests) * cdiv(self.room, config.page_size))
+        alone = dataclasses.replace(config, mesh=None, num_pages=pages)
+        try:
+            session = Session(self.session.model_config, alone, params, None)
+        except MemoryError:
+            return Outcome(True, "of one layer alone: the model does not fit one device")
+        try:
+            return _outcome(compare("bit-equal", self.expected, _first_samples(session, self.requests)))
+        finally:
+            session.close()
+
+
+def _outputs(session: Session, requests: Requests) -> list[RequestOutput]:
+    prompts = [{"prompt_token_ids": tokens} for tokens, _ in requests]
+    return session.complete(session.requests(prompts, [sampling for _, sampling in requests], (0, 0)))
+
+
+def _first_samples(session: Session, requests: Requests) -> list[CompletionOutput]:
+    return [output.outputs[0] for output in _outputs(session, requests)]
 
 
 def _outcome(comparison: Comparison) -> Outcome:

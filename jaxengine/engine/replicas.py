@@ -28,6 +28,7 @@ class Replicas:
         self.step_variants = first.step_variants  # what is refused on one is refused on all: their devices are alike
         self._placement = Placement(engine_config.page_size)
         self._ids = itertools.count()
+        self._only: int | None = None
 
     # -- requests -----------------------------------------------------------------------------------------------------
 
@@ -55,7 +56,17 @@ class Replicas:
                 "max_waiting"
             )
         loads = [each.waiting + each.running for each in occupied]
-        self.engines[self._placement.choose(request.prompt_token_ids, loads)].add(request, with_text=with_text)
+        chosen = self._placement.choose(request.prompt_token_ids, loads) if self._only is None else self._only
+        self.engines[chosen].add(request, with_text=with_text)
+
+    @contextlib.contextmanager
+    def only(self, index: int) -> Iterator[None]:
+        """One replica serves all that is added in here."""
+        self._only = index
+        try:
+            yield
+        finally:
+            self._only = None
 
     def abort(self, request_id: str) -> None:
         for engine in self.engines:

@@ -1,0 +1,105 @@
+"""Where arrays lie on a mesh, and what is refused before anything runs. The bits are in test_contract/test_mesh.py."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import random_model
+from jax.sharding import Mesh, PartitionSpec
+
+import jaxengine
+from jaxengine.engine.weights import check_one_device
+from jaxengine.models.params import abstract, declare, map_declared, specs
+from jaxengine.ops.kernels import XLA, checked_for, choose_kernels
+from jaxengine.rl.global_norm import clip_by_global_norm, global_norm
+from sharding.leaves import spread, tree_sum
+from sharding.mesh import AXES, make_mesh, replicas, with_all_axes
+from sharding.rules import spec_of
+
+
+def test_rules_say_where_axes_lie_and_refuse_collisions():
+    assert spec_of(("leaf", "vocab", None)) == PartitionSpec("tensor")
+    assert spec_of((None, "heads")) == PartitionSpec(None, "tensor")
+    assert spec_of((None,)) == PartitionSpec()
+    with pytest.raises(ValueError, match="two of the axes .* 'tensor'"):
+        spec_of(("leaf", "heads"))
+    with pytest.raises(ValueError, match="'haeds'"):
+        spec_of(("haeds",))
+
+
+@pytest.mark.parametrize("family", ["Qwen3", "Qwen2", "Llama"])
+def test_every_matrix_is_cut_by_leaves_and_nothing_else(family):
+    config, _ = random_model(family, reduction_leaves=4)
+    declared = {path: p.axes for path, p in _by_path(config).items()}
+    cut = {path for path, spec in _named(specs(config)).items() if spec != PartitionSpec()}
+    assert cut == {path for path, axes in declared.items() if axes[0] == "leaf"} and len(cut) > 4
+    assert all(x.shape[0] == 4 for path, x in _named(abstract(config)).items() if path in cut)
+
+
+def _by_path(config):
+    found = {}
+    map_declared(lambda path, p: found.setdefault(path, p), config)
+    assert declare(config) is not None
+    return found
+
+
+def _named(tree):
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: isinstance(x, PartitionSpec))
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def test_meshes_have_all_axes_and_are_cut_into_replicas():
+    device = np.array(jax.devices()[:1])
+    mesh = with_all_axes(Mesh(device, ("tensor",)))
+    assert mesh.axis_names == AXES and [m.shape["data"] for m in replicas(mesh)] == [1]
+    with pytest.raises(ValueError, match="'fsdp'"):
+        with_all_axes(Mesh(device, ("fsdp",)))
+    with pytest.raises(ValueError, match="asks for 4096 devices.*jax_num_cpu_devices"):
+        make_mesh(tensor=4096)
+
+
+def test_what_devices_cannot_share_is_refused():
+    config, params = random_model(reduction_leaves=2)
+    mesh = make_mesh()
+    assert checked_for(config, XLA, mesh).shape["tensor"] == 1
+    with pytest.raises(ValueError, match="tensor_parallel_size must be"):
+        jaxengine.LLM.from_params(config, params, tensor_parallel_size=0)
+    with pytest.raises(ValueError, match="asks for 2 devices" if len(jax.devices()) < 2 else "."):
+        jaxengine.LLM.from_params(config, params, tensor_parallel_size=2)
+    with pytest.raises(ValueError, match="tensor_parallel_size=2, and the mesh has 1"):
+        jaxengine.LLM.from_params(config, params, tensor_parallel_size=2, mesh=mesh)
+    check_one_device(params)
+
+
+def test_a_mesh_of_one_device_has_its_bits(tiny):
+    """Scored through the mesh's own road: one shard_map a layer."""
+    tokens = jnp.asarray(np.random.RandomState(0).randint(0, 1000, (2, 40)))
+    mask = jnp.arange(40)[None] > jnp.array([[3], [20]])
+    config = dataclasses.replace(tiny.config)
+    plain = jaxengine.score(tiny.params, tokens, mask, config=config)
+    meshed = jaxengine.score(tiny.params, tokens, mask, config=config, mesh=make_mesh())
+    assert np.asarray(plain).tobytes() == np.asarray(meshed).tobytes()
+    assert choose_kernels("auto", config, make_mesh()).split is not None
+
+
+def test_sums_over_leaves_go_by_the_tree_forward_and_back():
+    parts = jax.random.normal(jax.random.key(0), (8, 5, 7)) * 10.0 ** jnp.arange(8)[:, None, None]
+    tree = ((parts[0] + parts[1]) + (parts[2] + parts[3])) + ((parts[4] + parts[5]) + (parts[6] + parts[7]))
+    assert np.asarray(tree_sum(parts)).tobytes() == np.asarray(tree).tobytes()
+    (back,) = jax.vjp(lambda x: spread(x, 8), parts[0])[1](parts)
+    assert np.asarray(back).tobytes() == np.asarray(tree).tobytes()
+
+
+def test_the_global_norm_is_that_of_optax_within_rounding():
+    import optax
+
+    _, params = random_model("Qwen2", reduction_leaves=4)
+    assert np.isclose(global_norm(params), optax.global_norm(params), rtol=1e-6)
+    for limit in (1.0, 1e6):
+        ours, theirs = (
+            clip(limit).update(params, optax.EmptyState())[0]
+            for clip in (clip_by_global_norm, optax.clip_by_global_norm)
+        )
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-8), ours, theirs)
