@@ -179,6 +179,9 @@ def run_bench(arguments: argparse.Namespace) -> int:
 
 
 def run_plan(arguments: argparse.Namespace) -> int:
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # devices are described: those that are here stay others'
     from jaxengine.command.plan import plan
 
     if arguments.json:

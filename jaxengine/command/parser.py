@@ -159,6 +159,12 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-num-batched-tokens", type=count, default=8192, help="of a prefill step")
     parser.add_argument("--page-size", type=count, default=32, help="tokens of a page")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.9, help="of a device's memory")
+    parser.add_argument(
+        "--needs",
+        choices=("plain", "all"),
+        default="plain",
+        help="requests with a temperature alone; or with everything, whose steps take long to compile for a TPU",
+    )
     parser.add_argument("--context", type=count, help="tokens of a request that estimates take (default: half)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure there")
 

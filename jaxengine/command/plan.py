@@ -7,12 +7,14 @@ from typing import Any
 
 from jaxengine.command.plan_models import planned_model
 from jaxengine.config import EngineConfig, ModelConfig
+from jaxengine.device.needs import Needs
 from jaxengine.engine.desk_plan import DeskPlan, StepPlan, desk_plan
 from jaxengine.engine.roofline import Estimate, decode_estimate, prefill_estimate
 from sharding.devices import FIGURES
 from sharding.topology import Target, missing, target_of
 
 CONTEXT = 8192  # tokens, where the model has as many and nothing else is asked for
+NEEDS = {"plain": Needs.PLAIN, "all": Needs.ALL}
 
 
 def plan(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
@@ -28,11 +30,11 @@ def plan(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     reason = missing(target)
     if reason:
         raise ValueError(reason)
-    made = desk_plan(model_config, engine_config, target, arguments.tensor, replicas)
+    made = desk_plan(model_config, engine_config, target, arguments.tensor, replicas, needs=NEEDS[arguments.needs])
     estimates = estimates_of(model_config, engine_config, made, target, context)
-    lines = [*_head(arguments.model, model_config, made), *_memory(made, engine_config), *_steps(made)]
+    lines = [*_head(arguments, model_config, made), *_memory(made, engine_config), *_steps(made)]
     record = {"model": dataclasses.asdict(model_config), "engine": dataclasses.asdict(engine_config)}
-    record |= {"plan": dataclasses.asdict(made), "context": context}
+    record |= {"plan": dataclasses.asdict(made), "context": context, "needs": arguments.needs}
     record["estimates"] = {
         name: dataclasses.asdict(estimate) | {"seconds": estimate.seconds, "tokens_per_second": estimate.rate}
         for name, estimate in estimates.items()
@@ -73,10 +75,12 @@ def estimates_of(
 # -- the table ---------------------------------------------------------------------------------------------------------
 
 
-def _head(name: str, model_config: ModelConfig, made: DeskPlan) -> Iterator[str]:
+def _head(arguments: argparse.Namespace, model_config: ModelConfig, made: DeskPlan) -> Iterator[str]:
     layers, compiled = model_config.num_hidden_layers, made.compiled_layers
-    yield f"{name}, {layers} layers, {model_config.dtype}, reduction_leaves={model_config.reduction_leaves}"
+    yield f"{arguments.model}, {layers} layers, {model_config.dtype}, reduction_leaves={model_config.reduction_leaves}"
     yield f"{made.target}: {made.replicas} replica(s) of {made.degree} device(s)"
+    asked = {"plain": "a temperature alone", "all": "everything"}[arguments.needs]
+    yield f"steps for requests that ask for {asked}"
     seconds = sum(step.seconds for step in made.steps.values())
     yield (
         f"compiled for them, {seconds:.0f} s: steps of {' and '.join(map(str, compiled))} layer(s); what the "

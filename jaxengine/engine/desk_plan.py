@@ -82,15 +82,23 @@ def kernels_for(model_config: ModelConfig, target: Target, degree: int) -> tuple
 
 
 def desk_plan(
-    model_config: ModelConfig, engine_config: EngineConfig, target: Target, degree: int, replicas: int
+    model_config: ModelConfig,
+    engine_config: EngineConfig,
+    target: Target,
+    degree: int,
+    replicas: int,
+    needs: Needs = Needs.PLAIN,
 ) -> DeskPlan:
-    """The plan of one of `replicas` replicas, which `degree` devices share. Raises ValueError where they cannot."""
+    """The plan of one of `replicas` replicas, which `degree` devices share, for requests that ask for `needs`.
+
+    Raises ValueError where they cannot share the model.
+    """
     mesh, kernels = kernels_for(model_config, target, degree)
     engine_config = dataclasses.replace(engine_config, num_pages=whole_context(engine_config))
     layers = [n for n in (BASE_LAYERS, BASE_LAYERS + 1) if n <= model_config.num_hidden_layers]
     few = [dataclasses.replace(model_config, num_hidden_layers=n) for n in layers]
     batch = BatchBuilder(engine_config)
-    widest = StepVariants(model_config, engine_config, kernels, batch).widest(Needs.ALL)
+    widest = StepVariants(model_config, engine_config, kernels, batch).widest(needs)
     wanted = [(variant, config) for variant in widest for config in few]
     with concurrent.futures.ThreadPoolExecutor(min(len(wanted), machine.num_threads())) as threads:
         done = list(threads.map(lambda each: compiled(mesh, kernels, engine_config, *each), wanted))
