@@ -33,8 +33,9 @@ class StepPlan:
 
     kind: str  # "decode" or "prefill"
     rows: int  # tokens of the step
-    tile: int  # of them, for which the weights are read once
+    tile: int  # of them, that a loop takes at a time
     tiles: int
+    runs: int  # of each layer: once a tile, or once for all rows where kernels need no loop
     workspace: int  # bytes beside weights and cache
     kernels: dict[str, int]  # calls of one tile, by name
     collectives: dict[str, int]  # how many the step runs, by kind
@@ -106,7 +107,7 @@ def desk_plan(
     for number, variant in enumerate(widest):
         programs = done[number * len(few) : (number + 1) * len(few)]
         rows = batch.decode_rows if variant.kind == "decode" else batch.prefill_query_blocks * QUERY_BLOCK
-        steps[variant.kind] = step_plan(variant, rows, programs, model_config.num_hidden_layers)
+        steps[variant.kind] = step_plan(variant, rows, programs, model_config.num_hidden_layers, in_one=kernels.in_one)
     weights = size_on_one(abstract_weights(model_config, kernels))
     page_bytes, memory = bytes_of_page(model_config, engine_config, kernels), FIGURES[target.generation].memory
     usable = int(memory * engine_config.gpu_memory_utilization)
@@ -137,7 +138,7 @@ def compiled(
     return compile_ahead(mesh, step, *state, *inputs, **how)
 
 
-def step_plan(variant: Variant, rows: int, programs: list[Compiled], layers: int) -> StepPlan:
+def step_plan(variant: Variant, rows: int, programs: list[Compiled], layers: int, *, in_one: bool) -> StepPlan:
     """The step of a whole model, from programs of BASE_LAYERS layers and of one more."""
     tile, tiles = variant.tile.rows, -(-rows // variant.tile.rows)
 
@@ -156,6 +157,7 @@ def step_plan(variant: Variant, rows: int, programs: list[Compiled], layers: int
         rows=rows,
         tile=tile,
         tiles=tiles,
+        runs=1 if in_one else tiles,
         workspace=whole(lambda program: {"": program.beside_arguments})[""],
         kernels=whole(lambda program: Counter(program.kernels)),
         collectives=whole(count),

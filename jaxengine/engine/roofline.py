@@ -37,20 +37,20 @@ def decode_estimate(
 ) -> Estimate:
     """A decode step of `batch` sequences that each attend to `context` tokens.
 
-    Weights are read once a tile; what devices exchange is of the step as compiled, idle rows in the last tile included.
+    Every run of the layers reads the weights, and exchanges all of its rows, idle ones included.
     """
     step, share = plan.steps["decode"], 1 / plan.degree
-    tiles = -(-batch // step.tile)
-    read = tiles * _read_weights(model_config, plan) + batch * context * plan.page_bytes / page_size
+    runs = min(step.runs, -(-batch // step.tile))
+    read = runs * _read_weights(model_config, plan) + batch * context * plan.page_bytes / page_size
     flops = share * batch * (_layer_flops(model_config, context) + HEAD_PARTS * _head_flops(model_config))
-    received = step.all_received * tiles / step.tiles
+    received = step.all_received * runs / step.runs
     return Estimate(read / figures.bandwidth, flops / figures.flops, received / figures.link, batch)
 
 
 def prefill_estimate(model_config: ModelConfig, plan: DeskPlan, figures: Figures, *, context: int) -> Estimate:
     """A full prefill step of prompts of `context` tokens, whose tokens attend to half of that on average."""
     step, share = plan.steps["prefill"], 1 / plan.degree
-    read = step.tiles * _read_weights(model_config, plan)
+    read = step.runs * _read_weights(model_config, plan)
     flops = share * step.rows * _layer_flops(model_config, context // 2)
     return Estimate(read / figures.bandwidth, flops / figures.flops, step.all_received / figures.link, step.rows)
 

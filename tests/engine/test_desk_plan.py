@@ -44,10 +44,12 @@ def program(layers: int) -> Compiled:
     )
 
 
-def plan(**changes) -> DeskPlan:
+def plan(in_one: bool = False, **changes) -> DeskPlan:
     variant = Variant("decode", Tile(1, 128), Needs.PLAIN)
-    decode = step_plan(variant, 256, [program(1), program(2)], MODEL.num_hidden_layers)
-    prefill = step_plan(variant._replace(kind="prefill"), 512, [program(1), program(2)], MODEL.num_hidden_layers)
+    decode = step_plan(variant, 256, [program(1), program(2)], MODEL.num_hidden_layers, in_one=in_one)
+    prefill = step_plan(
+        variant._replace(kind="prefill"), 512, [program(1), program(2)], MODEL.num_hidden_layers, in_one=in_one
+    )
     known = dict(target="v6e:2x2", degree=2, replicas=2, compiled_layers=(1, 2), memory=10**9, usable=9 * 10**8)
     sizes = dict(weights=400_000, slots=0, page_bytes=3200, num_pages=101)
     return DeskPlan(**known | sizes | changes, steps={"decode": decode, "prefill": prefill})
@@ -64,7 +66,7 @@ def test_layers_are_multiplied_and_the_rest_is_not():
 
 
 def test_a_model_of_one_layer_is_compiled_whole():
-    step = step_plan(Variant("decode", Tile(1, 128), Needs.PLAIN), 128, [program(1)], 1)
+    step = step_plan(Variant("decode", Tile(1, 128), Needs.PLAIN), 128, [program(1)], 1, in_one=False)
     assert step.kernels == {"draw": 1, "matmul": 5} and step.workspace == 130
 
 
@@ -81,6 +83,15 @@ def test_a_decode_step_reads_weights_once_a_tile_and_every_key():
     two = decode_estimate(MODEL, plan(), DEVICE, batch=200, context=64, page_size=32)
     assert two.memory == pytest.approx(2 * one.memory)
     assert two.exchange == pytest.approx(2 * one.exchange) == pytest.approx(42 * 1000 / 1e8)
+
+
+def test_layers_without_a_loop_read_and_exchange_once():
+    looped, once = (
+        decode_estimate(MODEL, plan(in_one), DEVICE, batch=100, context=64, page_size=32) for in_one in (False, True)
+    )
+    assert once.memory == looped.memory and once.exchange == 2 * looped.exchange
+    full = decode_estimate(MODEL, plan(True), DEVICE, batch=256, context=64, page_size=32)
+    assert full.exchange == once.exchange and full.memory - once.memory == pytest.approx(156 * 64 * 100 / 1e9)
 
 
 def test_flops_are_two_for_each_weight_and_four_for_each_key():
