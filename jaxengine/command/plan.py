@@ -113,7 +113,8 @@ def _memory(made: DeskPlan, engine_config: EngineConfig) -> Iterator[str]:
 def _steps(made: DeskPlan) -> Iterator[str]:
     for step in made.steps.values():
         yield ""
-        yield f"{step.kind} step of {step.rows} rows, {step.tiles} tile(s) of {step.tile}, layers run {step.runs} x, on each device"
+        tiles = f"{step.tiles} tile(s) of {step.tile}"
+        yield f"{step.kind} step of {step.rows} rows, {tiles}, layers run {step.runs} x, on each device"
         yield f"  {'workspace':30}{step.workspace / 1e9:10.3f} GB"
         yield from _collectives(step)
         kernels = ", ".join(f"{count} {name}" for name, count in step.kernels.items())
