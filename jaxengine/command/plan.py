@@ -83,8 +83,8 @@ def _head(arguments: argparse.Namespace, model_config: ModelConfig, made: DeskPl
     yield f"steps for requests that ask for {asked}"
     seconds = sum(step.seconds for step in made.steps.values())
     yield (
-        f"compiled for them, {seconds:.0f} s: steps of {' and '.join(map(str, compiled))} layer(s); what the "
-        f"second has more than the first is multiplied for all {layers}"
+        f"compiled for them, {seconds:.0f} s: steps of {' and '.join(map(str, compiled))} layer(s); kernels and "
+        f"collectives that the second has more are multiplied for {layers}, its workspace is taken as it is"
     )
 
 

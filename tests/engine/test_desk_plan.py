@@ -55,13 +55,13 @@ def plan(in_one: bool = False, **changes) -> DeskPlan:
     return DeskPlan(**known | sizes | changes, steps={"decode": decode, "prefill": prefill})
 
 
-def test_layers_are_multiplied_and_the_rest_is_not():
+def test_kernels_and_collectives_of_layers_are_multiplied_and_the_rest_is_not():
     step = plan().steps["decode"]
     assert step.tiles == 2
     assert step.kernels == {"draw": 1, "matmul": 1 + 4 * 10}
     assert step.collectives == {"all-gather": (1 + 2 * 10) * 2}
     assert step.received == {"all-gather": (1 + 2 * 10) * 2 * 1000}
-    assert step.workspace == 100 + 10 * 10 + 70 - 50
+    assert step.workspace == 100 + 10 * 2 + 70 - 50
     assert step.seconds == 6.0
 
 
