@@ -81,9 +81,8 @@ def _head(arguments: argparse.Namespace, model_config: ModelConfig, made: DeskPl
     yield f"{made.target}: {made.replicas} replica(s) of {made.degree} device(s)"
     asked = {"plain": "a temperature alone", "all": "everything"}[arguments.needs]
     yield f"steps for requests that ask for {asked}"
-    seconds = sum(step.seconds for step in made.steps.values())
     yield (
-        f"compiled for them, {seconds:.0f} s: steps of {' and '.join(map(str, compiled))} layer(s); kernels and "
+        f"compiled for them in {made.seconds:.0f} s: steps of {' and '.join(map(str, compiled))} layer(s); kernels and "
         f"collectives that the second has more are multiplied for {layers}, its workspace is taken as it is"
     )
 

@@ -7,6 +7,7 @@ number of layers, because one layer's is free when the next begins. tests/aot ho
 
 import concurrent.futures
 import dataclasses
+import time
 from collections import Counter
 from typing import Any
 
@@ -41,7 +42,6 @@ class StepPlan:
     kernels: dict[str, int]  # calls of one tile, by name
     collectives: dict[str, int]  # how many the step runs, by kind
     received: dict[str, int]  # bytes that they bring, by kind
-    seconds: float  # that compiling took
 
     @property
     def all_received(self) -> int:
@@ -56,6 +56,7 @@ class DeskPlan:
     degree: int
     replicas: int
     compiled_layers: tuple[int, ...]
+    seconds: float  # that compiling took
     memory: int  # of a device, and of it `usable` for the engine
     usable: int
     weights: int
@@ -102,9 +103,10 @@ def desk_plan(
     batch = BatchBuilder(engine_config)
     widest = StepVariants(model_config, engine_config, kernels, batch).widest(needs)
     wanted = [(variant, config) for variant in widest for config in few]
+    start = time.monotonic()
     with concurrent.futures.ThreadPoolExecutor(min(len(wanted), machine.num_threads())) as threads:
         done = list(threads.map(lambda each: compiled(mesh, kernels, engine_config, *each), wanted))
-    steps = {}
+    seconds, steps = time.monotonic() - start, {}
     for number, variant in enumerate(widest):
         programs = done[number * len(few) : (number + 1) * len(few)]
         rows = batch.decode_rows if variant.kind == "decode" else batch.prefill_query_blocks * QUERY_BLOCK
@@ -118,6 +120,7 @@ def desk_plan(
         degree=degree,
         replicas=replicas,
         compiled_layers=tuple(layers),
+        seconds=seconds,
         memory=memory,
         usable=usable,
         weights=weights,
@@ -163,7 +166,6 @@ def step_plan(variant: Variant, rows: int, programs: list[Compiled], layers: int
         kernels=whole(lambda program: Counter(program.kernels)),
         collectives=whole(count),
         received=whole(received),
-        seconds=sum(program.seconds for program in programs),
     )
 
 
