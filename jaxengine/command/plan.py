@@ -82,8 +82,8 @@ def _head(arguments: argparse.Namespace, model_config: ModelConfig, made: DeskPl
     asked = {"plain": "a temperature alone", "all": "everything"}[arguments.needs]
     yield f"steps for requests that ask for {asked}"
     yield (
-        f"compiled for them in {made.seconds:.0f} s: steps of {' and '.join(map(str, compiled))} layer(s); kernels and "
-        f"collectives that the second has more are multiplied for {layers}, its workspace is taken as it is"
+        f"compiled for them in {made.seconds:.0f} s: steps of {' and '.join(map(str, compiled))} layer(s); what the "
+        f"second has more than the first is multiplied for all {layers}"
     )
 
 

@@ -1,8 +1,8 @@
 """A plan from a desk: an engine's steps compiled for devices that are not there, and what memory they leave.
 
-All layers of a model are alike, so that a program of `BASE_LAYERS` layers and one of a layer more tell all: the kernels
-and collectives that the second has more than the first, every further layer has too, and its workspace is that of any
-number of layers, because one layer's is free when the next begins. tests/aot holds both against a whole model.
+All layers of a model are alike, so that a program of `BASE_LAYERS` layers and one of a layer more tell all: what the
+second has more than the first, every further layer has too. Of one layer a GPU's workspace is smaller than of any other
+number, so that it is no base. tests/aot holds all of it against a whole model.
 """
 
 import concurrent.futures
@@ -25,7 +25,7 @@ from sharding.devices import FIGURES
 from sharding.mesh import make_mesh
 from sharding.topology import Compiled, Target, compile_ahead, devices_of
 
-BASE_LAYERS = 1
+BASE_LAYERS = 2
 OWN_KERNELS = {"tpu": "pallas_tpu", "cuda": "pallas_gpu"}  # of a platform
 
 
@@ -98,8 +98,8 @@ def desk_plan(
     """
     mesh, kernels = kernels_for(model_config, target, degree)
     engine_config = dataclasses.replace(engine_config, num_pages=whole_context(engine_config))
-    layers = [n for n in (BASE_LAYERS, BASE_LAYERS + 1) if n <= model_config.num_hidden_layers]
-    few = [dataclasses.replace(model_config, num_hidden_layers=n) for n in layers]
+    layers = [min(n, model_config.num_hidden_layers) for n in (BASE_LAYERS, BASE_LAYERS + 1)]
+    few = [dataclasses.replace(model_config, num_hidden_layers=n) for n in sorted(set(layers))]
     batch = BatchBuilder(engine_config)
     widest = StepVariants(model_config, engine_config, kernels, batch).widest(needs)
     wanted = [(variant, config) for variant in widest for config in few]
@@ -119,7 +119,7 @@ def desk_plan(
         target=str(target),
         degree=degree,
         replicas=replicas,
-        compiled_layers=tuple(layers),
+        compiled_layers=tuple(sorted(set(layers))),
         seconds=seconds,
         memory=memory,
         usable=usable,
@@ -162,7 +162,7 @@ def step_plan(variant: Variant, rows: int, programs: list[Compiled], layers: int
         tile=tile,
         tiles=tiles,
         runs=1 if in_one else tiles,
-        workspace=programs[-1].beside_arguments,
+        workspace=whole(lambda program: {"bytes": program.beside_arguments})["bytes"],
         kernels=whole(lambda program: Counter(program.kernels)),
         collectives=whole(count),
         received=whole(received),

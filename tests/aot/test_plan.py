@@ -40,7 +40,7 @@ def test_a_plan_is_that_of_the_whole_model(target):
         found = plan.steps[kind]
         variant = Variant(kind, tile, needs=0)
         program = compiled(mesh, kernels, engine, variant, MODEL)
-        whole = step_plan(variant, found.rows, [program], layers=1, in_one=kernels.in_one)
+        whole = step_plan(variant, found.rows, [program], MODEL.num_hidden_layers, in_one=kernels.in_one)
         assert (found.kernels, found.collectives, found.received) == (whole.kernels, whole.collectives, whole.received)
         assert found.workspace == pytest.approx(whole.workspace, rel=0.02)
         assert sum(found.received.values()) > 0 and sum(found.kernels.values()) > 4 * MODEL.num_hidden_layers

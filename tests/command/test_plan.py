@@ -16,7 +16,7 @@ from sharding.topology import target_of
 WORDS = ["plan", "llama-3-70b", "--topology", "v5p:2x2x4", "--tensor", "8"]
 SIZES = {"llama-3-70b": 70.6e9, "qwen3-32b": 32.8e9, "qwen3-8b": 8.2e9}  # parameters, as their cards say
 STEP = StepPlan("decode", 256, 128, 2, 2, 10**8, {"matmul": 321}, {"all-gather": 642}, {"all-gather": 10**9})
-MADE = DeskPlan("v5p:2x2x4", 8, 2, (1, 2), 6.0, 102 * 10**9, 90 * 10**9, 17 * 10**9, 10**8, 1_310_720, 50_001, {
+MADE = DeskPlan("v5p:2x2x4", 8, 2, (2, 3), 6.0, 102 * 10**9, 90 * 10**9, 17 * 10**9, 10**8, 1_310_720, 50_001, {
     "decode": STEP, "prefill": dataclasses.replace(STEP, kind="prefill", rows=8192, tile=512, tiles=16, runs=16)
 })  # fmt: skip
 
