@@ -78,7 +78,7 @@ def estimates_of(
 def _head(arguments: argparse.Namespace, model_config: ModelConfig, made: DeskPlan) -> Iterator[str]:
     layers, compiled = model_config.num_hidden_layers, made.compiled_layers
     yield f"{arguments.model}, {layers} layers, {model_config.dtype}, reduction_leaves={model_config.reduction_leaves}"
-    yield f"{made.target}: {made.replicas} replica(s) of {made.degree} device(s)"
+    yield f"{made.target}: {made.num_replicas} replica(s) of {made.degree} device(s)"
     asked = {"plain": "a temperature alone", "all": "everything"}[arguments.needs]
     yield f"steps for requests that ask for {asked}"
     yield (
@@ -138,4 +138,4 @@ def _estimates(made: DeskPlan, estimates: dict[str, Estimate], target: Target, c
             for what, seconds in (("memory", each.memory), ("flops", each.arithmetic), ("exchange", each.exchange))
         )
         yield f"  {name:8}{1e3 * each.seconds:10.2f} ms for {each.tokens} tokens ({parts})"
-        yield f"  {'':8}{each.rate:10.0f} tokens/s a replica, {each.rate * made.replicas:.0f} in all"
+        yield f"  {'':8}{each.rate:10.0f} tokens/s a replica, {each.rate * made.num_replicas:.0f} in all"

@@ -22,7 +22,7 @@ from jaxengine.ops.kernels import Kernels, checked_for, kernels_of, sharded
 from jaxengine.ops.pallas import check_model
 from pallas_kernels.implementations import choose
 from sharding.devices import FIGURES
-from sharding.mesh import make_mesh
+from sharding.mesh import make_mesh, replicas
 from sharding.topology import Compiled, Target, compile_ahead, devices_of
 
 BASE_LAYERS = 2
@@ -54,7 +54,7 @@ class DeskPlan:
 
     target: str
     degree: int
-    replicas: int
+    num_replicas: int
     compiled_layers: tuple[int, ...]
     seconds: float  # that compiling took
     memory: int  # of a device, and of it `usable` for the engine
@@ -75,13 +75,19 @@ class DeskPlan:
 
 
 def kernels_for(model_config: ModelConfig, target: Target, degree: int) -> tuple[Any, Kernels]:
-    """(the mesh of one replica, the devices' own kernels on it). Raises ValueError as choose_kernels does."""
+    """(a mesh of replicas that fills the target, the devices' own kernels on it).
+
+    Raises ValueError as choose_kernels does.
+
+    Of a large slice the TPU's compiler takes no part alone: it numbers devices as they lie in the whole.
+    """
     devices = devices_of(target)
-    mesh = make_mesh(tensor=degree, devices=devices)
+    mesh = make_mesh(tensor=degree, data=len(devices) // degree, devices=devices)
     implementation = choose(OWN_KERNELS[target.platform], devices[0].device_kind)
     check_model(implementation, model_config)
     own = kernels_of(implementation)
-    return mesh, own if degree == 1 else sharded(own, checked_for(model_config, own, mesh))
+    checked_for(model_config, own, replicas(mesh)[0])
+    return mesh, own if degree == 1 else sharded(own, mesh)
 
 
 def desk_plan(
@@ -89,17 +95,17 @@ def desk_plan(
     engine_config: EngineConfig,
     target: Target,
     degree: int,
-    replicas: int,
+    num_replicas: int,
     needs: Needs = Needs.PLAIN,
 ) -> DeskPlan:
-    """The plan of one of `replicas` replicas, which `degree` devices share, for requests that ask for `needs`.
+    """The plan of one of `num_replicas` replicas, which `degree` devices share, for requests that ask for `needs`.
 
     Raises ValueError where they cannot share the model.
     """
     mesh, kernels = kernels_for(model_config, target, degree)
     engine_config = dataclasses.replace(engine_config, num_pages=whole_context(engine_config))
-    layers = [min(n, model_config.num_hidden_layers) for n in (BASE_LAYERS, BASE_LAYERS + 1)]
-    few = [dataclasses.replace(model_config, num_hidden_layers=n) for n in sorted(set(layers))]
+    layers = sorted({min(n, model_config.num_hidden_layers) for n in (BASE_LAYERS, BASE_LAYERS + 1)})
+    few = [dataclasses.replace(model_config, num_hidden_layers=n) for n in layers]
     batch = BatchBuilder(engine_config)
     widest = StepVariants(model_config, engine_config, kernels, batch).widest(needs)
     wanted = [(variant, config) for variant in widest for config in few]
@@ -118,8 +124,8 @@ def desk_plan(
     return DeskPlan(
         target=str(target),
         degree=degree,
-        replicas=replicas,
-        compiled_layers=tuple(sorted(set(layers))),
+        num_replicas=num_replicas,
+        compiled_layers=tuple(layers),
         seconds=seconds,
         memory=memory,
         usable=usable,

@@ -33,7 +33,7 @@ DEGREE = 4
 
 @pytest.mark.parametrize("target", ["v6e", "h100"], indirect=True, ids=machines.NAMES.get)
 def test_a_plan_is_that_of_the_whole_model(target):
-    plan = desk_plan(MODEL, ENGINE, TARGETS[target], DEGREE, replicas=1)
+    plan = desk_plan(MODEL, ENGINE, TARGETS[target], DEGREE, num_replicas=1)
     engine = dataclasses.replace(ENGINE, num_pages=whole_context(ENGINE))
     mesh, kernels = kernels_for(MODEL, TARGETS[target], DEGREE)
     for kind, tile in (("decode", Tile(1, 128)), ("prefill", Tile(16, 32))):

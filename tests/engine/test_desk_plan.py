@@ -51,7 +51,7 @@ def plan(in_one: bool = False, **changes) -> DeskPlan:
         variant._replace(kind="prefill"), 512, [program(2), program(3)], MODEL.num_hidden_layers, in_one=in_one
     )
     known = dict(
-        target="v6e:2x2", degree=2, replicas=2, compiled_layers=(2, 3), seconds=6.0, memory=10**9, usable=9 * 10**8
+        target="v6e:2x2", degree=2, num_replicas=2, compiled_layers=(2, 3), seconds=6.0, memory=10**9, usable=9 * 10**8
     )
     sizes = dict(weights=400_000, slots=0, page_bytes=3200, num_pages=101)
     return DeskPlan(**known | sizes | changes, steps={"decode": decode, "prefill": prefill})
