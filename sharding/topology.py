@@ -6,10 +6,12 @@ comes with `jax[tpu]`, the GPU one with `jax[cuda13]`.
 
 import dataclasses
 import importlib.util
+import math
 import os
 import re
 import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,26 +20,56 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sharding import gpu_program
+from sharding.collectives import Collective, collectives_of
+from sharding.devices import FIGURES, GPUS_OF_A_NODE
 from sharding.gpu_program import GpuProgram
 
 KERNEL_CALLS = ("tpu_custom_call", "__gpu$xla.gpu.triton", "triton_kernel_call_ffi", "mosaic_gpu_v2", "mosaic_gpu")
+GPU_CONFIG = Path(__file__).parent / "targets" / "h100.pbtxt"  # XLA's description of an H100
 # Settings of the TPU's library: it asks no metadata server, and other processes may compile at the same time.
 WITHOUT_A_TPU = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A machine to compile for: `topology` is the slice's name as its runtime knows it."""
+    """A machine to compile for: `topology` is its name as the runtime knows it, `generation` a row of devices.py."""
 
+    generation: str
     platform: str
     topology: str
 
+    def __str__(self) -> str:
+        return self.topology if self.platform == "tpu" else f"{self.generation}:{self.num_devices}"
+
+    @property
+    def num_devices(self) -> int:
+        return math.prod(map(int, self.topology.split(":")[-1].split("x")))
+
+
+def target_of(text: str) -> Target:
+    """A target from "v5p:2x2x4" (chips along each axis of a TPU slice) or "h100:8" (GPUs, in nodes of 8).
+
+    Raises ValueError for every other form.
+    """
+    generation, _, shape = text.partition(":")
+    kinds = ", ".join(FIGURES)
+    if generation not in FIGURES:
+        raise ValueError(f"unknown device {generation!r} in the topology {text!r}; known: {kinds}")
+    figures = FIGURES[generation]
+    if figures.platform == "cuda":
+        if not re.fullmatch(r"[1-9]\d*", shape) or int(shape) > GPUS_OF_A_NODE and int(shape) % GPUS_OF_A_NODE:
+            raise ValueError(f"a topology of GPUs is like h100:8, with up to 8 or whole nodes of 8, got {text!r}")
+        nodes = max(1, int(shape) // GPUS_OF_A_NODE)
+        return Target(generation, "cuda", f"1x{nodes}x{int(shape) // nodes}")
+    axes = "x".join(["[1-9]\\d*"] * figures.axes)
+    if not re.fullmatch(axes, shape):
+        raise ValueError(f"a slice of {generation} has {figures.axes} axes, like {figures.example}, got {text!r}")
+    return Target(generation, "tpu", text)
+
 
 TARGETS = {
-    "v5e": Target("tpu", "v5e:2x4"),
-    "v5p": Target("tpu", "v5p:2x2x1"),
-    "v6e": Target("tpu", "v6e:2x2"),
-    "h100": Target("cuda", "1x1x1"),
+    name: target_of(text)
+    for name, text in {"v5e": "v5e:2x4", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "h100": "h100:8"}.items()
 }
 
 
@@ -49,11 +81,18 @@ class Compiled:
     seconds: float
     argument_bytes: int
     output_bytes: int
+    alias_bytes: int  # of the output, that lie where arguments were
     workspace_bytes: int
     flops: float
     bytes_accessed: float
     kernels: tuple[str, ...]
+    collectives: tuple[Collective, ...] = ()
     gpu: GpuProgram | None = None  # what it starts, where it is a GPU's
+
+    @property
+    def beside_arguments(self) -> int:
+        """Bytes that a run takes beside its arguments."""
+        return self.workspace_bytes + self.output_bytes - self.alias_bytes
 
     def __str__(self) -> str:
         sizes = (self.argument_bytes, self.output_bytes, self.workspace_bytes, self.bytes_accessed)
@@ -66,9 +105,9 @@ class Compiled:
         )
 
 
-def missing(target: str) -> str | None:
+def missing(target: Target) -> str | None:
     """Why this environment cannot compile for a target, or None where it can."""
-    if TARGETS[target].platform == "tpu":
+    if target.platform == "tpu":
         return None if importlib.util.find_spec("libtpu") else "no TPU compiler here: pip install 'jax[tpu]'"
     if not importlib.util.find_spec("jax_cuda13_plugin"):
         return "no GPU compiler here: pip install 'jax[cuda13]'"
@@ -80,22 +119,23 @@ def missing(target: str) -> str | None:
     return None
 
 
-def mesh_of(target: str, num_devices: int = 1, gpu_config: str = "") -> Mesh:
-    """A mesh of a target's devices along the axis "devices". `gpu_config` is the text of XLA's description of the GPU.
-
-    Raises ValueError for an unknown target and for more devices than its slice has.
-    """
-    if target not in TARGETS:
-        raise ValueError(f"unknown target {target!r}; known: {', '.join(TARGETS)}")
-    described = TARGETS[target]
-    if described.platform == "tpu":
+def devices_of(target: Target) -> list[Any]:
+    """A target's devices, described and not there. Raises ValueError for a slice that there is none of."""
+    options = {}
+    if target.platform == "tpu":
         os.environ |= WITHOUT_A_TPU
-    options = {"target_config": gpu_config, "topology": described.topology} if described.platform == "cuda" else {}
-    name = target if described.platform == "cuda" else described.topology
-    devices = topologies.get_topology_desc(name, platform=described.platform, **options).devices
-    if num_devices > len(devices):
-        raise ValueError(f"{described.topology} has {len(devices)} devices, asked for {num_devices}")
-    return Mesh(np.array(devices[:num_devices]), ("devices",))
+    else:
+        options = {"target_config": GPU_CONFIG.read_text(), "topology": target.topology}
+    name = target.topology if target.platform == "tpu" else target.generation
+    try:
+        return list(topologies.get_topology_desc(name, platform=target.platform, **options).devices)
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError(f"the compiler knows no topology {target}: {error}") from error
+
+
+def mesh_of(target: Target) -> Mesh:
+    """A mesh of the first of a target's devices alone."""
+    return Mesh(np.array(devices_of(target)[:1]), ("devices",))
 
 
 def compile_ahead(mesh: Mesh, jitted: Any, *args: Any, **static: Any) -> Compiled:
@@ -115,15 +155,17 @@ def compile_ahead(mesh: Mesh, jitted: Any, *args: Any, **static: Any) -> Compile
         compiled = lowered.compile(gpu_program.dumping(folder) if on_gpu else None)
         seconds = time.monotonic() - start
         gpu = gpu_program.read(folder) if on_gpu else None
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
+    memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis() or {}, compiled.as_text()
     return Compiled(
         seconds,
         memory.argument_size_in_bytes,
         memory.output_size_in_bytes,
+        memory.alias_size_in_bytes,
         memory.temp_size_in_bytes,
         cost.get("flops", 0.0),
         cost.get("bytes accessed", 0.0),
-        kernels_of(compiled.as_text()),
+        kernels_of(text),
+        collectives_of(text),
         gpu,
     )
 

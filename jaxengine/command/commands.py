@@ -178,6 +178,21 @@ def run_bench(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def run_plan(arguments: argparse.Namespace) -> int:
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # devices are described: those that are here stay others'
+    from jaxengine.command.plan import plan
+
+    if arguments.json:
+        arguments.json.touch()  # so that a file that cannot be written ends the command now, not after compiling
+    table, record = plan(arguments)
+    print(table)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(record, indent=2) + "\n")
+    return 0
+
+
 def _peer(stack: contextlib.ExitStack, llm: Any, arguments: argparse.Namespace) -> Any:
     """The peer that the arguments name, on the same model, or on random weights of the same shape."""
     from checkpoints.model_folder import find_folder

@@ -1,5 +1,5 @@
-"""The command line: `jaxengine demo`, `generate`, `serve`, `verify` and `bench`. It parses and prints; the work is done
-elsewhere.
+"""The command line: `jaxengine demo`, `generate`, `serve`, `verify`, `bench` and `plan`. It parses and prints; the work
+is done elsewhere.
 
 What a user gets wrong ends with one line on standard error and code 2, an interrupt with code 130.
 """

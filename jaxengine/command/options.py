@@ -10,6 +10,8 @@ from typing import Any
 
 from jaxengine.sampling_params import SamplingParams
 
+NOT_TEXT = ("mesh",)  # fields whose values no text has a form for
+
 
 def add_fields(group: Any, cls: type, defaults: Mapping[str, str] = types.MappingProxyType({})) -> None:
     """An option for every field of a dataclass; `given_fields` reads them back.
@@ -18,6 +20,8 @@ def add_fields(group: Any, cls: type, defaults: Mapping[str, str] = types.Mappin
     """
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
+        if field.name in NOT_TEXT:
+            continue
         own = f"default {field.default!r}" if field.default not in (None, ()) else "not set by default"
         group.add_argument(
             f"--{field.name.replace('_', '-')}",

@@ -23,6 +23,7 @@ BENCH_DEFAULTS = LLM_DEFAULTS | {
 DEMO = "Sample arithmetic with the model that ships, and draw every sample again, bit for bit."
 VERIFY = "Run the contract on this machine with a model: every axis, every bit."
 SERVE = "Serve a model over HTTP, by OpenAI's routes and vLLM's."
+PLAN = "Say what fits on devices that are not here, and how fast it could be: compiled for them, nothing is run."
 BENCH = "Measure tokens per second of the decode and group workloads."
 
 
@@ -40,6 +41,7 @@ def parser() -> argparse.ArgumentParser:
     _add_serve(_command(group, "serve", commands.run_serve, SERVE))
     _add_verify(_command(group, "verify", commands.run_verify, VERIFY))
     _add_bench(_command(group, "bench", commands.run_bench, BENCH))
+    _add_plan(_command(group, "plan", commands.run_plan, PLAN))
     return whole
 
 
@@ -150,6 +152,30 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write machine, versions and every figure there")
     _add_engine(parser, BENCH_DEFAULTS, dtype="bfloat16")
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", help="llama-3-70b, qwen3-32b or qwen3-8b; a config.json, a folder with one, or a hub id"
+    )
+    parser.add_argument("--topology", required=True, help="v5e:16x16, v5p:2x2x4, v6e:4x4, h100:8, …")
+    parser.add_argument("--tensor", type=count, default=1, help="devices that share one replica's weights")
+    parser.add_argument("--data", type=count, help="replicas (default: as many as the topology has room for)")
+    parser.add_argument("--reduction-leaves", type=count, help="leaves of every sum (default: --tensor)")
+    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="auto: the file's")
+    parser.add_argument("--max-model-len", type=count, help="tokens (default: the model's own, at most 8192)")
+    parser.add_argument("--max-num-seqs", type=count, default=256, help="requests at once")
+    parser.add_argument("--max-num-batched-tokens", type=count, default=8192, help="of a prefill step")
+    parser.add_argument("--page-size", type=count, default=32, help="tokens of a page")
+    parser.add_argument("--gpu-memory-utilization", type=float, default=0.9, help="of a device's memory")
+    parser.add_argument(
+        "--needs",
+        choices=("plain", "all"),
+        default="plain",
+        help="requests with a temperature alone; or with everything, whose steps take long to compile for a TPU",
+    )
+    parser.add_argument("--context", type=count, help="tokens of a request that estimates take (default: half)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure there")
 
 
 def _add_engine(parser: argparse.ArgumentParser, defaults: Mapping[str, str], dtype: str = "auto") -> None:

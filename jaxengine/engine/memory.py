@@ -56,11 +56,11 @@ def memory_plan(model_config: ModelConfig, engine_config: EngineConfig) -> Memor
     kernels = _kernels(model_config, engine_config)
     cache = kv_cache.abstract(model_config, engine_config, kernels)
     return MemoryPlan(
-        _size(_abstract_weights(model_config, kernels)),
-        _size(cache),
+        size_on_one(abstract_weights(model_config, kernels)),
+        size_on_one(cache),
         _workspace(model_config, engine_config),
         engine_config.num_pages,
-        _page_bytes(model_config, engine_config),
+        bytes_of_page(model_config, engine_config, kernels),
         _device_memory()[0],
     )
 
@@ -87,17 +87,17 @@ def sized_pool(model_config: ModelConfig, engine_config: EngineConfig, params: A
             - plan.workspace
         )
     num_pages = min(
-        engine_config.max_num_seqs * (_whole_context(engine_config) - 1) + 1,
-        _pages_in(room, model_config, engine_config, plan.page_bytes),
+        engine_config.max_num_seqs * (whole_context(engine_config) - 1) + 1,
+        pages_in(room, model_config, engine_config, plan.page_bytes),
     )
     if on_cpu:
         enough = max(CPU_POOL, plan.weights) // plan.page_bytes
-        num_pages = min(num_pages, max(enough, _whole_context(engine_config)))
-    if num_pages < _whole_context(engine_config):
+        num_pages = min(num_pages, max(enough, whole_context(engine_config)))
+    if num_pages < whole_context(engine_config):
 
         def is_too_long(length: int) -> bool:
             shorter = dataclasses.replace(engine_config, max_model_len=length)
-            return _pages_in(room, model_config, shorter, plan.page_bytes) < _whole_context(shorter)
+            return pages_in(room, model_config, shorter, plan.page_bytes) < whole_context(shorter)
 
         longest = 1 + bisect.bisect_left(range(2, engine_config.max_model_len), True, key=is_too_long)
         advice = f"max_model_len={longest} fits; or" if longest > 1 else "there is no room for any;"
@@ -105,20 +105,20 @@ def sized_pool(model_config: ModelConfig, engine_config: EngineConfig, params: A
         others = "" if on_cpu else f", {taken / 1e9:.2f} GB are in use: raise {share}"
         raise MemoryError(
             f"one context of max_model_len={engine_config.max_model_len} tokens needs "
-            f"{_whole_context(engine_config)} pages, {max(num_pages, 0)} fit: {plan}{others}; {advice} lower "
+            f"{whole_context(engine_config)} pages, {max(num_pages, 0)} fit: {plan}{others}; {advice} lower "
             "max_num_batched_tokens or max_num_seqs, or give num_pages"
         )
     return dataclasses.replace(engine_config, num_pages=num_pages)
 
 
-def _whole_context(engine_config: EngineConfig) -> int:
+def whole_context(engine_config: EngineConfig) -> int:
     """Pages that a pool must have for one sequence of max_model_len tokens."""
     return -(-engine_config.max_model_len // engine_config.page_size) + 1
 
 
-def _pages_in(room: int, model_config: ModelConfig, engine_config: EngineConfig, page_bytes: int) -> int:
+def pages_in(room: int, model_config: ModelConfig, engine_config: EngineConfig, page_bytes: int) -> int:
     """num_pages of the largest cache that takes `room` bytes."""
-    slots = _size(kv_cache.abstract_slots(model_config, engine_config))
+    slots = size_on_one(kv_cache.abstract_slots(model_config, engine_config))
     return (room - slots) // page_bytes - engine_config.probe_pages
 
 
@@ -126,7 +126,7 @@ def _kernels(model_config: ModelConfig, engine_config: EngineConfig) -> Kernels:
     return choose_kernels(engine_config.kernels, model_config, engine_config.mesh)
 
 
-def _abstract_weights(model_config: ModelConfig, kernels: Kernels) -> Any:
+def abstract_weights(model_config: ModelConfig, kernels: Kernels) -> Any:
     """Their shapes and dtypes, and where they lie on a mesh."""
     shapes = model_params.abstract(model_config)
     if kernels.split is None:
@@ -137,7 +137,7 @@ def _abstract_weights(model_config: ModelConfig, kernels: Kernels) -> Any:
     )
 
 
-def _size(tree: Any) -> int:
+def size_on_one(tree: Any) -> int:
     """Bytes of all arrays, on each device of those that share them."""
     return sum(math.prod(_on_one(x)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
@@ -193,9 +193,10 @@ def explained(model_config: ModelConfig, engine_config: EngineConfig, doing: str
         raise MemoryError(f"out of memory while {doing}: {advice(model_config, engine_config)}") from error
 
 
-def _page_bytes(model_config: ModelConfig, engine_config: EngineConfig) -> int:
-    pools = _kernels(model_config, engine_config).pools(model_config, 1, engine_config.page_size)
-    return model_config.num_hidden_layers * _size(pools)
+def bytes_of_page(model_config: ModelConfig, engine_config: EngineConfig, kernels: Kernels) -> int:
+    """Bytes of one page in all layers, on each device of those that share it."""
+    pools = kernels.pools(model_config, 1, engine_config.page_size)
+    return model_config.num_hidden_layers * size_on_one(pools)
 
 
 def _workspace(model_config: ModelConfig, engine_config: EngineConfig) -> int:
@@ -214,11 +215,11 @@ def _workspace(model_config: ModelConfig, engine_config: EngineConfig) -> int:
 def _compiled_workspace(model_config: ModelConfig, engine_config: EngineConfig) -> int:
     """What the widest steps take on the first device, of a pool of one context."""
     kernels = _kernels(model_config, engine_config)
-    engine_config = dataclasses.replace(engine_config, num_pages=_whole_context(engine_config))
+    engine_config = dataclasses.replace(engine_config, num_pages=whole_context(engine_config))
     variants = StepVariants(model_config, engine_config, kernels, BatchBuilder(engine_config))
     cache = kv_cache.abstract(model_config, engine_config, kernels)
     with explained(model_config, engine_config, "compiling the widest steps"):
-        return variants.workspace(_abstract_weights(model_config, kernels), cache)
+        return variants.workspace(abstract_weights(model_config, kernels), cache)
 
 
 def _device_memory() -> tuple[int, int]:

@@ -44,6 +44,12 @@ class Variant(NamedTuple):
         return f"{self.kind} step for {self.tile.rows} rows{self.needs}"
 
 
+def step_of(kind: str, *, on_gpu: bool) -> Any:
+    """The jitted step of that kind."""
+    step = steps.decode_step if kind == "decode" else steps.prefill_step
+    return steps.captured(step) if on_gpu else step
+
+
 class StepVariants:
     """The compiled steps of one engine, compiled at first use and proven before they serve."""
 
@@ -158,8 +164,7 @@ class StepVariants:
 
     def _step(self, variant: Variant) -> Any:
         """The jitted step for the device at hand."""
-        step = steps.decode_step if variant.kind == "decode" else steps.prefill_step
-        return steps.captured(step) if jax.default_backend() == "gpu" else step
+        return step_of(variant.kind, on_gpu=jax.default_backend() == "gpu")
 
     def _static(self, variant: Variant) -> dict[str, Any]:
         """What a step is compiled for."""
@@ -187,16 +192,24 @@ class StepVariants:
 
     def lowered(self, variant: Variant, params: Any, cache: Any) -> Any:
         """The step before it is compiled; of `params` and `cache` only shapes and places are looked at."""
-        batch, inputs = self.batch, pack(self.batch.smallest(variant.kind, variant.tile))
-        step, how = self._step(variant), self._static(variant)
-        return step.lower(params, cache, batch.tables, batch.host_slots, inputs, **how)
+        inputs, how = self.call(variant)
+        return self._step(variant).lower(params, cache, *inputs, **how)
+
+    def call(self, variant: Variant) -> tuple[tuple, dict[str, Any]]:
+        """(what the step takes after params and cache, for its shapes, what it is compiled for)."""
+        inputs = pack(self.batch.smallest(variant.kind, variant.tile))
+        return (self.batch.tables, self.batch.host_slots, inputs), self._static(variant)
+
+    def widest(self, needs: Needs) -> list[Variant]:
+        """The step of each kind that takes the most rows at a time."""
+        return [Variant(kind, tiles[-1], needs) for kind, tiles in self._tiles.items()]
 
     def workspace(self, params: Any, cache: Any) -> int:
         """Bytes that the widest steps take beside their arguments, read from the compiled programs.
 
         They hardly depend on the number of pages, so that those of a small pool may be asked.
         """
-        widest = [Variant(kind, tiles[-1], Needs.ALL) for kind, tiles in self._tiles.items()]
+        widest = self.widest(Needs.ALL)
 
         def taken(variant: Variant) -> int:
             found = self.lowered(variant, params, cache).compile().memory_analysis()

@@ -17,7 +17,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.chain_gpu.blocks import both, by_columns, inside, load, new
-from pallas_kernels.chain_gpu.sizes import ChainSizes, row_tile, split_of
+from pallas_kernels.chain_gpu.sizes import ChainSizes, row_tile, split_of, stages_of
 from pallas_kernels.gpu_call import call
 from pallas_kernels.numbers import cdiv, power_of_two
 from pallas_kernels.pinned_math import silu
@@ -79,7 +79,8 @@ def _partial_sums(x: Array, w: Array, sizes: ChainSizes, interpret: bool, split:
     kernel = functools.partial(_sums, sizes=sizes, rows=rows, split=split, apart=apart, interpret=interpret)
     grid = *tiles, leaves * (num_splits if apart else 1)
     out = new((leaves, num_splits if apart else 1, m, width))
-    how: dict[str, Any] = dict(interpret=interpret, warps=8 if rows == 128 else sizes.warps, stages=sizes.stages)
+    stages = stages_of(sizes, x.shape[0] * rows, x.dtype.itemsize)
+    how: dict[str, Any] = dict(interpret=interpret, warps=8 if rows == 128 else sizes.warps, stages=stages)
     return call("chain_product", kernel, grid, out, x, w, **how)
 
 

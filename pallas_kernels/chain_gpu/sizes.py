@@ -32,6 +32,8 @@ CHAIN = {
     (INTERPRETED, "float32"): ChainSizes(64, 128, 32, 64, 64, 4, 2),
 }
 
+SHARED_BYTES = 220 * 1024  # of a program's shared memory, for blocks: it may have 227 KiB, and Triton wants some
+
 
 def chain_sizes(device: str, dtype: np.dtype) -> ChainSizes:
     """The row of the table. Raises ValueError for a dtype without one."""
@@ -55,3 +57,11 @@ def split_of(sizes: ChainSizes, outputs: int, inputs: int) -> int:
 def row_tile(num_rows: int) -> int:
     """Rows of one dot: free, because they are the n of a wgmma (16, 64 or 128), not its m."""
     return 16 if num_rows <= 32 else 64 if num_rows <= 64 else 128
+
+
+def stages_of(sizes: ChainSizes, rows: int, itemsize: int) -> int:
+    """Steps along K whose blocks are fetched ahead: free, and as many as shared memory holds.
+
+    `rows` are those of all parts of x. The head's three parts at 128 rows leave room for one less than the table says.
+    """
+    return min(sizes.stages, SHARED_BYTES // ((rows + sizes.columns) * sizes.depth * itemsize))

@@ -5,7 +5,6 @@ Run in environments of their own: `pytest -m aot -k tpu` with jax[tpu], `-k gpu`
 """
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 from jax.sharding import Mesh
@@ -14,12 +13,11 @@ from pallas_kernels.implementations import Implementation, choose
 from sharding.topology import TARGETS, Compiled, mesh_of, missing
 
 NAMES = {name: f"{'tpu' if target.platform == 'tpu' else 'gpu'}-{name}" for name, target in TARGETS.items()}
-H100 = Path(__file__).parent / "targets" / "h100.pbtxt"
 
 
 @pytest.fixture(scope="module", params=TARGETS, ids=NAMES.get)
 def target(request) -> str:
-    reason = missing(request.param)
+    reason = missing(TARGETS[request.param])
     if reason:
         pytest.skip(reason)
     return request.param
@@ -27,7 +25,7 @@ def target(request) -> str:
 
 @pytest.fixture(scope="module")
 def mesh(target) -> Mesh:
-    return mesh_of(target, gpu_config=H100.read_text())
+    return mesh_of(TARGETS[target])
 
 
 @pytest.fixture(scope="module")

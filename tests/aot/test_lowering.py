@@ -11,14 +11,14 @@ import machines
 import pytest
 from conftest import pool_bytes, step_call
 from jax.experimental import pallas as pl
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from jaxengine.config import EngineConfig, ModelConfig
 from jaxengine.device import kv_cache, steps
 from jaxengine.device.needs import Needs
+from jaxengine.engine.memory import abstract_weights
 from jaxengine.models import params
-from jaxengine.ops.kernels import Kernels, kernels_of
-from jaxengine.ops.sharded import sharded
+from jaxengine.ops.kernels import Kernels, checked_for, kernels_of, sharded
 from jaxengine.ops.tiles import ROW_UNIT, Tile
 from pallas_kernels.cases.draw import DrawCase
 from pallas_kernels.cases.grouped_matmul import GroupedCase
@@ -28,7 +28,8 @@ from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.matmul import matmul
 from pallas_kernels.truncation import kept
 from sharding.gpu_program import GpuProgram
-from sharding.topology import TARGETS, Compiled, compile_ahead, mesh_of
+from sharding.mesh import make_mesh
+from sharding.topology import TARGETS, Compiled, compile_ahead, devices_of
 
 pytestmark = pytest.mark.aot
 target, mesh, kernels, report = machines.target, machines.mesh, machines.kernels, machines.report  # fixtures
@@ -178,19 +179,10 @@ def test_step_that_can_do_more(needs, mesh, kernels, report):
 @pytest.mark.parametrize("kind", ["decode", "prefill"])
 def test_step_sharded(kind, target, kernels, report):
     """The same steps on four devices, each with a leaf of its own: they gather, and send no sum of floats."""
-    if TARGETS[target].platform == "cuda":
-        pytest.skip("only one GPU is described")
-    mesh = mesh_of(target, MODEL.reduction_leaves)
-    ops = sharded(kernels_of(kernels), mesh, "devices")
-
-    def split(_, parameter):
-        return NamedSharding(mesh, PartitionSpec("devices" if parameter.axes[0] == "leaf" else None))
-
-    def put(x, sharding):
-        return x.update(sharding=sharding)
-
-    weights = jax.tree.map(put, params.abstract(MODEL), params.map_declared(split, MODEL))
-    state = weights, kv_cache.abstract(MODEL, ENGINE, ops)
+    mesh = make_mesh(tensor=MODEL.reduction_leaves, devices=devices_of(TARGETS[target]))
+    own = kernels_of(kernels)
+    ops = sharded(own, checked_for(MODEL, own, mesh))
+    state = abstract_weights(MODEL, ops), kv_cache.abstract(MODEL, ENGINE, ops)
     compiled = report(compiled_step(kind, mesh, ops, state))
     shared = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state) if x.ndim > 1)
     assert shared / 4 <= compiled.argument_bytes < shared / 4 + 2**20, "a device holds more than its leaves"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.chain_gpu import attend, heads, product, residual
-from pallas_kernels.chain_gpu.sizes import ChainSizes, chain_sizes, split_of
+from pallas_kernels.chain_gpu.sizes import ChainSizes, chain_sizes, split_of, stages_of
 from pallas_kernels.paged_attention_inputs import PagedBlocks
 from pallas_kernels.sizes import INTERPRETED
 
@@ -182,3 +182,11 @@ def test_sizes_are_of_the_weight_alone():
     with pytest.raises(ValueError, match="takes weights in bfloat16 or float32, got float16"):
         chain_sizes("Hopper", np.dtype(np.float16))
     assert chain_sizes(INTERPRETED, np.dtype(np.float32)).kv_tile == 32
+
+
+def test_blocks_fit_an_h100s_shared_memory():
+    """The head's three bfloat16 parts at 128 rows do not with as many stages as the table says."""
+    hopper = chain_sizes("Hopper", np.dtype(jnp.bfloat16))
+    assert stages_of(hopper, rows=128, itemsize=2) == hopper.stages
+    head = stages_of(hopper, rows=3 * 128, itemsize=2)
+    assert head == 3 and head * (3 * 128 + hopper.columns) * hopper.depth * 2 < 227 * 1024 - 4096
