@@ -18,6 +18,7 @@ from jaxengine.engine.engine import Engine
 from jaxengine.engine.step_variants import BASE
 from jaxengine.models.params import Decoder
 from jaxengine.ops.kernels import Kernels
+from sharding.mesh import on_host
 
 # Of this project's own arithmetic: raised by hand whenever tokens or logprobs change by a bit on any machine, whatever
 # the change is in (a coefficient, the order of a sum, a tile). tests/test_contract/test_numerics.py holds it.
@@ -46,7 +47,7 @@ def _on_cpu(leaf: Any) -> bool:
 
 
 def _bytes(leaf: Any) -> np.ndarray:
-    return np.ascontiguousarray(np.asarray(leaf)).reshape(-1).view(np.uint8)
+    return np.ascontiguousarray(on_host(leaf)).reshape(-1).view(np.uint8)
 
 
 def contract_of(model_config: ModelConfig, kernels: Kernels, weights: str | list[str]) -> Contract:
