@@ -15,6 +15,7 @@ from jaxengine.config import KV_TILE, QUERY_BLOCK, VOCAB_BLOCK, ModelConfig
 from jaxengine.coordinate import Contract
 from jaxengine.device import checksums
 from jaxengine.engine.engine import Engine
+from jaxengine.engine.lockstep import as_one
 from jaxengine.engine.step_variants import BASE
 from jaxengine.models.params import Decoder
 from jaxengine.ops.kernels import Kernels
@@ -110,7 +111,8 @@ class Contracts:
         if weights.version not in self._digests:
             if weights.params is None:
                 raise RuntimeError("there are no weights, so there is no contract: give some to update_params first")
-            self._digests[weights.version] = weights_digest(weights.params)
+            with as_one(self._engine.lockstep, ("weights digest", weights.version)):
+                self._digests[weights.version] = weights_digest(weights.params)
             for old in sorted(self._digests)[:-VERSIONS_KEPT]:
                 del self._digests[old]
         return self._digests[weights.version]
