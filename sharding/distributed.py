@@ -78,6 +78,7 @@ def initialize(
     found = found_place()
     place = Place(*(b if a is None else a for a, b in zip(given, found, strict=True)))
     jax.config.update("jax_cpu_collectives_implementation", "gloo")  # CPUs have no other that crosses processes
+    jax.config.update("jax_enable_preemption_service", False)  # it swallows SIGTERM, which then ends nothing
     try:
         jax.distributed.initialize(
             *place,

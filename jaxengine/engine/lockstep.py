@@ -40,10 +40,10 @@ class LockstepError(RuntimeError):
 class Lockstep:
     """What this process does, beside what the others do. The main thread calls; a thread of its own watches."""
 
-    def __init__(self, processes: Sequence[int], timeout: float) -> None:
-        self.me, self.timeout = jax.process_index(), timeout
-        self.others = [process for process in processes if process != self.me]
-        self._store, self._name = store(), next_name(processes, "lockstep")
+    def __init__(self, store: Any, name: str, me: int, processes: Sequence[int], timeout: float) -> None:
+        self.me, self.timeout = me, timeout
+        self.others = [process for process in processes if process != me]
+        self._store, self._name = store, name
         self._steps: collections.deque[tuple[int, str, str]] = collections.deque(maxlen=KEPT)  # (number, hash, what)
         self._count, self._hash, self._begun = 0, "", time.monotonic()
         self._changed = threading.Condition()  # guards what is above and below; notified where one of them changes
@@ -56,6 +56,13 @@ class Lockstep:
         self._thread = threading.Thread(target=_watch, args=(weakref.ref(self),), name="lockstep", daemon=True)
         self._thread.start()
         atexit.register(_leave, weakref.ref(self))  # before JAX's own, which waits for all processes
+
+    @classmethod
+    def of(cls, processes: Sequence[int], timeout: float) -> "Lockstep | None":
+        """That of these processes; None for one alone. Seconds as EngineConfig.process_timeout."""
+        if len(processes) == 1:
+            return None
+        return cls(store(), next_name(processes, "lockstep"), jax.process_index(), processes, timeout)
 
     # -- what the engine calls ----------------------------------------------------------------------------------------
 

@@ -66,8 +66,7 @@ class Session:
 
     def _new_engine(self, engine_config: EngineConfig, params: Any) -> Engine:
         kernels = choose_kernels(engine_config.kernels, self.model_config, engine_config.mesh)
-        processes = processes_of(engine_config.mesh)
-        lockstep = Lockstep(processes, engine_config.process_timeout) if len(processes) > 1 else None
+        lockstep = Lockstep.of(processes_of(engine_config.mesh), engine_config.process_timeout)
         setup = jax.__version__, self.model_config, dataclasses.replace(engine_config, mesh=None)
         explained = memory.explained(self.model_config, engine_config, "making room for the cache")
         with explained, as_one(lockstep, setup):

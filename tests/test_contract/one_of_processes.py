@@ -32,6 +32,7 @@ SMALL = dict(
 ROOM = dict(max_model_len=128, max_num_seqs=4, num_pages=12, max_num_batched_tokens=32, compile_patience=1_000_000)
 PROMPTS = [list(range(3)), list(range(40, 57)), list(range(200, 240))]
 PARAMS = SamplingParams(n=2, max_tokens=24, ignore_eos=True)
+DTYPES = sys.argv[5:]
 TROUBLE_AT = 8  # the step at which something happens to the last process
 
 
@@ -79,7 +80,7 @@ def trouble(kind: str) -> None:
 
 def main(kind: str) -> None:
     if kind == "bits":
-        print(json.dumps({dtype: answers(make(dtype)) for dtype in ("float32", "bfloat16")}))
+        print(json.dumps({dtype: answers(make(dtype)) for dtype in DTYPES}))
         return
     llm = make("float32", process_timeout=5)
     llm.generate(PROMPTS, PARAMS, key=jax.random.key(0))  # compiles
