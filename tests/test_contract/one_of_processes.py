@@ -54,7 +54,6 @@ def answers(llm: jaxengine.LLM) -> dict:
         "scored": scored.tobytes().hex(),
         "equal": scored.tobytes() == rollout.logprobs.tobytes(),
         "contract": llm.contract().digest,
-        "preemptions": llm.engine.scheduler.num_preemptions,
     }
 
 
