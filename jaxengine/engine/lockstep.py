@@ -81,7 +81,9 @@ class Lockstep:
             problem = f"process {self.me} failed with {type(error).__name__}: {str(error)[:SHOWN]}"
             self._fail(problem, wait=not lost)
             if lost:
-                raise LockstepError(f"a step failed that runs on several processes: {error}") from error
+                raise LockstepError(
+                    f"a step that runs on several processes failed, so another of them has probably ended: {error}"
+                ) from error
             raise
         finally:
             self._inside -= 1

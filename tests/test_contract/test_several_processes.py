@@ -18,7 +18,11 @@ HERE = pathlib.Path(__file__).parent
 LIMIT = 600  # seconds for processes that compile on a busy machine
 SOON = 40  # seconds from a trouble to the end of all: the timeout of 5, twice the grace, and room
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not library.is_built(), reason="the CPU's kernels are not built")]
+pytestmark = pytest.mark.slow
+try:
+    library.load()
+except library.KernelsMissingError as error:
+    pytest.skip(str(error), allow_module_level=True)
 
 
 def start(count: int, *words: str) -> list[subprocess.Popen]:
