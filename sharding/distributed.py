@@ -76,7 +76,7 @@ def initialize(
                 raise ValueError(f"this process is connected already, with {name}={is_so!r}: {wanted!r} was given")
         return
     found = found_place()
-    place = Place(*(b if a is None else a for a, b in zip(given, found, strict=True)))
+    place = found._replace(**{name: value for name, value in given._asdict().items() if value is not None})
     jax.config.update("jax_cpu_collectives_implementation", "gloo")  # CPUs have no other that crosses processes
     jax.config.update("jax_enable_preemption_service", False)  # it swallows SIGTERM, which then ends nothing
     try:

@@ -82,6 +82,7 @@ def on_host(x: Any) -> np.ndarray:
     this together.
     """
     if isinstance(x, jax.Array) and not x.is_fully_addressable and not x.is_fully_replicated:
+        assert isinstance(x.sharding, NamedSharding)
         x = jax.device_put(x, NamedSharding(x.sharding.mesh, WHOLE))
     return np.asarray(x)
 

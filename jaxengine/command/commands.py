@@ -71,7 +71,7 @@ def _generate(arguments: argparse.Namespace, params: SamplingParams, **devices: 
     return 1 if "error" in reasons else 0
 
 
-def _open_llm(arguments: argparse.Namespace, **more: int) -> Any:
+def _open_llm(arguments: argparse.Namespace, **more: Any) -> Any:
     from jaxengine.llm import LLM
 
     engine = given_fields(arguments, EngineConfig)

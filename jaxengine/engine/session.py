@@ -74,8 +74,14 @@ class Session:
                 lockstep.settle()
             params = placed(params, homes(params, self.model_config, kernels))
             check_mesh(self.model_config, kernels, self.report)
-            how = dict(tokenizer=self.tokenizer, report=self.report, lockstep=lockstep)
-            engine = Engine(self.model_config, engine_config, params, **how)
+            engine = Engine(
+                self.model_config,
+                engine_config,
+                params,
+                tokenizer=self.tokenizer,
+                report=self.report,
+                lockstep=lockstep,
+            )
             jax.block_until_ready(engine.cache)
         return engine
 
