@@ -17,8 +17,8 @@ def add_fields(group: Any, cls: type, defaults: Mapping[str, str] = types.Mappin
     """
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
-        if hints[field.name] is Any:
-            continue  # an object that no text spells: a mesh
+        if field.name == "mesh":
+            continue  # an object that no text spells
         own = f"default {field.default!r}" if field.default not in (None, ()) else "not set by default"
         group.add_argument(
             f"--{field.name.replace('_', '-')}",
