@@ -22,7 +22,8 @@ _HOMES = {
     "ModelConfig": "config",
     "EngineConfig": "config",
 }
-__all__ = [*_HOMES]
+_MODULES = ("distributed",)
+__all__ = [*_HOMES, *_MODULES]
 __version__ = "0.1.0"
 
 
@@ -50,6 +51,8 @@ _check_neighbours()
 
 
 def __getattr__(name: str):
+    if name in _MODULES:
+        return importlib.import_module(f"jaxengine.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'jaxengine' has no attribute {name!r}; it has {', '.join(__all__)}")
     return getattr(importlib.import_module(f"jaxengine.{_HOMES[name]}"), name)

@@ -154,6 +154,7 @@ class EngineConfig:
     )
     compilation_cache: bool = True  # keep compiled steps in the user's cache folder (base/compiled_code.py)
     kernels: str = "auto"  # which code computes: one of KERNELS, whose bits differ; "auto" is the device's own
+    process_timeout: int = 60  # seconds that one of several processes may stay behind or silent before all end
     mesh: Any = None  # the jax.sharding.Mesh on which devices share the weights (sharding/mesh.py); None: one device
 
     def __post_init__(self) -> None:
@@ -168,6 +169,7 @@ class EngineConfig:
             ("max_logprobs", -1),
             ("compile_patience", 0),
             ("max_waiting", 1),
+            ("process_timeout", 1),
         ):
             put(name, integer(name, getattr(self, name), least))
         put(

@@ -75,6 +75,25 @@ class Split:
         return jax.shard_map(function, mesh=self.mesh, in_specs=inputs, out_specs=outputs, check_vma=False)
 
 
+def on_host(x: Any) -> np.ndarray:
+    """All of an array as numpy, wherever its parts lie.
+
+    Of one that is cut over devices of several processes, the others' parts travel here first, so all processes call
+    this together.
+    """
+    if isinstance(x, jax.Array) and not x.is_fully_addressable and not x.is_fully_replicated:
+        assert isinstance(x.sharding, NamedSharding)
+        x = jax.device_put(x, NamedSharding(x.sharding.mesh, WHOLE))
+    return np.asarray(x)
+
+
+def processes_of(mesh: Mesh | None) -> tuple[int, ...]:
+    """The processes whose devices a mesh has, in order; of no mesh, this one."""
+    if mesh is None:
+        return (jax.process_index(),)
+    return tuple(sorted({device.process_index for device in mesh.devices.flat}))
+
+
 def replicas(mesh: Mesh) -> list[Mesh]:
     """The mesh of each replica, cut along "data"."""
     return [Mesh(mesh.devices[i : i + 1], AXES) for i in range(mesh.shape["data"])]

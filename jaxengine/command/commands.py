@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import functools
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
@@ -39,9 +40,23 @@ def run_generate(arguments: argparse.Namespace) -> int:
     params = sampling_params(arguments)
     if arguments.stream and params.n > 1:
         raise ValueError(f"--stream shows one sample of a prompt: n must be 1, got {params.n}")
+    if not arguments.distributed:
+        return _generate(arguments, params)
+    import jax
+
+    from jaxengine import distributed
+
+    distributed.initialize()
+    with distributed.draining(), open(os.devnull, "w") as nowhere:
+        is_first = jax.process_index() == 0
+        with contextlib.nullcontext() if is_first else contextlib.redirect_stdout(nowhere):
+            return _generate(arguments, params, tensor_parallel_size=jax.device_count())
+
+
+def _generate(arguments: argparse.Namespace, params: SamplingParams, **devices: int) -> int:
     from jaxengine.base.keys import seeded
 
-    llm = _open_llm(arguments)
+    llm = _open_llm(arguments, reduction_leaves=arguments.reduction_leaves, **devices)
     prompts, key = _prompts(llm, arguments), seeded(arguments.call_seed)
     show = functools.partial(_completion, as_text=llm.tokenizer is not None and params.detokenize)
     if arguments.stream:
@@ -54,11 +69,11 @@ def run_generate(arguments: argparse.Namespace) -> int:
     return 1 if "error" in reasons else 0
 
 
-def _open_llm(arguments: argparse.Namespace) -> Any:
+def _open_llm(arguments: argparse.Namespace, **more: Any) -> Any:
     from jaxengine.llm import LLM
 
     engine = given_fields(arguments, EngineConfig)
-    return LLM(arguments.model, dtype=arguments.dtype, progress=arguments.progress, **engine)
+    return LLM(arguments.model, dtype=arguments.dtype, progress=arguments.progress, **engine, **more)
 
 
 def _stream(llm: Any, prompts: list[Any], params: SamplingParams, key: Any, show: Callable[[Any], str]) -> list[str]:

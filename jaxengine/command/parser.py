@@ -80,6 +80,18 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         default=0,
         help="sample i of prompt p draws with fold_in(fold_in(key(CALL_SEED), p), i)",
     )
+    parser.add_argument(
+        "--distributed",
+        action="store_true",
+        help="the same command runs in each process of a job, and all devices share the model: the place is found in "
+        "the environment (jaxengine.distributed), process 0 prints, SIGTERM is heeded after the last token",
+    )
+    parser.add_argument(
+        "--reduction-leaves",
+        type=count,
+        default=1,
+        help="parts of every long sum, so the most devices that can share the model; it is in the bits",
+    )
     form = parser.add_mutually_exclusive_group()
     form.add_argument(
         "--json", action="store_true", help="a JSON object a sample, one a line; null is an infinite logprob"

@@ -15,11 +15,13 @@ from jaxengine.config import KV_TILE, QUERY_BLOCK, VOCAB_BLOCK, ModelConfig
 from jaxengine.coordinate import Contract
 from jaxengine.device import checksums
 from jaxengine.engine.engine import Engine
+from jaxengine.engine.lockstep import as_one
 from jaxengine.engine.replicas import Replicas
 from jaxengine.engine.step_variants import BASE
 from jaxengine.models.params import Decoder
 from jaxengine.ops.kernels import Kernels
 from jaxengine.ops.rope import inverse_frequencies
+from sharding.mesh import on_host
 
 # Of this project's own arithmetic: raised by hand whenever tokens or logprobs change by a bit on any machine, whatever
 # the change is in (a coefficient, the order of a sum, a tile). tests/test_contract/test_numerics.py holds it.
@@ -48,7 +50,7 @@ def _on_cpu(leaf: Any) -> bool:
 
 
 def _bytes(leaf: Any) -> np.ndarray:
-    return np.ascontiguousarray(np.asarray(leaf)).reshape(-1).view(np.uint8)
+    return np.ascontiguousarray(on_host(leaf)).reshape(-1).view(np.uint8)
 
 
 def contract_of(model_config: ModelConfig, kernels: Kernels, weights: str | list[str]) -> Contract:
@@ -118,7 +120,8 @@ class Contracts:
         if weights.version not in self._digests:
             if weights.params is None:
                 raise RuntimeError("there are no weights, so there is no contract: give some to update_params first")
-            self._digests[weights.version] = weights_digest(weights.params)
+            with as_one(self._engine.lockstep, ("weights digest", weights.version)):
+                self._digests[weights.version] = weights_digest(weights.params)
             for old in sorted(self._digests)[:-VERSIONS_KEPT]:
                 del self._digests[old]
         return self._digests[weights.version]

@@ -16,9 +16,11 @@ from jaxengine.device.step_inputs import RowOutputs
 from jaxengine.engine import idle_pools, memory, page_checksums
 from jaxengine.engine.batch import BatchBuilder
 from jaxengine.engine.collect import HostRows, append_decoded, append_prefilled
+from jaxengine.engine.lockstep import Lockstep
 from jaxengine.engine.step_variants import StepVariants, Variant
 from jaxengine.host.page_pool import PagePool
 from jaxengine.host.plan import Plan
+from jaxengine.host.plan_record import record
 from jaxengine.host.sample import Request, Sample, Status, text_ids
 from jaxengine.host.scheduler import MustCollect, Scheduler
 from jaxengine.ops.kernels import choose_kernels
@@ -91,9 +93,10 @@ class Engine:
         *,
         tokenizer: Tokenizer | None = None,
         report: Report = say_nothing,
+        lockstep: Lockstep | None = None,
     ) -> None:
         self.model_config, self.engine_config, self.weights = model_config, engine_config, Weights(params, 0)
-        self.tokenizer = tokenizer
+        self.tokenizer, self.lockstep = tokenizer, lockstep  # the latter where several processes run it
         self.kernels = choose_kernels(engine_config.kernels, model_config, engine_config.mesh)
         # The cache comes first, because it takes the most memory and may be refused.
         self.cache = kv_cache.empty_cache(model_config, engine_config, self.kernels, params)
@@ -263,14 +266,19 @@ class Engine:
 
         The first half gives none. Other engines' steps may begin in between (engine/replicas.py).
         """
-        with self._whole():
+        with self._together(), self._whole():
             self.restore_pool()
             ended: list[Request] = []
             try:
                 yield from self._step_overlapped(ended) if self.engine_config.overlap else self._step_plain(ended)
             except OutOfDeviceMemory as error:
                 ended += self._fail(error.samples)
+            if self.lockstep is not None and not self.requests:
+                self.lockstep.settle()
         yield ended
+
+    def _together(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.lockstep is None else self.lockstep.together()
 
     def _step_plain(self, ended: list[Request]) -> Iterator[list[Request]]:
         """The specification: schedule, run, collect."""
@@ -292,6 +300,8 @@ class Engine:
 
     def _dispatch(self, plan: Plan) -> InFlight:
         """Hand a plan to the device."""
+        if self.lockstep is not None:
+            self.lockstep.follow(record(plan))
         for sample in plan.admitted:
             self.batch.admit(sample)
         with _blaming(plan.admitted):

@@ -26,6 +26,7 @@ class Replicas:
         first = engines[0]
         self.model_config, self.tokenizer, self.kernels = first.model_config, first.tokenizer, first.kernels
         self.step_variants = first.step_variants  # what is refused on one is refused on all: their devices are alike
+        self.lockstep = None  # all devices are this process's
         self._placement = Placement(engine_config.page_size)
         self._ids = itertools.count()
         self._only: int | None = None

@@ -1,6 +1,7 @@
 """Requests in, outputs out: one engine as threads use it, under whichever weights run."""
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -19,6 +20,7 @@ from jaxengine.engine import idle_pools, memory
 from jaxengine.engine.contract_digest import Contracts
 from jaxengine.engine.deltas import DeltaReader
 from jaxengine.engine.engine import Engine
+from jaxengine.engine.lockstep import Lockstep, as_one
 from jaxengine.engine.mesh_proof import check_mesh
 from jaxengine.engine.replicas import Replicas
 from jaxengine.engine.runner import Runner
@@ -35,7 +37,7 @@ from jaxengine.outputs import RequestDelta, RequestOutput
 from jaxengine.sampling_params import SamplingParams
 from jaxengine.text.bad_words import each_with_token_ids
 from jaxengine.text.tokenizer import Tokenizer
-from sharding.mesh import replicas
+from sharding.mesh import processes_of, replicas
 
 IN_FLIGHT = ("recompute", "keep", "drain")
 SLEEP_LEVELS = (1, 2)
@@ -68,15 +70,31 @@ class Session:
         if engine_config.mesh is None:
             return self._new_replica(engine_config, params)
         configs = [dataclasses.replace(engine_config, mesh=mesh) for mesh in replicas(engine_config.mesh)]
+        if len(configs) > 1 and len(processes_of(engine_config.mesh)) > 1:
+            raise NotImplementedError(
+                "replicas over several processes: start one job for each replica, with data_parallel_size=1"
+            )
         engines = [self._new_replica(config, params) for config in configs]
         return engines[0] if len(engines) == 1 else Replicas(engine_config, engines)
 
     def _new_replica(self, engine_config: EngineConfig, params: Any) -> Engine:
         kernels = choose_kernels(engine_config.kernels, self.model_config, engine_config.mesh)
-        with memory.explained(self.model_config, engine_config, "making room for the cache"):
+        lockstep = Lockstep.of(processes_of(engine_config.mesh), engine_config.process_timeout)
+        setup = jax.__version__, self.model_config, dataclasses.replace(engine_config, mesh=None)
+        explained = memory.explained(self.model_config, engine_config, "making room for the cache")
+        with explained, as_one(lockstep, setup):
+            if lockstep is not None:
+                lockstep.settle()
             params = placed(params, homes(params, self.model_config, kernels))
             check_mesh(self.model_config, kernels, self.report)
-            engine = Engine(self.model_config, engine_config, params, tokenizer=self.tokenizer, report=self.report)
+            engine = Engine(
+                self.model_config,
+                engine_config,
+                params,
+                tokenizer=self.tokenizer,
+                report=self.report,
+                lockstep=lockstep,
+            )
             jax.block_until_ready(engine.cache)
         return engine
 
@@ -177,7 +195,8 @@ class Session:
         self.runner.check_usable()
         params = to_decoder(params, self.model_config, cast=cast, split=self.engine.kernels.split)
         homes = self.params if self._homes is None else self._homes
-        params = prepared(params, self.model_config, homes, cast=cast)
+        with as_one(self.engine.lockstep, ("update_params", version, in_flight)):
+            params = prepared(params, self.model_config, homes, cast=cast)
         with self.runner.alone():
             current = self.engine.weights.version
             if version is not None and version <= current:
@@ -265,6 +284,8 @@ class Session:
                 self.engine.abort(name)
             self.engine.release_pool()
             self.engine.drop_weights()
+            if self.engine.lockstep is not None:
+                self.engine.lockstep.close()
         self.runner.awake()
         self.runner.resume()
 
@@ -304,16 +325,18 @@ class Session:
             params, kernels = self.params, self.engine.kernels
             check_alive(params)
             assert params is not None
-            return scoring.in_batches(
-                params,
-                tokens,
-                mask,
-                slots,
-                model_config=self.model_config,
-                kernels=kernels,
-                entropy=entropy,
-                tiles=scoring_tiles(self.model_config, kernels, self.report),
-            )
+            what = "score", tokens.shape, hashlib.sha256(tokens.tobytes() + mask.tobytes()).hexdigest(), entropy
+            with as_one(self.engine.lockstep, what):
+                return scoring.in_batches(
+                    params,
+                    tokens,
+                    mask,
+                    slots,
+                    model_config=self.model_config,
+                    kernels=kernels,
+                    entropy=entropy,
+                    tiles=scoring_tiles(self.model_config, kernels, self.report),
+                )
 
 
 def _sharding(leaf: jax.Array) -> jax.sharding.Sharding:

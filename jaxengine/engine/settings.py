@@ -14,7 +14,8 @@ from jaxengine.config import PROFILES, EngineConfig, ModelConfig
 from jaxengine.engine import memory
 from jaxengine.models.params import Decoder
 from jaxengine.ops.kernels import choose_kernels
-from sharding.mesh import make_mesh, with_all_axes
+from sharding.distributed import least
+from sharding.mesh import make_mesh, processes_of, with_all_axes
 
 CPU_TOKENS, DEVICE_TOKENS = 512, 8192  # default budget of a step
 MESH_KEYWORDS = "tensor_parallel_size", "data_parallel_size"
@@ -48,6 +49,8 @@ def resolve_engine_config(
         )
     if "num_pages" not in given:
         engine_config = memory.sized_pool(model_config, engine_config, params)
+        num_pages = least(engine_config.num_pages, processes_of(engine_config.mesh))  # one pool in all processes
+        engine_config = dataclasses.replace(engine_config, num_pages=num_pages)
     memory.check_fits(model_config, engine_config)
     return engine_config
 

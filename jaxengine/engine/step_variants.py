@@ -31,6 +31,7 @@ from jaxengine.models.params import Decoder
 from jaxengine.ops.kernels import Kernels
 from jaxengine.ops.query_blocks import QueryBlocks
 from jaxengine.ops.tiles import BASE, TILES, Tile
+from sharding.mesh import on_host
 
 
 class Variant(NamedTuple):
@@ -275,7 +276,7 @@ class StepVariants:
         written = [
             _written_part(pool, count)
             for keys, values in zip(pages.keys, pages.values, strict=True)
-            for pool in self.kernels.attention.by_token(np.asarray(keys), np.asarray(values))
+            for pool in self.kernels.attention.by_token(on_host(keys), on_host(values))
         ]
         return cache, outputs + written
 

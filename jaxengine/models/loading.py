@@ -27,7 +27,7 @@ from jaxengine.models.overrides import overridden
 from jaxengine.models.parameter import Parameter
 from jaxengine.models.params import Decoder, by_path, declare, map_declared
 from jaxengine.text.tokenizer import Tokenizer
-from sharding.mesh import Split
+from sharding.mesh import Split, on_host
 from sharding.rules import spec_of
 
 OTHER_NAMES = {"half": "float16", "float": "float32"}  # of dtypes, in vLLM
@@ -155,7 +155,7 @@ def named_tensors(model_config: ModelConfig, params: Decoder) -> Iterator[tuple[
     declared, leaves = by_path(declare(model_config)), by_path(params)
 
     def stored(target: str) -> np.ndarray:
-        return np.asarray(leaves[target]).astype(jnp.dtype(declared[target].dtype))
+        return on_host(leaves[target]).astype(jnp.dtype(declared[target].dtype))
 
     return key_table.unpacked(hugging_face.key_table(model_config), stored)
 
