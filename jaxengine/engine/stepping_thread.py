@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from jaxengine.engine.deltas import DeltaReader
 from jaxengine.engine.engine import Engine
+from jaxengine.engine.replicas import Replicas
 from jaxengine.engine.runner import Runner
 from jaxengine.host.sample import Request
 from jaxengine.outputs import CompletionDelta
@@ -52,7 +53,7 @@ class SteppingThread:
     call.
     """
 
-    def __init__(self, engine: Engine, runner: Runner) -> None:
+    def __init__(self, engine: Engine | Replicas, runner: Runner) -> None:
         self._engine, self._runner = engine, runner
         self._changed = threading.Condition()  # guards what follows; notified where it changes
         self._new: list[Call] = []
