@@ -257,11 +257,13 @@ def test_a_tile_of_other_bits_is_refused(monkeypatch):
     single = Tile(1, 1)
     monkeypatch.setattr(step_variants, "TILES", ONE_TILE | {"decode": (single, BASE)})
     config, params = random_model("Qwen3", dtype="float32")
-    llm = make_llm(config, params, compile_patience=0)
+    llm = make_llm(config, params, compile_patience=0, kernels="xla")
     outputs = bits(llm.generate([[1, 2, 3]], SamplingParams(max_tokens=8, temperature=0)))
     assert llm.engine.step_variants.refused == [Variant("decode", single, Needs.PLAIN)]
     monkeypatch.undo()
-    assert outputs == bits(make_llm(config, params).generate([[1, 2, 3]], SamplingParams(max_tokens=8, temperature=0)))
+    assert outputs == bits(
+        make_llm(config, params, kernels="xla").generate([[1, 2, 3]], SamplingParams(max_tokens=8, temperature=0))
+    )
 
 
 def unproven(self, variant, params, cache):
@@ -275,7 +277,7 @@ def test_without_the_proof_bits_move(monkeypatch):
     monkeypatch.setattr(step_variants, "TILES", ONE_TILE | {"decode": (Tile(1, 1), BASE)})
     monkeypatch.setattr(StepVariants, "_prove", unproven)
     config, params = random_model("Qwen3", dtype="float32")
-    llm = make_llm(config, params, compile_patience=0)
+    llm = make_llm(config, params, compile_patience=0, kernels="xla")
     prompts = [list(range(1, 20)), list(range(5, 40))]
     greedy = SamplingParams(max_tokens=12, temperature=0)
     assert bits(llm.generate(prompts[:1], greedy)) != bits(llm.generate(prompts, greedy))[:1]
