@@ -187,7 +187,15 @@ def test_step_sharded(kind, target, kernels, report):
     shared = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state) if x.ndim > 1)
     assert shared / 4 <= compiled.argument_bytes < shared / 4 + 2**20, "a device holds more than its leaves"
     assert compiled.workspace_bytes < pool_bytes(state[1]) / 4
-    assert_kernels(compiled)
+    if compiled.gpu is None:
+        assert_kernels(compiled)
+        return
+    # Collectives stand outside command buffers, so that there are many; a layer is the same few kernels as on one
+    # device, and one more for each sum that travels.
+    chain = [name for name in compiled.gpu.straight if name.startswith("chain_")]
+    assert (
+        compiled.gpu.conditionals == 0 and 8 * MODEL.num_hidden_layers < len(chain) <= 12 * MODEL.num_hidden_layers + 4
+    )
 
 
 def test_plain_xla_has_no_kernel(mesh):

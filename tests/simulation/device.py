@@ -127,7 +127,7 @@ class SlotState:
     slots: Slots
 
 
-def empty_state(num_slots: int, pages_per_seq: int) -> SlotState:
+def empty_state(num_slots: int, pages_per_seq: int, home: None) -> SlotState:
     """In place of slot_state.empty_state."""
     return SlotState(np.zeros((num_slots, pages_per_seq), np.int32), empty_slots(num_slots))
 
