@@ -70,6 +70,7 @@ def test_where_there_are_none_a_name_is_refused_and_auto_is_not(monkeypatch, cap
         raise library.KernelsMissingError("the CPU kernels were not built: take kernels 'xla'")
 
     monkeypatch.setattr(library, "load", missing)
+    choose_kernels.cache_clear()  # another test may have had the model's
     with pytest.raises(ValueError, match="were not built: take kernels 'xla'"):
         LLM("calc", kernels="cpu", progress=False)
     config = ModelConfig(**SIZES | FAMILIES["Qwen3"])

@@ -18,7 +18,6 @@ HERE = pathlib.Path(__file__).parent
 LIMIT = 600  # seconds for processes that compile on a busy machine
 SOON = 40  # seconds from a trouble to the end of all: the timeout of 5, twice the grace, and room
 
-pytestmark = pytest.mark.slow
 try:
     library.load()
 except library.KernelsMissingError as error:
@@ -56,12 +55,18 @@ def answers(count: int, dtype: str) -> list[dict]:
     return [json.loads(out.splitlines()[-1])[dtype] for out, _ in printed]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_bits_of_one(dtype):
+@pytest.mark.parametrize(
+    ("dtype", "count"),
+    [
+        pytest.param("float32", 2, marks=pytest.mark.slow),
+        pytest.param("float32", 4, marks=pytest.mark.long),
+        pytest.param("bfloat16", 2, marks=pytest.mark.long),
+        pytest.param("bfloat16", 4, marks=pytest.mark.long),
+    ],
+)
+def test_bits_of_one(dtype, count):
     (one,) = answers(1, dtype)
-    assert one["equal"]
-    for count in (2, 4):
-        assert answers(count, dtype) == [one] * count
+    assert one["equal"] and answers(count, dtype) == [one] * count
 
 
 TOLD = {
@@ -73,7 +78,12 @@ TOLD = {
 }
 
 
-@pytest.mark.parametrize("kind", TOLD)
+IN_CI = "killed", "corrupted"
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow if kind in IN_CI else pytest.mark.long) for kind in TOLD]
+)
 def test_trouble_in_one_ends_all(kind):
     processes = start(2, kind)
     try:
