@@ -61,7 +61,7 @@ def test_tiles_of_other_bits_are_refused(model, planted, monkeypatch):
 )
 def test_a_machine_that_rounds_one_tile_differently(model, rows, holds):
     """The trainer's own logprobs, inside its jitted loss, are still those of generation."""
-    kernels = dataclasses.replace(XLA, name=f"rounds {rows}", products=ProductsInTiles(RoundingProducts(rows)))
+    kernels = dataclasses.replace(XLA, name=f"rounds {rows}", products=ProductsInTiles(RoundingProducts(rows=rows)))
     assert scoring_tiles(model[0], kernels) == holds
 
 

@@ -57,6 +57,7 @@ WRONG = [
     ("allowed_token_ids", 5, "list of token ids"),
     ("bad_words", 5, "list of strings"),
     ("bad_words_token_ids", 5, "list of lists of token ids"),
+    ("structured_outputs", 5, "StructuredOutputsParams or a dict"),
     *((flag, "false", "True or False") for flag in FLAGS),
 ]
 

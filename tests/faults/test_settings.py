@@ -48,6 +48,8 @@ REFUSED = [
     ("page_checksums", 1, "True or False"),
     ("compilation_cache", "yes", "True or False"),
     ("kernels", 5, "one of auto, "),
+    ("mesh", "2x4", "jax.sharding.Mesh"),
+    ("process_timeout", 0, "at least 1"),
 ]
 
 
