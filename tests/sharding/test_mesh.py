@@ -1,4 +1,4 @@
-"""Where arrays lie on a mesh, and what is refused before anything runs. The bits are in test_contract/test_mesh.py."""
+"""Where arrays lie on a mesh, and what is refused before anything runs. The bits are in test_contract/test_degrees.py."""
 
 import dataclasses
 

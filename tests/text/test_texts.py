@@ -164,8 +164,8 @@ def test_the_progress_bar_is_shown_where_use_tqdm_says_so(llm, params, shown, ca
     assert ("2/2" in capsys.readouterr().err) == shown
 
 
-def test_unknown_keywords_and_several_devices_are_refused():
+def test_unknown_keywords_and_devices_that_are_not_there_are_refused():
     with pytest.raises(TypeError, match="max_model_length.*max_model_len"):
         LLM("calc", max_model_length=64)
-    with pytest.raises(NotImplementedError, match="tensor_parallel_size"):
+    with pytest.raises(ValueError, match="asks for 4 devices, there are 1"):
         LLM("calc", tensor_parallel_size=4)
