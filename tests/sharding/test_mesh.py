@@ -1,4 +1,4 @@
-"""Where arrays lie on a mesh, and what is refused before anything runs. The bits are in test_contract/test_degrees.py."""
+"""Where arrays lie on a mesh, and what is refused before anything runs; the bits are test_contract/test_degrees.py."""
 
 import dataclasses
 
