@@ -13,7 +13,7 @@ import pytest
 from pallas_kernels.cpu import library, seal
 
 pytestmark = [
-    pytest.mark.slow,  # compiles all kernels
+    pytest.mark.long,  # compiles all kernels, and runs their tests many times slower
     pytest.mark.skipif(shutil.which("g++") is None, reason="wants g++"),
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="LD_PRELOAD is Linux's"),
 ]

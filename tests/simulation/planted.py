@@ -72,7 +72,7 @@ def a_page_that_is_computed_twice_ends_its_chain(patch):
 # -- hashes ------------------------------------------------------------------------------------------------------------
 
 
-@found_by("one digest names two prefixes")
+@found_by("one digest names two prefixes|a prompt finds")
 def the_hash_leaves_out_the_parent(patch):
     """The comparison of parents after the hash still saves every answer, so only the names tell."""
     patch.setattr(page_pool, "chain_digest", lambda parent, tokens: chain_digest(b"", tokens))
@@ -260,7 +260,7 @@ def pages_that_were_kept_are_offered_to_others(patch):
         sample.has_old_pages = kept
 
 
-@found_by("than alone|reads what is not its own|holds other tokens")
+@found_by("than alone|reads what is not its own|holds other tokens|was overtaken")
 def a_prefill_goes_on_under_new_weights(patch):
     @around(patch, Scheduler, "change_version")
     def change_version(original, scheduler, version, keep):
