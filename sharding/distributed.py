@@ -8,7 +8,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -132,7 +132,7 @@ def least(value: int, processes: Sequence[int], timeout: int = TIMEOUT) -> int:
 
 
 @contextlib.contextmanager
-def draining(say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True)) -> Iterator[None]:
+def draining() -> Iterator[None]:
     """SIGTERM inside the block is heeded after it, with exit code 143: what is under way comes to its end in every
     process. In the main thread.
     """
@@ -140,7 +140,7 @@ def draining(say: Callable[[str], None] = lambda text: print(text, file=sys.stde
 
     def tell(number: int, frame: Any) -> None:
         told.append(number)
-        say("SIGTERM: what is under way comes to its end first")
+        print("SIGTERM: what is under way comes to its end first", file=sys.stderr, flush=True)
 
     before = signal.signal(signal.SIGTERM, tell)
     try:

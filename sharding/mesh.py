@@ -12,30 +12,34 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sharding.leaves import Leaves, LeavesOfDevices
-from sharding.rules import spec_of
 
 AXES = ("data", "expert", "tensor")
 WHOLE = PartitionSpec()
 
 
-def make_mesh(*, tensor: int = 1, data: int = 1, expert: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of the first data · expert · tensor devices, neighbours along "tensor".
+def make_mesh(*, tensor: int = 1, data: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh of the first data · tensor devices, neighbours along "tensor".
 
     Raises ValueError where there are fewer.
     """
     devices = jax.devices() if devices is None else list(devices)
-    size = data * expert * tensor
+    size = data * tensor
     if size > len(devices):
         raise ValueError(
-            f"data · expert · tensor = {data} · {expert} · {tensor} asks for {size} devices, there are {len(devices)} "
+            f"data · tensor = {data} · {tensor} asks for {size} devices, there are {len(devices)} "
             f"({devices[0].device_kind}); on a CPU, jax.config.update('jax_num_cpu_devices', {size}) before the first "
             "array makes as many"
         )
-    return Mesh(np.array(devices[:size]).reshape(data, expert, tensor), AXES)
+    return Mesh(np.array(devices[:size]).reshape(data, 1, tensor), AXES)
 
 
 def with_all_axes(mesh: Mesh) -> Mesh:
-    """The mesh with all of AXES, those that it lacks of size 1. Raises ValueError for an axis that is none of them."""
+    """The mesh with all of AXES, those that it lacks of size 1.
+
+    Raises TypeError for what is no mesh, ValueError for an axis that is none of them.
+    """
+    if not isinstance(mesh, Mesh):
+        raise TypeError(f"mesh must be a jax.sharding.Mesh with axes of {', '.join(AXES)}, got {mesh!r:.80}")
     unknown = [name for name in mesh.axis_names if name not in AXES]
     if unknown:
         raise ValueError(f"a mesh has the axes {', '.join(AXES)}, got {unknown[0]!r} of {mesh.axis_names}")
@@ -60,10 +64,6 @@ class Split:
         """Who has the leaves, as seen inside `on_each`."""
         return LeavesOfDevices("tensor", self.degree)
 
-    def spec(self, axes: tuple[str | None, ...]) -> PartitionSpec:
-        """Where an array with these logical axes lies."""
-        return spec_of(axes)
-
     def sharding(self, spec: PartitionSpec = WHOLE) -> NamedSharding:
         return NamedSharding(self.mesh, spec)
 
@@ -81,10 +81,15 @@ def on_host(x: Any) -> np.ndarray:
     Of one that is cut over devices of several processes, the others' parts travel here first, so all processes call
     this together.
     """
-    if isinstance(x, jax.Array) and not x.is_fully_addressable and not x.is_fully_replicated:
+    if not isinstance(x, jax.Array) or x.is_fully_replicated:
+        return np.asarray(x)
+    if not x.is_fully_addressable:
         assert isinstance(x.sharding, NamedSharding)
-        x = jax.device_put(x, NamedSharding(x.sharding.mesh, WHOLE))
-    return np.asarray(x)
+        return np.asarray(jax.device_put(x, NamedSharding(x.sharding.mesh, WHOLE)))
+    whole = np.empty(x.shape, x.dtype)  # numpy's own way to it would be kept in x as long as x lives
+    for shard in x.addressable_shards:
+        whole[shard.index] = shard.data
+    return whole
 
 
 def processes_of(mesh: Mesh | None) -> tuple[int, ...]:

@@ -12,15 +12,15 @@ RULES: dict[str, str | None] = {
 }
 
 
-def spec_of(axes: tuple[str | None, ...], rules: dict[str, str | None] = RULES) -> PartitionSpec:
+def spec_of(axes: tuple[str | None, ...]) -> PartitionSpec:
     """How an array with these logical axes lies on a mesh; None is an axis that is never cut.
 
     Raises ValueError for an axis without a rule, and where two axes of one array would lie along one axis of the mesh.
     """
-    unknown = [axis for axis in axes if axis is not None and axis not in rules]
+    unknown = [axis for axis in axes if axis is not None and axis not in RULES]
     if unknown:
-        raise ValueError(f"no rule says where the axis {unknown[0]!r} of {axes} lies: known are {', '.join(rules)}")
-    cut = [None if axis is None else rules[axis] for axis in axes]
+        raise ValueError(f"no rule says where the axis {unknown[0]!r} of {axes} lies: known are {', '.join(RULES)}")
+    cut = [None if axis is None else RULES[axis] for axis in axes]
     used = [axis for axis in cut if axis is not None]
     twice = [axis for axis in used if used.count(axis) > 1]
     if twice:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxengine.models.params import TABLE_AXES
 from jaxengine.ops.kernels import Kernels
 from jaxengine.ops.live import Live
 from jaxengine.ops.regions import no_gradient
@@ -19,7 +20,7 @@ from pallas_kernels.tiles import unknown_zero
 from sharding.mesh import WHOLE
 from sharding.rules import spec_of
 
-TABLE = spec_of(("leaf", "vocab", None))
+TABLE = spec_of(TABLE_AXES)
 
 
 def _embed(

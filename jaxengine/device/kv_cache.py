@@ -16,6 +16,7 @@ from jaxengine.config import EngineConfig, ModelConfig
 from jaxengine.device.sampling_arrays import token_rules
 from jaxengine.device.step_inputs import TokenRules
 from jaxengine.ops.kernels import Kernels
+from jaxengine.ops.pools import PAGES
 from jaxengine.ops.tiles import HISTORY_BLOCK
 from jaxengine.sampling_params import SamplingParams
 from pallas_kernels.numbers import ceil_to
@@ -51,11 +52,9 @@ def abstract(model_config: ModelConfig, engine_config: EngineConfig, kernels: Ke
     return Cache((keys,) * layers, (values,) * layers, *abstract_slots(model_config, engine_config))
 
 
-def specs(kernels: Kernels) -> Any:
-    """How a cache lies on a mesh: every device has its own heads' part of each page, and all else whole."""
-    pages: Any = kernels.page_specs()
-    whole: Any = WHOLE
-    return Cache(pages, pages, whole, whole)
+_PAGES: Any = PAGES
+_WHOLE: Any = WHOLE
+SPECS: Any = Cache(_PAGES, _PAGES, _WHOLE, _WHOLE)  # how a cache lies on a mesh: each device has its heads of each page
 
 
 def empty_cache(model_config: ModelConfig, engine_config: EngineConfig, kernels: Kernels, beside: Any) -> Cache:
@@ -66,8 +65,7 @@ def empty_cache(model_config: ModelConfig, engine_config: EngineConfig, kernels:
     homes = {x.sharding for x in jax.tree.leaves(beside)}
     home = homes.pop() if len(homes) == 1 else None
     home = home if isinstance(home, jax.sharding.SingleDeviceSharding) else None
-    if kernels.split is not None:
-        home = kernels.split.sharding()
+    home = kernels.whole or home
 
     def zeros(shape: jax.ShapeDtypeStruct) -> Array:
         return jnp.zeros(shape.shape, shape.dtype, device=shape.sharding or home)

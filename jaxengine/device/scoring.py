@@ -25,7 +25,7 @@ from jaxengine.device.sampling_mask import SamplingMask, is_kept, packed
 from jaxengine.device.step_inputs import SamplingArrays, TokenRules
 from jaxengine.device.trunk import hidden_states
 from jaxengine.models import decoder, plain
-from jaxengine.models.params import Decoder, initialise
+from jaxengine.models.params import TABLE_AXES, Decoder, initialise
 from jaxengine.ops.kernels import Kernels
 from jaxengine.ops.regions import no_gradient, over_tiles
 from jaxengine.ops.tiles import ScoringTiles
@@ -133,7 +133,7 @@ class _Weights(NamedTuple):
     tokens: Int[Array, "B T"]
 
 
-_HEAD: Any = spec_of(("leaf", "vocab", None))
+_HEAD: Any = spec_of(TABLE_AXES)
 _WHOLE: Any = WHOLE
 _WEIGHT_SPECS = _Weights(_WHOLE, _HEAD, _WHOLE, _WHOLE)
 
@@ -177,7 +177,7 @@ def head_logprobs(
     weights = _Weights(params.norm, params.output_head, _opaque(arrays, params, tokens), tokens)
     how = _HowRows(model_config, kernels, tiles.head_rows, entropy, kept_words)
     count = wanted.sum(dtype=jnp.int32) + unknown_zero(params.norm, tokens)
-    found = _rows_scored(how, weights, rows, count)
+    found = _scored(how, weights, rows, count)
 
     def placed(scores: Array) -> Array:
         found = scores.at[jnp.argsort(order[: batch * length])].get(unique_indices=True)
@@ -196,37 +196,32 @@ class _HowRows(NamedTuple):
     entropy: bool
     kept_words: bool
 
-    def on_each(self, kernels: Kernels, weights: _Weights, rows: _RowInputs, count: Array) -> tuple[Array, ...]:
-        """The region, on one device."""
+    def region(self, kernels: Kernels, weights: _Weights, rows: _RowInputs, count: Array) -> tuple[Array, ...]:
+        """What `_row_scores` says of the first `count` rows, on one device."""
         body = functools.partial(_row_scores, self.model_config, kernels, self.entropy, self.kept_words)
         return over_tiles(body, self.tile, weights, rows, count)
 
 
-def _rows_scored(how: _HowRows, weights: _Weights, rows: _RowInputs, count: Int[Array, ""]) -> tuple[Array, ...]:
-    """What `_row_scores` says of the first `count` rows, on the kernels' mesh."""
-    if how.kernels.split is None:
-        return how.on_each(how.kernels, weights, rows, count)
-    return _rows_on_mesh(how, weights, rows, count)
+def _run_scored(how: _HowRows, weights: _Weights, rows: _RowInputs, count: Int[Array, ""]) -> tuple[Array, ...]:
+    """The region on every device."""
+    return how.kernels.on_each(how.region, _WEIGHT_SPECS, WHOLE, WHOLE, outputs=WHOLE)(weights, rows, count)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _rows_on_mesh(how: _HowRows, weights: _Weights, rows: _RowInputs, count: Int[Array, ""]) -> tuple[Array, ...]:
-    each = how.kernels.on_each(how.on_each, _WEIGHT_SPECS, WHOLE, WHOLE, outputs=WHOLE)
-    return each(weights, rows, count)
+_scored = jax.custom_vjp(_run_scored, nondiff_argnums=(0,))
 
 
-def _rows_forward(how, weights, rows, count):
-    return _rows_on_mesh(how, weights, rows, count), (weights, rows, count)
+def _scored_forward(how, weights, rows, count):
+    return _scored(how, weights, rows, count), (weights, rows, count)
 
 
-def _rows_backward(how, saved, cotangents):
-    """JAX would add up the cotangents of what lies on every device, and it is the same on every device."""
+def _scored_backward(how, saved, cotangents):
+    """On a mesh JAX would add up the cotangents of what lies on every device, and they are the same on every device."""
     weights, rows, count = saved
 
     def pull(kernels: Kernels, weights: _Weights, rows: _RowInputs, count: Array, cotangents: Any) -> Any:
         def apply(norm: Array, head: Array, x: Array) -> Any:
             given = weights._replace(norm=norm, head=head), rows._replace(x=x)
-            return how.on_each(kernels, *given, count)
+            return how.region(kernels, *given, count)
 
         _, pullback = jax.vjp(apply, weights.norm, weights.head, rows.x)
         return pullback(cotangents)
@@ -240,7 +235,7 @@ def _rows_backward(how, saved, cotangents):
     )
 
 
-_rows_on_mesh.defvjp(_rows_forward, _rows_backward)
+_scored.defvjp(_scored_forward, _scored_backward)
 
 
 def _zero_cotangent(x: Array) -> Any:

@@ -139,8 +139,8 @@ def _decode(
 
 def _on_each(kernels: Kernels, model_config: ModelConfig, step: Callable) -> Callable:
     """The step on every device of a mesh. Each has its part of the weights and the pages, and all else whole."""
-    cache: Any = kv_cache.specs(kernels)
-    return kernels.on_each(step, specs(model_config), cache, WHOLE, WHOLE, WHOLE, outputs=(cache, WHOLE))
+    inputs = specs(model_config), kv_cache.SPECS, WHOLE, WHOLE, WHOLE
+    return kernels.on_each(step, *inputs, outputs=(kv_cache.SPECS, WHOLE))
 
 
 @functools.cache

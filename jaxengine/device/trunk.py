@@ -112,18 +112,12 @@ def _chain(
 
 
 def _run_layer(
-    model_config: ModelConfig,
-    kernels: Kernels,
-    tile: Tile,
-    layer: Layer,
-    x: Float[Array, "NB*r D"],
-    starts: Int[Array, " NB"],
-    tables: Int[Array, "NB n"],
-    count: Int[Array, ""],
+    model_config: ModelConfig, kernels: Kernels, tile: Tile, layer: Layer, x: Float[Array, "NB*r D"], *where: Array
 ) -> Float[Array, "NB*r D"]:
+    """`_chain` on every device; `where` are its last three arguments."""
     chain = functools.partial(_chain, kernels.share(model_config), tile)
     each = kernels.on_each(chain, layer_specs(model_config), *(WHOLE,) * 4, outputs=WHOLE)
-    return each(layer, x, starts, tables, count)
+    return each(layer, x, *where)
 
 
 _layer = jax.custom_vjp(_run_layer, nondiff_argnums=(0, 1, 2))
@@ -141,17 +135,17 @@ def _layer_backward(model_config, kernels, tile, saved, cotangent):
     count += unknown_zero(cotangent)
     pull = functools.partial(_pull_layer, kernels.share(model_config), tile)
     specs: Any = layer_specs(model_config)
-    each = kernels.on_each(pull, specs, *(WHOLE,) * 5, outputs=(specs, WHOLE))
-    return *each(layer, x, starts, tables, count, cotangent), *map(no_gradient, where)
+    each = kernels.on_each(pull, specs, *(WHOLE,) * 3, outputs=(specs, WHOLE))
+    return *each(layer, x, (starts, tables, count), cotangent), *map(no_gradient, where)
 
 
 def _pull_layer(
-    model_config: ModelConfig, tile: Tile, kernels: Kernels, layer: Layer, x: Array, starts, tables, count, cotangent
+    model_config: ModelConfig, tile: Tile, kernels: Kernels, layer: Layer, x: Array, where: tuple, cotangent: Array
 ) -> tuple[Layer, Array]:
     """The cotangents of a layer and of x, on one device."""
 
     def again(layer: Layer, x: Array) -> Array:
-        return _chain(model_config, tile, kernels, layer, x, starts, tables, count)
+        return _chain(model_config, tile, kernels, layer, x, *where)
 
     _, pullback = jax.vjp(again, layer, x)
     return pullback(cotangent)

@@ -37,11 +37,11 @@ def weights_digest(params: Decoder) -> str:
     A loop of reinforcement learning has new weights every few seconds: their bits must not all come to the host for it.
     """
     digest, leaves = hashlib.sha256(), jax.tree.leaves(params)
-    # All checksums are under way before the first is waited for.
-    contents = [_bytes(leaf) if _on_cpu(leaf) else checksums.word_sums(leaf) for leaf in leaves]
-    for leaf, content in zip(leaves, contents, strict=True):
+    # All checksums are under way before the first is waited for. On a CPU's mesh a leaf is copied to be read whole.
+    sums = [None if _on_cpu(leaf) else checksums.word_sums(leaf) for leaf in leaves]
+    for leaf, words in zip(leaves, sums, strict=True):
         digest.update(f"{leaf.dtype}{leaf.shape}".encode())
-        digest.update(np.asarray(content).data)
+        digest.update(_bytes(leaf).data if words is None else np.asarray(words).data)
     return digest.hexdigest()
 
 

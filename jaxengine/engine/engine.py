@@ -463,9 +463,7 @@ class Engine:
 
     def _new_slot_state(self) -> slot_state.SlotState:
         """Every slot is given away before a step reads it, so nothing of an earlier one is needed."""
-        split = self.kernels.split
-        home = None if split is None else split.sharding()
-        return slot_state.empty_state(self.batch.num_slots, self.engine_config.pages_per_seq, home)
+        return slot_state.empty_state(self.batch.num_slots, self.engine_config.pages_per_seq, self.kernels.whole)
 
     def _new_checksums(self) -> page_checksums.PageChecksums | None:
         return page_checksums.PageChecksums(self.kernels) if self.engine_config.page_checksums else None

@@ -27,7 +27,7 @@ from sharding.distributed import next_name, store
 BEAT = 0.2  # seconds between two looks at the others
 HURRIED = 0.003  # the same, while a call waits
 KEPT = 64  # steps of which the newest hashes are told, and plans are kept to be shown
-START = 300.0  # seconds that processes have, at least, to make an engine: one may load its weights later
+START = 300  # seconds that processes have, at least, to make an engine: one may load its weights later
 GRACE = 5.0  # seconds that a process has to end by itself, and to hear the others out
 SHOWN = 4000  # characters of a plan
 EXIT_CODE = 70  # EX_SOFTWARE of sysexits.h
@@ -184,7 +184,7 @@ class Lockstep:
     def _difference(self, process: int, number: int) -> str:
         """Both plans of a step, as text."""
         with self._changed:
-            own = next(text for known, _, text in self._steps if known == number)
+            own = next((text for known, _, text in self._steps if known == number), "(no longer kept)")
         key = f"{self._name}plan/{number}/"
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # where it was told already, to another process
             self._store.key_value_set(f"{key}{self.me}", own[:SHOWN])
@@ -222,12 +222,16 @@ class Lockstep:
 
 @contextlib.contextmanager
 def as_one(lockstep: Lockstep | None, what: Any) -> Iterator[None]:
-    """Work that all processes of an engine do at the same place; `what` has the same repr in all. None: one process."""
+    """Work that all processes of an engine do at the same place; `what` has the same repr in all. None: one process.
+
+    It begins, and so its results are only given out, where all others are known to begin the same.
+    """
     if lockstep is None:
         yield
         return
     with lockstep.together():
         lockstep.follow(what)
+        lockstep.settle()
         yield
 
 

@@ -76,8 +76,9 @@ def sized_pool(model_config: ModelConfig, engine_config: EngineConfig, params: A
     """
     plan = memory_plan(model_config, dataclasses.replace(engine_config, num_pages=2))
     taken, on_cpu = _device_memory()[1], jax.local_devices()[0].platform == "cpu"
-    if on_cpu:
-        room = int(plan.available * CPU_SHARE)
+    sharing = _devices_here(engine_config)
+    if on_cpu:  # all of whose devices live in the host's memory
+        room = int(plan.available * CPU_SHARE) // sharing
     else:
         plan = dataclasses.replace(plan, workspace=_compiled_workspace(model_config, engine_config))
         room = (
@@ -91,7 +92,7 @@ def sized_pool(model_config: ModelConfig, engine_config: EngineConfig, params: A
         pages_in(room, model_config, engine_config, plan.page_bytes),
     )
     if on_cpu:
-        enough = max(CPU_POOL, plan.weights) // plan.page_bytes
+        enough = max(CPU_POOL // sharing, plan.weights) // plan.page_bytes
         num_pages = min(num_pages, max(enough, whole_context(engine_config)))
     if num_pages < whole_context(engine_config):
 
@@ -122,6 +123,13 @@ def pages_in(room: int, model_config: ModelConfig, engine_config: EngineConfig, 
     return (room - slots) // page_bytes - engine_config.probe_pages
 
 
+def _devices_here(engine_config: EngineConfig) -> int:
+    """Devices of this process that an engine's replicas have."""
+    if engine_config.mesh is None:
+        return 1
+    return sum(device.process_index == jax.process_index() for device in engine_config.mesh.devices.flat)
+
+
 def _kernels(model_config: ModelConfig, engine_config: EngineConfig) -> Kernels:
     return choose_kernels(engine_config.kernels, model_config, engine_config.mesh)
 
@@ -131,10 +139,8 @@ def abstract_weights(model_config: ModelConfig, kernels: Kernels) -> Any:
     shapes = model_params.abstract(model_config)
     if kernels.split is None:
         return shapes
-    split = kernels.split
-    return jax.tree.map(
-        lambda x, spec: x.update(sharding=split.sharding(spec)), shapes, model_params.specs(model_config)
-    )
+    homes = model_params.shardings(model_config, kernels.split)
+    return jax.tree.map(lambda x, home: x.update(sharding=home), shapes, homes)
 
 
 def size_on_one(tree: Any) -> int:
@@ -162,7 +168,8 @@ def check_fits(model_config: ModelConfig, engine_config: EngineConfig) -> None:
     """
     plan = memory_plan(model_config, engine_config)
     installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if jax.devices()[0].platform == "cpu" and plan.weights + plan.cache > installed:
+    on_each = plan.weights + plan.cache
+    if jax.devices()[0].platform == "cpu" and _devices_here(engine_config) * on_each > installed:
         raise MemoryError(
             f"this machine has {installed / 1e9:.2f} GB of memory in all: {advice(model_config, engine_config)}"
         )

@@ -12,10 +12,8 @@ import numpy as np
 
 from jaxengine.base.progress import Report, say_nothing
 from jaxengine.config import ModelConfig
-from jaxengine.device import scoring
-from jaxengine.engine.probe import generated
+from jaxengine.engine.probe import generated, random_params
 from jaxengine.engine.step_variants import equal_bits
-from jaxengine.engine.weights import homes, placed
 from jaxengine.ops.kernels import Kernels, choose_kernels
 
 _proving = threading.Lock()
@@ -51,7 +49,4 @@ def _logprobs(model_config: ModelConfig, kernels: Kernels, of: Kernels) -> np.nd
     assert of.split is not None
     first = next(device for device in of.split.mesh.devices.flat if device.process_index == jax.process_index())
     with jax.default_device(first):
-        params = scoring.random_params(model_config, jax.random.key(0))
-        if kernels.split is not None:
-            params = placed(params, homes(params, model_config, kernels))
-        return generated(model_config, kernels, params)[1]
+        return generated(model_config, kernels, random_params(model_config, kernels))[1]

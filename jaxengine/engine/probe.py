@@ -1,13 +1,21 @@
 """What the base decode step says of a probe: the measure of every other way to compute a model's logprobs."""
 
+import jax
 import numpy as np
 
 from jaxengine.config import PROBE_TOKENS, EngineConfig, ModelConfig
-from jaxengine.device import kv_cache
+from jaxengine.device import kv_cache, scoring
 from jaxengine.engine.batch import BatchBuilder
 from jaxengine.engine.step_variants import StepVariants
+from jaxengine.engine.weights import homes, placed
 from jaxengine.models.params import Decoder
 from jaxengine.ops.kernels import Kernels
+
+
+def random_params(model_config: ModelConfig, kernels: Kernels) -> Decoder:
+    """The same weights on one device, the default one, and on the mesh of `kernels`."""
+    params = scoring.random_params(model_config, jax.random.key(0))
+    return placed(params, homes(params, model_config, kernels))
 
 
 def generated(model_config: ModelConfig, kernels: Kernels, params: Decoder) -> tuple[np.ndarray, np.ndarray]:

@@ -11,6 +11,8 @@ from collections import ChainMap
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
+
 from jaxengine.config import EngineConfig
 from jaxengine.engine.engine import Engine, Occupancy, QueueFull, Weights
 from jaxengine.engine.weights import homes, placed
@@ -126,8 +128,10 @@ class Replicas:
         return [request for requests in updated for request in requests]
 
     def move_weights(self, params: Any) -> None:
+        """Arrays of the host are one copy for all replicas."""
+        on_devices = any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(params))
         for engine in self.engines:
-            engine.move_weights(None if params is None else self._at_home(engine, params))
+            engine.move_weights(self._at_home(engine, params) if on_devices else params)
 
     def _at_home(self, engine: Engine, params: Any) -> Any:
         return params if engine is self.engines[0] else placed(params, homes(params, self.model_config, engine.kernels))

@@ -9,7 +9,6 @@ import concurrent.futures
 import dataclasses
 import threading
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -17,7 +16,7 @@ from jaxengine.base.progress import Report, say_nothing
 from jaxengine.config import ModelConfig
 from jaxengine.device import scoring
 from jaxengine.engine.mesh_proof import check_mesh
-from jaxengine.engine.probe import generated
+from jaxengine.engine.probe import generated, random_params
 from jaxengine.engine.step_variants import equal_bits
 from jaxengine.models.params import Decoder
 from jaxengine.ops.kernels import Kernels
@@ -60,7 +59,7 @@ def _prove(model_config: ModelConfig, kernels: Kernels, report: Report) -> int:
     """How many of SCORING come before the first that holds."""
     check_mesh(model_config, kernels, report)
     one_layer = dataclasses.replace(model_config, num_hidden_layers=1)
-    params = scoring.random_params(one_layer, jax.random.key(0))
+    params = random_params(one_layer, kernels)
     tokens, expected = generated(one_layer, kernels, params)
     for i, tiles in enumerate(SCORING):
         if equal_bits(expected, _scored(one_layer, kernels, params, tokens, tiles)):

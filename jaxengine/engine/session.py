@@ -83,8 +83,6 @@ class Session:
         setup = jax.__version__, self.model_config, dataclasses.replace(engine_config, mesh=None)
         explained = memory.explained(self.model_config, engine_config, "making room for the cache")
         with explained, as_one(lockstep, setup):
-            if lockstep is not None:
-                lockstep.settle()
             params = placed(params, homes(params, self.model_config, kernels))
             check_mesh(self.model_config, kernels, self.report)
             engine = Engine(
@@ -242,6 +240,11 @@ class Session:
         """LLM.sleep. Holds the lock."""
         if level not in SLEEP_LEVELS:
             raise ValueError(f"level must be one of {', '.join(map(str, SLEEP_LEVELS))}, got {level!r}")
+        if level == 1 and self.engine.lockstep is not None and not _on_host(self.params):
+            raise NotImplementedError(
+                "sleep(level=1) keeps the weights in one process's memory, and several processes share them: "
+                "sleep(level=2), and give them to update_params again"
+            )
         with self.runner.alone():
             self.runner.fall_asleep()
             if self.engine.has_work or level == 1 and self.params is not None:
@@ -325,7 +328,10 @@ class Session:
             params, kernels = self.params, self.engine.kernels
             check_alive(params)
             assert params is not None
-            what = "score", tokens.shape, hashlib.sha256(tokens.tobytes() + mask.tobytes()).hexdigest(), entropy
+            what = None
+            if self.engine.lockstep is not None:  # what is scored may be long: its digest
+                given = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves((tokens, mask, slots))]
+                what = "score", tokens.shape, entropy, hashlib.sha256(b"".join(given)).hexdigest()
             with as_one(self.engine.lockstep, what):
                 return scoring.in_batches(
                     params,

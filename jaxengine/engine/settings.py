@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from jaxengine.base.arguments import integer
 from jaxengine.config import PROFILES, EngineConfig, ModelConfig
 from jaxengine.engine import memory
+from jaxengine.engine.lockstep import START
 from jaxengine.models.params import Decoder
 from jaxengine.ops.kernels import choose_kernels
 from sharding.distributed import least
@@ -49,7 +50,8 @@ def resolve_engine_config(
         )
     if "num_pages" not in given:
         engine_config = memory.sized_pool(model_config, engine_config, params)
-        num_pages = least(engine_config.num_pages, processes_of(engine_config.mesh))  # one pool in all processes
+        patience = max(int(engine_config.process_timeout), START)  # the others may still load their weights
+        num_pages = least(engine_config.num_pages, processes_of(engine_config.mesh), patience)  # one pool in all
         engine_config = dataclasses.replace(engine_config, num_pages=num_pages)
     memory.check_fits(model_config, engine_config)
     return engine_config

@@ -8,7 +8,7 @@ from jax.core import Tracer
 
 from jaxengine.config import ModelConfig
 from jaxengine.device import steps
-from jaxengine.models.params import Decoder, abstract, specs
+from jaxengine.models.params import Decoder, abstract, shardings
 from jaxengine.ops.kernels import Kernels
 
 SHOWN = 10  # differences that an error lists
@@ -46,7 +46,7 @@ def homes(params: Any, model_config: ModelConfig, kernels: Kernels) -> Any:
     That is the one where it is, the first of those that share it, or the default device.
     """
     if kernels.split is not None:
-        return jax.tree.map(kernels.split.sharding, specs(model_config))
+        return shardings(model_config, kernels.split)
     return jax.tree.map(_one_device, params)
 
 

@@ -1,5 +1,6 @@
 """A decoder's parameters: frozen dataclasses of arrays, each declared once (models/parameter.py)."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,10 @@ from jaxengine.models import attention_block, mlp_block
 from jaxengine.models.attention_block import Attention
 from jaxengine.models.mlp_block import Mlp
 from jaxengine.models.parameter import Parameter, norm_scale
+from sharding.mesh import Split
 from sharding.rules import spec_of
+
+TABLE_AXES = "leaf", "vocab", None  # of the embedding and the head
 
 
 @pytree
@@ -45,7 +49,7 @@ def declare(model_config: ModelConfig) -> Any:
     """The tree of Parameter declarations, in the shape of the parameters themselves."""
     leaves, width = model_config.reduction_leaves, model_config.hidden_size
     vocabulary = leaves, model_config.padded_vocab_size // leaves, width
-    table: Any = Parameter(vocabulary, model_config.dtype, ("leaf", "vocab", None))
+    table: Any = Parameter(vocabulary, model_config.dtype, TABLE_AXES)
     norm: Any = norm_scale(model_config, width)
     layer = Layer(norm, attention_block.declare(model_config), norm, mlp_block.declare(model_config))
     head = None if model_config.tie_word_embeddings else table
@@ -83,7 +87,12 @@ def specs(model_config: ModelConfig) -> Any:
 
 def layer_specs(model_config: ModelConfig) -> Any:
     """`specs` of one layer, which all are alike."""
-    return specs(model_config).layers[0]
+    return specs(dataclasses.replace(model_config, num_hidden_layers=1)).layers[0]
+
+
+def shardings(model_config: ModelConfig, split: Split) -> Any:
+    """Where each parameter lies on the devices of a mesh."""
+    return jax.tree.map(split.sharding, specs(model_config))
 
 
 def abstract(model_config: ModelConfig) -> Decoder:

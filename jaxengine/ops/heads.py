@@ -44,7 +44,7 @@ def rotated_heads(
         return over_tiles(body, live.tile, norms, (rows, positions), live.count)
 
     if count == 1:
-        return of_leaf(*jax.tree.map(lambda x: x[0], (norms, packed.rows[None])))
+        return of_leaf(jax.tree.map(lambda norm: norm[0], norms), packed.rows)
     rows = by_leaf(packed.rows, count)
     _, heads = jax.lax.scan(lambda _, of: (None, of_leaf(*of)), None, (norms, rows))
     q, k, v = (x.swapaxes(0, 1).reshape(x.shape[1], -1, x.shape[-1]) for x in heads)

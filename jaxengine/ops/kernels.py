@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxengine.config import ModelConfig, check_kernels
@@ -25,7 +25,7 @@ from jaxengine.ops.gpu_chain import ChainAttention, ChainProducts
 from jaxengine.ops.heads import PackedHeads
 from jaxengine.ops.in_tiles import ProductsInTiles
 from jaxengine.ops.live import Live
-from jaxengine.ops.pools import Pools
+from jaxengine.ops.pools import PAGES, Pools
 from jaxengine.ops.query_blocks import QueryBlocks
 from jaxengine.ops.regions import over_tiles
 from pallas_kernels import implementations
@@ -33,7 +33,6 @@ from pallas_kernels.draw_reference import Draw
 from pallas_kernels.implementations import OF_A_GPU, Implementation
 from sharding.leaves import Leaves
 from sharding.mesh import Split, replicas, with_all_axes
-from sharding.rules import spec_of
 
 OF_PLATFORM = {"cpu": "cpu", "tpu": "pallas_tpu", "gpu": "pallas_gpu"}  # what "auto" is
 Stream = Any  # the residual stream `[R, D]` float32 as an implementation passes it on: sums may be left to add
@@ -220,16 +219,17 @@ class Kernels:
         """What one device has of the model: its leaves' heads and inner values."""
         return model_config if self.split is None else model_config.share(self.split.degree)
 
-    def page_specs(self) -> PartitionSpec:
-        """How all pools lie, of which the second axis is that of heads."""
-        return spec_of((None, "heads"))
+    @property
+    def whole(self) -> NamedSharding | None:
+        """Where an array lies that every device of the mesh has; None where there is no mesh."""
+        return None if self.split is None else self.split.sharding()
 
     def pools(self, model_config: ModelConfig, num_pages: int, page_size: int) -> tuple[Any, Any]:
         """Shapes and dtypes of one layer's keys and values, and where they lie on a mesh."""
         shapes = self.attention.pools(model_config, num_pages, page_size)
         if self.split is None:
             return shapes
-        home = self.split.sharding(self.page_specs())
+        home = self.split.sharding(PAGES)
         keys, values = (shape.update(sharding=home) for shape in shapes)
         return keys, values
 

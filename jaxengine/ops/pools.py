@@ -2,6 +2,10 @@
 
 from typing import Any, NamedTuple
 
+from sharding.rules import spec_of
+
+PAGES = spec_of((None, "heads"))  # how every pool lies on a mesh: its second axis is that of heads
+
 
 class Pools(NamedTuple):
     """All pages of one layer, laid out as `Kernels.attention` has them: arrays, their shapes, or how they are split."""

@@ -24,7 +24,7 @@ from jaxengine.device.sampling_mask import SamplingMask
 from jaxengine.device.scoring import ScoringArrays, sampling_arrays_of, token_logprobs
 from jaxengine.device.scoring_input import check_sampling_mask, check_scored
 from jaxengine.engine.scoring_proof import scoring_tiles
-from jaxengine.models.params import Decoder, specs
+from jaxengine.models.params import Decoder, shardings
 from jaxengine.ops.kernels import choose_kernels
 from jaxengine.rl import advantages as estimators
 from jaxengine.rl import critic, metrics
@@ -78,13 +78,12 @@ class Trainer:
     def _homes(self, state: TrainState) -> Any:
         """Where a state lies on the mesh: weights and their moments cut by leaves, all else on every device."""
         assert self.kernels.split is not None
-        home = self.kernels.split.sharding
-        policy = jax.tree.map(home, specs(self.model_config))
-        master = ActorCritic(policy, jax.tree.map(lambda _: home(), state.master.critic))
+        whole: Any = self.kernels.whole
+        policy = shardings(self.model_config, self.kernels.split)
+        master = ActorCritic(policy, jax.tree.map(lambda _: whole, state.master.critic))
         moments = optax.tree_map_params(
-            self.optimizer, lambda _, own: own, state.moments, master, transform_non_params=lambda _: home()
+            self.optimizer, lambda _, own: own, state.moments, master, transform_non_params=lambda _: whole
         )
-        whole: Any = home()
         return TrainState(master, moments, whole, whole, whole)
 
     def train(

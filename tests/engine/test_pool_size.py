@@ -72,6 +72,20 @@ def test_an_accelerators_pool_fills_what_others_leave(share, in_use, tiny, monke
     assert free - plan.page_bytes < cache_bytes(tiny, sized) <= free
 
 
+def test_devices_of_a_cpus_mesh_share_the_hosts_memory(tiny, monkeypatch):
+    """Where free memory decides, where CPU_POOL does, and where all is more than is installed."""
+    engine = dataclasses.replace(ENGINE, max_num_seqs=500)
+    for free in (1_200_000_000, 10**12):
+        monkeypatch.setattr(memory, "_devices_here", lambda config: 1)
+        monkeypatch.setattr(machine, "free_memory", lambda free=free: free)
+        alone = memory.sized_pool(tiny.config, engine).num_pages
+        monkeypatch.setattr(memory, "_devices_here", lambda config: 4)
+        assert abs(memory.sized_pool(tiny.config, engine).num_pages - alone / 4) < 0.1 * alone / 4
+    monkeypatch.setattr(memory, "_devices_here", lambda config: 10**6)
+    with pytest.raises(MemoryError, match="of memory in all"):
+        memory.check_fits(tiny.config, dataclasses.replace(engine, num_pages=100))
+
+
 def test_the_workspace_of_an_accelerator_is_that_of_its_compiled_steps(tiny):
     """No estimate: what XLA says of the widest steps, which grows with the rows that they take."""
     few, many = (dataclasses.replace(ENGINE, max_num_batched_tokens=n, kernels="xla") for n in (64, 512))

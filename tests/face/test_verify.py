@@ -46,7 +46,7 @@ def test_the_engine_is_as_before(tiny, sound):
 def test_taken_out_pinning_is_named():
     """The control of every axis: the engine with plain products in place of regions, and which axes then move bits."""
     with plain():
-        llm = make_llm(*random_model("Qwen3", dtype="float32", num_hidden_layers=2), compile_patience=0)
+        llm = make_llm(*random_model("Qwen3", dtype="float32", num_hidden_layers=2), compile_patience=0, kernels="xla")
         found = verify(llm.session, quick=True, samples=24)
     failed = {check.axis: check.found for check in found.checks if not check.holds}
     assert {"C2", "C3", "C4", "C5", "C6", "C11"} <= failed.keys(), str(found)

@@ -1,5 +1,7 @@
 """The policy as an nnx.Module: the same bits, the same arrays, trained by nnx and optax."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,9 +11,7 @@ from conftest import make_llm
 from flax import nnx
 
 from jaxengine import Rollout, SamplingParams
-from jaxengine.ops.regions import over_tiles
 from jaxengine.rl.integrations.nnx_policy import Policy
-from pallas_kernels.draw_reference import log_softmax
 from pallas_kernels.tiles import unknown_zero
 
 
@@ -96,22 +96,21 @@ def test_logits_have_the_bits_of_generate(model, llm):
 
     alone, (_, logits), gradient = run(policy, rollout.tokens)
     assert (bits(alone) == bits(logits)).all() and logits.shape == (*rollout.tokens.shape, 1000)
-    chosen = jnp.take_along_axis(_log_softmax(logits[:, :-1]), jnp.asarray(rollout.tokens)[:, 1:, None], axis=-1)[
-        ..., 0
-    ]
+    chosen = _logprobs(policy.kernels, logits[:, :-1], rollout.tokens[:, 1:])
     assert (bits(np.where(rollout.mask[:, 1:], chosen, 0)) == bits(rollout.logprobs[:, 1:])).all()
     assert all(np.asarray(g, np.float32).any() for g in jax.tree.leaves(gradient))
 
 
-def _log_softmax(logits):
-    """In a region and padded to whole blocks, as the sampler has it."""
-    flat = jnp.pad(
-        logits.reshape(-1, logits.shape[-1]),
-        ((0, -logits.size // logits.shape[-1] % 32), (0, 1024 - logits.shape[-1])),
-        constant_values=-jnp.inf,
+@functools.partial(jax.jit, static_argnums=0)
+def _logprobs(kernels, logits, tokens):
+    """Of those tokens, by the kernels' own draw, padded to whole blocks as the sampler has it."""
+    count, vocab = tokens.size, logits.shape[-1]
+    flat = jnp.pad(logits.reshape(count, vocab), ((0, -count % 32), (0, -vocab % 1024)), constant_values=-jnp.inf)
+    given = jnp.pad(tokens.reshape(count), (0, -count % 32))
+    drawn = kernels.over_rows(
+        lambda _, rows: kernels.draw.draw_and_score(*rows), 32, (), (flat, given), count + unknown_zero(flat)
     )
-    run = jax.jit(lambda x: over_tiles(lambda _, rows: log_softmax(rows), 32, (), x, x.shape[0] + unknown_zero(x)))
-    return run(flat)[: logits.size // logits.shape[-1]].reshape(*logits.shape[:-1], -1)
+    return drawn.logprobs[:count].reshape(tokens.shape)
 
 
 def test_nnx_and_optax_train_it(model, llm):

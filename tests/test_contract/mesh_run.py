@@ -14,6 +14,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 jax.config.update("jax_num_cpu_devices", 8)
@@ -22,7 +23,11 @@ from conftest import bits, make_llm, random_model  # noqa: E402
 
 import jaxengine  # noqa: E402
 from jaxengine import SamplingParams  # noqa: E402
+from jaxengine.engine import scoring_proof  # noqa: E402
 from jaxengine.engine.mesh_proof import MeshDiffersError  # noqa: E402
+from jaxengine.rl.global_norm import clip_by_global_norm  # noqa: E402
+from jaxengine.rl.train_state import TrainerConfig  # noqa: E402
+from jaxengine.rl.trainer import Trainer  # noqa: E402
 from sharding import leaves  # noqa: E402
 from sharding.mesh import make_mesh  # noqa: E402
 
@@ -54,14 +59,29 @@ def fully_sharded(params):
     return jax.device_put(params, jax.tree.map(home, params))
 
 
+def move_and_return(llm) -> None:
+    """The weights to the host and back, as an accelerator's do while it sleeps: all replicas share one copy there."""
+    replicas, params = llm.engine.engines, llm.params
+    assert len(replicas) == 2 and all(replica.scheduler.page_pool._cached for replica in replicas)  # both had work
+    on_host = jax.device_get(params)
+    llm.engine.move_weights(on_host)
+    assert all(replica.params is on_host for replica in replicas)
+    llm.engine.move_weights(jax.device_put(on_host, jax.tree.map(lambda x: x.sharding, params)))
+    devices = [{d for x in jax.tree.leaves(replica.params) for d in x.devices()} for replica in replicas]
+    assert not devices[0] & devices[1]
+
+
 def answers(kernels: str, config, params, degree: int, letter: str) -> dict[str, str]:
-    mesh = None if degree == 1 else make_mesh(tensor=degree)
+    data = 2 if letter == "d" else 1
+    mesh = None if degree == 1 else make_mesh(tensor=degree // data, data=data)
     how = dict(kernels=kernels, mesh=mesh)
     given = fully_sharded(params) if letter == "f" else params
     llm = make_llm(config, given, max_model_len=128, max_num_seqs=4, num_pages=14, max_num_batched_tokens=32, **how)
-    pool = llm.engine.cache.keys[0]
-    assert pool.addressable_shards[0].data.shape[1] == pool.shape[1] // degree
+    pool = jax.tree.leaves(llm.engine.cache)[0]
+    assert pool.addressable_shards[0].data.shape[1] == pool.shape[1] // (degree // data)
     first = llm.generate(PROMPTS, SAMPLING, key=jax.random.key(0))  # in chunks, with too few pages for all
+    if data > 1:
+        move_and_return(llm)
     again = llm.generate(PROMPTS, SAMPLING, key=jax.random.key(0))  # what is left of the cache is found
     assert not llm.engine.step_variants.refused
     rollout = jaxengine.Rollout.from_outputs(first)
@@ -75,11 +95,20 @@ def answers(kernels: str, config, params, degree: int, letter: str) -> dict[str,
     (_, inside), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(llm.params)
     alone = jaxengine.score(given if mesh is not None else llm.params, tokens, mask, sampling, config=config, **how)
     assert np.asarray(inside).tobytes() == np.asarray(alone).tobytes() == rollout.logprobs.tobytes()
+    trainer = Trainer(
+        config,
+        optax.chain(clip_by_global_norm(0.1), optax.adamw(1e-2)),
+        TrainerConfig(sampling=SamplingParams(temperature=0.8)),
+        **how,
+    )
+    state = trainer.start(llm.params, jax.random.key(3))
+    state, _ = trainer.train(state, rollout, np.arange(len(tokens), dtype=np.float32) % 3)
     return {
         "generate": said(first),
         "from the cache": said(again),
         "score": digest(np.asarray(alone).tobytes()),
         "gradient": digest(*(np.asarray(x).tobytes() for x in jax.tree.leaves(gradient))),
+        "update": digest(*(np.asarray(x).tobytes() for x in jax.tree.leaves(state))),
         "weights": llm.contract().digest,
     }
 
@@ -88,9 +117,10 @@ def main(kernels: str, family: str, dtype: str, num_leaves: str, *degrees: str) 
     heads = max(8, int(num_leaves))
     shape = SHAPE | dict(num_key_value_heads=heads, reduction_leaves=int(num_leaves), dtype=dtype)
     config, params = random_model(family, **shape)
+    scoring_proof._refused = {}  # conftest takes its shared models for proven; here nothing is
     found = {}
     for name in degrees:
-        degree, letter = int(name.rstrip("xpf")), name[len(name.rstrip("xpf")) :]
+        degree, letter = int(name.rstrip("xpfd")), name[len(name.rstrip("xpfd")) :]
         exchanged = 1 if letter == "x" else leaves.EXCHANGED
         total = by_psum if letter == "p" else leaves.LeavesOfDevices.total
         with (

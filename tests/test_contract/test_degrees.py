@@ -21,13 +21,15 @@ def run(*arguments: str) -> dict[str, dict[str, str]]:
 
 def check(found: dict[str, dict[str, str]]) -> None:
     one, *others = found.values()
-    assert len(one) == 5 and others and all(other == one for other in others), found
+    assert len(one) == 6 and others and all(other == one for other in others), found
 
 
 @pytest.mark.slow
 def test_devices_share_the_leaves():
-    """Among them: sums whose columns are exchanged, and weights that lie in another way than the mesh has them."""
-    check(run("cpu", "Qwen3", "bfloat16", "8", "1", "4x", "8f"))
+    """Among them: two replicas, sums whose columns are exchanged, and weights that lie in another way than the mesh has
+    them.
+    """
+    check(run("cpu", "Qwen3", "bfloat16", "8", "1", "4x", "4d", "8f"))
 
 
 @pytest.mark.long

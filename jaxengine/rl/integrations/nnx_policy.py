@@ -56,7 +56,7 @@ class Policy(nnx.Module):
         """float32 logits of the token after each of `tokens`. Differentiable by reverse mode, the same bits inside it
         and out.
 
-        Their log-softmax is `score`'s at temperature 1, in bits where `pallas_kernels.draw_reference` takes it. All
+        Their log-softmax is `score`'s at temperature 1, in bits where `policy.kernels.draw` takes it. All
         of [B, T, V] is kept: a loss on logprobs needs much less memory through `logprobs`. Raises ValueError where T is
         more than the model's context.
         """
