@@ -133,4 +133,6 @@ def uniforms(keys: Array) -> Float[Array, "t 2"]:
 
 def entropy(logprobs: Float[Array, "t V"]) -> Float[Array, " t"]:
     """-Σ p log p in nats."""
-    return -row_sum(jnp.where(logprobs > -jnp.inf, exp(logprobs) * logprobs, 0))
+    possible = logprobs > -jnp.inf
+    logprobs = jnp.where(possible, logprobs, 0)  # or the gradient would be NaN where p is 0
+    return -row_sum(jnp.where(possible, exp(logprobs) * logprobs, 0))

@@ -23,15 +23,21 @@ def check_groups(group: Int[np.ndarray, " B"], advantage: str) -> None:
         )
 
 
-def of_samples(rewards: Float[Array, " B"], group: Int[Array, " B"], kind: str) -> Float[Array, " B"]:
-    """The advantages of an objective without a critic (losses.Objective.advantage)."""
+def of_samples(
+    rewards: Float[Array, " B"], group: Int[Array, " B"], kind: str, deviation: str = "population"
+) -> Float[Array, " B"]:
+    """The advantages of an objective without a critic (losses.Objective.advantage and .deviation)."""
     if kind == "leave-one-out":
         return leave_one_out(rewards, group)
-    return group_relative(rewards, group, scaled=kind == "scaled")
+    return group_relative(rewards, group, scaled=kind == "scaled", deviation=deviation)
 
 
-def group_relative(rewards: Float[Array, " B"], group: Int[Array, " B"], *, scaled: bool = True) -> Float[Array, " B"]:
-    """Reward minus the mean of its group; where `scaled`, divided by the group's standard deviation (with divisor G).
+def group_relative(
+    rewards: Float[Array, " B"], group: Int[Array, " B"], *, scaled: bool = True, deviation: str = "population"
+) -> Float[Array, " B"]:
+    """Reward minus the mean of its group; where `scaled`, divided by the group's standard deviation.
+
+    Its divisor is G for the deviation of a "population" and G - 1 for that of a "sample"; the paper names neither.
 
     Scaled: GRPO, Shao et al. 2024, arXiv:2402.03300, section 4.1.2. Not scaled: Dr. GRPO, Liu et al. 2025,
     arXiv:2503.20783. Exactly 0 where all rewards of a group are equal.
@@ -40,7 +46,8 @@ def group_relative(rewards: Float[Array, " B"], group: Int[Array, " B"], *, scal
     centred = _centred(rewards, same, size)
     if not scaled:
         return centred
-    variance = jnp.where(same, centred**2, 0.0).sum(-1) / size
+    divisor = size if deviation == "population" else jnp.maximum(size - 1.0, 1.0)
+    variance = jnp.where(same, centred**2, 0.0).sum(-1) / divisor
     return centred / (jnp.sqrt(variance) + SMALLEST_DEVIATION)
 
 

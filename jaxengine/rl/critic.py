@@ -37,6 +37,18 @@ class ActorCritic:
     critic: Critic | None
 
 
+@pytree
+class Forward:
+    """Of each token: its logprob, the value of the state that it was drawn in, and its distribution's entropy in nats.
+
+    Without a critic there are no values; without being asked for, no entropies.
+    """
+
+    logprobs: Float[Array, "B T"]
+    values: Float[Array, "B T"] | None
+    entropies: Float[Array, "B T"] | None
+
+
 def initialise(model_config: ModelConfig) -> Critic:
     """A critic with the value 0 everywhere.
 
@@ -45,7 +57,7 @@ def initialise(model_config: ModelConfig) -> Critic:
     return Critic(jnp.zeros(model_config.hidden_size, jnp.float32), jnp.zeros((), jnp.float32))
 
 
-def logprobs_and_values(
+def forward(
     model: ActorCritic,
     tokens: Int[Array, "B T"],
     mask: Bool[Array, "B T"],
@@ -54,19 +66,19 @@ def logprobs_and_values(
     model_config: ModelConfig,
     kernels: Kernels,
     tiles: ScoringTiles,
-) -> tuple[Float[Array, "B T"], Float[Array, "B T"] | None]:
-    """(logprobs of the tokens under `mask`, values of the states they were drawn in), from one pass through the trunk;
-    0 elsewhere.
+    entropy: bool = False,
+) -> Forward:
+    """What one pass through the trunk says of the tokens under `mask`; 0 elsewhere. Differentiable in `model`.
 
-    The logprobs are those of scoring.token_logprobs, by bits. Values are None without a critic. Differentiable in
-    `model`.
+    The logprobs are those of scoring.token_logprobs, by bits.
     """
     how: dict[str, Any] = dict(model_config=model_config, kernels=kernels, tiles=tiles)
     x, tokens = scoring.trunk(model.policy, tokens, mask, **how)
-    logprobs, _ = scoring.head_logprobs(model.policy, x, tokens, mask, arrays, **how)
+    logprobs, entropies = scoring.head_logprobs(model.policy, x, tokens, mask, arrays, entropy=entropy, **how)
     if model.critic is None:
-        return logprobs, None
-    return logprobs, _values(model_config, model.critic, model.policy.norm, x, mask, tiles.head_rows)
+        return Forward(logprobs, None, entropies)
+    values = _values(model_config, model.critic, model.policy.norm, x, mask, tiles.head_rows)
+    return Forward(logprobs, values, entropies)
 
 
 def _values(

@@ -1,73 +1,15 @@
-"""Losses on the logprobs of sampled tokens: one function, and an Objective for each published algorithm.
+"""Losses on the logprobs of sampled tokens: one function for all objectives (objective.py).
 
-All of them maximise min(ρ A, clip(ρ) A) with ρ = π_new / π_old. They differ in whether the ratio is that of a token or
-of a sequence, in where it is clipped, in how tokens are averaged, and in their advantages (advantages.py).
+Most of them maximise min(ρ A, clip(ρ) A) with ρ = π_new / π_old. They differ in whether the ratio is that of a token
+or of a sequence, in where it is clipped, in how tokens are averaged, and in their advantages (advantages.py).
 """
-
-import dataclasses
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxengine.base.arguments import strict_keywords
+from jaxengine.rl.objective import Estimator, Objective
 from pallas_kernels.pinned_math import exp
-
-Advantage = Literal["scaled", "centred", "leave-one-out", "generalized"]
-Estimator = Literal["k1", "k2", "k3"]
-CHOICES = {
-    "advantage": ("scaled", "centred", "leave-one-out", "generalized"),
-    "ratio": ("token", "sequence"),
-    "average": ("sequence", "token", "constant"),
-    "kl": ("k1", "k2", "k3"),
-}
-
-
-@strict_keywords
-@dataclasses.dataclass(frozen=True)
-class Objective:
-    """Which loss. The clip keeps ρ within [1 - clip_low, 1 + clip_high] where a ρ outside would raise the objective.
-
-    `average` "sequence": mean over a sample's tokens, then over samples; "token": mean over all tokens of the batch;
-    "constant": a sum over a sample's tokens divided by `budget` tokens (None: the width T of the batch), then mean
-    over samples. `kl_coefficient` is the weight of the KL penalty to a reference policy, estimated by `kl`. Raises
-    ValueError naming the field.
-    """
-
-    advantage: Advantage = "scaled"
-    ratio: Literal["token", "sequence"] = "token"
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    average: Literal["sequence", "token", "constant"] = "sequence"
-    budget: int | None = None
-    kl: Estimator = "k3"
-    kl_coefficient: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        if not 0 <= self.clip_low <= 1 or not self.clip_high >= 0:
-            raise ValueError(
-                f"clip_low must be within 0 … 1 and clip_high at least 0, got {self.clip_low} and {self.clip_high}"
-            )
-        if not self.kl_coefficient >= 0:
-            raise ValueError(f"kl_coefficient must be at least 0, got {self.kl_coefficient}")
-        if self.budget is not None and self.budget < 1:
-            raise ValueError(f"budget must be at least 1 token, got {self.budget}")
-
-
-ALGORITHMS = {
-    "grpo": Objective(),  # Shao et al. 2024, arXiv:2402.03300, eq. 3; its KL penalty is kl_coefficient, 0.04 there
-    "dr_grpo": Objective(advantage="centred", average="constant"),  # Liu et al. 2025, arXiv:2503.20783
-    # Yu et al. 2025, arXiv:2503.14476: clip-higher, token-level mean, no KL
-    "dapo": Objective(clip_high=0.28, average="token"),
-    "gspo": Objective(ratio="sequence", clip_low=3e-4, clip_high=4e-4),  # Zheng et al. 2025, arXiv:2507.18071
-    # Ahmadian et al. 2024, arXiv:2402.14740, with PPO's clip
-    "rloo": Objective(advantage="leave-one-out", average="constant"),
-    "ppo": Objective(advantage="generalized", average="token"),  # Schulman et al. 2017, arXiv:1707.06347, eq. 7
-}
 
 
 def policy_loss(
@@ -79,37 +21,66 @@ def policy_loss(
     *,
     weights: Float[Array, "B T"] | None = None,
     reference: Float[Array, "B T"] | None = None,
+    corrections: Float[Array, "B T"] | None = None,
 ) -> Float[Array, ""]:
-    """The loss to minimise, differentiable in `logprobs`. Values outside `mask` do not count, NaN among them.
+    """The loss to minimise, differentiable in `logprobs`; the entropy's part is the caller's. Values outside `mask` do
+    not count, NaN among them.
 
     Where the arrays are a part of a batch, `weights` are token_weights of the whole batch: the losses of its parts,
-    and their gradients, add up to the batch's. `reference` are the tokens' logprobs under the reference policy. Raises
-    ValueError where a KL penalty has none.
+    and their gradients, add up to the batch's. `reference` are the tokens' logprobs under the reference policy,
+    `corrections` those of correction_weights. Raises ValueError where a KL penalty in the loss has no reference.
     """
     weights = token_weights(mask, objective) if weights is None else weights
     advantages = jnp.broadcast_to(advantages[:, None] if advantages.ndim == 1 else advantages, mask.shape)
-    rho = ratios(logprobs, old_logprobs, mask, objective)
-    # Not jnp.minimum, because it halves the gradient between equal arguments: at ratio 1 they are equal.
-    bound = jnp.where(advantages > 0, 1 + objective.clip_high, 1 - objective.clip_low)
-    gained = jnp.where(is_clipped(rho, advantages, objective), bound, rho) * jnp.where(mask, advantages, 0.0)
-    loss = -(weights * gained).sum()
-    if objective.kl_coefficient == 0:
+    gained = _gained(logprobs, old_logprobs, mask, jnp.where(mask, advantages, 0.0), objective)
+    loss = -(weights * (gained if corrections is None else corrections * gained)).sum()
+    if not objective.penalises_loss:
         return loss
     if reference is None:
         raise ValueError(
             f"kl_coefficient={objective.kl_coefficient} asks for a penalty, but no logprobs of a reference policy "
             "were given"
         )
-    return loss + objective.kl_coefficient * (weights * kl_penalty(logprobs, reference, mask, objective.kl)).sum()
+    penalty = kl_penalty(logprobs, reference, mask, objective.kl)
+    if objective.kl_ratio:
+        penalty *= exp(jnp.where(mask, logprobs - old_logprobs, 0.0))
+    return loss + objective.kl_coefficient * (weights * penalty).sum()
+
+
+def _gained(
+    logprobs: Float[Array, "B T"],
+    old_logprobs: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    advantages: Float[Array, "B T"],
+    objective: Objective,
+) -> Float[Array, "B T"]:
+    """What each token adds to the objective, before it is weighed."""
+    rho = ratios(logprobs, old_logprobs, mask, objective)
+    low, high = clipped_sides(rho, advantages, objective)
+    is_weight = objective.surrogate == "weight"
+    highest = 1 + objective.clip_high
+    if not is_weight and objective.dual_clip is not None:
+        highest = jnp.where(advantages > 0, highest, objective.dual_clip)
+    # Not jnp.minimum, because it halves the gradient between equal arguments: at ratio 1 they are equal.
+    bounded = jnp.where(high, highest, jnp.where(low, 1 - objective.clip_low, rho))
+    if is_weight:
+        possible = mask & (logprobs > -jnp.inf)
+        return jax.lax.stop_gradient(bounded) * advantages * jnp.where(possible, logprobs, 0.0)
+    return bounded * advantages
 
 
 def token_weights(mask: Bool[Array, "B T"], objective: Objective) -> Float[Array, "B T"]:
-    """The weight of each token of a batch in its loss, 0 outside the mask. A row without a token is no sample."""
+    """The weight of each token of a batch in its loss, 0 outside the mask. A row without a token is no sample.
+
+    Raises ValueError where the average is constant and the objective has no budget.
+    """
     if objective.average == "token":
         return token_shares(mask)
+    if objective.average == "constant" and objective.budget is None:
+        raise ValueError("average='constant' divides by a number of tokens: give budget, the most of a completion")
     counts = mask.sum(-1, keepdims=True, dtype=jnp.float32)
     samples = jnp.maximum((counts > 0).sum(), 1)
-    length = jnp.maximum(counts, 1) if objective.average == "sequence" else float(objective.budget or mask.shape[1])
+    length = jnp.maximum(counts, 1) if objective.average == "sequence" else float(objective.budget or 1)
     return jnp.where(mask, 1 / (samples * length), 0.0)
 
 
@@ -121,23 +92,56 @@ def token_shares(mask: Bool[Array, "B T"]) -> Float[Array, "B T"]:
 def ratios(
     logprobs: Float[Array, "B T"], old_logprobs: Float[Array, "B T"], mask: Bool[Array, "B T"], objective: Objective
 ) -> Float[Array, "B T"]:
-    """π_new / π_old of each token, or GSPO's (π_new / π_old)^(1 / length) of its sequence; 1 for equal logprobs.
+    """π_new / π_old of each token, that of its whole sequence, or GSPO's (π_new / π_old)^(1 / length) of its sequence;
+    1 for equal logprobs.
 
-    The ratio of the sequence has the gradient of each token's logprob: s_t = sg[s] · π_t / sg[π_t], the token form of
-    GSPO (arXiv:2507.18071, section 4.3). Its gradient is GSPO's where all tokens of a sequence have one advantage.
+    GSPO's has the gradient of each token's logprob: s_t = sg[s] · π_t / sg[π_t], its token form (arXiv:2507.18071,
+    section 4.3). The gradient is GSPO's where all tokens of a sequence have one advantage.
     """
     log_ratio = jnp.where(mask, logprobs - old_logprobs, 0.0)
     if objective.ratio == "token":
         return exp(log_ratio)
+    if objective.ratio == "trajectory":
+        return exp(jnp.broadcast_to(log_ratio.sum(-1, keepdims=True), mask.shape))
     mean = log_ratio.sum(-1, keepdims=True) / jnp.maximum(mask.sum(-1, keepdims=True), 1)
     possible = mask & (logprobs > -jnp.inf)
     zero = jnp.where(possible, logprobs - jax.lax.stop_gradient(logprobs), 0.0)  # with the gradient of the logprob
     return exp(jax.lax.stop_gradient(mean) + zero)
 
 
-def is_clipped(rho: Float[Array, "B T"], advantages: Float[Array, "B T"], objective: Objective) -> Bool[Array, "B T"]:
-    """Where the clip binds, without a gradient: the ratio has left its range in the direction of the advantage."""
-    return ((advantages > 0) & (rho > 1 + objective.clip_high)) | ((advantages < 0) & (rho < 1 - objective.clip_low))
+def clipped_sides(
+    rho: Float[Array, "B T"], advantages: Float[Array, "B T"], objective: Objective
+) -> tuple[Bool[Array, "B T"], Bool[Array, "B T"]]:
+    """Where the clip binds (below, above). It leaves no gradient there, but of surrogate "weight" a smaller one.
+
+    The minimum is bound where the ratio has left its range in the direction of the advantage.
+    """
+    low, high = rho < 1 - objective.clip_low, rho > 1 + objective.clip_high
+    if objective.surrogate == "weight":
+        return low, high
+    high &= advantages > 0
+    if objective.dual_clip is not None:
+        high |= (advantages < 0) & (rho > objective.dual_clip)
+    return low & (advantages < 0), high
+
+
+def correction_weights(
+    start_logprobs: Float[Array, "B T"],
+    drawn_logprobs: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    objective: Objective,
+) -> Float[Array, "B T"]:
+    """π_start / π_drew of each token or its sequence within the objective's bounds; exactly 1 for equal logprobs.
+
+    `drawn_logprobs` are those that the tokens were drawn with, whichever weights drew them.
+    """
+    log_ratio = jnp.where(mask, start_logprobs - drawn_logprobs, 0.0)
+    if objective.correction_of == "sequence":
+        log_ratio = jnp.broadcast_to(log_ratio.sum(-1, keepdims=True), mask.shape)
+    weights, low, high = exp(log_ratio), objective.correction_low, objective.correction_high
+    if objective.correction == "truncated":
+        return jnp.clip(weights, low, high)
+    return jnp.where((weights < low) | (weights > high), 0.0, weights)
 
 
 def kl_penalty(

@@ -3,7 +3,8 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxengine.rl.losses import Objective, is_clipped, ratios
+from jaxengine.rl.losses import clipped_sides, ratios, token_shares
+from jaxengine.rl.objective import Objective
 
 
 def mismatch(
@@ -13,23 +14,34 @@ def mismatch(
     advantages: Float[Array, " B"] | Float[Array, "B T"],
     objective: Objective,
 ) -> dict[str, Float[Array, ""]]:
-    """Scalars over the tokens under `mask`: ratio_mean and ratio_max of the objective's ratio, clip_rate (the share of
-    tokens that the clip leaves without a gradient), kl (of π_old from π_new, in nats a token) and max_delta (the
-    largest |Δlogprob|).
+    """Scalars over the tokens under `mask`: ratio_mean and ratio_max of the objective's ratio, clip_low and clip_high
+    (the shares that the clip bounds from below and from above) and their sum clip_rate, kl (of π_old from π_new, in
+    nats a token) and max_delta (the largest |Δlogprob|). Ratios of sequences count once a sequence. Of no token the
+    ratio is 1 and all else 0.
 
     The KL is estimator k3 of losses.kl_penalty with r = π_new / π_old at tokens drawn from π_old. It is infinite, as
     max_delta is, where π_new gives probability 0 to a token that π_old drew.
     """
     advantages = jnp.broadcast_to(advantages[:, None] if advantages.ndim == 1 else advantages, mask.shape)
     rho, delta = ratios(logprobs, old_logprobs, mask, objective), jnp.where(mask, logprobs - old_logprobs, 0.0)
-    clipped = is_clipped(rho, jnp.where(mask, advantages, 0.0), objective)
+    low, high = clipped_sides(rho, jnp.where(mask, advantages, 0.0), objective)
+    shares = token_shares(mask) if objective.ratio == "token" else _sequence_shares(mask)
+    clip_low, clip_high = ((shares * side).sum() for side in (low, high))
     return {
-        "ratio_mean": 1 + mean_over(rho - 1, mask),
-        "ratio_max": jnp.where(mask, rho, 0.0).max(),
-        "clip_rate": mean_over(clipped, mask),
+        "ratio_mean": 1 + jnp.where(mask, shares * (rho - 1), 0.0).sum(),
+        "ratio_max": jnp.where(mask.any(), jnp.where(mask, rho, -jnp.inf).max(), 1.0),
+        "clip_low": clip_low,
+        "clip_high": clip_high,
+        "clip_rate": clip_low + clip_high,
         "kl": mean_over(jnp.expm1(delta) - delta, mask),
         "max_delta": jnp.abs(delta).max(),
     }
+
+
+def _sequence_shares(mask: Bool[Array, "B T"]) -> Float[Array, "B T"]:
+    """Weights of tokens whose sums are means over sequences; a row without a token is none."""
+    counts = mask.sum(-1, keepdims=True)
+    return jnp.where(mask, 1 / (jnp.maximum(counts, 1) * jnp.maximum((counts > 0).sum(), 1)), 0.0)
 
 
 def mean_over(x: Array, mask: Bool[Array, "B T"]) -> Float[Array, ""]:

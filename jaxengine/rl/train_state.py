@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from jaxengine.base.arguments import strict_keywords
 from jaxengine.base.pytree import pytree
 from jaxengine.device.sampling_mask import SamplingMask
-from jaxengine.rl.losses import ALGORITHMS, Objective
+from jaxengine.rl.objective import ALGORITHMS, Objective
 from jaxengine.sampling_params import SamplingParams
 
 DRAWS, SHUFFLES = 0, 1  # what the state's key is folded with: for completions, and for the order of mini-batches
@@ -18,6 +18,8 @@ DRAWS, SHUFFLES = 0, 1  # what the state's key is folded with: for completions, 
 @dataclasses.dataclass(frozen=True)
 class TrainerConfig:
     """How a rollout is learned from. Raises ValueError naming the field where a count is less than 1.
+
+    An objective's budget is sampling.max_tokens where it is not given.
 
     The last four fields are for an objective with a critic, "generalized" advantages.
     """
@@ -36,6 +38,13 @@ class TrainerConfig:
     decay: float = 0.95  # λ of the generalized advantages
 
     def __post_init__(self) -> None:
+        if self.objective.average == "constant" and self.objective.budget is None:
+            if self.sampling.max_tokens is None:
+                raise ValueError(
+                    "average='constant' divides by a number of tokens: give the objective's budget, or max_tokens in "
+                    "sampling"
+                )
+            object.__setattr__(self, "objective", dataclasses.replace(self.objective, budget=self.sampling.max_tokens))
         for name in ("epochs", "mini_batches", "micro_batches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -64,3 +73,4 @@ class Batch:
     old_values: Float[Array, "B T"] | None = None
     returns: Float[Array, "B T"] | None = None
     kept: SamplingMask | None = None  # scored under it where it is there
+    corrections: Float[Array, "B T"] | None = None  # for what earlier weights drew (losses.correction_weights)

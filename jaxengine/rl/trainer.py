@@ -28,9 +28,9 @@ from jaxengine.models.params import Decoder, shardings
 from jaxengine.ops.kernels import choose_kernels
 from jaxengine.rl import advantages as estimators
 from jaxengine.rl import critic, metrics
-from jaxengine.rl.critic import ActorCritic
+from jaxengine.rl.critic import ActorCritic, Forward
 from jaxengine.rl.global_norm import global_norm
-from jaxengine.rl.losses import policy_loss, token_shares, token_weights, value_loss
+from jaxengine.rl.losses import correction_weights, kl_penalty, policy_loss, token_shares, token_weights, value_loss
 from jaxengine.rl.rollout import Rollout
 from jaxengine.rl.train_state import SHUFFLES, Batch, TrainerConfig, TrainState
 
@@ -92,7 +92,8 @@ class Trainer:
         """All updates of one rollout: the state with the next version of the weights, and the metrics of each update.
 
         `rewards` are one for each sample. A sample whose reward is NaN is left out. `state` is donated. Raises
-        ValueError where the number of samples is no multiple of mini_batches · micro_batches.
+        ValueError where the number of samples is no multiple of mini_batches · micro_batches. Metrics of the policy are
+        over the samples that have a gradient, of whose tokens measured_share says the share.
         """
         whole, updates = self.batch(state, rollout, rewards, reference=reference), []
         for batch in self._mini_batches(state, whole):
@@ -121,11 +122,23 @@ class Trainer:
         tokens, mask = jnp.asarray(rollout.tokens), jnp.asarray(rollout.mask & has_reward[:, None])
         kept = self._sampling_mask(state, rollout)
         batch = Batch(tokens, mask, jnp.asarray(rollout.logprobs), jnp.zeros(mask.shape, jnp.float32), kept=kept)
-        if self.config.objective.kl_coefficient > 0:
+        objective, token_rewards = self.config.objective, estimators.at_last_token(jnp.asarray(rewards), mask)
+        if objective.kl_coefficient > 0:
             batch = dataclasses.replace(batch, reference=self._reference(reference, batch))
+        if objective.kl_coefficient > 0 and objective.kl_in == "reward":
+            assert batch.reference is not None
+            penalty = kl_penalty(batch.old_logprobs, batch.reference, mask, objective.kl)
+            token_rewards -= objective.kl_coefficient * jnp.where(mask, penalty, 0.0)
+            rewards = rewards - objective.kl_coefficient * np.asarray(jnp.where(mask, penalty, 0.0).sum(-1))
+        if objective.correction is not None:
+            start = self._forward(state.master, batch).logprobs
+            corrections = correction_weights(start, batch.old_logprobs, mask, objective)
+            batch = dataclasses.replace(batch, old_logprobs=start, corrections=corrections)
         if self.has_critic:
-            return self._with_values(state, batch, jnp.asarray(rewards))
-        per_sample = estimators.of_samples(jnp.asarray(rewards), jnp.asarray(group), self.config.objective.advantage)
+            return self._with_values(state, batch, token_rewards)
+        per_sample = estimators.of_samples(
+            jnp.asarray(rewards), jnp.asarray(group), objective.advantage, objective.deviation
+        )
         return dataclasses.replace(batch, advantages=jnp.where(mask, per_sample[:, None], 0.0))
 
     # -- inside ------------------------------------------------------------------------------------------------------
@@ -151,10 +164,10 @@ class Trainer:
         logprobs, _ = token_logprobs(params, batch.tokens, batch.mask, sampling, **self._how())
         return logprobs
 
-    def _with_values(self, state: TrainState, batch: Batch, rewards: Float[Array, " B"]) -> Batch:
+    def _with_values(self, state: TrainState, batch: Batch, token_rewards: Float[Array, "B T"]) -> Batch:
         """The batch with the critic's values, and the advantages and returns that follow from them."""
-        _, values = self._forward(state.master, batch)
-        token_rewards = estimators.at_last_token(rewards, batch.mask)
+        values = self._forward(state.master, batch).values
+        assert values is not None
         advantages, returns = estimators.generalized(
             token_rewards, values, batch.mask, discount=self.config.discount, decay=self.config.decay
         )
@@ -175,7 +188,8 @@ class Trainer:
     def _update(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
         """One step of the optimiser, on the gradient of the whole batch."""
         weights = token_weights(batch.mask, self.config.objective), token_shares(batch.mask)
-        batch = dataclasses.replace(batch, mask=batch.mask & self._has_gradient(batch)[:, None])
+        sampled = batch.mask
+        batch = dataclasses.replace(batch, mask=sampled & self._has_gradient(batch)[:, None])
         model = critic.cast(state.master, self.model_config)
         gradient, losses, (logprobs, values) = self.gradient(model, batch, weights)
         change, moments = self.optimizer.update(gradient, state.moments, state.master)
@@ -189,13 +203,14 @@ class Trainer:
             measured["explained_variance"] = metrics.explained_variance(values, batch.returns, batch.mask)
         if self.kernels.split is not None:  # as it lay, so that nothing is compiled again
             state = jax.lax.with_sharding_constraint(state, self._homes(state))
+        measured["measured_share"] = metrics.mean_over(batch.mask, sampled)
         return state, measured | {"gradient_norm": global_norm(gradient)}
 
     def _has_gradient(self, batch: Batch) -> Bool[Array, " B"]:
         """Samples that have a gradient. Those of groups that are all right or all wrong have none, and are masked: the
         loops over rows stop before blocks that are masked, so that a batch costs what can be learned from it.
         """
-        if self.has_critic or self.config.objective.kl_coefficient > 0:
+        if self.config.objective.needs_all_samples:
             return jnp.ones(batch.mask.shape[0], bool)
         return (batch.advantages != 0).any(-1)
 
@@ -222,31 +237,35 @@ class Trainer:
 
     def _loss(self, model: ActorCritic, batch: Batch, weights: tuple[Array, Array]) -> tuple[Array, Any]:
         """(loss, (its parts, (logprobs, values))) of a micro-batch; `weights` of its tokens are those in the batch."""
-        logprobs, values = self._run(model, batch)
+        forward = self._run(model, batch, entropy=self.config.objective.entropy_coefficient > 0)
         loss = policy_loss(
-            logprobs,
+            forward.logprobs,
             batch.old_logprobs,
             batch.mask,
             batch.advantages,
             self.config.objective,
             weights=weights[0],
             reference=batch.reference,
+            corrections=batch.corrections,
         )
-        if values is None:
-            return loss, ({"loss": loss}, (logprobs, None))
+        parts = {"loss": loss}
+        if forward.entropies is not None:
+            parts["entropy"] = (weights[1] * forward.entropies).sum()
+            loss -= self.config.objective.entropy_coefficient * parts["entropy"]
+        if forward.values is None:
+            return loss, (parts, (forward.logprobs, None))
         assert batch.old_values is not None and batch.returns is not None
-        error = value_loss(
-            values, batch.old_values, batch.returns, batch.mask, clip=self.config.value_clip, weights=weights[1]
+        parts["value_loss"] = value_loss(
+            forward.values, batch.old_values, batch.returns, batch.mask, clip=self.config.value_clip, weights=weights[1]
         )
-        return loss + self.config.value_coefficient * error, ({"loss": loss, "value_loss": error}, (logprobs, values))
+        return loss + self.config.value_coefficient * parts["value_loss"], (parts, (forward.logprobs, forward.values))
 
-    def _rounded_run(self, master: ActorCritic, batch: Batch) -> tuple[Array, Array | None]:
+    def _rounded_run(self, master: ActorCritic, batch: Batch) -> Forward:
         return self._run(critic.cast(master, self.model_config), batch)
 
-    def _run(self, model: ActorCritic, batch: Batch) -> tuple[Array, Array | None]:
-        """(logprobs, values) `[B, T]`; the values are None without a critic."""
+    def _run(self, model: ActorCritic, batch: Batch, *, entropy: bool = False) -> Forward:
         sampling = self._sampling_arrays(batch.tokens, batch.kept)
-        return critic.logprobs_and_values(model, batch.tokens, batch.mask, sampling, **self._how())
+        return critic.forward(model, batch.tokens, batch.mask, sampling, entropy=entropy, **self._how())
 
     def _how(self) -> dict[str, Any]:
         """The implementation that generates, on tiles that are proven to give its bits on this machine."""

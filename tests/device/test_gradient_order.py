@@ -16,7 +16,7 @@ from jaxengine.device.embedding import add_rows
 from jaxengine.models.params import abstract
 from jaxengine.ops.kernels import XLA, Kernels, kernels_of
 from jaxengine.rl.integrations.tunix_policy import TunixPolicy
-from jaxengine.rl.losses import ALGORITHMS
+from jaxengine.rl.objective import ALGORITHMS
 from jaxengine.rl.rollout import Rollout
 from jaxengine.rl.train_state import TrainerConfig
 from jaxengine.rl.trainer import Trainer

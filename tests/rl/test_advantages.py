@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxengine.rl import advantages
-from jaxengine.rl.advantages import at_last_token, generalized, group_relative, leave_one_out, standardized
+from jaxengine.rl.advantages import at_last_token, generalized, group_relative, leave_one_out, of_samples, standardized
 
 GROUP = np.array([0, 0, 0, 2, 2, 1, 2, 2, 7])  # ids in any order, of any size, one alone
 REWARDS = np.array([1.0, 0.0, 0.25, -3.0, 0.1, 0.7, 0.1, 0.1, 5.0], np.float32)
@@ -51,6 +51,16 @@ def test_by_hand():
     np.testing.assert_allclose(group_relative(rewards, group), [1, -1, -1, 1], rtol=3e-6)
     np.testing.assert_array_equal(group_relative(rewards, group, scaled=False), [0.5, -0.5, -0.5, 0.5])
     np.testing.assert_allclose(leave_one_out(rewards, group), [2 / 3, -2 / 3, -2 / 3, 2 / 3], rtol=1e-6)
+
+
+def test_the_deviation_of_a_sample_is_numpys():
+    """With divisor G - 1, as TRL and tunix have it; 0 in a group of one."""
+    actual = of_samples(REWARDS, GROUP, "scaled", "sample")
+    for group in np.unique(GROUP):
+        rewards = REWARDS[GROUP == group]
+        deviation = rewards.std(ddof=1) if len(rewards) > 1 else 1.0
+        expected = (rewards - rewards.mean()) / (deviation + advantages.SMALLEST_DEVIATION)
+        np.testing.assert_allclose(actual[GROUP == group], expected, rtol=2e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("reward", [0.1, 1 / 3, 1e6 / 7, -0.7])

@@ -14,7 +14,8 @@ from jaxengine import Rollout, SamplingParams
 from jaxengine.device.sampling_mask import SamplingMask, is_kept, packed, unpacked
 from jaxengine.models import plain
 from jaxengine.rl.integrations.nnx_policy import Policy
-from jaxengine.rl.losses import ALGORITHMS, ratios
+from jaxengine.rl.losses import ratios
+from jaxengine.rl.objective import ALGORITHMS
 from jaxengine.rl.train_state import TrainerConfig
 from jaxengine.rl.trainer import Trainer
 

@@ -16,7 +16,8 @@ from jaxengine import Rollout, SamplingParams
 from jaxengine.outputs import CompletionOutput, RequestOutput
 from jaxengine.rl import critic
 from jaxengine.rl.loops.loop import Loop, judged_by
-from jaxengine.rl.losses import ALGORITHMS, policy_loss, token_shares, token_weights
+from jaxengine.rl.losses import policy_loss, token_shares, token_weights
+from jaxengine.rl.objective import ALGORITHMS
 from jaxengine.rl.train_state import TrainerConfig
 from jaxengine.rl.trainer import Trainer
 
@@ -69,6 +70,11 @@ def gradient_of(trainer: Trainer, state, batch):
 def rounded(policy):
     """The policy's arrays, rounded to bfloat16."""
     return jax.tree.map(lambda x: x.astype("bfloat16").astype(np.float32), policy)
+
+
+def moved(policy):
+    """Other weights, near these."""
+    return jax.tree.map(lambda x: x + (0.01 * np.sin(np.arange(x.size)).reshape(x.shape)).astype(x.dtype), policy)
 
 
 def same(a, b) -> bool:
@@ -261,6 +267,56 @@ def test_a_reference_holds_back(drawn):
     assert float(here["loss"]) == pytest.approx(without(drawn.logprobs), abs=1e-6)
     after = jaxengine.score(policy, drawn.tokens, drawn.mask, SAMPLING.replace(n=1), config=trainer.model_config)
     assert float(moved["loss"]) > without(np.asarray(after)) + 1e-6
+
+
+def test_a_penalty_may_be_a_part_of_the_reward(drawn):
+    """RLOO's: each completion's k1, summed, is taken from its reward before the baseline."""
+    trainer, reference = make("rloo", kl=0.3), moved(TINY[1])
+    batch = trainer.batch(start(trainer), drawn, REWARDS, reference=reference)
+    far = np.asarray(
+        jaxengine.score(reference, drawn.tokens, drawn.mask, SAMPLING.replace(n=1), config=trainer.model_config)
+    )
+    seen = drawn.mask & np.isfinite(far)  # what the reference cuts off has no useful KL
+    rewards = REWARDS - 0.3 * np.where(seen, drawn.logprobs - far, 0).sum(-1)
+    others = [np.mean([rewards[j] for j in range(i - i % 4, i - i % 4 + 4) if j != i]) for i in range(16)]
+    expected = np.where(drawn.mask, (rewards - others)[:, None], 0)
+    np.testing.assert_allclose(batch.advantages, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_earlier_weights_drew_is_corrected(drawn):
+    """ρ begins at the weights that learn, and the way from those that drew is a weight; where they are the same, 1."""
+    objective = dataclasses.replace(ALGORITHMS["grpo"], correction="truncated", correction_high=1.5)
+    trainer = Trainer(TINY[0], optax.sgd(1.0), TrainerConfig(objective, SAMPLING))
+    batch = trainer.batch(start(trainer), drawn, REWARDS)
+    assert (bits(batch.old_logprobs) == bits(drawn.logprobs)).all() and (
+        bits(batch.corrections) == bits(np.ones(1))
+    ).all()
+    others = moved(TINY[1])
+    batch = trainer.batch(trainer.start(others, jax.random.key(0)), drawn, REWARDS)
+    now = np.asarray(jaxengine.score(others, drawn.tokens, drawn.mask, SAMPLING.replace(n=1), config=TINY[0]))
+    assert (bits(batch.old_logprobs) == bits(now)).all()
+    expected = np.minimum(np.exp(np.where(drawn.mask, now - drawn.logprobs, 0)), 1.5)
+    np.testing.assert_allclose(batch.corrections, expected, rtol=1e-5)
+    assert (np.asarray(batch.corrections) == 1.5).any() and (np.asarray(batch.corrections) < 1).any()
+
+
+@pytest.mark.slow
+def test_the_entropy_is_that_of_the_draw_and_has_a_gradient(drawn):
+    objective = dataclasses.replace(ALGORITHMS["dr_grpo"], entropy_coefficient=0.5)
+    config, sampling = TINY[0], SAMPLING.replace(n=1)
+    trainer = Trainer(config, optax.sgd(1.0), TrainerConfig(objective, SAMPLING, micro_batches=2))
+    equal = np.ones(16, np.float32)  # no advantage at all, so that the entropy alone has a gradient
+    gradient, losses, _ = gradient_of(trainer, start(trainer), trainer.batch(start(trainer), drawn, equal))
+    assert float(losses["entropy"]) == pytest.approx(drawn.entropies[drawn.mask].mean(), rel=1e-5)
+
+    def bonus(params):
+        _, entropies = jaxengine.score(params, drawn.tokens, drawn.mask, sampling, config=config, entropy=True)
+        return -0.5 * entropies.sum() / drawn.mask.sum()
+
+    expected = jax.grad(bonus)(TINY[1])
+    for a, b in zip(jax.tree.leaves(gradient.policy), jax.tree.leaves(expected), strict=True):
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        assert np.linalg.norm(a - b) <= 2**-6 * np.linalg.norm(b) and b.any()
 
 
 def test_a_judge_calls_the_reward_for_each_sample():

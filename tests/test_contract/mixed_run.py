@@ -22,7 +22,7 @@ import jaxengine
 from jaxengine import LLM, ModelConfig, Rollout, SamplingParams
 from jaxengine.config import RopeConfig
 from jaxengine.models.params import initialise
-from jaxengine.rl.losses import ALGORITHMS
+from jaxengine.rl.objective import ALGORITHMS
 from jaxengine.rl.trainer import Trainer, TrainerConfig
 
 SIZES = dict(

@@ -33,7 +33,7 @@ from jaxengine.rl.calc.run import Run, check, held_out_problems, problems
 from jaxengine.rl.calc.train import HELD_OUT_PROBLEMS, grade
 from jaxengine.rl.global_norm import clip_by_global_norm
 from jaxengine.rl.loops.loop import Iteration, Loop, judged_by
-from jaxengine.rl.losses import ALGORITHMS
+from jaxengine.rl.objective import ALGORITHMS
 from jaxengine.rl.train_state import TrainerConfig, TrainState
 from jaxengine.rl.trainer import Trainer
 from jaxengine.sampling_params import SamplingParams
