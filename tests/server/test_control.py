@@ -6,11 +6,7 @@ import os
 import jax
 import numpy as np
 import pytest
-from conftest import make_llm
-from safetensors.numpy import save
-from serving import ADMIN, KEY, running
 
-from checkpoints.safetensors_files import open_folder
 from jaxengine import SamplingParams
 from jaxengine.models import loading
 
@@ -113,16 +109,6 @@ def test_what_trainers_ask_first(served):
     assert info["digest"] == served.llm.contract().digest
 
 
-@pytest.fixture
-def learner(calc, tmp_path):
-    """A server of its own, because its weights change."""
-    (tmp_path / "root").mkdir()
-    llm = make_llm(calc.config, calc.params, tokenizer=calc.tokenizer)
-    with running(llm, api_key=KEY, admin_key=ADMIN, weights_root=tmp_path / "root") as found:
-        yield found
-    llm.close()
-
-
 def test_weights_outside_the_root_are_not_read(learner, tmp_path):
     """They would fit: what refuses them is where they lie."""
     root = tmp_path / "root"
@@ -155,58 +141,6 @@ def test_weights_from_a_folder_are_taken_whole_or_not_at_all(learner, tmp_path):
     (choice,) = ok(learner.user.post("/v1/completions", json=BODY))["choices"]
     assert choice["weight_versions"] == [{"version": 1, "start": 0, "stop": 40}]
     assert choice["token_ids"] == llm.generate(["1+"], PARAMS)[0].outputs[0].token_ids
-
-
-def tensors_of(llm, params, folder) -> dict[str, np.ndarray]:
-    """The weights under Hugging Face's names."""
-    loading.save(folder, llm.config, params)
-    with open_folder(folder) as tensors:
-        return {name: tensors.read(name) for name in tensors.names}
-
-
-BINARY = {"Content-Type": "application/octet-stream"}
-
-
-def test_weights_as_bodies_are_taken_whole_or_not_at_all(learner, tmp_path):
-    llm, admin = learner.llm, learner.admin
-    tensors = tensors_of(llm, jax.tree.map(lambda leaf: leaf * 2, llm.params), tmp_path / "new")
-    whole, names = save(tensors), sorted(tensors)
-    expected = llm.params
-    wrong = {
-        "no file": b"weights",
-        "a file that is cut": whole[: len(whole) // 2],
-        "a name too few": save({name: tensors[name] for name in names[1:]}),
-        "a name too many": save(tensors | {"other": tensors[names[0]]}),
-    }
-    for body in wrong.values():
-        response = admin.post("/update_weights", content=body, headers=BINARY)
-        assert (response.status_code, llm.weights_version) == (400, 0), response.text
-        assert str(tmp_path) not in response.text and not os.listdir(tmp_path / "root")
-    too_long = admin.post("/update_weights", content=bytes(3 * len(whole)), headers=BINARY)
-    assert (too_long.status_code, llm.params, os.listdir(tmp_path / "root")) == (413, expected, [])
-    assert learner.user.post("/update_weights", content=whole, headers=BINARY).status_code == 401
-
-    answer = ok(admin.post("/update_weights?weight_version=one", content=whole, headers=BINARY))
-    assert answer["version"] == llm.weights_version == 1
-    assert ok(admin.post("/init_weight_transfer_engine", json={"init_info": {"backend": "http"}}))["message"]
-    ok(admin.post("/start_weight_update", json={}))
-    for part in (names[:3], names[3:]):
-        ok(admin.post("/update_weights", content=save({name: tensors[name] for name in part}), headers=BINARY))
-        assert llm.weights_version == 1
-    ok(admin.post("/finish_weight_update", json={"weight_version": "two"}))
-    info = ok(learner.user.get("/weight_info"))
-    assert (info["weight_version"], info["version"], os.listdir(tmp_path / "root")) == ("two", 2, [])
-    doubled = jax.tree.map(lambda leaf: leaf * 2, expected)
-    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), llm.params, doubled)))
-
-
-def test_a_part_that_is_wrong_leaves_the_old_weights(learner, tmp_path):
-    tensors = tensors_of(learner.llm, learner.llm.params, tmp_path / "new")
-    name = min(tensors)
-    ok(learner.admin.post("/start_weight_update", json={}))
-    ok(learner.admin.post("/update_weights", content=save({name: tensors[name]}), headers=BINARY))
-    response = learner.admin.post("/finish_weight_update", json={})
-    assert (response.status_code, learner.llm.weights_version, os.listdir(tmp_path / "root")) == (400, 0, [])
 
 
 # -- SGLang's ----------------------------------------------------------------------------------------------------------
