@@ -8,11 +8,12 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 from starlette.requests import Request as HttpRequest
 
 from checkpoints.tensor_file import read_tensors
 from jaxengine.async_llm import AsyncLLM
+from jaxengine.engine.memory import size_on_one
+from jaxengine.models.params import abstract
 from jaxengine.server.errors import ApiError
 
 BINARY = ("application/octet-stream", "application/safetensors", "application/vnd.safetensors")
@@ -101,8 +102,8 @@ class WeightUpload:
             raise
 
     def _most_bytes(self) -> int:
-        """float32 for weights in bfloat16, and room for names."""
-        return 2**20 + 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(self._engine.llm.params))
+        """float32 for weights in bfloat16, and room for names. The weights themselves may be asleep."""
+        return 2**20 + 2 * size_on_one(abstract(self._engine.llm.config))
 
 
 def _remove(folder: Path) -> None:

@@ -112,6 +112,16 @@ def test_while_a_body_comes_nothing_else_touches_the_update(learner, tmp_path):
         assert connection.recv(12) == b"HTTP/1.1 200" and learner.llm.weights_version == 1
 
 
+def test_weights_that_were_dropped_are_uploaded_again(learner, tmp_path):
+    tensors = tensors_of(learner.llm, learner.llm.params, tmp_path / "new")
+    whole = save(tensors)
+    assert len(whole) > 2**20
+    ok(learner.admin.post("/sleep?level=2"))
+    assert ok(learner.admin.post("/update_weights", content=whole, headers=BINARY))["version"] == 1
+    ok(learner.admin.post("/wake_up"))
+    assert ok(learner.user.post("/v1/completions", json={"prompt": "1+", "max_tokens": 1}))["choices"]
+
+
 def test_a_server_that_ends_drops_an_unfinished_update(calc, tmp_path):
     with running(calc, api_key=KEY, admin_key=ADMIN, weights_root=tmp_path) as served:
         ok(served.admin.post("/start_weight_update", json={}))
