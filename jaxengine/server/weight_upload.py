@@ -10,7 +10,8 @@ from typing import Any
 
 from starlette.requests import Request as HttpRequest
 
-from checkpoints.tensor_file import read_tensors
+from checkpoints.safetensors_files import TensorFolder
+from checkpoints.safetensors_header import read_header
 from jaxengine.async_llm import AsyncLLM
 from jaxengine.engine.memory import size_on_one
 from jaxengine.models.params import abstract
@@ -111,10 +112,12 @@ def _remove(folder: Path) -> None:
 
 
 def _pairs(folder: Path) -> Iterator[tuple[str, Any]]:
-    """(name, array) of every file, of which one is in memory at a time. Errors name no path of the server."""
+    """(name, array) of every file, each mapped into memory. Errors name no path of the server."""
     for path in sorted(folder.iterdir()):
         try:
-            tensors, _ = read_tensors(path)
+            header = read_header(path)
         except ValueError as error:
-            raise ValueError(f"body {int(path.stem) + 1} is truncated, corrupt or no safetensors file") from error
-        yield from tensors.items()
+            raise ValueError(str(error).replace(str(path), f"body {int(path.stem) + 1}")) from error
+        with TensorFolder(folder, [header]) as tensors:
+            for name in tensors.names:
+                yield name, tensors.read(name)

@@ -122,6 +122,13 @@ def test_weights_that_were_dropped_are_uploaded_again(learner, tmp_path):
     assert ok(learner.user.post("/v1/completions", json={"prompt": "1+", "max_tokens": 1}))["choices"]
 
 
+def test_a_body_of_another_dtype_is_refused_by_the_tensor_s_name(learner):
+    body = save({"model.norm.weight": np.zeros(4, np.int64)})
+    response = learner.admin.post("/update_weights", content=body, headers=BINARY)
+    message = response.json()["error"]["message"]
+    assert response.status_code == 400 and message.startswith("body 1: tensor 'model.norm.weight' has dtype 'I64'")
+
+
 def test_a_server_that_ends_drops_an_unfinished_update(calc, tmp_path):
     with running(calc, api_key=KEY, admin_key=ADMIN, weights_root=tmp_path) as served:
         ok(served.admin.post("/start_weight_update", json={}))
