@@ -15,14 +15,15 @@ CHOICES = ("none", "auto", "required")
 
 
 class Messages:
-    """How the messages of one call are read, and what of its sampling follows from its tools."""
+    """How the messages of one call are read, and which structured outputs they ask for."""
 
     def __init__(self, service: Service, form: ChatRequest, prompt: str) -> None:
         """`prompt` is the text that the chat template made. Raises ApiError for tools that cannot be had."""
         is_begun = prompt.rstrip().endswith(THINK)
-        is_structured = bool(form.structured_outputs or structure_of(form))
+        asked = structure_of(form)
+        is_structured = bool(asked or form.structured_outputs)
         self._form = _tool_form(service, form)
-        self.structure = _structure(self._form, form, is_structured, f"\n{THOUGHT}\n\n" if is_begun else "")
+        self.structure = asked | _structure(self._form, form, is_structured, f"\n{THOUGHT}\n\n" if is_begun else "")
         # A form holds from the first token on, so that what the prompt has begun is not gone on with.
         self._thinks = is_begun and not is_structured if service.tells_thoughts else None
         self._readers: dict[int, AnswerReader] = {}
