@@ -10,7 +10,6 @@ from typing import Any, NamedTuple, TypeVar
 from starlette.requests import Request as HttpRequest
 
 from jaxengine.async_llm import AsyncLLM, QueueFull
-from jaxengine.host.admission import prioritise
 from jaxengine.host.sample import Request
 from jaxengine.outputs import RequestDelta, RequestOutput
 from jaxengine.sampling_params import SamplingParams
@@ -113,8 +112,8 @@ class Service:
         each = [sampling] * len(prompts)
         try:
             with refusals():
-                requests = await asyncio.to_thread(self.llm.session.requests, prompts, each, key, ids)
-                prioritise(requests, priority or 0)
+                admit = self.llm.session.requests
+                requests = await asyncio.to_thread(admit, prompts, each, key, ids, priority=priority or 0)
         except RuntimeError as error:  # closed
             raise ApiError(503, str(error)) from error
         return Call(name, int(time.time()), requests, sampling)
