@@ -11,6 +11,7 @@ from jaxengine.server import body, forms, weights
 from jaxengine.server.errors import ApiError, json_response, refusals
 from jaxengine.server.protocol import SglangGenerate, SglangSampling, SglangWeights
 from jaxengine.server.service import Call, Service
+from jaxengine.text.grammar import lark_of_ebnf
 
 MAX_NEW_TOKENS = 128  # SGLang's default
 # Names that are others here.
@@ -20,7 +21,7 @@ OURS = {
     "no_stop_trim": "include_stop_str_in_output",
     "sampling_seed": "seed",
 }
-STRUCTURES = {"json_schema": "json", "regex": "regex", "ebnf": "grammar"}
+STRUCTURES = {"json_schema": "json", "regex": "regex"}
 
 
 async def generate(service: Service, http: HttpRequest) -> Response:
@@ -53,11 +54,20 @@ def _sampling(given: SglangSampling) -> Any:
     """The same under our names."""
     fields = given.model_dump(exclude_none=True)
     structure = {STRUCTURES[name]: fields.pop(name) for name in STRUCTURES if name in fields}
+    if "ebnf" in fields:
+        structure["grammar"] = _lark(fields.pop("ebnf"))
     fields = {OURS.get(name, name): value for name, value in fields.items()}
     fields.setdefault("max_tokens", MAX_NEW_TOKENS)
     if structure:
         fields["structured_outputs"] = structure
     return fields
+
+
+def _lark(ebnf: str) -> str:
+    try:
+        return lark_of_ebnf(ebnf)
+    except ValueError as error:
+        raise ApiError(400, f"ebnf cannot be read: {error}", "ebnf") from error
 
 
 def _answer(

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import os
+import re
 
 import jax
 import numpy as np
@@ -172,6 +173,16 @@ def test_sglang_batches_are_lists(served):
     assert single["meta_info"]["finish_reason"]["type"] in ("length", "stop")
     for wrong in ({"text": None}, {"input_ids": [1]}, {"stream": True}, {"sampling_params": {"max_tokens": 1}}):
         assert served.user.post("/generate", json={"text": "1"} | wrong).status_code == 400
+
+
+def test_sglang_grammars_are_ebnf(served):
+    """In the form of llama.cpp, whose rules are `name ::= …`, unlike those of `structured_outputs`."""
+    pytest.importorskip("llguidance")
+    body = {"text": "1+1=", "sampling_params": {"ebnf": 'root ::= digit digit "."\ndigit ::= [0-9]'}}
+    assert re.fullmatch(r"[0-9]{2}\.", ok(served.user.post("/generate", json=body))["text"])
+    for wrong in ("root ::= other", "(" * 5000, "1" * 70_000):
+        response = served.user.post("/generate", json=body | {"sampling_params": {"ebnf": wrong}})
+        assert (response.status_code, response.json()["error"]["param"]) == (400, "ebnf"), response.text
 
 
 def test_sglang_takes_weights_from_disk(learner, tmp_path):
