@@ -54,6 +54,11 @@ class Service:
         return self.llm.engine_config.max_model_len
 
     @property
+    def weights_name(self) -> str:
+        """What the last update called its weights, else their version."""
+        return self.weight_label or str(self.llm.weights_version)
+
+    @property
     def tool_parser(self) -> str:
         """The name of the form in which the model calls tools."""
         is_llama = self._template_has("python_tag") or self._template_has("ipython")

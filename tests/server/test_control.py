@@ -171,7 +171,10 @@ def test_sglang_batches_are_lists(served):
     assert [answer["text"] for answer in answers] == [sample.text for output in outputs for sample in output.outputs]
     single = ok(served.user.post("/generate", json=body | {"text": "1+1=", "sampling_params": {"max_new_tokens": 1}}))
     assert single["meta_info"]["finish_reason"]["type"] in ("length", "stop")
-    for wrong in ({"text": None}, {"input_ids": [1]}, {"stream": True}, {"sampling_params": {"max_tokens": 1}}):
+    nothing = {"text": []}, {"text": None, "input_ids": []}
+    for wrong in (
+        {"text": None}, {"input_ids": [1]}, {"stream": True}, {"sampling_params": {"max_tokens": 1}}, *nothing
+    ):  # fmt: skip
         assert served.user.post("/generate", json={"text": "1"} | wrong).status_code == 400
 
 
