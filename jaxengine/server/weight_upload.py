@@ -54,8 +54,9 @@ class WeightUpload:
         """
         async with self._alone():
             try:
-                has_files = self._parts is not None and any(self._parts.iterdir())
-                return await self._engine.update_params(_pairs(self._parts), **how) if has_files else None
+                if self._parts is None or not any(self._parts.iterdir()):
+                    return None
+                return await self._engine.update_params(_pairs(self._parts), **how)
             finally:
                 self.drop()
 
