@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import re
-import time
 
 import jax
 import numpy as np
@@ -25,6 +24,7 @@ SCHEMA = {
     "required": ["sum", "parts", "kind"],
     "additionalProperties": False,
 }
+PAIR = {"type": "array", "items": {"enum": [1, 2]}, "minItems": 2, "maxItems": 2}
 CHOICES = ["plus", "minus", 'a"b\\c', "naïve 😀", "line\nbreak"]
 PROMPTS = ["12+30=", "7*8=", "9-4=", "1+1+1+1+1+1+1+1+1+1+1+1+1+1+1+1+1+1+1="]
 STRUCTURED = [
@@ -78,9 +78,10 @@ def test_a_choice_is_one_of_them_letter_by_letter(calc):
     [
         ({"regex": "[0-9]{3}|x+y"}, "[0-9]{3}|x+y"),
         ({"grammar": 'start: NUMBER ("+" NUMBER)*\nNUMBER: /[1-9][0-9]?/'}, r"[1-9][0-9]?(\+[1-9][0-9]?)*"),
-        ({"json": {"type": "integer"}, "whitespace_pattern": "x"}, "-?(0|[1-9][0-9]*)"),
+        ({"json": PAIR, "whitespace_pattern": "x{1,2}"}, r"\[[12](xx?)?,(xx?)?[12](xx?)?\]"),
+        ({"json": PAIR}, r"\[[12] ?, ?[12] ?\]"),
     ],
-    ids=["regex", "grammar", "integer"],
+    ids=["regex", "grammar", "own white space", "white space"],
 )
 def test_text_follows(calc, asked, pattern):
     outputs = calc.generate(PROMPTS, SamplingParams(n=8, max_tokens=80, structured_outputs=asked), key=KEY)
@@ -256,11 +257,9 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_what_is_wrong_is_refused_at_once_with_its_place(calc, name):
     given, message = WRONG[name]
-    start = time.process_time()
     with pytest.raises((ValueError, TypeError), match=f"(?s){message}") as caught:
         calc.generate(PROMPTS[:1], SamplingParams(max_tokens=4, structured_outputs=given))
     assert str(caught.value).startswith("structured_outputs") and len(str(caught.value)) < 1000
-    assert time.process_time() - start < 20
     calc.engine.scheduler.check_integrity()
 
 
