@@ -12,6 +12,7 @@ from conftest import ENGINE, ONE_TILE, bits, make_llm
 from jaxengine import LLM, Rollout, SamplingParams, StructuredOutputsParams, grammar_mask, score
 from jaxengine.coordinate import Contract, Coordinate
 from jaxengine.engine import step_variants
+from jaxengine.text.grammar import Grammar
 
 pytest.importorskip("llguidance")  # an extra, `structured`
 SCHEMA = {
@@ -165,6 +166,19 @@ def test_score_gives_the_bits_of_generate(calc):
     (_, logprobs), gradient = jax.value_and_grad(loss, has_aux=True)(calc.params)
     assert np.asarray(logprobs).tobytes() == rollout.logprobs.tobytes()
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+
+
+def test_a_grammar_is_read_once_for_each_completion(calc, monkeypatch):
+    """The mask of a row may have several runs of tokens: each is a completion of its own."""
+    read, matcher = [], Grammar.matcher
+    monkeypatch.setattr(Grammar, "matcher", lambda self: read.append(self) or matcher(self))
+    seven, eight = (calc.tokenizer.encode(text, add_special_tokens=False)[0] for text in "78")
+    tokens, mask = np.array([[1, seven, eight, 1, eight]]), np.array([[False, True, True, False, True]])
+    params = [SamplingParams(structured_outputs={"regex": "7?8+"})]
+    calc.tokenizer.grammars.compiled(params[0].structure)  # is tried where it is read first
+    read.clear()
+    found = grammar_mask(tokens, mask, params, config=calc.config, tokenizer=calc.tokenizer)
+    assert len(read) == 2 and found.rows.tolist() == [[-1, 0, 1, -1, 0]]
 
 
 def test_score_refuses_what_would_give_other_bits(calc):
