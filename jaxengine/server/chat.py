@@ -26,9 +26,8 @@ async def chat(service: Service, http: HttpRequest) -> Response:
     service.check_room(1, form.n or 1)
     prompt = await render(service, form)
     messages = Messages(service, form, prompt["prompt"])
-    sampling = service.sampling_params(
-        form, logprobs=form.top_logprobs or None, max_tokens=max_tokens, **messages.structure
-    )
+    how = dict(logprobs=form.top_logprobs or None, max_tokens=max_tokens)
+    sampling = service.sampling_params(form.given | how | messages.structure)
     call = await service.call(
         "chatcmpl", [prompt | {"cache_salt": form.cache_salt}], sampling, form.request_id, form.priority
     )

@@ -75,6 +75,11 @@ class Sampling(_Distribution):
     prompt_logprobs: int | None = None
     structured_outputs: dict[str, Any] | None = None
 
+    @property
+    def given(self) -> dict[str, Any]:
+        """The fields of SamplingParams alone, those of a form that has more."""
+        return {name: getattr(self, name) for name in SAMPLING_FIELDS}
+
 
 SAMPLING_FIELDS = frozenset(Sampling.model_fields)
 

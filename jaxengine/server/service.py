@@ -15,7 +15,6 @@ from jaxengine.outputs import RequestDelta, RequestOutput
 from jaxengine.sampling_params import SamplingParams
 from jaxengine.server.errors import ApiError, refusals, too_many
 from jaxengine.server.metrics import Metrics
-from jaxengine.server.protocol import SAMPLING_FIELDS, Sampling
 from jaxengine.server.settings import ServerConfig
 from jaxengine.server.weight_upload import WeightUpload
 
@@ -80,10 +79,9 @@ class Service:
             message = f"the model {model!r:.80} does not exist here: this server has {self.config.model_name!r}"
             raise ApiError(404, message, "model", "model_not_found")
 
-    def sampling_params(self, form: Sampling | dict[str, Any], **more: Any) -> SamplingParams:
-        """The SamplingParams of a body; null fields have their defaults. `more` are those that a route finds itself."""
-        given = form if isinstance(form, dict) else {name: getattr(form, name) for name in SAMPLING_FIELDS}
-        given = {name: value for name, value in (given | more).items() if value is not None}
+    def sampling_params(self, fields: dict[str, Any]) -> SamplingParams:
+        """The SamplingParams of a body's fields; null ones have their defaults. Raises ApiError."""
+        given = {name: value for name, value in fields.items() if value is not None}
         if self.llm.tokenizer is None and not given.get("stop"):
             given["detokenize"] = False
         with refusals():
