@@ -1,7 +1,7 @@
 """Routes that change the weights, from a folder on this machine's disk or from bodies; they need the admin key."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +59,11 @@ async def update_weights(service: Service, http: HttpRequest) -> Response:
 async def from_disk(service: Service, folder: Any, in_flight: str | None, label: str | None) -> int:
     """The weights of a folder inside the root run from the next token on; returns their version. Raises ApiError."""
     path = _inside(_root(service), folder)
-    with _refusals("weight_dir", {str(path): str(folder)}):  # where the root lies is not the client's to know
-        number = await service.engine.update_params(path, **_how(in_flight))
+    with _refusals("weight_dir"):
+        try:
+            number = await service.engine.update_params(path, **_how(in_flight))
+        except (ValueError, TypeError, OSError) as error:  # where the root lies is not the client's to know
+            raise ValueError(str(error).replace(str(path), str(folder))) from error
     service.weight_label = label
     return number
 
@@ -91,15 +94,12 @@ def _how(in_flight: str | None) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _refusals(param: str, renamed: Mapping[str, str] | None = None) -> Iterator[None]:
-    """Weights that are wrong are 400, those that cannot be taken now 409; messages have other words for `renamed`."""
+def _refusals(param: str) -> Iterator[None]:
+    """Weights that are wrong are 400, those that cannot be taken now 409. An OSError is the server's own: 500."""
     try:
         yield
-    except (ValueError, TypeError, OSError) as error:
-        message = str(error)
-        for ours, theirs in (renamed or {}).items():
-            message = message.replace(ours, theirs)
-        raise ApiError(400, message, param) from error
+    except (ValueError, TypeError) as error:
+        raise ApiError(400, str(error), param) from error
     except (RuntimeError, MemoryError) as error:
         raise ApiError(409, str(error)) from error
 

@@ -135,3 +135,9 @@ def test_a_server_that_ends_drops_an_unfinished_update(calc, tmp_path):
         ok(served.admin.post("/update_weights", content=save({"a": np.zeros(4)}), headers=BINARY))
         assert len(files_in(tmp_path)) == 1
     assert not os.listdir(tmp_path)
+
+
+def test_a_disk_that_takes_no_body_is_no_fault_of_the_client_s(learner, tmp_path):
+    (tmp_path / "root").rmdir()
+    response = learner.admin.post("/update_weights", content=b"weights", headers=BINARY)
+    assert response.status_code == 500 and str(tmp_path) not in response.text
