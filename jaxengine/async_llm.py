@@ -9,7 +9,6 @@ from typing import Any, NoReturn, TypeVar
 
 from jaxengine.engine.engine import QueueFull
 from jaxengine.engine.stepping_thread import News, SteppingThread
-from jaxengine.host.admission import prioritise
 from jaxengine.host.prompts import conversations_of, prompts_of
 from jaxengine.host.sample import Request
 from jaxengine.llm import LLM
@@ -61,8 +60,7 @@ class AsyncLLM:
         priority: int | Sequence[int] = 0,
     ) -> RequestOutputs:
         """As LLM.generate, and with the same bits."""
-        requests = self.llm.admitted(prompts_of(prompts), sampling_params, key, request_ids)
-        prioritise(requests, priority)
+        requests = self.llm.admitted(prompts_of(prompts), sampling_params, key, request_ids, priority=priority)
         return await self.completed(requests)
 
     async def chat(
@@ -91,8 +89,7 @@ class AsyncLLM:
         if len(prompts) != 1:
             raise ValueError(f"stream takes one prompt, got {len(prompts)}: stream each of them, or use generate")
         ids = None if request_id is None else [request_id]
-        requests = self.llm.admitted(prompts, sampling_params, key, ids)
-        prioritise(requests, priority)
+        requests = self.llm.admitted(prompts, sampling_params, key, ids, priority=priority)
         async with contextlib.aclosing(self.deltas(requests)) as deltas:
             async for _, delta in deltas:
                 yield delta

@@ -27,7 +27,7 @@ from jaxengine.engine.weights import check_fits, check_one_device, homes, placed
 from jaxengine.host.admission import sampling_of
 from jaxengine.host.prompts import prompts_of
 from jaxengine.models.params import Decoder
-from jaxengine.ops.kernels import Kernels, choose_kernels
+from jaxengine.ops.kernels import choose_kernels
 from jaxengine.outputs import RequestOutputs
 from jaxengine.sampling_params import SamplingParams
 from jaxengine.text.tokenizer import Tokenizer
@@ -107,8 +107,7 @@ def score(
     check_fits(params, config)
     sampling = sampling_of(sampling_params, tokens.shape[0])
     slots = scoring.sampling_arrays_of(sampling, config, sampling_mask, grammar_mask)
-    how = _how(params, config, kernels, mesh)
-    params = _where_it_scores(params, config, how["kernels"])
+    params, how = _where_and_how(params, config, kernels, mesh)
     logprobs, entropies = scoring.token_logprobs(params, tokens, mask, slots, entropy=entropy, **how)
     return (logprobs, entropies) if entropy else logprobs
 
@@ -136,8 +135,8 @@ def sampling_mask(
     check_fits(params, config)
     sampling = sampling_of(sampling_params, tokens.shape[0])
     arrays = scoring.sampling_arrays_of(sampling, config, grammar=grammar_mask)
-    how = _how(params, config, kernels, mesh)
-    return find_sampling_mask(_where_it_scores(params, config, how["kernels"]), tokens, mask, arrays, **how)
+    params, how = _where_and_how(params, config, kernels, mesh)
+    return find_sampling_mask(params, tokens, mask, arrays, **how)
 
 
 def grammar_mask(
@@ -159,17 +158,18 @@ def grammar_mask(
     return find_grammar_mask(tokens, mask, sampling_of(sampling_params, tokens.shape[0]), tokenizer, config)
 
 
-def _how(params: Any, config: ModelConfig, kernels: str, mesh: Mesh | None) -> dict[str, Any]:
-    """What scores, on tiles that are proven to give the bits of generation on this machine."""
+def _where_and_how(
+    params: Decoder, config: ModelConfig, kernels: str, mesh: Mesh | None
+) -> tuple[Decoder, dict[str, Any]]:
+    """The weights as a mesh has them, from wherever a trainer keeps them (differentiable); and what scores, on tiles
+    that are proven to give the bits of generation on this machine.
+    """
     if mesh is None:
         check_one_device(params)
     chosen = choose_kernels(kernels, config, mesh)
-    return dict(model_config=config, kernels=chosen, tiles=scoring_tiles(config, chosen))
-
-
-def _where_it_scores(params: Decoder, config: ModelConfig, kernels: Kernels) -> Decoder:
-    """The weights as a mesh has them, from wherever a trainer keeps them. Differentiable."""
-    return params if kernels.split is None else placed(params, homes(params, config, kernels))
+    if chosen.split is not None:
+        params = placed(params, homes(params, config, chosen))
+    return params, dict(model_config=config, kernels=chosen, tiles=scoring_tiles(config, chosen))
 
 
 @dataclasses.dataclass(eq=False)

@@ -26,7 +26,7 @@ from jaxengine.engine.replicas import Replicas
 from jaxengine.engine.session import Session
 from jaxengine.engine.settings import ENGINE_KEYWORDS, profile_line, resolve_engine_config
 from jaxengine.engine.weights import check_alive
-from jaxengine.host.admission import prioritise, sampling_of
+from jaxengine.host.admission import sampling_of
 from jaxengine.host.prompts import Refused, conversations_of, prompts_of
 from jaxengine.host.sample import Request
 from jaxengine.models import loading
@@ -194,8 +194,7 @@ class LLM:
         later ends its own request with finish reason "error". With `on_error="return"` a prompt that is wrong does so
         too: its samples have no tokens, their `stop_reason` is the message, and the others draw what they always draw.
         """
-        requests = self.admitted(prompts_of(prompts), sampling_params, key, request_ids, on_error)
-        prioritise(requests, priority)
+        requests = self.admitted(prompts_of(prompts), sampling_params, key, request_ids, on_error, priority)
         return self._complete(requests, use_tqdm)
 
     def extend(
@@ -217,7 +216,13 @@ class LLM:
         return self._complete([admit("", output, sampling_params) for output in outputs], use_tqdm)
 
     def stream(
-        self, prompt: Any, sampling_params: SamplingParams | None = None, *, key: Any = None, cumulative: bool = False
+        self,
+        prompt: Any,
+        sampling_params: SamplingParams | None = None,
+        *,
+        key: Any = None,
+        cumulative: bool = False,
+        priority: int = 0,
     ) -> Iterator[Any]:
         """What one prompt's samples gained, after each step: RequestDelta, the last one with the whole RequestOutput.
 
@@ -225,12 +230,12 @@ class LLM:
                 print(delta.outputs[0].text, end="")
 
         A delta costs what is new in it. With `cumulative` whole RequestOutputs are yielded, which grow, and cost what
-        is in them. Closing the iterator aborts the request.
+        is in them. `priority` is as for `generate`. Closing the iterator aborts the request.
         """
         prompts = prompts_of(prompt)
         if len(prompts) != 1:
             raise ValueError(f"stream takes one prompt, got {len(prompts)}: stream each of them, or use generate")
-        (request,) = self.admitted(prompts, sampling_params, key, None)
+        (request,) = self.admitted(prompts, sampling_params, key, None, priority=priority)
         yield from self.session.growing(request) if cumulative else self.session.stream(request)
 
     def chat(
@@ -441,6 +446,7 @@ class LLM:
         key: Any,
         request_ids: Sequence[str] | None,
         on_error: str = "refuse",
+        priority: int | Sequence[int] = 0,
     ) -> list[Request]:
         """A call's requests, checked and not queued yet; without a key they take the next one of the LLM's seed."""
         self.session.runner.check_usable()
@@ -451,10 +457,10 @@ class LLM:
         if not prompts:
             return []
         if key is not None:
-            return self.session.requests(prompts, sampling, key_data(key), request_ids, on_error)
+            return self.session.requests(prompts, sampling, key_data(key), request_ids, on_error, priority)
         with self._numbering:  # a call that is refused takes no number
             data = key_data(folded(self._key, self._calls))
-            requests = self.session.requests(prompts, sampling, data, request_ids, on_error)
+            requests = self.session.requests(prompts, sampling, data, request_ids, on_error, priority)
             self._calls += 1
         return requests
 

@@ -197,3 +197,15 @@ def served(shared_server):
     yield shared_server
     shared_server.wait_until(shared_server.is_idle)
     shared_server.llm.engine.scheduler.page_pool.check_integrity([])
+
+
+@pytest.fixture
+def learner(calc, tmp_path):
+    """A server of its own, because its weights change."""
+    from serving import ADMIN, KEY, running
+
+    (tmp_path / "root").mkdir()
+    llm = make_llm(calc.config, calc.params, tokenizer=calc.tokenizer)
+    with running(llm, api_key=KEY, admin_key=ADMIN, weights_root=tmp_path / "root") as found:
+        yield found
+    llm.close()

@@ -7,7 +7,12 @@ that does nothing is a surprise for whoever changes its value next.
 _NOT_QUANTIZED = "weights run in dtype= and are never quantized, so that sampler and trainer round alike"
 _CACHE_DTYPE = "keys and values are kept in the model's own dtype, so that sampler and trainer round alike"
 _GRAPHS = "every step is compiled by XLA, there are no CUDA graphs; warm_up() compiles all of them ahead"
-_ONE_DEVICE = "an LLM runs on one device, in the process that made it"
+_REPLICAS = "data_parallel_size= makes replicas, all in one process"
+_PROCESSES = (
+    "start as many processes as you like, call jaxengine.distributed.initialize() in each, and then the same LLM"
+)
+_NO_WORKERS = "there are no workers: every process makes its own LLM"
+_WHOLE_SEQUENCES = "sequences are not cut over devices: tensor_parallel_size= shares every layer"
 _NO_SWAP = "nothing is kept on the host: what finds no page is computed again; raise num_pages"
 _TEXT_ONLY = "models take text and token ids only"
 _GENERATES = "models generate and score, they do not embed, classify or pool"
@@ -27,7 +32,7 @@ _NOT_MEASURED = (
 )
 _LOGGING = "what is logged goes to Python's logging, under the name 'jaxengine': set levels and files there"
 _NO_TRANSFER = "keys and values stay in the engine that computed them: there is no transfer between engines"
-_NO_REASONING = "text is not parsed here: find the model's own marks in output.text"
+_NO_REASONING = "an LLM parses no text: `jaxengine serve --reasoning-parser think` tells what was thought apart"
 _QUEUE = "max_num_seqs= bounds what runs, max_waiting= what waits"
 _NO_RECOVERY = "an engine is usable after any error of a step; nothing restarts a process"
 _SLEEP = "sleep(level) and wake_up(tags) move the pool and the weights as they are, and need no setting"
@@ -81,12 +86,12 @@ _ENGINE = {
     "speculative_config": _NO_SPECULATION,
     "speculative_model": _NO_SPECULATION,
     "num_speculative_tokens": _NO_SPECULATION,
-    "pipeline_parallel_size": _ONE_DEVICE,
-    "distributed_executor_backend": _ONE_DEVICE,
-    "enable_expert_parallel": _ONE_DEVICE,
-    "disable_custom_all_reduce": _ONE_DEVICE,
-    "worker_cls": _ONE_DEVICE,
-    "worker_extension_cls": f"{_ONE_DEVICE}: llm.params and update_params are what extensions are written for",
+    "pipeline_parallel_size": "layers are not dealt out to devices: tensor_parallel_size= shares each of them",
+    "distributed_executor_backend": _PROCESSES,
+    "enable_expert_parallel": _NO_EXPERTS,
+    "disable_custom_all_reduce": "sums over devices are taken in one order, however their parts travel",
+    "worker_cls": _NO_WORKERS,
+    "worker_extension_cls": f"{_NO_WORKERS}; llm.params and update_params are what extensions are written for",
     "device": "JAX chooses the device: set JAX_PLATFORMS",
     "task": _GENERATES,
     "runner": _GENERATES,
@@ -137,14 +142,16 @@ for _names, _hint in (
     ("spec_method spec_model spec_tokens per_request_spec_decode_metrics", _NO_SPECULATION),
     ("offload_backend offload_params offload_group_size offload_num_in_group offload_prefetch_step "
      "cpu_offload_params kv_offloading_backend", _NO_SWAP),
-    ("master_addr master_port nnodes node_rank device_ids distributed_timeout_seconds numa_bind numa_bind_nodes "
-     "numa_bind_cpus cpu_distributed_timeout_seconds data_parallel_rank data_parallel_start_rank "
-     "data_parallel_size_local data_parallel_address data_parallel_rpc_port data_parallel_hybrid_lb "
-     "data_parallel_external_lb data_parallel_multi_port_external_lb data_parallel_backend "
-     "prefill_context_parallel_size decode_context_parallel_size dcp_comm_backend dcp_q_replicate "
-     "dcp_kv_cache_interleave_size cp_kv_cache_interleave_size disable_nccl_for_dp_synchronization dp_sync_interval "
-     "enable_dbo ubatch_size dbo_decode_token_threshold dbo_prefill_token_threshold enable_hc_sp "
-     "enable_batch_sharded_sampling enable_shm_tensor_arena ray_workers_use_nsight", _ONE_DEVICE),
+    ("master_addr master_port nnodes node_rank numa_bind numa_bind_nodes numa_bind_cpus", _PROCESSES),
+    ("distributed_timeout_seconds cpu_distributed_timeout_seconds", "it is process_timeout= here"),
+    ("device_ids", "give mesh=, a jax.sharding.Mesh of the devices that you choose"),
+    ("data_parallel_rank data_parallel_start_rank data_parallel_size_local data_parallel_address "
+     "data_parallel_rpc_port data_parallel_hybrid_lb data_parallel_external_lb data_parallel_multi_port_external_lb "
+     "data_parallel_backend disable_nccl_for_dp_synchronization dp_sync_interval", _REPLICAS),
+    ("prefill_context_parallel_size decode_context_parallel_size dcp_comm_backend dcp_q_replicate "
+     "dcp_kv_cache_interleave_size cp_kv_cache_interleave_size enable_hc_sp", _WHOLE_SEQUENCES),
+    ("enable_dbo ubatch_size dbo_decode_token_threshold dbo_prefill_token_threshold enable_batch_sharded_sampling "
+     "enable_shm_tensor_arena ray_workers_use_nsight", _NO_WORKERS),
     ("safetensors_load_strategy safetensors_prefetch_num_threads safetensors_prefetch_block_size ignore_patterns "
      "model_loader_extra_config pt_load_map_location", _WEIGHTS),
     ("language_model_only allowed_media_domains enable_mm_embeds interleave_mm_strings media_io_kwargs "
@@ -157,7 +164,8 @@ for _names, _hint in (
      "specialize_active_lora enable_mixed_moe_lora_format enable_moe_shared_loras max_lora_cls_labels", _NO_ADAPTERS),
     ("long_prefill_token_threshold long_prefill_token_threshold_adaptive scheduler_reserve_full_isl "
      "prefill_schedule_interval prefix_match_unit scheduler_cls",
-     "requests run in the order in which they come, and long prompts in chunks of what max_num_batched_tokens leaves"),
+     "of requests that wait the lowest priority= is next, of equal ones the first; long prompts run in chunks of what "
+     "max_num_batched_tokens leaves"),
     ("max_num_active_seqs max_num_queued_reqs max_num_queued_tokens", _QUEUE),
     ("profiler_config show_hidden_metrics_for_version otlp_traces_endpoint collect_detailed_traces kv_cache_metrics "
      "kv_cache_metrics_sample custom_histogram_buckets enable_layerwise_nvtx_tracing enable_mfu_metrics "
@@ -195,7 +203,7 @@ _SAMPLING = {
     "skip_reading_prefix_cache": "a cache_salt of its own in a prompt's dict reads no other prompt's pages",
     "thinking_token_budget": "generate up to max_tokens, then go on with LLM.extend or another prompt",
     "repetition_detection": "end it with stop strings, or lower it with repetition_penalty",
-    "priority": "it is an argument of generate()",
+    "priority": "it is an argument of generate() and stream()",
     "lora_request": _NO_ADAPTERS,
     "add_special_tokens": "it stands in the prompt: {'prompt': …, 'add_special_tokens': False}",
     "prompt_token_ids": "it stands in the prompt: {'prompt_token_ids': […]}",
@@ -217,9 +225,9 @@ METHODS = {
     "llm_engine": "it is LLM.engine here; `abort`, `pause` and `resume` are methods of LLM",
     "model_config": "it is LLM.config here",
     "from_engine_args": "give the keywords to LLM",
-    "collective_rpc": f"{_ONE_DEVICE}: read llm.params, and change them with update_params",
-    "apply_model": f"{_ONE_DEVICE}: read llm.params, and change them with update_params",
-    "get_world_size": _ONE_DEVICE,
+    "collective_rpc": f"{_NO_WORKERS}; read llm.params, and change them with update_params",
+    "apply_model": f"{_NO_WORKERS}; read llm.params, and change them with update_params",
+    "get_world_size": "it is jax.process_count() for processes, and llm.engine_config.mesh for devices",
     "load_weights": "it is update_params here",
     "update_weights": "it is update_params here",
     "encode": f"{_GENERATES}; the tokenizer's encode is llm.get_tokenizer().encode",

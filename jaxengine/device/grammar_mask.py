@@ -80,10 +80,11 @@ def find_grammar_mask(
                 words = words_of(allowed, sampling, stops, num_words)
                 _check_allowed(index, position, int(tokens[index, position]), words)
                 rows[index, position] = found.setdefault(words.tobytes(), len(found))
-        distinct.append([np.frombuffer(words, "<u4") for words in found])
-    words = np.zeros((len(samplings), power_of_two(max(1, *map(len, distinct))), num_words), np.uint32)
+        distinct.append(np.frombuffer(b"".join(found), "<u4").reshape(len(found), num_words))
+    most = power_of_two(max(1, max(map(len, distinct))))
+    words = np.zeros((len(samplings), most, num_words), np.uint32)
     for own, each in zip(words, distinct, strict=True):
-        own[: len(each)] = each if each else own[:0]
+        own[: len(each)] = each
     return GrammarMask(rows, words)
 
 
@@ -95,12 +96,12 @@ def _along(
     tokens: Int[np.ndarray, " T"], mask: Bool[np.ndarray, " T"], grammar: Grammar
 ) -> Iterator[tuple[int, Allowed]]:
     """(position, what the grammar allows there) of each token under the mask; each run of them is a completion."""
-    matcher, drawn = grammar.matcher(), []
-    for position in np.flatnonzero(mask).tolist():
-        if not mask[position - 1]:
-            matcher, drawn = grammar.matcher(), []
-        yield position, matcher.after(drawn)
-        drawn.append(int(tokens[position]))
+    places = np.flatnonzero(mask)
+    for run in np.split(places, np.flatnonzero(np.diff(places) > 1) + 1):
+        matcher, drawn = grammar.matcher(), []
+        for position in run.tolist():
+            yield position, matcher.after(drawn)
+            drawn.append(int(tokens[position]))
 
 
 def _check_allowed(row: int, position: int, token: int, words: np.ndarray) -> None:

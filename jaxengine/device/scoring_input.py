@@ -52,23 +52,23 @@ def check_length(length: int, config: ModelConfig, what: str) -> None:
 
 def check_sampling_mask(sampling_mask: SamplingMask | None, tokens: Any) -> None:
     """Raises ValueError where a sampling mask is not that of sequences of this shape."""
-    if sampling_mask is None:
-        return
-    counts, ids = sampling_mask.counts.shape, sampling_mask.ids.shape
-    if counts != tokens.shape or len(ids) != 2 or ids[0] != counts[0]:
-        raise ValueError(
-            f"sampling_mask must have counts of the tokens' shape {list(tokens.shape)} and ids [B, N], "
-            f"got {list(counts)} and {list(ids)}"
-        )
+    if sampling_mask is not None:
+        _check_shapes("sampling_mask", "counts", sampling_mask.counts, "ids [B, N]", sampling_mask.ids, tokens)
 
 
 def check_grammar_mask(grammar_mask: GrammarMask | None, tokens: Any) -> None:
     """Raises ValueError where a grammar mask is not that of sequences of this shape."""
-    if grammar_mask is None:
-        return
-    rows, words = grammar_mask.rows.shape, grammar_mask.words.shape
-    if rows != tokens.shape or len(words) != 3 or words[0] != rows[0]:
+    if grammar_mask is not None:
+        _check_shapes("grammar_mask", "rows", grammar_mask.rows, "words [B, M, words]", grammar_mask.words, tokens)
+
+
+def _check_shapes(mask: str, place: str, each: Any, form: str, shared: Any, tokens: Any) -> None:
+    """Of a mask's two arrays `each` has an entry a token, and `shared`, whose name and axes are `form`, what the tokens
+    of a sequence have in common.
+    """
+    first, second = each.shape, shared.shape
+    if first != tokens.shape or len(second) != form.count(",") + 1 or second[0] != first[0]:
         raise ValueError(
-            f"grammar_mask must have rows of the tokens' shape {list(tokens.shape)} and words [B, M, words], "
-            f"got {list(rows)} and {list(words)}"
+            f"{mask} must have {place} of the tokens' shape {list(tokens.shape)} and {form}, "
+            f"got {list(first)} and {list(second)}"
         )

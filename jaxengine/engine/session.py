@@ -27,7 +27,7 @@ from jaxengine.engine.runner import Runner
 from jaxengine.engine.scoring_proof import scoring_tiles
 from jaxengine.engine.to_outputs import to_output
 from jaxengine.engine.weights import check_alive, homes, placed, prepared
-from jaxengine.host.admission import ON_ERROR, Admission, sampling_of
+from jaxengine.host.admission import ON_ERROR, Admission, priorities_of, sampling_of
 from jaxengine.host.prompts import Prompts
 from jaxengine.host.sample import Request
 from jaxengine.models.named_weights import to_decoder
@@ -114,8 +114,10 @@ class Session:
         key: tuple[int, int],
         request_ids: Sequence[str] | None = None,
         on_error: str = "refuse",
+        priority: int | Sequence[int] = 0,
     ) -> list[Request]:
-        """A checked request for each prompt; `key` are the words of the call's key.
+        """A checked request for each prompt; `key` are the words of the call's key, `priority` is one for all or one
+        each.
 
         Without `request_ids` each gets an id as it is queued. With `on_error="return"` a prompt that is wrong has a
         request that has ended, instead of raising. Raises RuntimeError in a fork, and after `close`.
@@ -127,9 +129,13 @@ class Session:
             sampling, admit = each_with_token_ids(sampling, self.tokenizer), self.admission.request
         else:
             admit = self.admission.request_or_error
+        priorities = priorities_of(priority, len(prompts))
         ids = request_ids if request_ids is not None else [""] * len(prompts)
         given = enumerate(zip(ids, prompts, sampling, strict=True))
-        return [admit(name, prompt, index, each, key) for index, (name, prompt, each) in given]
+        requests = [admit(name, prompt, index, each, key) for index, (name, prompt, each) in given]
+        for request, each in zip(requests, priorities, strict=True):
+            request.priority = each
+        return requests
 
     def complete(
         self, requests: list[Request], progress: Callable[[Sequence[Request]], None] | None = None

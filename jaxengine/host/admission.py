@@ -39,13 +39,12 @@ def sampling_of(sampling_params: Any, count: int) -> list[SamplingParams]:
     return list(sampling_params)
 
 
-def prioritise(requests: Sequence[Request], priority: Any) -> None:
-    """Give requests that are not queued yet their priorities, one for all or one each. Raises ValueError."""
-    given = [priority] * len(requests) if as_integer(priority) is not None else items("priority", priority, "integers")
-    if len(given) != len(requests):
-        raise ValueError(f"{len(given)} priorities for {len(requests)} prompts: give one for all, or one each")
-    for request, each in zip(requests, given, strict=True):
-        request.priority = integer("priority", each, -MAX_PRIORITY, MAX_PRIORITY)
+def priorities_of(priority: Any, count: int) -> list[int]:
+    """One priority a prompt: one for all, or one each. Raises ValueError."""
+    given = [priority] * count if as_integer(priority) is not None else items("priority", priority, "integers")
+    if len(given) != count:
+        raise ValueError(f"{len(given)} priorities for {count} prompts: give one for all, or one each")
+    return [integer("priority", each, -MAX_PRIORITY, MAX_PRIORITY) for each in given]
 
 
 def own_key(key: Any, sampling: SamplingParams, prompt_index: int, sample_index: int) -> Any:

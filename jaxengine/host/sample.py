@@ -3,11 +3,11 @@
 import dataclasses
 import enum
 from collections.abc import Sequence
-from typing import Any
 
 from jaxengine.outputs import Logprob
 from jaxengine.sampling_params import SamplingParams
-from jaxengine.text.grammar import Allowed
+from jaxengine.text.detokenizer import Detokenizer
+from jaxengine.text.grammar import Allowed, Grammar, Matcher
 
 
 class Status(enum.Enum):
@@ -54,7 +54,7 @@ class Request:
     prompt: str | None = None
     cache_salt: str = ""
     priority: int = 0  # a lower one is served first
-    grammar: Any = None  # text.grammar.Grammar, where structured outputs are asked for
+    grammar: Grammar | None = None  # where structured outputs are asked for
     earlier: list[Drawn] = dataclasses.field(default_factory=list)  # of each sample, where an earlier call began them
     samples: list["Sample"] = dataclasses.field(default_factory=list)
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
@@ -94,8 +94,8 @@ class Sample:
     )
     has_old_pages: bool = False  # whether weights before `version` wrote some of its pages
     version: int = 0  # of the weights that run it
-    detokenizer: Any = None  # text.detokenizer.Detokenizer, where stop strings or a stream need the text
-    matcher: Any = None  # text.grammar.Matcher, from its first token on where its request has a grammar
+    detokenizer: Detokenizer | None = None  # where stop strings or a stream need the text
+    matcher: Matcher | None = None  # from its first token on where its request has a grammar
     prompt_length: int = dataclasses.field(init=False)
     length: int = dataclasses.field(init=False)  # tokens of prompt and completion, those under way included
     # Until then nothing has to be looked at, so that a step's work for most samples is short; 0: every time.
@@ -127,6 +127,7 @@ class Sample:
     def allowed(self) -> Allowed:
         """What its grammar lets follow the tokens that are known."""
         if self.matcher is None:
+            assert self.request.grammar is not None
             self.matcher = self.request.grammar.matcher()
         return self.matcher.after(self.drawn.token_ids)
 

@@ -64,9 +64,9 @@ async def server_info(service: Service, http: HttpRequest) -> Response:
 async def weight_info(service: Service, http: HttpRequest) -> Response:
     """What the last update called its weights; `version` is the number that every token carries."""
     number = service.llm.weights_version
-    label = service.weight_label or ("default" if number == 0 else str(number))
+    name = service.weights_name if service.weight_label or number else "default"
     contract = await asyncio.to_thread(service.llm.contract)
-    return json_response({"weight_version": label, "version": number, "digest": contract.digest})
+    return json_response({"weight_version": name, "version": number, "digest": contract.digest})
 
 
 async def is_paused(service: Service, http: HttpRequest) -> Response:

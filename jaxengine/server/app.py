@@ -61,6 +61,7 @@ def application(engine: AsyncLLM, config: ServerConfig) -> Starlette:
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         yield
         await engine.close()
+        service.upload.drop()
 
     routes = []
     for line, handler in ROUTES.items():

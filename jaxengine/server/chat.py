@@ -10,7 +10,7 @@ from starlette.responses import Response
 from jaxengine.outputs import CompletionDelta, CompletionOutput, RequestDelta, RequestOutput
 from jaxengine.server import body, forms
 from jaxengine.server.errors import ApiError, json_response, refusals
-from jaxengine.server.generation import coordinate_chunks, extras, head, last_chunk, structure_of
+from jaxengine.server.generation import coordinate_chunks, extras, head, last_chunk
 from jaxengine.server.messages import Messages
 from jaxengine.server.protocol import ChatRequest, TokenizeRequest
 from jaxengine.server.service import Call, Service
@@ -23,13 +23,11 @@ async def chat(service: Service, http: HttpRequest) -> Response:
     if form.top_logprobs and not form.logprobs:
         raise ApiError(400, "top_logprobs takes logprobs=true beside it", "top_logprobs")
     max_tokens = form.max_tokens if form.max_completion_tokens is None else form.max_completion_tokens
-    how = dict(logprobs=form.top_logprobs or None, max_tokens=max_tokens)
-    sampling = service.sampling_params(form, **how, **structure_of(form))
-    service.check_room(1, sampling.n)
+    service.check_room(1, form.n or 1)
     prompt = await render(service, form)
     messages = Messages(service, form, prompt["prompt"])
-    if messages.structure:
-        sampling = service.sampling_params(form, **how, **messages.structure)
+    how = dict(logprobs=form.top_logprobs or None, max_tokens=max_tokens)
+    sampling = service.sampling_params(form.given | how | messages.structure)
     call = await service.call(
         "chatcmpl", [prompt | {"cache_salt": form.cache_salt}], sampling, form.request_id, form.priority
     )

@@ -27,9 +27,9 @@ async def completions(service: Service, http: HttpRequest) -> Response:
     # A true asks for the drawn tokens' alone, which are always there; so does a 0.
     likeliest = count if not isinstance(form.logprobs, bool) and count else None
     wants_prompt = form.echo and form.wants_logprobs and form.prompt_logprobs is None
-    more = {"prompt_logprobs": likeliest or 0} if wants_prompt else {}
-    max_tokens = MAX_TOKENS if form.max_tokens is None else form.max_tokens
-    sampling = service.sampling_params(form, logprobs=likeliest, max_tokens=max_tokens, **more, **structure_of(form))
+    more: dict[str, Any] = {"prompt_logprobs": likeliest or 0} if wants_prompt else {}
+    more |= dict(logprobs=likeliest, max_tokens=MAX_TOKENS if form.max_tokens is None else form.max_tokens)
+    sampling = service.sampling_params(form.given | more | structure_of(form))
     call = await service.call("cmpl", _prompts(form), sampling, form.request_id, form.priority)
     answer = _Answer(service, form, call)
     if form.stream:

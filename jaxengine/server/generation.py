@@ -6,7 +6,7 @@ from typing import Any
 from jaxengine.outputs import CompletionDelta, CompletionOutput, RequestDelta, RequestOutput
 from jaxengine.server import forms
 from jaxengine.server.errors import ApiError
-from jaxengine.server.protocol import ChatRequest, CompletionRequest, GenerateRequest
+from jaxengine.server.protocol import ChatRequest, CompletionRequest, Generating
 from jaxengine.server.service import Call, Service
 
 Form = ChatRequest | CompletionRequest
@@ -52,7 +52,7 @@ def extras(form: Form, drawn: Drawn, prompt_token_ids: list[int] | None) -> dict
 
 
 def coordinate_chunks(
-    form: Form | GenerateRequest, head: dict[str, Any], call: Call, index: int, delta: RequestDelta, empty: dict
+    form: Generating, head: dict[str, Any], call: Call, index: int, delta: RequestDelta, empty: dict
 ) -> Iterator[dict[str, Any]]:
     """A chunk for each sample of the `index`-th prompt that has ended, where coordinates were asked for: a choice that
     gained nothing, `empty` in the route's own form, and the coordinate.
@@ -64,9 +64,7 @@ def coordinate_chunks(
         yield head | {"choices": [choice | {"coordinate": forms.coordinate(sample)}]}
 
 
-def last_chunk(
-    form: Form | GenerateRequest, head: dict[str, Any], outputs: list[RequestOutput]
-) -> dict[str, Any] | None:
+def last_chunk(form: Generating, head: dict[str, Any], outputs: list[RequestOutput]) -> dict[str, Any] | None:
     """The chunk without choices that tells the usage, where it was asked for."""
     if form.stream_options is None or not form.stream_options.include_usage:
         return None

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxengine.server.errors import ApiError, refusals
+from jaxengine.server.generation import structure_of
 from jaxengine.server.protocol import ChatRequest
 from jaxengine.server.service import Service
 from jaxengine.text.answer_parts import THINK, THOUGHT, Part, Said, Thought, ToolCall
@@ -14,14 +15,17 @@ CHOICES = ("none", "auto", "required")
 
 
 class Messages:
-    """How the messages of one call are read, and what of its sampling follows from its tools."""
+    """How the messages of one call are read, and which structured outputs they ask for."""
 
     def __init__(self, service: Service, form: ChatRequest, prompt: str) -> None:
         """`prompt` is the text that the chat template made. Raises ApiError for tools that cannot be had."""
         is_begun = prompt.rstrip().endswith(THINK)
-        self._thinks = is_begun if service.tells_thoughts else None
+        asked = structure_of(form)
+        is_structured = bool(asked or form.structured_outputs)
         self._form = _tool_form(service, form)
-        self.structure = _structure(self._form, form, f"\n{THOUGHT}\n\n" if is_begun else "")
+        self.structure = asked | _structure(self._form, form, is_structured, f"\n{THOUGHT}\n\n" if is_begun else "")
+        # A form holds from the first token on, so that what the prompt has begun is not gone on with.
+        self._thinks = is_begun and not is_structured if service.tells_thoughts else None
         self._readers: dict[int, AnswerReader] = {}
         self._num_calls: dict[int, int] = {}
 
@@ -71,7 +75,7 @@ def _tool_form(service: Service, form: ChatRequest) -> ToolForm | None:
     return None if chosen == "none" else TOOL_FORMS[service.tool_parser]
 
 
-def _structure(tool_form: ToolForm | None, form: ChatRequest, before: str) -> dict[str, Any]:
+def _structure(tool_form: ToolForm | None, form: ChatRequest, is_structured: bool, before: str) -> dict[str, Any]:
     """The structured outputs of calls that have to be made; nothing where the model is free to make some."""
     if tool_form is None:
         return {}
@@ -88,7 +92,7 @@ def _structure(tool_form: ToolForm | None, form: ChatRequest, before: str) -> di
         if form.parallel_tool_calls is False:
             raise ApiError(400, "parallel_tool_calls=false takes tool_choice='required'", "parallel_tool_calls")
         return {}
-    if form.structured_outputs or (form.response_format or {}).get("type", "text") != "text":
+    if is_structured:
         raise ApiError(
             400, f"tool_choice={chosen!r:.80} and another structured output exclude each other", "tool_choice"
         )

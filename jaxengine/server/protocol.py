@@ -44,8 +44,8 @@ class _Form(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(strict=True, protected_namespaces=())
 
 
-class Sampling(_Form):
-    """The fields that have the names and meanings of SamplingParams."""
+class _Distribution(_Form):
+    """What is drawn from, and what ends it: the fields whose names SGLang has too."""
 
     n: int | None = None
     temperature: float | None = None
@@ -56,19 +56,29 @@ class Sampling(_Form):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+
+
+class Sampling(_Distribution):
+    """The fields that have the names and meanings of SamplingParams."""
+
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
     max_tokens: int | None = None
     min_tokens: int | None = None
     truncate_prompt_tokens: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
-    ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
-    skip_special_tokens: bool | None = None
     seed: int | None = None
     prompt_logprobs: int | None = None
     structured_outputs: dict[str, Any] | None = None
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The fields of SamplingParams alone, those of a form that has more."""
+        return {name: getattr(self, name) for name in SAMPLING_FIELDS}
 
 
 SAMPLING_FIELDS = frozenset(Sampling.model_fields)
@@ -79,22 +89,37 @@ class StreamOptions(_Form):
     continuous_usage_stats: bool = False
 
 
-class _Generation(Sampling):
-    """What both of OpenAI's routes take."""
+class Generating(_Form):
+    """What every route that generates takes beside its sampling parameters."""
 
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    response_format: dict[str, Any] | None = None
     return_token_ids: bool | None = None
-    return_tokens_as_token_ids: bool | None = None
     return_coordinate: bool | None = None
     cache_salt: str | None = pydantic.Field(None, max_length=1024)
     priority: int | None = None
     request_id: str | None = pydantic.Field(None, min_length=1, max_length=256)
 
 
-class CompletionRequest(_Generation):
+class Templated(_Form):
+    """Messages' way through the chat template."""
+
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[dict[str, Any]] | None = None
+
+
+class _OpenAI(Sampling, Generating):
+    """What both of OpenAI's routes take."""
+
+    response_format: dict[str, Any] | None = None
+    return_tokens_as_token_ids: bool | None = None
+
+
+class CompletionRequest(_OpenAI):
     """POST /v1/completions. `logprobs` is a number of likeliest tokens, or true for the drawn ones' alone."""
 
     prompt: Any = None
@@ -107,20 +132,15 @@ class CompletionRequest(_Generation):
         return self.logprobs is not None and self.logprobs is not False  # a 0 asks for them too
 
 
-class ChatRequest(_Generation):
+class ChatRequest(_OpenAI, Templated):
     """POST /v1/chat/completions."""
 
     messages: list[dict[str, Any]]
     logprobs: bool | None = None
     top_logprobs: int | None = None
     max_completion_tokens: int | None = None
-    tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
-    chat_template: str | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
 
 
 class TokenSampling(Sampling):
@@ -130,34 +150,21 @@ class TokenSampling(Sampling):
     detokenize: bool | None = None
 
 
-class GenerateRequest(_Form):
+class GenerateRequest(Generating):
     """POST /inference/v1/generate: token ids in, token ids out."""
 
     token_ids: list[int]
     sampling_params: dict[str, Any]
-    model: str | None = None
-    request_id: str | None = pydantic.Field(None, min_length=1, max_length=256)
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    cache_salt: str | None = pydantic.Field(None, min_length=1, max_length=1024)
-    priority: int | None = None
-    return_token_ids: bool | None = None
-    return_coordinate: bool | None = None
     output_mode: str | None = None
 
 
-class TokenizeRequest(_Form):
+class TokenizeRequest(Templated):
     """POST /tokenize: a text, or messages for the chat template."""
 
     model: str | None = None
     prompt: str | None = None
     messages: list[dict[str, Any]] | None = None
     add_special_tokens: bool | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-    chat_template: str | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    tools: list[dict[str, Any]] | None = None
     return_token_strs: bool | None = None
 
 
@@ -191,24 +198,11 @@ class Anything(pydantic.BaseModel):
     reset_running_requests: bool | None = None
 
 
-class SglangSampling(_Form):
+class SglangSampling(_Distribution):
     """`sampling_params` of SGLang's /generate."""
 
-    n: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
     max_new_tokens: int | None = None
     min_new_tokens: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
-    ignore_eos: bool | None = None
-    skip_special_tokens: bool | None = None
     no_stop_trim: bool | None = None
     sampling_seed: int | None = None
     json_schema: str | None = None

@@ -10,13 +10,11 @@ from typing import Any, NamedTuple, TypeVar
 from starlette.requests import Request as HttpRequest
 
 from jaxengine.async_llm import AsyncLLM, QueueFull
-from jaxengine.host.admission import prioritise
 from jaxengine.host.sample import Request
 from jaxengine.outputs import RequestDelta, RequestOutput
 from jaxengine.sampling_params import SamplingParams
 from jaxengine.server.errors import ApiError, refusals, too_many
 from jaxengine.server.metrics import Metrics
-from jaxengine.server.protocol import SAMPLING_FIELDS, Sampling
 from jaxengine.server.settings import ServerConfig
 from jaxengine.server.weight_upload import WeightUpload
 
@@ -55,6 +53,11 @@ class Service:
         return self.llm.engine_config.max_model_len
 
     @property
+    def weights_name(self) -> str:
+        """What the last update called its weights, else their version."""
+        return self.weight_label or str(self.llm.weights_version)
+
+    @property
     def tool_parser(self) -> str:
         """The name of the form in which the model calls tools."""
         is_llama = self._template_has("python_tag") or self._template_has("ipython")
@@ -76,10 +79,9 @@ class Service:
             message = f"the model {model!r:.80} does not exist here: this server has {self.config.model_name!r}"
             raise ApiError(404, message, "model", "model_not_found")
 
-    def sampling_params(self, form: Sampling | dict[str, Any], **more: Any) -> SamplingParams:
-        """The SamplingParams of a body; null fields have their defaults. `more` are those that a route finds itself."""
-        given = form if isinstance(form, dict) else {name: getattr(form, name) for name in SAMPLING_FIELDS}
-        given = {name: value for name, value in (given | more).items() if value is not None}
+    def sampling_params(self, fields: dict[str, Any]) -> SamplingParams:
+        """The SamplingParams of a body's fields; null ones have their defaults. Raises ApiError."""
+        given = {name: value for name, value in fields.items() if value is not None}
         if self.llm.tokenizer is None and not given.get("stop"):
             given["detokenize"] = False
         with refusals():
@@ -113,8 +115,8 @@ class Service:
         each = [sampling] * len(prompts)
         try:
             with refusals():
-                requests = await asyncio.to_thread(self.llm.session.requests, prompts, each, key, ids)
-                prioritise(requests, priority or 0)
+                admit = self.llm.session.requests
+                requests = await asyncio.to_thread(admit, prompts, each, key, ids, priority=priority or 0)
         except RuntimeError as error:  # closed
             raise ApiError(503, str(error)) from error
         return Call(name, int(time.time()), requests, sampling)

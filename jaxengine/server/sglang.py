@@ -10,7 +10,8 @@ from jaxengine.outputs import CompletionOutput, RequestOutput
 from jaxengine.server import body, forms, weights
 from jaxengine.server.errors import ApiError, json_response, refusals
 from jaxengine.server.protocol import SglangGenerate, SglangSampling, SglangWeights
-from jaxengine.server.service import Call, Service
+from jaxengine.server.service import Service
+from jaxengine.text.grammar import lark_of_ebnf
 
 MAX_NEW_TOKENS = 128  # SGLang's default
 # Names that are others here.
@@ -20,7 +21,7 @@ OURS = {
     "no_stop_trim": "include_stop_str_in_output",
     "sampling_seed": "seed",
 }
-STRUCTURES = {"json_schema": "json", "regex": "regex", "ebnf": "grammar"}
+STRUCTURES = {"json_schema": "json", "regex": "regex"}
 
 
 async def generate(service: Service, http: HttpRequest) -> Response:
@@ -30,14 +31,17 @@ async def generate(service: Service, http: HttpRequest) -> Response:
         raise ApiError(400, "stream: /v1/completions and /inference/v1/generate stream", "stream", "unsupported")
     if (form.text is None) == (form.input_ids is None):
         raise ApiError(400, "give text or input_ids, one of them", "text")
+    given_prompts = form.text if form.text is not None else form.input_ids
+    if given_prompts == []:
+        raise ApiError(400, "text or input_ids is an empty list: give at least one", "text")
     given = body.validated(form.sampling_params or {}, SglangSampling, "sampling_params.")
     sampling = service.sampling_params(_sampling(given))
     with refusals():
-        prompts = prompts_of(form.text if form.text is not None else form.input_ids)
+        prompts = prompts_of(given_prompts)
     call = await service.call("sglang", prompts, sampling, form.rid)
     outputs = await service.outputs(call, http)
-    answers = [_answer(service, form, call, output, sample) for output in outputs for sample in output.outputs]
-    is_single = isinstance(form.text, str) or bool(form.input_ids) and isinstance(form.input_ids[0], int)
+    answers = [_answer(service, form, output, sample) for output in outputs for sample in output.outputs]
+    is_single = isinstance(form.text, str) or form.input_ids is not None and isinstance(form.input_ids[0], int)
     return json_response(answers[0] if is_single and sampling.n == 1 else answers)
 
 
@@ -53,6 +57,8 @@ def _sampling(given: SglangSampling) -> Any:
     """The same under our names."""
     fields = given.model_dump(exclude_none=True)
     structure = {STRUCTURES[name]: fields.pop(name) for name in STRUCTURES if name in fields}
+    if "ebnf" in fields:
+        structure["grammar"] = _lark(fields.pop("ebnf"))
     fields = {OURS.get(name, name): value for name, value in fields.items()}
     fields.setdefault("max_tokens", MAX_NEW_TOKENS)
     if structure:
@@ -60,16 +66,21 @@ def _sampling(given: SglangSampling) -> Any:
     return fields
 
 
-def _answer(
-    service: Service, form: SglangGenerate, call: Call, output: RequestOutput, sample: CompletionOutput
-) -> dict[str, Any]:
+def _lark(ebnf: str) -> str:
+    try:
+        return lark_of_ebnf(ebnf)
+    except ValueError as error:
+        raise ApiError(400, f"ebnf cannot be read: {error}", "ebnf") from error
+
+
+def _answer(service: Service, form: SglangGenerate, output: RequestOutput, sample: CompletionOutput) -> dict[str, Any]:
     told = {
         "id": output.request_id,
         "finish_reason": _finish_reason(sample),
         "prompt_tokens": len(output.prompt_token_ids),
         "completion_tokens": len(sample.token_ids),
         "cached_tokens": output.num_cached_tokens,
-        "weight_version": service.weight_label or str(service.llm.weights_version),
+        "weight_version": service.weights_name,
         "weight_versions": forms.version_spans(sample),
     }
     if form.return_logprob:

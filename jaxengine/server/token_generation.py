@@ -23,7 +23,7 @@ async def generate(service: Service, http: HttpRequest) -> Response:
     if form.output_mode not in MODES:
         raise ApiError(400, f"output_mode must be 'tokens' or 'text', got {form.output_mode!r:.40}", "output_mode")
     given = body.validated(form.sampling_params, TokenSampling, "sampling_params.")
-    sampling = service.sampling_params(given, logprobs=given.logprobs)
+    sampling = service.sampling_params(given.given | {"logprobs": given.logprobs})
     prompt = {"prompt_token_ids": form.token_ids, "cache_salt": form.cache_salt}
     call = await service.call("generate", [prompt], sampling, form.request_id, form.priority)
     answer = _Answer(service, form, call)

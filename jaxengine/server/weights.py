@@ -1,5 +1,7 @@
 """Routes that change the weights, from a folder on this machine's disk or from bodies; they need the admin key."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,7 @@ async def init_weight_transfer(service: Service, http: HttpRequest) -> Response:
 async def start_weight_update(service: Service, http: HttpRequest) -> Response:
     """Bodies that follow are parts of one update, which /finish_weight_update makes: whole, or not at all."""
     await _form(service, http)
-    service.upload.begin()
+    await service.upload.begin()
     return json_response({"message": "Weight update started"})
 
 
@@ -57,49 +59,49 @@ async def update_weights(service: Service, http: HttpRequest) -> Response:
 async def from_disk(service: Service, folder: Any, in_flight: str | None, label: str | None) -> int:
     """The weights of a folder inside the root run from the next token on; returns their version. Raises ApiError."""
     path = _inside(_root(service), folder)
-    how = {} if in_flight is None else {"in_flight": in_flight}
-    try:
-        number = await service.engine.update_params(path, **how)
-    except (ValueError, TypeError, OSError) as error:
-        message = str(error).replace(str(path), str(folder))  # where the root lies is not the client's to know
-        raise ApiError(400, message, "weight_dir") from error
-    except (RuntimeError, MemoryError) as error:
-        raise ApiError(409, str(error)) from error
+    with _refusals("weight_dir"):
+        try:
+            number = await service.engine.update_params(path, **_how(in_flight))
+        except (ValueError, TypeError, OSError) as error:  # where the root lies is not the client's to know
+            raise ValueError(str(error).replace(str(path), str(folder))) from error
     service.weight_label = label
     return number
 
 
 async def _uploaded(service: Service, http: HttpRequest) -> Response:
-    is_part = service.upload.has_begun
-    await service.upload.take(http)
-    if is_part:
+    if service.upload.is_in_parts:
+        await service.upload.take_part(http)
         return json_response({"message": "Weights received"})
-    query = http.query_params
-    number = await _applied(service, query.get("in_flight"), query.get("weight_version"))
+    with _refusals("update_info"):
+        number = await service.upload.take_whole(http, **_how(http.query_params.get("in_flight")))
+    service.weight_label = http.query_params.get("weight_version")
     return json_response({"message": "Weights updated", "success": True, "version": number})
-
-
-async def _applied(service: Service, in_flight: str | None, label: str | None) -> int:
-    try:
-        number = await service.upload.apply(**({} if in_flight is None else {"in_flight": in_flight}))
-    except (ValueError, TypeError, OSError) as error:
-        raise ApiError(400, str(error), "update_info") from error
-    except (RuntimeError, MemoryError) as error:
-        raise ApiError(409, str(error)) from error
-    service.weight_label = label
-    return number
 
 
 async def finish_weight_update(service: Service, http: HttpRequest) -> Response:
     """Takes the weights that came in parts; may name those that /update_weights brought, for /weight_info."""
     form = await _form(service, http)
-    if service.upload.has_files:
-        number = await _applied(service, form.in_flight, form.weight_version)
-        return json_response({"message": "Weight update finished", "version": number})
-    service.upload.drop()
-    if form.weight_version is not None:
+    with _refusals("update_info"):
+        number = await service.upload.finish(**_how(form.in_flight))
+    if number is not None or form.weight_version is not None:
         service.weight_label = form.weight_version
-    return json_response({"message": "Weight update finished"})
+    more = {} if number is None else {"version": number}
+    return json_response({"message": "Weight update finished"} | more)
+
+
+def _how(in_flight: str | None) -> dict[str, str]:
+    return {} if in_flight is None else {"in_flight": in_flight}
+
+
+@contextlib.contextmanager
+def _refusals(param: str) -> Iterator[None]:
+    """Weights that are wrong are 400, those that cannot be taken now 409. An OSError is the server's own: 500."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise ApiError(400, str(error), param) from error
+    except (RuntimeError, MemoryError) as error:
+        raise ApiError(409, str(error)) from error
 
 
 async def _form(service: Service, http: HttpRequest) -> WeightsRequest:

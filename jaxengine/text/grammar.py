@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from jaxengine.base.structured_outputs import StructuredOutputsParams
+from jaxengine.base.structured_outputs import MAX_CHARACTERS, StructuredOutputsParams
 from jaxengine.text.pieces import Pieces
 
 MAX_COMPILED = 64  # grammars that are kept, so that a batch under one schema reads it once
@@ -156,6 +156,17 @@ def _source(matcher: Any, wanted: StructuredOutputsParams) -> str:
     return matcher.grammar_from_json_schema(
         schema, overrides={"whitespace_pattern": wanted.whitespace_pattern or ONE_SPACE}
     )
+
+
+def lark_of_ebnf(text: str) -> str:
+    """A grammar in EBNF, llama.cpp's or SGLang's (`root ::= "a" | b`), in Lark's form.
+
+    Raises ValueError for one that cannot be read or is longer than structured outputs may be, and where llguidance is
+    not installed.
+    """
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError(f"the grammar has {len(text)} characters, at most {MAX_CHARACTERS} are possible")
+    return _library().grammar_from("ebnf", text)
 
 
 def _literally(text: str) -> str:

@@ -2,10 +2,9 @@
 
 import jax
 import pytest
-from conftest import bits
+from conftest import bits, make_llm
 
 from jaxengine import SamplingParams
-from jaxengine.host.admission import prioritise
 
 PROMPTS = [[3], [4], list(range(40)), [5] * 9, [6]]
 PARAMS = SamplingParams(max_tokens=6)
@@ -13,8 +12,7 @@ KEY = jax.random.key(2)
 
 
 def order_of_ends(llm, priority) -> list[int]:
-    requests = llm.admitted(PROMPTS, PARAMS, KEY, None)
-    prioritise(requests, priority)
+    requests = llm.admitted(PROMPTS, PARAMS, KEY, None, priority=priority)
     ended: list[int] = []
     for _ in llm.session.runner.run(requests):
         ended += [i for i, request in enumerate(requests) if request.is_finished and i not in ended]
@@ -38,8 +36,7 @@ def test_bits_know_no_priority(tiny, held):
 
 def test_the_highest_is_preempted_first(tiny):
     params = SamplingParams(max_tokens=120, ignore_eos=True)
-    requests = tiny.admitted([[3], [4], [5]], params, KEY, None)
-    prioritise(requests, [9, 1, 1])
+    requests = tiny.admitted([[3], [4], [5]], params, KEY, None, priority=[9, 1, 1])
     with tiny.engine.adjusted(held_pages=391):  # eight pages of 32 tokens, and twelve are wanted
         run, preempted = tiny.session.runner.run(requests), set()
         for _ in run:
@@ -52,3 +49,17 @@ def test_the_highest_is_preempted_first(tiny):
 def test_a_wrong_priority_is_refused(tiny, wrong):
     with pytest.raises(ValueError, match="priorit"):
         tiny.generate(PROMPTS, PARAMS, priority=wrong)
+
+
+def test_a_call_that_is_refused_takes_no_number(tiny):
+    refused, other = (make_llm(tiny.config, tiny.params) for _ in range(2))
+    with pytest.raises(ValueError, match="priorit"):
+        refused.generate(PROMPTS, PARAMS, priority="high")
+    assert bits(refused.generate(PROMPTS, PARAMS)) == bits(other.generate(PROMPTS, PARAMS))
+
+
+def test_a_stream_has_one(tiny):
+    stream = tiny.stream(PROMPTS[0], PARAMS, key=KEY, priority=-3)
+    next(stream)
+    assert [request.priority for request in tiny.engine.requests.values()] == [-3]
+    stream.close()

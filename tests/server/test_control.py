@@ -2,15 +2,12 @@
 
 import concurrent.futures
 import os
+import re
 
 import jax
 import numpy as np
 import pytest
-from conftest import make_llm
-from safetensors.numpy import save
-from serving import ADMIN, KEY, running
 
-from checkpoints.safetensors_files import open_folder
 from jaxengine import SamplingParams
 from jaxengine.models import loading
 
@@ -40,16 +37,25 @@ def token_ids(answer) -> list[int]:
     return answer["choices"][0]["token_ids"]
 
 
+def num_drawn(served) -> int:
+    """Tokens of the one request that is under way."""
+    (request,) = served.llm.engine.requests.values()
+    return len(request.samples[0].drawn.token_ids)
+
+
 def test_pause_keeps_and_resume_goes_on_with_the_same_bits(served, pool):
+    future = begin(served, pool, max_tokens=480)
+    served.wait_until(lambda: num_drawn(served) > 0)
     assert ok(served.admin.post("/pause?mode=keep&clear_cache=false")) == {"status": "paused"}
-    future = begin(served, pool)
+    count = num_drawn(served)
     for mode in ("keep", "wait"):  # idempotent
         assert ok(served.admin.post(f"/pause?mode={mode}")) == {"status": "paused"}
-    assert ok(served.user.get("/is_paused")) == {"is_paused": True} and not future.done()
+    assert ok(served.user.get("/is_paused")) == {"is_paused": True} and num_drawn(served) == count < 480
     assert 'vllm:engine_pause_state{model_name="calc"} 1.0' in served.user.get("/metrics").text
     assert ok(served.admin.post("/resume")) == {"status": "resumed"}
     assert ok(served.user.get("/is_paused")) == {"is_paused": False}
-    assert token_ids(future.result()) == served.llm.generate(["1+"], PARAMS)[0].outputs[0].token_ids
+    whole = served.llm.generate(["1+"], PARAMS.replace(max_tokens=480))[0].outputs[0]
+    assert token_ids(future.result()) == whole.token_ids
 
 
 def test_pause_aborts(served, pool):
@@ -64,7 +70,8 @@ def test_pause_waits_for_the_end(served, pool):
     ok(served.admin.post("/pause?mode=wait"))
     assert future.result()["choices"][0]["finish_reason"] == "length" and served.is_idle()
     later = begin(served, pool)
-    assert not later.done()
+    ok(served.admin.post("/reset_prefix_cache"))  # between two steps, of which there is none
+    assert num_drawn(served) == 0
     ok(served.admin.post("/resume"))
     assert token_ids(later.result()) == token_ids(future.result())
 
@@ -113,16 +120,6 @@ def test_what_trainers_ask_first(served):
     assert info["digest"] == served.llm.contract().digest
 
 
-@pytest.fixture
-def learner(calc, tmp_path):
-    """A server of its own, because its weights change."""
-    (tmp_path / "root").mkdir()
-    llm = make_llm(calc.config, calc.params, tokenizer=calc.tokenizer)
-    with running(llm, api_key=KEY, admin_key=ADMIN, weights_root=tmp_path / "root") as found:
-        yield found
-    llm.close()
-
-
 def test_weights_outside_the_root_are_not_read(learner, tmp_path):
     """They would fit: what refuses them is where they lie."""
     root = tmp_path / "root"
@@ -157,75 +154,31 @@ def test_weights_from_a_folder_are_taken_whole_or_not_at_all(learner, tmp_path):
     assert choice["token_ids"] == llm.generate(["1+"], PARAMS)[0].outputs[0].token_ids
 
 
-def tensors_of(llm, params, folder) -> dict[str, np.ndarray]:
-    """The weights under Hugging Face's names."""
-    loading.save(folder, llm.config, params)
-    with open_folder(folder) as tensors:
-        return {name: tensors.read(name) for name in tensors.names}
-
-
-BINARY = {"Content-Type": "application/octet-stream"}
-
-
-def test_weights_as_bodies_are_taken_whole_or_not_at_all(learner, tmp_path):
-    llm, admin = learner.llm, learner.admin
-    tensors = tensors_of(llm, jax.tree.map(lambda leaf: leaf * 2, llm.params), tmp_path / "new")
-    whole, names = save(tensors), sorted(tensors)
-    expected = llm.params
-    wrong = {
-        "no file": b"weights",
-        "a file that is cut": whole[: len(whole) // 2],
-        "a name too few": save({name: tensors[name] for name in names[1:]}),
-        "a name too many": save(tensors | {"other": tensors[names[0]]}),
-    }
-    for body in wrong.values():
-        response = admin.post("/update_weights", content=body, headers=BINARY)
-        assert (response.status_code, llm.weights_version) == (400, 0), response.text
-        assert str(tmp_path) not in response.text and not os.listdir(tmp_path / "root")
-    too_long = admin.post("/update_weights", content=bytes(3 * len(whole)), headers=BINARY)
-    assert (too_long.status_code, llm.params, os.listdir(tmp_path / "root")) == (413, expected, [])
-    assert learner.user.post("/update_weights", content=whole, headers=BINARY).status_code == 401
-
-    answer = ok(admin.post("/update_weights?weight_version=one", content=whole, headers=BINARY))
-    assert answer["version"] == llm.weights_version == 1
-    assert ok(admin.post("/init_weight_transfer_engine", json={"init_info": {"backend": "http"}}))["message"]
-    ok(admin.post("/start_weight_update", json={}))
-    for part in (names[:3], names[3:]):
-        ok(admin.post("/update_weights", content=save({name: tensors[name] for name in part}), headers=BINARY))
-        assert llm.weights_version == 1
-    ok(admin.post("/finish_weight_update", json={"weight_version": "two"}))
-    info = ok(learner.user.get("/weight_info"))
-    assert (info["weight_version"], info["version"], os.listdir(tmp_path / "root")) == ("two", 2, [])
-    doubled = jax.tree.map(lambda leaf: leaf * 2, expected)
-    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), llm.params, doubled)))
-
-
-def test_a_part_that_is_wrong_leaves_the_old_weights(learner, tmp_path):
-    tensors = tensors_of(learner.llm, learner.llm.params, tmp_path / "new")
-    name = min(tensors)
-    ok(learner.admin.post("/start_weight_update", json={}))
-    ok(learner.admin.post("/update_weights", content=save({name: tensors[name]}), headers=BINARY))
-    response = learner.admin.post("/finish_weight_update", json={})
-    assert (response.status_code, learner.llm.weights_version, os.listdir(tmp_path / "root")) == (400, 0, [])
-
-
 # -- SGLang's ----------------------------------------------------------------------------------------------------------
 
 
-def test_sglang_generates_with_the_bits_of_generate(served):
+@pytest.mark.parametrize("seed, matched", [(3, "5"), (4, 258)])
+def test_sglang_generates_with_the_bits_of_generate(served, seed, matched):
     ids = served.llm.tokenizer.encode("12+30=")
-    sampling = {"max_new_tokens": 12, "temperature": 0.8, "top_k": -1, "sampling_seed": 4, "skip_special_tokens": False}
+    sampling = {
+        "max_new_tokens": 12,
+        "temperature": 0.8,
+        "top_k": -1,
+        "sampling_seed": seed,
+        "skip_special_tokens": False,
+    }
     sampling |= {"spaces_between_special_tokens": False, "no_stop_trim": True, "stop": ["5"], "stop_token_ids": [258]}
     body = {"input_ids": ids, "sampling_params": sampling, "return_logprob": True}
     answer = ok(served.user.post("/generate", json=body))
-    params = SamplingParams(max_tokens=12, temperature=0.8, seed=4, skip_special_tokens=False, stop=["5"])
+    params = SamplingParams(max_tokens=12, temperature=0.8, seed=seed, skip_special_tokens=False, stop=["5"])
     params = params.replace(include_stop_str_in_output=True, stop_token_ids=[258])
     (sample,) = served.llm.generate([ids], params)[0].outputs
     told = answer["meta_info"]
     logprobs, tokens, _ = zip(*told["output_token_logprobs"], strict=True)
     assert (answer["text"], list(tokens)) == (sample.text, sample.token_ids)
     assert np.asarray(logprobs, np.float32).tobytes() == sample.token_logprobs.tobytes()
-    assert told["finish_reason"]["type"] == sample.finish_reason and told["completion_tokens"] == len(sample.token_ids)
+    assert told["finish_reason"] == {"type": "stop", "matched": matched}
+    assert told["completion_tokens"] == len(sample.token_ids)
     assert (told["prompt_tokens"], told["weight_version"]) == (len(ids), "0")
 
 
@@ -234,10 +187,24 @@ def test_sglang_batches_are_lists(served):
     answers = ok(served.user.post("/generate", json=body))
     outputs = served.llm.generate(body["text"], SamplingParams(n=2, max_tokens=3, seed=1))
     assert [answer["text"] for answer in answers] == [sample.text for output in outputs for sample in output.outputs]
-    single = ok(served.user.post("/generate", json=body | {"text": "1+1=", "sampling_params": {"max_new_tokens": 1}}))
-    assert single["meta_info"]["finish_reason"]["type"] in ("length", "stop")
-    for wrong in ({"text": None}, {"input_ids": [1]}, {"stream": True}, {"sampling_params": {"max_tokens": 1}}):
+    greedy = {"max_new_tokens": 1, "temperature": 0}
+    single = ok(served.user.post("/generate", json=body | {"text": "1+1=", "sampling_params": greedy}))
+    assert single["meta_info"]["finish_reason"] == {"type": "length", "length": 1}
+    nothing = {"text": []}, {"text": None, "input_ids": []}
+    for wrong in (
+        {"text": None}, {"input_ids": [1]}, {"stream": True}, {"sampling_params": {"max_tokens": 1}}, *nothing
+    ):  # fmt: skip
         assert served.user.post("/generate", json={"text": "1"} | wrong).status_code == 400
+
+
+def test_sglang_grammars_are_ebnf(served):
+    """In the form of llama.cpp, whose rules are `name ::= …`, unlike those of `structured_outputs`."""
+    pytest.importorskip("llguidance")
+    body = {"text": "1+1=", "sampling_params": {"ebnf": 'root ::= digit digit "."\ndigit ::= [0-9]'}}
+    assert re.fullmatch(r"[0-9]{2}\.", ok(served.user.post("/generate", json=body))["text"])
+    for wrong in ("root ::= other", "(" * 5000, "1" * 70_000):
+        response = served.user.post("/generate", json=body | {"sampling_params": {"ebnf": wrong}})
+        assert (response.status_code, response.json()["error"]["param"]) == (400, "ebnf"), response.text
 
 
 def test_sglang_takes_weights_from_disk(learner, tmp_path):

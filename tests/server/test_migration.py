@@ -11,6 +11,7 @@ import jaxengine
 from jaxengine import LLM
 from jaxengine.base.vllm_names import KEYWORDS, METHODS
 from jaxengine.server.app import ROUTES
+from jaxengine.server.settings import REASONING_PARSERS, TOOL_PARSERS
 
 GUIDE = pathlib.Path(jaxengine.__file__).parent / "MIGRATION.md"
 TEXT = GUIDE.read_text()
@@ -38,3 +39,8 @@ def test_its_absent_names_are_explained():
         assert f"`{name}`" in TEXT and name in KEYWORDS["LLM"]
     for name in ("collective_rpc", "load_weights", "reset_prefix_cache"):
         assert name in TEXT and name in METHODS and not hasattr(LLM, name)
+
+
+def test_its_parsers_are_the_server_s():
+    for name in (*TOOL_PARSERS, *REASONING_PARSERS):
+        assert name == "auto" or f"{name}`" in TEXT

@@ -102,6 +102,19 @@ def test_thoughts_are_told_from_text(calc: LLM):
         assert answered(served, forced(thought) | {"tools": TOOLS}) == expected
 
 
+def test_what_follows_a_form_is_no_thought_though_the_prompt_has_begun_one(calc: LLM):
+    """The form holds from the first token on, so that no </think> comes before it."""
+    begun = {"chat_template": "{{ messages[0].content }}<think>\n"}
+    with running(calc, api_key=KEY, reasoning_parser="think") as served:
+        assert answered(served, forced("Two.") | begun) == ("Two.", None, [], "stop")
+        asked = {"response_format": {"type": "json_schema", "json_schema": {"schema": {"const": 2}}}}
+        assert answered(served, BODY | begun | asked) == ("2", None, [], "stop")
+        content, thoughts, ((name, _),), _ = answered(
+            served, BODY | begun | {"tools": TOOLS[:1], "tool_choice": "required", "parallel_tool_calls": False}
+        )
+        assert (content, thoughts, name) == (None, None, "add")  # its form has the </think>
+
+
 def test_token_ids_and_logprobs_are_those_of_the_whole_text(served):
     body = forced(CALLS) | {"tools": TOOLS, "return_token_ids": True, "logprobs": True}
     (choice,) = ok(served.user.post(CHAT, json=body))["choices"]

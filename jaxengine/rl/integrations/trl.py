@@ -10,11 +10,11 @@ they are. Within the engine everything is exact as ever.
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxengine.base.keys import folded, seeded
 from jaxengine.llm import LLM
+from jaxengine.rl.integrations.samples import samples_of
 from jaxengine.sampling_params import SamplingParams
 
 
@@ -34,7 +34,8 @@ class TrlRollout:
 
     def __call__(self, prompts: Sequence[Any], trainer: Any) -> dict[str, list[Any]]:
         """`prompt_ids`, `completion_ids` and `logprobs`, a list for each prompt; logprobs are those of the distribution
-        that was drawn from, after temperature, top-k, top-p and min-p.
+        that was drawn from, after temperature, top-k, top-p and min-p. Raises RuntimeError where the engine ended a
+        sample with an error, since a trainer would learn from what there is of it.
         """
         if trainer.state.global_step != self._step:
             self.llm.update_params(_named_weights(trainer), cast=True)
@@ -42,7 +43,7 @@ class TrlRollout:
         key = folded(seeded(trainer.args.seed), trainer.accelerator.process_index, self._num_calls)
         self._num_calls += 1
         outputs = self.llm.generate(_token_ids(prompts, trainer), _sampling_params(trainer), key=key, use_tqdm=False)
-        samples = [output.outputs[0] for output in outputs]
+        samples = [sample for _, sample in samples_of(outputs)]
         return {
             "prompt_ids": [output.prompt_token_ids for output in outputs],
             "completion_ids": [sample.token_ids for sample in samples],
@@ -56,7 +57,8 @@ def mean_abs_difference(ours: Sequence[Sequence[float]], theirs: Sequence[Sequen
     return float(np.mean(np.concatenate([np.abs(np.subtract(a, b)) for a, b in pairs])))
 
 
-def _named_weights(trainer: Any) -> Iterator[tuple[str, jax.Array | np.ndarray]]:
+def _named_weights(trainer: Any) -> Iterator[tuple[str, Any]]:
+    """(name, tensor of PyTorch's) of each parameter."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     for name, tensor in model.state_dict().items():
         yield name, tensor.detach().cpu()

@@ -16,7 +16,7 @@ import importlib
 import importlib.util
 import itertools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -29,6 +29,7 @@ from jaxengine.base.keys import key_of, seeded
 from jaxengine.llm import LLM
 from jaxengine.models.params import Decoder
 from jaxengine.outputs import CompletionOutput, RequestOutput
+from jaxengine.rl.integrations.samples import samples_of
 from jaxengine.rl.integrations.tunix_policy import TunixPolicy
 from jaxengine.rl.rollout import Rollout
 from jaxengine.sampling_params import SamplingParams
@@ -99,7 +100,7 @@ class JaxEngineRollout(base_rollout.BaseRollout):
         outputs = self._llm.generate(
             [{"prompt_token_ids": each} for each in ids], samplings, key=self._call_key(rollout_config.seed)
         )
-        rows = list(_samples(outputs))
+        rows = list(samples_of(outputs))
         logprobs = self._logprobs(outputs, samplings[0])
         padded = [self._padded(output.prompt_token_ids, rollout_config.max_prompt_length) for output, _ in rows]
         return base_rollout.RolloutOutput(
@@ -210,15 +211,6 @@ class JaxEngineRollout(base_rollout.BaseRollout):
 def _current(llm: LLM) -> Decoder:
     assert llm.params is not None
     return llm.params
-
-
-def _samples(outputs: list[RequestOutput]) -> Iterator[tuple[RequestOutput, CompletionOutput]]:
-    """Every sample with its prompt. Raises RuntimeError where one ended with an error."""
-    for output in outputs:
-        for sample in output.outputs:
-            if sample.finish_reason == "error":
-                raise RuntimeError(f"the engine ended a sample with an error: {sample.stop_reason}")
-            yield output, sample
 
 
 def _key_of_seed(seed: Any) -> jax.Array:
