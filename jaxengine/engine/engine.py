@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 import operator
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -77,6 +77,21 @@ class OutOfDeviceMemory(Exception):
         self.samples = samples
 
 
+def check_new(
+    request: Request, unfinished: Mapping[str, Request], ids: Iterator[int], num_waiting: int, max_waiting: int
+) -> None:
+    """Give a request that has no id the next of `ids` that is no caller's. Raises what Engine.add raises."""
+    if not request.request_id:
+        request.request_id = next(name for name in map(str, ids) if name not in unfinished)
+    if request.request_id in unfinished:
+        raise ValueError(f"request id {request.request_id!r} is in use: ids of unfinished requests must differ")
+    if num_waiting + request.sampling.n > max_waiting:
+        raise QueueFull(
+            f"the queue holds {num_waiting} of at most {max_waiting} samples: no room for {request.sampling.n} more; "
+            "wait, or raise max_waiting"
+        )
+
+
 class Engine:
     """One model on one device, or on a mesh of some that share it.
 
@@ -120,16 +135,7 @@ class Engine:
         A request without an id gets the next number that is no caller's. Raises ValueError for an id in use, QueueFull
         for a queue that is full.
         """
-        if not request.request_id:
-            request.request_id = next(name for name in map(str, self._ids) if name not in self.requests)
-        if request.request_id in self.requests:
-            raise ValueError(f"request id {request.request_id!r} is in use: ids of unfinished requests must differ")
-        num_waiting, count = len(self.scheduler.waiting), request.sampling.n
-        if num_waiting + count > self.engine_config.max_waiting:
-            raise QueueFull(
-                f"the queue holds {num_waiting} of at most {self.engine_config.max_waiting} samples: "
-                f"no room for {count} more; wait, or raise max_waiting"
-            )
+        check_new(request, self.requests, self._ids, len(self.scheduler.waiting), self.engine_config.max_waiting)
         self.requests[request.request_id] = request  # first: an interrupt from here on leaves nothing that abort misses
         self.scheduler.add(request)
         if self.tokenizer is not None and (request.sampling.stop or with_text):

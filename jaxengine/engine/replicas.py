@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from jaxengine.config import EngineConfig
-from jaxengine.engine.engine import Engine, Occupancy, QueueFull, Weights
+from jaxengine.engine.engine import Engine, Occupancy, Weights, check_new
 from jaxengine.engine.weights import homes, placed
 from jaxengine.host.placement import Placement
 from jaxengine.host.sample import Request
@@ -46,18 +46,9 @@ class Replicas:
 
     def add(self, request: Request, *, with_text: bool = False) -> None:
         """Queue a request on one of the replicas, with all of its samples: they share their prompt's pages."""
-        held = self.requests
-        if not request.request_id:
-            request.request_id = next(name for name in map(str, self._ids) if name not in held)
-        if request.request_id in held:
-            raise ValueError(f"request id {request.request_id!r} is in use: ids of unfinished requests must differ")
         occupied = [engine.occupancy() for engine in self.engines]
-        if sum(each.waiting for each in occupied) + request.sampling.n > self.engine_config.max_waiting:
-            raise QueueFull(
-                f"the queues hold {sum(each.waiting for each in occupied)} of at most "
-                f"{self.engine_config.max_waiting} samples: no room for {request.sampling.n} more; wait, or raise "
-                "max_waiting"
-            )
+        num_waiting = sum(each.waiting for each in occupied)
+        check_new(request, self.requests, self._ids, num_waiting, self.engine_config.max_waiting)
         loads = [each.waiting + each.running for each in occupied]
         chosen = self._placement.choose(request.prompt_token_ids, loads) if self._only is None else self._only
         self.engines[chosen].add(request, with_text=with_text)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from checkpoints import snapshots
 from jaxengine.rl.calc import learn
 from jaxengine.rl.calc.arithmetic import is_held_out
 from jaxengine.rl.calc.run import Run, problems
@@ -42,6 +43,9 @@ def test_problems_are_of_the_kinds_asked_for():
         ),
         (dict(kinds=""), "kinds must be some of"),
         (dict(kinds="sum", digits=1), "only mixed problems are held out"),
+        (dict(prompts=5, samples=3, mini_batches=2), "5 · 3 = 15 samples are no multiple of mini_batches"),
+        (dict(iterations=0), "iterations must be at least 1, got 0"),
+        (dict(rate=float("nan")), "rate must be at least 0.0, got nan"),
     ],
 )
 def test_a_run_without_problems_is_refused(change, error):
@@ -64,8 +68,17 @@ def test_the_rate_rises_and_falls():
     for _ in range(20):
         change, state = learn.optimizer(run).update(np.full(1, 0.5, np.float32), state)
         sizes.append(-float(change[0]))
-    assert sizes[0] == 0 and 0 < sizes[-1] < 0.1
+    assert sizes[0] == pytest.approx(1 / 5, rel=1e-3) and 0 < sizes[-1] < 0.1
     assert max(sizes) == pytest.approx(1, rel=1e-3) and sizes.index(max(sizes)) == 4
+
+
+def test_a_short_run_reaches_its_rate():
+    run = Run(iterations=4, warm_up=5, rate=1.0)
+    state, sizes = learn.optimizer(run).init(np.ones(1, np.float32)), []
+    for _ in range(4):
+        change, state = learn.optimizer(run).update(np.full(1, 0.5, np.float32), state)
+        sizes.append(-float(change[0]))
+    np.testing.assert_allclose(sizes, [0.5, 1, 2 / 3, 1 / 3], rtol=1e-3)
 
 
 def without_seconds(iteration: dict) -> dict:
@@ -99,9 +112,46 @@ def test_the_same_bits_in_another_process_and_after_a_stop(tmp_path, monkeypatch
     resumed, after = command(here, "resumed", "other")
     assert resumed == whole
     assert len(before) == 1 and len(history) == 3
-    for iteration, expected in zip(before + after, history, strict=True):
+    for iteration, expected in zip(after, history, strict=True):  # the resumed run's file is whole too
         assert without_seconds(iteration) == without_seconds(expected)
     for iteration in history:
         first = iteration["updates"][0]
         assert first["ratio_mean"] == first["ratio_max"] == 1
         assert first["clip_rate"] == first["kl"] == first["max_delta"] == 0
+
+
+INTERRUPTED = """
+import os, signal, sys
+from jaxengine.rl.calc import learn
+from jaxengine.rl.loops.loop import Loop
+learn.HELD_OUT_PROBLEMS, iterate = 50, Loop.iterate
+def interrupted(self, state):
+    if int(state.version) == 1:
+        os.kill(os.getpid(), signal.SIGINT)
+    return iterate(self, state)
+Loop.iterate = interrupted
+learn.main()
+"""
+
+
+@pytest.mark.slow
+def test_ctrl_c_keeps_what_was_done(tmp_path, monkeypatch, capsys):
+    """It comes in the second of three iterations, which ends and is kept, though snapshots are due every 20."""
+    folder, file = tmp_path / "run", tmp_path / "run.json"
+    arguments = [*SMALL[:-1], "20", "--snapshots", str(folder), "--json", str(file)]
+    stopped = subprocess.run([sys.executable, "-c", INTERRUPTED, *arguments], capture_output=True, text=True)
+    assert stopped.returncode == 130, stopped.stderr
+    assert "this iteration ends first; once more ends at once" in stopped.stderr
+    assert f"stopped by Ctrl-C after iteration 2 of 3\nkept in {folder}" in stopped.stdout
+    before = json.loads(file.read_text())
+    assert [iteration["version"] for iteration in before] == [0, 1] and snapshots.steps(folder) == [2]
+    with (folder / "history.jsonl").open("a") as lines:
+        lines.write('{"version": 2, "rew')  # of a process that died
+    monkeypatch.setattr(learn, "HELD_OUT_PROBLEMS", 50)
+    monkeypatch.setattr(sys, "argv", ["learn", *arguments])
+    learn.main()
+    printed = capsys.readouterr()
+    assert f"goes on after iteration 2 of 3, from {folder}" in printed.out and "3/3" in printed.err
+    after = json.loads(file.read_text())
+    assert after[:2] == before and [iteration["version"] for iteration in after] == [0, 1, 2]
+    assert len((folder / "history.jsonl").read_text().splitlines()) == 3

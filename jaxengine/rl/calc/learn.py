@@ -2,7 +2,7 @@
 
 It prints the accuracy on held-out problems before and after, the reward as it goes, and a digest of the final state.
 Two runs of one command print the same digest, and so does a run that was stopped and then continued from its snapshot
-in the folder that `--snapshots` names.
+in the folder that `--snapshots` names. Ctrl-C stops it after the iteration that is under way.
 """
 
 import argparse
@@ -32,6 +32,7 @@ from jaxengine.rl.calc.model import build_tokenizer, write_tokenizer
 from jaxengine.rl.calc.run import Run, check, held_out_problems, problems
 from jaxengine.rl.calc.train import HELD_OUT_PROBLEMS, grade
 from jaxengine.rl.global_norm import clip_by_global_norm
+from jaxengine.rl.loops import history, interrupt
 from jaxengine.rl.loops.loop import Iteration, Loop, judged_by
 from jaxengine.rl.objective import ALGORITHMS
 from jaxengine.rl.train_state import TrainerConfig, TrainState
@@ -41,6 +42,7 @@ from jaxengine.text.tokenizer import Tokenizer
 
 MODEL = "calc"
 RECENT = 10  # iterations that the displayed reward is the mean of
+HISTORY = "history.jsonl"  # beside the snapshots
 LONGEST_PROMPT, LONGEST_ANSWER = 8, 6  # tokens: "(9-9)*9=", and "-1234" with its end token
 
 
@@ -86,9 +88,10 @@ def _trainer_config(run: Run) -> TrainerConfig:
 def optimizer(run: Run) -> optax.GradientTransformation:
     """Adam with a clipped gradient; its rate is a function of the number of updates."""
     updates = run.epochs * run.mini_batches  # of an iteration
-    rising = optax.linear_schedule(0.0, run.rate, run.warm_up * updates)
-    falling = optax.linear_schedule(run.rate, 0.0, (run.iterations - run.warm_up) * updates)
-    rate = optax.join_schedules([rising, falling], [run.warm_up * updates])
+    rising_for = min(run.warm_up, run.iterations // 4) * updates
+    rising = optax.linear_schedule(run.rate / (rising_for + 1), run.rate, rising_for)
+    falling = optax.linear_schedule(run.rate, 0.0, run.iterations * updates - rising_for)
+    rate = optax.join_schedules([rising, falling], [rising_for])
     return optax.chain(clip_by_global_norm(1.0), optax.adam(rate, b2=0.99))
 
 
@@ -107,25 +110,37 @@ def learn(
     folder: Path | None = None,
     every: int = 0,
     stop: int | None = None,
+    is_asked_to_stop: Callable[[], bool] = lambda: False,
     report: Callable[[Iteration], Any] | None = None,
 ) -> TrainState:
-    """The state after `run.iterations` iterations, or after `stop` of them; `report` is called after each.
+    """The state after `run.iterations` iterations, after `stop` of them, or when it is asked to stop; `report` is
+    called after each.
 
-    With a `folder` it starts from the newest snapshot in it, and writes one every `every` iterations and at the end.
+    With a `folder` each iteration is written down there, and so is a snapshot every `every` iterations and at the end.
     """
     last = run.iterations if stop is None else min(stop, run.iterations)
-    if folder is not None:
-        claim(folder, run)
-        if snapshots.steps(folder):
-            state = snapshots.restore(folder, state)
-    while int(state.version) < last:
+    while int(state.version) < last and not is_asked_to_stop():
         state, iteration = loop.iterate(state)
+        if folder is not None:
+            history.append(folder / HISTORY, iteration)
         if report is not None:
             report(iteration)
-        done = int(state.version)
-        if folder is not None and every and (done % every == 0 or done == last):
-            snapshots.save(folder, done, state)
+        if folder is not None and every and int(state.version) % every == 0:
+            snapshots.save(folder, int(state.version), state)
+    if folder is not None and int(state.version) not in snapshots.steps(folder):
+        snapshots.save(folder, int(state.version), state)
     return state
+
+
+def resumed(run: Run, state: TrainState, folder: Path) -> tuple[TrainState, list[dict[str, Any]]]:
+    """(the newest snapshot in the folder, or `state` where there is none; the iterations before it).
+
+    Raises ValueError where the folder has another run's settings.
+    """
+    claim(folder, run)
+    if snapshots.steps(folder):
+        state = snapshots.restore(folder, state)
+    return state, history.kept(folder / HISTORY, int(state.version))
 
 
 def claim(folder: Path, run: Run) -> None:
@@ -160,8 +175,8 @@ def _arguments() -> argparse.Namespace:
         parser.add_argument(flag, type=type(field.default), default=field.default, choices=choices, help=blank)
     parser.add_argument("--snapshots", type=Path, help="a folder for snapshots; a run continues from the newest in it")
     parser.add_argument("--every", type=int, default=20, help="iterations between snapshots")
-    parser.add_argument("--stop", type=int, help="end after so many iterations of the run, as an interrupt would")
-    parser.add_argument("--json", type=Path, help="write every iteration's reward and metrics there")
+    parser.add_argument("--stop", type=int, help="end after so many iterations of the run, as Ctrl-C would")
+    parser.add_argument("--json", type=Path, help="write reward and metrics of all iterations there, also on Ctrl-C")
     parser.add_argument("--out", type=Path, help="write the trained model's folder there, a new one")
     return parser.parse_args()
 
@@ -173,33 +188,68 @@ def main() -> None:
         arguments.out.mkdir(parents=True)  # now, because after the training it is too late to fail
     loop, state = build(run)
     model_config, start = loop.trainer.model_config, time.monotonic()
-    history: list[Iteration] = []
+    done: list[dict[str, Any]] = []
+    if arguments.snapshots is not None:
+        state, done = resumed(run, state, arguments.snapshots)
+        if int(state.version):
+            print(f"goes on after iteration {int(state.version)} of {run.iterations}, from {arguments.snapshots}")
     _print_accuracy("before: ", held_out(model_config, loop.trainer.policy(state), run))
-    with tqdm(total=run.iterations, desc=run.algorithm, unit="iteration") as bar:
+    bar = tqdm(total=run.iterations, initial=int(state.version), desc=run.algorithm, unit="iteration")
+    with bar, interrupt.heeded() as is_asked_to_stop:
+        bar.set_postfix_str("the first iteration compiles")
 
         def report(iteration: Iteration) -> None:
-            history.append(iteration)
-            kl = iteration.updates[-1]["kl"]
-            bar.set_postfix(reward=f"{_mean_reward(history):.3f}", kl=f"{kl:.4f}", refresh=False)
+            done.append(dataclasses.asdict(iteration))
+            bar.set_postfix(_shown(done), refresh=False)
             bar.update(iteration.version + 1 - bar.n)
 
         state = learn(
-            run, loop, state, folder=arguments.snapshots, every=arguments.every, stop=arguments.stop, report=report
+            run,
+            loop,
+            state,
+            folder=arguments.snapshots,
+            every=arguments.every,
+            stop=arguments.stop,
+            is_asked_to_stop=is_asked_to_stop,
+            report=report,
         )
+        was_stopped = is_asked_to_stop()
+    if arguments.json:
+        arguments.json.write_text(json.dumps(done))
+    if was_stopped:
+        _say_how_to_go_on(int(state.version), run, arguments.snapshots)
+        raise SystemExit(interrupt.EXIT_CODE)
     minutes, policy = (time.monotonic() - start) / 60, loop.trainer.policy(state)
     _print_accuracy("after:  ", held_out(model_config, policy, run))
-    print(f"{minutes:.1f} minutes; reward of the last {RECENT} iterations {_mean_reward(history):.3f}")
+    print(f"{minutes:.1f} minutes; reward of the last {RECENT} iterations {_mean_reward(done):.3f}")
     print(f"weights {weights_digest(policy)[:16]}, state {state_digest(state)[:16]}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps([dataclasses.asdict(iteration) for iteration in history]))
     if arguments.out:
         loading.save(arguments.out, model_config, policy)
         write_tokenizer(arguments.out, build_tokenizer())
 
 
-def _mean_reward(history: list[Iteration]) -> float:
+def _mean_reward(done: list[dict[str, Any]]) -> float:
     """Of the last RECENT iterations; NaN where there is none."""
-    return float(np.mean([iteration.reward for iteration in history[-RECENT:]])) if history else float("nan")
+    return float(np.mean([iteration["reward"] for iteration in done[-RECENT:]])) if done else float("nan")
+
+
+def _shown(done: list[dict[str, Any]]) -> dict[str, str]:
+    """What stands beside the bar: the mean reward of RECENT iterations, and of the last one what else is watched."""
+    last = done[-1]
+    return {
+        "reward": f"{_mean_reward(done):.3f}",
+        "entropy": f"{last['entropy']:.3f}",
+        "kl": f"{last['updates'][-1]['kl']:.4f}",
+        "length": f"{last['length']:.1f}",
+    }
+
+
+def _say_how_to_go_on(version: int, run: Run, folder: Path | None) -> None:
+    print(f"stopped by Ctrl-C after iteration {version} of {run.iterations}")
+    if folder is None:
+        print("nothing was kept: give --snapshots FOLDER to be able to go on")
+    else:
+        print(f"kept in {folder}: the same command goes on from there, to the bits of a run that was not stopped")
 
 
 def _print_accuracy(when: str, accuracy: tuple[float, float]) -> None:

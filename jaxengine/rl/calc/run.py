@@ -13,7 +13,8 @@ from jaxengine.rl.calc.arithmetic import Problem
 class Run:
     """Everything but the machine that a run's bits depend on.
 
-    The learning rate rises to `rate` in `warm_up` iterations and falls to 0 at the last. Problems are of the `kinds`
+    The learning rate rises to `rate` in `warm_up` iterations, or a quarter of all where those are fewer, and falls to 0
+    at the last. Problems are of the `kinds`
     named, with numbers of at most `digits` digits. `kl` is the coefficient of the penalty to the initial weights.
     """
 
@@ -33,7 +34,17 @@ class Run:
 
 
 def check(run: Run) -> None:
-    """Raises ValueError for unknown kinds of problems, and where no problem of the run is held out."""
+    """Raises ValueError for numbers that make no run, for unknown kinds of problems, and where none is held out."""
+    least = {"iterations": 1, "prompts": 1, "samples": 1, "epochs": 1, "mini_batches": 1, "micro_batches": 1}
+    for name, lowest in (least | {"warm_up": 0, "kl": 0.0, "rate": 0.0}).items():
+        if not getattr(run, name) >= lowest:
+            raise ValueError(f"{name} must be at least {lowest}, got {getattr(run, name)}")
+    rows, parts = run.prompts * run.samples, run.mini_batches * run.micro_batches
+    if rows % parts:
+        raise ValueError(
+            f"prompts · samples = {run.prompts} · {run.samples} = {rows} samples are no multiple of mini_batches · "
+            f"micro_batches = {run.mini_batches} · {run.micro_batches}"
+        )
     kinds = run.kinds.split()
     if not kinds or not set(kinds) <= set(arithmetic.KINDS):
         raise ValueError(
