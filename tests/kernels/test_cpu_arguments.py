@@ -86,7 +86,7 @@ NAMED = {("w", "product"): "x", ("table", "embed"): "y", ("ids", "embed"): "y", 
 LONGER = [(op, name) for op, parts in OPS.items() for name in parts[0] | parts[1] if name != "tables"]
 
 
-@pytest.mark.parametrize("op, name", LONGER, ids=" ".join)
+@pytest.mark.parametrize("op, name", LONGER, ids=map(" ".join, LONGER))
 def test_an_array_that_is_longer_is_refused(op, name):
     operands, results, _ = OPS[op]
     right, kind = (operands | results)[name], op.split()[-1]
