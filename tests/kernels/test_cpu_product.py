@@ -143,7 +143,7 @@ def test_rows_that_are_padding(body):
         for name in ("outputs", "gated"):
             found = np.asarray(c.run[name](slice(None), count))
             assert same(found[:count], whole[name][:count]) and (bits(found[count:24]) == 0).all(), name
-            assert (bits(c.run[name](slice(0, 24), 0)) >= 0).all(), "none are live"
+            c.run[name](slice(0, 24), 0).block_until_ready()  # none are live: a division by 0 would end the process
     finally:
         c.x = kept
 
