@@ -18,7 +18,7 @@ ROUNDING = {"bfloat16": 6e-3, "float16": 8e-4, "float32": 1e-6}  # of a row or a
 
 
 class Case:
-    """Weights, rows, and each product as a function of (rows, how many are live)."""
+    """Weights, rows, and each op as a function of (rows, how many are live)."""
 
     def __init__(self, dtype: str, leaves: int, inputs: int, outputs: int, body: str = "best") -> None:
         rng = np.random.default_rng(0)
@@ -28,6 +28,7 @@ class Case:
         self.residual = array(ROWS, outputs, dtype="float32")
         self.norm, self.bias = array(inputs), array(leaves, outputs)
         self.w, self.w2 = array(leaves, outputs, inputs), array(leaves, 2 * outputs, inputs)
+        self.ids = rng.integers(0, leaves * outputs, ROWS, dtype=np.int32)
         live = lambda count: calls.Live(jnp.int32(count), 8)
         own = dict(body=body)
         self.run = {
@@ -35,6 +36,7 @@ class Case:
             "gated": lambda s, n: calls.gated(self.x[s], self.norm, EPS, self.w2, live(n), **own),
             "added": lambda s, n: calls.added(self.residual[s], self.inner[s], self.w, self.bias[0], live(n), **own),
             "logits": lambda s, n: calls.logits(self.x[s], self.norm, EPS, self.w, **own),
+            "embed": lambda s, n: calls.embed(self.w, self.ids[s], live(n), **own),
         }
 
     @functools.cached_property
@@ -53,6 +55,7 @@ class Case:
             "gated": (gate / (1 + np.exp(-gate)) * up).reshape(ROWS, -1),
             "added": f64(self.residual) + np.einsum("rlk,lnk->rn", inner, f64(self.w)) + f64(self.bias[0]),
             "logits": each(y, self.w).reshape(ROWS, -1),
+            "embed": f64(self.w).reshape(-1, self.w.shape[-1])[self.ids],
         }
 
 
