@@ -4,7 +4,6 @@ batch by bits.
 
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
