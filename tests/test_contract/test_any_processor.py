@@ -9,13 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import CPU_BODIES, NATIVE
 
-from pallas_kernels.cpu import library
-
-try:
-    BODIES = library.load()
-except library.KernelsMissingError as error:
-    pytest.skip(str(error), allow_module_level=True)
+pytestmark = NATIVE
 
 ROOT = Path(__file__).parents[2]
 # Draws, or replays what was drawn; prints the contract's digest, and what XLA makes of a product that is added to.
@@ -71,12 +67,12 @@ def run(folder: Path, body: str = "best", flags: str = "", kernels: str = "cpu")
 
 @pytest.mark.slow
 def test_a_coordinate_replays_with_other_instructions(tmp_path):
-    first = run(tmp_path, BODIES[0])
+    first = run(tmp_path, CPU_BODIES[0])
     assert first[-1] == "[]"
-    narrow = run(tmp_path, BODIES[0], "--xla_cpu_max_isa=AVX")
+    narrow = run(tmp_path, CPU_BODIES[0], "--xla_cpu_max_isa=AVX")
     assert narrow[:2] == first[:2] and narrow[-1] == "[]"
     assert narrow[2] != first[2], "XLA was to compile other code"
-    for body in BODIES[1:]:
+    for body in CPU_BODIES[1:]:
         assert run(tmp_path, body) == first
 
 
