@@ -35,19 +35,11 @@ inline float sum_of_blocks(float* sums, int64_t n) {
   return sum_of_few(sums, n);
 }
 
-inline Lanes logits_from(const float* x, int64_t n) {  // sixteen, of which n exist
-  if (n >= 16) return load(x);
-  float some[16];
-  std::fill(some, some + 16, NOTHING);
-  if (n > 0) std::memcpy(some, x, n * sizeof(float));
-  return load(some);
-}
-
 // The largest of a row; NaN where there is no softmax of it.
 inline float largest_logit(const float* x, int64_t n) {
   Lanes top = set(NOTHING), not_numbers = set(0.0f);
   for (int64_t i = 0; i < n; i += 16) {
-    const Lanes v = logits_from(x + i, n - i);
+    const Lanes v = widen_some(x + i, n - i, NOTHING);
     top = max(top, v), not_numbers = where_nan(v, v, not_numbers);
   }
   const float high = maximum(top);
@@ -69,7 +61,7 @@ struct Cut {
     kept = memory, weights = kept + padded, sums = weights + 3 * padded;
     order = (int32_t*)(weights + padded), orders = order + padded;
     for (int64_t i = 0; i < padded; i += 16) {
-      const Lanes v = logits_from(x + i, vocabulary - i);
+      const Lanes v = widen_some(x + i, std::max<int64_t>(vocabulary - i, 0), NOTHING);
       store(kept + i, v), store_order(order + i, v);
       for (int64_t id = std::max(i, vocabulary); id < i + 16; id++) order[id] = DROPPED;
     }
