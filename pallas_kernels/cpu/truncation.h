@@ -110,7 +110,7 @@ struct Cut {
         float* out = weights + block / 16 * GROUP + id * 16 + block % 16;
         for (int i = 0; i < 8; i++) _mm256_storeu_ps(out + i * 16, r[i]);
       }
-    const float log_mass = log(total([&](int64_t i) { return exp(load(weights + i) - set(high)); }));
+    const float log_mass = xla_log(total([&](int64_t i) { return exp(load(weights + i) - set(high)); }));
     for (int64_t i = 0; i < padded; i += 16) {
       const Lanes v = load(weights + i);
       store_order(orders + i, v), store(weights + i, probabilities(v, high, log_mass));
