@@ -164,17 +164,17 @@ ffi::Error draw(ffi::ThreadPool pool, Floats logits, Floats uniforms, Ints given
   return guarded(given, pool, body, &Body::draw, d);
 }
 
-ffi::Error cut(ffi::ThreadPool pool, Floats logits, Ints top_k, Floats top_p, Floats min_p, BoolsOut kept,
+ffi::Error kept(ffi::ThreadPool pool, Floats logits, Ints top_k, Floats top_p, Floats min_p, BoolsOut mask,
                int64_t body) {
-  Arguments given("cut");
+  Arguments given("kept");
   const auto [rows, vocabulary] = given.sizes<2>("logits", logits);
   given.count("top_k", top_k, rows);
   given.count("top_p", top_p, rows);
   given.count("min_p", min_p, rows);
-  given.count("kept", *kept, rows * vocabulary);
+  given.count("mask", *mask, rows * vocabulary);
   const Truncation t{rows, vocabulary, logits.typed_data(), top_k.typed_data(), top_p.typed_data(), min_p.typed_data(),
-                     (uint8_t*)kept->untyped_data()};
-  return guarded(given, pool, body, &Body::cut, t);
+                     (uint8_t*)mask->untyped_data()};
+  return guarded(given, pool, body, &Body::kept, t);
 }
 
 auto on_threads() { return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>(); }
@@ -213,5 +213,5 @@ OP(jaxengine_attend, attend, on_threads().Arg<Floats>().Arg<Ints>().Arg<Ints>().
 OP(jaxengine_draw, draw, on_threads().Arg<Floats>().Arg<Floats>().Arg<Ints>().Ret<Ints>().Ret<Floats>().Ret<Floats>()
     .Ret<Floats>().Attr<int64_t>("body"));
 
-OP(jaxengine_cut, cut, on_threads().Arg<Floats>().Arg<Ints>().Arg<Floats>().Arg<Floats>()
+OP(jaxengine_kept, kept, on_threads().Arg<Floats>().Arg<Ints>().Arg<Floats>().Arg<Floats>()
     .Ret<ffi::Buffer<ffi::PRED>>().Attr<int64_t>("body"));

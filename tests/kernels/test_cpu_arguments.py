@@ -57,9 +57,9 @@ OPS = {
         dict(tokens=ints(ROWS), logprobs=array(ROWS), highs=array(ROWS), log_masses=array(ROWS)),
         {},
     ),
-    "cut": (
+    "kept": (
         dict(logits=array(ROWS, VOCABULARY), top_k=ints(ROWS), top_p=array(ROWS), min_p=array(ROWS)),
-        dict(kept=array(ROWS, VOCABULARY, dtype="bool")),
+        dict(mask=array(ROWS, VOCABULARY, dtype="bool")),
         {},
     ),
 }
@@ -82,7 +82,7 @@ def test_what_fits_is_taken(op):
 
 
 # Sizes that others are compared with, so that a refusal names one of those; a table may be of any width.
-NAMED = {("w", "product"): "x", ("table", "embed"): "y", ("ids", "embed"): "y", ("logits", "cut"): "kept"}
+NAMED = {("w", "product"): "x", ("table", "embed"): "y", ("ids", "embed"): "y", ("logits", "kept"): "mask"}
 LONGER = [(op, name) for op, parts in OPS.items() for name in parts[0] | parts[1] if name != "tables"]
 
 
@@ -125,7 +125,7 @@ def test_an_array_that_is_longer_is_refused(op, name):
         ("draw", "logits", array(ROWS * VOCABULARY)),
         ("draw", "logits", array(ROWS, 0)),
         ("draw", "uniforms", array(0)),
-        ("cut", "logits", array(ROWS * VOCABULARY)),
+        ("kept", "logits", array(ROWS * VOCABULARY)),
         *(
             (op, name, wrong)
             for op in ("heads", "attend")
