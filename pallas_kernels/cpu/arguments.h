@@ -105,15 +105,15 @@ inline Blocks blocks_of(Arguments& given, const Ints& tables, const Ints& slots,
 inline Pages pages_of(Arguments& given, const Any& keys, const Any& values, int64_t type) {
   const auto k = given.sizes<4>("keys", keys), v = given.sizes<4>("values", values);
   const auto [pages, heads, width, size] = k;
-  given.that(type >= 0 && type <= int64_t(Type::BF16), "type", "is none");
+  given.that(type >= 0 && type <= int64_t(Type::BF16), "type", "is no type of floats");
   const size_t bytes = Type(type) == Type::F32 ? 4 : 2;
-  given.that(heads >= 1, "keys", "hold no heads");
-  given.that(width >= 1 && width <= 256, "keys", "heads are at most 256 wide");
-  given.that(size >= 1 && size % 16 == 0, "keys", "pages hold whole groups of 16 tokens");
+  given.that(heads >= 1, "keys", "have no heads");
+  given.that(width >= 1 && width <= 256, "keys", "must have heads of at most 256");
+  given.that(size >= 1 && size % 16 == 0, "keys", "must have pages of whole groups of 16 tokens");
   given.that(v == std::array{pages, heads, size, ceil_to(width, 16)}, "values",
-             "must be those of the keys, in rows of whole groups of 16");
-  given.that(ffi::ByteWidth(keys.element_type()) == bytes, "keys", "numbers have another size than their type");
-  given.that(ffi::ByteWidth(values.element_type()) == bytes, "values", "numbers have another size than their type");
+             "must have the keys' sizes, in rows of whole groups of 16");
+  given.that(ffi::ByteWidth(keys.element_type()) == bytes, "keys", "are of another size than their type");
+  given.that(ffi::ByteWidth(values.element_type()) == bytes, "values", "are of another size than their type");
   return {heads, size, width, v[3], Type(type), keys.untyped_data(), values.untyped_data()};
 }
 

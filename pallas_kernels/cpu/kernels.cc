@@ -80,12 +80,12 @@ ffi::Error product(ffi::ThreadPool pool, Any x, Any norm, Any w, Any bias, Float
   const bool is_gated = Form(form) == Form::GATED, is_added = Form(form) == Form::ADDED;
   const int64_t width = is_added ? leaves * inputs : inputs;
   const int64_t columns = is_added ? outputs : is_gated ? leaves * (outputs / 2) : leaves * outputs;
-  given.that(form >= 0 && form <= int64_t(Form::ADDED), "form", "is none");
-  given.that(parts == 1 || (parts == 3 && Form(form) == Form::PLAIN), "parts", "are 1, of plain products 1 or 3");
+  given.that(form >= 0 && form <= int64_t(Form::ADDED), "form", "is no form of products");
+  given.that(parts == 1 || (parts == 3 && Form(form) == Form::PLAIN), "parts", "must be 1, or 3 of a plain product");
   given.floats("w", w);
-  given.that(leaves >= 1 && leaves <= 128 && !(leaves & (leaves - 1)), "w", "leaves are a power of two, at most 128");
+  given.that(leaves >= 1 && leaves <= 128 && !(leaves & (leaves - 1)), "w", "leaves must be a power of two up to 128");
   given.that(inputs >= 1, "w", "has no inputs");
-  given.that(!is_gated || outputs % 2 == 0, "w", "gates and ups are equally many");
+  given.that(!is_gated || outputs % 2 == 0, "w", "must have as many gates as ups");
   given.floats("x", x);
   given.count("x", x, rows * width);
   given.optional("norm", norm, width);
@@ -118,8 +118,9 @@ ffi::Error heads(ffi::ThreadPool pool, Floats packed, Any q_norm, Any k_norm, Fl
   Arguments given("heads");
   const auto [rows, queries, width] = given.sizes<3>("q", *q);
   const Pages pages = pages_of(given, *keys, *values, type);
-  given.that(keys_in.untyped_data() == keys->untyped_data(), "keys", "are written in place, and were not handed over");
-  given.that(values_in.untyped_data() == values->untyped_data(), "values", "are written in place, as keys are");
+  const char* copied = "were not handed over to be written in place";
+  given.that(keys_in.untyped_data() == keys->untyped_data(), "keys", copied);
+  given.that(values_in.untyped_data() == values->untyped_data(), "values", copied);
   given.that(width == pages.key_width && width % 2 == 0, "q", "heads must be as wide as the keys, in pairs");
   given.that(leaves >= 1 && queries % leaves == 0 && pages.heads % leaves == 0, "leaves", "do not divide the heads");
   given.count("packed", packed, rows * (queries + 2 * pages.heads) * width);
@@ -139,7 +140,7 @@ ffi::Error attend(ffi::ThreadPool pool, Floats q, Ints tables, Ints slots, Ints 
   const auto [rows, queries, width] = given.sizes<3>("q", q);
   const Pages pages = pages_of(given, keys, values, type);
   given.that(width == pages.key_width, "q", "heads must be as wide as the keys");
-  given.that(pages.heads >= 1 && queries % pages.heads == 0, "q", "its heads are no multiple of the keys'");
+  given.that(pages.heads >= 1 && queries % pages.heads == 0, "q", "must have a multiple of the keys' heads");
   given.count("y", *y, rows * queries * width);
   given.type("y", *y, data_type(pages.type));
   const Blocks blocks = blocks_of(given, tables, slots, starts, counts, num_blocks, rows);
@@ -152,7 +153,7 @@ ffi::Error draw(ffi::ThreadPool pool, Floats logits, Floats uniforms, Ints given
                 FloatsOut logprobs, FloatsOut highs, FloatsOut log_masses, int64_t body) {
   Arguments given("draw");
   const auto [rows, vocabulary] = given.sizes<2>("logits", logits);
-  given.that(vocabulary >= 128 && vocabulary % 128 == 0, "logits", "the vocabulary is whole blocks of 128 ids");
+  given.that(vocabulary >= 128 && vocabulary % 128 == 0, "logits", "must be whole blocks of 128 ids");
   given.count("uniforms", uniforms, 2 * rows);
   given.count("given", given_tokens, rows);
   given.count("tokens", *tokens, rows);
