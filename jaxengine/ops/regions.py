@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.numbers import cdiv
-from pallas_kernels.tiles import by_tiles, is_float, unknown_zero
+from pallas_kernels.tiles import is_float, unknown_zero
 
 Tree = Any
 
@@ -59,8 +59,14 @@ def settled(x: Float[Array, "R N"]) -> Float[Array, "R N"]:
     return x
 
 
-# By a loop, which XLA does not look across.
-settled.defvjp(lambda x: (x, None), lambda _, cotangent: (by_tiles(lambda row: row, 1, cotangent),))
+def _copied(cotangent: Float[Array, "R N"]) -> Float[Array, "R N"]:
+    """By a loop, which XLA does not look across."""
+    zero = unknown_zero(cotangent)
+    start = jnp.full(cotangent.shape, zero, cotangent.dtype)
+    return jax.lax.fori_loop(0, cotangent.shape[0] + zero, lambda i, out: _put(out, i, 1, _cut(cotangent, i, 1)), start)
+
+
+settled.defvjp(lambda x: (x, None), lambda _, cotangent: (_copied(cotangent),))
 
 
 def _cut(rows: Tree, i: Array, tile: int) -> Tree:
