@@ -112,7 +112,8 @@ def draw_rows(implementation: Implementation, cases: Sequence = draw_cases.DECOD
     for case in cases:
         logits, uniforms = case.operands()
         ours = jax.jit(functools.partial(draw_and_score, implementation=implementation))
-        yield row(f"draw {case}", ours, jax.jit(plain_draw), (logits, jnp.full(case.rows, -1), uniforms), 0)
+        theirs = jax.jit(lambda logits, given, uniforms: plain_draw(logits, uniforms, given))
+        yield row(f"draw {case}", ours, theirs, (logits, jnp.full(case.rows, -1), uniforms), 0)
 
 
 # -- attention --------------------------------------------------------------------------------------------------------

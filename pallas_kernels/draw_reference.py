@@ -75,20 +75,16 @@ def first_above(
     return jnp.where(first < NEVER, first, jnp.maximum(jnp.max(jnp.where(positive, index, -1)), 0))
 
 
-def plain_draw(
-    logits: Float[Array, "t V"], given: Int[Array, " t"], uniforms: Float[Array, "t 2"] | None = None
-) -> Draw:
-    """All rows at once. In a tile of fixed size, a row's bits do not depend on the other rows."""
+def plain_draw(logits: Float[Array, "t V"], uniforms: Float[Array, "t 2"] | None, given: Int[Array, " t"]) -> Draw:
+    """All rows at once; without uniforms all tokens are given. In a tile of fixed size, a row's bits do not depend on
+    the other rows.
+    """
     highs, log_masses = _normaliser(logits)
     logprobs = (logits - highs[:, None]) - log_masses[:, None]
     tokens = given if uniforms is None else jnp.where(given >= 0, given, draw_blocks(logprobs, uniforms))
-    return Draw(tokens, jax.vmap(_entry)(logprobs, tokens), highs, log_masses)
-
-
-def _entry(row: Float[Array, " V"], index: Int[Array, ""]) -> Float[Array, ""]:
-    return row.at[index].get(unique_indices=True)  # so that the gradient is no sum
+    return Draw(tokens, jax.vmap(lambda row, token: row[token])(logprobs, tokens), highs, log_masses)
 
 
 def draw_reference(logits: Float[Array, "t V"], uniforms: Float[Array, "t 2"], given: Int[Array, " t"]) -> Draw:
     """The draw, TILE rows at a time."""
-    return by_tiles(plain_draw, TILE, logits, given, uniforms)
+    return by_tiles(plain_draw, TILE, logits, uniforms, given)

@@ -28,6 +28,7 @@ from jaxengine.engine.batch import BatchBuilder
 from jaxengine.models.params import Decoder, initialise, path_name
 from jaxengine.ops.tiles import BASE, TILES, WIDE
 from jaxengine.text.tokenizer import Tokenizer
+from pallas_kernels.cpu import library
 
 SIZES = dict(
     vocab_size=1000,
@@ -51,6 +52,12 @@ ENGINE = dict(max_model_len=512, max_num_seqs=32, num_pages=400)
 # what a test compiles that proves all tiles of an engine and need not prove six.
 ONE_TILE = {"decode": (BASE,), "prefill": (WIDE,)}
 FEW_TILES = ONE_TILE | {"decode": TILES["decode"][:2]}
+# The bodies of the CPU's kernels that this processor has, and why it has none.
+try:
+    CPU_BODIES, NO_CPU_KERNELS = library.load(), ""
+except library.KernelsMissingError as error:
+    CPU_BODIES, NO_CPU_KERNELS = (), str(error)
+NATIVE = pytest.mark.skipif(not CPU_BODIES, reason=NO_CPU_KERNELS)
 LONG_FIRST = "test_contract", "rl", "models", "simulation", "equivalence", "kernels", "faults", "engine"
 MAPS = Path("/proc/self/maps")
 MANY_MAPS = 25_000  # Linux ends a process that asks for more than 65,530

@@ -57,9 +57,8 @@ def device(any_processor: bool = False) -> dict[str, Any]:
 
     For code to which `any_processor` of the kind is the same, the kind alone.
     """
-    kind = jax.devices()[0].device_kind
-    is_cpu = jax.devices()[0].platform == "cpu"
-    return {"kind": kind} | (_cpu() if is_cpu and not any_processor else {})
+    first = jax.devices()[0]
+    return {"kind": first.device_kind} | (_cpu() if first.platform == "cpu" and not any_processor else {})
 
 
 def compiler() -> dict[str, str]:

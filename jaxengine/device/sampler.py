@@ -58,9 +58,9 @@ def process(
 ) -> tuple[Float[Array, "t V"], Float[Array, "t V"]]:
     """(logits after rules and penalties, logits of the processed distribution), both float32 `[t, V]`.
 
-    `row` holds the parameters of each row's slot: `[t, …]`. What is ruled out or cut off is -inf; `kept` says
-    what top-k, top-p and min-p keep. No row asks for more than `needs`, and `when` may skip
-    what no row of the tile asks for; a row that does not ask for it has the same bits either way.
+    `row` holds the parameters of each row's slot: `[t, …]`. What is ruled out or cut off is -inf; `kept` says what
+    top-k, top-p and min-p keep. No row asks for more than `needs`, and `when` may skip what no row of the tile asks
+    for; a row that does not ask for it has the same bits either way.
     """
     penalised = adjusted(logits, row, context, when) if needs >= Needs.ALL else logits
     scaled = row_quotient(penalised, jnp.where(row.temperature > 0, row.temperature, 1.0))

@@ -1,7 +1,8 @@
 """The decoder's ops as a chain of kernels in C++ (pallas_kernels/cpu). kernels.py says what each op has to be.
 
-A row's bits depend on it alone, so no op works in tiles; `Live.tile` says up to where zeros stand after the live rows.
-Gradients are XLA's, of the same expressions over the live rows.
+A row's bits depend on it alone, so no op works in tiles. Rows after the live ones are not to be read: a kernel writes
+zeros to the end of the last tile of `Live.tile` rows with a live one, and nothing after it; on several devices `_add`
+adds its bias to those zeros. Gradients are XLA's, of the same expressions over the live rows.
 """
 
 import dataclasses

@@ -117,7 +117,7 @@ class XlaDraw:
     def draw_and_score(
         self, logits: Float[Array, "t V"], given: Int[Array, " t"], uniforms: Float[Array, "t 2"] | None = None
     ) -> Draw:
-        return draw_by(_given_alone if uniforms is None else _plain_draw, logits, given, uniforms)
+        return draw_by(_given_alone if uniforms is None else plain_draw, logits, given, uniforms)
 
     def kept(
         self, logits: Float[Array, "t V"], top_k: Int[Array, " t"], top_p: Float[Array, " t"], min_p: Float[Array, " t"]
@@ -125,12 +125,8 @@ class XlaDraw:
         return kept_reference(logits, top_k, top_p, min_p)
 
 
-def _plain_draw(logits: Float[Array, "t V"], uniforms: Float[Array, "t 2"], given: Int[Array, " t"]) -> Draw:
-    return plain_draw(logits, given, uniforms)
-
-
 def _given_alone(logits: Float[Array, "t V"], _: Array, given: Int[Array, " t"]) -> Draw:
-    return plain_draw(logits, given)
+    return plain_draw(logits, None, given)
 
 
 def storage_dtype(dtype: jnp.dtype) -> jnp.dtype:

@@ -11,6 +11,6 @@ namespace jaxengine {
 namespace amx {
 #include "body.h"
 }
-const Body amx_body = {amx::product, amx::embed, amx::heads, amx::attend, amx::draw, amx::cut};
+const Body amx_body = {amx::product, amx::embed, amx::heads, amx::attend, amx::draw, amx::kept};
 }  // namespace jaxengine
 #pragma GCC pop_options

@@ -181,7 +181,7 @@ def kept(
     body: str = "best",
 ) -> Bool[Array, "t V"]:
     """What top-k, then top-p, then min-p keep, as truncation_reference.kept_reference defines it."""
-    return _call("cut", jax.ShapeDtypeStruct(logits.shape, jnp.bool_), body)(logits, _int32(top_k), top_p, min_p)
+    return _call("kept", jax.ShapeDtypeStruct(logits.shape, jnp.bool_), body)(logits, _int32(top_k), top_p, min_p)
 
 
 def _call(op: str, like: Any, body: str, aliases: dict[int, int] | None = None) -> Any:

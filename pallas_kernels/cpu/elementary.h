@@ -23,7 +23,7 @@ inline Lanes exp(Lanes x) {  // e^x; 0 below -87, e^88 above 88; NaN stays NaN
 }
 
 // log x of a positive normal number, as XLA's vector code has it: logf of Moshier's Cephes library.
-inline float log(float x) {
+inline float xla_log(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
   float exponent = float(int32_t(bits >> 23) - 126);

@@ -3,21 +3,14 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include <array>
-#include <string>
-
-#include "ops.h"
-#include "xla/ffi/api/ffi.h"
+#include "arguments.h"
 
 namespace jaxengine {
 namespace {
 
-namespace ffi = xla::ffi;
-using Any = ffi::AnyBuffer;
-using Ints = ffi::Buffer<ffi::S32>;
-using Floats = ffi::Buffer<ffi::F32>;
-using AnyOut = ffi::Result<ffi::AnyBuffer>;
+using AnyOut = ffi::Result<Any>;
 using FloatsOut = ffi::Result<Floats>;
+using BoolsOut = ffi::Result<ffi::Buffer<ffi::PRED>>;
 
 // -- bodies -----------------------------------------------------------------------------------------------------------
 
@@ -55,14 +48,7 @@ class OfXla final : public Threads {
   ffi::ThreadPool& pool_;
 };
 
-// -- arguments --------------------------------------------------------------------------------------------------------
-
-ffi::Error refused(const char* what) { return ffi::Error::InvalidArgument(std::string("jaxengine's CPU kernels: ") + what); }
-
-bool is_float(const Any& x) {
-  const auto type = x.element_type();
-  return type == ffi::F32 || type == ffi::F16 || type == ffi::BF16;
-}
+// -- ops --------------------------------------------------------------------------------------------------------------
 
 Array array(const Any& x) {  // null where it is empty
   const auto type = x.element_type();
@@ -70,128 +56,126 @@ Array array(const Any& x) {  // null where it is empty
           type == ffi::F32 ? Type::F32 : type == ffi::F16 ? Type::F16 : Type::BF16};
 }
 
-// The first `live` rows of `rows`, and where the last tile with one ends.
-struct Extent {
-  int64_t live, zeros_to;
-  Extent(const Ints& count, int64_t rows, int64_t tile) {
-    live = std::clamp<int64_t>(count.typed_data()[0], 0, rows);
-    zeros_to = std::min(rows, ceil_to(live, tile));
-  }
-};
-
-Blocks blocks_of(const Ints& tables, const Ints& slots, const Ints& starts, const Ints& counts, const Ints& num_blocks,
-                 int64_t rows) {
-  const int64_t all = slots.element_count();
-  return {std::clamp<int64_t>(num_blocks.typed_data()[0], 0, all), all ? rows / all : 1, tables.dimensions()[1],
-          tables.typed_data(), slots.typed_data(), starts.typed_data(), counts.typed_data()};
-}
-
-Pages pages_of(const Any& keys, const Any& values, int64_t type) {
-  const auto k = keys.dimensions(), v = values.dimensions();
-  return {k[1], k[3], k[2], v[3], Type(type), keys.untyped_data(), values.untyped_data()};
-}
-
-// Why a table leads outside the pools, or null. Every page that is read or written is looked at: a wrong one would be
-// memory of somebody else's.
-const char* trouble(const Blocks& b, const Pages& pages, int64_t num_pages, int64_t num_slots) {
-  if (pages.key_width > 256) return "heads are at most 256 wide";
-  if (pages.size % 16) return "pages hold whole groups of 16 tokens";
-  if (pages.value_width != ceil_to(pages.key_width, 16)) return "values lie in rows of whole groups of 16";
-  for (int64_t i = 0; i < b.live; i++) {
-    if (b.counts[i] <= 0) continue;
-    if (b.slots[i] < 0 || b.slots[i] >= num_slots) return "a slot has no table";
-    if (b.counts[i] > b.tokens || b.starts[i] < 0) return "a block holds more than it can, or begins before 0";
-    const int64_t last = (int64_t(b.starts[i]) + b.counts[i] - 1) / pages.size;
-    if (last >= b.table_width) return "a position is after the end of its table";
-    for (int64_t j = 0; j <= last; j++)
-      if (b.table(i)[j] < 0 || b.table(i)[j] >= num_pages) return "a table names a page that there is not";
-  }
-  return nullptr;
-}
-
-template <class Arguments>
-ffi::Error guarded(ffi::ThreadPool& pool, void (*op)(Threads&, const Arguments&), const Arguments& arguments) {
+// `op` of the chosen body, where the arguments fit and this processor has the body.
+template <class Op>
+ffi::Error guarded(const Arguments& given, ffi::ThreadPool& pool, int64_t body, void (*Body::*op)(Threads&, const Op&),
+                   const Op& what) {
+  const Body* chosen = body_of(body);
+  if (!chosen) return refused("this processor lacks the body that was asked for");
+  if (!given.fit()) return given.refusal();
   try {  // nothing may be thrown through XLA
     OfXla threads(pool);
-    op(threads, arguments);
+    (chosen->*op)(threads, what);
     return ffi::Error::Success();
   } catch (const std::bad_alloc&) {
     return ffi::Error(ffi::ErrorCode::kResourceExhausted, "jaxengine's CPU kernels: out of memory");
   }
 }
 
-// -- ops --------------------------------------------------------------------------------------------------------------
-
 ffi::Error product(ffi::ThreadPool pool, Any x, Any norm, Any w, Any bias, Floats residual, Ints count, AnyOut y,
                    int64_t form, int64_t parts, bool rounds, float eps, int64_t tile, int64_t body) {
-  const Body* chosen = body_of(body);
-  if (!chosen) return refused("this processor lacks the body that was asked for");
-  const auto shape = w.dimensions();
-  const int64_t rows = x.dimensions()[0], leaves = shape[0];
-  const int64_t inputs = Form(form) == Form::ADDED ? leaves * shape[2] : shape[2];
-  if (!is_float(x) || !is_float(w) || x.dimensions()[1] != inputs) return refused("rows and weights do not fit");
-  if (leaves > 128) return refused("at most 128 leaves");
-  const Extent extent(count, rows, tile);
-  const Product p{Form(form), rows, extent.live, extent.zeros_to, leaves, shape[1], shape[2], array(x), array(norm), eps,
+  Arguments given("product");
+  const int64_t rows = given.sizes<2>("x", x)[0];
+  const auto [leaves, outputs, inputs] = given.sizes<3>("w", w);
+  const bool is_gated = Form(form) == Form::GATED, is_added = Form(form) == Form::ADDED;
+  const int64_t width = is_added ? leaves * inputs : inputs;
+  const int64_t columns = is_added ? outputs : is_gated ? leaves * (outputs / 2) : leaves * outputs;
+  given.that(form >= 0 && form <= int64_t(Form::ADDED), "form", "is no form of products");
+  given.that(parts == 1 || (parts == 3 && Form(form) == Form::PLAIN), "parts", "must be 1, or 3 of a plain product");
+  given.floats("w", w);
+  given.that(leaves >= 1 && leaves <= 128 && !(leaves & (leaves - 1)), "w", "leaves must be a power of two up to 128");
+  given.that(inputs >= 1, "w", "has no inputs");
+  given.that(!is_gated || outputs % 2 == 0, "w", "must have as many gates as ups");
+  given.floats("x", x);
+  given.count("x", x, rows * width);
+  given.optional("norm", norm, width);
+  given.optional("bias", bias, is_gated ? 0 : columns);
+  given.count("residual", residual, is_added ? rows * columns : 0);
+  given.count("y", *y, rows * columns);
+  given.type("y", *y, is_gated ? w.element_type() : ffi::F32);
+  const Extent extent(given, count, rows, tile);
+  const Product p{Form(form), rows, extent.live, extent.zeros_to, leaves, outputs, inputs, array(x), array(norm), eps,
                   int(parts), rounds, array(w), array(bias), residual.typed_data(), y->untyped_data()};
-  return guarded(pool, chosen->product, p);
+  return guarded(given, pool, body, &Body::product, p);
 }
 
 ffi::Error embed(ffi::ThreadPool pool, Any table, Ints ids, Ints count, FloatsOut y, int64_t tile, int64_t body) {
-  const Body* chosen = body_of(body);
-  if (!chosen) return refused("this processor lacks the body that was asked for");
-  const auto shape = table.dimensions();
-  const Extent extent(count, ids.element_count(), tile);
-  const Embedding e{extent.live, extent.zeros_to, shape[1], shape[0], array(table), ids.typed_data(), y->typed_data()};
-  return guarded(pool, chosen->embed, e);
+  Arguments given("embed");
+  const auto [ids_end, width] = given.sizes<2>("table", table);
+  const int64_t rows = ids.element_count();
+  given.floats("table", table);
+  given.that(ids_end >= 1, "table", "is empty");
+  given.count("y", *y, rows * width);
+  const Extent extent(given, count, rows, tile);
+  const Embedding e{extent.live, extent.zeros_to, width, ids_end, array(table), ids.typed_data(), y->typed_data()};
+  return guarded(given, pool, body, &Body::embed, e);
 }
 
 ffi::Error heads(ffi::ThreadPool pool, Floats packed, Any q_norm, Any k_norm, Floats frequencies, Ints tables,
                  Ints slots, Ints starts, Ints counts, Ints num_blocks, Any keys_in, Any values_in, FloatsOut q,
                  AnyOut keys, AnyOut values, int64_t leaves, float eps, float rope_factor, float scale, int64_t type,
                  int64_t body) {
-  const Body* chosen = body_of(body);
-  if (!chosen) return refused("this processor lacks the body that was asked for");
-  const bool copied = keys_in.untyped_data() != keys->untyped_data() || values_in.untyped_data() != values->untyped_data();
-  if (copied) return refused("pools are written in place, and were not handed over for it");
-  const int64_t queries = q->dimensions()[1], width = q->dimensions()[2];
-  const Blocks blocks = blocks_of(tables, slots, starts, counts, num_blocks, packed.dimensions()[0]);
-  const Pages pages = pages_of(*keys, *values, type);
-  if (const char* what = trouble(blocks, pages, keys->dimensions()[0], tables.dimensions()[0])) return refused(what);
-  if (packed.dimensions()[1] != (queries + 2 * pages.heads) * width) return refused("a projection and its heads do not fit");
+  Arguments given("heads");
+  const auto [rows, queries, width] = given.sizes<3>("q", *q);
+  const Pages pages = pages_of(given, *keys, *values, type);
+  const char* copied = "were not handed over to be written in place";
+  given.that(keys_in.untyped_data() == keys->untyped_data(), "keys", copied);
+  given.that(values_in.untyped_data() == values->untyped_data(), "values", copied);
+  given.that(width == pages.key_width && width % 2 == 0, "q", "heads must be as wide as the keys, in pairs");
+  given.that(leaves >= 1 && queries % leaves == 0 && pages.heads % leaves == 0, "leaves", "do not divide the heads");
+  given.count("packed", packed, rows * (queries + 2 * pages.heads) * width);
+  given.optional("q_norm", q_norm, width);
+  given.optional("k_norm", k_norm, width);
+  given.count("frequencies", frequencies, width / 2);
+  const Blocks blocks = blocks_of(given, tables, slots, starts, counts, num_blocks, rows);
+  check_tables(given, blocks, pages, tables, *keys);
   const Heads h{leaves, queries, width, packed.typed_data(), frequencies.typed_data(), array(q_norm),
                 array(k_norm), eps, rope_factor, scale, blocks, pages, q->typed_data()};
-  return guarded(pool, chosen->heads, h);
+  return guarded(given, pool, body, &Body::heads, h);
 }
 
 ffi::Error attend(ffi::ThreadPool pool, Floats q, Ints tables, Ints slots, Ints starts, Ints counts, Ints num_blocks,
                   Any keys, Any values, AnyOut y, int64_t type, int64_t body) {
-  const Body* chosen = body_of(body);
-  if (!chosen) return refused("this processor lacks the body that was asked for");
-  const Blocks blocks = blocks_of(tables, slots, starts, counts, num_blocks, q.dimensions()[0]);
-  const Pages pages = pages_of(keys, values, type);
-  if (const char* what = trouble(blocks, pages, keys.dimensions()[0], tables.dimensions()[0])) return refused(what);
-  const Attention a{q.dimensions()[1], q.typed_data(), blocks, pages, y->untyped_data()};
-  return guarded(pool, chosen->attend, a);
+  Arguments given("attend");
+  const auto [rows, queries, width] = given.sizes<3>("q", q);
+  const Pages pages = pages_of(given, keys, values, type);
+  given.that(width == pages.key_width, "q", "heads must be as wide as the keys");
+  given.that(pages.heads >= 1 && queries % pages.heads == 0, "q", "must have a multiple of the keys' heads");
+  given.count("y", *y, rows * queries * width);
+  given.type("y", *y, data_type(pages.type));
+  const Blocks blocks = blocks_of(given, tables, slots, starts, counts, num_blocks, rows);
+  check_tables(given, blocks, pages, tables, keys);
+  const Attention a{queries, q.typed_data(), blocks, pages, y->untyped_data()};
+  return guarded(given, pool, body, &Body::attend, a);
 }
 
-ffi::Error draw(ffi::ThreadPool pool, Floats logits, Floats uniforms, Ints given, ffi::Result<Ints> tokens,
+ffi::Error draw(ffi::ThreadPool pool, Floats logits, Floats uniforms, Ints given_tokens, ffi::Result<Ints> tokens,
                 FloatsOut logprobs, FloatsOut highs, FloatsOut log_masses, int64_t body) {
-  const Body* chosen = body_of(body);
-  if (!chosen) return refused("this processor lacks the body that was asked for");
-  const Drawing d{logits.dimensions()[0], logits.dimensions()[1], logits.typed_data(), uniforms.typed_data(),
-                  given.typed_data(), tokens->typed_data(), logprobs->typed_data(), highs->typed_data(),
-                  log_masses->typed_data()};
-  return guarded(pool, chosen->draw, d);
+  Arguments given("draw");
+  const auto [rows, vocabulary] = given.sizes<2>("logits", logits);
+  given.that(vocabulary >= 128 && vocabulary % 128 == 0, "logits", "must be whole blocks of 128 ids");
+  given.count("uniforms", uniforms, 2 * rows);
+  given.count("given", given_tokens, rows);
+  given.count("tokens", *tokens, rows);
+  given.count("logprobs", *logprobs, rows);
+  given.count("highs", *highs, rows);
+  given.count("log_masses", *log_masses, rows);
+  const Drawing d{rows, vocabulary, logits.typed_data(), uniforms.typed_data(), given_tokens.typed_data(),
+                  tokens->typed_data(), logprobs->typed_data(), highs->typed_data(), log_masses->typed_data()};
+  return guarded(given, pool, body, &Body::draw, d);
 }
 
-ffi::Error cut(ffi::ThreadPool pool, Floats logits, Ints top_k, Floats top_p, Floats min_p,
-                    ffi::Result<ffi::Buffer<ffi::PRED>> kept, int64_t body) {
-  const Body* chosen = body_of(body);
-  if (!chosen) return refused("this processor lacks the body that was asked for");
-  const Truncation t{logits.dimensions()[0], logits.dimensions()[1], logits.typed_data(), top_k.typed_data(),
-                     top_p.typed_data(), min_p.typed_data(), (uint8_t*)kept->untyped_data()};
-  return guarded(pool, chosen->cut, t);
+ffi::Error kept(ffi::ThreadPool pool, Floats logits, Ints top_k, Floats top_p, Floats min_p, BoolsOut mask,
+               int64_t body) {
+  Arguments given("kept");
+  const auto [rows, vocabulary] = given.sizes<2>("logits", logits);
+  given.count("top_k", top_k, rows);
+  given.count("top_p", top_p, rows);
+  given.count("min_p", min_p, rows);
+  given.count("mask", *mask, rows * vocabulary);
+  const Truncation t{rows, vocabulary, logits.typed_data(), top_k.typed_data(), top_p.typed_data(), min_p.typed_data(),
+                     (uint8_t*)mask->untyped_data()};
+  return guarded(given, pool, body, &Body::kept, t);
 }
 
 auto on_threads() { return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>(); }
@@ -230,5 +214,5 @@ OP(jaxengine_attend, attend, on_threads().Arg<Floats>().Arg<Ints>().Arg<Ints>().
 OP(jaxengine_draw, draw, on_threads().Arg<Floats>().Arg<Floats>().Arg<Ints>().Ret<Ints>().Ret<Floats>().Ret<Floats>()
     .Ret<Floats>().Attr<int64_t>("body"));
 
-OP(jaxengine_cut, cut, on_threads().Arg<Floats>().Arg<Ints>().Arg<Floats>().Arg<Floats>()
+OP(jaxengine_kept, kept, on_threads().Arg<Floats>().Arg<Ints>().Arg<Floats>().Arg<Floats>()
     .Ret<ffi::Buffer<ffi::PRED>>().Attr<int64_t>("body"));

@@ -106,6 +106,7 @@ inline __m256 widen8(const BF16* p) {
 }
 template <class T>
 inline Lanes widen(const T* p) { return join(widen8(p), widen8(p + 8)); }
+inline Lanes widen(const float* p) { return load(p); }
 
 inline void narrow8(float* p, __m256 a) { _mm256_storeu_ps(p, a); }
 inline void narrow8(F16* p, __m256 a) {
@@ -122,11 +123,12 @@ inline void narrow8(BF16* p, __m256 a) {  // to nearest, ties to even; NaN stays
 template <class T>
 inline void narrow(T* p, Lanes a) { narrow8(p, low(a)), narrow8(p + 8, high(a)); }
 
-// The first n of sixteen; the others are 0.
+// The first n of sixteen, and `others` in the place of the rest.
 template <class T>
-inline Lanes widen_some(const T* p, int64_t n) {
+inline Lanes widen_some(const T* p, int64_t n, T others = {}) {
   if (n >= 16) return widen(p);
-  T all[16] = {};
+  T all[16];
+  for (T& each : all) each = others;
   std::memcpy(all, p, n * sizeof(T));
   return widen(all);
 }

@@ -11,7 +11,7 @@ import jax
 from pallas_kernels.cpu import seal
 
 FOLDER = pathlib.Path(__file__).parent
-OPS = ("product", "embed", "heads", "attend", "draw", "cut")
+OPS = ("product", "embed", "heads", "attend", "draw", "kept")
 BODIES = {"best": 0, "avx2": 1, "avx512": 2, "amx": 3}  # BodyName in kernels.cc
 REBUILD = "run `pip install .` (or `pip install -e .`) again with a C++ compiler, or take kernels 'xla'"
 

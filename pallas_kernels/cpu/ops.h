@@ -70,7 +70,7 @@ struct Truncation {
   const float* logits;
   const int32_t* top_k;
   const float *top_p, *min_p;
-  uint8_t* kept;  // 1 or 0
+  uint8_t* mask;  // 1 of what is kept, or 0
 };
 
 struct Body {
@@ -79,7 +79,7 @@ struct Body {
   void (*heads)(Threads&, const Heads&);
   void (*attend)(Threads&, const Attention&);
   void (*draw)(Threads&, const Drawing&);
-  void (*cut)(Threads&, const Truncation&);
+  void (*kept)(Threads&, const Truncation&);
 };
 
 extern const Body avx2_body, avx512_body, amx_body;

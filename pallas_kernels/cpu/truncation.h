@@ -35,29 +35,21 @@ inline float sum_of_blocks(float* sums, int64_t n) {
   return sum_of_few(sums, n);
 }
 
-inline Lanes logits_from(const float* x, int64_t n) {  // sixteen, of which n exist
-  if (n >= 16) return load(x);
-  float some[16];
-  std::fill(some, some + 16, NOTHING);
-  if (n > 0) std::memcpy(some, x, n * sizeof(float));
-  return load(some);
-}
-
 // The largest of a row; NaN where there is no softmax of it.
 inline float largest_logit(const float* x, int64_t n) {
   Lanes top = set(NOTHING), not_numbers = set(0.0f);
   for (int64_t i = 0; i < n; i += 16) {
-    const Lanes v = logits_from(x + i, n - i);
+    const Lanes v = widen_some(x + i, n - i, NOTHING);
     top = max(top, v), not_numbers = where_nan(v, v, not_numbers);
   }
   const float high = maximum(top);
   return __builtin_isfinite(high) && sum(not_numbers) == 0 ? high : std::numeric_limits<float>::quiet_NaN();
 }
 
-// A row while it is cut.
-struct Cut {
+// What is kept of a row so far.
+struct KeptOfRow {
   int64_t vocabulary, padded;  // to whole groups
-  float* kept;                 // logits, -inf of what is kept no more
+  float* logits;               // -inf of what is kept no more
   int32_t* order;              // of the same
   float* weights;              // as they are summed, with their order
   int32_t* orders;
@@ -65,12 +57,13 @@ struct Cut {
 
   static int64_t floats(int64_t vocabulary) { return ceil_to(vocabulary, GROUP) / GROUP * (4 * GROUP + 16) + SUMMED; }
 
-  Cut(const float* x, int64_t vocabulary, float* memory) : vocabulary(vocabulary), padded(ceil_to(vocabulary, GROUP)) {
-    kept = memory, weights = kept + padded, sums = weights + 3 * padded;
+  KeptOfRow(const float* x, int64_t vocabulary, float* memory)
+      : vocabulary(vocabulary), padded(ceil_to(vocabulary, GROUP)) {
+    logits = memory, weights = logits + padded, sums = weights + 3 * padded;
     order = (int32_t*)(weights + padded), orders = order + padded;
     for (int64_t i = 0; i < padded; i += 16) {
-      const Lanes v = logits_from(x + i, vocabulary - i);
-      store(kept + i, v), store_order(order + i, v);
+      const Lanes v = widen_some(x + i, std::max<int64_t>(vocabulary - i, 0), NOTHING);
+      store(logits + i, v), store_order(order + i, v);
       for (int64_t id = std::max(i, vocabulary); id < i + 16; id++) order[id] = DROPPED;
     }
   }
@@ -88,7 +81,7 @@ struct Cut {
       for (uint32_t bits = 0xffff ^ above; bits; bits &= bits - 1) {
         const int lane = __builtin_ctz(bits);
         if ((there >> lane & 1) && wanted-- > 0) continue;
-        kept[i + lane] = NOTHING, order[i + lane] = DROPPED;
+        logits[i + lane] = NOTHING, order[i + lane] = DROPPED;
       }
     }
   }
@@ -113,12 +106,12 @@ struct Cut {
     for (int64_t block = 0; block < padded / SUMMED; block += 8)
       for (int64_t id = 0; id < SUMMED; id += 8) {
         __m256 r[8];
-        for (int i = 0; i < 8; i++) r[i] = _mm256_loadu_ps(kept + (block + i) * SUMMED + id);
+        for (int i = 0; i < 8; i++) r[i] = _mm256_loadu_ps(logits + (block + i) * SUMMED + id);
         transpose8(r);
         float* out = weights + block / 16 * GROUP + id * 16 + block % 16;
         for (int i = 0; i < 8; i++) _mm256_storeu_ps(out + i * 16, r[i]);
       }
-    const float log_mass = log(total([&](int64_t i) { return exp(load(weights + i) - set(high)); }));
+    const float log_mass = xla_log(total([&](int64_t i) { return exp(load(weights + i) - set(high)); }));
     for (int64_t i = 0; i < padded; i += 16) {
       const Lanes v = load(weights + i);
       store_order(orders + i, v), store(weights + i, probabilities(v, high, log_mass));
@@ -148,16 +141,16 @@ struct Cut {
     const float least = min_p * maximum(top);
     for (int64_t i = 0; i < padded; i += 16) {
       alignas(64) float p[16];
-      store(p, probabilities(load(kept + i), high, log_mass));
+      store(p, probabilities(load(logits + i), high, log_mass));
       for (int lane = 0; lane < 16; lane++)
         if (p[lane] < least) order[i + lane] = DROPPED;
     }
   }
 };
 
-inline void cut_row(const Truncation& t, int64_t row, float* memory) {
+inline void find_kept(const Truncation& t, int64_t row, float* memory) {
   const float* x = t.logits + row * t.vocabulary;
-  uint8_t* out = t.kept + row * t.vocabulary;
+  uint8_t* out = t.mask + row * t.vocabulary;
   const float top_p = t.top_p[row], min_p = t.min_p[row];
   const int64_t top_k = t.top_k[row];
   const bool by_k = top_k > 0 && top_k < t.vocabulary;
@@ -166,12 +159,12 @@ inline void cut_row(const Truncation& t, int64_t row, float* memory) {
     std::memset(out, high == high, t.vocabulary);
     return;
   }
-  Cut own(x, t.vocabulary, memory);
+  KeptOfRow own(x, t.vocabulary, memory);
   if (by_k) {
     const int32_t edge = largest([&](int32_t least) { return own.count(least) >= top_k; });
     own.keep(edge, top_k - own.count(edge + 1));
   }
-  const float high = largest_logit(own.kept, own.padded);
+  const float high = largest_logit(own.logits, own.padded);
   if (high != high) {
     std::memset(out, 0, t.vocabulary);
     return;
@@ -184,9 +177,9 @@ inline void cut_row(const Truncation& t, int64_t row, float* memory) {
   for (int64_t id = 0; id < t.vocabulary; id++) out[id] = own.order[id] != DROPPED;
 }
 
-inline void cut(Threads& threads, const Truncation& t) {
+inline void kept(Threads& threads, const Truncation& t) {
   parallel(threads, t.rows, [&](int64_t row) {
     static thread_local Scratch of_row;
-    cut_row(t, row, of_row.floats(Cut::floats(t.vocabulary)));
+    find_kept(t, row, of_row.floats(KeptOfRow::floats(t.vocabulary)));
   });
 }

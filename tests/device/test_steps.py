@@ -2,7 +2,7 @@
 
 import jax
 import pytest
-from conftest import FAMILIES, SIZES, bits, make_llm, pool_bytes, step_call
+from conftest import FAMILIES, NATIVE, SIZES, bits, make_llm, pool_bytes, step_call
 
 from jaxengine import SamplingParams
 from jaxengine.config import EngineConfig, ModelConfig
@@ -17,8 +17,12 @@ ENGINE = EngineConfig(max_num_seqs=32, max_model_len=512, num_pages=50_000)
 
 @pytest.mark.parametrize(
     "kind, more, kernels",
-    [("prefill", {}, "xla"), ("decode", {}, "xla"), ("decode", dict(num_steps=4), "xla"), ("decode", {}, "auto")],
-    ids=["prefill", "decode", "four decode steps", "decode by the CPU's own kernels"],
+    [
+        pytest.param("prefill", {}, "xla", id="prefill"),
+        pytest.param("decode", {}, "xla", id="decode"),
+        pytest.param("decode", dict(num_steps=4), "xla", id="four decode steps"),
+        pytest.param("decode", {}, "cpu", id="decode by the CPU's own kernels", marks=NATIVE),
+    ],
 )
 def test_a_step_copies_neither_cache_nor_weights(kind, more, kernels):
     step, inputs, static = step_call(kind, ENGINE, **more)

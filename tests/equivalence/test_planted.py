@@ -61,7 +61,11 @@ def edge_left_out(real):
 
 def prompt_is_penalised(real):
     """Frequency and presence penalties count the prompt's tokens too."""
-    return lambda logits, row, context: real(logits, row, context._replace(prompt_length=0 * context.prompt_length))
+
+    def process(logits, row, context, *rest):
+        return real(logits, row, context._replace(prompt_length=0 * context.prompt_length), *rest)
+
+    return process
 
 
 def keys_of_the_next_position(real):

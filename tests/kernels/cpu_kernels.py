@@ -5,13 +5,11 @@ Where they were not built, a test module that imports this is skipped with the r
 
 import numpy as np
 import pytest
+from conftest import CPU_BODIES as BODIES
+from conftest import NO_CPU_KERNELS
 
-from pallas_kernels.cpu import library
-
-try:
-    BODIES = library.load()
-except library.KernelsMissingError as error:
-    pytest.skip(str(error), allow_module_level=True)
+if not BODIES:
+    pytest.skip(NO_CPU_KERNELS, allow_module_level=True)
 
 DTYPES = ("bfloat16", "float16", "float32")
 SIZES = (1, 2, 3, 5, 6, 7, 11, 13, 16, 19, 23, 31, 33, 37, 48, 65, 90, 96, 97, 111, 130)  # 21 numbers of rows

@@ -82,7 +82,7 @@ def test_where_there_are_none_a_name_is_refused_and_auto_is_not(monkeypatch, cap
 # Every op, on as many threads as NPROC says; a context that is long enough to be shared among them.
 RUN = """
 import hashlib, sys
-sys.path[:0] = ["tests/kernels"]
+sys.path[:0] = ["tests/kernels", "tests"]
 import numpy as np
 from test_cpu_attention import Case as Attention
 from test_cpu_product import Case as Product

@@ -4,7 +4,6 @@ batch by bits.
 
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,7 +17,7 @@ ROUNDING = {"bfloat16": 6e-3, "float16": 8e-4, "float32": 1e-6}  # of a row or a
 
 
 class Case:
-    """Weights, rows, and each product as a function of (rows, how many are live)."""
+    """Weights, rows, and each op as a function of (rows, how many are live)."""
 
     def __init__(self, dtype: str, leaves: int, inputs: int, outputs: int, body: str = "best") -> None:
         rng = np.random.default_rng(0)
@@ -28,6 +27,7 @@ class Case:
         self.residual = array(ROWS, outputs, dtype="float32")
         self.norm, self.bias = array(inputs), array(leaves, outputs)
         self.w, self.w2 = array(leaves, outputs, inputs), array(leaves, 2 * outputs, inputs)
+        self.ids = rng.integers(0, leaves * outputs, ROWS, dtype=np.int32)
         live = lambda count: calls.Live(jnp.int32(count), 8)
         own = dict(body=body)
         self.run = {
@@ -35,6 +35,7 @@ class Case:
             "gated": lambda s, n: calls.gated(self.x[s], self.norm, EPS, self.w2, live(n), **own),
             "added": lambda s, n: calls.added(self.residual[s], self.inner[s], self.w, self.bias[0], live(n), **own),
             "logits": lambda s, n: calls.logits(self.x[s], self.norm, EPS, self.w, **own),
+            "embed": lambda s, n: calls.embed(self.w, self.ids[s], live(n), **own),
         }
 
     @functools.cached_property
@@ -53,6 +54,7 @@ class Case:
             "gated": (gate / (1 + np.exp(-gate)) * up).reshape(ROWS, -1),
             "added": f64(self.residual) + np.einsum("rlk,lnk->rn", inner, f64(self.w)) + f64(self.bias[0]),
             "logits": each(y, self.w).reshape(ROWS, -1),
+            "embed": f64(self.w).reshape(-1, self.w.shape[-1])[self.ids],
         }
 
 
@@ -143,7 +145,7 @@ def test_rows_that_are_padding(body):
         for name in ("outputs", "gated"):
             found = np.asarray(c.run[name](slice(None), count))
             assert same(found[:count], whole[name][:count]) and (bits(found[count:24]) == 0).all(), name
-            assert (bits(c.run[name](slice(0, 24), 0)) >= 0).all(), "none are live"
+            c.run[name](slice(0, 24), 0).block_until_ready()  # none are live: a division by 0 would end the process
     finally:
         c.x = kept
 
@@ -154,10 +156,3 @@ def test_the_embedding(dtype):
     ids = jnp.asarray([0, 99, 50, 7, 7, 3], jnp.int32)
     found = calls.embed(table, ids, calls.Live(jnp.int32(5), 6))
     assert same(found[:5], table.reshape(100, 37)[ids[:5]].astype(jnp.float32)) and (bits(found[5]) == 0).all()
-
-
-def test_what_does_not_fit_is_refused():
-    x, w = jnp.ones((4, 31), jnp.float32), jnp.ones((1, 8, 32), jnp.float32)
-    live = calls.Live(jnp.int32(4), 1)
-    with pytest.raises(jax.errors.JaxRuntimeError, match="rows and weights do not fit"):
-        calls.outputs(x, None, EPS, w, None, live).block_until_ready()

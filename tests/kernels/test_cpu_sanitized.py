@@ -9,18 +9,20 @@ import sysconfig
 
 import jaxlib
 import pytest
+from conftest import CPU_BODIES, NATIVE
 
 from pallas_kernels.cpu import library, seal
 
 pytestmark = [
+    NATIVE,
     pytest.mark.long,  # compiles all kernels, and runs their tests many times slower
     pytest.mark.skipif(shutil.which("g++") is None, reason="wants g++"),
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="LD_PRELOAD is Linux's"),
 ]
-SOURCES = "body_avx2", "body_avx512", "body_amx", "kernels"
+SOURCES = sorted(path.stem for path in library.FOLDER.glob("*.cc"))
 WATCHED = "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"
 HOW = *seal.FLAGS, "-O1", "-g1", "-fno-omit-frame-pointer", "-fPIC", *WATCHED
-TESTS = "attention", "product", "draw", "truncation", "adversarial"
+TESTS = "attention", "product", "draw", "truncation", "adversarial", "arguments"
 ROOT = pathlib.Path(__file__).parents[2]
 RUN = """
 import pathlib, sys
@@ -83,7 +85,7 @@ PLANTED = {
         "i < d.vocabulary",
         "i <= d.vocabulary",
     ),
-    "a write after the end": ("embed.h", "k < e.width; k += 16)", "k < e.width", "k <= e.width + 16"),
+    "a write after the end": ("embed.h", "(e.zeros_to - e.live) * e.width", "e.live)", "e.live + 1)"),
 }
 
 
@@ -95,9 +97,9 @@ def test_a_planted_overrun_is_seen(watched, tmp_path, name):
     text = (tmp_path / file).read_text()
     assert text.count(line) == 1
     (tmp_path / file).write_text(text.replace(line, line.replace(right, wrong)))
-    compiled(tmp_path, "body_avx2")
+    widest = CPU_BODIES[-1]  # the one that runs where a test names none
+    compiled(tmp_path, f"body_{widest}")
     linked(tmp_path)
-    done = run(
-        tmp_path, "tests/kernels/test_cpu_draw.py", "tests/kernels/test_cpu_product.py", "-k", "avx2 or embedding"
-    )
+    tests = "tests/kernels/test_cpu_draw.py", "tests/kernels/test_cpu_product.py"
+    done = run(tmp_path, *tests, "-k", f"{widest} or embedding")
     assert done.returncode and "AddressSanitizer: heap-buffer-overflow" in done.stderr, done.stderr[-3000:]

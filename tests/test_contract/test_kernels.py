@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import bits, make_llm, random_model
+from conftest import CPU_BODIES, NATIVE, bits, make_llm, random_model
 
 import jaxengine
 from jaxengine import LLM, SamplingParams
@@ -22,7 +22,6 @@ from jaxengine.engine.step_variants import Variant
 from jaxengine.ops.kernels import OF_PLATFORM, XLA, choose_kernels, cpu_kernels, kernels_of
 from jaxengine.ops.tiles import Tile
 from jaxengine.rl.rollout import Rollout
-from pallas_kernels.cpu import library
 from pallas_kernels.implementations import Implementation
 
 SMALL = dict(vocab_size=250, hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2)
@@ -80,13 +79,6 @@ class Case:
         (_, logprobs), gradient = jax.value_and_grad(loss, has_aux=True)(self.params)
         return logprobs, gradient
 
-
-try:
-    library.load()
-    WHY = ""
-except library.KernelsMissingError as error:
-    WHY = str(error)
-NATIVE = pytest.mark.skipif(bool(WHY), reason=WHY)
 
 CASES = [
     pytest.param(("Qwen3", "float32", 1, 1, dict(compile_patience=1_000_000)), id="Qwen3-float32-1-1"),
@@ -301,4 +293,4 @@ def test_the_canary_sees_each_word(side):
 def test_what_runs_is_shown():
     for name in ("xla", "pallas_interpret"):
         assert LLM.from_params(MODEL, None, num_pages=40, kernels=name).engine_config.kernels == name
-    assert LLM.from_params(MODEL, None, num_pages=40).engine_config.kernels == ("xla" if WHY else "cpu")
+    assert LLM.from_params(MODEL, None, num_pages=40).engine_config.kernels == ("cpu" if CPU_BODIES else "xla")

@@ -29,7 +29,7 @@ HELD = Path(__file__).with_name("numerics.json")
 if __name__ == "__main__":
     sys.path[:0] = [str(HELD.parents[1]), str(HELD.parents[2])]
 
-from conftest import random_model, step_call  # noqa: E402  (as a script, this file has to say where it lies)
+from conftest import NATIVE, random_model, step_call  # noqa: E402  (as a script, this file has to say where it lies)
 
 from jaxengine import SamplingParams  # noqa: E402
 from jaxengine.config import EngineConfig  # noqa: E402
@@ -41,7 +41,7 @@ from jaxengine.ops import cpu_chain, xla  # noqa: E402
 from jaxengine.ops.kernels import choose_kernels  # noqa: E402
 from jaxengine.ops.tiles import SCORING  # noqa: E402
 from pallas_kernels import pinned_math  # noqa: E402
-from pallas_kernels.cpu import calls, library  # noqa: E402
+from pallas_kernels.cpu import calls  # noqa: E402
 from pallas_kernels.paged_attention_inputs import PagedBlocks  # noqa: E402
 
 ENGINE = EngineConfig(max_num_seqs=8, max_num_batched_tokens=128, max_model_len=128, num_pages=8)
@@ -49,12 +49,6 @@ MODELS = {
     "Qwen2 float32, 2 leaves": dict(family="Qwen2", dtype="float32", reduction_leaves=2),
     "Qwen3 bfloat16": dict(family="Qwen3", dtype="bfloat16"),
 }
-try:
-    library.load()
-    WHY = ""
-except library.KernelsMissingError as error:
-    WHY = str(error)
-NATIVE = pytest.mark.skipif(bool(WHY), reason=WHY)
 PROGRAMS = [
     pytest.param(model, kernels, marks=NATIVE if kernels == "cpu" else ())
     for model in MODELS

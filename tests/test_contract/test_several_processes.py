@@ -10,18 +10,15 @@ import sys
 import time
 
 import pytest
+from conftest import NATIVE
 
 from jaxengine.engine.lockstep import EXIT_CODE
-from pallas_kernels.cpu import library
 
 HERE = pathlib.Path(__file__).parent
 LIMIT = 600  # seconds for processes that compile on a busy machine
 SOON = 40  # seconds from a trouble to the end of all: the timeout of 5, twice the grace, and room
 
-try:
-    library.load()
-except library.KernelsMissingError as error:
-    pytest.skip(str(error), allow_module_level=True)
+pytestmark = NATIVE
 
 
 def start(count: int, *words: str) -> list[subprocess.Popen]:
