@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxengine.config import ModelConfig
 from jaxengine.ops.differentiated import differentiated_as
 from jaxengine.ops.heads import PackedHeads
-from jaxengine.ops.linear import by_leaf, dot, join_leaves
+from jaxengine.ops.linear import by_leaf, dot, join_leaves, with_bias
 from jaxengine.ops.live import Live
 from jaxengine.ops.norm import rms_norm
 from jaxengine.ops.pallas import located_blocks
@@ -57,7 +57,7 @@ def _plain_project(
     eps: float, tile: int, body: str, leaves: Leaves, like: Array, x, norm, w, bias, count
 ) -> Float[Array, "R N"]:
     y = join_leaves(XlaProducts(leaves).outputs(rms_norm(_kept(x, count, 1.0), norm, eps), w))
-    return _kept(y if bias is None else y + bias.astype(jnp.float32).reshape(-1), count, 0.0)
+    return _kept(with_bias(y, bias), count, 0.0)
 
 
 def _plain_gated(
@@ -69,7 +69,7 @@ def _plain_gated(
 
 def _plain_add(tile: int, body: str, leaves: Leaves, like: Array, x, y, w, bias, count) -> Float[Array, "R D"]:
     total = _kept(x, count, 0.0) + leaves.sum(dot(by_leaf(_kept(y, count, 0.0), w.shape[0]), w))
-    return _kept(total if bias is None else total + bias.astype(jnp.float32), count, 0.0)
+    return _kept(with_bias(total, bias), count, 0.0)
 
 
 def _plain_logits(eps: float, body: str, leaves: Leaves, like: Array, x, norm, head) -> Float[Array, "t V"]:
@@ -96,7 +96,7 @@ def _add(tile: int, body: str, leaves: Leaves, x, y, w, bias, count) -> Float[Ar
         return calls.added(x, y, w, bias, calls.Live(count, tile), body)
     nothing = jnp.full_like(x, -0.0)  # the one number that leaves every other as it is, 0 too
     total = x + leaves.sum(calls.added(nothing, y, w, None, calls.Live(count, tile), body)[None])
-    return total if bias is None else total + bias.astype(jnp.float32)
+    return with_bias(total, bias)
 
 
 @differentiated_as(_plain_logits, static=3)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from jaxengine.config import ModelConfig
 from jaxengine.ops.differentiated import differentiated_as
 from jaxengine.ops.heads import PackedHeads
-from jaxengine.ops.linear import by_leaf, dot, join_leaves
+from jaxengine.ops.linear import by_leaf, dot, join_leaves, with_bias
 from jaxengine.ops.live import Live
 from jaxengine.ops.norm import rms_norm
 from jaxengine.ops.pallas import PallasAttention, located_blocks, sizes_of_device
@@ -53,7 +53,7 @@ def _plain_total(stream: Stream) -> Float[Array, "R D"]:
     x = stream.x
     if stream.sums is not None:
         x = x + tree_sum(stream.sums.sum(1))
-    return x if stream.bias is None else x + stream.bias.astype(jnp.float32)
+    return with_bias(x, stream.bias)
 
 
 def _plain_sums(
@@ -223,8 +223,7 @@ class ChainAttention(PallasAttention):
         return pool, pool
 
     def rows_of(self, packed: Sums) -> Float[Array, "R N"]:
-        rows = packed.sums.sum(0)
-        return rows if packed.bias is None else rows + packed.bias.astype(jnp.float32)
+        return with_bias(packed.sums.sum(0), packed.bias)
 
     def rotate_and_write(
         self,

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxengine.config import ModelConfig
 from jaxengine.ops.heads import PackedHeads, rotated_heads
-from jaxengine.ops.linear import by_leaf, join_leaves
+from jaxengine.ops.linear import by_leaf, join_leaves, with_bias
 from jaxengine.ops.live import Live
 from jaxengine.ops.norm import rms_norm
 from jaxengine.ops.pools import Pools
@@ -138,10 +138,7 @@ def _bfloat16_parts(x: Float[Array, "t D"]) -> list[Array]:
 
 def _project(products: TileProducts, eps: float, weights: tuple, x: Float[Array, "t D"]) -> Float[Array, "t leaf*N"]:
     norm, w, bias = weights
-    packed = products.outputs(rms_norm(x, norm, eps), w)
-    if bias is not None:
-        packed = packed + bias.astype(jnp.float32)[:, None]
-    return join_leaves(packed)
+    return with_bias(join_leaves(products.outputs(rms_norm(x, norm, eps), w)), bias)
 
 
 def _gated(products: TileProducts, eps: float, weights: tuple, x: Float[Array, "t D"]) -> Float[Array, "t leaf*F"]:
@@ -151,8 +148,7 @@ def _gated(products: TileProducts, eps: float, weights: tuple, x: Float[Array, "
 
 def _add(products: TileProducts, weights: tuple, rows: tuple[Array, Array]) -> Float[Array, "t D"]:
     (w, bias), (x, y) = weights, rows
-    x = x + products.summed(by_leaf(y, w.shape[0]), w)
-    return x if bias is None else x + bias.astype(jnp.float32)
+    return with_bias(x + products.summed(by_leaf(y, w.shape[0]), w), bias)
 
 
 class RotatesInTiles:

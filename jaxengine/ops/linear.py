@@ -2,11 +2,13 @@
 fastest.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sharding.leaves import spread
+from sharding.leaves import spread, tree_sum
 
 
 def dot(x: Float[Array, "leaf t K"], w: Float[Array, "leaf N K"]) -> Float[Array, "leaf t N"]:
@@ -29,6 +31,24 @@ def split_outputs(x: Float[Array, "t K"], w: Float[Array, "leaf N K"]) -> Float[
 def join_leaves(outputs: Float[Array, "leaf t N"]) -> Float[Array, "t leaf*N"]:
     """Each row's outputs of all leaves, one leaf after another."""
     return outputs.swapaxes(0, 1).reshape(outputs.shape[1], -1)
+
+
+def with_bias(y: Float[Array, "t N"], bias: Float[Array, "..."] | None) -> Float[Array, "t N"]:
+    """Each row with the bias added, in float32; as it is where there is none. The bias' values are N in all.
+
+    Its gradient is the sum of the rows' by a tree, because the order of XLA's own reduction follows how many outputs a
+    device has.
+    """
+    return y if bias is None else _with_bias(y, bias.astype(jnp.float32).reshape(-1))
+
+
+def _over_rows(cotangent: Float[Array, "t N"]) -> Float[Array, " N"]:
+    size = 1 << max(cotangent.shape[0] - 1, 1).bit_length()
+    return tree_sum(jnp.pad(cotangent, ((0, size - cotangent.shape[0]), (0, 0))))
+
+
+_with_bias: Any = jax.custom_vjp(lambda y, bias: y + bias)
+_with_bias.defvjp(lambda y, bias: (y + bias, None), lambda _, cotangent: (cotangent, _over_rows(cotangent)))
 
 
 def by_leaf(rows: Float[Array, "t leaf*K"], leaves: int) -> Float[Array, "leaf t K"]:

@@ -11,6 +11,7 @@ import jaxengine
 from jaxengine.engine.weights import check_one_device
 from jaxengine.models.params import abstract, by_path, declare, specs
 from jaxengine.ops.kernels import XLA, checked_for, choose_kernels
+from jaxengine.ops.linear import with_bias
 from jaxengine.rl.global_norm import clip_by_global_norm, global_norm
 from sharding.leaves import spread, tree_sum
 from sharding.mesh import AXES, make_mesh, replicas, with_all_axes
@@ -91,3 +92,17 @@ def test_the_global_norm_is_that_of_optax_within_rounding():
             for clip in (clip_by_global_norm, optax.clip_by_global_norm)
         )
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-8), ours, theirs)
+
+
+@pytest.mark.parametrize("rows", [2, 8, 11])
+def test_a_bias_has_its_rows_gradients_added_by_a_tree(rows):
+    """XLA's own reduction has other bits for other numbers of outputs, and so at other degrees."""
+    cotangents = jax.random.normal(jax.random.key(1), (rows, 24)) * 10.0 ** (jnp.arange(rows) % 7)[:, None]
+    y, bias = jnp.ones((rows, 24)), jnp.arange(24.0).reshape(2, 12)
+    out, pull = jax.vjp(with_bias, y, bias)
+    assert np.asarray(out).tobytes() == np.asarray(y + bias.reshape(-1)).tobytes()
+    padded = np.zeros((1 << (rows - 1).bit_length(), 24), np.float32)
+    padded[:rows] = cotangents
+    while len(padded) > 1:
+        padded = padded[::2] + padded[1::2]
+    assert np.asarray(pull(cotangents)[1]).tobytes() == padded.tobytes()
