@@ -126,6 +126,8 @@ def _collectives(step: StepPlan) -> Iterator[str]:
 
 
 def _estimates(made: DeskPlan, estimates: dict[str, Estimate], target: Target, context: int) -> Iterator[str]:
+    if not estimates:
+        return  # not one request fits
     figures = FIGURES[target.generation]
     yield ""
     yield (

@@ -1,5 +1,6 @@
 """The samples that wait, in order. Plain Python."""
 
+import bisect
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 
@@ -14,6 +15,7 @@ class Queue:
 
     def __init__(self, samples: Iterable[Sample] = ()) -> None:
         self._lines: dict[int, OrderedDict[Sample, None]] = {}  # by priority, none of them empty
+        self._priorities: list[int] = []  # of the lines, in order
         for sample in samples:
             self.push(sample)
 
@@ -21,13 +23,13 @@ class Queue:
         return sum(map(len, self._lines.values()))
 
     def __iter__(self) -> Iterator[Sample]:
-        for priority in sorted(self._lines):
+        for priority in self._priorities:
             yield from self._lines[priority]
 
     @property
     def head(self) -> Sample:
         """The sample that is next; there must be one."""
-        return next(iter(self._lines[min(self._lines)]))
+        return next(iter(self._lines[self._priorities[0]]))
 
     def pop(self) -> Sample:
         """Take the head out."""
@@ -37,11 +39,11 @@ class Queue:
 
     def push(self, sample: Sample) -> None:
         """To the end of its priority's line."""
-        self._lines.setdefault(sample.priority, OrderedDict())[sample] = None
+        self._line(sample.priority)[sample] = None
 
     def push_front(self, sample: Sample) -> None:
         """To the front of its priority's line."""
-        line = self._lines.setdefault(sample.priority, OrderedDict())
+        line = self._line(sample.priority)
         line[sample] = None
         line.move_to_end(sample, last=False)
 
@@ -51,3 +53,10 @@ class Queue:
         line.pop(sample, None)
         if not line and sample.priority in self._lines:
             del self._lines[sample.priority]
+            self._priorities.remove(sample.priority)
+
+    def _line(self, priority: int) -> OrderedDict[Sample, None]:
+        if priority not in self._lines:
+            self._lines[priority] = OrderedDict()
+            bisect.insort(self._priorities, priority)
+        return self._lines[priority]

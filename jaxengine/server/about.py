@@ -45,6 +45,8 @@ async def world_size(service: Service, http: HttpRequest) -> Response:
 async def server_info(service: Service, http: HttpRequest) -> Response:
     """What trainers read before they begin, under vLLM's names; `contract` is what bits depend on."""
     llm = service.llm
+    mesh = llm.engine_config.mesh
+    data, tensor = (1, 1) if mesh is None else (mesh.shape["data"], mesh.shape["tensor"])
     vllm_config = {
         "model_config": {
             "model": service.config.model_name,
@@ -55,7 +57,7 @@ async def server_info(service: Service, http: HttpRequest) -> Response:
         },
         "weight_transfer_config": {"backend": "disk"},
         "lora_config": None,
-        "parallel_config": {"data_parallel_size": 1, "tensor_parallel_size": 1},
+        "parallel_config": {"data_parallel_size": data, "tensor_parallel_size": tensor},
     }
     contract = await asyncio.to_thread(llm.contract)
     return json_response({"vllm_config": vllm_config, "contract": contract.parts, "digest": contract.digest})

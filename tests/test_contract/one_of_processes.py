@@ -1,4 +1,4 @@
-"""Run by test_processes.py: one process of several that share a model. Prints its answers as JSON."""
+"""Run by test_several_processes.py: one process of several that share a model. Prints its answers as JSON."""
 
 import json
 import os
