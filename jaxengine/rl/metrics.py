@@ -1,7 +1,11 @@
 """Metrics: how far the policy that learns has moved from the one that sampled. On-policy the distance is exactly 0."""
 
+import math
+from typing import NamedTuple
+
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxengine.rl.losses import clipped_sides, ratios, token_shares
 from jaxengine.rl.objective import Objective
@@ -36,6 +40,28 @@ def mismatch(
         "kl": mean_over(jnp.expm1(delta) - delta, mask),
         "max_delta": jnp.abs(delta).max(),
     }
+
+
+class RewardMetrics(NamedTuple):
+    """Of the rewards that are finite, which are those that train. Without one, mean and deviation are NaN."""
+
+    mean: float
+    deviation: float  # with divisor B
+    no_spread: float  # share of groups whose rewards are all equal; 0 without a group
+    left_out: float  # share of samples without such a reward
+
+
+def of_rewards(rewards: Float[np.ndarray, " B"], group: Int[np.ndarray, " B"]) -> RewardMetrics:
+    """What a batch's rewards are like."""
+    counts = np.isfinite(rewards)
+    kept, of = rewards[counts].astype(np.float64), group[counts]
+    spreads = [np.ptp(kept[of == name]) for name in np.unique(of)]
+    return RewardMetrics(
+        mean=float(kept.mean()) if len(kept) else math.nan,
+        deviation=float(kept.std()) if len(kept) else math.nan,
+        no_spread=float(np.mean([spread == 0 for spread in spreads])) if spreads else 0.0,
+        left_out=float(1 - counts.mean()),
+    )
 
 
 def _sequence_shares(mask: Bool[Array, "B T"]) -> Float[Array, "B T"]:

@@ -17,6 +17,7 @@ from jaxengine.outputs import CompletionOutput, RequestOutput
 from jaxengine.rl import critic
 from jaxengine.rl.loops.loop import Loop, judged_by
 from jaxengine.rl.losses import policy_loss, token_shares, token_weights
+from jaxengine.rl.metrics import of_rewards
 from jaxengine.rl.objective import ALGORITHMS
 from jaxengine.rl.train_state import TrainerConfig
 from jaxengine.rl.trainer import Trainer
@@ -330,4 +331,28 @@ def test_a_judge_calls_the_reward_for_each_sample():
         RequestOutput("a", "1+1=", [1], [sample("2", "stop"), sample("3", "stop")], True),
         RequestOutput("b", "2*2=", [1], [sample("4", "error")], True),
     ]
-    np.testing.assert_array_equal(judged_by(reward)(outputs, ["2", "4"]), [2, 1, np.nan])
+    with pytest.warns(UserWarning, match="1 of 3 samples have no reward; the first, row 2: the engine ended"):
+        np.testing.assert_array_equal(judged_by(reward)(outputs, ["2", "4"]), [2, 1, np.nan])
+
+
+def test_a_reward_that_raises_fails_its_sample_alone():
+    def reward(prompt, text, answer):
+        return 1 / int(text)
+
+    samples = [
+        CompletionOutput(i, text, [1], np.zeros(1, np.float32), "stop", None, []) for i, text in enumerate("204")
+    ]
+    outputs = [RequestOutput("a", "1+1=", [1], samples, True)]
+    with pytest.warns(UserWarning, match="1 of 3 samples have no reward; the first, row 1: .*ZeroDivisionError"):
+        np.testing.assert_array_equal(judged_by(reward)(outputs, ["2"]), [0.5, np.nan, 0.25])
+    with pytest.warns(UserWarning, match="row 1"):
+        np.testing.assert_array_equal(judged_by(reward, failed=-1.0)(outputs, ["2"]), [0.5, -1, 0.25])
+
+
+def test_rewards_are_counted_as_the_trainer_counts_them():
+    rewards = np.array([1, 0, 0.5, 0.5, np.inf, 0.5, np.nan, np.nan], np.float32)
+    found = of_rewards(rewards, np.array([0, 0, 1, 1, 1, 2, 3, 3]))
+    assert found.left_out == 3 / 8 and found.no_spread == pytest.approx(2 / 3) and found.mean == 0.5
+    assert found.deviation == pytest.approx(np.std([1, 0, 0.5, 0.5, 0.5]))
+    nothing = of_rewards(rewards[-2:], np.zeros(2, int))
+    assert nothing.left_out == 1 and np.isnan(nothing.mean) and nothing.no_spread == 0

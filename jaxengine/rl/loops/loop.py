@@ -4,7 +4,9 @@ An iteration is a function of the state alone, so a run that stopped continues t
 """
 
 import dataclasses
+import math
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,7 +18,9 @@ from jaxengine.base.keys import key_of
 from jaxengine.functional import generate
 from jaxengine.models.params import Decoder
 from jaxengine.outputs import RequestOutput
-from jaxengine.rl.metrics import mean_over
+from jaxengine.rl.metrics import mean_over, of_rewards
+from jaxengine.rl.rewards import Reward, compute_rewards
+from jaxengine.rl.rewards.bounded import DEFAULT_TIMEOUT
 from jaxengine.rl.rollout import Rollout
 from jaxengine.rl.train_state import DRAWS, TrainState
 from jaxengine.rl.trainer import Trainer
@@ -27,10 +31,18 @@ Judge = Callable[[Sequence[RequestOutput], Sequence[Any]], Float[np.ndarray, " B
 
 @dataclasses.dataclass(frozen=True)
 class Iteration:
-    """What happened in one iteration. `updates` are the metrics of each (Trainer.train); the first is on-policy."""
+    """What happened in one iteration. `updates` are the metrics of each (Trainer.train); the first is on-policy.
+
+    Shares are of all samples; rewards are those of samples that have one (metrics.of_rewards).
+    """
 
     version: int  # of the weights that generated
     reward: float  # mean over samples
+    deviation: float  # of the rewards
+    no_spread: float  # share of groups whose rewards are all equal: they teach nothing without a critic
+    left_out: float  # share without a reward, or with one that is not finite
+    truncated: float  # share that max_tokens or the context cut off
+    tokens: int  # generated
     length: float  # mean tokens of a completion
     entropy: float | None  # nats, mean over tokens; None where the sampling parameters do not ask for it
     generating: float  # seconds, the judge's among them
@@ -62,11 +74,16 @@ class Loop:
         outputs = self.generate(state, prompts)
         rewards = np.asarray(self.judge(outputs, answers), np.float32)
         rollout = Rollout.from_outputs(outputs, length=self.length)
-        generated = time.monotonic()
+        judged, generated = of_rewards(rewards, rollout.group), time.monotonic()
         state, updates = self.trainer.train(state, rollout, rewards, reference=self.reference)
         return state, Iteration(
             version=version,
-            reward=float(np.nanmean(rewards)),
+            reward=judged.mean,
+            deviation=judged.deviation,
+            no_spread=judged.no_spread,
+            left_out=judged.left_out,
+            truncated=float(rollout.ended_by("length").mean()),
+            tokens=int(rollout.mask.sum()),
             length=float(rollout.mask.sum(-1).mean()),
             entropy=None if rollout.entropies is None else float(mean_over(rollout.entropies, rollout.mask)),
             generating=generated - start,
@@ -88,17 +105,23 @@ class Loop:
         )
 
 
-def judged_by(reward: Callable[[Any, str, Any], float]) -> Judge:
-    """A judge that calls `reward(prompt, completion, answer)` for each sample. NaN for a sample that the engine ended
-    with an error.
+def judged_by(
+    reward: Reward, *, timeout: float = DEFAULT_TIMEOUT, failed: float = math.nan, workers: int | None = None
+) -> Judge:
+    """A judge that calls `reward(prompt, completion, answer)` for each sample, as compute_rewards does.
+
+    A sample whose reward fails, or that the engine ended with an error, has the reward `failed`, with a warning; NaN
+    leaves it out.
     """
 
     def judge(outputs: Sequence[RequestOutput], answers: Sequence[Any]) -> Float[np.ndarray, " B"]:
-        rewards = []
-        for output, answer in zip(outputs, answers, strict=True):
-            for sample in output.outputs:
-                failed = sample.finish_reason == "error"
-                rewards.append(np.nan if failed else reward(output.prompt, sample.text, answer))
-        return np.array(rewards, np.float32)
+        found = compute_rewards(outputs, answers, reward, timeout=timeout, failed=failed, workers=workers)
+        if found.failures:
+            row, reason = next(iter(found.failures.items()))
+            warnings.warn(
+                f"{len(found.failures)} of {len(found.values)} samples have no reward; the first, row {row}: {reason}",
+                stacklevel=2,
+            )
+        return found.values
 
     return judge
