@@ -184,6 +184,8 @@ class EngineConfig:
         if self.page_size not in allowed:
             raise ValueError(f"page_size must be one of {allowed}, got {self.page_size}")
         check_kernels(self.kernels)
+        if self.mesh is not None and not hasattr(self.mesh, "axis_names"):  # without importing jax
+            raise ValueError(f"mesh must be a jax.sharding.Mesh, got {self.mesh!r:.80}")
 
     @property
     def pages_per_seq(self) -> int:

@@ -2,8 +2,8 @@
 
     python mesh_run.py KERNELS FAMILY DTYPE LEAVES DEGREE...
 
-A degree may have a letter: "4x" exchanges columns of sums where others gather them whole, "4p" adds them by psum (a
-planted mistake), "4f" is given weights that lie in another way.
+A degree may have letters: "4x" exchanges columns of sums where others gather them whole, "4d" are two replicas of two,
+"4p" adds sums by psum (a planted mistake), "4f" is given weights that lie in another way.
 """
 
 import hashlib
@@ -71,11 +71,11 @@ def move_and_return(llm) -> None:
     assert not devices[0] & devices[1]
 
 
-def answers(kernels: str, config, params, degree: int, letter: str) -> dict[str, str]:
-    data = 2 if letter == "d" else 1
+def answers(kernels: str, config, params, degree: int, letters: str) -> dict[str, str]:
+    data = 2 if "d" in letters else 1
     mesh = None if degree == 1 else make_mesh(tensor=degree // data, data=data)
     how = dict(kernels=kernels, mesh=mesh)
-    given = fully_sharded(params) if letter == "f" else params
+    given = fully_sharded(params) if "f" in letters else params
     llm = make_llm(config, given, max_model_len=128, max_num_seqs=4, num_pages=14, max_num_batched_tokens=32, **how)
     pool = jax.tree.leaves(llm.engine.cache)[0]
     assert pool.addressable_shards[0].data.shape[1] == pool.shape[1] // (degree // data)
@@ -120,16 +120,16 @@ def main(kernels: str, family: str, dtype: str, num_leaves: str, *degrees: str) 
     scoring_proof._refused = {}  # conftest takes its shared models for proven; here nothing is
     found = {}
     for name in degrees:
-        degree, letter = int(name.rstrip("xpfd")), name[len(name.rstrip("xpfd")) :]
-        exchanged = 1 if letter == "x" else leaves.EXCHANGED
-        total = by_psum if letter == "p" else leaves.LeavesOfDevices.total
+        degree, letters = int(name.rstrip("xpfd")), name[len(name.rstrip("xpfd")) :]
+        exchanged = 1 if "x" in letters else leaves.EXCHANGED
+        total = by_psum if "p" in letters else leaves.LeavesOfDevices.total
         with (
             mock.patch.object(leaves, "EXCHANGED", exchanged),
             mock.patch.object(leaves.LeavesOfDevices, "total", total),
         ):
             jax.clear_caches()
             try:
-                found[name] = answers(kernels, config, params, degree, letter)
+                found[name] = answers(kernels, config, params, degree, letters)
             except MeshDiffersError as error:
                 found[name] = {"refused": str(error)}
     print(json.dumps(found))

@@ -26,10 +26,10 @@ def check(found: dict[str, dict[str, str]]) -> None:
 
 @pytest.mark.slow
 def test_devices_share_the_leaves():
-    """Among them: two replicas, sums whose columns are exchanged, and weights that lie in another way than the mesh has
-    them.
+    """Two replicas of two devices that exchange their sums' columns; and eight devices, given weights that lie in
+    another way than the mesh has them.
     """
-    check(run("cpu", "Qwen3", "bfloat16", "8", "1", "4x", "4d", "8f"))
+    check(run("cpu", "Qwen3", "bfloat16", "8", "1", "4dx", "8f"))
 
 
 @pytest.mark.long
