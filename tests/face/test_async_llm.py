@@ -96,8 +96,8 @@ def test_a_cancelled_task_and_a_loop_that_is_left_abort(llm):
             stream = engine.stream(PROMPTS[0], LONG)
             await anext(stream)
             task = asyncio.create_task(engine.generate(PROMPTS, LONG))
-            await anext(stream)
-            assert len(llm.engine.requests) == 4
+            while len(llm.engine.requests) < 4:  # queued by a thread, which may come a step later
+                await anext(stream)
             task.cancel()
             await stream.aclose()
             with pytest.raises(asyncio.CancelledError):
