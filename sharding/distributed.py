@@ -4,11 +4,8 @@
 """
 
 import collections
-import contextlib
 import os
-import signal
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -129,23 +126,3 @@ def least(value: int, processes: Sequence[int], timeout: int = TIMEOUT) -> int:
         except jax.errors.JaxRuntimeError as error:
             raise TimeoutError(f"process {process} said nothing within {timeout} s: {error}") from error
     return min(values)
-
-
-@contextlib.contextmanager
-def draining() -> Iterator[None]:
-    """SIGTERM inside the block is heeded after it, with exit code 143: what is under way comes to its end in every
-    process. In the main thread.
-    """
-    told: list[int] = []
-
-    def tell(number: int, frame: Any) -> None:
-        told.append(number)
-        print("SIGTERM: what is under way comes to its end first", file=sys.stderr, flush=True)
-
-    before = signal.signal(signal.SIGTERM, tell)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    if told:
-        raise SystemExit(128 + signal.SIGTERM)

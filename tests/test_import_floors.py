@@ -17,7 +17,7 @@ FLOORS = {
     "sharding": (0, ()),
     "checkpoints": (0, ()),
     "jaxengine.base": (1, ()),
-    "jaxengine.distributed": (1, ()),
+    "jaxengine.distributed": (2, ()),
     "jaxengine.config": (2, ("jax", "numpy")),
     "jaxengine.sampling_params": (2, ("jax", "numpy")),
     "jaxengine.coordinate": (3, ("jax",)),

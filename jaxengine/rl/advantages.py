@@ -26,7 +26,7 @@ def check_groups(group: Int[np.ndarray, " B"], advantage: str) -> None:
 def of_samples(
     rewards: Float[Array, " B"], group: Int[Array, " B"], kind: str, deviation: str = "population"
 ) -> Float[Array, " B"]:
-    """The advantages of an objective without a critic (losses.Objective.advantage and .deviation)."""
+    """The advantages of an objective without a critic (objective.Objective.advantage and .deviation)."""
     if kind == "leave-one-out":
         return leave_one_out(rewards, group)
     return group_relative(rewards, group, scaled=kind == "scaled", deviation=deviation)

@@ -43,7 +43,7 @@ def policy_loss(
         )
     penalty = kl_penalty(logprobs, reference, mask, objective.kl)
     if objective.kl_ratio:
-        penalty *= exp(jnp.where(mask, logprobs - old_logprobs, 0.0))
+        penalty *= exp(_log_ratio(logprobs, old_logprobs, mask))
     return loss + objective.kl_coefficient * (weights * penalty).sum()
 
 
@@ -76,12 +76,18 @@ def token_weights(mask: Bool[Array, "B T"], objective: Objective) -> Float[Array
     """
     if objective.average == "token":
         return token_shares(mask)
-    if objective.average == "constant" and objective.budget is None:
+    if objective.average == "sequence":
+        return sequence_shares(mask)
+    if objective.budget is None:
         raise ValueError("average='constant' divides by a number of tokens: give budget, the most of a completion")
+    return sequence_shares(mask, objective.budget)
+
+
+def sequence_shares(mask: Bool[Array, "B T"], length: int | None = None) -> Float[Array, "B T"]:
+    """The weights of a mean over samples of their tokens' sums divided by `length`; None: by a sample's own."""
     counts = mask.sum(-1, keepdims=True, dtype=jnp.float32)
     samples = jnp.maximum((counts > 0).sum(), 1)
-    length = jnp.maximum(counts, 1) if objective.average == "sequence" else float(objective.budget or 1)
-    return jnp.where(mask, 1 / (samples * length), 0.0)
+    return jnp.where(mask, 1 / (samples * (jnp.maximum(counts, 1) if length is None else float(length))), 0.0)
 
 
 def token_shares(mask: Bool[Array, "B T"]) -> Float[Array, "B T"]:
@@ -98,15 +104,21 @@ def ratios(
     GSPO's has the gradient of each token's logprob: s_t = sg[s] · π_t / sg[π_t], its token form (arXiv:2507.18071,
     section 4.3). The gradient is GSPO's where all tokens of a sequence have one advantage.
     """
-    log_ratio = jnp.where(mask, logprobs - old_logprobs, 0.0)
-    if objective.ratio == "token":
-        return exp(log_ratio)
-    if objective.ratio == "trajectory":
-        return exp(jnp.broadcast_to(log_ratio.sum(-1, keepdims=True), mask.shape))
+    if objective.ratio != "sequence":
+        return exp(_log_ratio(logprobs, old_logprobs, mask, objective.ratio == "trajectory"))
+    log_ratio = _log_ratio(logprobs, old_logprobs, mask)
     mean = log_ratio.sum(-1, keepdims=True) / jnp.maximum(mask.sum(-1, keepdims=True), 1)
     possible = mask & (logprobs > -jnp.inf)
     zero = jnp.where(possible, logprobs - jax.lax.stop_gradient(logprobs), 0.0)  # with the gradient of the logprob
     return exp(jax.lax.stop_gradient(mean) + zero)
+
+
+def _log_ratio(
+    logprobs: Float[Array, "B T"], others: Float[Array, "B T"], mask: Bool[Array, "B T"], summed: bool = False
+) -> Float[Array, "B T"]:
+    """Differences of logprobs, 0 outside the mask; or, at each token, their sum over its sequence."""
+    log_ratio = jnp.where(mask, logprobs - others, 0.0)
+    return jnp.broadcast_to(log_ratio.sum(-1, keepdims=True), mask.shape) if summed else log_ratio
 
 
 def clipped_sides(
@@ -135,10 +147,8 @@ def correction_weights(
 
     `drawn_logprobs` are those that the tokens were drawn with, whichever weights drew them.
     """
-    log_ratio = jnp.where(mask, start_logprobs - drawn_logprobs, 0.0)
-    if objective.correction_of == "sequence":
-        log_ratio = jnp.broadcast_to(log_ratio.sum(-1, keepdims=True), mask.shape)
-    weights, low, high = exp(log_ratio), objective.correction_low, objective.correction_high
+    weights = exp(_log_ratio(start_logprobs, drawn_logprobs, mask, objective.correction_of == "sequence"))
+    low, high = objective.correction_low, objective.correction_high
     if objective.correction == "truncated":
         return jnp.clip(weights, low, high)
     return jnp.where((weights < low) | (weights > high), 0.0, weights)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxengine.rl.losses import clipped_sides, ratios, token_shares
+from jaxengine.rl.losses import clipped_sides, ratios, sequence_shares, token_shares
 from jaxengine.rl.objective import Objective
 
 
@@ -29,7 +29,7 @@ def mismatch(
     advantages = jnp.broadcast_to(advantages[:, None] if advantages.ndim == 1 else advantages, mask.shape)
     rho, delta = ratios(logprobs, old_logprobs, mask, objective), jnp.where(mask, logprobs - old_logprobs, 0.0)
     low, high = clipped_sides(rho, jnp.where(mask, advantages, 0.0), objective)
-    shares = token_shares(mask) if objective.ratio == "token" else _sequence_shares(mask)
+    shares = token_shares(mask) if objective.ratio == "token" else sequence_shares(mask)
     clip_low, clip_high = ((shares * side).sum() for side in (low, high))
     return {
         "ratio_mean": 1 + jnp.where(mask, shares * (rho - 1), 0.0).sum(),
@@ -62,12 +62,6 @@ def of_rewards(rewards: Float[np.ndarray, " B"], group: Int[np.ndarray, " B"]) -
         no_spread=float(np.mean([spread == 0 for spread in spreads])) if spreads else 0.0,
         left_out=float(1 - counts.mean()),
     )
-
-
-def _sequence_shares(mask: Bool[Array, "B T"]) -> Float[Array, "B T"]:
-    """Weights of tokens whose sums are means over sequences; a row without a token is none."""
-    counts = mask.sum(-1, keepdims=True)
-    return jnp.where(mask, 1 / (jnp.maximum(counts, 1) * jnp.maximum((counts > 0).sum(), 1)), 0.0)
 
 
 def mean_over(x: Array, mask: Bool[Array, "B T"]) -> Float[Array, ""]:

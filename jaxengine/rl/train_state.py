@@ -50,6 +50,13 @@ class TrainerConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
+def check_parts(rows: int, mini_batches: int, micro_batches: int, made_of: str = "") -> None:
+    """Raises ValueError where samples cannot be cut into so many parts; `made_of` stands before their number."""
+    if rows % (mini_batches * micro_batches):
+        parts = f"mini_batches · micro_batches = {mini_batches} · {micro_batches}"
+        raise ValueError(f"{made_of}{rows} samples are no multiple of {parts}")
+
+
 @pytree
 class TrainState:
     """Everything that a run needs to continue to the same bits."""

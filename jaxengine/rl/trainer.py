@@ -32,7 +32,7 @@ from jaxengine.rl.critic import ActorCritic, Forward
 from jaxengine.rl.global_norm import global_norm
 from jaxengine.rl.losses import correction_weights, kl_penalty, policy_loss, token_shares, token_weights, value_loss
 from jaxengine.rl.rollout import Rollout
-from jaxengine.rl.train_state import SHUFFLES, Batch, TrainerConfig, TrainState
+from jaxengine.rl.train_state import SHUFFLES, Batch, TrainerConfig, TrainState, check_parts
 
 
 class Trainer:
@@ -122,23 +122,21 @@ class Trainer:
         tokens, mask = jnp.asarray(rollout.tokens), jnp.asarray(rollout.mask & has_reward[:, None])
         kept = self._sampling_mask(state, rollout)
         batch = Batch(tokens, mask, jnp.asarray(rollout.logprobs), jnp.zeros(mask.shape, jnp.float32), kept=kept)
-        objective, token_rewards = self.config.objective, estimators.at_last_token(jnp.asarray(rewards), mask)
-        if objective.kl_coefficient > 0:
+        objective, sample_rewards = self.config.objective, jnp.asarray(rewards)
+        token_rewards = estimators.at_last_token(sample_rewards, mask)
+        if objective.penalises_loss:
             batch = dataclasses.replace(batch, reference=self._reference(reference, batch))
-        if objective.kl_coefficient > 0 and objective.kl_in == "reward":
-            assert batch.reference is not None
-            penalty = kl_penalty(batch.old_logprobs, batch.reference, mask, objective.kl)
-            token_rewards -= objective.kl_coefficient * jnp.where(mask, penalty, 0.0)
-            rewards = rewards - objective.kl_coefficient * np.asarray(jnp.where(mask, penalty, 0.0).sum(-1))
-        if objective.correction is not None:
-            start = self._forward(state.master, batch).logprobs
-            corrections = correction_weights(start, batch.old_logprobs, mask, objective)
-            batch = dataclasses.replace(batch, old_logprobs=start, corrections=corrections)
-        if self.has_critic:
-            return self._with_values(state, batch, token_rewards)
-        per_sample = estimators.of_samples(
-            jnp.asarray(rewards), jnp.asarray(group), objective.advantage, objective.deviation
-        )
+        elif objective.kl_coefficient > 0:
+            near = self._reference(reference, batch)
+            penalty = objective.kl_coefficient * kl_penalty(batch.old_logprobs, near, mask, objective.kl)
+            token_rewards, sample_rewards = token_rewards - penalty, sample_rewards - penalty.sum(-1)
+        start = self._forward(state.master, batch) if self.has_critic or objective.correction is not None else None
+        if start is not None and objective.correction is not None:
+            corrections = correction_weights(start.logprobs, batch.old_logprobs, mask, objective)
+            batch = dataclasses.replace(batch, old_logprobs=start.logprobs, corrections=corrections)
+        if start is not None and start.values is not None:
+            return self._with_values(batch, start.values, token_rewards)
+        per_sample = estimators.of_samples(sample_rewards, jnp.asarray(group), objective.advantage, objective.deviation)
         return dataclasses.replace(batch, advantages=jnp.where(mask, per_sample[:, None], 0.0))
 
     # -- inside ------------------------------------------------------------------------------------------------------
@@ -164,10 +162,8 @@ class Trainer:
         logprobs, _ = token_logprobs(params, batch.tokens, batch.mask, sampling, **self._how())
         return logprobs
 
-    def _with_values(self, state: TrainState, batch: Batch, token_rewards: Float[Array, "B T"]) -> Batch:
+    def _with_values(self, batch: Batch, values: Float[Array, "B T"], token_rewards: Float[Array, "B T"]) -> Batch:
         """The batch with the critic's values, and the advantages and returns that follow from them."""
-        values = self._forward(state.master, batch).values
-        assert values is not None
         advantages, returns = estimators.generalized(
             token_rewards, values, batch.mask, discount=self.config.discount, decay=self.config.decay
         )
@@ -176,9 +172,8 @@ class Trainer:
 
     def _mini_batches(self, state: TrainState, batch: Batch) -> Iterator[Batch]:
         """The rows, shuffled in each epoch and cut into mini-batches; not shuffled where there is one mini-batch."""
-        rows, count, parts = batch.tokens.shape[0], self.config.mini_batches, self.config.micro_batches
-        if rows % (count * parts):
-            raise ValueError(f"{rows} samples are no multiple of mini_batches · micro_batches = {count} · {parts}")
+        rows, count = batch.tokens.shape[0], self.config.mini_batches
+        check_parts(rows, count, self.config.micro_batches)
         key = jax.random.fold_in(jax.random.fold_in(key_of(state.key), SHUFFLES), state.version)
         for epoch in range(self.config.epochs):
             order = jnp.arange(rows) if count == 1 else jax.random.permutation(jax.random.fold_in(key, epoch), rows)

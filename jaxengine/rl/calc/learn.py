@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from tqdm import tqdm
 from checkpoints import snapshots
 from checkpoints.model_folder import find_folder
 from jaxengine.base.keys import seeded
+from jaxengine.base.signals import noted
 from jaxengine.config import ModelConfig
 from jaxengine.engine.contract_digest import weights_digest
 from jaxengine.models import loading
@@ -32,7 +34,7 @@ from jaxengine.rl.calc.model import build_tokenizer, write_tokenizer
 from jaxengine.rl.calc.run import Run, check, held_out_problems, problems
 from jaxengine.rl.calc.train import HELD_OUT_PROBLEMS, grade
 from jaxengine.rl.global_norm import clip_by_global_norm
-from jaxengine.rl.loops import history, interrupt
+from jaxengine.rl.loops import history
 from jaxengine.rl.loops.loop import Iteration, Loop, judged_by
 from jaxengine.rl.objective import ALGORITHMS
 from jaxengine.rl.train_state import TrainerConfig, TrainState
@@ -43,6 +45,7 @@ from jaxengine.text.tokenizer import Tokenizer
 MODEL = "calc"
 RECENT = 10  # iterations that the displayed reward is the mean of
 HISTORY = "history.jsonl"  # beside the snapshots
+CTRL_C = "\nCtrl-C: this iteration ends first; once more ends at once"
 LONGEST_PROMPT, LONGEST_ANSWER = 8, 6  # tokens: "(9-9)*9=", and "-1234" with its end token
 
 
@@ -116,7 +119,8 @@ def learn(
     """The state after `run.iterations` iterations, after `stop` of them, or when it is asked to stop; `report` is
     called after each.
 
-    With a `folder` each iteration is written down there, and so is a snapshot every `every` iterations and at the end.
+    With a `folder`, one that `resumed` has claimed for the run, each iteration is written down there, and so is a
+    snapshot every `every` iterations and at the end.
     """
     last = run.iterations if stop is None else min(stop, run.iterations)
     while int(state.version) < last and not is_asked_to_stop():
@@ -195,7 +199,7 @@ def main() -> None:
             print(f"goes on after iteration {int(state.version)} of {run.iterations}, from {arguments.snapshots}")
     _print_accuracy("before: ", held_out(model_config, loop.trainer.policy(state), run))
     bar = tqdm(total=run.iterations, initial=int(state.version), desc=run.algorithm, unit="iteration")
-    with bar, interrupt.heeded() as is_asked_to_stop:
+    with bar, noted(signal.SIGINT, CTRL_C, then=signal.default_int_handler) as is_asked_to_stop:
         bar.set_postfix_str("the first iteration compiles")
 
         def report(iteration: Iteration) -> None:
@@ -218,7 +222,7 @@ def main() -> None:
         arguments.json.write_text(json.dumps(done))
     if was_stopped:
         _say_how_to_go_on(int(state.version), run, arguments.snapshots)
-        raise SystemExit(interrupt.EXIT_CODE)
+        raise SystemExit(128 + signal.SIGINT)
     minutes, policy = (time.monotonic() - start) / 60, loop.trainer.policy(state)
     _print_accuracy("after:  ", held_out(model_config, policy, run))
     print(f"{minutes:.1f} minutes; reward of the last {RECENT} iterations {_mean_reward(done):.3f}")

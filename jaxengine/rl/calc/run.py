@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 
 from jaxengine.rl.calc import arithmetic
 from jaxengine.rl.calc.arithmetic import Problem
+from jaxengine.rl.train_state import check_parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,8 +15,8 @@ class Run:
     """Everything but the machine that a run's bits depend on.
 
     The learning rate rises to `rate` in `warm_up` iterations, or a quarter of all where those are fewer, and falls to 0
-    at the last. Problems are of the `kinds`
-    named, with numbers of at most `digits` digits. `kl` is the coefficient of the penalty to the initial weights.
+    at the last. Problems are of the `kinds` named, with numbers of at most `digits` digits. `kl` is the coefficient of
+    the penalty to the initial weights.
     """
 
     algorithm: str = "grpo"
@@ -33,18 +34,16 @@ class Run:
     seed: int = 0
 
 
+LEAST = dict(iterations=1, prompts=1, samples=1, epochs=1, mini_batches=1, micro_batches=1, warm_up=0, kl=0.0, rate=0.0)
+
+
 def check(run: Run) -> None:
     """Raises ValueError for numbers that make no run, for unknown kinds of problems, and where none is held out."""
-    least = {"iterations": 1, "prompts": 1, "samples": 1, "epochs": 1, "mini_batches": 1, "micro_batches": 1}
-    for name, lowest in (least | {"warm_up": 0, "kl": 0.0, "rate": 0.0}).items():
+    for name, lowest in LEAST.items():
         if not getattr(run, name) >= lowest:
             raise ValueError(f"{name} must be at least {lowest}, got {getattr(run, name)}")
-    rows, parts = run.prompts * run.samples, run.mini_batches * run.micro_batches
-    if rows % parts:
-        raise ValueError(
-            f"prompts · samples = {run.prompts} · {run.samples} = {rows} samples are no multiple of mini_batches · "
-            f"micro_batches = {run.mini_batches} · {run.micro_batches}"
-        )
+    made_of = f"prompts · samples = {run.prompts} · {run.samples} = "
+    check_parts(run.prompts * run.samples, run.mini_batches, run.micro_batches, made_of)
     kinds = run.kinds.split()
     if not kinds or not set(kinds) <= set(arithmetic.KINDS):
         raise ValueError(

@@ -21,8 +21,10 @@ def kept(path: Path, version: int) -> list[dict[str, Any]]:
     """
     lines = path.read_text().splitlines() if path.exists() else []
     found = [record for line in lines if (record := _record(line)) is not None and record["version"] < version]
-    if path.exists():
-        path.write_text("".join(json.dumps(record) + "\n" for record in found))
+    if len(found) < len(lines):
+        unfinished = path.with_suffix(".unfinished")
+        unfinished.write_text("".join(json.dumps(record) + "\n" for record in found))
+        unfinished.replace(path)  # a process that dies here has lost nothing
     return found
 
 
