@@ -8,6 +8,11 @@
 
 constexpr int64_t TILE = 64, SPLIT = 1024, LANE_KEYS = 16;
 constexpr float MASKED = -1e30f;
+#ifdef WITH_AVX512  // registers of sums: a few more than what is under way at once, 2 · 4
+constexpr int KEYS_AT_ONCE = 16, VALUES_AT_ONCE = 16;
+#else
+constexpr int KEYS_AT_ONCE = 4, VALUES_AT_ONCE = 4;
+#endif
 
 // The softmax of one query over some keys so far: the weights' exponent, their sum, and the weighted sum of values.
 struct Softmax {
@@ -32,6 +37,20 @@ inline Tile<T> locate(const Pages& pages, const int32_t* table, int64_t head, in
     tile.values[i] = (const T*)pages.values + (at * pages.size + cell) * pages.value_width;
   }
   return tile;
+}
+
+// Asks for a tile's keys, or its values: pages lie anywhere, and a page's first lines come without notice.
+template <class T>
+inline void fetch_keys(const Pages& pages, const Tile<T>& tile) {
+  for (int64_t i = 0; i < TILE / LANE_KEYS && tile.keys[i]; i++)
+    if (i == 0 || tile.keys[i] != tile.keys[i - 1] + LANE_KEYS)  // else in the lines of the sixteen before
+      for (int64_t d = 0; d < pages.key_width; d++) _mm_prefetch((const char*)(tile.keys[i] + d * pages.size), _MM_HINT_T0);
+}
+template <class T>
+inline void fetch_values(const Pages& pages, const Tile<T>& tile) {
+  for (int64_t i = 0; i < TILE / LANE_KEYS && tile.values[i]; i++)
+    for (int64_t at = 0; at < LANE_KEYS * pages.value_width * int64_t(sizeof(T)); at += 64)
+      _mm_prefetch((const char*)tile.values[i] + at, _MM_HINT_T0);
 }
 
 // Scores of Q queries with N times 16 keys.
@@ -67,12 +86,23 @@ inline void add_values(const Tile<T>& tile, int64_t at, int64_t width, int64_t f
     for (int n = 0; n < N; n++) store(softmax[i].sums + at + n * 16, sums[i][n]);
 }
 
+// The head's numbers from `at` on, as many registers at once as there are.
 template <int Q, int N, class T>
-inline void add_all_values(const Tile<T>& tile, int64_t width, int64_t from, int64_t to, const float (*weights)[TILE],
-                           Softmax* softmax) {
-  int64_t at = 0;
+inline void add_all_values(const Tile<T>& tile, int64_t at, int64_t width, int64_t from, int64_t to,
+                           const float (*weights)[TILE], Softmax* softmax) {
   for (; at + 16 * N <= width; at += 16 * N) add_values<Q, N>(tile, at, width, from, to, weights, softmax);
-  for (; at < width; at += 16) add_values<Q, 1>(tile, at, width, from, to, weights, softmax);
+  if constexpr (N > 1)
+    if (at < width) add_all_values<Q, N / 2>(tile, at, width, from, to, weights, softmax);
+}
+
+// Scores of Q queries with the tile's keys from the n-th sixteen to the one before `there`.
+template <int Q, int N, class T>
+inline void score_all(const Pages& pages, const Tile<T>& tile, const float* const* q, int64_t n, int64_t there,
+                      float (*scores)[TILE]) {
+  for (; n + N <= there; n += N)
+    score<Q, N>(q, tile.keys + n, pages.key_width, pages.size, (float(*)[TILE])(scores[0] + n * LANE_KEYS));
+  if constexpr (N > 1)
+    if (n < there) score_all<Q, N / 2>(pages, tile, q, n, there, scores);
 }
 
 // The online softmax: scores of a tile become weights, and what was summed is rescaled.
@@ -99,24 +129,19 @@ inline void reweigh(float* scores, int64_t keys, int64_t width, Softmax& softmax
 
 // Q queries take one tile; query i sees the keys before lengths[i].
 template <int Q, class T>
-inline void take_tile(const Pages& pages, const Tile<T>& tile, const float* const* q, const int64_t* lengths,
-                      int64_t first, Softmax* softmax) {
-  constexpr int N = 4 / Q;
+inline void take_tile(const Pages& pages, const Tile<T>& tile, const Tile<T>& next, const float* const* q,
+                      const int64_t* lengths, int64_t first, Softmax* softmax) {
   alignas(64) float scores[Q][TILE];
   int64_t seen[Q], least = TILE;
   for (int i = 0; i < Q; i++) seen[i] = std::min(lengths[i] - first, TILE), least = std::min(least, seen[i]);
   const int64_t there = std::count_if(tile.keys, tile.keys + TILE / LANE_KEYS, [](const T* keys) { return keys; });
-  for (int64_t n = 0; n < TILE / LANE_KEYS; n += N) {
-    float(*out)[TILE] = (float(*)[TILE])(scores[0] + n * LANE_KEYS);
-    if (n + N <= there) score<Q, N>(q, tile.keys + n, pages.key_width, pages.size, out);
-    else
-      for (int64_t m = n; m < there; m++)
-        score<Q, 1>(q, tile.keys + m, pages.key_width, pages.size, (float(*)[TILE])(scores[0] + m * LANE_KEYS));
-  }
+  fetch_values(pages, tile);
+  score_all<Q, std::min<int>(KEYS_AT_ONCE / Q, TILE / LANE_KEYS)>(pages, tile, q, 0, there, scores);
+  fetch_keys(pages, next);
   for (int i = 0; i < Q; i++) reweigh(scores[i], seen[i], pages.value_width, softmax[i]);
-  add_all_values<Q, N>(tile, pages.value_width, 0, least, scores, softmax);
+  add_all_values<Q, std::min(VALUES_AT_ONCE / Q, 8)>(tile, 0, pages.value_width, 0, least, scores, softmax);
   for (int i = 0; i < Q; i++)
-    if (seen[i] > least) add_all_values<1, 4>(tile, pages.value_width, least, seen[i], scores + i, softmax + i);
+    if (seen[i] > least) add_all_values<1, std::min(VALUES_AT_ONCE, 8)>(tile, 0, pages.value_width, least, seen[i], scores + i, softmax + i);
 }
 
 // One block's queries of one key head: query i is head i % group of token i / group.
@@ -134,12 +159,16 @@ inline void take_split(const Pages& pages, const int32_t* table, int64_t head, c
   const float* q[Q];
   int64_t lengths[Q], live = 0;
   for (int j = 0; j < Q; j++) q[j] = queries.at(i + j), lengths[j] = queries.length(i + j);
-  for (int64_t at = first; at < std::min(end, lengths[Q - 1]); at += TILE) {
+  const int64_t last = std::min(end, lengths[Q - 1]);
+  Tile<T> tile = locate<T>(pages, table, head, first, last);
+  fetch_keys(pages, tile);
+  for (int64_t at = first; at < last; at += TILE) {
     while (live < Q && lengths[live] <= at) live++;  // these have seen all their keys: the others go on alone
-    const Tile<T> tile = locate<T>(pages, table, head, at, lengths[Q - 1]);
-    if (live == 0) take_tile<Q>(pages, tile, q, lengths, at, softmax);
+    const Tile<T> next = locate<T>(pages, table, head, at + TILE, last);
+    if (live == 0) take_tile<Q>(pages, tile, next, q, lengths, at, softmax);
     else
-      for (int64_t j = live; j < Q; j++) take_tile<1>(pages, tile, q + j, lengths + j, at, softmax + j);
+      for (int64_t j = live; j < Q; j++) take_tile<1>(pages, tile, next, q + j, lengths + j, at, softmax + j);
+    tile = next;
   }
 }
 

@@ -4,12 +4,39 @@
 // fused multiply-adds, the two sums are added, and that is added to the running sum. It holds for all types of weights,
 // and does not know how many rows there are, how many threads, or which outputs are computed together.
 //
-// Lanes are outputs. Weights are read as they lie, 16 outputs by 32 inputs at a time, and turned into a panel of 32
-// inputs by 16 outputs, which stays in the first cache while all rows of a band are multiplied with it.
+// Lanes are outputs. Weights are read as they lie, 16 outputs by 32 inputs at a time, a block, and turned so that the
+// outputs of one input are neighbours. AVX-512 has registers for what is turned and for the sums of eight rows; AVX2 puts
+// a block into a panel, which stays in the first cache while all rows of a band are multiplied with it.
 
-// -- panels of weights ------------------------------------------------------------------------------------------------
+// -- blocks of weights ------------------------------------------------------------------------------------------------
 
-using Panel = float[2][16][WIDTH];  // even and odd inputs, outputs
+// Each output's inputs are neighbours, outputs lie `stride` apart.
+template <class T>
+struct Block {
+  const T* w;
+  int64_t stride;
+};
+
+// Asks for the weights that come soon, and for the next outputs', of which the first ones come without notice.
+template <class T>
+inline void fetch_next(const T* w, int64_t stride, int64_t k) {
+  for (int n = 0; n < WIDTH; n++) {
+    _mm_prefetch((const char*)(w + n * stride + k) + 256, _MM_HINT_T0);
+    _mm_prefetch((const char*)(w + (WIDTH + n) * stride + k), _MM_HINT_T1);
+  }
+}
+
+// Of weights [.., stride] from w on: `outputs` <= 16 of them, inputs [k, k + 32) of which `inputs` exist. What is no whole
+// block is copied to `padded`, with zeros.
+template <class T>
+inline Block<T> block_of(const T* w, int64_t stride, int64_t outputs, int64_t k, int64_t inputs,
+                         T (&padded)[WIDTH * DEPTH]) {
+  if (outputs == WIDTH && inputs - k >= DEPTH) return {w + k, stride};
+  std::memset(padded, 0, sizeof(padded));
+  for (int64_t n = 0; n < outputs; n++)
+    std::memcpy(padded + n * DEPTH, w + n * stride + k, std::min<int64_t>(DEPTH, inputs - k) * sizeof(T));
+  return {padded, DEPTH};
+}
 
 inline void transpose8(__m256 r[8]) {
   __m256 a[8], b[8];
@@ -24,6 +51,103 @@ inline void transpose8(__m256 r[8]) {
     r[4 + i] = _mm256_permute2f128_ps(b[i], b[4 + i], 0x31);
   }
 }
+
+// -- products ---------------------------------------------------------------------------------------------------------
+
+using Sums = float[BAND][WIDTH];
+
+#ifdef WITH_AVX512
+
+// 8 neighbouring words of 32 bits of each of 16 outputs, as 8 registers of 16 outputs.
+template <class T>
+__attribute__((always_inline)) inline void turned(const Block<T>& block, int64_t k, __m512i (&r)[8]) {
+  __m512i a[8];
+  for (int n = 0; n < 8; n++) {
+    const T* w = block.w + n * block.stride + k;
+    const __m256i first = _mm256_loadu_si256((const __m256i*)w);
+    const __m256i eighth = _mm256_loadu_si256((const __m256i*)(w + 8 * block.stride));
+    r[n] = _mm512_inserti64x4(_mm512_castsi256_si512(first), eighth, 1);
+  }
+  for (int n = 0; n < 8; n += 2)
+    a[n] = _mm512_unpacklo_epi32(r[n], r[n + 1]), a[n + 1] = _mm512_unpackhi_epi32(r[n], r[n + 1]);
+  for (int n = 0; n < 8; n += 4)
+    for (int j = 0; j < 2; j++) {
+      r[n + 2 * j] = _mm512_unpacklo_epi64(a[n + j], a[n + 2 + j]);
+      r[n + 2 * j + 1] = _mm512_unpackhi_epi64(a[n + j], a[n + 2 + j]);
+    }
+  // Quarters are now outputs 0, 0, 8, 8 of words j, 4 + j, j, 4 + j in r[j], and outputs 4, 4, 12, 12 in r[4 + j].
+  const __m512i low = _mm512_setr_epi64(0, 1, 8, 9, 4, 5, 12, 13), high = _mm512_setr_epi64(2, 3, 10, 11, 6, 7, 14, 15);
+  for (int j = 0; j < 4; j++) {
+    a[j] = _mm512_permutex2var_epi64(r[j], low, r[4 + j]);
+    a[4 + j] = _mm512_permutex2var_epi64(r[j], high, r[4 + j]);
+  }
+  for (int n = 0; n < 8; n++) r[n] = a[n];
+}
+
+// 16 words of 16 bits, widened.
+inline Lanes widened(const BF16*, __m256i words) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16))};
+}
+inline Lanes widened(const F16*, __m256i words) { return {_mm512_cvtph_ps(words)}; }
+
+// f(i, first, second) for the 16 pairs of a block's inputs: the even and the odd one's weights for output 0, for output 1,
+// to output 7, and of the second eight.
+template <class T, class F>
+__attribute__((always_inline)) inline void for_pairs(const Block<T>& block, const F& f) {
+  constexpr int INPUTS = 32 / sizeof(T);  // of 8 words
+  for (int k = 0; k < DEPTH; k += INPUTS) {
+    __m512i r[8];
+    turned(block, k, r);
+    if constexpr (sizeof(T) == 4) {
+      const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+      const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+      for (int i = 0; i < 4; i++)
+        f(k / 2 + i, Lanes{_mm512_castsi512_ps(_mm512_permutex2var_epi32(r[2 * i], first, r[2 * i + 1]))},
+          Lanes{_mm512_castsi512_ps(_mm512_permutex2var_epi32(r[2 * i], second, r[2 * i + 1]))});
+    } else {
+      for (int i = 0; i < 8; i++)
+        f(k / 2 + i, widened(block.w, _mm512_castsi512_si256(r[i])),
+          widened(block.w, _mm512_extracti64x4_epi64(r[i], 1)));
+    }
+  }
+}
+
+inline Lanes both_of(const float* pair) {  // (even, odd) eight times
+  double both;
+  std::memcpy(&both, pair, sizeof(both));
+  return {_mm512_castpd_ps(_mm512_set1_pd(both))};
+}
+
+// Even and odd members' sums for 16 outputs, added.
+inline Lanes folded(Lanes first, Lanes second) {
+  const __m512i evens = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i odds = _mm512_add_epi32(evens, _mm512_set1_epi32(1));
+  return Lanes{_mm512_permutex2var_ps(first.v, evens, second.v)} + Lanes{_mm512_permutex2var_ps(first.v, odds, second.v)};
+}
+
+// R rows times 16 outputs' weights, some depths, added to running sums; pairs_of(depth, f) is for_pairs of a block. A lane
+// is an output's even or odd members, because one read of a row's pair then serves both: reads that fill a register with
+// one number are what limits a core.
+template <int R, class F>
+inline void multiply(int64_t depths, const float* x, float* sums, const F& pairs_of) {
+  for (int64_t depth = 0; depth < depths; depth++, x += ROWS_AT_ONCE * DEPTH) {
+    Lanes first[R], second[R];
+    for (int r = 0; r < R; r++) first[r] = second[r] = set(0.0f);
+    pairs_of(depth, [&](int i, Lanes w_first, Lanes w_second) {
+      for (int r = 0; r < R; r++) {
+        const Lanes pair = both_of(x + r * DEPTH + 2 * i);
+        first[r] = fma(pair, w_first, first[r]), second[r] = fma(pair, w_second, second[r]);
+      }
+    });
+    for (int r = 0; r < R; r++) store(sums + r * WIDTH, load(sums + r * WIDTH) + folded(first[r], second[r]));
+  }
+}
+
+// Pairs of CHUNK depths, turned for all rows at once.
+constexpr int64_t CHUNK = 8;
+using Panel = float[CHUNK][16][2][WIDTH];
+#else
+using Panel = float[2][16][WIDTH];  // even and odd inputs, outputs
 
 // 8 outputs, whose weights lie `stride` apart, at columns [at, at + 8) of the panel.
 inline void fill8(const BF16* w, int64_t stride, Panel& panel, int at) {
@@ -50,33 +174,6 @@ inline void fill8(const T* w, int64_t stride, Panel& panel, int at) {
   }
 }
 
-// Ask for the weights that come soon, and for the next outputs', of which the first ones come without notice.
-template <class T>
-inline void fetch_next(const T* w, int64_t stride, int64_t k) {
-  for (int n = 0; n < WIDTH; n++) {
-    _mm_prefetch((const char*)(w + n * stride + k) + 256, _MM_HINT_T0);
-    _mm_prefetch((const char*)(w + (WIDTH + n) * stride + k), _MM_HINT_T1);
-  }
-}
-
-// Weights [.., stride] of `outputs` <= 16 outputs from w on, inputs [k, k + 32) of which `inputs` exist; zeros elsewhere.
-template <class T>
-inline void fill(const T* w, int64_t stride, int64_t outputs, int64_t k, int64_t inputs, Panel& panel) {
-  if (outputs == WIDTH && inputs - k >= DEPTH) {
-    fetch_next(w, stride, k);
-    fill8(w + k, stride, panel, 0);
-    fill8(w + 8 * stride + k, stride, panel, 8);
-    return;
-  }
-  T padded[WIDTH * DEPTH] = {};
-  for (int64_t n = 0; n < outputs; n++)
-    std::memcpy(padded + n * DEPTH, w + n * stride + k, std::min<int64_t>(DEPTH, inputs - k) * sizeof(T));
-  fill8(padded, DEPTH, panel, 0);
-  fill8(padded + 8 * DEPTH, DEPTH, panel, 8);
-}
-
-// -- products ---------------------------------------------------------------------------------------------------------
-
 // R rows times a panel, added to their running sums.
 template <int R>
 inline void multiply(const Panel& panel, const float* x, float* sums) {
@@ -92,26 +189,17 @@ inline void multiply(const Panel& panel, const float* x, float* sums) {
   }
   for (int r = 0; r < R; r++) store(sums + r * WIDTH, load(sums + r * WIDTH) + (even[r] + odd[r]));
 }
+#endif
 
-constexpr int64_t ROWS_AT_ONCE = 6;
-
-// In parts of about the same number of rows, because few rows are few chains, which wait for one another.
-inline void multiply_all(const Panel& panel, const float* x, int64_t rows, float* sums) {
-  for (int64_t parts = ceil_div(rows, ROWS_AT_ONCE); parts > 0; parts--) {
-    const int64_t size = ceil_div(rows, parts);
-    switch (size) {
-      case 1: multiply<1>(panel, x, sums); break;
-      case 2: multiply<2>(panel, x, sums); break;
-      case 3: multiply<3>(panel, x, sums); break;
-      case 4: multiply<4>(panel, x, sums); break;
-      case 5: multiply<5>(panel, x, sums); break;
-      case 6: multiply<6>(panel, x, sums); break;
-    }
-    rows -= size, x += size * DEPTH, sums += size * WIDTH;
+// f(a std::integral_constant of R): a number of rows as one of the program.
+template <class F>
+inline void with_rows(int64_t rows, const F& f) {
+  switch (rows) {
+#define CASE(R) case R: if constexpr (R <= ROWS_AT_ONCE) f(std::integral_constant<int, R>()); break;
+    CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
+#undef CASE
   }
 }
-
-using Sums = float[BAND][WIDTH];
 
 #ifdef WITH_AMX
 inline void sum_by_tiles(const Product& p, const Rows& rows, int64_t leaf, int64_t first, int64_t count, int64_t w,
@@ -122,15 +210,52 @@ inline void sum_by_tiles(const Product& p, const Rows& rows, int64_t leaf, int64
 template <class T>
 inline void sum_leaf(const Product& p, const Rows& rows, int64_t leaf, int64_t first, int64_t count, int64_t w,
                      int64_t outputs, Sums& sums) {
-  std::memset(sums, 0, count * sizeof(sums[0]));
 #ifdef WITH_AMX
   if constexpr (std::is_same_v<T, BF16>) return sum_by_tiles(p, rows, leaf, first, count, w, outputs, sums);
 #endif
+  const T* weights = (const T*)p.w.data + w;
+  std::memset(sums, 0, count * sizeof(sums[0]));
   alignas(64) Panel panel;
-  for (int64_t depth = 0; depth < rows.depths; depth++) {
-    fill((const T*)p.w.data + w, p.inputs, outputs, depth * DEPTH, p.inputs, panel);
-    multiply_all(panel, rows.at(leaf, depth) + first * DEPTH, count, sums[0]);
+  T padded[WIDTH * DEPTH];
+#ifdef WITH_AVX512
+  const auto block = [&](int64_t depth) {
+    fetch_next(weights, p.inputs, depth * DEPTH);
+    return block_of(weights, p.inputs, outputs, depth * DEPTH, p.inputs, padded);
+  };
+  if (count <= ROWS_AT_ONCE) {
+    with_rows(count, [&](auto size) {
+      multiply<size()>(rows.depths, rows.at(leaf, 0, first), sums[0],
+                       [&](int64_t depth, const auto& f) { for_pairs(block(depth), f); });
+    });
+    return;
   }
+  for (int64_t from = 0; from < rows.depths; from += CHUNK) {
+    const int64_t depths = std::min(CHUNK, rows.depths - from);
+    for (int64_t depth = 0; depth < depths; depth++)
+      for_pairs(block(from + depth), [&](int i, Lanes w_first, Lanes w_second) {
+        store(panel[depth][i][0], w_first), store(panel[depth][i][1], w_second);
+      });
+    for (int64_t r = 0; r < count; r += ROWS_AT_ONCE)
+      with_rows(std::min(count - r, ROWS_AT_ONCE), [&](auto size) {
+        multiply<size()>(depths, rows.at(leaf, from, first + r), sums[r], [&](int64_t depth, const auto& f) {
+          for (int i = 0; i < 16; i++) f(i, load(panel[depth][i][0]), load(panel[depth][i][1]));
+        });
+      });
+  }
+#else
+  for (int64_t depth = 0; depth < rows.depths; depth++) {
+    fetch_next(weights, p.inputs, depth * DEPTH);
+    const Block<T> block = block_of(weights, p.inputs, outputs, depth * DEPTH, p.inputs, padded);
+    fill8(block.w, block.stride, panel, 0), fill8(block.w + 8 * block.stride, block.stride, panel, 8);
+    const float* x = rows.at(leaf, depth) + first * DEPTH;
+    int64_t r = 0;  // parts of about the same number of rows, because few rows are few chains, which wait for one another
+    for (int64_t parts = ceil_div(count, ROWS_AT_ONCE); parts > 0; parts--) {
+      const int64_t size = ceil_div(count - r, parts);
+      with_rows(size, [&](auto size) { multiply<size()>(panel, x + r * DEPTH, sums[r]); });
+      r += size;
+    }
+  }
+#endif
 }
 
 // Sums over leaves as sharding/leaves.py adds them, ((l0 + l1) + (l2 + l3)) + ..., with one partial sum a level kept.

@@ -1,19 +1,28 @@
-// Rows as the products take them: normalised, cut into parts, even and odd inputs apart. Included by a body, inside its
-// namespace.
+// Rows as the products take them: normalised, and cut into parts. Included by a body, inside its namespace.
 
 constexpr int DEPTH = 32, WIDTH = 16;
-constexpr int64_t BAND = 96;    // rows (and parts of rows) that use a panel before it is made again
+constexpr int64_t BAND = 96;  // rows (and parts of rows) that use the same weights before others are read
+#ifdef WITH_AVX512
+constexpr int64_t ROWS_AT_ONCE = 8;  // whose sums are in registers
+#else
+constexpr int64_t ROWS_AT_ONCE = 6;
+#endif
 
-// Rows as the products take them: [leaves, K / 32, rows · parts, even and odd, 16], zeros after a leaf's last input. Of a
-// band's rows there come all first parts, then all second ones, then all third ones.
+// Rows as the products take them: 32 inputs of each, zeros after a leaf's last one. Of a band's rows there come all first
+// parts, then all second ones, then all third ones.
 struct Rows {
   float* data;
   int64_t count, depths, parts;
   static int64_t floats(int64_t count, int64_t depths, int64_t parts) {
     return depths * ceil_to(count * parts, 16) * DEPTH;
   }
+  // All rows of one depth are together: [leaves, K / 32, rows · parts, 32].
   float* at(int64_t leaf, int64_t depth) const {
     return data + floats(count, leaf * depths + depth, parts);
+  }
+  // All depths of eight rows are together: [leaves, rows · parts / 8, K / 32, 8, 32].
+  float* at(int64_t leaf, int64_t depth, int64_t place) const {
+    return at(leaf, 0) + ((place / 8 * depths + depth) * 8 + place % 8) * DEPTH;
   }
   int64_t band() const { return BAND / parts; }
   int64_t place(int64_t row, int64_t part) const {
@@ -38,14 +47,18 @@ inline void normalise(float* x, int64_t width, const Array& scale, float eps) {
 inline void put_pairs(const float* x, float* rows, int64_t place);  // tiles.h
 #endif
 
-// The 32 inputs x of the row at a place in Rows.
+// The 32 inputs x of the row at a place, as the products of T want them.
 template <class T>
-inline void put(const float* x, float* rows, int64_t place) {
+inline void put(const float* x, const Rows& rows, int64_t leaf, int64_t depth, int64_t place) {
 #ifdef WITH_AMX
-  if constexpr (std::is_same_v<T, BF16>) return put_pairs(x, rows, place);
+  if constexpr (std::is_same_v<T, BF16>) return put_pairs(x, rows.at(leaf, depth), place);
 #endif
-  float* out = rows + place * DEPTH;
+#ifdef WITH_AVX512
+  std::memcpy(rows.at(leaf, depth, place), x, DEPTH * sizeof(float));
+#else  // the even ones, then the odd ones
+  float* out = rows.at(leaf, depth) + place * DEPTH;
   for (int i = 0; i < 16; i++) out[i] = x[2 * i], out[16 + i] = x[2 * i + 1];
+#endif
 }
 
 // `row` is a thread's own memory, as wide as x and padded to DEPTH.
@@ -68,7 +81,7 @@ inline void prepare_row(const Product& p, const Rows& rows, int64_t m, float* ro
           store(here + i, kept);
           store(rest + i, v - kept);
         }
-        put<T>(here, rows.at(leaf, depth), rows.place(m, part));
+        put<T>(here, rows, leaf, depth, rows.place(m, part));
       }
     }
 }

@@ -36,7 +36,7 @@ def in_order(x):
 
 @pytest.fixture
 def reference(monkeypatch):
-    """The reference in this kernel's order of sums. XLA's own follows the processor: on AVX-512 it is not that of AVX2."""
+    """The reference in this kernel's order of sums: XLA's own is another on AVX-512 than on AVX2."""
     for module in (truncation_reference, draw_reference):
         monkeypatch.setattr(module, "row_sum", lambda x: in_order(x.reshape(-1, x.shape[-1])).reshape(x.shape[:-1]))
     return jax.jit(lambda *of: truncation_reference.kept_reference(*of))
