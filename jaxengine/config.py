@@ -1,6 +1,7 @@
 """Configuration: small, frozen, resolved once. ModelConfig says what is computed, EngineConfig with what room."""
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 from jaxengine.base.arguments import flag, integer, nearest, real, strict_keywords
@@ -22,6 +23,7 @@ SIZES = (
     "reduction_leaves",
 )  # of a ModelConfig
 DTYPES = ("float32", "float16", "bfloat16")  # of weights
+MOST_LEAVES = 8  # that a model has unless more are asked for: devices of one host
 KV_TILE = 64  # keys that attention takes in one step of its online softmax: fixed, whatever the page size
 
 
@@ -46,7 +48,7 @@ class RopeConfig:
 class ModelConfig:
     """A decoder's architecture, in Hugging Face's words.
 
-    `reduction_leaves` fixes the order of sums (see sharding/leaves.py).
+    `reduction_leaves` fixes the order of sums (see sharding/leaves.py); `with_leaves()` are those that LLM takes.
     """
 
     architecture: str
@@ -95,6 +97,14 @@ class ModelConfig:
                 raise ValueError(f"reduction_leaves={self.reduction_leaves} does not divide {name}={size}")
         if self.reduction_leaves & (self.reduction_leaves - 1):
             raise ValueError(f"reduction_leaves must be a power of two, got {self.reduction_leaves}")
+
+    def with_leaves(self, count: int | None = None) -> "ModelConfig":
+        """The same with `count` leaves; None: as many as the model can be cut into, up to MOST_LEAVES.
+
+        The most by default, so that a model that was sampled on one device trains on eight without other bits.
+        """
+        most = math.gcd(self.num_key_value_heads, self.intermediate_size, MOST_LEAVES)
+        return dataclasses.replace(self, reduction_leaves=most if count is None else count)
 
     def share(self, degree: int) -> "ModelConfig":
         """The part of the model that each of `degree` devices has, which share its leaves."""

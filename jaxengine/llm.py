@@ -57,10 +57,10 @@ class LLM:
     values, merged key by key: `{"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}` stretches the context.
     Where config.json and the weights' file disagree (tied head, dtype), the file counts and a warning says so.
     `reduction_leaves` is the number of parts that every long sum is cut into, and so the most devices that can ever
-    share the model; it is in the bits. `num_pages` is sized from memory unless given. `seed` is the key of calls that
-    bring none. `progress` shows loading, compiling and tokens on stderr. `profile` is "rl" or "serving", a line of
-    defaults for EngineConfig (engine/settings.py), which is shown. Further keywords are EngineConfig's: they
-    change room and speed, never a bit except for `kernels`.
+    share the model; it is in the bits. None is the most that its heads allow, up to 8. `num_pages` is sized from memory
+    unless given. `seed` is the key of calls that bring none. `progress` shows loading, compiling and tokens on stderr.
+    `profile` is "rl" or "serving", a line of defaults for EngineConfig (engine/settings.py), which is shown. Further
+    keywords are EngineConfig's: they change room and speed, never a bit except for `kernels`.
 
         llm = LLM("calc")
         outputs = llm.generate(["12+30=", "7*8="], SamplingParams(n=8, max_tokens=16), key=jax.random.key(0))
@@ -73,7 +73,7 @@ class LLM:
         dtype: Any = "auto",
         tokenizer: str | os.PathLike[str] | None = None,
         seed: int = 0,
-        reduction_leaves: int = 1,
+        reduction_leaves: int | None = None,
         progress: bool = True,
         revision: str | None = None,
         hf_overrides: dict[str, Any] | None = None,

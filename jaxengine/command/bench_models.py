@@ -46,7 +46,7 @@ def open_model(model: str, *, dtype: str = "auto", progress: bool = False, **eng
     if model not in SHAPES:
         config = loading.read_model_config(find_folder(model), dtype=dtype)
         return LLM(model, dtype=dtype, progress=progress, **_room(config) | engine)
-    config = dataclasses.replace(SHAPES[model], dtype=loading.dtype_name(dtype, SHAPES[model].dtype))
+    config = dataclasses.replace(SHAPES[model], dtype=loading.dtype_name(dtype, SHAPES[model].dtype)).with_leaves()
     return LLM.from_params(config, initialise(config, jax.random.key(0)), progress=progress, **_room(config) | engine)
 
 

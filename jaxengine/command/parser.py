@@ -89,8 +89,8 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--reduction-leaves",
         type=count,
-        default=1,
-        help="parts of every long sum, so the most devices that can share the model; it is in the bits",
+        help="parts of every long sum, so the most devices that can share the model; it is in the bits (default: what "
+        "the heads allow, up to 8)",
     )
     form = parser.add_mutually_exclusive_group()
     form.add_argument(
@@ -173,7 +173,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--topology", required=True, help="v5e:16x16, v5p:2x2x4, v6e:4x4, h100:8, …")
     parser.add_argument("--tensor", type=count, default=1, help="devices that share one replica's weights")
     parser.add_argument("--data", type=count, help="replicas (default: as many as the topology has room for)")
-    parser.add_argument("--reduction-leaves", type=count, help="leaves of every sum (default: --tensor)")
+    parser.add_argument("--reduction-leaves", type=count, help="leaves of every sum (default: LLM's)")
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="auto: the file's")
     parser.add_argument("--max-model-len", type=count, help="tokens (default: the model's own, at most 8192)")
     parser.add_argument("--max-num-seqs", type=count, default=256, help="requests at once")

@@ -21,8 +21,7 @@ def plan(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """(the table, the same ready for JSON). Raises ValueError for what cannot be planned here, with the reason."""
     target = target_of(arguments.topology)
     replicas = replicas_of(target, arguments.tensor, arguments.data)
-    leaves = arguments.reduction_leaves or arguments.tensor
-    model_config = planned_model(arguments.model, dtype=arguments.dtype, reduction_leaves=leaves)
+    model_config = planned_model(arguments.model, dtype=arguments.dtype, reduction_leaves=arguments.reduction_leaves)
     engine_config = engine_config_of(arguments, model_config)
     context = arguments.context or engine_config.max_model_len // 2
     if context > engine_config.max_model_len:

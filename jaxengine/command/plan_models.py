@@ -42,7 +42,7 @@ NAMED = {"llama-3-70b": LLAMA_3_70B, "qwen3-32b": QWEN3_32B, "qwen3-8b": QWEN3_8
 EXPERTS = "num_experts", "num_local_experts", "n_routed_experts"  # in config.json of a mixture of experts
 
 
-def planned_model(model: str, *, dtype: str, reduction_leaves: int) -> ModelConfig:
+def planned_model(model: str, *, dtype: str, reduction_leaves: int | None) -> ModelConfig:
     """The configuration of a name in NAMED (in any case), a config.json, its folder, or a hub id.
 
     Raises ValueError for a model that this project does not run, mixtures of experts among them.
@@ -53,8 +53,8 @@ def planned_model(model: str, *, dtype: str, reduction_leaves: int) -> ModelConf
         raise ValueError(f"{model} has {experts[0]}={hf[experts[0]]}: mixtures of experts are not supported yet")
     try:
         config = registry.configure(hf)
-        dtype = dtype_name(dtype, config.dtype)
-        return dataclasses.replace(config, dtype=dtype, reduction_leaves=reduction_leaves)
+        config = dataclasses.replace(config, dtype=dtype_name(dtype, config.dtype))
+        return config.with_leaves(reduction_leaves)
     except ValueError as error:
         raise ValueError(f"{model}: {error}") from error
 

@@ -37,12 +37,13 @@ def read_model_config(
     folder: Path,
     *,
     dtype: Any = "auto",
-    reduction_leaves: int = 1,
+    reduction_leaves: int | None = None,
     hf_overrides: Mapping[str, Any] | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> ModelConfig:
     """The configuration of a model folder, as its tensors bear it out (models/agreement.py), where it has some.
 
+    `reduction_leaves=None` is the most that its heads allow, up to 8 (ModelConfig.with_leaves).
     `dtype="auto"` is what the file holds. `hf_overrides` change config.json's values before they are read
     (models/overrides.py). End tokens are those of config.json, of generation_config.json and the tokenizer's own
     eos_token, together. Raises FileNotFoundError or ValueError naming the file, what it says and what is allowed.
@@ -63,8 +64,8 @@ def read_model_config(
         model_config,
         eos_token_ids=stop_set(model_config.vocab_size, sources),
         dtype=dtype_name(dtype, model_config.dtype),
-        reduction_leaves=reduction_leaves,
     )
+    model_config = model_config.with_leaves(reduction_leaves)
     return _borne_out(folder, model_config, hf, is_auto=isinstance(dtype, str) and dtype == "auto")
 
 
