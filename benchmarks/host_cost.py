@@ -28,6 +28,7 @@ from jaxengine.device.step_inputs import RowOutputs
 from jaxengine.engine import engine as engine_module
 from jaxengine.engine.batch import BatchBuilder
 from jaxengine.engine.engine import Engine
+from jaxengine.engine.spread import SpreadReplicas
 from jaxengine.engine.step_variants import Variant
 from jaxengine.host.sample import Request
 from jaxengine.models import params as model_params
@@ -123,7 +124,7 @@ def new_engine(case: Case, overlap: bool) -> Engine:
         return Engine(MODEL, config, weights)
 
 
-def request(engine: Engine, number: int, prompt: list[int], answer: int) -> None:
+def request(engine: Engine | SpreadReplicas, number: int, prompt: list[int], answer: int) -> None:
     """All prompts of a case have one front, so that admitting them takes few pages."""
     sampling, limit = SamplingParams(max_tokens=answer), len(prompt) + answer
     engine.add(Request(str(number), prompt, sampling, (0, number), number, frozenset([2]), limit))
@@ -146,7 +147,7 @@ def started(case: Case, overlap: bool) -> Engine:
 # -- measuring ---------------------------------------------------------------------------------------------------------
 
 
-def microseconds(engine: Engine, steps: int) -> tuple[float, float]:
+def microseconds(engine: Engine | SpreadReplicas, steps: int) -> tuple[float, float]:
     """(computed, passed) of a step: the least means of a window."""
     for _ in range(2 * WINDOW):
         engine.step()
@@ -160,6 +161,24 @@ def microseconds(engine: Engine, steps: int) -> tuple[float, float]:
     return min(computed), min(passed)
 
 
+def of_replicas(num_replicas: int, running: int = 32) -> tuple[float, float]:
+    """µs of (a request's placement, a step) in a process that has one of so many replicas, each of which gets as many
+    requests; the others' processes are not there, and nothing is asked of them.
+    """
+    case = Case(running, 1_000)
+    engine = new_engine(case, overlap=False)
+    spread = SpreadReplicas(engine.engine_config, {0: engine}, range(num_replicas), mock.Mock(is_busy=False))
+    prompts = [[number % 997] * 8 + [7] * (case.context - 8) for number in range(running * num_replicas)]
+    begun = time.thread_time()
+    for number, prompt in enumerate(prompts):
+        request(spread, number, prompt, case.answer)
+    placed = (time.thread_time() - begun) / len(prompts) * 1e6
+    while engine.scheduler.waiting or not all(sample.is_decoding for sample in engine.scheduler.running):
+        spread.step()
+    assert len(engine.scheduler.running) == running
+    return placed, microseconds(spread, 128)[0]
+
+
 def profiled(run: Callable[[], object]) -> None:
     profile = cProfile.Profile()
     profile.runcall(run)
@@ -170,6 +189,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=256, help="measured of each case")
     parser.add_argument("--cases", type=int, nargs="+", default=range(len(CASES)), help="numbers, from 0")
+    parser.add_argument("--replicas", type=int, nargs="+", help="instead: one process of so many replicas, 1 16 256")
     parser.add_argument("--profile", action="store_true", help="where the time goes, under cProfile")
     arguments = parser.parse_args()
     nothing = mock.Mock(
@@ -180,6 +200,13 @@ def main() -> None:
         write_rules=lambda cache, *_: cache,
     )
     parts = {name: nothing for name in ("kv_cache", "steps") if hasattr(engine_module, name)}
+    if arguments.replicas:
+        print("| replicas | requests | placing one, µs | a step, µs |\n|---|---|---|---|", flush=True)
+        with mock.patch.multiple(engine_module, **parts):
+            for count in arguments.replicas:
+                placed, step = of_replicas(count)
+                print(f"| {count} | {32 * count:,} | {placed:,.1f} | {step:,.0f} |", flush=True)
+        return
     print("| case | plain, µs a step | overlapped, µs a step |\n|---|---|---|", flush=True)
     with mock.patch.multiple(engine_module, **parts):
         for case in [CASES[number] for number in arguments.cases]:

@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax._src import distributed as jax_distributed
+from jax.experimental import multihost_utils
 
 # Where a process finds its place: (address of process 0, number of processes, its own number), of the first line whose
 # variables are all set. An address in two variables is host and port. What JAX finds by itself comes after: Slurm
@@ -126,3 +128,12 @@ def least(value: int, processes: Sequence[int], timeout: int = TIMEOUT) -> int:
         except jax.errors.JaxRuntimeError as error:
             raise TimeoutError(f"process {process} said nothing within {timeout} s: {error}") from error
     return min(values)
+
+
+def gathered(own: bytes) -> list[bytes]:
+    """What each process gives, in their order; all come here together. It travels from device to device."""
+    sizes = np.ravel(multihost_utils.process_allgather(np.int32(len(own))))
+    padded = np.zeros(max(int(sizes.max()), 1), np.uint8)
+    padded[: len(own)] = np.frombuffer(own, np.uint8)
+    rows = multihost_utils.process_allgather(padded).reshape(len(sizes), -1)
+    return [row[:size].tobytes() for row, size in zip(rows, sizes, strict=True)]

@@ -102,3 +102,21 @@ def processes_of(mesh: Mesh | None) -> tuple[int, ...]:
 def replicas(mesh: Mesh) -> list[Mesh]:
     """The mesh of each replica, cut along "data"."""
     return [Mesh(mesh.devices[i : i + 1], AXES) for i in range(mesh.shape["data"])]
+
+
+def own_replica(mesh: Mesh) -> Mesh:
+    """The mesh of the first replica that has devices of this process; of the first of all where none has."""
+    all_of_them = replicas(mesh)
+    return next((each for each in all_of_them if jax.process_index() in processes_of(each)), all_of_them[0])
+
+
+def own_parts(x: Any, home: NamedSharding, mesh: Mesh) -> Any:
+    """An array of all processes as this process's replica has it: its own part of one that lies on the whole mesh.
+
+    What is not cut over processes, or lies at home already, is given back as it is.
+    """
+    if not isinstance(x, jax.Array) or x.is_fully_addressable or x.sharding.device_set == home.device_set:
+        return x
+    whole = jax.device_put(x, NamedSharding(mesh, home.spec))
+    own = [shard.data for shard in whole.addressable_shards if shard.device in home.device_set]
+    return jax.make_array_from_single_device_arrays(x.shape, home, own)

@@ -5,13 +5,16 @@ on the engine that serves, and compares tokens and logprobs as uint32 with those
 """
 
 import dataclasses
+import hashlib
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
+import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from jaxengine.base.keys import sample_key, seeded
 from jaxengine.base.progress import Report, say_nothing
@@ -20,13 +23,16 @@ from jaxengine.contract.compare import Comparison, compare
 from jaxengine.contract.report import Check, Verification
 from jaxengine.device.scoring import plain_logprobs
 from jaxengine.engine import scoring_proof
+from jaxengine.engine.lockstep import as_one
 from jaxengine.engine.replicas import Replicas
 from jaxengine.engine.scoring_proof import NothingHoldsError
 from jaxengine.engine.session import Session
+from jaxengine.models.params import Decoder
 from jaxengine.outputs import CompletionOutput, RequestOutput
 from jaxengine.rl.rollout import Rollout
 from jaxengine.sampling_params import SamplingParams
 from pallas_kernels.numbers import cdiv
+from sharding.mesh import on_host
 
 LENGTHS = (
     1,
@@ -117,10 +123,12 @@ def _axes(traffic: "Traffic", quick: bool, count: int) -> Iterator[Axis]:
     yield Axis("C7", loop, partial(traffic.again, overlap=not config.overlap))
     engine = traffic.session.engine
     if isinstance(engine, Replicas):
-        for index in range(len(engine.engines)):
+        for index in range(engine.num_replicas):
             yield Axis("C8", f"replica {index} alone", partial(traffic.on_replica, engine, index))
     if engine.kernels.split is not None:
         yield Axis("C9", f"one device against {engine.kernels.split.degree} that share it", traffic.on_one_device)
+    if engine.lockstep is not None:
+        yield Axis("C10", f"all {1 + len(engine.lockstep.others)} processes against each other", traffic.in_processes)
     yield Axis("C11", "score against generate", partial(scored, traffic))
     yield Axis("drift", "against plain float32", partial(drift, traffic, 4 if quick else len(LENGTHS)))
 
@@ -240,11 +248,20 @@ class Traffic:
         with replicas.only(index):
             return _outcome(compare("bit-equal", self.expected, self.run(self.requests)))
 
+    def in_processes(self) -> Outcome:
+        """What each process was told by its own devices."""
+        own = np.frombuffer(digest_of(self.expected), np.uint32)
+        with as_one(self.session.engine.lockstep, "C10 of verify"):
+            others = multihost_utils.process_allgather(own)
+        different = [process for process, digest in enumerate(others) if (digest != own).any()]
+        text = f"the same bits in {len(others)} processes"
+        return Outcome(not different, f"other bits in process {different[0]}" if different else text)
+
     def on_one_device(self) -> Outcome:
-        """The whole model on the first device of the mesh; where it has no room, what was proven of one layer
+        """The whole model on a device of this process; where it has no room, what was proven of one layer
         (engine/mesh_proof.py).
         """
-        config, params = self.session.engine_config, self.session.params
+        config, params = self.session.engine_config, self._params_here()
         pages = min(config.num_pages, len(self.requests) * cdiv(self.room, config.page_size))
         alone = dataclasses.replace(config, mesh=None, num_pages=pages)
         try:
@@ -255,6 +272,19 @@ class Traffic:
             return _outcome(compare("bit-equal", self.expected, _first_samples(session, self.requests)))
         finally:
             session.close()
+
+    def _params_here(self) -> Decoder | None:
+        """The weights; where their parts lie in several processes, all of them on a device of this one."""
+        params = self.session.params
+        if self.session.engine.lockstep is None:
+            return params
+        return jax.tree.map(lambda x: jax.device_put(on_host(x), jax.local_devices()[0]), params)
+
+
+def digest_of(samples: Sequence[CompletionOutput]) -> bytes:
+    """SHA-256 of the samples' tokens and logprobs."""
+    parts = [np.asarray(sample.token_ids, np.int32).tobytes() + sample.token_logprobs.tobytes() for sample in samples]
+    return hashlib.sha256(b"".join(parts)).digest()
 
 
 def _outputs(session: Session, requests: Requests) -> list[RequestOutput]:

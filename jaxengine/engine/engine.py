@@ -92,6 +92,15 @@ def check_new(
         )
 
 
+def detokenizer_of(tokenizer: Tokenizer, sample: Sample) -> Detokenizer:
+    """One that has read what the sample has."""
+    detokenizer = detokenizer_for(tokenizer, sample.request.sampling)
+    detokenizer.push(text_ids(sample))
+    if sample.status is Status.FINISHED:
+        detokenizer.finish()
+    return detokenizer
+
+
 class Engine:
     """One model on one device, or on a mesh of some that share it.
 
@@ -140,16 +149,8 @@ class Engine:
         self.scheduler.add(request)
         if self.tokenizer is not None and (request.sampling.stop or with_text):
             for sample in request.samples:
-                sample.detokenizer = self._detokenizer(self.tokenizer, sample)
+                sample.detokenizer = detokenizer_of(self.tokenizer, sample)
         self._retire(request)  # where all of its samples had ended before
-
-    def _detokenizer(self, tokenizer: Tokenizer, sample: Sample) -> Detokenizer:
-        """One that has read what the sample has."""
-        detokenizer = detokenizer_for(tokenizer, sample.request.sampling)
-        detokenizer.push(text_ids(sample))
-        if sample.status is Status.FINISHED:
-            detokenizer.finish()
-        return detokenizer
 
     def abort(self, request_id: str) -> None:
         """End a request wherever it is; unknown and finished ids are no error. Its pages are free at once."""
@@ -167,6 +168,11 @@ class Engine:
     @property
     def has_work(self) -> bool:
         return bool(self.requests)
+
+    @property
+    def owes_answers(self) -> bool:
+        """Whether requests that have ended here are still to be told to other processes (engine/spread.py)."""
+        return False
 
     def occupancy(self) -> Occupancy:
         scheduler, pages = self.scheduler, self.engine_config.num_pages - 1
@@ -460,7 +466,7 @@ class Engine:
         self.scheduler.version = self.weights.version
         for sample in unfinished:
             if sample.detokenizer is not None and self.tokenizer is not None:
-                sample.detokenizer = self._detokenizer(self.tokenizer, sample)
+                sample.detokenizer = detokenizer_of(self.tokenizer, sample)
         self.slot_state = self._new_slot_state()
         self.page_checksums = self._new_checksums()
         if self.has_pool and kv_cache.is_lost(self.cache):

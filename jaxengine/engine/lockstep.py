@@ -51,6 +51,7 @@ class Lockstep:
         self._heard = dict.fromkeys(self.others, time.monotonic())  # when its beat was last another
         self._inside = 0  # calls under way
         self._settling = False
+        self.is_busy = False  # with work of its own, for which the others wait as long as it lives
         self.failure: str | None = None
         self.close = weakref.finalize(self, _say_closed, self._store, f"{self._name}closed/{self.me}")
         self._thread = threading.Thread(target=_watch, args=(weakref.ref(self),), name="lockstep", daemon=True)
@@ -153,7 +154,7 @@ class Lockstep:
     def _tell(self) -> None:
         with self._changed:
             steps = [[number, digest] for number, digest, _ in self._steps]
-            told = {"beat": time.monotonic(), "count": self._count, "steps": steps}
+            told = {"beat": time.monotonic(), "count": self._count, "steps": steps, "busy": self.is_busy}
         self._store.key_value_set(f"{self._name}told/{self.me}", json.dumps(told), allow_overwrite=True)
 
     def _compare(self, seen: dict[int, dict[str, Any]], closed: set[int]) -> str | None:
@@ -163,7 +164,7 @@ class Lockstep:
             count, begun = self._count, self._begun
         now, patience = time.monotonic(), self.timeout if count > 1 else max(self.timeout, START)
         for process in self.others:
-            told = seen.get(process, {"beat": None, "count": 0, "steps": []})
+            told = seen.get(process, {"beat": None, "count": 0, "steps": [], "busy": False})
             if told["beat"] != self._seen.get(process, {}).get("beat"):
                 self._heard[process] = now
             for number, digest in told["steps"]:
@@ -174,7 +175,7 @@ class Lockstep:
                 return f"process {process} ended after {told['count']} steps, process {self.me} has begun {count}"
             if process not in closed and silent > patience:
                 return f"process {process} showed no sign of life for {silent:.0f} s"
-            if told["count"] < count and behind > patience:
+            if told["count"] < count and behind > patience and not told["busy"]:
                 return (
                     f"process {process} has not begun step {count} after {behind:.0f} s: it is at step "
                     f"{told['count']} (process_timeout={self.timeout:g})"

@@ -8,13 +8,14 @@ waited for.
 import contextlib
 import itertools
 from collections import ChainMap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 
 from jaxengine.config import EngineConfig
 from jaxengine.engine.engine import Engine, Occupancy, Weights, check_new
+from jaxengine.engine.lockstep import Lockstep
 from jaxengine.engine.weights import homes, placed
 from jaxengine.host.placement import Placement
 from jaxengine.host.sample import Request
@@ -28,7 +29,7 @@ class Replicas:
         first = engines[0]
         self.model_config, self.tokenizer, self.kernels = first.model_config, first.tokenizer, first.kernels
         self.step_variants = first.step_variants  # what is refused on one is refused on all: their devices are alike
-        self.lockstep = None  # all devices are this process's
+        self.lockstep: Lockstep | None = None  # all devices are this process's
         self._placement = Placement(engine_config.page_size)
         self._ids = itertools.count()
         self._only: int | None = None
@@ -36,22 +37,36 @@ class Replicas:
     # -- requests -----------------------------------------------------------------------------------------------------
 
     @property
-    def requests(self) -> ChainMap[str, Request]:
+    def requests(self) -> Mapping[str, Request]:
         """Unfinished requests by id."""
         return ChainMap(*(engine.requests for engine in self.engines))
+
+    @property
+    def num_replicas(self) -> int:
+        return len(self.engines)
 
     @property
     def has_work(self) -> bool:
         return any(engine.has_work for engine in self.engines)
 
+    @property
+    def owes_answers(self) -> bool:
+        return False
+
+    def loads(self) -> tuple[list[int], int]:
+        """(unfinished samples of each replica, how many of all wait)."""
+        occupied = [engine.occupancy() for engine in self.engines]
+        return [each.waiting + each.running for each in occupied], sum(each.waiting for each in occupied)
+
     def add(self, request: Request, *, with_text: bool = False) -> None:
         """Queue a request on one of the replicas, with all of its samples: they share their prompt's pages."""
-        occupied = [engine.occupancy() for engine in self.engines]
-        num_waiting = sum(each.waiting for each in occupied)
+        loads, num_waiting = self.loads()
         check_new(request, self.requests, self._ids, num_waiting, self.engine_config.max_waiting)
-        loads = [each.waiting + each.running for each in occupied]
         chosen = self._placement.choose(request.prompt_token_ids, loads) if self._only is None else self._only
-        self.engines[chosen].add(request, with_text=with_text)
+        self._serve(chosen, request, with_text)
+
+    def _serve(self, replica: int, request: Request, with_text: bool) -> None:
+        self.engines[replica].add(request, with_text=with_text)
 
     @contextlib.contextmanager
     def only(self, index: int) -> Iterator[None]:

@@ -52,16 +52,22 @@ class Runner:
         remaining = collections.deque(requests)
         try:
             self.queue(requests, with_text=with_text)
-            while not _all_ended(remaining):
+            while not self._are_answered(remaining):
                 if not self.wait_until_it_goes():
                     continue
                 with self.lock:
-                    if not self.is_halted and not _all_ended(remaining):
+                    if not self.is_halted and not self._are_answered(remaining):
                         self.engine.step()
                 self.sweep()
                 yield
         finally:
             self.abort_later(requests)
+
+    def _are_answered(self, remaining: collections.deque[Request]) -> bool:
+        """Whether all have ended; those that have are taken out, so that each is looked at once, however many."""
+        while remaining and remaining[0].is_finished:
+            remaining.popleft()
+        return not remaining and not self.engine.owes_answers
 
     def queue(self, requests: list[Request], *, with_text: bool = False) -> None:
         """Queue a call's requests. Where it raises, the caller gives them to `abort_later`: some may be queued.
@@ -202,10 +208,3 @@ class Runner:
             if self.engine.requests.get(request.request_id) is request:  # else it ended, and its id may be another's
                 self.engine.abort(request.request_id)
             self._to_abort.popleft()
-
-
-def _all_ended(remaining: collections.deque[Request]) -> bool:
-    """Whether all have ended; those that have are taken out, so that each is looked at once, however many there are."""
-    while remaining and remaining[0].is_finished:
-        remaining.popleft()
-    return not remaining

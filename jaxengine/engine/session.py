@@ -25,6 +25,7 @@ from jaxengine.engine.mesh_proof import check_mesh
 from jaxengine.engine.replicas import Replicas
 from jaxengine.engine.runner import Runner
 from jaxengine.engine.scoring_proof import scoring_tiles
+from jaxengine.engine.spread import SpreadReplicas
 from jaxengine.engine.to_outputs import to_output
 from jaxengine.engine.weights import check_alive, homes, placed, prepared
 from jaxengine.host.admission import ON_ERROR, Admission, priorities_of, sampling_of
@@ -37,7 +38,7 @@ from jaxengine.outputs import RequestDelta, RequestOutput
 from jaxengine.sampling_params import SamplingParams
 from jaxengine.text.bad_words import each_with_token_ids
 from jaxengine.text.tokenizer import Tokenizer
-from sharding.mesh import processes_of, replicas
+from sharding.mesh import own_parts, processes_of, replicas
 
 IN_FLIGHT = ("recompute", "keep", "drain")
 SLEEP_LEVELS = (1, 2)
@@ -70,12 +71,26 @@ class Session:
         if engine_config.mesh is None:
             return self._new_replica(engine_config, params)
         configs = [dataclasses.replace(engine_config, mesh=mesh) for mesh in replicas(engine_config.mesh)]
-        if len(configs) > 1 and len(processes_of(engine_config.mesh)) > 1:
-            raise NotImplementedError(
-                "replicas over several processes: start one job for each replica, with data_parallel_size=1"
-            )
-        engines = [self._new_replica(config, params) for config in configs]
-        return engines[0] if len(engines) == 1 else Replicas(engine_config, engines)
+        processes = [processes_of(config.mesh) for config in configs]
+        own = [number for number, each in enumerate(processes) if jax.process_index() in each]
+        everyone = processes_of(engine_config.mesh)
+        params = self._own_parts(params, engine_config)
+        lockstep = Lockstep.of(everyone, engine_config.process_timeout) if len(configs) > 1 else None
+        engines = {number: self._new_replica(configs[number], params) for number in own}
+        if len(configs) == 1:
+            return engines[0]
+        if lockstep is None:
+            return Replicas(engine_config, list(engines.values()))
+        return SpreadReplicas(engine_config, engines, [each[0] for each in processes], lockstep)
+
+    def _own_parts(self, params: Any, engine_config: EngineConfig) -> Any:
+        """Weights that lie over the processes of several replicas, as this process's first replica has them."""
+        mesh = engine_config.mesh
+        if mesh is None or mesh.shape["data"] == 1 or len(processes_of(mesh)) == 1:
+            return params
+        kernels = choose_kernels(engine_config.kernels, self.model_config, mesh)
+        like = homes(params, self.model_config, kernels)
+        return jax.tree.map(lambda x, home: own_parts(x, home, mesh), params, like)
 
     def _new_replica(self, engine_config: EngineConfig, params: Any) -> Engine:
         kernels = choose_kernels(engine_config.kernels, self.model_config, engine_config.mesh)
@@ -198,6 +213,7 @@ class Session:
             raise ValueError(f"in_flight must be one of {', '.join(map(repr, IN_FLIGHT))}, got {in_flight!r}")
         self.runner.check_usable()
         params = to_decoder(params, self.model_config, cast=cast, split=self.engine.kernels.split)
+        params = self._own_parts(params, self.engine_config)
         homes = self.params if self._homes is None else self._homes
         with as_one(self.engine.lockstep, ("update_params", version, in_flight)):
             params = prepared(params, self.model_config, homes, cast=cast)

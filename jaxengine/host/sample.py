@@ -113,6 +113,16 @@ class Sample:
         status = Status.WAITING if drawn.finish_reason is None else Status.FINISHED
         return cls(request, index, arrival, drawn, status, num_recorded=len(drawn.token_ids))
 
+    def end(self, reason: str | None, stop_reason: int | str | None = None) -> None:
+        """No token follows; idempotent."""
+        if self.status is Status.FINISHED:
+            return
+        if self.detokenizer is not None:
+            self.detokenizer.finish()
+        self.matcher = None
+        self.drawn.finish_reason, self.drawn.stop_reason = reason, stop_reason
+        self.status = Status.FINISHED
+
     def restart(self) -> None:
         """Back to the queue with nothing computed.
 

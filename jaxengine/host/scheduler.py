@@ -52,11 +52,7 @@ class Scheduler:
             self.waiting.discard(sample)  # where an interrupt came before it was queued it is not there
         else:
             self._release(sample)
-        if sample.detokenizer is not None:
-            sample.detokenizer.finish()
-        sample.matcher = None
-        sample.drawn.finish_reason, sample.drawn.stop_reason = reason, stop_reason
-        sample.status = Status.FINISHED
+        sample.end(reason, stop_reason)
         self.ended.append(sample)
 
     def _release(self, sample: Sample) -> None:

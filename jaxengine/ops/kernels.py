@@ -32,7 +32,7 @@ from pallas_kernels import implementations
 from pallas_kernels.draw_reference import Draw
 from pallas_kernels.implementations import OF_A_GPU, Implementation
 from sharding.leaves import Leaves
-from sharding.mesh import Split, replicas, with_all_axes
+from sharding.mesh import Split, own_replica, with_all_axes
 
 OF_PLATFORM = {"cpu": "cpu", "tpu": "pallas_tpu", "gpu": "pallas_gpu"}  # what "auto" is
 Stream = Any  # the residual stream `[R, D]` float32 as an implementation passes it on: sums may be left to add
@@ -252,8 +252,8 @@ XLA = Kernels("xla", ProductsInTiles(xla.XlaProducts()), xla.XlaAttention(), xla
 
 
 def checked_for(model_config: ModelConfig, own: Kernels, mesh: Mesh) -> Mesh:
-    """One replica's mesh, the first's. Raises ValueError where its devices cannot share the model's leaves."""
-    mesh, leaves = replicas(with_all_axes(mesh))[0], model_config.reduction_leaves
+    """One replica's mesh, this process's first. Raises ValueError where its devices cannot share the model's leaves."""
+    mesh, leaves = own_replica(with_all_axes(mesh)), model_config.reduction_leaves
     if mesh.shape["expert"] != 1:
         raise ValueError(f"no model here has experts: the mesh's 'expert' has {mesh.shape['expert']} devices")
     degree = mesh.shape["tensor"]

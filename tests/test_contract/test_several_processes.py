@@ -44,9 +44,9 @@ def ended(processes: list[subprocess.Popen], limit: float) -> list[tuple[str, st
             process.kill()
 
 
-def answers(count: int, dtype: str) -> list[dict]:
+def answers(count: int, dtype: str, kind: str = "bits") -> list[dict]:
     """Of each process."""
-    processes = start(count, "bits", dtype)
+    processes = start(count, kind, dtype)
     printed = ended(processes, LIMIT)
     assert [process.returncode for process in processes] == [0] * count, printed
     return [json.loads(out.splitlines()[-1])[dtype] for out, _ in printed]
@@ -64,6 +64,20 @@ def answers(count: int, dtype: str) -> list[dict]:
 def test_bits_of_one(dtype, count):
     (one,) = answers(1, dtype)
     assert one["equal"] and answers(count, dtype) == [one] * count
+
+
+@pytest.mark.parametrize("count", [pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.long)])
+def test_replicas_of_several_processes_have_the_bits_of_one(count):
+    """Each half of the processes has a replica; every process returns what all replicas answered."""
+    (one,) = answers(1, "float32")
+    assert answers(count, "float32", "replicas") == [one] * count
+
+
+@pytest.mark.slow
+def test_verify_names_the_processes():
+    for out, err in ended(start(2, "verified"), LIMIT):
+        *_, axes, holds = out.splitlines()
+        assert (json.loads(axes), holds) == ({"C9": True, "C10": True}, "True"), err
 
 
 TOLD = {
