@@ -1,0 +1,31 @@
+"""A GRPO run has the same bits wherever its trainer and its sampler lie."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+TESTS = pathlib.Path(__file__).parent.parent
+
+
+def run(*arguments: str) -> list[list[dict]]:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
+    script = [sys.executable, str(TESTS / "rl" / "mesh_learning.py")]
+    found = subprocess.run([*script, *arguments], env=environment, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr[-3000:]
+    return json.loads(found.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_a_run_has_one_devices_curve_on_a_mesh():
+    """The trainer on eight devices, the sampler on two replicas of four: other degrees, so weights travel each time."""
+    one = run("1x1", "1x1")[0]
+    assert one == run("1x8", "2x4")[0]
+    for iteration in one:
+        first = iteration["updates"][0]
+        assert (first["ratio_mean"], first["ratio_max"], first["max_delta"]) == (1.0, 1.0, 0.0)
+    assert one[-1]["reward"] > one[0]["reward"] + 0.05
+    assert len({iteration["state"] for iteration in one}) == len(one)
