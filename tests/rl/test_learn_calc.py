@@ -1,5 +1,6 @@
 """The command that teaches calc: it prints the same in another process, and after a stop half way."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -70,6 +71,16 @@ def test_a_short_run_reaches_its_rate():
         change, state = learn.optimizer(run).update(np.full(1, 0.5, np.float32), state)
         sizes.append(-float(change[0]))
     np.testing.assert_allclose(sizes, [0.5, 1, 2 / 3, 1 / 3], rtol=1e-3)
+
+
+def test_help_shows_what_each_setting_means_and_its_default(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["learn", "--help"])
+    with pytest.raises(SystemExit):
+        learn.main()
+    shown = " ".join(capsys.readouterr().out.split())
+    for field in dataclasses.fields(Run):
+        assert f"{field.metadata['help']} (default: {field.default})" in shown
+    assert "iterations between snapshots (default: 20)" in shown
 
 
 def without_seconds(iteration: dict) -> dict:

@@ -116,8 +116,8 @@ def _arguments() -> argparse.Namespace:
     for field in dataclasses.fields(Run):
         choices = sorted(ALGORITHMS) if field.name == "algorithm" else None
         flag = f"--{field.name.replace('_', '-')}"
-        blank = " "  # with a help text, the formatter shows the default
-        parser.add_argument(flag, type=type(field.default), default=field.default, choices=choices, help=blank)
+        meaning = field.metadata["help"]
+        parser.add_argument(flag, type=type(field.default), default=field.default, choices=choices, help=meaning)
     parser.add_argument("--snapshots", type=Path, help="a folder for snapshots; a run continues from the newest in it")
     parser.add_argument("--every", type=int, default=20, help="iterations between snapshots")
     parser.add_argument("--evaluate-every", type=int, default=0, help="iterations between evaluations; 0: no others")
@@ -175,9 +175,9 @@ def main() -> None:
 def _further_sinks(arguments: argparse.Namespace, run: Run) -> list[Sink]:
     further = []
     if arguments.tensorboard is not None:
-        further.append(sinks.tensorboard(arguments.tensorboard))
+        further.append(sinks.TensorBoard(arguments.tensorboard))
     if arguments.wandb is not None:
-        further.append(sinks.wandb(project=arguments.wandb, config=dataclasses.asdict(run)))
+        further.append(sinks.WeightsAndBiases(project=arguments.wandb, config=dataclasses.asdict(run)))
     return further
 
 

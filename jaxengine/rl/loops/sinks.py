@@ -1,7 +1,10 @@
 """Where a run's metrics go: sinks for `learn`, functions of (step, metrics). Any function of these is one."""
 
 import os
+import time
+import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from jaxengine.base.extras import imported
@@ -12,38 +15,48 @@ RECENT = 10  # iterations that the displayed reward is the mean of
 SHOWN = {"entropy": ".3f", "kl": ".4f", "length": ".1f"}  # beside it, of the last iteration
 
 
-def tensorboard(folder: str | os.PathLike[str]) -> Sink:
-    """Writes TensorBoard's event files into the folder; each step is in them when the sink returns.
+class TensorBoard:
+    """Writes TensorBoard's event files into the folder; a step is on the disk when the call returns.
 
     A run that goes on may write into its folder again: TensorBoard then shows the steps that were computed again once.
     Raises ImportError without tensorboardX.
     """
-    library, writers = imported("tensorboardX", "tensorboard"), []
 
-    def sink(step: int, metrics: dict[str, float]) -> None:
-        if not writers:
-            # From here on what is in the folder holds no more. An evaluation goes with an iteration that is in there.
-            again = step if "reward" in metrics else step + 1
-            writers.append(library.SummaryWriter(os.fspath(folder), purge_step=again))
-        for name, value in metrics.items():
-            writers[0].add_scalar(name, value, step)
-        writers[0].flush()
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        # Not its SummaryWriter, whose thread may write after a flush has returned.
+        self._open = imported("tensorboardX.event_file_writer", "tensorboard").EventsWriter
+        self._event = imported("tensorboardX.proto.event_pb2", "tensorboard").Event
+        self._folder, self._writer = Path(folder), None
 
-    return sink
+    def __call__(self, step: int, metrics: dict[str, float]) -> None:
+        if self._writer is None:
+            # What is in the folder holds before this step alone. An evaluation goes with an iteration that is in there.
+            self._writer = self._started(step if "reward" in metrics else step + 1)
+        values = [{"tag": name, "simple_value": value} for name, value in metrics.items()]
+        self._writer.write_event(self._event(step=step, summary={"value": values}, wall_time=time.time()))
+        self._writer.flush()
+
+    def _started(self, step: int) -> Any:
+        """A new file, which takes back what others in the folder have from `step` on."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        writer = self._open(str(self._folder / "events"), f".{time.time_ns()}")  # a name of its own
+        weakref.finalize(self, writer.close)
+        writer.write_event(self._event(step=step, session_log={"status": "START"}, wall_time=time.time()))
+        return writer
 
 
-def wandb(**settings: Any) -> Sink:
-    """Logs to a run of Weights & Biases, which `settings` are given to wandb.init for: project, name, config, mode, …
+class WeightsAndBiases:
+    """Logs to `run`, a run of Weights & Biases; `settings` are given to wandb.init: project, name, config, mode, …
 
-    The process's end, or wandb.finish(), ends it. For a run that goes on: id=NAME and resume="allow"; of steps that it
+    The process's end, or run.finish(), ends it. For a run that goes on: id=NAME and resume="allow"; of steps that it
     had logged already it keeps the first. Raises ImportError without wandb.
     """
-    run = imported("wandb", "wandb").init(**settings)
 
-    def sink(step: int, metrics: dict[str, float]) -> None:
-        run.log(metrics, step=step)
+    def __init__(self, **settings: Any) -> None:
+        self.run = imported("wandb", "wandb").init(**settings)
 
-    return sink
+    def __call__(self, step: int, metrics: dict[str, float]) -> None:
+        self.run.log(metrics, step=step)
 
 
 class ProgressBar:
