@@ -85,6 +85,7 @@ def test_tensorboard(tmp_path):
     assert scalars(tmp_path) == [*expected, (2, "evaluation/y", 1.0)]
 
 
+@pytest.mark.slow  # .ci/run has the library there
 def test_wandb(tmp_path, monkeypatch):
     pytest.importorskip("wandb", reason="pip install 'jaxengine[wandb]' brings it")
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -138,6 +139,7 @@ class Shown:
         self.pictures = []
 
     def display(self, picture, *, display_id):
+        assert display_id and not self.pictures, "a second picture would stand below the first"
         self.pictures.append(picture)
         return self
 
