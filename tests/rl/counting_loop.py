@@ -2,14 +2,16 @@
 
 import dataclasses
 import zlib
-from typing import Any
+from typing import Any, get_origin
 
 import jax.numpy as jnp
 
 from jaxengine.rl.loops.loop import Iteration, Loop
 from jaxengine.rl.train_state import TrainState
 
-NUMBERS: dict[str, Any] = {field.name: 1.0 for field in dataclasses.fields(Iteration)}
+NUMBERS: dict[str, Any] = {  # of an Iteration
+    field.name: {"NAME": 1.0} if get_origin(field.type) is dict else 1.0 for field in dataclasses.fields(Iteration)
+}
 RECORDS = [(f"{a}+{b}=", str(a + b)) for a in range(5) for b in range(3)]
 
 
