@@ -20,8 +20,9 @@ class Progress:
         if self.enabled:
             tqdm.write(text, file=sys.stderr)
 
-    def bar(self, total: int, description: str, unit: str) -> "tqdm":
-        return tqdm(total=total, desc=description, unit=unit, disable=not self.enabled, dynamic_ncols=True)
+    def bar(self, total: int, description: str, unit: str, initial: int = 0) -> "tqdm":
+        silent = not self.enabled
+        return tqdm(total=total, initial=initial, desc=description, unit=unit, disable=silent, dynamic_ncols=True)
 
     def counter(self, description: str, unit: str) -> Callable[[int, int], None]:
         """A callback(done, total) that draws a bar and closes it at the end."""

@@ -1,5 +1,6 @@
 """The command that teaches calc: it prints the same in another process, and after a stop half way."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -53,15 +54,6 @@ def test_a_run_without_problems_is_refused(change, error):
         learn.build(Run(**change))
 
 
-def test_a_folder_of_another_run_is_refused(tmp_path):
-    learn.claim(tmp_path / "new", Run(seed=1))
-    learn.claim(tmp_path / "new", Run(seed=1))
-    with pytest.raises(
-        ValueError, match=r"belongs to another run: rate=.* there, 0.5 given; seed=1 there, 2 given\. Give the same"
-    ):
-        learn.claim(tmp_path / "new", Run(seed=2, rate=0.5))
-
-
 def test_the_rate_rises_and_falls():
     run = Run(iterations=10, warm_up=2, mini_batches=2, rate=1.0)
     state, sizes = learn.optimizer(run).init(np.ones(1, np.float32)), []
@@ -79,6 +71,16 @@ def test_a_short_run_reaches_its_rate():
         change, state = learn.optimizer(run).update(np.full(1, 0.5, np.float32), state)
         sizes.append(-float(change[0]))
     np.testing.assert_allclose(sizes, [0.5, 1, 2 / 3, 1 / 3], rtol=1e-3)
+
+
+def test_help_shows_what_each_setting_means_and_its_default(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["learn", "--help"])
+    with pytest.raises(SystemExit):
+        learn.main()
+    shown = " ".join(capsys.readouterr().out.split())
+    for field in dataclasses.fields(Run):
+        assert f"{field.metadata['help']} (default: {field.default})" in shown
+    assert "iterations between snapshots (default: 20)" in shown
 
 
 def without_seconds(iteration: dict) -> dict:
@@ -154,4 +156,4 @@ def test_ctrl_c_keeps_what_was_done(tmp_path, monkeypatch, capsys):
     assert f"goes on after iteration 2 of 3, from {folder}" in printed.out and "3/3" in printed.err
     after = json.loads(file.read_text())
     assert after[:2] == before and [iteration["version"] for iteration in after] == [0, 1, 2]
-    assert len((folder / "history.jsonl").read_text().splitlines()) == 3
+    assert len((folder / "history.jsonl").read_text().splitlines()) == 3 + 2  # evaluated before and after

@@ -2,28 +2,26 @@
 
 It prints the accuracy on held-out problems before and after, the reward as it goes, and a digest of the final state.
 Two runs of one command print the same digest, and so does a run that was stopped and then continued from its snapshot
-in the folder that `--snapshots` names. Ctrl-C stops it after the iteration that is under way.
+in the folder that `--snapshots` names. Ctrl-C and SIGTERM stop it after the iteration that is under way.
 """
 
 import argparse
 import dataclasses
 import hashlib
 import json
+import math
 import signal
+import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 import optax
 from tqdm import tqdm
 
-from checkpoints import snapshots
 from checkpoints.model_folder import find_folder
 from jaxengine.base.keys import seeded
-from jaxengine.base.signals import noted
 from jaxengine.config import ModelConfig
 from jaxengine.engine.contract_digest import weights_digest
 from jaxengine.models import loading
@@ -34,8 +32,11 @@ from jaxengine.rl.calc.model import build_tokenizer, write_tokenizer
 from jaxengine.rl.calc.run import Run, check, held_out_problems, problems
 from jaxengine.rl.calc.train import HELD_OUT_PROBLEMS, grade
 from jaxengine.rl.global_norm import clip_by_global_norm
-from jaxengine.rl.loops import history
-from jaxengine.rl.loops.loop import Iteration, Loop, judged_by
+from jaxengine.rl.loops import sinks
+from jaxengine.rl.loops.driver import Outcome, learn
+from jaxengine.rl.loops.loop import Loop, judged_by
+from jaxengine.rl.loops.run_folder import RunFolder
+from jaxengine.rl.loops.sinks import RECENT, ProgressBar, Sink
 from jaxengine.rl.objective import ALGORITHMS
 from jaxengine.rl.train_state import TrainerConfig, TrainState
 from jaxengine.rl.trainer import Trainer
@@ -43,9 +44,6 @@ from jaxengine.sampling_params import SamplingParams
 from jaxengine.text.tokenizer import Tokenizer
 
 MODEL = "calc"
-RECENT = 10  # iterations that the displayed reward is the mean of
-HISTORY = "history.jsonl"  # beside the snapshots
-CTRL_C = "\nCtrl-C: this iteration ends first; once more ends at once"
 LONGEST_PROMPT, LONGEST_ANSWER = 8, 6  # tokens: "(9-9)*9=", and "-1234" with its end token
 
 
@@ -105,63 +103,6 @@ def held_out(model_config: ModelConfig, params: Decoder, run: Run) -> tuple[floa
     return float(right.mean()), float(probability.mean())
 
 
-def learn(
-    run: Run,
-    loop: Loop,
-    state: TrainState,
-    *,
-    folder: Path | None = None,
-    every: int = 0,
-    stop: int | None = None,
-    is_asked_to_stop: Callable[[], bool] = lambda: False,
-    report: Callable[[Iteration], Any] | None = None,
-) -> TrainState:
-    """The state after `run.iterations` iterations, after `stop` of them, or when it is asked to stop; `report` is
-    called after each.
-
-    With a `folder`, one that `resumed` has claimed for the run, each iteration is written down there, and so is a
-    snapshot every `every` iterations and at the end.
-    """
-    last = run.iterations if stop is None else min(stop, run.iterations)
-    while int(state.version) < last and not is_asked_to_stop():
-        state, iteration = loop.iterate(state)
-        if folder is not None:
-            history.append(folder / HISTORY, iteration)
-        if report is not None:
-            report(iteration)
-        if folder is not None and every and int(state.version) % every == 0:
-            snapshots.save(folder, int(state.version), state)
-    if folder is not None and int(state.version) not in snapshots.steps(folder):
-        snapshots.save(folder, int(state.version), state)
-    return state
-
-
-def resumed(run: Run, state: TrainState, folder: Path) -> tuple[TrainState, list[dict[str, Any]]]:
-    """(the newest snapshot in the folder, or `state` where there is none; the iterations before it).
-
-    Raises ValueError where the folder has another run's settings.
-    """
-    claim(folder, run)
-    if snapshots.steps(folder):
-        state = snapshots.restore(folder, state)
-    return state, history.kept(folder / HISTORY, int(state.version))
-
-
-def claim(folder: Path, run: Run) -> None:
-    """Write the run's settings beside its snapshots. Raises ValueError where the folder has another run's settings."""
-    path, settings = folder / "run.json", dataclasses.asdict(run)
-    if path.exists():
-        earlier = json.loads(path.read_text())
-        changed = [name for name, value in settings.items() if earlier.get(name) != value]
-        if changed:
-            differences = "; ".join(f"{name}={earlier.get(name)} there, {settings[name]} given" for name in changed)
-            raise ValueError(
-                f"{folder} belongs to another run: {differences}. Give the same settings to go on, or another folder"
-            )
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(settings, indent=2) + "\n")
-
-
 def state_digest(state: TrainState) -> str:
     """SHA-256 of every bit of the state: weights, the optimiser's moments, counters and key."""
     return hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(state))).hexdigest()
@@ -175,12 +116,15 @@ def _arguments() -> argparse.Namespace:
     for field in dataclasses.fields(Run):
         choices = sorted(ALGORITHMS) if field.name == "algorithm" else None
         flag = f"--{field.name.replace('_', '-')}"
-        blank = " "  # with a help text, the formatter shows the default
-        parser.add_argument(flag, type=type(field.default), default=field.default, choices=choices, help=blank)
+        meaning = field.metadata["help"]
+        parser.add_argument(flag, type=type(field.default), default=field.default, choices=choices, help=meaning)
     parser.add_argument("--snapshots", type=Path, help="a folder for snapshots; a run continues from the newest in it")
     parser.add_argument("--every", type=int, default=20, help="iterations between snapshots")
+    parser.add_argument("--evaluate-every", type=int, default=0, help="iterations between evaluations; 0: no others")
     parser.add_argument("--stop", type=int, help="end after so many iterations of the run, as Ctrl-C would")
     parser.add_argument("--json", type=Path, help="write reward and metrics of all iterations there, also on Ctrl-C")
+    parser.add_argument("--tensorboard", type=Path, metavar="FOLDER", help="write metrics there, for TensorBoard")
+    parser.add_argument("--wandb", metavar="PROJECT", help="log metrics to Weights & Biases")
     parser.add_argument("--out", type=Path, help="write the trained model's folder there, a new one")
     return parser.parse_args()
 
@@ -191,73 +135,67 @@ def main() -> None:
     if arguments.out:
         arguments.out.mkdir(parents=True)  # now, because after the training it is too late to fail
     loop, state = build(run)
-    model_config, start = loop.trainer.model_config, time.monotonic()
-    done: list[dict[str, Any]] = []
+    start, folder, done = time.monotonic(), None, 0
     if arguments.snapshots is not None:
-        state, done = resumed(run, state, arguments.snapshots)
-        if int(state.version):
-            print(f"goes on after iteration {int(state.version)} of {run.iterations}, from {arguments.snapshots}")
-    _print_accuracy("before: ", held_out(model_config, loop.trainer.policy(state), run))
-    bar = tqdm(total=run.iterations, initial=int(state.version), desc=run.algorithm, unit="iteration")
-    with bar, noted(signal.SIGINT, CTRL_C, then=signal.default_int_handler) as is_asked_to_stop:
-        bar.set_postfix_str("the first iteration compiles")
+        folder = RunFolder(arguments.snapshots, dataclasses.asdict(run), every=arguments.every)
+        done = folder.step
+    if done:
+        print(f"goes on after iteration {done} of {run.iterations}, from {arguments.snapshots}")
 
-        def report(iteration: Iteration) -> None:
-            done.append(dataclasses.asdict(iteration))
-            bar.set_postfix(_shown(done), refresh=False)
-            bar.update(iteration.version + 1 - bar.n)
+    def evaluate(state: TrainState) -> dict[str, float]:
+        greedy, sampled = held_out(loop.trainer.model_config, loop.trainer.policy(state), run)
+        return {"greedy": greedy, "sampled": sampled}
 
-        state = learn(
-            run,
+    with ProgressBar(run.iterations, done=done, name=run.algorithm) as bar:
+        outcome = learn(
             loop,
             state,
-            folder=arguments.snapshots,
-            every=arguments.every,
+            run.iterations,
+            folder=folder,
+            sinks=[bar, _print_accuracy, *_further_sinks(arguments, run)],
+            evaluate=evaluate,
+            evaluate_every=arguments.evaluate_every,
             stop=arguments.stop,
-            is_asked_to_stop=is_asked_to_stop,
-            report=report,
         )
-        was_stopped = is_asked_to_stop()
+    iterations, policy = outcome.history.iterations, loop.trainer.policy(outcome.state)
     if arguments.json:
-        arguments.json.write_text(json.dumps(done))
-    if was_stopped:
-        _say_how_to_go_on(int(state.version), run, arguments.snapshots)
-        raise SystemExit(128 + signal.SIGINT)
-    minutes, policy = (time.monotonic() - start) / 60, loop.trainer.policy(state)
-    _print_accuracy("after:  ", held_out(model_config, policy, run))
-    print(f"{minutes:.1f} minutes; reward of the last {RECENT} iterations {_mean_reward(done):.3f}")
-    print(f"weights {weights_digest(policy)[:16]}, state {state_digest(state)[:16]}")
+        arguments.json.write_text(json.dumps(iterations))
+    if not outcome.is_over:
+        _say_how_to_go_on(outcome, run, arguments.snapshots)
+    if outcome.ended_by in signal.Signals.__members__:
+        raise SystemExit(128 + signal.Signals[outcome.ended_by])
+    reward = float(np.mean([iteration["reward"] for iteration in iterations[-RECENT:]])) if iterations else math.nan
+    print(f"{(time.monotonic() - start) / 60:.1f} minutes; reward of the last {RECENT} iterations {reward:.3f}")
+    print(f"weights {weights_digest(policy)[:16]}, state {state_digest(outcome.state)[:16]}")
     if arguments.out:
-        loading.save(arguments.out, model_config, policy)
+        loading.save(arguments.out, loop.trainer.model_config, policy)
         write_tokenizer(arguments.out, build_tokenizer())
 
 
-def _mean_reward(done: list[dict[str, Any]]) -> float:
-    """Of the last RECENT iterations; NaN where there is none."""
-    return float(np.mean([iteration["reward"] for iteration in done[-RECENT:]])) if done else float("nan")
+def _further_sinks(arguments: argparse.Namespace, run: Run) -> list[Sink]:
+    further = []
+    if arguments.tensorboard is not None:
+        further.append(sinks.TensorBoard(arguments.tensorboard))
+    if arguments.wandb is not None:
+        further.append(sinks.WeightsAndBiases(project=arguments.wandb, config=dataclasses.asdict(run)))
+    return further
 
 
-def _shown(done: list[dict[str, Any]]) -> dict[str, str]:
-    """What stands beside the bar: the mean reward of RECENT iterations, and of the last one what else is watched."""
-    last = done[-1]
-    return {
-        "reward": f"{_mean_reward(done):.3f}",
-        "entropy": f"{last['entropy']:.3f}",
-        "kl": f"{last['updates'][-1]['kl']:.4f}",
-        "length": f"{last['length']:.1f}",
-    }
+def _print_accuracy(step: int, metrics: dict[str, float]) -> None:
+    """A sink that prints evaluations, above the bar."""
+    if "evaluation/greedy" in metrics:
+        greedy, sampled = metrics["evaluation/greedy"], metrics["evaluation/sampled"]
+        tqdm.write(f"held out, after {step} iterations: greedy {greedy:.3f}, sampled {sampled:.3f}")
+        sys.stdout.flush()
 
 
-def _say_how_to_go_on(version: int, run: Run, folder: Path | None) -> None:
-    print(f"stopped by Ctrl-C after iteration {version} of {run.iterations}")
+def _say_how_to_go_on(outcome: Outcome, run: Run, folder: Path | None) -> None:
+    by = {"SIGINT": "Ctrl-C", "stop": "--stop"}.get(outcome.ended_by, outcome.ended_by)
+    print(f"stopped by {by} after iteration {int(outcome.state.version)} of {run.iterations}")
     if folder is None:
         print("nothing was kept: give --snapshots FOLDER to be able to go on")
     else:
         print(f"kept in {folder}: the same command goes on from there, to the bits of a run that was not stopped")
-
-
-def _print_accuracy(when: str, accuracy: tuple[float, float]) -> None:
-    print("held out, {}greedy {:.3f}, sampled {:.3f}".format(when, *accuracy), flush=True)
 
 
 if __name__ == "__main__":

@@ -4,34 +4,34 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from jaxengine.rl.calc import arithmetic
 from jaxengine.rl.calc.arithmetic import Problem
 from jaxengine.rl.train_state import check_parts
 
 
+def _setting(default: Any, meaning: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": meaning})
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Everything but the machine that a run's bits depend on.
+    """Everything but the machine that a run's bits depend on."""
 
-    The learning rate rises to `rate` in `warm_up` iterations, or a quarter of all where those are fewer, and falls to 0
-    at the last. Problems are of the `kinds` named, with numbers of at most `digits` digits. `kl` is the coefficient of
-    the penalty to the initial weights.
-    """
-
-    algorithm: str = "grpo"
-    iterations: int = 200
-    prompts: int = 64
-    samples: int = 8
-    epochs: int = 1
-    mini_batches: int = 1
-    micro_batches: int = 1
-    rate: float = 3e-4
-    warm_up: int = 5
-    kl: float = 0.0
-    kinds: str = " ".join(arithmetic.KINDS)
-    digits: int = 3
-    seed: int = 0
+    algorithm: str = _setting("grpo", "whose objective it is; jaxengine/rl/README.md says what each name means")
+    iterations: int = _setting(200, "of generating, judging and learning")
+    prompts: int = _setting(64, "problems of an iteration")
+    samples: int = _setting(8, "completions of a problem, which are compared with each other")
+    epochs: int = _setting(1, "passes over an iteration's samples")
+    mini_batches: int = _setting(1, "updates of an epoch")
+    micro_batches: int = _setting(1, "parts of an update: more take less memory")
+    rate: float = _setting(3e-4, "the learning rate after the warm-up; it falls to 0 at the last iteration")
+    warm_up: int = _setting(5, "iterations in which the rate rises, at most a quarter of all")
+    kl: float = _setting(0.0, "coefficient of the penalty that holds the policy near the initial weights")
+    kinds: str = _setting(" ".join(arithmetic.KINDS), "kinds of problems, with spaces between them")
+    digits: int = _setting(3, "of the longest number in a problem")
+    seed: int = _setting(0, "of problems, completions and the order of mini-batches")
 
 
 LEAST = dict(iterations=1, prompts=1, samples=1, epochs=1, mini_batches=1, micro_batches=1, warm_up=0, kl=0.0, rate=0.0)
