@@ -18,15 +18,16 @@ from jaxengine.base.keys import key_of
 from jaxengine.functional import generate
 from jaxengine.models.params import Decoder
 from jaxengine.outputs import RequestOutput
-from jaxengine.rl.metrics import mean_over, of_rewards
-from jaxengine.rl.rewards import Reward, compute_rewards
+from jaxengine.rl.metrics import mean_over, mean_reward, of_rewards
+from jaxengine.rl.rewards import Rewarding, Rewards, compute_rewards
 from jaxengine.rl.rewards.bounded import DEFAULT_TIMEOUT
+from jaxengine.rl.rewards.weighted import weighted
 from jaxengine.rl.rollout import Rollout
 from jaxengine.rl.train_state import DRAWS, TrainState
 from jaxengine.rl.trainer import Trainer
 from jaxengine.text.tokenizer import Tokenizer
 
-Judge = Callable[[Sequence[RequestOutput], Sequence[Any]], Float[np.ndarray, " B"]]  # (outputs, answers) -> rewards
+Judge = Callable[[Sequence[RequestOutput], Sequence[Any]], Rewards | Float[np.ndarray, " B"]]  # (outputs, answers) -> …
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Iteration:
 
     version: int  # of the weights that generated
     reward: float  # mean over samples
+    rewards: dict[str, float]  # of each reward that the judge names, the mean over the samples that have one
     deviation: float  # of the rewards
     no_spread: float  # share of groups whose rewards are all equal: they teach nothing without a critic
     left_out: float  # share without a reward, or with one that is not finite
@@ -72,13 +74,15 @@ class Loop:
         version, start = int(state.version), time.monotonic()
         prompts, answers = zip(*self.problems(version), strict=True)
         outputs = self.generate(state, prompts)
-        rewards = np.asarray(self.judge(outputs, answers), np.float32)
+        found = self.judge(outputs, answers)
+        rewards = np.asarray(found.values if isinstance(found, Rewards) else found, np.float32)
         rollout = Rollout.from_outputs(outputs, length=self.length)
         judged, generated = of_rewards(rewards, rollout.group), time.monotonic()
         state, updates = self.trainer.train(state, rollout, rewards, reference=self.reference)
         return state, Iteration(
             version=version,
             reward=judged.mean,
+            rewards={name: mean_reward(x) for name, x in found.parts.items()} if isinstance(found, Rewards) else {},
             deviation=judged.deviation,
             no_spread=judged.no_spread,
             left_out=judged.left_out,
@@ -106,22 +110,31 @@ class Loop:
 
 
 def judged_by(
-    reward: Reward, *, timeout: float = DEFAULT_TIMEOUT, failed: float = math.nan, workers: int | None = None
-) -> Judge:
+    reward: Rewarding,
+    *,
+    reward_weights: Sequence[float] | None = None,
+    timeout: float = DEFAULT_TIMEOUT,
+    failed: float = math.nan,
+    workers: int | None = None,
+) -> Callable[[Sequence[RequestOutput], Sequence[Any]], Rewards]:
     """A judge that calls `reward(prompt, completion, answer)` for each sample, as compute_rewards does.
 
-    A sample whose reward fails, or that the engine ended with an error, has the reward `failed`, with a warning; NaN
-    leaves it out.
+    Several rewards, a list or a mapping of names, add up with their `reward_weights`, as in TRL; Iteration.rewards has
+    the mean of each. A sample of which a reward fails, or that the engine ended with an error, has the reward `failed`,
+    with a warning; NaN leaves it out. Raises ValueError as compute_rewards does, for names and weights at once.
     """
+    weighted(reward, reward_weights)
 
-    def judge(outputs: Sequence[RequestOutput], answers: Sequence[Any]) -> Float[np.ndarray, " B"]:
-        found = compute_rewards(outputs, answers, reward, timeout=timeout, failed=failed, workers=workers)
+    def judge(outputs: Sequence[RequestOutput], answers: Sequence[Any]) -> Rewards:
+        found = compute_rewards(
+            outputs, answers, reward, reward_weights=reward_weights, timeout=timeout, failed=failed, workers=workers
+        )
         if found.failures:
             row, reason = next(iter(found.failures.items()))
             warnings.warn(
                 f"{len(found.failures)} of {len(found.values)} samples have no reward; the first, row {row}: {reason}",
                 stacklevel=2,
             )
-        return found.values
+        return found
 
     return judge

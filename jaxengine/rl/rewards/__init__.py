@@ -2,7 +2,7 @@
 
 `exact_match` is a plain function. `regular_expression` and `math_equivalence` run in worker processes, because
 matching or simplifying what a model wrote can take for ever. `python_program` runs what the model wrote in a process
-with limits.
+with limits. Several rewards add up with weights, and each is reported by its name (`weighted`).
 """
 
 from jaxengine.rl.rewards.bounded import Reward
@@ -16,11 +16,13 @@ from jaxengine.rl.rewards.judging import (
     regular_expression,
 )
 from jaxengine.rl.rewards.program_check import ProgramLimits
+from jaxengine.rl.rewards.weighted import Rewarding
 
 __all__ = [
     "Isolated",
     "ProgramLimits",
     "Reward",
+    "Rewarding",
     "Rewards",
     "compute_rewards",
     "exact_match",

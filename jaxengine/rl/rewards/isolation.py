@@ -32,6 +32,7 @@ class Isolated(Bounded):
     """
 
     def __init__(self, function: Callable[..., Any], *, memory: int = WORKER_MEMORY, **options: Any) -> None:
+        self.__name__ = function.__name__
         self._setup = {
             "module": function.__module__,
             "name": function.__qualname__,
