@@ -43,8 +43,8 @@ def test_rewards_add_up_with_their_weights_and_each_is_told():
     assert alone.values.tolist() == [2] and alone.parts["short"].tolist() == [2]
 
 
-@pytest.mark.parametrize("rewards, failing", [([inverse, right], "inverse"), ([right, inverse], "inverse")])
-def test_a_part_that_fails_fails_its_sample(rewards, failing):
+@pytest.mark.parametrize("rewards", [[inverse, right], [right, inverse]], ids=["first", "last"])
+def test_a_part_that_fails_fails_its_sample(rewards):
     """Whichever part it is, and whatever it weighs; the parts that did not fail keep their values."""
     batch = outputs(["a", "aa", "aaa"], ["broken"])
     found = compute_rewards(batch, ["a", "b"], rewards, reward_weights=[0.0, 1.0], failed=np.nan)

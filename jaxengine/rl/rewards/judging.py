@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from jaxengine.outputs import CompletionOutput, RequestOutput
-from jaxengine.rl.rewards.bounded import DEFAULT_TIMEOUT
+from jaxengine.outputs import UNDRAWN, CompletionOutput, RequestOutput
+from jaxengine.rl.rewards.bounded import DEFAULT_TIMEOUT, Reward
 from jaxengine.rl.rewards.isolation import Isolated
 from jaxengine.rl.rewards.program_check import ProgramCheck, ProgramLimits
 from jaxengine.rl.rewards.reward_functions import matches
@@ -48,7 +48,8 @@ def compute_rewards(
 ) -> Rewards:
     """`reward(prompt, completion, answer)` of every sample, `workers` at a time (None: one for each core).
 
-    `answers` has one for each prompt. `prompt` is the prompt's text, None where it was given as token ids. Several
+    `answers` has one for each prompt. `prompt` is the prompt's text, None where it was given as token ids. A reward
+    with parameters finish_reason, token_ids or num_tokens gets those of the sample too (bounded.FACTS). Several
     rewards, a list or a mapping of names, add up, each multiplied by its one of `reward_weights` (1 without them).
 
     The value is `failed`, and the reason is in `failures`, where any of a sample's rewards raises, takes longer than
@@ -90,9 +91,19 @@ def _judge(reward: WeightedReward, timeout: float, prompt: Any, sample: Completi
     if sample.finish_reason == "error":
         return Verdict(failure=f"the engine ended the sample with an error: {sample.stop_reason}")
     try:
-        return Verdict(reward.function.within(timeout, prompt, sample.text, answer))
+        facts = {name: _fact(sample, name) for name in reward.function.asks_for}
+        return Verdict(reward.function.within(timeout, prompt, sample.text, answer, **facts))
     except BaseException as error:  # whatever a reward raises, the other samples still get theirs
         return Verdict(failure=f"{reward.name}: {describe(error)}")
+
+
+def _fact(sample: CompletionOutput, name: str) -> Any:
+    """One of bounded.FACTS."""
+    if name != "num_tokens":
+        return getattr(sample, name)
+    return len(sample.token_ids) - sum(
+        span.stop - span.start for span in sample.weight_versions if span.version == UNDRAWN
+    )
 
 
 def exact_match(prompt: Any, completion: str, answer: Any) -> float:
@@ -123,6 +134,22 @@ def math_equivalence() -> Isolated:
     from jaxengine.rl.rewards.math_reward import math_equivalent  # here, because it imports the library
 
     return Isolated(math_equivalent)
+
+
+def overlong_penalty(*, max_tokens: int, cache: int) -> Reward:
+    """0 for a completion of at most max_tokens - cache tokens, from there falling evenly to -1 at max_tokens.
+
+    DAPO's soft overlong punishment, Yu et al. 2025, arXiv:2503.14476, eq. 13, with L_max = max_tokens, that of the
+    sampling parameters, and L_cache = cache. It is named "overlong". Raises ValueError where cache is not within
+    1 … max_tokens.
+    """
+    if not 1 <= cache <= max_tokens:
+        raise ValueError(f"cache must be within 1 … max_tokens={max_tokens} tokens, got {cache}")
+
+    def overlong(prompt: Any, completion: str, answer: Any, *, num_tokens: int) -> float:
+        return max(min(max_tokens - cache - num_tokens, 0) / cache, -1.0)
+
+    return overlong
 
 
 def python_program(limits: ProgramLimits | None = None) -> ProgramCheck:
