@@ -32,6 +32,9 @@ class TrainerConfig:
     # For several updates of a rollout that top-k, top-p or min-p cut: score over what they kept at the draw, because a
     # drawn token that the new weights would cut off has ratio 0. It costs one pass of scoring.
     keep_sampling_mask: bool = False
+    # DAPO's overlong filtering: a sample that ended by "length", that max_tokens or the context cut off, counts in its
+    # group's mean and deviation and has no loss. Its tokens are out of the mask, and out of what averages divide by.
+    mask_truncated: bool = False
     value_coefficient: float = 0.5  # of the critic's loss
     value_clip: float = 0.2  # how far a value may move from the old one (losses.value_loss)
     discount: float = 1.0  # γ of the generalized advantages

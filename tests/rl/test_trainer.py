@@ -223,7 +223,7 @@ def test_a_sample_without_a_reward_is_left_out(drawn):
 @pytest.mark.parametrize(
     "change, error",
     [
-        (dict(rewards=np.ones(3)), r"rewards must be \[16\], one a sample, got \[3\]"),
+        (dict(rewards=np.ones(3)), r"rewards must be \[16\], one a sample, or \[16, 20\], one a token, got \[3\]"),
         (dict(mini_batches=3), r"16 samples are no multiple of mini_batches · micro_batches = 3 · 1"),
         (
             dict(objective=dataclasses.replace(ALGORITHMS["grpo"], kl_coefficient=0.1)),
