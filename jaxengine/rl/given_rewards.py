@@ -40,7 +40,8 @@ def of_samples(rewards: Given) -> Float[np.ndarray, " B"]:
     """
     if np.ndim(rewards) == 1:
         return np.asarray(rewards, np.float32)
-    return np.cumsum(np.asarray(rewards, np.float32), axis=-1, dtype=np.float64)[:, -1].astype(np.float32)
+    with np.errstate(invalid="ignore"):  # infinities of both signs
+        return np.cumsum(np.asarray(rewards, np.float32), axis=-1, dtype=np.float64)[:, -1].astype(np.float32)
 
 
 class SampleAndTokenRewards(NamedTuple):

@@ -11,7 +11,8 @@ from jaxengine.device.sampling_mask import SamplingMask
 from jaxengine.rl.objective import ALGORITHMS, Objective
 from jaxengine.sampling_params import SamplingParams
 
-DRAWS, SHUFFLES = 0, 1  # what the state's key is folded with: for completions, and for the order of mini-batches
+# What the state's key is folded with: for completions, for the order of mini-batches, for completions of refills
+DRAWS, SHUFFLES, REFILLS = 0, 1, 2
 
 
 @strict_keywords

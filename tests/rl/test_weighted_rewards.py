@@ -89,7 +89,7 @@ class Learning:
 class Written(Loop):
     """A loop whose model writes what the problems say."""
 
-    def generate(self, state, prompts):
+    def generate(self, state, prompts, number=0):
         return outputs(*prompts)
 
 
