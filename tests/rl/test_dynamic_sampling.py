@@ -130,11 +130,9 @@ def test_a_group_without_rewards_is_replaced_too():
         rewards[rewards == 2], rewards[rewards == 4] = np.nan, np.inf
         return rewards
 
-    loop = written(1, judge)
+    loop = written(1, judge, further=lambda i, r: [*FURTHER[r], SAME, SAME])
     _, rewards = run(loop)
-    assert (
-        rewards == [[5, 6], [0, 9], [3, np.inf], [0, 0], [7, 7]] and len(loop.drawn[1][1]) == 4
-    )  # five were asked for
+    assert rewards == [[5, 6], [0, 9], [3, np.inf], [0, 0], [7, 7]] and len(loop.drawn[1][1]) == 5
 
 
 @pytest.mark.parametrize(
