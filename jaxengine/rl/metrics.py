@@ -55,13 +55,25 @@ def of_rewards(rewards: Float[np.ndarray, " B"], group: Int[np.ndarray, " B"]) -
     """What a batch's rewards are like."""
     counts = np.isfinite(rewards)
     kept, of = rewards[counts].astype(np.float64), group[counts]
-    spreads = [np.ptp(kept[of == name]) for name in np.unique(of)]
+    spreads = [has_spread(kept[of == name]) for name in np.unique(of)]
     return RewardMetrics(
-        mean=float(kept.mean()) if len(kept) else math.nan,
+        mean=mean_reward(rewards),
         deviation=float(kept.std()) if len(kept) else math.nan,
-        no_spread=float(np.mean([spread == 0 for spread in spreads])) if spreads else 0.0,
+        no_spread=float(1 - np.mean(spreads)) if spreads else 0.0,
         left_out=float(1 - counts.mean()),
     )
+
+
+def has_spread(rewards: Float[np.ndarray, " G"]) -> bool:
+    """Whether the rewards of a group differ, of those that are finite."""
+    kept = rewards[np.isfinite(rewards)]
+    return len(kept) > 0 and bool(kept.max() > kept.min())
+
+
+def mean_reward(rewards: Float[np.ndarray, " B"]) -> float:
+    """The mean of the rewards that are finite; NaN without one."""
+    kept = rewards[np.isfinite(rewards)]
+    return float(kept.mean(dtype=np.float64)) if len(kept) else math.nan
 
 
 def mean_over(x: Array, mask: Bool[Array, "B T"]) -> Float[Array, ""]:

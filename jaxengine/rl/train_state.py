@@ -11,7 +11,8 @@ from jaxengine.device.sampling_mask import SamplingMask
 from jaxengine.rl.objective import ALGORITHMS, Objective
 from jaxengine.sampling_params import SamplingParams
 
-DRAWS, SHUFFLES = 0, 1  # what the state's key is folded with: for completions, and for the order of mini-batches
+# What the state's key is folded with: for completions, for the order of mini-batches, for completions of refills
+DRAWS, SHUFFLES, REFILLS = 0, 1, 2
 
 
 @strict_keywords
@@ -32,6 +33,9 @@ class TrainerConfig:
     # For several updates of a rollout that top-k, top-p or min-p cut: score over what they kept at the draw, because a
     # drawn token that the new weights would cut off has ratio 0. It costs one pass of scoring.
     keep_sampling_mask: bool = False
+    # DAPO's overlong filtering: a sample that ended by "length", that max_tokens or the context cut off, counts in its
+    # group's mean and deviation and has no loss. Its tokens are out of the mask, and out of what averages divide by.
+    mask_truncated: bool = False
     value_coefficient: float = 0.5  # of the critic's loss
     value_clip: float = 0.2  # how far a value may move from the old one (losses.value_loss)
     discount: float = 1.0  # γ of the generalized advantages

@@ -29,6 +29,7 @@ from jaxengine.ops.kernels import choose_kernels
 from jaxengine.rl import advantages as estimators
 from jaxengine.rl import critic, metrics
 from jaxengine.rl.critic import ActorCritic, Forward
+from jaxengine.rl.given_rewards import Given, by_sample_and_token, check_rewards
 from jaxengine.rl.global_norm import global_norm
 from jaxengine.rl.losses import correction_weights, kl_penalty, policy_loss, token_shares, token_weights, value_loss
 from jaxengine.rl.rollout import Rollout
@@ -87,13 +88,14 @@ class Trainer:
         return TrainState(master, moments, whole, whole, whole)
 
     def train(
-        self, state: TrainState, rollout: Rollout, rewards: Float[np.ndarray, " B"], *, reference: Decoder | None = None
+        self, state: TrainState, rollout: Rollout, rewards: Given, *, reference: Decoder | None = None
     ) -> tuple[TrainState, list[dict[str, float]]]:
         """All updates of one rollout: the state with the next version of the weights, and the metrics of each update.
 
-        `rewards` are one for each sample. A sample whose reward is NaN is left out. `state` is donated. Raises
-        ValueError where the number of samples is no multiple of mini_batches · micro_batches. Metrics of the policy are
-        over the samples that have a gradient, of whose tokens measured_share says the share.
+        `rewards` are one for each sample, `[B]`, or one for each token, `[B, T]` (given_rewards.py). A sample with a
+        reward that is not finite is left out. `state` is donated. Raises ValueError where the number of samples is no
+        multiple of mini_batches · micro_batches. Metrics of the policy are over the samples that have a gradient, of
+        whose tokens measured_share says the share.
         """
         whole, updates = self.batch(state, rollout, rewards, reference=reference), []
         for batch in self._mini_batches(state, whole):
@@ -102,33 +104,31 @@ class Trainer:
         state = dataclasses.replace(state, version=state.version + 1)
         return state, [{name: float(x) for name, x in values.items()} for values in jax.device_get(updates)]
 
-    def batch(
-        self, state: TrainState, rollout: Rollout, rewards: Float[np.ndarray, " B"], *, reference: Decoder | None = None
-    ) -> Batch:
+    def batch(self, state: TrainState, rollout: Rollout, rewards: Given, *, reference: Decoder | None = None) -> Batch:
         """A rollout with its advantages, and what else the objective needs.
 
-        Raises ValueError where `rewards` are not one for each sample, where a KL penalty has no `reference`, where
-        rewards are compared within groups and each sample is a group of its own, and where `score` raises.
+        Raises ValueError where `rewards` are not one for each sample or token, or are not 0 outside the rollout's mask,
+        where a KL penalty has no `reference`, where rewards are compared within groups and each sample is a group of
+        its own, where truncated samples are to be masked and the rollout has no finish_reasons, and where `score`
+        raises.
         """
-        rewards = np.asarray(rewards, np.float32)
         check_scored(rollout.tokens, rollout.mask, self.model_config)
         check_sampling_mask(rollout.sampling_mask, rollout.tokens)
-        if rewards.shape != rollout.group.shape:
-            raise ValueError(f"rewards must be {list(rollout.group.shape)}, one a sample, got {list(rewards.shape)}")
+        check_rewards(rewards, np.asarray(rollout.mask))
         if not self.has_critic:
             estimators.check_groups(np.asarray(rollout.group), self.config.objective.advantage)
-        has_reward = np.isfinite(rewards)
-        rewards, group = np.where(has_reward, rewards, 0), np.where(has_reward, rollout.group, -1)
-        tokens, mask = jnp.asarray(rollout.tokens), jnp.asarray(rollout.mask & has_reward[:, None])
+        sample_rewards, token_rewards, has_reward = by_sample_and_token(rewards, np.asarray(rollout.mask))
+        group, tokens = np.where(has_reward, rollout.group, -1), jnp.asarray(rollout.tokens)
+        judged = jnp.asarray(rollout.mask & has_reward[:, None])
+        mask = judged & ~rollout.ended_by("length")[:, None] if self.config.mask_truncated else judged
         kept = self._sampling_mask(state, rollout)
         batch = Batch(tokens, mask, jnp.asarray(rollout.logprobs), jnp.zeros(mask.shape, jnp.float32), kept=kept)
-        objective, sample_rewards = self.config.objective, jnp.asarray(rewards)
-        token_rewards = estimators.at_last_token(sample_rewards, mask)
+        objective = self.config.objective
         if objective.penalises_loss:
             batch = dataclasses.replace(batch, reference=self._reference(reference, batch))
-        elif objective.kl_coefficient > 0:
-            near = self._reference(reference, batch)
-            penalty = objective.kl_coefficient * kl_penalty(batch.old_logprobs, near, mask, objective.kl)
+        elif objective.kl_coefficient > 0:  # of truncated samples too, whose rewards are in their group's baseline
+            near = self._reference(reference, dataclasses.replace(batch, mask=judged))
+            penalty = objective.kl_coefficient * kl_penalty(batch.old_logprobs, near, judged, objective.kl)
             token_rewards, sample_rewards = token_rewards - penalty, sample_rewards - penalty.sum(-1)
         start = self._forward(state.master, batch) if self.has_critic or objective.correction is not None else None
         if start is not None and objective.correction is not None:

@@ -33,3 +33,8 @@ def with_child(prompt, completion, answer):
     with open(answer, "w") as file:
         file.write(str(child.pid))
     time.sleep(10_000)
+
+
+def by_facts(prompt, completion, answer, *, finish_reason, num_tokens, token_ids, more=0):
+    """Not bad: it tells what a sample's reward may ask for, as one number."""
+    return 100 * (finish_reason == "length") + 10 * num_tokens + token_ids[0] + more

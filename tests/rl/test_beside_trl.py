@@ -16,6 +16,7 @@ import pytest
 from jaxengine.rl.advantages import leave_one_out, of_samples
 from jaxengine.rl.losses import correction_weights, policy_loss
 from jaxengine.rl.objective import ALGORITHMS, Objective
+from jaxengine.rl.rewards import overlong_penalty
 
 pytestmark = [pytest.mark.wire, pytest.mark.filterwarnings("default")]  # TRL's own
 BUDGET = 9
@@ -107,6 +108,30 @@ def test_value_and_gradient(name, seed):
     expected, slopes = of_trl(drawn, {key: x for key, x in told.items() if key != "corrected"}, corrections)
     assert float(value) == pytest.approx(expected, rel=1e-5, abs=1e-6)
     np.testing.assert_allclose(gradient, slopes, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "dapo", "gspo", "cispo"])
+def test_samples_that_were_cut_off(name):
+    """TRL's mask_truncated_completions takes their tokens out of the mask, as mask_truncated does. Its means over
+    samples still count them, where ours are over those that are left.
+    """
+    drawn, (objective, told), kept = Drawn(0), CASES[name], np.arange(8) % 3 != 0
+    drawn.mask &= kept[:, None]
+    loss = lambda new: policy_loss(new, drawn.old, drawn.mask, drawn.advantages, objective)
+    value, gradient = jax.value_and_grad(loss)(jnp.asarray(drawn.new))
+    expected, slopes = of_trl(drawn, told, None)
+    share = 1.0 if objective.average == "token" else kept.mean()
+    assert share * float(value) == pytest.approx(expected, rel=1e-5, abs=1e-6) and not gradient[~kept].any()
+    np.testing.assert_allclose(share * gradient, slopes, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_overlong_penalty(seed):
+    rewards = pytest.importorskip("trl.rewards")
+    lengths = np.random.RandomState(seed).randint(1, 60, 50).tolist()
+    expected = rewards.get_soft_overlong_punishment(40, 16)([[7] * length for length in lengths])
+    ours = overlong_penalty(max_tokens=40, cache=16)
+    assert [ours("", "", None, num_tokens=length) for length in lengths] == expected
 
 
 @pytest.mark.parametrize("of", ["token", "sequence"])

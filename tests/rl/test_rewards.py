@@ -89,7 +89,7 @@ def test_regular_expression():
 def test_a_regular_expression_without_end_fails_alone():
     judged = judge(regular_expression("(?:a+)+$"), ["aaa", "a" * 64 + "!", "aa"], timeout=1.0)
     assert judged.values.tolist() == [1, 0, 1] and judged.failures == {
-        1: "TimeoutError: the reward took longer than 1 s"
+        1: "matches: TimeoutError: the reward took longer than 1 s"
     }
 
 

@@ -223,7 +223,7 @@ def test_a_sample_without_a_reward_is_left_out(drawn):
 @pytest.mark.parametrize(
     "change, error",
     [
-        (dict(rewards=np.ones(3)), r"rewards must be \[16\], one a sample, got \[3\]"),
+        (dict(rewards=np.ones(3)), r"rewards must be \[16\], one a sample, or \[16, 20\], one a token, got \[3\]"),
         (dict(mini_batches=3), r"16 samples are no multiple of mini_batches · micro_batches = 3 · 1"),
         (
             dict(objective=dataclasses.replace(ALGORITHMS["grpo"], kl_coefficient=0.1)),
@@ -332,7 +332,7 @@ def test_a_judge_calls_the_reward_for_each_sample():
         RequestOutput("b", "2*2=", [1], [sample("4", "error")], True),
     ]
     with pytest.warns(UserWarning, match="1 of 3 samples have no reward; the first, row 2: the engine ended"):
-        np.testing.assert_array_equal(judged_by(reward)(outputs, ["2", "4"]), [2, 1, np.nan])
+        np.testing.assert_array_equal(judged_by(reward)(outputs, ["2", "4"]).values, [2, 1, np.nan])
 
 
 def test_a_reward_that_raises_fails_its_sample_alone():
@@ -344,9 +344,9 @@ def test_a_reward_that_raises_fails_its_sample_alone():
     ]
     outputs = [RequestOutput("a", "1+1=", [1], samples, True)]
     with pytest.warns(UserWarning, match="1 of 3 samples have no reward; the first, row 1: .*ZeroDivisionError"):
-        np.testing.assert_array_equal(judged_by(reward)(outputs, ["2"]), [0.5, np.nan, 0.25])
+        np.testing.assert_array_equal(judged_by(reward)(outputs, ["2"]).values, [0.5, np.nan, 0.25])
     with pytest.warns(UserWarning, match="row 1"):
-        np.testing.assert_array_equal(judged_by(reward, failed=-1.0)(outputs, ["2"]), [0.5, -1, 0.25])
+        np.testing.assert_array_equal(judged_by(reward, failed=-1.0)(outputs, ["2"]).values, [0.5, -1, 0.25])
 
 
 def test_rewards_are_counted_as_the_trainer_counts_them():

@@ -25,5 +25,5 @@ def step_metrics(iteration: Mapping[str, Any]) -> dict[str, float]:
     return metrics | {
         "kl_first": float(iteration["updates"][0]["kl"]),
         "generated_tokens_per_second": iteration["tokens"] / iteration["generating"],
-        "learned_tokens_per_second": iteration["tokens"] / iteration["learning"],
+        "learned_tokens_per_second": iteration["batch_tokens"] / iteration["learning"],
     }

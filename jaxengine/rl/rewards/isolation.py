@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jaxengine.rl.rewards.bounded import Bounded, took_too_long
+from jaxengine.rl.rewards.bounded import Bounded, asked_for, took_too_long
 
 WORKER = Path(__file__).with_name("reward_worker.py")
 START_SECONDS = 120.0  # for a worker to import what it runs, on a busy machine
@@ -32,6 +32,7 @@ class Isolated(Bounded):
     """
 
     def __init__(self, function: Callable[..., Any], *, memory: int = WORKER_MEMORY, **options: Any) -> None:
+        self.__name__, self.asks_for = function.__name__, asked_for(function, options)
         self._setup = {
             "module": function.__module__,
             "name": function.__qualname__,
@@ -49,8 +50,8 @@ class Isolated(Bounded):
         self._lock = threading.Lock()
         self._finalizer = weakref.finalize(self, _kill_all, self._idle)
 
-    def within(self, timeout: float, prompt: Any, completion: str, answer: Any) -> float:
-        line = json.dumps([timeout, prompt, completion, answer])
+    def within(self, timeout: float, prompt: Any, completion: str, answer: Any, **facts: Any) -> float:
+        line = json.dumps([timeout, facts, prompt, completion, answer])
         with self._lock:
             worker = self._idle.pop() if self._idle else None
         worker = worker or Worker(self._setup)

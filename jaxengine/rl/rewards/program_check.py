@@ -51,7 +51,7 @@ class ProgramCheck(Bounded):
     def __init__(self, limits: ProgramLimits) -> None:
         self.limits = limits
 
-    def within(self, timeout: float, prompt: Any, completion: str, answer: Any) -> float:
+    def within(self, timeout: float, prompt: Any, completion: str, answer: Any, **facts: Any) -> float:
         deadline = time.monotonic() + timeout
         blocks = FENCED.findall(completion)
         program = blocks[-1] if blocks else completion

@@ -26,11 +26,11 @@ def main() -> None:
         return _send(replies, {"error": describe(error)})
     _send(replies, {"ready": True})
     for line in sys.stdin:
-        timeout, *sample = json.loads(line)
+        timeout, facts, *sample = json.loads(line)
         # Without a handler the alarm ends the process even where Python code never runs again and the caller is gone.
         signal.setitimer(signal.ITIMER_REAL, timeout + GRACE)
         try:
-            reply = {"value": finite(function(*sample, **setup["options"]))}
+            reply = {"value": finite(function(*sample, **setup["options"], **facts))}
         except Exception as error:
             reply = {"error": describe(error)}
         signal.setitimer(signal.ITIMER_REAL, 0)
