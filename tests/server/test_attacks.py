@@ -58,6 +58,15 @@ ATTACKS = {
     "min_tokens above max_tokens": (COMPLETE, {"prompt": "1", "min_tokens": 99}, 400, "min_tokens"),
     "logprobs of a billion": (COMPLETE, {"prompt": "1", "logprobs": 10**9}, 400, "logprobs"),
     "prompt_logprobs of all": (COMPLETE, {"prompt": "1", "prompt_logprobs": -1}, 400, "prompt_logprobs"),
+    "129 tokens with logprobs": (
+        COMPLETE, {"prompt": "1", "logprobs": 0, "logprob_token_ids": [1] * 129}, 400, "logprob_token_ids",
+    ),
+    "a token beyond the vocabulary with a logprob": (
+        CHAT, {"messages": MESSAGES, "logprobs": True, "logprob_token_ids": [259]}, 400, "logprob_token_ids",
+    ),
+    "tokens with logprobs without logprobs": (
+        COMPLETE, {"prompt": "1", "logprob_token_ids": [1]}, 400, "logprob_token_ids",
+    ),
     "65 stop strings": (COMPLETE, {"prompt": "1", "stop": [str(i) for i in range(65)]}, 400, "stop"),
     "an empty stop string": (COMPLETE, {"prompt": "1", "stop": [""]}, 400, "stop"),
     "a long stop string": (COMPLETE, {"prompt": "1", "stop": "1" * 2000}, 400, "stop"),
