@@ -120,7 +120,8 @@ class Load:
                 if "error" in chunk:
                     raise ValueError(chunk["error"]["message"])
                 (choice,) = chunk["choices"]
-                new, now, reason = len(choice["token_ids"]), time.monotonic(), reason or choice["finish_reason"]
+                new, now = len(choice["token_ids"] or ()), time.monotonic()
+                reason = reason or choice["finish_reason"]
                 if new:
                     (self.between if seen else self.first).append(now - last)
                     last, seen, self.num_tokens = now, seen + new, self.num_tokens + new

@@ -11,10 +11,8 @@ import json
 import socket
 import subprocess
 import sys
-import time
 from typing import Any
 
-import httpx
 import openai
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -41,13 +39,14 @@ NUM_TOKENS, NUM_SCHEMAS = 48, 100
 def follows(text: str) -> bool:
     """Whether a text is JSON that SCHEMA allows."""
     try:
-        value = json.loads(text)
-        name, age, hobbies = value["name"], value["age"], value["hobbies"]
-    except (ValueError, KeyError, TypeError):
-        return False
-    strings = isinstance(hobbies, list) and all(isinstance(each, str) and len(each) <= 20 for each in hobbies)
-    fits = isinstance(name, str) and len(name) <= 30 and type(age) is int and 0 <= age <= 120
-    return fits and strings and len(hobbies) <= 3 and value.keys() == SCHEMA["properties"].keys()
+        match json.loads(text):
+            case {"name": str(name), "age": int(age), "hobbies": [*hobbies], **others}:
+                strings = all(isinstance(each, str) and len(each) <= 20 for each in hobbies)
+                fits = len(hobbies) <= 3 and len(name) <= 30 and 0 <= age <= 120 and type(age) is int
+                return strings and fits and not others
+    except ValueError:
+        pass
+    return False
 
 
 def greedy_of_transformers(folder: str) -> list[str]:
@@ -56,11 +55,10 @@ def greedy_of_transformers(folder: str) -> list[str]:
     texts = []
     for chat in CHATS:
         messages = [{"role": "user", "content": chat}]
-        prompt = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-        found = model.generate(**prompt, do_sample=False, max_new_tokens=NUM_TOKENS)[0, prompt["input_ids"].shape[1] :]
-        texts.append(tokenizer.decode(found, skip_special_tokens=True))
+        how = dict(add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        prompt = tokenizer.apply_chat_template(messages, **how)
+        found = model.generate(**prompt, do_sample=False, max_new_tokens=NUM_TOKENS)[0]
+        texts.append(tokenizer.decode(found[prompt["input_ids"].shape[1] :], skip_special_tokens=True))
     return texts
 
 
@@ -79,13 +77,8 @@ def main() -> int:
     command = [sys.executable, "-m", "jaxengine", "serve", folder, "--dtype=float32", "--served-model-name=served"]
     server = subprocess.Popen([*command, f"--port={port}", "--max-model-len=1024", "--max-num-seqs=16"])
     try:
-        while server.poll() is None:
-            try:
-                httpx.get(f"http://127.0.0.1:{port}/health")
-                break
-            except httpx.ConnectError:
-                time.sleep(0.2)
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=600, max_retries=0)
+        client.with_options(max_retries=100).models.list()  # waits until the server is up
         own = [ask(client, chat, temperature=0.0, max_completion_tokens=NUM_TOKENS) for chat in CHATS]
         asked: Any = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA}}
         how = dict(temperature=1.0, max_completion_tokens=400, response_format=asked)
@@ -95,9 +88,8 @@ def main() -> int:
         server.wait()
     others = greedy_of_transformers(folder)
     same, good = sum(map(str.__eq__, own, others)), sum(map(follows, structured))
-    print("| greedy, served | transformers |\n|---|---|")
     for pair in zip(own, others, strict=True):
-        print(f"| {' | '.join(map(json.dumps, pair))} |")
+        print("served, and by transformers:", *map(json.dumps, pair), sep="\n- ")
     print(f"\ngreedy texts that are equal: {same} of {len(CHATS)}; the schema is followed: {good} of {NUM_SCHEMAS}")
     print(f"different answers under the schema: {len(set(structured))}; one of them: {structured[0]}")
     return 0 if same == len(CHATS) and good == NUM_SCHEMAS else 1

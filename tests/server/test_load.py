@@ -2,8 +2,11 @@
 
 import asyncio
 import dataclasses
+import json
 import os
 
+import httpx
+import pytest
 from serving import KEY
 
 from benchmarks import load
@@ -32,6 +35,23 @@ def test_a_full_queue_is_no_loss(served, monkeypatch):
     monkeypatch.setattr(engine, "engine_config", dataclasses.replace(engine.engine_config, max_waiting=1))
     found = loaded(served, seconds=0.3, leaving=0.0)
     assert found.is_good and found.ends["refused"] and found.ends["answered"], found.report()
+
+
+def response(*choices: tuple[int, str | None]) -> httpx.Response:
+    """A stream of chunks with so many tokens and these finish reasons."""
+    chunks = [{"choices": [{"token_ids": [1] * count, "finish_reason": reason}]} for count, reason in choices]
+    return httpx.Response(200, text="".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + "data: [DONE]\n\n")
+
+
+@pytest.mark.parametrize("reason", [None, "abort", "stop"])
+def test_a_stream_that_ends_otherwise_is_no_answer(reason):
+    found = Load("", "")
+    with pytest.raises(ValueError, match=f"finish reason {reason}"):
+        asyncio.run(found._read(response((1, None), (2, reason)), 0.0, 9))
+    assert asyncio.run(found._read(response((1, None), (2, "length")), 0.0, 9)) == 3
+    assert asyncio.run(found._read(response((1, None), (2, reason)), 0.0, 2)) == 2, "the client has left before the end"
+    found.losses["2 of 3 tokens and the end"] += 1
+    assert not found.is_good
 
 
 def test_what_a_server_loses_is_counted(served, monkeypatch):
