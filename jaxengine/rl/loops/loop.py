@@ -74,6 +74,8 @@ class Loop:
         outputs = self.generate(state, prompts)
         rewards = np.asarray(self.judge(outputs, answers), np.float32)
         rollout = Rollout.from_outputs(outputs, length=self.length)
+        if self.tokenizer is not None and self.trainer.config.sampling.structure is not None:
+            rollout = rollout.with_grammar_mask(self.trainer.model_config, self.tokenizer)
         judged, generated = of_rewards(rewards, rollout.group), time.monotonic()
         state, updates = self.trainer.train(state, rollout, rewards, reference=self.reference)
         return state, Iteration(
