@@ -19,6 +19,7 @@ WITHOUT_BITS = (
     "stop",
     "include_stop_str_in_output",
     "logprobs",
+    "logprob_token_ids",
     "prompt_logprobs",
     "raw_logprobs",
     "entropy",

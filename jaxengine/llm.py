@@ -1,7 +1,6 @@
 """LLM: a model, its tokenizer and an engine, under the names that vLLM's users know."""
 
 import os
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ import jax
 from checkpoints.model_folder import find_folder
 from jaxengine.base.absent_methods import explains_absent_methods
 from jaxengine.base.arguments import check_keywords
-from jaxengine.base.keys import folded, key_data, seeded
+from jaxengine.base.keys import CallKeys, key_data, seeded
 from jaxengine.base.progress import Progress
 from jaxengine.config import EngineConfig, ModelConfig
 from jaxengine.contract.compare import Comparison, compare
@@ -131,8 +130,7 @@ class LLM:
         progress: Progress,
     ) -> None:
         self.config, self.tokenizer, self.progress = config, tokenizer, progress
-        self.session = Session(config, engine_config, params, tokenizer, progress.line)
-        self._key, self._calls, self._numbering = key, 0, threading.Lock()
+        self.session = Session(config, engine_config, params, tokenizer, progress.line, CallKeys(key))
         self._untold = self._folder  # whose sampling defaults nobody was told of
 
     @property
@@ -448,7 +446,9 @@ class LLM:
         on_error: str = "refuse",
         priority: int | Sequence[int] = 0,
     ) -> list[Request]:
-        """A call's requests, checked and not queued yet; without a key they take the next one of the LLM's seed."""
+        """A call's requests, checked and not queued yet; without a key they take the next one of the LLM's seed as they
+        are queued.
+        """
         self.session.runner.check_usable()
         if sampling_params is None:
             self._log_defaults_not_taken()
@@ -456,13 +456,8 @@ class LLM:
         sampling = sampling_of(sampling_params, len(prompts))
         if not prompts:
             return []
-        if key is not None:
-            return self.session.requests(prompts, sampling, key_data(key), request_ids, on_error, priority)
-        with self._numbering:  # a call that is refused takes no number
-            data = key_data(folded(self._key, self._calls))
-            requests = self.session.requests(prompts, sampling, data, request_ids, on_error, priority)
-            self._calls += 1
-        return requests
+        words = None if key is None else key_data(key)
+        return self.session.requests(prompts, sampling, words, request_ids, on_error, priority)
 
     def _log_defaults_not_taken(self) -> None:
         """Once, and only where somebody leaves it open how to draw."""

@@ -12,10 +12,14 @@ from jaxengine.coordinate import Coordinate
 
 @dataclasses.dataclass(frozen=True)
 class Logprob:
-    """One entry of `logprobs`: the log-probability, the token's rank (1 is the likeliest) and its text."""
+    """One entry of `logprobs`: the log-probability, the token's rank (1 is the likeliest) and its text.
+
+    Of a token that is told by `logprob_token_ids` alone the rank is None: finding it would cost a pass over the
+    vocabulary for each.
+    """
 
     logprob: float
-    rank: int
+    rank: int | None
     decoded_token: str | None = None
 
 

@@ -16,6 +16,7 @@ MAX_STOPS = MAX_STOP_TOKEN_IDS + 16  # the width of that array
 MAX_LOGIT_BIAS = 512
 MAX_BAD_WORDS = 256  # as token ids, where a word may have two spellings
 MAX_BAD_WORD_TOKENS = 8
+MAX_LOGPROB_TOKEN_IDS = 128  # vLLM's limit, and the width of a fixed array of a slot
 LOGIT_BIAS = "a dict from token ids to numbers"
 GREEDY_BELOW = 1e-5  # a smaller temperature means greedy, as in vLLM
 FLAGS = ("ignore_eos", "include_stop_str_in_output", "raw_logprobs", "entropy", "detokenize", "skip_special_tokens")
@@ -32,7 +33,8 @@ class SamplingParams:
     key) or `seed` makes the request's draws its own: with n=1 the key takes the place of `fold_in(fold_in(call key,
     prompt index), sample index)`; with n>1 sample i uses `fold_in(key, i)`. `logprobs=k` returns the k likeliest tokens
     at each position, `prompt_logprobs=k` the same for the prompt, -1 for the whole vocabulary (the engine's
-    max_logprobs must allow it); the logprob of each sampled token is always returned. `allowed_token_ids` rules out all
+    max_logprobs must allow it); the logprob of each sampled token is always returned. `logprob_token_ids` names tokens
+    whose logprobs stand beside those at each generated position, whatever their rank. `allowed_token_ids` rules out all
     other tokens. `bad_words` rules out the last token of a word where the completion ends with the word's other tokens;
     a request keeps them as `bad_words_token_ids`, which may be given instead. `structured_outputs` rules out all tokens
     after which the text could not follow a schema, an expression, a choice or a grammar any more; end tokens are ruled
@@ -64,6 +66,7 @@ class SamplingParams:
     seed: int | None = None
     key: Any = None
     logprobs: int | None = None
+    logprob_token_ids: Sequence[int] = ()
     prompt_logprobs: int | None = None
     raw_logprobs: bool = False
     entropy: bool = False
@@ -96,6 +99,7 @@ class SamplingParams:
         put("bad_words", _strings("bad_words", self.bad_words, MAX_BAD_WORDS))
         put("bad_words_token_ids", _token_sequences("bad_words_token_ids", self.bad_words_token_ids))
         put("stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKEN_IDS))
+        put("logprob_token_ids", _token_ids("logprob_token_ids", self.logprob_token_ids, MAX_LOGPROB_TOKEN_IDS))
         put("logit_bias", _logit_bias(self.logit_bias))
         put("structured_outputs", structured_outputs_of(self.structured_outputs))
         if self.allowed_token_ids is not None:
@@ -135,6 +139,11 @@ class SamplingParams:
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
     @property
+    def tells_logprobs(self) -> bool:
+        """Whether each generated position has logprobs beside the drawn token's."""
+        return self.logprobs is not None or bool(self.logprob_token_ids)
+
+    @property
     def has_token_rules(self) -> bool:
         return self.token_rules != ((), None, ())
 
@@ -155,6 +164,7 @@ def check_token_ids(sampling: SamplingParams, vocab_size: int, where: str) -> No
     named = {
         "logit_bias": [token for token, _ in sampling.biases],
         "stop_token_ids": sampling.stop_token_ids,
+        "logprob_token_ids": sampling.logprob_token_ids,
         "allowed_token_ids": sampling.allowed_token_ids or (),
     }
     named |= {f"bad_words_token_ids[{i}]": token_ids for i, token_ids in enumerate(sampling.bad_words_token_ids)}

@@ -54,6 +54,22 @@ def folded(key: Array, *indices: int) -> Array:
     return key
 
 
+class CallKeys:
+    """The keys of calls that bring none: `fold_in(key, i)` for the i-th of them that was taken."""
+
+    def __init__(self, key: Array) -> None:
+        self._key, self._num_taken = key, 0
+
+    @property
+    def upcoming(self) -> tuple[int, int]:
+        """The words of the next one."""
+        return key_data(folded(self._key, self._num_taken))
+
+    def take(self) -> None:
+        """The next one is a call's own from now on."""
+        self._num_taken += 1
+
+
 def sample_key(key: Array, prompt_index: int, sample_index: int) -> Array:
     """The key of one sample of a call: with SamplingParams(key=…) and n=1 it draws the same bits again."""
     return folded(key, prompt_index, sample_index)

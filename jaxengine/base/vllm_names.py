@@ -191,7 +191,6 @@ _SAMPLING = {
     "extra_args": "there are no plugins that would read them",
     "spaces_between_special_tokens": "tokens are joined as the tokenizer's decoder joins them",
     "flat_logprobs": "token_logprobs is a flat array already",
-    "logprob_token_ids": "score() gives the logprob of any token that you put into the sequence",
     "prompt_logprob_token_ids": "score() gives the logprob of any token that you put into the sequence",
     "prompt_logprob_start": "prompt_logprobs are those of the whole prompt",
     "stream_interval": "stream() yields what each step brought",

@@ -22,7 +22,7 @@ class Needs(enum.IntEnum):
 def needs_of(sampling: SamplingParams) -> Needs:
     """What a request with these parameters asks for."""
     changes = sampling.has_token_rules or sampling.structure or sampling.min_tokens or sampling.has_penalties
-    told = sampling.logprobs is not None or sampling.prompt_logprobs is not None
+    told = sampling.tells_logprobs or sampling.prompt_logprobs is not None
     if changes or told or sampling.raw_logprobs or sampling.entropy:
         return Needs.ALL
     is_cut = sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0

@@ -5,7 +5,14 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from jaxengine.device.step_inputs import RequestArrays, SamplingArrays, Slots, TokenRules
-from jaxengine.sampling_params import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_LOGIT_BIAS, MAX_STOPS, SamplingParams
+from jaxengine.sampling_params import (
+    MAX_BAD_WORD_TOKENS,
+    MAX_BAD_WORDS,
+    MAX_LOGIT_BIAS,
+    MAX_LOGPROB_TOKEN_IDS,
+    MAX_STOPS,
+    SamplingParams,
+)
 from pallas_kernels.numbers import cdiv, power_of_two
 
 MAX_TOP_K = 2**31 - 1  # more than any vocabulary, and an int32
@@ -43,6 +50,7 @@ def empty_requests(n: int) -> RequestArrays:
         key=np.zeros((n, 2), np.uint32),
         key_folds=_nothing(n, 2),
         likeliest=np.zeros(n, bool),
+        named_ids=_nothing(n, MAX_LOGPROB_TOKEN_IDS),
         details=np.zeros(n, bool),
     )
 
@@ -103,6 +111,11 @@ def words_of_tokens(token_ids: Iterable[int], num_words: int) -> np.ndarray:
     is_set = np.zeros(num_words * WORD, bool)
     is_set[list(token_ids)] = True
     return np.packbits(is_set, bitorder="little").view("<u4")
+
+
+def named_ids(sampling: SamplingParams) -> list[float]:
+    """RequestArrays.named_ids of a request with these parameters."""
+    return _padded(sampling.logprob_token_ids, MAX_LOGPROB_TOKEN_IDS, -1)
 
 
 def write_request(arrays: RequestArrays, i: int, **values: object) -> None:

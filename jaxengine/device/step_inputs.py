@@ -76,7 +76,8 @@ class RequestArrays:
     limit: Int[Array, " slots"]  # the first position at which no token is generated
     key: UInt32[Array, "slots 2"]
     key_folds: Int[Array, "slots 2"]  # prompt and sample index to fold in; -1 means no fold
-    likeliest: Bool[Array, " slots"]  # likeliest tokens and rank asked for
+    likeliest: Bool[Array, " slots"]  # likeliest tokens, rank, or logprobs of named tokens asked for
+    named_ids: Int[Array, "slots named"]  # tokens whose logprobs are asked for; padded with -1
     details: Bool[Array, " slots"]  # entropy or raw logprob asked for
 
 
@@ -99,4 +100,5 @@ class RowOutputs:
     ranks: Int[Array, " R"]  # 1 is the likeliest; 0 where not asked for
     top_ids: Int[Array, "R n"]
     top_logprobs: Float[Array, "R n"]
+    named_logprobs: Float[Array, "R named"]  # of the slot's named_ids; no column where the step tells of none
     finite: Bool[Array, " R"]  # all logits were finite, and a token could be drawn

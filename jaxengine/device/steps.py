@@ -258,7 +258,7 @@ def next_token(
     out = kernels.draw.draw_and_score(drawn_from, given, uniforms)
     finite &= ~dead_end & ~jnp.isnan(out.logprobs)  # logits may be finite, and overflow when a temperature divides them
     raw_logprobs, entropies = _details(kernels, logits, drawn_from, out, request, needs)
-    ranks, top_ids, top_logprobs = _likeliest(kernels, drawn_from, out, request, needs, max_logprobs)
+    ranks, top_ids, top_logprobs, named = _likeliest(kernels, drawn_from, out, request, needs, max_logprobs)
     return RowOutputs(
         tokens=jnp.where(dead_end, -1, out.tokens),
         logprobs=out.logprobs,
@@ -267,6 +267,7 @@ def next_token(
         ranks=ranks,
         top_ids=top_ids,
         top_logprobs=top_logprobs,
+        named_logprobs=named,
         finite=finite,
     )
 
@@ -294,16 +295,21 @@ def _details(
 
 def _likeliest(
     kernels: Kernels, drawn_from: Float[Array, "t V"], out: Draw, request: RequestArrays, needs: Needs, n: int
-) -> tuple[Int[Array, " t"], Int[Array, "t n"], Float[Array, "t n"]]:
-    """(rank of the chosen token, likeliest ids, their logprobs), zeros where no row asked. Ties go to the lower id."""
+) -> tuple[Int[Array, " t"], Int[Array, "t n"], Float[Array, "t n"], Float[Array, "t m"]]:
+    """(rank of the chosen token, likeliest ids, their logprobs, those of the named ids), zeros where no row asked. Ties
+    go to the lower id.
+    """
     batch = out.logprobs.shape[0]
+    named = request.named_ids if needs >= Needs.ALL else request.named_ids[:, :0]
 
-    def asked() -> tuple[Array, Array, Array]:
+    def asked() -> tuple[Array, Array, Array, Array]:
         logprobs = out.all_logprobs(drawn_from)
         values, ids = jax.lax.top_k(logprobs, n)
-        return (logprobs > out.logprobs[:, None]).sum(-1).astype(jnp.int32) + 1, ids, values
+        ranks = (logprobs > out.logprobs[:, None]).sum(-1).astype(jnp.int32) + 1
+        return ranks, ids, values, jnp.take_along_axis(logprobs, jnp.maximum(named, 0), axis=1)
 
-    def not_asked() -> tuple[Array, Array, Array]:
-        return jnp.zeros(batch, jnp.int32), jnp.zeros((batch, n), jnp.int32), jnp.zeros((batch, n), jnp.float32)
+    def not_asked() -> tuple[Array, Array, Array, Array]:
+        nothing = jnp.zeros((batch, n), jnp.float32)
+        return jnp.zeros(batch, jnp.int32), nothing.astype(jnp.int32), nothing, jnp.zeros(named.shape, jnp.float32)
 
     return kernels.when(request.likeliest.any(), asked, not_asked) if needs >= Needs.ALL else not_asked()

@@ -9,7 +9,15 @@ import numpy as np
 from jaxengine.config import QUERY_BLOCK, EngineConfig
 from jaxengine.device.grammar_mask import words_of
 from jaxengine.device.needs import Needs, needs_of
-from jaxengine.device.sampling_arrays import NO_RULES, WORD, empty_slots, token_rules, write_request, write_sampling
+from jaxengine.device.sampling_arrays import (
+    NO_RULES,
+    WORD,
+    empty_slots,
+    named_ids,
+    token_rules,
+    write_request,
+    write_sampling,
+)
 from jaxengine.device.slot_state import SLOT_ROWS, TABLE_ENTRIES
 from jaxengine.device.step_inputs import Copies, Rows, Slots, TokenRules
 from jaxengine.host.plan import Decode, Plan
@@ -51,7 +59,8 @@ class BatchBuilder:
             limit=request.limit,
             key=request.key,
             key_folds=request.key_folds(sample.index),
-            likeliest=params.logprobs is not None or params.prompt_logprobs is not None,
+            likeliest=params.tells_logprobs or params.prompt_logprobs is not None,
+            named_ids=named_ids(params),
             details=params.raw_logprobs or params.entropy,
         )
         self._changed_slots.append(sample.slot)

@@ -10,6 +10,7 @@ from jaxengine.host.plan import Decode, Row
 from jaxengine.host.sample import Sample, Status
 from jaxengine.host.scheduler import Scheduler
 from jaxengine.outputs import Logprob
+from jaxengine.sampling_params import SamplingParams
 from jaxengine.text.grammar import Allowed
 
 DEAD_END = (
@@ -18,7 +19,7 @@ DEAD_END = (
 )
 NOT_FINITE = "the model's logits were not finite"
 ALWAYS = ("tokens", "logprobs", "finite")  # of a step's results
-LIKELIEST = ("ranks", "top_ids", "top_logprobs")  # where a request asks for them
+LIKELIEST = ("ranks", "top_ids", "top_logprobs", "named_logprobs")  # where a request asks for them
 DETAILS = ("raw_logprobs", "entropies", *LIKELIEST)
 Index = int | tuple[int, int]  # of a row: its place, or (step, place) where a dispatch ran several steps
 
@@ -45,6 +46,14 @@ class HostRows:
         likeliest = zip(self.top_ids[row][:stop].tolist(), self.top_logprobs[row][:stop].tolist(), strict=True)
         for rank, (token, logprob) in enumerate(likeliest, start=1):
             found[token] = Logprob(logprob, rank)
+        return found
+
+    def told(self, row: Index, sampling: SamplingParams) -> dict[int, Logprob]:
+        """What is told of a generated position: the likeliest that were asked for, then tokens that were named."""
+        found = self.likeliest(row, sampling.logprobs or 0)
+        named = self.named_logprobs[row].tolist()
+        for token, logprob in zip(sampling.logprob_token_ids, named, strict=False):
+            found.setdefault(token, Logprob(logprob, None))
         return found
 
 
@@ -101,7 +110,7 @@ def append_token(
     drawn.token_ids.append(token)
     drawn.logprobs.append(logprob)
     drawn.versions.append(sample.version)
-    tells_details = sampling.logprobs is not None or sampling.raw_logprobs or sampling.entropy
+    tells_details = sampling.tells_logprobs or sampling.raw_logprobs or sampling.entropy
     if tells_details:
         _record_details(sample, rows, row)
     scheduler.register_pages(sample)
@@ -119,8 +128,8 @@ def _record_details(sample: Sample, rows: HostRows, row: Index) -> None:
         drawn.raw_logprobs.append(rows.raw_logprobs[row])
     if sampling.entropy:
         drawn.entropies.append(rows.entropies[row])
-    if sampling.logprobs is not None:
-        drawn.top_logprobs.append(rows.likeliest(row, sampling.logprobs))
+    if sampling.tells_logprobs:
+        drawn.top_logprobs.append(rows.told(row, sampling))
 
 
 def _stop(scheduler: Scheduler, sample: Sample) -> None:

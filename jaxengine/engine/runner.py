@@ -9,6 +9,7 @@ import os
 import threading
 from collections.abc import Iterator
 
+from jaxengine.base.keys import CallKeys
 from jaxengine.engine.contract_digest import Contracts
 from jaxengine.engine.engine import Engine
 from jaxengine.engine.replicas import Replicas
@@ -21,8 +22,9 @@ WAKE = 0.05  # seconds after which a call that waits for `resume` looks whether 
 class Runner:
     """Queues requests and steps the engine until they have ended. Belongs to the process that made it."""
 
-    def __init__(self, engine: Engine | Replicas, contracts: Contracts) -> None:
-        self.engine, self.contracts = engine, contracts
+    def __init__(self, engine: Engine | Replicas, contracts: Contracts, call_keys: CallKeys | None = None) -> None:
+        """`call_keys` are for calls that bring no key."""
+        self.engine, self.contracts, self._call_keys = engine, contracts, call_keys
         self.lock = threading.Lock()  # one step at a time
         self._to_abort: collections.deque[Request] = (
             collections.deque()
@@ -81,10 +83,28 @@ class Runner:
         with self._turn():
             self.check_awake()
             self._abort_now()  # their ids are free again
-            for request in requests:
-                self.engine.add(request, with_text=with_text)
+            with self._keys_for(requests):
+                for request in requests:
+                    self.engine.add(request, with_text=with_text)
             check_alive(self.engine.params)
             self.contracts.current()  # at once, unless the weights have changed meanwhile
+
+    @contextlib.contextmanager
+    def _keys_for(self, requests: list[Request]) -> Iterator[None]:
+        """A call that brought no key has the next one inside the block, and takes it where the block does not raise: a
+        call that is refused takes none, so that it draws the same when it comes again.
+        """
+        keyless = [request for request in requests if request.is_keyless]
+        if not keyless:
+            yield
+            return
+        assert self._call_keys is not None
+        words = self._call_keys.upcoming
+        for request in keyless:
+            if request.prompt_index >= 0:  # else it has its own
+                request.key = words
+        yield
+        self._call_keys.take()
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:

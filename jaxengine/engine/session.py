@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from jaxengine.base import compiled_code
+from jaxengine.base.keys import CallKeys
 from jaxengine.base.progress import Report, say_nothing
 from jaxengine.config import EngineConfig, ModelConfig
 from jaxengine.coordinate import Contract
@@ -56,13 +57,14 @@ class Session:
         params: Any,
         tokenizer: Tokenizer | None,
         report: Report = say_nothing,
+        call_keys: CallKeys | None = None,
     ) -> None:
         self.model_config, self.tokenizer, self.report = model_config, tokenizer, report
         if engine_config.compilation_cache:
             compiled_code.keep()
         self.engine = idle_pools.with_room(lambda: self._new_engine(engine_config, params))
         self.contracts = Contracts(self.engine)
-        self.runner = Runner(self.engine, self.contracts)
+        self.runner = Runner(self.engine, self.contracts, call_keys)
         self.admission = Admission(model_config, engine_config, Prompts(model_config.vocab_size, tokenizer))
         self._homes: Any = None  # of the weights, while they wait in the host's memory
         idle_pools.register(self)
@@ -126,13 +128,13 @@ class Session:
         self,
         prompts: list[Any],
         sampling: list[SamplingParams],
-        key: tuple[int, int],
+        key: tuple[int, int] | None,
         request_ids: Sequence[str] | None = None,
         on_error: str = "refuse",
         priority: int | Sequence[int] = 0,
     ) -> list[Request]:
-        """A checked request for each prompt; `key` are the words of the call's key, `priority` is one for all or one
-        each.
+        """A checked request for each prompt; `key` are the words of the call's key, None has it take the next one as it
+        is queued. `priority` is one for all or one each.
 
         Without `request_ids` each gets an id as it is queued. With `on_error="return"` a prompt that is wrong has a
         request that has ended, instead of raising. Raises RuntimeError in a fork, and after `close`.
@@ -147,9 +149,9 @@ class Session:
         priorities = priorities_of(priority, len(prompts))
         ids = request_ids if request_ids is not None else [""] * len(prompts)
         given = enumerate(zip(ids, prompts, sampling, strict=True))
-        requests = [admit(name, prompt, index, each, key) for index, (name, prompt, each) in given]
+        requests = [admit(name, prompt, index, each, key or (0, 0)) for index, (name, prompt, each) in given]
         for request, each in zip(requests, priorities, strict=True):
-            request.priority = each
+            request.priority, request.is_keyless = each, key is None
         return requests
 
     def complete(

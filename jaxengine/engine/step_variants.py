@@ -292,6 +292,7 @@ class StepVariants:
         )
         slots.request.limit[slot] = self.engine_config.max_model_len + 1
         slots.request.likeliest[slot] = True
+        slots.request.named_ids[slot] = np.resize(probe, slots.request.named_ids.shape[1])
         return slot, tables, slots, history_uploads(self.batch.num_slots, [(slot, probe.tolist())])
 
     def _probe_decode(self, variant, params, cache, tables, slots, slot, count):

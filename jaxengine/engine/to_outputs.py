@@ -61,7 +61,7 @@ def token_fields(sample: Sample, tokenizer: Tokenizer | None, start: int = 0) ->
         "token_ids": drawn.token_ids[start:],
         "token_logprobs": np.asarray(drawn.logprobs[start:], np.float32),
         "weight_versions": _spans(drawn.versions[start:], start),
-        "logprobs": top_logprobs if sampling.logprobs is not None else None,
+        "logprobs": top_logprobs if sampling.tells_logprobs else None,
         "raw_logprobs": np.asarray(drawn.raw_logprobs[start:], np.float32) if sampling.raw_logprobs else None,
         "entropies": np.asarray(drawn.entropies[start:], np.float32) if sampling.entropy else None,
     }

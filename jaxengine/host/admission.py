@@ -10,7 +10,7 @@ from jaxengine.config import EngineConfig, ModelConfig
 from jaxengine.coordinate import Coordinate
 from jaxengine.host.prompts import Prompts
 from jaxengine.host.sample import Drawn, Request
-from jaxengine.outputs import CompletionOutput, RequestOutput
+from jaxengine.outputs import CompletionOutput, Logprob, RequestOutput
 from jaxengine.sampling_params import MAX_STOPS, SamplingParams, check_token_ids, stop_token_ids
 from jaxengine.text.bad_words import with_token_ids
 from jaxengine.text.detokenizer import Detokenizer
@@ -250,6 +250,13 @@ def _ended(
     )
 
 
+def _with_named(sample: CompletionOutput, sampling: SamplingParams) -> list[dict[int, Logprob]] | None:
+    """The sample's logprobs, where each token's have the named tokens' among them."""
+    named = set(sampling.logprob_token_ids)
+    entries = sample.logprobs
+    return entries if entries is not None and all(named <= entry.keys() for entry in entries) else None
+
+
 def _drawn_before(sample: CompletionOutput, request: Request) -> Drawn:
     """What an earlier call drew for the sample.
 
@@ -260,6 +267,7 @@ def _drawn_before(sample: CompletionOutput, request: Request) -> Drawn:
         ("raw_logprobs", sampling.raw_logprobs, sample.raw_logprobs),
         ("entropy", sampling.entropy, sample.entropies),
         ("logprobs", sampling.logprobs is not None, sample.logprobs),
+        ("logprob_token_ids", bool(sampling.logprob_token_ids), _with_named(sample, sampling)),
     ):
         if is_wanted and values is None:
             raise ValueError(

@@ -54,6 +54,7 @@ class Request:
     prompt: str | None = None
     cache_salt: str = ""
     priority: int = 0  # a lower one is served first
+    is_keyless: bool = False  # its call brought no key: `key` is known once the call is queued
     grammar: Grammar | None = None  # where structured outputs are asked for
     earlier: list[Drawn] = dataclasses.field(default_factory=list)  # of each sample, where an earlier call began them
     samples: list["Sample"] = dataclasses.field(default_factory=list)

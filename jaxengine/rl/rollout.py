@@ -12,10 +12,13 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from checkpoints.tensor_file import read_tensors, write_tensors
+from jaxengine.config import ModelConfig
 from jaxengine.coordinate import Contract, Coordinate, changed_sampling, sampling_of_changes
+from jaxengine.device.grammar_mask import GrammarMask, find_grammar_mask
 from jaxengine.device.sampling_mask import SamplingMask
 from jaxengine.outputs import UNDRAWN, CompletionOutput, RequestOutput
 from jaxengine.sampling_params import SamplingParams
+from jaxengine.text.tokenizer import Tokenizer
 
 Array = Any  # numpy as it is built, jax.Array inside a trainer's step
 FORMAT = "jaxengine.Rollout/1"
@@ -41,6 +44,7 @@ class Rollout:
     entropies: Float[Array, "B T"] | None = None  # of the processed distribution, in nats; None where not asked for
     finish_reasons: Int[Array, " B"] | None = None  # index in FINISH_REASONS; -1 where a sample has not ended
     sampling_mask: SamplingMask | None = None  # what top-k, top-p and min-p kept: jaxengine.sampling_mask finds it
+    grammar_mask: GrammarMask | None = None  # what structured outputs allowed: `with_grammar_mask` finds it
     # Of each row, for LLM.replay. No part of the pytree, so that jax's transformations drop them.
     coordinates: tuple[Coordinate, ...] | None = None
 
@@ -108,6 +112,15 @@ class Rollout:
             )
         return [coordinate.sampling_params for coordinate in self.coordinates]
 
+    def with_grammar_mask(self, config: ModelConfig, tokenizer: Tokenizer) -> "Rollout":
+        """The rollout with what structured outputs allowed at each token, as a Trainer takes it; the same where none
+        were asked for.
+
+        Raises ValueError as `jaxengine.grammar_mask` does, and where there are no coordinates.
+        """
+        found = find_grammar_mask(self.tokens, self.mask, self.sampling_params, tokenizer, config)
+        return dataclasses.replace(self, grammar_mask=found)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file of the arrays, bit for bit, and the coordinates. It is written whole or not at all.
 
@@ -122,21 +135,23 @@ class Rollout:
         """The rollout that `save` wrote. Raises ValueError naming the file where it holds something else."""
         tensors, metadata = read_tensors(Path(path))
         needed = set(ARRAYS) - OPTIONAL
-        if metadata.get("format") != FORMAT or not needed <= tensors.keys() <= needed | OPTIONAL | set(OF_MASK):
+        of_masks = {name for mask in MASKS for name in _of_mask(mask)}
+        if metadata.get("format") != FORMAT or not needed <= tensors.keys() <= needed | OPTIONAL | of_masks:
             raise ValueError(
                 f"{path} is no rollout that Rollout.save wrote: it holds {', '.join(sorted(tensors)) or 'nothing'}"
             )
         arrays: dict[str, Any] = {name: tensors[name] for name in ARRAYS if name in tensors}
-        has_mask = set(OF_MASK) <= tensors.keys()
-        kept = SamplingMask(*(tensors[name] for name in OF_MASK)) if has_mask else None
-        loaded = cls(**arrays, sampling_mask=kept)
+        for mask, kind in MASKS.items():
+            if tensors.keys() >= set(_of_mask(mask)):
+                arrays[mask] = kind(*(tensors[name] for name in _of_mask(mask)))
+        loaded = cls(**arrays)
         return dataclasses.replace(loaded, coordinates=_coordinates(loaded, json.loads(metadata["origins"])))
 
 
 OPTIONAL = {"entropies", "finish_reasons"}
-OF_MASK = ("sampling_mask.counts", "sampling_mask.ids")
+MASKS = {"sampling_mask": SamplingMask, "grammar_mask": GrammarMask}
 DATA = [field.name for field in dataclasses.fields(Rollout) if field.name != "coordinates"]
-ARRAYS = tuple(name for name in DATA if name != "sampling_mask")
+ARRAYS = tuple(name for name in DATA if name not in MASKS)
 jax.tree_util.register_dataclass(Rollout, data_fields=DATA, meta_fields=[], drop_fields=["coordinates"])
 
 
@@ -200,6 +215,11 @@ def _entropies(shape: tuple[int, int], rows: list[Row]) -> np.ndarray | None:
     if len(values) < len(rows):
         raise ValueError("only some samples have entropies: ask for them in all sampling parameters, or in none")
     return _of_completions(np.zeros(shape, np.float32), rows, values)
+
+
+def _of_mask(mask: str) -> list[str]:
+    """What a file calls the arrays of one of MASKS."""
+    return [f"{mask}.{field.name}" for field in dataclasses.fields(MASKS[mask])]
 
 
 # -- on disk -----------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from jaxengine.base.arguments import strict_keywords
 from jaxengine.base.pytree import pytree
+from jaxengine.device.grammar_mask import GrammarMask
 from jaxengine.device.sampling_mask import SamplingMask
 from jaxengine.rl.objective import ALGORITHMS, Objective
 from jaxengine.sampling_params import SamplingParams
@@ -84,4 +85,5 @@ class Batch:
     old_values: Float[Array, "B T"] | None = None
     returns: Float[Array, "B T"] | None = None
     kept: SamplingMask | None = None  # scored under it where it is there
+    grammar: GrammarMask | None = None  # of structured outputs
     corrections: Float[Array, "B T"] | None = None  # for what earlier weights drew (losses.correction_weights)

@@ -20,9 +20,10 @@ from jaxtyping import Array, Bool, Float
 from jaxengine.base.keys import key_data, key_of
 from jaxengine.config import ModelConfig
 from jaxengine.device.find_sampling_mask import find_sampling_mask
+from jaxengine.device.grammar_mask import GrammarMask
 from jaxengine.device.sampling_mask import SamplingMask
 from jaxengine.device.scoring import ScoringArrays, sampling_arrays_of, token_logprobs
-from jaxengine.device.scoring_input import check_sampling_mask, check_scored
+from jaxengine.device.scoring_input import check_grammar_mask, check_sampling_mask, check_scored
 from jaxengine.engine.scoring_proof import scoring_tiles
 from jaxengine.models.params import Decoder, shardings
 from jaxengine.ops.kernels import choose_kernels
@@ -109,12 +110,21 @@ class Trainer:
 
         Raises ValueError where `rewards` are not one for each sample or token, or are not 0 outside the rollout's mask,
         where a KL penalty has no `reference`, where rewards are compared within groups and each sample is a group of
-        its own, where truncated samples are to be masked and the rollout has no finish_reasons, and where `score`
-        raises.
+        its own, where truncated samples are to be masked and the rollout has no finish_reasons, where completions were
+        drawn with structured outputs and the rollout has no grammar mask, and where `score` raises.
         """
         check_scored(rollout.tokens, rollout.mask, self.model_config)
         check_sampling_mask(rollout.sampling_mask, rollout.tokens)
         check_rewards(rewards, np.asarray(rollout.mask))
+        check_grammar_mask(rollout.grammar_mask, rollout.tokens)
+        if (self.config.sampling.structure is None) != (rollout.grammar_mask is None):
+            raise ValueError(
+                "the configuration's sampling has structured_outputs, and the rollout no grammar_mask: train on "
+                "rollout.with_grammar_mask(model_config, tokenizer)"
+                if rollout.grammar_mask is None
+                else "the rollout has a grammar_mask, and the configuration's sampling no structured_outputs: give "
+                "TrainerConfig the sampling that drew it"
+            )
         if not self.has_critic:
             estimators.check_groups(np.asarray(rollout.group), self.config.objective.advantage)
         sample_rewards, token_rewards, has_reward = by_sample_and_token(rewards, np.asarray(rollout.mask))
@@ -123,6 +133,7 @@ class Trainer:
         mask = judged & ~rollout.ended_by("length")[:, None] if self.config.mask_truncated else judged
         kept = self._sampling_mask(state, rollout)
         batch = Batch(tokens, mask, jnp.asarray(rollout.logprobs), jnp.zeros(mask.shape, jnp.float32), kept=kept)
+        batch = dataclasses.replace(batch, grammar=jax.tree.map(jnp.asarray, rollout.grammar_mask))
         objective = self.config.objective
         if objective.penalises_loss:
             batch = dataclasses.replace(batch, reference=self._reference(reference, batch))
@@ -149,7 +160,8 @@ class Trainer:
         if rollout.sampling_mask is not None or not self.config.keep_sampling_mask:
             return jax.tree.map(jnp.asarray, rollout.sampling_mask)
         tokens, mask = np.asarray(rollout.tokens), np.asarray(rollout.mask)
-        found = find_sampling_mask(self.policy(state), tokens, mask, self._sampling_arrays(tokens), **self._how())
+        arrays = self._sampling_arrays(tokens, grammar=rollout.grammar_mask)
+        found = find_sampling_mask(self.policy(state), tokens, mask, arrays, **self._how())
         return jax.tree.map(jnp.asarray, found)
 
     def _reference(self, params: Decoder | None, batch: Batch) -> Float[Array, "B T"]:
@@ -158,7 +170,7 @@ class Trainer:
                 f"kl_coefficient={self.config.objective.kl_coefficient} asks for a penalty: "
                 "give reference, the weights of the policy to stay near"
             )
-        sampling = self._sampling_arrays(batch.tokens, batch.kept)
+        sampling = self._sampling_arrays(batch.tokens, batch.kept, batch.grammar)
         logprobs, _ = token_logprobs(params, batch.tokens, batch.mask, sampling, **self._how())
         return logprobs
 
@@ -259,7 +271,7 @@ class Trainer:
         return self._run(critic.cast(master, self.model_config), batch)
 
     def _run(self, model: ActorCritic, batch: Batch, *, entropy: bool = False) -> Forward:
-        sampling = self._sampling_arrays(batch.tokens, batch.kept)
+        sampling = self._sampling_arrays(batch.tokens, batch.kept, batch.grammar)
         return critic.forward(model, batch.tokens, batch.mask, sampling, entropy=entropy, **self._how())
 
     def _how(self) -> dict[str, Any]:
@@ -267,8 +279,10 @@ class Trainer:
         tiles = scoring_tiles(self.model_config, self.kernels)
         return dict(model_config=self.model_config, kernels=self.kernels, tiles=tiles)
 
-    def _sampling_arrays(self, tokens: Any, kept: SamplingMask | None = None) -> ScoringArrays:
-        return sampling_arrays_of([self.config.sampling] * tokens.shape[0], self.model_config, kept)
+    def _sampling_arrays(
+        self, tokens: Any, kept: SamplingMask | None = None, grammar: GrammarMask | None = None
+    ) -> ScoringArrays:
+        return sampling_arrays_of([self.config.sampling] * tokens.shape[0], self.model_config, kept, grammar)
 
 
 def _float32_zeros(x: Array) -> Array:

@@ -10,7 +10,7 @@ from starlette.responses import Response
 from jaxengine.outputs import CompletionDelta, CompletionOutput, RequestDelta, RequestOutput
 from jaxengine.server import body, forms
 from jaxengine.server.errors import ApiError, json_response, refusals
-from jaxengine.server.generation import coordinate_chunks, extras, head, last_chunk
+from jaxengine.server.generation import check_named, coordinate_chunks, extras, head, last_chunk
 from jaxengine.server.messages import Messages
 from jaxengine.server.protocol import ChatRequest, TokenizeRequest
 from jaxengine.server.service import Call, Service
@@ -22,6 +22,7 @@ async def chat(service: Service, http: HttpRequest) -> Response:
     service.check_model(form.model)
     if form.top_logprobs and not form.logprobs:
         raise ApiError(400, "top_logprobs takes logprobs=true beside it", "top_logprobs")
+    check_named(form, bool(form.logprobs))
     max_tokens = form.max_tokens if form.max_completion_tokens is None else form.max_completion_tokens
     service.check_room(1, form.n or 1)
     prompt = await render(service, form)
@@ -94,9 +95,12 @@ class _Answer:
         return self._messages.fields(self._call.name, drawn.index, parts)
 
     def _choice(self, drawn: CompletionDelta | CompletionOutput) -> dict[str, Any]:
+        logprobs = None
+        if self._form.logprobs:
+            logprobs = self._names.chat(drawn, self._form.top_logprobs or 0, self._call.sampling.logprob_token_ids)
         return {
             "index": drawn.index,
-            "logprobs": self._names.chat(drawn, self._form.top_logprobs or 0) if self._form.logprobs else None,
+            "logprobs": logprobs,
             "finish_reason": self._messages.finish_reason(drawn.index, drawn.finish_reason),
             "stop_reason": drawn.stop_reason,
         }

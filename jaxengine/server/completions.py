@@ -10,7 +10,7 @@ from jaxengine.host.prompts import prompts_of
 from jaxengine.outputs import CompletionDelta, CompletionOutput, RequestDelta, RequestOutput
 from jaxengine.server import body, forms
 from jaxengine.server.errors import ApiError, json_response, refusals
-from jaxengine.server.generation import coordinate_chunks, extras, head, last_chunk, structure_of
+from jaxengine.server.generation import check_named, coordinate_chunks, extras, head, last_chunk, structure_of
 from jaxengine.server.protocol import CompletionRequest
 from jaxengine.server.service import Call, Service
 from jaxengine.server.streaming import stream
@@ -23,6 +23,7 @@ async def completions(service: Service, http: HttpRequest) -> Response:
     service.check_model(form.model)
     if form.echo and form.stream:
         raise ApiError(400, "echo does not stream: leave stream out", "echo", "unsupported")
+    check_named(form, form.wants_logprobs)
     count = 0 if form.logprobs is None else int(form.logprobs)
     # A true asks for the drawn tokens' alone, which are always there; so does a 0.
     likeliest = count if not isinstance(form.logprobs, bool) and count else None

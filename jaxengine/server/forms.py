@@ -34,7 +34,7 @@ class TokenNames:
         return f"token_id:{token}" if self._tokenizer is None else self._tokenizer.token_text(token)
 
     def completion(self, drawn: Drawn, offset: int = 0) -> dict[str, Any]:
-        """`logprobs` of /v1/completions: four lists, an item a token; the likeliest that were asked for and the drawn.
+        """`logprobs` of /v1/completions: four lists, an item a token; all that were asked for and the drawn.
 
         `offset` is the number of characters before the first token.
         """
@@ -47,13 +47,13 @@ class TokenNames:
         ]
         return {"tokens": names, "token_logprobs": logprobs, "top_logprobs": top, "text_offset": offsets}
 
-    def chat(self, drawn: Drawn, count: int) -> dict[str, Any]:
-        """`logprobs` of /v1/chat/completions, with the `count` likeliest, the likeliest first."""
+    def chat(self, drawn: Drawn, count: int, named: Sequence[int]) -> dict[str, Any]:
+        """`logprobs` of /v1/chat/completions: of the `count` likeliest, the likeliest first, then of the `named`."""
         each = zip(drawn.token_ids, drawn.token_logprobs, _likeliest(drawn), strict=True)
         return {
             "content": [
                 self._entry(token, logprob)
-                | {"top_logprobs": [self._entry(other, value.logprob) for other, value in _best(entry, count)]}
+                | {"top_logprobs": [self._entry(other, value.logprob) for other, value in _told(entry, count, named)]}
                 for token, logprob, entry in each
             ]
         }
@@ -63,14 +63,14 @@ class TokenNames:
         return {"token": name, "logprob": number(logprob), "bytes": list(name.encode("utf-8", "replace"))}
 
 
-def token_content(drawn: Drawn, count: int) -> dict[str, Any]:
+def token_content(drawn: Drawn, count: int, named: Sequence[int]) -> dict[str, Any]:
     """`logprobs` of /inference/v1/generate, in the older form (`token`) and the newer one (`token_id`) at once."""
     content = []
     for token, logprob, entry in zip(drawn.token_ids, drawn.token_logprobs, _likeliest(drawn), strict=True):
         own = {"token": f"token_id:{token}", "token_id": token, "logprob": number(logprob)}
         top = [
             {"token": f"token_id:{other}", "token_id": other, "logprob": number(value.logprob), "rank": value.rank}
-            for other, value in _best(entry, count)
+            for other, value in _told(entry, count, named)
         ]
         content.append(own | {"rank": entry[token].rank if token in entry else None, "top_logprobs": top})
     return {"content": content}
@@ -114,11 +114,14 @@ def usage(outputs: Sequence[RequestOutput]) -> dict[str, Any]:
 
 
 def _likeliest(drawn: Drawn) -> Sequence[dict[int, Logprob]]:
-    """The drawn token and the likeliest ones at each token, empty where they were not asked for."""
+    """The drawn token, the likeliest and the named ones at each token, empty where none were asked for."""
     return drawn.logprobs if drawn.logprobs is not None else [{}] * len(drawn.token_ids)
 
 
-def _best(entry: dict[int, Logprob], count: int) -> list[tuple[int, Logprob]]:
-    """The `count` likeliest, the likeliest first; -1 is all. The drawn token is among them only where it is likely."""
-    by_rank = sorted(entry.items(), key=lambda item: item[1].rank)
-    return [(token, value) for token, value in by_rank if count == -1 or value.rank <= count]
+def _told(entry: dict[int, Logprob], count: int, named: Sequence[int]) -> list[tuple[int, Logprob]]:
+    """The `count` likeliest, the likeliest first, -1 is all; then the `named` tokens that are not among them. The drawn
+    token is there only where it is likely or named.
+    """
+    ranked = [(value.rank, token) for token, value in entry.items() if value.rank is not None]
+    likeliest = [token for rank, token in sorted(ranked) if count == -1 or rank <= count]
+    return [(token, entry[token]) for token in dict.fromkeys([*likeliest, *named])]

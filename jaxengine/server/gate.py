@@ -7,7 +7,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from jaxengine.server.errors import ApiError, too_many
-from jaxengine.server.settings import ServerConfig
+from jaxengine.server.settings import LOOPBACK, ServerConfig
 
 PUBLIC = frozenset({"/health", "/liveness"})
 ADMIN = frozenset({
@@ -46,6 +46,9 @@ class Gate:
         config = self._config
         if config.api_key is None and "origin" in headers and path not in ADMIN:
             raise ApiError(403, "a web page asks, and this server has no key: start it with --api-key", code="origin")
+        if config.api_key is None and _host(headers) not in LOOPBACK and path not in ADMIN:
+            message = "a web page's name may have been made to lead here, and this server has no key: ask 127.0.0.1, "
+            raise ApiError(403, message + f"not {_host(headers)!r:.80}, or start it with --api-key", code="host")
         given = _bearer(headers)
         if path in ADMIN:
             if config.admin_key is None:
@@ -61,6 +64,12 @@ class Gate:
 def _bearer(headers: Headers) -> str | None:
     scheme, _, key = headers.get("authorization", "").partition(" ")
     return key.strip() if scheme.lower() == "bearer" else None
+
+
+def _host(headers: Headers) -> str:
+    """The name that the client asked, without a port and an address's brackets."""
+    name, colon, port = headers.get("host", "").rpartition(":")
+    return (name if colon and port.isdecimal() else headers.get("host", "")).strip("[]").lower()
 
 
 def _digest(key: str) -> bytes:

@@ -33,6 +33,12 @@ def structure_of(form: Form) -> dict[str, Any]:
     return {"structured_outputs": {"json": schema}}
 
 
+def check_named(form: Form, wants_logprobs: bool) -> None:
+    """Raises ApiError where the logprobs of named tokens are asked for, and the answer has no place for them."""
+    if form.logprob_token_ids and not wants_logprobs:
+        raise ApiError(400, "logprob_token_ids takes logprobs beside it", "logprob_token_ids")
+
+
 def head(service: Service, kind: str, call: Call) -> dict[str, Any]:
     """What every chunk of an answer has."""
     return {"id": call.name, "object": kind, "created": call.created, "model": service.config.model_name}

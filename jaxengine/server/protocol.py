@@ -30,7 +30,6 @@ UNSUPPORTED = {
     "modalities": "models take text and token ids only",
     "features": "models take text and token ids only",
     "mm_processor_kwargs": "models take text and token ids only",
-    "logprob_token_ids": "give top_logprobs or logprobs, or score the tokens with prompt_logprobs",
     "thinking_token_budget": "generate up to max_tokens, then go on with another prompt",
     "vllm_xargs": "there are no plugins that would read them",
     "extra_args": "there are no plugins that would read them",
@@ -72,6 +71,7 @@ class Sampling(_Distribution):
     truncate_prompt_tokens: int | None = None
     include_stop_str_in_output: bool | None = None
     seed: int | None = None
+    logprob_token_ids: list[int] | None = None
     prompt_logprobs: int | None = None
     structured_outputs: dict[str, Any] | None = None
 

@@ -21,6 +21,7 @@ def server(engine: AsyncLLM, config: ServerConfig) -> uvicorn.Server:
             log_level="warning",
             access_log=False,
             server_header=False,
+            ws="none",  # no route speaks it, so the gate sees such a request as any other
             timeout_graceful_shutdown=config.drain_seconds,
         )
     )

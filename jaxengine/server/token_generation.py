@@ -61,13 +61,14 @@ class _Answer:
         return last_chunk(self._form, self._head, outputs)
 
     def _choice(self, drawn: CompletionDelta | CompletionOutput) -> dict[str, Any]:
-        count = self._call.sampling.logprobs
+        sampling = self._call.sampling
+        content = forms.token_content(drawn, sampling.logprobs or 0, sampling.logprob_token_ids)
         choice: dict[str, Any] = {
             "index": drawn.index,
             "token_ids": drawn.token_ids,
             "finish_reason": drawn.finish_reason,
             "stop_reason": drawn.stop_reason,
-            "logprobs": None if count is None else forms.token_content(drawn, count),
+            "logprobs": content if sampling.tells_logprobs else None,
             "weight_versions": forms.version_spans(drawn),
         }
         return choice | ({"text": drawn.text} if self._form.output_mode == "text" else {})

@@ -45,6 +45,6 @@ def test_another_default_of_the_process_changes_no_key(tiny):
     expected = tuple(words(jax.random.fold_in(jax.random.key(0), 0)))
     with jax.default_prng_impl("rbg"):
         llm = make_llm(tiny.config, tiny.params)
-        assert llm.admitted([[5, 6, 7]], PARAMS, None, None)[0].key == expected
+        assert llm.generate([[5, 6, 7]], PARAMS)[0].outputs[0].coordinate.key == expected
         with pytest.raises(ValueError, match="one threefry key, got .*rbg.* of shape .*impl='threefry2x32'"):
             llm.generate([[5, 6, 7]], PARAMS, key=jax.random.key(0))

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import itertools
 import random
 
 import jax
@@ -11,6 +12,7 @@ from conftest import bits, make_llm
 
 from jaxengine import AsyncLLM, SamplingParams
 from jaxengine.async_llm import QueueFull
+from jaxengine.base.keys import folded, key_data, seeded
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11], [12] * 40]
 LONG = SamplingParams(max_tokens=400, ignore_eos=True, seed=1)
@@ -150,6 +152,34 @@ def test_a_full_queue_refuses_the_whole_call(llm, monkeypatch):
 
     monkeypatch.setattr(llm.engine, "engine_config", dataclasses.replace(llm.engine_config, max_waiting=5))
     run(call())
+    assert is_empty(llm)
+
+
+def test_a_call_that_is_refused_takes_no_key(llm, monkeypatch):
+    """Come again, it draws what it would have drawn; a call with seeds takes one, as it always did."""
+    prompts, params = PROMPTS[:2], SamplingParams(max_tokens=4)
+
+    def keys(outputs) -> list[tuple[int, int]]:
+        return [output.outputs[0].coordinate.key for output in outputs]
+
+    async def call():
+        async with AsyncLLM.over(llm) as engine:
+            (first,) = await engine.generate(PROMPTS[:1], params)
+            with monkeypatch.context() as short:
+                short.setattr(llm.engine, "engine_config", dataclasses.replace(llm.engine_config, max_waiting=1))
+                for _ in range(2):
+                    with pytest.raises(QueueFull):
+                        await engine.generate(prompts, params)
+                with pytest.raises(QueueFull):
+                    llm.generate(prompts, params)
+            with pytest.raises(ValueError, match="in use"):
+                await engine.generate(prompts, params, request_ids=["one", "one"])
+            await engine.generate(prompts, params.replace(seed=1))
+            return keys([first]), keys(await engine.generate(prompts, params))
+
+    (first,), last = run(call())
+    number = next(i for i in itertools.count() if key_data(folded(seeded(0), i)) == first)
+    assert last == [key_data(folded(seeded(0), number + 2))] * 2
     assert is_empty(llm)
 
 

@@ -3,140 +3,10 @@
 import json
 
 import pytest
+from attacks import ATTACKS, COMPLETE, GENERATE, README, WAYS_IN, tables
+from serving import running
 
 from jaxengine import SamplingParams
-
-GENERATE, COMPLETE, CHAT = "/inference/v1/generate", "/v1/completions", "/v1/chat/completions"
-MESSAGES = [{"role": "user", "content": "1+1="}]
-
-
-def function(name: str, parameters: dict | None = None) -> dict:
-    return {"type": "function", "function": {"name": name, "parameters": parameters or {"type": "object"}}}
-
-
-REGEX = {"regex": "a"}
-DEEP = "[" * 50_000 + "]" * 50_000
-# name -> (path, body as JSON values or as bytes, status, param of the error or None where it names none)
-ATTACKS = {
-    "no body": (COMPLETE, b"", 400, "prompt"),
-    "no JSON": (COMPLETE, b"{prompt", 400, None),
-    "half a character": (COMPLETE, b'{"prompt": "\xff"}', 400, None),
-    "JSON that is no object": (COMPLETE, [1, 2], 400, None),
-    "deep JSON": (COMPLETE, DEEP.encode()[:90_000], 400, None),
-    "deep JSON in a field": (CHAT, b'{"messages": [{"a": ' + b"[" * 900 + b"]" * 900 + b"}]}", 400, "messages"),
-    "a body that is too long": (COMPLETE, {"prompt": "1" * 200_000}, 413, None),
-    "a number of 5,000 digits": (COMPLETE, b'{"prompt": "1", "seed": ' + b"9" * 5000 + b"}", 400, None),
-    "no prompt": (COMPLETE, {}, 400, "prompt"),
-    "an empty prompt": (COMPLETE, {"prompt": ""}, 400, None),
-    "an empty list": (COMPLETE, {"prompt": []}, 400, "prompt"),
-    "an empty prompt among others": (COMPLETE, {"prompt": ["1+1=", ""]}, 400, None),
-    "a prompt that is an object": (COMPLETE, {"prompt": {"prompt": "1"}}, 400, "prompt"),
-    "prompts that are objects": (COMPLETE, {"prompt": [{"prompt_token_ids": [1]}]}, 400, "prompt"),
-    "a prompt that is a number": (COMPLETE, {"prompt": 5}, 400, "prompt"),
-    "token ids that are flags": (COMPLETE, {"prompt": [True, False]}, 400, None),
-    "token ids that are fractions": (COMPLETE, {"prompt": [[1.5]]}, 400, None),
-    "a negative token id": (COMPLETE, {"prompt": [[-1]]}, 400, None),
-    "a token id beyond the vocabulary": (COMPLETE, {"prompt": [[259]]}, 400, None),
-    "a token id of 80 bits": (COMPLETE, {"prompt": [[2**80]]}, 400, None),
-    "nested prompts": (COMPLETE, {"prompt": [[[1]]]}, 400, None),
-    "half a surrogate pair": (COMPLETE, b'{"prompt": "\\ud800"}', 400, None),
-    "a prompt longer than the context": (COMPLETE, {"prompt": "1" * 600}, 400, None),
-    "another model": (COMPLETE, {"model": "gpt-4", "prompt": "1"}, 404, "model"),
-    "a model that is a path": (COMPLETE, {"model": "../../etc/passwd", "prompt": "1"}, 404, "model"),
-    "a model that is a number": (COMPLETE, {"model": 1, "prompt": "1"}, 400, "model"),
-    "temperature NaN": (COMPLETE, b'{"prompt": "1", "temperature": NaN}', 400, None),
-    "temperature infinite": (COMPLETE, b'{"prompt": "1", "temperature": 1e999}', 400, "temperature"),
-    "temperature of 400 digits": (COMPLETE, {"prompt": "1", "temperature": 10**400}, 400, "temperature"),
-    "temperature as text": (COMPLETE, {"prompt": "1", "temperature": "1"}, 400, "temperature"),
-    "temperature below 0": (COMPLETE, {"prompt": "1", "temperature": -1}, 400, "temperature"),
-    "top_p of 0": (COMPLETE, {"prompt": "1", "top_p": 0.0}, 400, "top_p"),
-    "n of 0": (COMPLETE, {"prompt": "1", "n": 0}, 400, "n"),
-    "n of a billion": (COMPLETE, {"prompt": "1", "n": 10**9}, 400, "n"),
-    "n as a flag": (COMPLETE, {"prompt": "1", "n": True}, 400, "n"),
-    "more samples than a call may have": (COMPLETE, {"prompt": ["1"] * 100, "n": 6}, 400, "n"),
-    "max_tokens below 0": (COMPLETE, {"prompt": "1", "max_tokens": -1}, 400, "max_tokens"),
-    "min_tokens above max_tokens": (COMPLETE, {"prompt": "1", "min_tokens": 99}, 400, "min_tokens"),
-    "logprobs of a billion": (COMPLETE, {"prompt": "1", "logprobs": 10**9}, 400, "logprobs"),
-    "prompt_logprobs of all": (COMPLETE, {"prompt": "1", "prompt_logprobs": -1}, 400, "prompt_logprobs"),
-    "65 stop strings": (COMPLETE, {"prompt": "1", "stop": [str(i) for i in range(65)]}, 400, "stop"),
-    "an empty stop string": (COMPLETE, {"prompt": "1", "stop": [""]}, 400, "stop"),
-    "a long stop string": (COMPLETE, {"prompt": "1", "stop": "1" * 2000}, 400, "stop"),
-    "stop token ids beyond the vocabulary": (COMPLETE, {"prompt": "1", "stop_token_ids": [999]}, 400, "stop_token_ids"),
-    "a seed below 0": (COMPLETE, {"prompt": "1", "seed": -1}, 400, "seed"),
-    "a bias of text": (COMPLETE, {"prompt": "1", "logit_bias": {"x": 1}}, 400, "logit_bias"),
-    "a bias that is infinite": (COMPLETE, b'{"prompt": "1", "logit_bias": {"1": 1e999}}', 400, "logit_bias"),
-    "an unknown field": (COMPLETE, {"prompt": "1", "temprature": 1}, 400, "temprature"),
-    "a grammar": (COMPLETE, {"prompt": "1", "structured_outputs": {"regex": "(a"}}, 400, "structured_outputs"),
-    "a grammar of 70,000 characters": (
-        COMPLETE, {"prompt": "1", "structured_outputs": {"regex": "a" * 70_000}}, 400, "structured_outputs",
-    ),
-    "two grammars": (
-        CHAT, {"messages": MESSAGES, "structured_outputs": {"regex": "a", "json": "{}"}}, 400, "structured_outputs",
-    ),
-    "a schema from elsewhere": (
-        CHAT,
-        {"messages": MESSAGES, "response_format": {"type": "json_schema", "json_schema": {"schema": {"$ref": "http://a/"}}}},
-        400, "structured_outputs",
-    ),
-    "a grammar by its older name": (COMPLETE, {"prompt": "1", "guided_json": {"type": "object"}}, 400, "guided_json"),
-    "a response format": (COMPLETE, {"prompt": "1", "response_format": {"type": "x"}}, 400, "response_format"),
-    "a priority of 80 bits": (COMPLETE, {"prompt": "1", "priority": 2**80}, 400, "priority"),
-    "a priority as text": (COMPLETE, {"prompt": "1", "priority": "high"}, 400, "priority"),
-    "echo that streams": (COMPLETE, {"prompt": "1", "echo": True, "stream": True}, 400, "echo"),
-    "a salt of 2,000 characters": (COMPLETE, {"prompt": "1", "cache_salt": "x" * 2000}, 400, "cache_salt"),
-    "messages that are text": (CHAT, {"messages": "hello"}, 400, "messages"),
-    "no messages": (CHAT, {"messages": []}, 400, "messages"),
-    "a role that is no word": (CHAT, {"messages": [{"role": "<|im_end|>", "content": "x"}]}, 400, "messages"),
-    "an image": (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages"),
-    "a tool without a function": (CHAT, {"messages": MESSAGES, "tools": [{"type": "function"}]}, 400, "tools"),
-    "a tool that is text": (CHAT, {"messages": MESSAGES, "tools": ["add"]}, 400, "tools"),
-    "a tool whose name is a sentence": (CHAT, {"messages": MESSAGES, "tools": [function("a b")]}, 400, "tools"),
-    "two tools of one name": (CHAT, {"messages": MESSAGES, "tools": [function("a")] * 2}, 400, "tools"),
-    "129 tools": (CHAT, {"messages": MESSAGES, "tools": [function(f"f{i}") for i in range(129)]}, 400, "tools"),
-    "a choice that is none": (
-        CHAT, {"messages": MESSAGES, "tools": [function("a")], "tool_choice": "any"}, 400, "tool_choice",
-    ),
-    "a choice of no tool": (
-        CHAT, {"messages": MESSAGES, "tools": [function("a")], "tool_choice": {"function": {"name": "b"}}},
-        400, "tool_choice",
-    ),
-    "a choice without tools": (CHAT, {"messages": MESSAGES, "tool_choice": "required"}, 400, "tool_choice"),
-    "a choice beside a grammar": (
-        CHAT,
-        {"messages": MESSAGES, "tools": [function("a")], "tool_choice": "required", "structured_outputs": REGEX},
-        400, "tool_choice",
-    ),
-    "a tool whose schema nothing meets": (
-        CHAT, {"messages": MESSAGES, "tools": [function("a", {"type": "x"})], "tool_choice": "required"},
-        400, "structured_outputs",
-    ),
-    "top_logprobs without logprobs": (CHAT, {"messages": MESSAGES, "top_logprobs": 2}, 400, "top_logprobs"),
-    "a template that escapes": (
-        CHAT, {"messages": MESSAGES, "chat_template": "{{ ''.__class__.__mro__[1].__subclasses__() }}"}, 400, None,
-    ),
-    "a template that never ends": (
-        CHAT, {"messages": MESSAGES, "chat_template": "{% for i in range(10**12) %}x{% endfor %}"}, 400, None,
-    ),
-    "arguments of the template that are its own": (
-        CHAT, {"messages": MESSAGES, "chat_template_kwargs": {"messages": []}}, 400, None,
-    ),
-    "no sampling_params": (GENERATE, {"token_ids": [1]}, 400, "sampling_params"),
-    "an unknown sampling field": (GENERATE, {"token_ids": [1], "sampling_params": {"maxtokens": 1}}, 400, "maxtokens"),
-    "no token ids": (GENERATE, {"token_ids": [], "sampling_params": {}}, 400, None),
-    "text as token ids": (GENERATE, {"token_ids": ["1"], "sampling_params": {}}, 400, "token_ids"),
-    "an unknown mode": (GENERATE, {"token_ids": [1], "sampling_params": {}, "output_mode": "x"}, 400, "output_mode"),
-    "tokens beyond the vocabulary": ("/detokenize", {"tokens": [99999]}, 400, None),
-    "both prompt and messages": ("/tokenize", {"prompt": "1", "messages": MESSAGES}, 400, "prompt"),
-    "weights outside the root": ("/update_weights", {"weight_dir": "../../../etc"}, 400, "weight_dir"),
-    "weights at an absolute path": ("/update_weights", {"weight_dir": "/etc"}, 400, "weight_dir"),
-    "weights with a NUL": ("/update_weights", {"weight_dir": "a\0b"}, 400, "weight_dir"),
-    "weights over NCCL": ("/update_weights", {"update_info": {"names": ["a"], "shapes": [[1]]}}, 501, "update_info"),
-    "an unknown pause": ("/pause?mode=forever", {}, 400, "mode"),
-    "an unknown sleep": ("/sleep?level=9", {}, 400, None),
-    "an unknown route": ("/v1/embeddings", {}, 404, None),
-    "a path that climbs": ("/v1/../../etc/passwd", {}, 404, None),
-    "a path that climbs in secret": ("/%2e%2e/%2e%2e/etc/passwd", {}, 404, None),
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +31,34 @@ def test_what_a_bad_input_gets(served, before, name):
     assert set(error) == {"message", "type", "param", "code"} and " at 0x" not in error["message"]
     assert len(response.text) < 3000
     assert served.user.get("/health").status_code == 200 and drawn(served) == before
+
+
+@pytest.fixture(scope="module")
+def keyless(calc):
+    """A server without keys."""
+    with running(calc) as found:
+        yield found
+
+
+@pytest.mark.parametrize("name", WAYS_IN)
+def test_what_a_way_in_gets(served, keyless, name):
+    has_keys, route, headers, status, code = WAYS_IN[name]
+    method, path = route.split(" ", 1)
+    response = (served if has_keys else keyless).nobody.request(method, path, headers=headers)
+    found = response.json()["error"]["code"] if response.content else None
+    assert (response.status_code, found) == (status, code), response.text
+    assert not served.llm.is_paused
+
+
+def test_who_may_come_in_without_keys(keyless):
+    for host in ("127.0.0.1", "localhost:8000", "[::1]:8000"):
+        assert keyless.nobody.get("/v1/models", headers={"Host": host}).status_code == 200
+    assert keyless.nobody.get("/health", headers={"Host": "probe.example"}).status_code == 200
+
+
+def test_the_readme_says_what_each_gets():
+    assert len(ATTACKS) >= 40 and len(WAYS_IN) >= 10
+    assert README.read_text().endswith(tables()), "python tests/server/attacks.py writes the tables"
 
 
 @pytest.mark.parametrize(

@@ -235,6 +235,37 @@ def test_tokens_in_and_out_with_both_forms_of_logprobs(served, asked):
     assert [token for event in streamed for token in event["choices"][0]["token_ids"]] == sample.token_ids
 
 
+NAMED = [3, 18, 250]
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_named_tokens_have_logprobs_on_every_route(served, count):
+    asked = dict(max_tokens=6, seed=3, temperature=0.8, logprob_token_ids=NAMED)
+    ids, messages = served.llm.tokenizer.encode(PROMPTS[0]), [{"role": "user", "content": PROMPTS[0]}]
+    sampling = SamplingParams(**asked, logprobs=count)
+    ((plain,),) = [output.outputs for output in served.llm.generate([ids], sampling)]
+    ((of_chat,),) = [output.outputs for output in served.llm.chat(messages, sampling)]
+
+    def expected(told) -> set[int]:
+        return {token for token, entry in told.items() if entry.rank is not None and entry.rank <= count} | {*NAMED}
+
+    (choice,) = complete(served, prompt=ids, logprobs=count, return_tokens_as_token_ids=True, **asked)
+    names = [{f"token_id:{token}": entry.logprob for token, entry in told.items()} for told in plain.logprobs]
+    assert choice["logprobs"]["top_logprobs"] == names
+
+    body = asked | dict(messages=messages, logprobs=True, top_logprobs=count, return_tokens_as_token_ids=True)
+    (choice,) = ok(served.user.post("/v1/chat/completions", json=body))["choices"]
+    for told, entry in zip(of_chat.logprobs, choice["logprobs"]["content"], strict=True):
+        found = {top["token"]: top["logprob"] for top in entry["top_logprobs"]}
+        assert found == {f"token_id:{token}": told[token].logprob for token in expected(told)}
+
+    body = {"token_ids": ids, "sampling_params": asked | ({"logprobs": count} if count else {})}
+    (choice,) = ok(served.user.post("/inference/v1/generate", json=body))["choices"]
+    for told, entry in zip(plain.logprobs, choice["logprobs"]["content"], strict=True):
+        found = {top["token_id"]: (top["logprob"], top["rank"]) for top in entry["top_logprobs"]}
+        assert found == {token: (told[token].logprob, told[token].rank) for token in expected(told)}
+
+
 def test_stops_and_rules_are_those_of_sampling_params(served):
     rules = dict(stop=["2"], stop_token_ids=[19], min_tokens=2, ignore_eos=True, top_k=20, logit_bias={"18": 2.0})
     rules |= dict(allowed_token_ids=list(range(15, 26)), repetition_penalty=1.1, max_tokens=12, seed=5)

@@ -272,5 +272,13 @@ class Answers:
     def rows(self) -> RowOutputs:
         nothing = self.tokens[..., None][..., :0]
         return RowOutputs(
-            self.tokens, self.logprobs, self.logprobs, self.logprobs, self.tokens, nothing, nothing, self.finite
+            self.tokens,
+            self.logprobs,
+            self.logprobs,
+            self.logprobs,
+            self.tokens,
+            nothing,
+            nothing,
+            nothing,
+            self.finite,
         )

@@ -162,6 +162,44 @@ def test_logprobs_of_the_whole_vocabulary(whole, outputs, tiny):
     assert all(3 <= len(entries) <= 4 for entries in found[8].outputs[0].logprobs)
 
 
+NAMED = [(), (5,), (999, 0, 3), (31, 31, 7), tuple(range(128)), (500,), (6, 5), (3, 30), (9, 8), (8, 11, 999)]
+
+
+def test_named_tokens_have_the_logprobs_of_the_whole_vocabulary(whole, outputs, tiny):
+    sampling = [
+        p.replace(logprob_token_ids=named, logprobs=(None, 2)[i % 2])
+        for i, (p, named) in enumerate(zip(SAMPLING, NAMED, strict=True))
+    ]
+    found = tiny.generate(PROMPTS, sampling, key=KEY)
+    assert bits(found) == bits(outputs), "what is drawn has the same bits"
+    every = whole.generate(PROMPTS, [p.replace(logprobs=-1) for p in SAMPLING], key=KEY)
+    assert found[0].outputs[0].logprobs is None
+    for output, all_told, params in zip(found[1:], every[1:], sampling[1:], strict=True):
+        for sample, of_all in zip(output.outputs, all_told.outputs, strict=True):
+            for token, told, entries in zip(sample.token_ids, sample.logprobs, of_all.logprobs, strict=True):
+                likeliest = {other for other, entry in entries.items() if entry.rank <= (params.logprobs or 0)}
+                assert told.keys() == likeliest | {token, *params.logprob_token_ids}
+                own, expected = (np.float32([each[other].logprob for other in told]) for each in (told, entries))
+                assert np.array_equal(own.view(np.uint32), expected.view(np.uint32))
+                ranks = {other: entry.rank for other, entry in told.items() if entry.rank is not None}
+                assert ranks.keys() == likeliest | {token}
+
+
+def test_a_sample_goes_on_with_named_tokens_only_where_it_was_begun_with_them(tiny):
+    begun = tiny.generate([[3, 4]], SamplingParams(max_tokens=3, logprob_token_ids=[7], ignore_eos=True), key=KEY)
+    params = begun[0].outputs[0].coordinate.sampling_params
+    (whole,) = tiny.generate([[3, 4]], params.replace(max_tokens=6), key=KEY)
+    assert tiny.extend(begun, params.replace(max_tokens=6))[0].outputs[0].logprobs == whole.outputs[0].logprobs
+    with pytest.raises(ValueError, match="logprob_token_ids is asked for, but sample 0 was begun without"):
+        tiny.extend(begun, params.replace(max_tokens=6, logprob_token_ids=[7, 8]))
+
+
+@pytest.mark.parametrize("ids, message", [([1] * 129, "at most 128"), ([-1], "at least 0"), ([1000], "0 … 999")])
+def test_named_tokens_that_are_too_many_or_unknown_are_refused(ids, message, tiny):
+    with pytest.raises(ValueError, match=f"logprob_token_ids.*{message}"):
+        tiny.generate([[1]], SamplingParams(max_tokens=1, logprob_token_ids=ids))
+
+
 @pytest.mark.parametrize("name", ["logprobs", "prompt_logprobs"])
 def test_without_room_the_whole_vocabulary_is_refused(name, tiny):
     message = rf"{name}=-1 of prompts\[0\] is more than max_logprobs=20 .*all 1000 tokens.*max_logprobs=-1"

@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxengine.config import ModelConfig
+from jaxengine.device.grammar_mask import GrammarMask
 from jaxengine.device.sampling_mask import SamplingMask
 from jaxengine.device.scoring_input import check_length
 from jaxengine.device.trunk import hidden_states
@@ -71,6 +72,7 @@ class Policy(nnx.Module):
         *,
         entropy: bool = False,
         sampling_mask: SamplingMask | None = None,
+        grammar_mask: GrammarMask | None = None,
     ) -> Any:
         """`jaxengine.score` under these parameters: the logprobs that `generate` reported, bit for bit."""
         return score(
@@ -81,6 +83,7 @@ class Policy(nnx.Module):
             config=self.config,
             entropy=entropy,
             sampling_mask=sampling_mask,
+            grammar_mask=grammar_mask,
             kernels=self.kernels.name,
         )
 

@@ -95,6 +95,8 @@ class Loop:
         rollout = Rollout.from_outputs(batch.outputs, length=self.length) if rounds else everything
         judged, generated = of_rewards(of_samples(drawn.rewards), everything.group), time.monotonic()
         no_spread = of_rewards(of_samples(batch.rewards), rollout.group).no_spread
+        if self.tokenizer is not None and self.trainer.config.sampling.structure is not None:
+            rollout = rollout.with_grammar_mask(self.trainer.model_config, self.tokenizer)
         state, updates = self.trainer.train(state, rollout, batch.rewards, reference=self.reference)
         return state, Iteration(
             version=version,
