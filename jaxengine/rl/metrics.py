@@ -55,11 +55,11 @@ def of_rewards(rewards: Float[np.ndarray, " B"], group: Int[np.ndarray, " B"]) -
     """What a batch's rewards are like."""
     counts = np.isfinite(rewards)
     kept, of = rewards[counts].astype(np.float64), group[counts]
-    spreads = [has_spread(kept[of == name]) for name in np.unique(of)]
+    equal = [not has_spread(kept[of == name]) for name in np.unique(of)]
     return RewardMetrics(
         mean=mean_reward(rewards),
         deviation=float(kept.std()) if len(kept) else math.nan,
-        no_spread=float(1 - np.mean(spreads)) if spreads else 0.0,
+        no_spread=float(np.mean(equal)) if equal else 0.0,
         left_out=float(1 - counts.mean()),
     )
 

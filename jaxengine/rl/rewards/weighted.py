@@ -17,11 +17,11 @@ class WeightedReward(NamedTuple):
     weight: float
 
 
-def weighted(reward: Rewarding, weights: Sequence[float] | None = None) -> list[WeightedReward]:
+def weighted(reward: Rewarding, reward_weights: Sequence[float] | None = None) -> list[WeightedReward]:
     """The rewards in their order. Without a mapping's name, a reward is called as its function is.
 
-    Raises ValueError where there is no reward, where two have one name, and where `weights` are not one finite number
-    for each; without them each weighs 1.
+    Raises ValueError where there is no reward, where two have one name, and where `reward_weights` are not one
+    finite number for each; without them each weighs 1.
     """
     several = isinstance(reward, (Mapping, Sequence))
     named = list(reward.items()) if isinstance(reward, Mapping) else [(name_of(x), x) for x in _each(reward)]
@@ -31,7 +31,7 @@ def weighted(reward: Rewarding, weights: Sequence[float] | None = None) -> list[
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"several rewards are called {twice[0]}: name each, in a mapping {{name: reward}}")
-    weights = [1.0] * len(names) if weights is None else list(weights)
+    weights = [1.0] * len(names) if reward_weights is None else list(reward_weights)
     if len(weights) != len(names):
         of = f"{len(names)} rewards ({', '.join(names)})" if several else "one reward"
         raise ValueError(f"{len(weights)} reward_weights for {of}: give one each")
