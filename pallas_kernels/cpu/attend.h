@@ -44,13 +44,13 @@ template <class T>
 inline void fetch_keys(const Pages& pages, const Tile<T>& tile) {
   for (int64_t i = 0; i < TILE / LANE_KEYS && tile.keys[i]; i++)
     if (i == 0 || tile.keys[i] != tile.keys[i - 1] + LANE_KEYS)  // else in the lines of the sixteen before
-      for (int64_t d = 0; d < pages.key_width; d++) _mm_prefetch((const char*)(tile.keys[i] + d * pages.size), _MM_HINT_T0);
+      for (int64_t d = 0; d < pages.key_width; d++) _mm_prefetch((const char*)(tile.keys[i] + d * pages.size), _MM_HINT_T1);
 }
 template <class T>
 inline void fetch_values(const Pages& pages, const Tile<T>& tile) {
   for (int64_t i = 0; i < TILE / LANE_KEYS && tile.values[i]; i++)
     for (int64_t at = 0; at < LANE_KEYS * pages.value_width * int64_t(sizeof(T)); at += 64)
-      _mm_prefetch((const char*)tile.values[i] + at, _MM_HINT_T0);
+      _mm_prefetch((const char*)tile.values[i] + at, _MM_HINT_T1);
 }
 
 // Scores of Q queries with N times 16 keys.

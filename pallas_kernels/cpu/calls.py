@@ -81,12 +81,10 @@ def added(
 def logits(
     x: Float[Array, "t D"], norm: Float[Array, " D"], eps: float, head: Float[Array, "leaf V D"], body: str = "best"
 ) -> Float[Array, "t V"]:
-    """rms_norm(x) @ head.T; what is normalised is not rounded. With bfloat16 weights it goes in three exact parts."""
-    like, parts = jax.ShapeDtypeStruct((x.shape[0], head.shape[0] * head.shape[1]), jnp.float32), 1
-    if head.dtype == jnp.bfloat16:
-        parts = 3
+    """rms_norm(x) @ head.T in float32: what is normalised is not rounded."""
+    like = jax.ShapeDtypeStruct((x.shape[0], head.shape[0] * head.shape[1]), jnp.float32)
     live = Live(jnp.int32(x.shape[0]), 1)
-    return _product(like, x, norm, eps, head, None, None, live, body, form=PLAIN, parts=parts, rounds=parts == 3)
+    return _product(like, x, norm, eps, head, None, None, live, body, form=PLAIN, rounds=False)
 
 
 def _product(
@@ -100,12 +98,11 @@ def _product(
     live: Live,
     body: str,
     form: int,
-    parts: int = 1,
     rounds: bool = True,
 ) -> Array:
     given = x, _or_empty(norm), w, _or_empty(bias), _or_empty(residual), _int32(live.count)
     return _call("product", like, body)(
-        *given, form=np.int64(form), parts=np.int64(parts), rounds=rounds, eps=np.float32(eps), tile=np.int64(live.tile)
+        *given, form=np.int64(form), rounds=rounds, eps=np.float32(eps), tile=np.int64(live.tile)
     )
 
 

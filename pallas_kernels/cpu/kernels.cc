@@ -73,7 +73,7 @@ ffi::Error guarded(const Arguments& given, ffi::ThreadPool& pool, int64_t body, 
 }
 
 ffi::Error product(ffi::ThreadPool pool, Any x, Any norm, Any w, Any bias, Floats residual, Ints count, AnyOut y,
-                   int64_t form, int64_t parts, bool rounds, float eps, int64_t tile, int64_t body) {
+                   int64_t form, bool rounds, float eps, int64_t tile, int64_t body) {
   Arguments given("product");
   const int64_t rows = given.sizes<2>("x", x)[0];
   const auto [leaves, outputs, inputs] = given.sizes<3>("w", w);
@@ -81,7 +81,6 @@ ffi::Error product(ffi::ThreadPool pool, Any x, Any norm, Any w, Any bias, Float
   const int64_t width = is_added ? leaves * inputs : inputs;
   const int64_t columns = is_added ? outputs : is_gated ? leaves * (outputs / 2) : leaves * outputs;
   given.that(form >= 0 && form <= int64_t(Form::ADDED), "form", "is no form of products");
-  given.that(parts == 1 || (parts == 3 && Form(form) == Form::PLAIN), "parts", "must be 1, or 3 of a plain product");
   given.floats("w", w);
   given.that(leaves >= 1 && leaves <= 128 && !(leaves & (leaves - 1)), "w", "leaves must be a power of two up to 128");
   given.that(inputs >= 1, "w", "has no inputs");
@@ -95,7 +94,7 @@ ffi::Error product(ffi::ThreadPool pool, Any x, Any norm, Any w, Any bias, Float
   given.type("y", *y, is_gated ? w.element_type() : ffi::F32);
   const Extent extent(given, count, rows, tile);
   const Product p{Form(form), rows, extent.live, extent.zeros_to, leaves, outputs, inputs, array(x), array(norm), eps,
-                  int(parts), rounds, array(w), array(bias), residual.typed_data(), y->untyped_data()};
+                  rounds, array(w), array(bias), residual.typed_data(), y->untyped_data()};
   return guarded(given, pool, body, &Body::product, p);
 }
 
@@ -197,7 +196,7 @@ extern "C" __attribute__((visibility("default"))) int jaxengine_bodies() {
   XLA_FFI_DEFINE_HANDLER_SYMBOL(NAME, FUNCTION, __VA_ARGS__)
 
 OP(jaxengine_product, product, on_threads().Arg<Any>().Arg<Any>().Arg<Any>().Arg<Any>().Arg<Floats>().Arg<Ints>()
-    .Ret<Any>().Attr<int64_t>("form").Attr<int64_t>("parts").Attr<bool>("rounds").Attr<float>("eps")
+    .Ret<Any>().Attr<int64_t>("form").Attr<bool>("rounds").Attr<float>("eps")
     .Attr<int64_t>("tile").Attr<int64_t>("body"));
 
 OP(jaxengine_embed, embed, on_threads().Arg<Any>().Arg<Ints>().Arg<Ints>().Ret<Floats>().Attr<int64_t>("tile")

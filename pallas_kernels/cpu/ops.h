@@ -13,8 +13,7 @@ struct Product {
   int64_t rows, live, zeros_to, leaves, outputs, inputs;
   Array x, norm;  // with a norm x is float32, and normalised first
   float eps;
-  int parts;    // 3: of a float32 row, bfloat16 numbers with the row as their sum. 1: the row itself
-  bool rounds;  // whether rows are rounded to the weights' type
+  bool rounds;  // whether rows are rounded to the weights' type; those of the head are not
   Array w, bias;
   const float* residual;
   void* y;  // float32; of GATED the weights' type

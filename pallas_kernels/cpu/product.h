@@ -211,7 +211,7 @@ template <class T>
 inline void sum_leaf(const Product& p, const Rows& rows, int64_t leaf, int64_t first, int64_t count, int64_t w,
                      int64_t outputs, Sums& sums) {
 #ifdef WITH_AMX
-  if constexpr (std::is_same_v<T, BF16>) return sum_by_tiles(p, rows, leaf, first, count, w, outputs, sums);
+  if (by_tiles<T>(p)) return sum_by_tiles(p, rows, leaf, first, count, w, outputs, sums);
 #endif
   const T* weights = (const T*)p.w.data + w;
   std::memset(sums, 0, count * sizeof(sums[0]));
@@ -289,29 +289,25 @@ inline void finish_row(const Product& p, int64_t m, int64_t column, int64_t colu
 template <class T>
 inline void run_group(const Product& p, const Rows& rows, int64_t row, int64_t section, int64_t n, int64_t section_outputs,
                       int64_t columns) {
-  const int64_t size = std::min(rows.band(), rows.count - row), outputs = std::min<int64_t>(WIDTH, section_outputs - n);
-  const int64_t first = row * rows.parts, count = size * rows.parts, column = section * section_outputs + n;
+  const int64_t count = std::min(BAND, rows.count - row), outputs = std::min<int64_t>(WIDTH, section_outputs - n);
+  const int64_t column = section * section_outputs + n;
   alignas(64) Sums levels[LEVELS];
   if (p.form == Form::GATED) {
     const int64_t gates = (section * p.outputs + n) * p.inputs, ups = gates + section_outputs * p.inputs;
-    sum_leaf<T>(p, rows, 0, first, count, gates, outputs, levels[0]);
-    sum_leaf<T>(p, rows, 0, first, count, ups, outputs, levels[1]);
-    for (int64_t r = 0; r < size; r++)
+    sum_leaf<T>(p, rows, 0, row, count, gates, outputs, levels[0]);
+    sum_leaf<T>(p, rows, 0, row, count, ups, outputs, levels[1]);
+    for (int64_t r = 0; r < count; r++)
       narrow_some((T*)p.y + (row + r) * columns + column, silu(load(levels[0][r])) * load(levels[1][r]), outputs);
     return;
   }
   int top = 0;
   if (p.form == Form::ADDED) {
-    sum_tree<T>(p, rows, first, count, n, outputs, levels);
+    sum_tree<T>(p, rows, row, count, n, outputs, levels);
     while ((int64_t(1) << top) < p.leaves) top++;
   } else {
-    sum_leaf<T>(p, rows, 0, first, count, n * p.inputs, outputs, levels[0]);
+    sum_leaf<T>(p, rows, 0, row, count, n * p.inputs, outputs, levels[0]);
   }
-  for (int64_t r = 0; r < size; r++) {
-    Lanes total = load(levels[top][r]);
-    if (rows.parts == 3) total = total + (load(levels[0][size + r]) + load(levels[0][2 * size + r]));
-    finish_row(p, row + r, column, columns, outputs, total);
-  }
+  for (int64_t r = 0; r < count; r++) finish_row(p, row + r, column, columns, outputs, load(levels[top][r]));
 }
 
 template <class T>
@@ -326,7 +322,7 @@ inline void product_of(Threads& threads, const Product& p) {
 
   const int64_t leaves = added ? p.leaves : 1, depths = ceil_div(p.inputs, DEPTH);
   static thread_local Scratch of_rows;
-  const Rows rows{of_rows.floats(Rows::floats(p.live, leaves * depths, p.parts)), p.live, depths, p.parts};
+  const Rows rows{of_rows.floats(Rows::floats(p.live, leaves * depths)), p.live, depths};
   const int64_t few = ceil_div(p.live, 4 * threads.count());  // rows to a task
   parallel(threads, ceil_div(p.live, few), [&](int64_t task) {
     static thread_local Scratch of_row;
@@ -337,7 +333,7 @@ inline void product_of(Threads& threads, const Product& p) {
   const int64_t groups = ceil_div(section_outputs, WIDTH), all = sections * groups;
   const int64_t each = std::min<int64_t>(std::max<int64_t>(all / (8 * threads.count()), 1), 8);  // groups to a task
   parallel(threads, ceil_div(all, each), [&](int64_t task) {
-    for (int64_t row = 0; row < p.live; row += rows.band())
+    for (int64_t row = 0; row < p.live; row += BAND)
       for (int64_t g = task * each; g < std::min(all, (task + 1) * each); g++)
         run_group<T>(p, rows, row, g / groups, g % groups * WIDTH, section_outputs, columns);
   });

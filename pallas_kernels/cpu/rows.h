@@ -1,33 +1,23 @@
-// Rows as the products take them: normalised, and cut into parts. Included by a body, inside its namespace.
+// Rows as the products take them: normalised, and rounded. Included by a body, inside its namespace.
 
 constexpr int DEPTH = 32, WIDTH = 16;
-constexpr int64_t BAND = 96;  // rows (and parts of rows) that use the same weights before others are read
+constexpr int64_t BAND = 96;  // rows that use the same weights before others are read
 #ifdef WITH_AVX512
 constexpr int64_t ROWS_AT_ONCE = 8;  // whose sums are in registers
 #else
 constexpr int64_t ROWS_AT_ONCE = 6;
 #endif
 
-// Rows as the products take them: 32 inputs of each, zeros after a leaf's last one. Of a band's rows there come all first
-// parts, then all second ones, then all third ones.
+// 32 inputs of each row, zeros after a leaf's last one.
 struct Rows {
   float* data;
-  int64_t count, depths, parts;
-  static int64_t floats(int64_t count, int64_t depths, int64_t parts) {
-    return depths * ceil_to(count * parts, 16) * DEPTH;
-  }
-  // All rows of one depth are together: [leaves, K / 32, rows · parts, 32].
-  float* at(int64_t leaf, int64_t depth) const {
-    return data + floats(count, leaf * depths + depth, parts);
-  }
-  // All depths of eight rows are together: [leaves, rows · parts / 8, K / 32, 8, 32].
-  float* at(int64_t leaf, int64_t depth, int64_t place) const {
-    return at(leaf, 0) + ((place / 8 * depths + depth) * 8 + place % 8) * DEPTH;
-  }
-  int64_t band() const { return BAND / parts; }
-  int64_t place(int64_t row, int64_t part) const {
-    const int64_t first = row / band() * band(), size = std::min(band(), count - first);
-    return first * parts + part * size + row - first;
+  int64_t count, depths;
+  static int64_t floats(int64_t count, int64_t depths) { return depths * ceil_to(count, 16) * DEPTH; }
+  // All rows of one depth are together: [leaves, K / 32, rows, 32].
+  float* at(int64_t leaf, int64_t depth) const { return data + floats(count, leaf * depths + depth); }
+  // All depths of eight rows are together: [leaves, rows / 8, K / 32, 8, 32].
+  float* at(int64_t leaf, int64_t depth, int64_t row) const {
+    return at(leaf, 0) + ((row / 8 * depths + depth) * 8 + row % 8) * DEPTH;
   }
 };
 
@@ -47,16 +37,26 @@ inline void normalise(float* x, int64_t width, const Array& scale, float eps) {
 inline void put_pairs(const float* x, float* rows, int64_t place);  // tiles.h
 #endif
 
-// The 32 inputs x of the row at a place, as the products of T want them.
+// Whether AMX multiplies: it takes bfloat16 on both sides.
 template <class T>
-inline void put(const float* x, const Rows& rows, int64_t leaf, int64_t depth, int64_t place) {
+inline bool by_tiles(const Product& p) {
 #ifdef WITH_AMX
-  if constexpr (std::is_same_v<T, BF16>) return put_pairs(x, rows.at(leaf, depth), place);
+  return std::is_same_v<T, BF16> && p.rounds;
+#else
+  return false;
+#endif
+}
+
+// The 32 inputs x of a row, as the products of T want them.
+template <class T>
+inline void put(const Product& p, const float* x, const Rows& rows, int64_t leaf, int64_t depth, int64_t row) {
+#ifdef WITH_AMX
+  if (by_tiles<T>(p)) return put_pairs(x, rows.at(leaf, depth), row);
 #endif
 #ifdef WITH_AVX512
-  std::memcpy(rows.at(leaf, depth, place), x, DEPTH * sizeof(float));
+  std::memcpy(rows.at(leaf, depth, row), x, DEPTH * sizeof(float));
 #else  // the even ones, then the odd ones
-  float* out = rows.at(leaf, depth) + place * DEPTH;
+  float* out = rows.at(leaf, depth) + row * DEPTH;
   for (int i = 0; i < 16; i++) out[i] = x[2 * i], out[16 + i] = x[2 * i + 1];
 #endif
 }
@@ -70,18 +70,12 @@ inline void prepare_row(const Product& p, const Rows& rows, int64_t m, float* ro
   const int64_t leaves = width / p.inputs;
   for (int64_t leaf = 0; leaf < leaves; leaf++)
     for (int64_t depth = 0; depth < rows.depths; depth++) {
-      alignas(64) float rest[DEPTH];
-      for (int i = 0; i < DEPTH; i += 16)
-        store(rest + i, widen_some(row + leaf * p.inputs + depth * DEPTH + i,
-                                   std::max<int64_t>(p.inputs - depth * DEPTH - i, 0)));
-      for (int part = 0; part < p.parts; part++) {
-        alignas(64) float here[DEPTH];
-        for (int i = 0; i < DEPTH; i += 16) {
-          const Lanes v = load(rest + i), kept = p.rounds ? rounded_to<T>(v) : v;
-          store(here + i, kept);
-          store(rest + i, v - kept);
-        }
-        put<T>(here, rows, leaf, depth, rows.place(m, part));
+      alignas(64) float here[DEPTH];
+      for (int i = 0; i < DEPTH; i += 16) {
+        const int64_t k = depth * DEPTH + i;
+        const Lanes v = widen_some(row + leaf * p.inputs + k, std::max<int64_t>(p.inputs - k, 0));
+        store(here + i, p.rounds ? rounded_to<T>(v) : v);
       }
+      put<T>(p, here, rows, leaf, depth, m);
     }
 }

@@ -22,7 +22,7 @@ def ints(*shape: int) -> jax.ShapeDtypeStruct:
 KEYS, VALUES = calls.page_shapes(HEADS, 3, 16, WIDTH, jnp.uint16)
 BLOCKS = dict(tables=ints(4, 2), slots=ints(2), starts=ints(2), counts=ints(2), num_blocks=ints())
 Q = array(2 * TOKENS, 4, WIDTH)
-PRODUCT = dict(eps=np.float32(1e-6), tile=8, parts=1, rounds=True)
+PRODUCT = dict(eps=np.float32(1e-6), tile=8, rounds=True)
 # Operands, results, and numbers of each op, under the names that a refusal calls them by.
 OPS = {
     "product": (
@@ -109,8 +109,6 @@ def test_an_array_that_is_longer_is_refused(op, name):
         ("gated product", "w", array(2, 9, 40)),
         ("product", "y", array(ROWS, 16, dtype="float16")),
         ("product", "tile", 0),
-        ("product", "parts", 2),
-        ("added product", "parts", 3),
         ("product", "form", 3),
         ("embed", "table", array(400)),
         ("embed", "table", array(0, 40)),
