@@ -48,6 +48,7 @@ FIELDS = {
     "include_stop_str_in_output": (["--include-stop-str-in-output"], True),
     "seed": (["--seed", "7"], 7),
     "logprobs": (["--logprobs", "2"], 2),
+    "logprob_token_ids": (["--logprob-token-ids", "4", "--logprob-token-ids", "5"], [4, 5]),
     "prompt_logprobs": (["--prompt-logprobs", "0"], 0),
     "raw_logprobs": (["--raw-logprobs"], True),
     "entropy": (["--entropy"], True),
