@@ -40,13 +40,18 @@ SHAPES = {"qwen3-0.6b-shape": QWEN3_06B, "qwen3-8b-shape": QWEN3_8B}  # their we
 ENGINE = dict(max_model_len=2048, max_num_seqs=64, num_pages=1025)  # room for either workload at 64 sequences
 
 
-def open_model(model: str, *, dtype: str = "auto", progress: bool = False, **engine: Any) -> LLM:
-    """An LLM with room for the workloads; `model` as LLM takes it, or a name in SHAPES for random weights of that
-    shape."""
+def open_model(
+    model: str, *, dtype: str = "auto", reduction_leaves: int | None = None, progress: bool = False, **engine: Any
+) -> LLM:
+    """An LLM with room for the workloads; `model` and `reduction_leaves` as LLM takes them, or a name in SHAPES for
+    random weights of that shape.
+    """
     if model not in SHAPES:
         config = loading.read_model_config(find_folder(model), dtype=dtype)
-        return LLM(model, dtype=dtype, progress=progress, **_room(config) | engine)
-    config = dataclasses.replace(SHAPES[model], dtype=loading.dtype_name(dtype, SHAPES[model].dtype)).with_leaves()
+        engine = _room(config) | engine
+        return LLM(model, dtype=dtype, reduction_leaves=reduction_leaves, progress=progress, **engine)
+    config = dataclasses.replace(SHAPES[model], dtype=loading.dtype_name(dtype, SHAPES[model].dtype))
+    config = config.with_leaves(reduction_leaves)
     return LLM.from_params(config, initialise(config, jax.random.key(0)), progress=progress, **_room(config) | engine)
 
 

@@ -172,8 +172,9 @@ def run_bench(arguments: argparse.Namespace) -> int:
     if arguments.json:
         arguments.json.touch()  # so that a file that cannot be written ends the command now, not after the measuring
     room = {"max_num_seqs": max(bench.ENGINE["max_num_seqs"], *arguments.batch)}
-    engine = room | given_fields(arguments, EngineConfig)
+    engine: dict[str, Any] = room | given_fields(arguments, EngineConfig)
     say = functools.partial(print, file=sys.stderr, flush=True) if arguments.progress else bench.say_nothing
+    engine["reduction_leaves"] = arguments.reduction_leaves
     llm = bench.open_model(arguments.model, dtype=arguments.dtype, progress=arguments.progress, **engine)
     where = bench.machine()
     print(", ".join(f"{name} {value}" for name, value in where.items()))

@@ -86,12 +86,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         help="the same command runs in each process of a job, and all devices share the model: the place is found in "
         "the environment (jaxengine.distributed), process 0 prints, SIGTERM is heeded after the last token",
     )
-    parser.add_argument(
-        "--reduction-leaves",
-        type=count,
-        help="parts of every long sum, so the most devices that can share the model; it is in the bits (default: what "
-        "the heads allow, up to 8)",
-    )
+    _add_leaves(parser)
     form = parser.add_mutually_exclusive_group()
     form.add_argument(
         "--json", action="store_true", help="a JSON object a sample, one a line; null is an infinite logprob"
@@ -163,7 +158,17 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
         "--peer-python", metavar="PATH", default=sys.executable, help="the interpreter that has the peer installed"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write machine, versions and every figure there")
+    _add_leaves(parser)
     _add_engine(parser, BENCH_DEFAULTS, dtype="bfloat16")
+
+
+def _add_leaves(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--reduction-leaves",
+        type=count,
+        help="parts of every long sum, so the most devices that can share the model; it is in the bits; None: what "
+        "the heads allow, up to 8",
+    )
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
@@ -173,7 +178,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--topology", required=True, help="v5e:16x16, v5p:2x2x4, v6e:4x4, h100:8, …")
     parser.add_argument("--tensor", type=count, default=1, help="devices that share one replica's weights")
     parser.add_argument("--data", type=count, help="replicas (default: as many as the topology has room for)")
-    parser.add_argument("--reduction-leaves", type=count, help="leaves of every sum (default: LLM's)")
+    _add_leaves(parser)
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="auto: the file's")
     parser.add_argument("--max-model-len", type=count, help="tokens (default: the model's own, at most 8192)")
     parser.add_argument("--max-num-seqs", type=count, default=256, help="requests at once")
