@@ -14,6 +14,7 @@ from neighbours import answers, assert_idle, run, start, step
 
 import jaxengine
 from jaxengine import LLM, SamplingParams
+from jaxengine.engine import engine as engine_module
 from jaxengine.host import page_pool
 from jaxengine.host.sample import Request, Status
 
@@ -262,7 +263,7 @@ class Read:
 def test_ctrl_c_at_any_line_of_a_step(llm, at, expected, monkeypatch):
     """At any line no page is lost, no token is half written down, none is read twice, and the bits are the same."""
     monkeypatch.setattr(llm.engine, "tokenizer", object())  # without one no sample has a detokenizer
-    monkeypatch.setattr(llm.engine, "_detokenizer", lambda tokenizer, sample: Read(sample.drawn.token_ids))
+    monkeypatch.setattr(engine_module, "detokenizer_of", lambda tokenizer, sample: Read(sample.drawn.token_ids))
 
     def start_read() -> list[Request]:
         llm.engine.scheduler.page_pool.clear_cache()

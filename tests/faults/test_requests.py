@@ -50,6 +50,7 @@ WRONG = [
     ("min_tokens", -1, "at least 0"),
     ("seed", 2**64, f"at most {2**64 - 1}"),
     ("logprobs", -2, "at least -1"),
+    ("logprob_token_ids", 5, "list of token ids"),
     ("prompt_logprobs", 1.5, "integer"),
     ("stop", 5, "list of strings"),
     ("stop_token_ids", 5, "list of token ids"),

@@ -61,7 +61,7 @@ def test_a_head_that_differs_is_used_whatever_the_flag_says(tmp_path, parts, sai
     model_config = loading.read_model_config(folder)
     params = loading.load(folder, model_config)
     assert not model_config.tie_word_embeddings
-    assert np.array_equal(np.asarray(params.head)[0, :203], head)
+    assert np.array_equal(np.asarray(params.head).reshape(-1, head.shape[1])[:203], head)
     (message,) = said.messages
     assert str(folder) in message and "tie_word_embeddings is true" in message and HEAD in message
 
@@ -239,6 +239,6 @@ def test_a_folder_that_agrees_says_nothing(tmp_path, said):
     for family in ("Qwen3", "Qwen2", "Llama"):
         config, params = random_model(family, dtype="float16", **SMALL)
         loading.save(tmp_path / family, config, params)
-        back = loading.load(tmp_path / family, loading.read_model_config(tmp_path / family))
+        back = loading.load(tmp_path / family, loading.read_model_config(tmp_path / family, reduction_leaves=1))
         assert all(map(np.array_equal, jax.tree.leaves(back), jax.tree.leaves(params)))
     assert not said.messages

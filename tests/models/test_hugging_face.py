@@ -502,7 +502,7 @@ def test_a_float32_model_is_rounded_to_bfloat16_on_the_way_out_and_in(tmp_path):
 def test_every_rope_comes_back(rope, tmp_path):
     config, params = random_model("Llama", num_hidden_layers=1, hidden_size=48, rope=rope)
     loading.save(tmp_path, config, params)
-    assert loading.read_model_config(tmp_path) == config
+    assert loading.read_model_config(tmp_path) == config.with_leaves()
 
 
 def test_keys_that_may_stand_unused(tmp_path):

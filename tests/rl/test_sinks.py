@@ -45,11 +45,12 @@ def test_the_table_has_every_metric():
 
 def test_metrics_of_an_iteration():
     updates = [{"kl": 0.0, "entropy": 3.0}, {"kl": 0.5, "entropy": 4.0}]
-    iteration = NUMBERS | dict(tokens=100, generating=4.0, learning=2.0, deviation=0.3, entropy=None, updates=updates)
+    numbers = dict(tokens=120, batch_tokens=100, generating=4.0, learning=2.0, deviation=0.3, entropy=None)
+    iteration = NUMBERS | numbers | {"updates": updates}
     metrics = step_metrics(iteration | {"rewards": {"right": 0.5}})
     assert metrics["reward_deviation"] == 0.3 and metrics["rewards/right"] == 0.5
     assert (metrics["kl"], metrics["kl_first"], metrics["loss_entropy"]) == (0.5, 0.0, 4.0)
-    assert (metrics["generated_tokens_per_second"], metrics["learned_tokens_per_second"]) == (25.0, 50.0)
+    assert (metrics["generated_tokens_per_second"], metrics["learned_tokens_per_second"]) == (30.0, 50.0)
     assert not {"entropy", "version", "updates", "generating", "deviation"} & metrics.keys()
 
 
