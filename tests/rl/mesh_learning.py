@@ -25,7 +25,7 @@ from jaxengine.rl.train_state import TrainerConfig  # noqa: E402
 from jaxengine.rl.trainer import Trainer  # noqa: E402
 from sharding.mesh import make_mesh  # noqa: E402
 
-ITERATIONS, PROMPTS, SAMPLES, LENGTH = 6, 8, 4, 8
+ITERATIONS, PROMPTS, SAMPLES, LENGTH = 5, 8, 8, 8
 SHAPE = dict(hidden_size=96, intermediate_size=320, num_attention_heads=16, num_key_value_heads=8, head_dim=16)
 
 
@@ -47,7 +47,7 @@ def problems(iteration: int):
 def run(trainer: str, sampler: str) -> list[dict]:
     config, params = random_model("Qwen3", vocab_size=1000, dtype="bfloat16", reduction_leaves=8, **SHAPE)
     settings = TrainerConfig(sampling=SamplingParams(n=SAMPLES, max_tokens=LENGTH, ignore_eos=True), mini_batches=2)
-    optimizer = optax.chain(clip_by_global_norm(1.0), optax.adam(1e-3))
+    optimizer = optax.chain(clip_by_global_norm(1.0), optax.adam(4e-2))
     engine = dict(max_model_len=64, max_num_seqs=16, num_pages=40, mesh=mesh_of(sampler))
     learner = Trainer(config, optimizer, settings, mesh=mesh_of(trainer))
     loop = Loop(learner, problems, low_ids, length=12 + LENGTH, engine=engine)

@@ -27,5 +27,5 @@ def test_a_run_has_one_devices_curve_on_a_mesh():
     for iteration in one:
         first = iteration["updates"][0]
         assert (first["ratio_mean"], first["ratio_max"], first["max_delta"]) == (1.0, 1.0, 0.0)
-    assert one[-1]["reward"] > one[0]["reward"] + 0.05
+    assert one[-1]["reward"] > one[0]["reward"] + 0.3
     assert len({iteration["state"] for iteration in one}) == len(one)
