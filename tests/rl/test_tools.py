@@ -4,6 +4,7 @@ import re
 
 import jax
 import numpy as np
+import optax
 import pytest
 from conftest import bits
 
@@ -11,7 +12,10 @@ from jaxengine import LLM, Rollout, SamplingParams
 from jaxengine.base.keys import sample_key
 from jaxengine.outputs import UNDRAWN
 from jaxengine.rl.loops.calculator import calculate
-from jaxengine.rl.loops.tools import Tool, calculator, generate_with_tools
+from jaxengine.rl.loops.loop import Loop
+from jaxengine.rl.loops.tools import Tool, calculator, generate_in_turns, generate_with_tools
+from jaxengine.rl.train_state import TrainerConfig
+from jaxengine.rl.trainer import Trainer
 
 KEY = jax.random.key(5)
 BUDGET = 40
@@ -240,3 +244,47 @@ def test_a_prompt_is_cut_once_and_no_later_turn(llm, sampling):
 def test_a_conversation_cannot_be_extended_and_says_what_to_do(llm, outputs):
     with pytest.raises(ValueError, match="coordinate.*prompt_token_ids"):
         llm.extend(outputs)
+
+
+def test_an_environment_replies_in_text_or_token_ids(llm, sampling):
+    """It is asked with all that was said; where it has no reply the sample is generate's, bit for bit."""
+    sampling, asked = sampling.replace(stop=["="]), []
+
+    def reply(number, parts):
+        asked.append((number, len(parts)))
+        return (None, [49, 61, 10], "9\n")[number] if len(parts) < 4 else None
+
+    outputs = generate_in_turns(llm, PROMPTS[:3], reply, sampling, key=KEY)
+    silent, *others = outputs
+    assert bits([silent]) == bits(llm.generate(PROMPTS[:1], sampling, key=KEY))
+    assert {number for number, _ in asked} == {0, 1, 2} and max(asked)[1] == 5
+    for ids, output in zip(([49, 61, 10], llm.tokenizer.encode("9\n")), others, strict=True):
+        for sample in output.outputs:
+            first = len(sample.turns[0].token_ids)
+            assert len(sample.turns) == 1 or sample.token_ids[first : first + len(ids)] == ids
+    assert any(len(sample.turns) == 3 for output in others for sample in output.outputs)
+
+
+def test_an_empty_reply_is_refused(llm, sampling):
+    with pytest.raises(ValueError, match="a reply has at least one token"):
+        generate_in_turns(llm, PROMPTS[:1], lambda number, parts: [], sampling.replace(stop=["="]), key=KEY)
+
+
+def test_a_loop_learns_from_conversations(llm, sampling):
+    """Replies carry no loss, and the first update finds the logprobs that the turns were drawn with."""
+    sampling = SamplingParams(n=2, max_tokens=24, logit_bias=sampling.logit_bias, temperature=1.3)
+    conversations = []
+
+    def play(llm, prompts, sampling, key):
+        conversations.extend(generate_with_tools(llm, prompts, TOOL, sampling, key=key, max_calls=2))
+        return conversations
+
+    trainer = Trainer(llm.config, optax.sgd(1e-2), TrainerConfig(sampling=sampling))
+    judge = lambda outputs, answers: np.array([len(s.turns) for o in outputs for s in o.outputs], np.float32)
+    room = {name: getattr(llm.engine_config, name) for name in ("max_model_len", "max_num_seqs", "num_pages")}
+    problems = [(prompt, None) for prompt in PROMPTS]
+    loop = Loop(trainer, lambda i: problems, judge, 256, tokenizer=llm.tokenizer, engine=room, play=play)
+    _, iteration = loop.iterate(trainer.start(llm.params, jax.random.key(1)))
+    turns = [turn for output in conversations for sample in output.outputs for turn in sample.turns]
+    assert len(turns) > 2 * len(PROMPTS) and iteration.tokens == sum(len(turn.token_ids) for turn in turns)
+    assert (iteration.updates[0]["max_delta"], iteration.updates[0]["ratio_max"]) == (0.0, 1.0)

@@ -1,6 +1,7 @@
-"""A conversation of a model with a tool: turns that the model wrote, and the tool's replies between them."""
+"""A conversation of a model with a tool or an environment: turns that the model wrote, and replies between them."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,11 +22,12 @@ class Conversation(CompletionOutput):
 class Dialogue:
     """A conversation that is being generated."""
 
+    number: int  # of its prompt
     sampling: SamplingParams  # of the first turn; a turn stops where a call ends
     key: Any
     prompt_token_ids: list[int]
     cache_salt: str
-    parts: list[CompletionOutput]  # a turn, the tool's reply to it, a turn, …
+    parts: list[CompletionOutput]  # a turn, the reply to it, a turn, …
     max_tokens: int = 0  # of the next turn
     is_cut_off: bool = False  # whether no reply to the last call, or no turn after it, fits
 
@@ -54,8 +56,8 @@ class Dialogue:
             truncate_prompt_tokens=None,
         )
 
-    def add_reply(self, text: str, tokenizer: Tokenizer, max_length: int) -> bool:
-        """Append a tool's reply to the last turn. False where a limit leaves no token for a turn after it."""
+    def add_reply(self, text: str | Sequence[int], tokenizer: Tokenizer, max_length: int) -> bool:
+        """Append a reply, text or token ids, to the last turn. False where a limit leaves no token for a turn after."""
         reply = _reply(text, tokenizer)
         self.max_tokens = self._room_after(reply, max_length)
         self.is_cut_off = self.max_tokens < 1
@@ -90,10 +92,12 @@ class Dialogue:
         )
 
 
-def _reply(text: str, tokenizer: Tokenizer) -> CompletionOutput:
-    """A tool's text in the form of a turn. No weights drew it, so its logprobs and entropies are 0."""
-    ids = tokenizer.encode(text, add_special_tokens=False)
-    assert ids, "score would take two turns with nothing between them for one"
+def _reply(given: str | Sequence[int], tokenizer: Tokenizer) -> CompletionOutput:
+    """A reply in the form of a turn. No weights drew it, so its logprobs and entropies are 0."""
+    ids = tokenizer.encode(given, add_special_tokens=False) if isinstance(given, str) else list(given)
+    if not ids:
+        raise ValueError("a reply has at least one token: score takes two turns with nothing between them for one")
+    text = given if isinstance(given, str) else tokenizer.decode(ids, False)
     nothing = np.zeros(len(ids), np.float32)
     return CompletionOutput(
         index=0,

@@ -13,6 +13,7 @@ from typing import Any
 
 from jaxengine.base.keys import folded, key_of
 from jaxengine.functional import generate
+from jaxengine.llm import LLM
 from jaxengine.models.params import Decoder
 from jaxengine.outputs import RequestOutput
 from jaxengine.rl.given_rewards import Given, of_samples
@@ -24,8 +25,10 @@ from jaxengine.rl.rewards.weighted import weighted
 from jaxengine.rl.rollout import Rollout
 from jaxengine.rl.train_state import DRAWS, REFILLS, TrainState
 from jaxengine.rl.trainer import Trainer
+from jaxengine.sampling_params import SamplingParams
 from jaxengine.text.tokenizer import Tokenizer
 
+Play = Callable[[LLM, Sequence[Any], SamplingParams, Any], Sequence[RequestOutput]]
 Judge = Callable[[Sequence[RequestOutput], Sequence[Any]], Rewards | Given]  # (outputs, answers) -> rewards
 
 
@@ -62,7 +65,9 @@ class Loop:
     `problems(i)` are the (prompt, answer) pairs of iteration i, the same number in each. `judge(outputs, answers)`
     gives a reward for each sample in the order of Rollout.from_outputs; NaN leaves the sample out. Rewards may be one a
     token, `[B, T]`, laid out as in Rollout.from_outputs(outputs, length=length). `length` is the width T of every
-    rollout, `engine` the engine's keywords. `reference` are the weights that a KL penalty stays near.
+    rollout, `engine` the engine's keywords. `reference` are the weights that a KL penalty stays near. `play(llm,
+    prompts, sampling_params, key)` takes the place of `llm.generate`: conversations with tools or an environment
+    (loops/tools.py), whose replies carry no loss.
 
     Groups whose rewards are all equal are replaced by groups of further problems, in at most `refill` rounds: DAPO's
     dynamic sampling. `further(i, r)` are the problems of round r = 1, 2, … of iteration i, of which the first are
@@ -78,6 +83,7 @@ class Loop:
     tokenizer: Tokenizer | None = None
     reference: Decoder | None = None
     engine: dict[str, Any] = dataclasses.field(default_factory=dict)
+    play: Play | None = None
     refill: int = 0
     further: Callable[[int, int], Sequence[tuple[Any, Any]]] | None = None
 
@@ -138,16 +144,13 @@ class Loop:
         their version and the round's `number`.
         """
         folds = (REFILLS, int(state.version), number) if number else (DRAWS, int(state.version))
-        key = folded(key_of(state.key), *folds)
-        return generate(
-            self.trainer.policy(state),
-            prompts,
-            self.trainer.config.sampling,
-            key=key,
-            config=self.trainer.model_config,
-            tokenizer=self.tokenizer,
-            **{"kernels": self.trainer.kernels.name} | self.engine,
-        )
+        key, policy = folded(key_of(state.key), *folds), self.trainer.policy(state)
+        config, sampling = self.trainer.model_config, self.trainer.config.sampling
+        engine = {"tokenizer": self.tokenizer, "kernels": self.trainer.kernels.name} | self.engine
+        if self.play is None:
+            return generate(policy, prompts, sampling, key=key, config=config, **engine)
+        with LLM.from_params(config, policy, **engine) as llm:
+            return self.play(llm, prompts, sampling, key)
 
 
 def judged_by(
