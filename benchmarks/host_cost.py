@@ -9,11 +9,12 @@ mean, because other programs may want the processor too.
 """
 
 import argparse
+import contextlib
 import cProfile
 import dataclasses
 import pstats
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -79,7 +80,15 @@ def answers(*shape: int) -> RowOutputs:
     numbers, tokens = jnp.zeros(shape, jnp.float32), jnp.full(shape, TOKEN, jnp.int32)
     likeliest = jnp.zeros((*shape, 20), jnp.float32)
     return RowOutputs(
-        tokens, numbers, numbers, numbers, tokens, likeliest.astype(jnp.int32), likeliest, jnp.ones(shape, bool)
+        tokens=tokens,
+        logprobs=numbers,
+        raw_logprobs=numbers,
+        entropies=numbers,
+        ranks=tokens,
+        top_ids=likeliest.astype(jnp.int32),
+        top_logprobs=likeliest,
+        named_logprobs=likeliest[..., :0],
+        finite=jnp.ones(shape, bool),
     )
 
 
@@ -185,13 +194,9 @@ def profiled(run: Callable[[], object]) -> None:
     pstats.Stats(profile).sort_stats("tottime").print_stats(30)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=256, help="measured of each case")
-    parser.add_argument("--cases", type=int, nargs="+", default=range(len(CASES)), help="numbers, from 0")
-    parser.add_argument("--replicas", type=int, nargs="+", help="instead: one process of so many replicas, 1 16 256")
-    parser.add_argument("--profile", action="store_true", help="where the time goes, under cProfile")
-    arguments = parser.parse_args()
+@contextlib.contextmanager
+def without_device() -> Iterator[None]:
+    """Inside, engines have no pages and no slots' arrays."""
     nothing = mock.Mock(
         empty_cache=empty_cache,
         is_lost=kv_cache.is_lost,
@@ -200,15 +205,26 @@ def main() -> None:
         write_rules=lambda cache, *_: cache,
     )
     parts = {name: nothing for name in ("kv_cache", "steps") if hasattr(engine_module, name)}
+    with mock.patch.multiple(engine_module, **parts):
+        yield
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=256, help="measured of each case")
+    parser.add_argument("--cases", type=int, nargs="+", default=range(len(CASES)), help="numbers, from 0")
+    parser.add_argument("--replicas", type=int, nargs="+", help="instead: one process of so many replicas, 1 16 256")
+    parser.add_argument("--profile", action="store_true", help="where the time goes, under cProfile")
+    arguments = parser.parse_args()
     if arguments.replicas:
         print("| replicas | requests | placing one, µs | a step, µs |\n|---|---|---|---|", flush=True)
-        with mock.patch.multiple(engine_module, **parts):
+        with without_device():
             for count in arguments.replicas:
                 placed, step = of_replicas(count)
                 print(f"| {count} | {32 * count:,} | {placed:,.1f} | {step:,.0f} |", flush=True)
         return
     print("| case | plain, µs a step | overlapped, µs a step |\n|---|---|---|", flush=True)
-    with mock.patch.multiple(engine_module, **parts):
+    with without_device():
         for case in [CASES[number] for number in arguments.cases]:
             if arguments.profile:
                 engine = started(case, overlap=False)
