@@ -177,7 +177,7 @@ def of_replicas(num_replicas: int, running: int = 32) -> tuple[float, float]:
     case = Case(running, 1_000)
     engine = new_engine(case, overlap=False)
     spread = SpreadReplicas(engine.engine_config, {0: engine}, range(num_replicas), mock.Mock(is_busy=False))
-    prompts = [[number % 997] * 8 + [7] * (case.context - 8) for number in range(running * num_replicas)]
+    prompts = [[*divmod(number, 997)] * 4 + [7] * (case.context - 8) for number in range(running * num_replicas)]
     begun = time.thread_time()
     for number, prompt in enumerate(prompts):
         request(spread, number, prompt, case.answer)
