@@ -23,7 +23,7 @@ SIZES = (
     "reduction_leaves",
 )  # of a ModelConfig
 DTYPES = ("float32", "float16", "bfloat16")  # of weights
-MOST_LEAVES = 8  # that a model has unless more are asked for: devices of one host
+DEFAULT_LEAVES = 8  # that a model has where its heads allow them and no other number is asked for: devices of one host
 KV_TILE = 64  # keys that attention takes in one step of its online softmax: fixed, whatever the page size
 
 
@@ -99,11 +99,11 @@ class ModelConfig:
             raise ValueError(f"reduction_leaves must be a power of two, got {self.reduction_leaves}")
 
     def with_leaves(self, count: int | None = None) -> "ModelConfig":
-        """The same with `count` leaves; None: as many as the model can be cut into, up to MOST_LEAVES.
+        """The same with `count` leaves; None: as many as the model can be cut into, up to DEFAULT_LEAVES.
 
         The most by default, so that a model that was sampled on one device trains on eight without other bits.
         """
-        most = math.gcd(self.num_key_value_heads, self.intermediate_size, MOST_LEAVES)
+        most = math.gcd(self.num_key_value_heads, self.intermediate_size, DEFAULT_LEAVES)
         return dataclasses.replace(self, reduction_leaves=most if count is None else count)
 
     def share(self, degree: int) -> "ModelConfig":

@@ -1,11 +1,14 @@
 """Shared by all tests: small random models, and bits."""
 
 import gc
+import json
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -112,6 +115,16 @@ def compiled_code_fits():
     if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MANY_MAPS:
         jax.clear_caches()
         gc.collect()
+
+
+def run_script(path: str, *arguments: str) -> Any:
+    """What a script under tests/ prints last, read as JSON: it runs in a process of its own, with other devices."""
+    tests = Path(__file__).parent
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)])}
+    command = [sys.executable, str(tests / path), *arguments]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr[-3000:]
+    return json.loads(found.stdout.splitlines()[-1])
 
 
 def random_model(family: str = "Qwen3", **changes) -> tuple[ModelConfig, Decoder]:

@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from jaxengine.base.keys import sample_key, seeded
 from jaxengine.base.progress import Report, say_nothing
@@ -32,6 +31,7 @@ from jaxengine.outputs import CompletionOutput, RequestOutput
 from jaxengine.rl.rollout import Rollout
 from jaxengine.sampling_params import SamplingParams
 from pallas_kernels.numbers import cdiv
+from sharding.distributed import gathered
 from sharding.mesh import on_host
 
 LENGTHS = (
@@ -250,11 +250,11 @@ class Traffic:
 
     def in_processes(self) -> Outcome:
         """What each process was told by its own devices."""
-        own = np.frombuffer(digest_of(self.expected), np.uint32)
+        own = _digest(self.expected)
         with as_one(self.session.engine.lockstep, "C10 of verify"):
-            others = multihost_utils.process_allgather(own)
-        different = [process for process, digest in enumerate(others) if (digest != own).any()]
-        text = f"the same bits in {len(others)} processes"
+            digests = gathered(own)
+        different = [process for process, digest in enumerate(digests) if digest != own]
+        text = f"the same bits in {len(digests)} processes"
         return Outcome(not different, f"other bits in process {different[0]}" if different else text)
 
     def on_one_device(self) -> Outcome:
@@ -281,7 +281,7 @@ class Traffic:
         return jax.tree.map(lambda x: jax.device_put(on_host(x), jax.local_devices()[0]), params)
 
 
-def digest_of(samples: Sequence[CompletionOutput]) -> bytes:
+def _digest(samples: Sequence[CompletionOutput]) -> bytes:
     """SHA-256 of the samples' tokens and logprobs."""
     parts = [np.asarray(sample.token_ids, np.int32).tobytes() + sample.token_logprobs.tobytes() for sample in samples]
     return hashlib.sha256(b"".join(parts)).digest()

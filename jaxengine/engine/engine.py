@@ -92,6 +92,13 @@ def check_new(
         )
 
 
+def give_detokenizers(request: Request, tokenizer: Tokenizer | None, with_text: bool) -> None:
+    """One to each sample, where its text is read as it grows: by stop strings, or by a stream."""
+    if tokenizer is not None and (request.sampling.stop or with_text):
+        for sample in request.samples:
+            sample.detokenizer = detokenizer_of(tokenizer, sample)
+
+
 def detokenizer_of(tokenizer: Tokenizer, sample: Sample) -> Detokenizer:
     """One that has read what the sample has."""
     detokenizer = detokenizer_for(tokenizer, sample.request.sampling)
@@ -147,9 +154,7 @@ class Engine:
         check_new(request, self.requests, self._ids, len(self.scheduler.waiting), self.engine_config.max_waiting)
         self.requests[request.request_id] = request  # first: an interrupt from here on leaves nothing that abort misses
         self.scheduler.add(request)
-        if self.tokenizer is not None and (request.sampling.stop or with_text):
-            for sample in request.samples:
-                sample.detokenizer = detokenizer_of(self.tokenizer, sample)
+        give_detokenizers(request, self.tokenizer, with_text)
         self._retire(request)  # where all of its samples had ended before
 
     def abort(self, request_id: str) -> None:

@@ -12,7 +12,7 @@ import jax
 
 from jaxengine.config import EngineConfig
 from jaxengine.engine.answers import answer_of, take_answer
-from jaxengine.engine.engine import Engine, detokenizer_of
+from jaxengine.engine.engine import Engine, give_detokenizers
 from jaxengine.engine.lockstep import Lockstep, as_one
 from jaxengine.engine.replicas import Replicas
 from jaxengine.host.sample import Request, Sample
@@ -47,7 +47,7 @@ class SpreadReplicas(Replicas):
 
     @property
     def owes_answers(self) -> bool:
-        return bool(self._requests)
+        return self.has_work
 
     def loads(self) -> tuple[list[int], int]:
         return self._loads, sum(self._loads)
@@ -57,9 +57,7 @@ class SpreadReplicas(Replicas):
             self._own[replica].add(request, with_text=with_text)
         else:
             request.samples = [Sample.of(request, index, index) for index in range(request.sampling.n)]
-            if self.tokenizer is not None and (request.sampling.stop or with_text):
-                for sample in request.samples:
-                    sample.detokenizer = detokenizer_of(self.tokenizer, sample)
+            give_detokenizers(request, self.tokenizer, with_text)
         if not request.is_finished:
             self._requests[request.request_id], self._replica_of[request.request_id] = request, replica
             self._loads[replica] += request.sampling.n

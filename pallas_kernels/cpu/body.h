@@ -5,6 +5,7 @@
 
 #include "elementary.h"
 #include "rows.h"
+#include "blocks.h"
 #include "product.h"
 #ifdef WITH_AMX
 #include "tiles.h"

@@ -1,22 +1,11 @@
 """A GRPO run has the same bits wherever its trainer and its sampler lie."""
 
-import json
-import os
-import pathlib
-import subprocess
-import sys
-
 import pytest
-
-TESTS = pathlib.Path(__file__).parent.parent
+from conftest import run_script
 
 
 def run(*arguments: str) -> list[list[dict]]:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
-    script = [sys.executable, str(TESTS / "rl" / "mesh_learning.py")]
-    found = subprocess.run([*script, *arguments], env=environment, capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr[-3000:]
-    return json.loads(found.stdout.splitlines()[-1])
+    return run_script("rl/mesh_learning.py", *arguments)
 
 
 @pytest.mark.slow

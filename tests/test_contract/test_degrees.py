@@ -1,22 +1,11 @@
 """C9: as many devices as share the leaves, the same bits, in generation, scoring and gradients."""
 
-import json
-import os
-import pathlib
-import subprocess
-import sys
-
 import pytest
-
-TESTS = pathlib.Path(__file__).parent.parent
+from conftest import run_script
 
 
 def run(*arguments: str) -> dict[str, dict[str, str]]:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
-    script = str(TESTS / "test_contract" / "mesh_run.py")
-    found = subprocess.run([sys.executable, script, *arguments], env=environment, capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr[-3000:]
-    return json.loads(found.stdout)
+    return run_script("test_contract/mesh_run.py", *arguments)
 
 
 def check(found: dict[str, dict[str, str]]) -> None:

@@ -1,0 +1,192 @@
+// Blocks of weights, and rows times a block. Included by a body, inside its namespace.
+//
+// Lanes are outputs. Weights are read as they lie, 16 outputs by 32 inputs at a time, a block, and turned so that the
+// outputs of one input are neighbours. What is turned stays in registers where AVX-512 has room for it and for the sums
+// of all rows; for more rows, and always on AVX2, it lies in a panel, which stays in the first cache while all rows of a
+// band are multiplied with it.
+
+// Each output's inputs are neighbours, outputs lie `stride` apart.
+template <class T>
+struct Block {
+  const T* w;
+  int64_t stride;
+};
+
+// Asks for the weights that come soon, and for the next outputs', of which the first ones come without notice.
+template <class T>
+inline void fetch_next(const T* w, int64_t stride, int64_t k) {
+  for (int n = 0; n < WIDTH; n++) {
+    _mm_prefetch((const char*)(w + n * stride + k) + 256, _MM_HINT_T0);
+    _mm_prefetch((const char*)(w + (WIDTH + n) * stride + k), _MM_HINT_T1);
+  }
+}
+
+// Of weights [.., stride] from w on: `outputs` <= 16 of them, inputs [k, k + 32) of which `inputs` exist. What is no whole
+// block is copied to `padded`, with zeros.
+template <class T>
+inline Block<T> block_of(const T* w, int64_t stride, int64_t outputs, int64_t k, int64_t inputs,
+                         T (&padded)[WIDTH * DEPTH]) {
+  if (outputs == WIDTH && inputs - k >= DEPTH) return {w + k, stride};
+  std::memset(padded, 0, sizeof(padded));
+  for (int64_t n = 0; n < outputs; n++)
+    std::memcpy(padded + n * DEPTH, w + n * stride + k, std::min<int64_t>(DEPTH, inputs - k) * sizeof(T));
+  return {padded, DEPTH};
+}
+
+inline void transpose8(__m256 r[8]) {
+  __m256 a[8], b[8];
+  for (int i = 0; i < 8; i += 2) a[i] = _mm256_unpacklo_ps(r[i], r[i + 1]), a[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+  for (int i = 0; i < 8; i += 4)
+    for (int j = 0; j < 2; j++) {
+      b[i + 2 * j] = _mm256_shuffle_ps(a[i + j], a[i + 2 + j], 0x44);
+      b[i + 2 * j + 1] = _mm256_shuffle_ps(a[i + j], a[i + 2 + j], 0xee);
+    }
+  for (int i = 0; i < 4; i++) {
+    r[i] = _mm256_permute2f128_ps(b[i], b[4 + i], 0x20);
+    r[4 + i] = _mm256_permute2f128_ps(b[i], b[4 + i], 0x31);
+  }
+}
+
+#ifdef WITH_AVX512
+// 8 neighbouring words of 32 bits of each of 16 outputs, as 8 registers of 16 outputs.
+template <class T>
+__attribute__((always_inline)) inline void turned(const Block<T>& block, int64_t k, __m512i (&r)[8]) {
+  __m512i a[8];
+  for (int n = 0; n < 8; n++) {
+    const T* w = block.w + n * block.stride + k;
+    const __m256i first = _mm256_loadu_si256((const __m256i*)w);
+    const __m256i eighth = _mm256_loadu_si256((const __m256i*)(w + 8 * block.stride));
+    r[n] = _mm512_inserti64x4(_mm512_castsi256_si512(first), eighth, 1);
+  }
+  for (int n = 0; n < 8; n += 2)
+    a[n] = _mm512_unpacklo_epi32(r[n], r[n + 1]), a[n + 1] = _mm512_unpackhi_epi32(r[n], r[n + 1]);
+  for (int n = 0; n < 8; n += 4)
+    for (int j = 0; j < 2; j++) {
+      r[n + 2 * j] = _mm512_unpacklo_epi64(a[n + j], a[n + 2 + j]);
+      r[n + 2 * j + 1] = _mm512_unpackhi_epi64(a[n + j], a[n + 2 + j]);
+    }
+  // Quarters are now outputs 0, 0, 8, 8 of words j, 4 + j, j, 4 + j in r[j], and outputs 4, 4, 12, 12 in r[4 + j].
+  const __m512i low = _mm512_setr_epi64(0, 1, 8, 9, 4, 5, 12, 13), high = _mm512_setr_epi64(2, 3, 10, 11, 6, 7, 14, 15);
+  for (int j = 0; j < 4; j++) {
+    a[j] = _mm512_permutex2var_epi64(r[j], low, r[4 + j]);
+    a[4 + j] = _mm512_permutex2var_epi64(r[j], high, r[4 + j]);
+  }
+  for (int n = 0; n < 8; n++) r[n] = a[n];
+}
+
+// 16 words of 16 bits, widened.
+inline Lanes widened(const BF16*, __m256i words) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16))};
+}
+inline Lanes widened(const F16*, __m256i words) { return {_mm512_cvtph_ps(words)}; }
+
+// f(i, first, second) for the 16 pairs of a block's inputs: the even and the odd one's weights for output 0, for output 1,
+// to output 7, and of the second eight.
+template <class T, class F>
+__attribute__((always_inline)) inline void for_pairs(const Block<T>& block, const F& f) {
+  constexpr int INPUTS = 32 / sizeof(T);  // of 8 words
+  for (int k = 0; k < DEPTH; k += INPUTS) {
+    __m512i r[8];
+    turned(block, k, r);
+    if constexpr (sizeof(T) == 4) {
+      const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+      const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+      for (int i = 0; i < 4; i++)
+        f(k / 2 + i, Lanes{_mm512_castsi512_ps(_mm512_permutex2var_epi32(r[2 * i], first, r[2 * i + 1]))},
+          Lanes{_mm512_castsi512_ps(_mm512_permutex2var_epi32(r[2 * i], second, r[2 * i + 1]))});
+    } else {
+      for (int i = 0; i < 8; i++)
+        f(k / 2 + i, widened(block.w, _mm512_castsi512_si256(r[i])),
+          widened(block.w, _mm512_extracti64x4_epi64(r[i], 1)));
+    }
+  }
+}
+
+inline Lanes both_of(const float* pair) {  // (even, odd) eight times
+  double both;
+  std::memcpy(&both, pair, sizeof(both));
+  return {_mm512_castpd_ps(_mm512_set1_pd(both))};
+}
+
+// Even and odd members' sums for 16 outputs, added.
+inline Lanes folded(Lanes first, Lanes second) {
+  const __m512i evens = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i odds = _mm512_add_epi32(evens, _mm512_set1_epi32(1));
+  return Lanes{_mm512_permutex2var_ps(first.v, evens, second.v)} + Lanes{_mm512_permutex2var_ps(first.v, odds, second.v)};
+}
+
+// R rows times 16 outputs' weights, some depths, added to running sums; pairs_of(depth, f) is for_pairs of a block. A lane
+// is an output's even or odd members, because one read of a row's pair then serves both: reads that fill a register with
+// one number are what limits a core.
+template <int R, class F>
+inline void multiply(int64_t depths, const float* x, float* sums, const F& pairs_of) {
+  for (int64_t depth = 0; depth < depths; depth++, x += ROWS_AT_ONCE * DEPTH) {
+    Lanes first[R], second[R];
+    for (int r = 0; r < R; r++) first[r] = second[r] = set(0.0f);
+    pairs_of(depth, [&](int i, Lanes w_first, Lanes w_second) {
+      for (int r = 0; r < R; r++) {
+        const Lanes pair = both_of(x + r * DEPTH + 2 * i);
+        first[r] = fma(pair, w_first, first[r]), second[r] = fma(pair, w_second, second[r]);
+      }
+    });
+    for (int r = 0; r < R; r++) store(sums + r * WIDTH, load(sums + r * WIDTH) + folded(first[r], second[r]));
+  }
+}
+
+// Pairs of CHUNK depths, turned for all rows at once.
+constexpr int64_t CHUNK = 8;
+using Panel = float[CHUNK][16][2][WIDTH];
+#else
+using Panel = float[2][16][WIDTH];  // even and odd inputs, outputs
+
+// 8 outputs, whose weights lie `stride` apart, at columns [at, at + 8) of the panel.
+inline void fill8(const BF16* w, int64_t stride, Panel& panel, int at) {
+  const __m256 high_half = _mm256_castsi256_ps(_mm256_set1_epi32(0xffff0000));
+  for (int k = 0; k < DEPTH; k += 16) {
+    __m256 pairs[8];
+    for (int n = 0; n < 8; n++) pairs[n] = _mm256_loadu_ps((const float*)(w + n * stride + k));
+    transpose8(pairs);
+    for (int i = 0; i < 8; i++) {
+      const __m256i shifted = _mm256_slli_epi32(_mm256_castps_si256(pairs[i]), 16);
+      _mm256_store_ps(&panel[0][k / 2 + i][at], _mm256_castsi256_ps(shifted));
+      _mm256_store_ps(&panel[1][k / 2 + i][at], _mm256_and_ps(pairs[i], high_half));
+    }
+  }
+}
+
+template <class T>  // float and F16
+inline void fill8(const T* w, int64_t stride, Panel& panel, int at) {
+  for (int k = 0; k < DEPTH; k += 8) {
+    __m256 inputs[8];
+    for (int n = 0; n < 8; n++) inputs[n] = widen8(w + n * stride + k);
+    transpose8(inputs);
+    for (int i = 0; i < 8; i++) _mm256_store_ps(&panel[i % 2][(k + i) / 2][at], inputs[i]);
+  }
+}
+
+// R rows times a panel, added to their running sums.
+template <int R>
+inline void multiply(const Panel& panel, const float* x, float* sums) {
+  Lanes even[R], odd[R];
+  for (int r = 0; r < R; r++) even[r] = odd[r] = set(0.0f);
+  for (int i = 0; i < 16; i++) {
+    const Lanes w = load(panel[0][i]);
+    for (int r = 0; r < R; r++) even[r] = fma(set(x[r * DEPTH + i]), w, even[r]);
+  }
+  for (int i = 0; i < 16; i++) {
+    const Lanes w = load(panel[1][i]);
+    for (int r = 0; r < R; r++) odd[r] = fma(set(x[r * DEPTH + 16 + i]), w, odd[r]);
+  }
+  for (int r = 0; r < R; r++) store(sums + r * WIDTH, load(sums + r * WIDTH) + (even[r] + odd[r]));
+}
+#endif
+
+// f(a std::integral_constant of R): a number of rows as one of the program.
+template <class F>
+inline void with_rows(int64_t rows, const F& f) {
+  switch (rows) {
+#define CASE(R) case R: if constexpr (R <= ROWS_AT_ONCE) f(std::integral_constant<int, R>()); break;
+    CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
+#undef CASE
+  }
+}
