@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from conftest import run_script
 from counting_loop import RECORDS, CountingLoop, Numbers, first_state, number_of
 from test_trainer import ENGINE, WIDTH, even_share, make, problems, start
 
@@ -183,6 +184,42 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
             RunFolder(tmp_path / "new", others)
     with pytest.raises(ValueError, match=r"seed=1 there, 2 given; rate=0.25 there, 0.5 given"):
         RunFolder(tmp_path / "new", dict(seed=2, rate=0.5))
+
+
+def test_a_setting_that_is_newer_than_the_folder(tmp_path):
+    """A run without its name is one that had the value of before, and no other."""
+    RunFolder(tmp_path, dict(seed=1))
+    for more in (dict(refill=2), dict(refill=0, rate=0.5)):
+        with pytest.raises(ValueError, match="belongs to another run"):
+            RunFolder(tmp_path, dict(seed=1) | more, added=dict(refill=0))
+    RunFolder(tmp_path, dict(seed=1, refill=0), added=dict(refill=0))
+    assert json.loads((tmp_path / "run.json").read_text()) == dict(seed=1, refill=0)
+    with pytest.raises(ValueError, match="refill=0 there, 2 given"):
+        RunFolder(tmp_path, dict(seed=1, refill=2), added=dict(refill=2))
+
+
+def test_a_second_process_in_the_folder_is_refused(tmp_path):
+    """It names the first and changes nothing there; afterwards it may, in this process and in another."""
+    told = []
+
+    def ask(version: int) -> None:
+        if version == 2:
+            told.append(run_script("rl/second_process.py", str(tmp_path)))
+
+    first = learn(counting(at=ask), first_state(), 3, folder=RunFolder(tmp_path, SETTINGS, every=1))
+    assert len(told) == 1 and f"{tmp_path} is in use by process {os.getpid()} " in told[0]["error"]
+    assert in_history(tmp_path) == first.history.records and snapshots.steps(tmp_path) == [2, 3]
+    assert learn(counting(), first_state(), 4, folder=RunFolder(tmp_path, SETTINGS)).ended_by == "iterations"
+    assert run_script("rl/second_process.py", str(tmp_path)) == {"version": 9}
+
+
+def test_a_run_that_fails_lets_go_of_its_folder(tmp_path):
+    def fail(version: int) -> None:
+        assert version < 1, "stand-in"
+
+    with pytest.raises(AssertionError, match="stand-in") as failed:  # it keeps the frames of the run
+        learn(counting(at=fail), first_state(), 3, folder=RunFolder(tmp_path, SETTINGS))
+    assert learn(counting(), first_state(), 3, folder=RunFolder(tmp_path, SETTINGS)).is_over and failed
 
 
 def test_snapshots_are_shown_to_a_hook(tmp_path):

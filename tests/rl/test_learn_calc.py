@@ -13,7 +13,8 @@ import pytest
 from checkpoints import snapshots
 from jaxengine.rl.calc import learn
 from jaxengine.rl.calc.arithmetic import is_held_out
-from jaxengine.rl.calc.run import Run, problems
+from jaxengine.rl.calc.run import ADDED, Run, problems
+from jaxengine.rl.loops.run_folder import RunFolder
 
 SMALL = "--iterations 3 --prompts 8 --samples 4 --epochs 2 --mini-batches 2 --digits 1 --every 1".split()
 FEW_HELD_OUT = "from jaxengine.rl.calc import learn; learn.HELD_OUT_PROBLEMS = 50; learn.main()"
@@ -28,6 +29,31 @@ def test_problems_are_other_ones_each_iteration_and_never_held_out():
     longest = [problem for i in range(40) for problem in problems(Run(), i)]
     assert max(len(prompt) for prompt, _ in longest) == learn.LONGEST_PROMPT
     assert max(len(problem.answer) for _, problem in longest) < learn.LONGEST_ANSWER  # the end token is one more
+
+
+def test_further_problems_are_a_function_of_iteration_and_round():
+    run = Run(prompts=20, refill=2)
+    drawn = {(i, r): problems(run, i, r) for i in (0, 1) for r in (0, 1, 2)}
+    assert problems(run, 1, 2) == drawn[1, 2] and problems(run, 1) == drawn[1, 0]
+    assert len({tuple(prompt for prompt, _ in pairs) for pairs in drawn.values()}) == 6
+    assert not any(is_held_out(prompt) for pairs in drawn.values() for prompt, _ in pairs)
+
+
+def test_flags_are_what_the_loop_does(monkeypatch):
+    for flags, refill in (([], 0), (["--refill", "2", "--mask-truncated"], 2)):
+        monkeypatch.setattr(sys, "argv", ["learn", *flags])
+        run = learn.settings(learn._arguments())
+        loop, _ = learn.build(run)
+        assert loop.refill == refill and loop.trainer.config.mask_truncated == bool(flags)
+        assert loop.further is not None and loop.further(3, 1) == problems(run, 3, 1)
+
+
+def test_a_run_of_before_a_setting_goes_on(tmp_path):
+    earlier = {name: value for name, value in dataclasses.asdict(Run()).items() if name not in ADDED}
+    (tmp_path / "run.json").write_text(json.dumps(earlier))
+    with pytest.raises(ValueError, match="refill=0 there, 1 given"):
+        RunFolder(tmp_path, dataclasses.asdict(Run(refill=1)), added=ADDED)
+    RunFolder(tmp_path, dataclasses.asdict(Run()), added=ADDED)
 
 
 def test_problems_are_of_the_kinds_asked_for():
@@ -46,6 +72,7 @@ def test_problems_are_of_the_kinds_asked_for():
         (dict(kinds="sum", digits=1), "only mixed problems are held out"),
         (dict(prompts=5, samples=3, mini_batches=2), "5 · 3 = 15 samples are no multiple of mini_batches"),
         (dict(iterations=0), "iterations must be at least 1, got 0"),
+        (dict(refill=-1), "refill must be at least 0, got -1"),
         (dict(rate=float("nan")), "rate must be at least 0.0, got nan"),
     ],
 )

@@ -7,6 +7,7 @@ in the folder that `--snapshots` names. Ctrl-C and SIGTERM stop it after the ite
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -29,7 +30,7 @@ from jaxengine.models.params import Decoder
 from jaxengine.rl.calc import arithmetic
 from jaxengine.rl.calc.arithmetic import Problem
 from jaxengine.rl.calc.model import build_tokenizer, write_tokenizer
-from jaxengine.rl.calc.run import Run, check, held_out_problems, problems
+from jaxengine.rl.calc.run import ADDED, Run, check, held_out_problems, problems
 from jaxengine.rl.calc.train import HELD_OUT_PROBLEMS, grade
 from jaxengine.rl.global_norm import clip_by_global_norm
 from jaxengine.rl.loops import sinks
@@ -56,17 +57,16 @@ def build(run: Run) -> tuple[Loop, TrainState]:
     trainer = Trainer(model_config, optimizer(run), _trainer_config(run))
     max_num_seqs = min(run.prompts * run.samples, 256)
 
-    def problems_of_iteration(iteration: int) -> list[tuple[str, Problem]]:
-        return problems(run, iteration)
-
     loop = Loop(
         trainer=trainer,
-        problems=problems_of_iteration,
+        problems=functools.partial(problems, run),
         judge=judged_by(reward),
         length=LONGEST_PROMPT + LONGEST_ANSWER,
         tokenizer=Tokenizer.load(folder),
         reference=params if run.kl else None,
         engine=dict(max_model_len=64, max_num_seqs=max_num_seqs, num_pages=4 * max_num_seqs + 8),
+        refill=run.refill,
+        further=functools.partial(problems, run),
     )
     return loop, trainer.start(params, seeded(run.seed))
 
@@ -83,6 +83,7 @@ def _trainer_config(run: Run) -> TrainerConfig:
         epochs=run.epochs,
         mini_batches=run.mini_batches,
         micro_batches=run.micro_batches,
+        mask_truncated=run.mask_truncated,
     )
 
 
@@ -115,8 +116,10 @@ def _arguments() -> argparse.Namespace:
     )
     for field in dataclasses.fields(Run):
         choices = sorted(ALGORITHMS) if field.name == "algorithm" else None
-        flag = f"--{field.name.replace('_', '-')}"
-        meaning = field.metadata["help"]
+        flag, meaning = f"--{field.name.replace('_', '-')}", field.metadata["help"]
+        if isinstance(field.default, bool):
+            parser.add_argument(flag, action="store_true", help=meaning)
+            continue
         parser.add_argument(flag, type=type(field.default), default=field.default, choices=choices, help=meaning)
     parser.add_argument("--snapshots", type=Path, help="a folder for snapshots; a run continues from the newest in it")
     parser.add_argument("--every", type=int, default=20, help="iterations between snapshots")
@@ -129,15 +132,19 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def settings(arguments: argparse.Namespace) -> Run:
+    return Run(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Run)})
+
+
 def main() -> None:
     arguments = _arguments()
-    run = Run(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Run)})
+    run = settings(arguments)
     if arguments.out:
         arguments.out.mkdir(parents=True)  # now, because after the training it is too late to fail
     loop, state = build(run)
     start, folder, done = time.monotonic(), None, 0
     if arguments.snapshots is not None:
-        folder = RunFolder(arguments.snapshots, dataclasses.asdict(run), every=arguments.every)
+        folder = RunFolder(arguments.snapshots, dataclasses.asdict(run), every=arguments.every, added=ADDED)
         done = folder.step
     if done:
         print(f"goes on after iteration {done} of {run.iterations}, from {arguments.snapshots}")

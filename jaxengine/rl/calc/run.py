@@ -29,12 +29,16 @@ class Run:
     rate: float = _setting(3e-4, "the learning rate after the warm-up; it falls to 0 at the last iteration")
     warm_up: int = _setting(5, "iterations in which the rate rises, at most a quarter of all")
     kl: float = _setting(0.0, "coefficient of the penalty that holds the policy near the initial weights")
+    refill: int = _setting(0, "rounds of further problems in the place of those whose completions are all judged alike")
+    mask_truncated: bool = _setting(False, "completions that are cut off have no loss")
     kinds: str = _setting(" ".join(arithmetic.KINDS), "kinds of problems, with spaces between them")
     digits: int = _setting(3, "of the longest number in a problem")
     seed: int = _setting(0, "of problems, completions and the order of mini-batches")
 
 
-LEAST = dict(iterations=1, prompts=1, samples=1, epochs=1, mini_batches=1, micro_batches=1, warm_up=0, kl=0.0, rate=0.0)
+COUNTED = "iterations", "prompts", "samples", "epochs", "mini_batches", "micro_batches"
+LEAST = dict.fromkeys(COUNTED, 1) | dict(warm_up=0, refill=0, kl=0.0, rate=0.0)
+ADDED = dict(refill=0, mask_truncated=False)  # what runs did whose folder is older than these settings
 
 
 def check(run: Run) -> None:
@@ -56,9 +60,13 @@ def check(run: Run) -> None:
         )
 
 
-def problems(run: Run, iteration: int) -> list[tuple[str, Problem]]:
-    """(prompt, problem) pairs of an iteration: other ones in each, none of them held out."""
-    drawn = itertools.islice(_chosen(run, arithmetic.stream(run.seed * 1_000_003 + iteration)), run.prompts)
+def problems(run: Run, iteration: int, number: int = 0) -> list[tuple[str, Problem]]:
+    """(prompt, problem) pairs of an iteration, or of its round `number` of further problems: other ones in each.
+
+    None of them is held out.
+    """
+    seed = (number * 1_000_003 + run.seed) * 1_000_003 + iteration
+    drawn = itertools.islice(_chosen(run, arithmetic.stream(seed)), run.prompts)
     return [(problem.prompt, problem) for problem in drawn]
 
 

@@ -53,14 +53,13 @@ def learn(
 
     With a `folder` the run goes on from its newest snapshot, and `state` is then where a run begins. It is interrupted
     after `stop` iterations of the whole run, and, in the main thread, by Ctrl-C or SIGTERM, after the iteration that is
-    under way; a second signal ends at once. A snapshot is kept there too. `state` is donated.
+    under way; a second signal ends at once. A snapshot is kept there too. `state` is donated. Raises BlockingIOError
+    where another run is under way in the folder.
     """
     integer("iterations", iterations, 0)
     if integer("evaluate_every", evaluate_every, 0) and evaluate is None:
         raise ValueError(f"evaluate_every={evaluate_every} needs evaluate, a function of the state")
     history = History()
-    if folder is not None:
-        state, history = folder.restore(state, loop.problems)
 
     def report(record: dict[str, Any]) -> None:
         entry = history.add(record)
@@ -72,7 +71,11 @@ def learn(
         if evaluate is not None and not history.has_evaluation(step):
             report({"version": step, "evaluation": {name: float(x) for name, x in evaluate(state).items()}})
 
-    with _signals_noted() as signal_name:
+    with contextlib.ExitStack() as stack:
+        if folder is not None:
+            stack.enter_context(folder.held())
+            state, history = folder.restore(state, loop.problems)
+        signal_name = stack.enter_context(_signals_noted())
         while True:
             step = int(state.version)
             if not signal_name() and (step == 0 or evaluate_every and step % evaluate_every == 0):

@@ -1,5 +1,6 @@
 """The folder that a run is kept in: its settings, its history, and snapshots of its state."""
 
+import contextlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 from checkpoints import snapshots
 from checkpoints.json_files import read_object
 from jaxengine.base.arguments import integer
-from jaxengine.base.files import write_whole
+from jaxengine.base.files import held, write_whole
 from jaxengine.rl.loops.data import Positioned
 from jaxengine.rl.loops.history import History
 from jaxengine.rl.train_state import TrainState
@@ -21,8 +22,9 @@ class RunFolder:
 
     `settings`, a JSON object, are all that the run's bits depend on: run.json keeps them. A snapshot is due every
     `every` iterations (0: only where the run ends), the newest `keep` stay, and `on_snapshot(state, path)` is called
-    after each. history.jsonl has a line an iteration and an evaluation. Raises ValueError where the folder has another
-    run's settings.
+    after each. history.jsonl has a line an iteration and an evaluation. `added` are settings that runs of earlier
+    versions of a program kept no name for, with the values that those runs had. Raises ValueError where the folder has
+    another run's settings.
     """
 
     def __init__(
@@ -33,15 +35,20 @@ class RunFolder:
         every: int = 20,
         keep: int = 2,
         on_snapshot: OnSnapshot | None = None,
+        added: Mapping[str, Any] | None = None,
     ) -> None:
         self.path, self.on_snapshot = Path(path), on_snapshot
         self.every, self.keep = integer("every", every, 0), integer("keep", keep, 1)
-        _claim(self.path, settings)
+        _claim(self.path, settings, added or {})
 
     @property
     def step(self) -> int:
         """Iterations done at the newest snapshot; 0 where there is none."""
         return max(snapshots.steps(self.path), default=0)
+
+    def held(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, no other run writes here. Raises BlockingIOError naming the process where one does."""
+        return held(self.path / "run.lock")
 
     def is_due(self, step: int) -> bool:
         return step > 0 and self.every > 0 and step % self.every == 0
@@ -85,11 +92,11 @@ class RunFolder:
             problems.set_state(read_object(path))
 
 
-def _claim(folder: Path, given: Mapping[str, Any]) -> None:
+def _claim(folder: Path, given: Mapping[str, Any], added: Mapping[str, Any]) -> None:
     """Write a run's settings into its folder. Raises ValueError where it has another run's."""
     path, settings = folder / "run.json", json.loads(json.dumps(dict(given)))  # as the file gives them back
     if path.exists():
-        earlier = read_object(path)
+        earlier = {**added, **read_object(path)}
         names = [name for name in {**settings, **earlier} if earlier.get(name) != settings.get(name)]
         if names:
             differences = "; ".join(f"{name}={earlier.get(name)} there, {settings.get(name)} given" for name in names)
