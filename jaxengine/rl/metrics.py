@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxengine.rl.losses import clipped_sides, ratios, sequence_shares, token_shares
+from jaxengine.rl.losses import clipped_sides, kl_penalty, ratios, sequence_shares, token_shares
 from jaxengine.rl.objective import Objective
 
 
@@ -40,6 +40,20 @@ def mismatch(
         "kl": mean_over(jnp.expm1(delta) - delta, mask),
         "max_delta": jnp.abs(delta).max(),
     }
+
+
+def kl_reference(
+    logprobs: Float[Array, "B T"], reference: Float[Array, "B T"], mask: Bool[Array, "B T"]
+) -> Float[Array, ""]:
+    """KL of the policy from the reference in nats a token, by k3 of losses.kl_penalty whatever the objective takes, so
+    that runs compare."""
+    return mean_over(kl_penalty(logprobs, reference, mask), mask)
+
+
+def staleness(weight_versions: Int[np.ndarray, "B T"], mask: Bool[np.ndarray, "B T"], version: int) -> float:
+    """By how many versions the weights that learn are ahead of those that drew a token: the mean under `mask`, 0 where
+    there is none."""
+    return float((version - weight_versions[mask]).mean(dtype=np.float64)) if mask.any() else 0.0
 
 
 class RewardMetrics(NamedTuple):

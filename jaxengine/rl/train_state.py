@@ -81,7 +81,7 @@ class Batch:
     mask: Bool[Array, "B T"]
     old_logprobs: Float[Array, "B T"]
     advantages: Float[Array, "B T"]
-    reference: Float[Array, "B T"] | None = None  # logprobs under the reference policy
+    reference: Float[Array, "B T"] | None = None  # logprobs under the reference policy, for a penalty and a metric
     old_values: Float[Array, "B T"] | None = None
     returns: Float[Array, "B T"] | None = None
     kept: SamplingMask | None = None  # scored under it where it is there

@@ -96,14 +96,16 @@ class Trainer:
         `rewards` are one for each sample, `[B]`, or one for each token, `[B, T]` (given_rewards.py). A sample with a
         reward that is not finite is left out. `state` is donated. Raises ValueError where the number of samples is no
         multiple of mini_batches · micro_batches. Metrics of the policy are over the samples that have a gradient, of
-        whose tokens measured_share says the share.
+        whose tokens measured_share says the share. Where a `reference` is given, the distance to it is one of them.
         """
+        stale = metrics.staleness(np.asarray(rollout.weight_versions), np.asarray(rollout.mask), int(state.version))
         whole, updates = self.batch(state, rollout, rewards, reference=reference), []
         for batch in self._mini_batches(state, whole):
             state, values = self.update(state, batch)
             updates.append(values)
         state = dataclasses.replace(state, version=state.version + 1)
-        return state, [{name: float(x) for name, x in values.items()} for values in jax.device_get(updates)]
+        measured = [{name: float(x) for name, x in values.items()} for values in jax.device_get(updates)]
+        return state, [values | {"staleness": stale} for values in measured]
 
     def batch(self, state: TrainState, rollout: Rollout, rewards: Given, *, reference: Decoder | None = None) -> Batch:
         """A rollout with its advantages, and what else the objective needs.
@@ -135,12 +137,13 @@ class Trainer:
         batch = Batch(tokens, mask, jnp.asarray(rollout.logprobs), jnp.zeros(mask.shape, jnp.float32), kept=kept)
         batch = dataclasses.replace(batch, grammar=jax.tree.map(jnp.asarray, rollout.grammar_mask))
         objective = self.config.objective
-        if objective.penalises_loss:
-            batch = dataclasses.replace(batch, reference=self._reference(reference, batch))
-        elif objective.kl_coefficient > 0:  # of truncated samples too, whose rewards are in their group's baseline
+        if reference is not None or objective.kl_coefficient > 0:
+            # Of truncated samples too: a penalty in the reward is in their group's baseline.
             near = self._reference(reference, dataclasses.replace(batch, mask=judged))
-            penalty = objective.kl_coefficient * kl_penalty(batch.old_logprobs, near, judged, objective.kl)
-            token_rewards, sample_rewards = token_rewards - penalty, sample_rewards - penalty.sum(-1)
+            batch = dataclasses.replace(batch, reference=near)
+            if objective.kl_coefficient > 0 and not objective.penalises_loss:
+                penalty = objective.kl_coefficient * kl_penalty(batch.old_logprobs, near, judged, objective.kl)
+                token_rewards, sample_rewards = token_rewards - penalty, sample_rewards - penalty.sum(-1)
         start = self._forward(state.master, batch) if self.has_critic or objective.correction is not None else None
         if start is not None and objective.correction is not None:
             corrections = correction_weights(start.logprobs, batch.old_logprobs, mask, objective)
@@ -206,6 +209,8 @@ class Trainer:
         measured = losses | metrics.mismatch(
             logprobs, batch.old_logprobs, batch.mask, batch.advantages, self.config.objective
         )
+        if batch.reference is not None:
+            measured["kl_reference"] = metrics.kl_reference(logprobs, batch.reference, batch.mask)
         if values is not None and batch.returns is not None:
             measured["explained_variance"] = metrics.explained_variance(values, batch.returns, batch.mask)
         if self.kernels.split is not None:  # as it lay, so that nothing is compiled again

@@ -25,13 +25,14 @@ STEPS = [(0, {"evaluation/x": 0.5}), (1, {"reward": 0.25}), (2, {"reward": 0.5})
 
 
 def names_of_an_update(algorithm: str, **how) -> set[str]:
-    """What an update measures, found by tracing it."""
+    """What an update measures, found by tracing it, and what `train` adds."""
     objective = dataclasses.replace(ALGORITHMS[algorithm], **how)
     trainer = Trainer(TINY[0], optax.sgd(1.0), TrainerConfig(objective, SAMPLING))
     like = lambda dtype: jnp.zeros((2, 8), dtype)
     critic = dict(old_values=like(jnp.float32), returns=like(jnp.float32)) if trainer.has_critic else {}
-    batch = Batch(like(jnp.int32), like(bool), like(jnp.float32), like(jnp.float32), **critic)
-    return set(jax.eval_shape(trainer.update, trainer.start(TINY[1], jax.random.key(0)), batch)[1])
+    near = like(jnp.float32)
+    batch = Batch(like(jnp.int32), like(bool), like(jnp.float32), like(jnp.float32), reference=near, **critic)
+    return {"staleness"} | set(jax.eval_shape(trainer.update, trainer.start(TINY[1], jax.random.key(0)), batch)[1])
 
 
 def test_the_table_has_every_metric():

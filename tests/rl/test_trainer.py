@@ -112,6 +112,7 @@ def test_the_first_update_of_every_iteration_is_on_policy(ran):
         for update in iteration.updates[1:]:
             assert update["max_delta"] > 0 and update["kl"] > 0 and update["ratio_max"] != 1.0
     assert [x.version for x in iterations] == [0, 1]
+    assert all(update["staleness"] == 0 for iteration in iterations for update in iteration.updates)
 
 
 def test_the_float32_copy_holds_what_bfloat16_does_not(ran):
@@ -282,6 +283,34 @@ def test_a_penalty_may_be_a_part_of_the_reward(drawn):
     others = [np.mean([rewards[j] for j in range(i - i % 4, i - i % 4 + 4) if j != i]) for i in range(16)]
     expected = np.where(drawn.mask, (rewards - others)[:, None], 0)
     np.testing.assert_allclose(batch.advantages, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("algorithm, kl", [("grpo", 0.0), ("rloo", 0.3)], ids=["without a penalty", "in the reward"])
+def test_the_distance_to_a_reference_is_measured(drawn, algorithm, kl):
+    """Wherever the penalty is; from the weights that learn, and 0 where these are the reference."""
+    trainer, reference = make(algorithm, kl=kl), moved(TINY[1])
+    near = jaxengine.score(reference, drawn.tokens, drawn.mask, SAMPLING.replace(n=1), config=TINY[0])
+    log_r = (np.asarray(near) - drawn.logprobs)[drawn.mask]
+    log_r = np.where(np.isfinite(log_r), log_r, 0)  # what the reference cuts off has no useful KL
+    _, (update,) = trainer.train(start(trainer), drawn, REWARDS, reference=reference)
+    assert update["kl_reference"] == pytest.approx((np.exp(log_r) - 1 - log_r).mean(), rel=1e-4) and update["kl"] == 0
+    _, (update,) = trainer.train(start(trainer), drawn, REWARDS, reference=TINY[1])
+    assert update["kl_reference"] == 0
+
+
+def test_without_a_reference_there_is_no_distance_to_it(drawn):
+    _, (update,) = make().train(start(make()), drawn, REWARDS)
+    assert "kl_reference" not in update and update["staleness"] == 0
+
+
+def test_staleness_is_the_mean_over_tokens_of_versions(drawn):
+    """Of the sampled ones alone, in the versions of the state that learns."""
+    drew = np.where(drawn.mask, 2, -1)
+    drew[:4] = np.where(drawn.mask[:4], 4, -1)
+    state = dataclasses.replace(start(make()), version=np.int32(5))
+    _, (update,) = make().train(state, dataclasses.replace(drawn, weight_versions=drew), REWARDS)
+    newer = drawn.mask[:4].sum() / drawn.mask.sum()
+    assert update["staleness"] == pytest.approx(1 * newer + 3 * (1 - newer)) and 0 < newer < 1
 
 
 def test_what_earlier_weights_drew_is_corrected(drawn):

@@ -11,6 +11,8 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from jaxengine.base.keys import folded, key_of
 from jaxengine.functional import generate
 from jaxengine.llm import LLM
@@ -65,9 +67,10 @@ class Loop:
     `problems(i)` are the (prompt, answer) pairs of iteration i, the same number in each. `judge(outputs, answers)`
     gives a reward for each sample in the order of Rollout.from_outputs; NaN leaves the sample out. Rewards may be one a
     token, `[B, T]`, laid out as in Rollout.from_outputs(outputs, length=length). `length` is the width T of every
-    rollout, `engine` the engine's keywords. `reference` are the weights that a KL penalty stays near. `play(llm,
-    prompts, sampling_params, key)` takes the place of `llm.generate`: conversations with tools or an environment
-    (loops/tools.py), whose replies carry no loss.
+    rollout, `engine` the engine's keywords. `reference` are the weights that a KL penalty stays near; without a penalty
+    only the distance to them is measured, which costs a pass of scoring. `play(llm, prompts, sampling_params, key)`
+    takes the place of `llm.generate`: conversations with tools or an environment (loops/tools.py), whose replies carry
+    no loss.
 
     Groups whose rewards are all equal are replaced by groups of further problems, in at most `refill` rounds: DAPO's
     dynamic sampling. `further(i, r)` are the problems of round r = 1, 2, … of iteration i, of which the first are
@@ -99,6 +102,8 @@ class Loop:
         everything = Rollout.from_outputs(drawn.outputs, length=self.length)
         batch = drawn.of_groups(groups) if rounds else drawn
         rollout = Rollout.from_outputs(batch.outputs, length=self.length) if rounds else everything
+        drew = np.where(rollout.mask, version + rollout.weight_versions, rollout.weight_versions)
+        rollout = dataclasses.replace(rollout, weight_versions=drew)  # the engine counts from the state's weights on
         judged, generated = of_rewards(of_samples(drawn.rewards), everything.group), time.monotonic()
         no_spread = of_rewards(of_samples(batch.rewards), rollout.group).no_spread
         if self.tokenizer is not None and self.trainer.config.sampling.structure is not None:
