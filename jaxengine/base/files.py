@@ -1,7 +1,6 @@
 """Small text files that are written whole or not at all, and a lock that one process holds."""
 
 import contextlib
-import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +20,8 @@ def held(path: Path) -> Iterator[None]:
     The kernel lets go of it where the process dies, so no crash leaves a lock behind. The file stays, because another
     process may have it open. Raises BlockingIOError, naming the folder and the process, where somebody else holds it.
     """
+    import fcntl  # not everywhere, and who only writes files needs none
+
     with path.open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
