@@ -155,7 +155,7 @@ def peers_ids(template: str, messages: list, tools: Any = TOOLS) -> list[int]:
 
 
 def hermes(name: str, **arguments: Any) -> str:
-    return f'<tool_call>\n{{"name": "{name}", "arguments": {json.dumps(arguments)}}}\n</tool_call>'
+    return f'<tool_call>\n{{"name": {json.dumps(name)}, "arguments": {json.dumps(arguments)}}}\n</tool_call>'
 
 
 def calls_of(*named: tuple[str, dict]) -> dict:
@@ -214,6 +214,7 @@ def test_the_end_of_a_turn_stands_once():
     "call, answer",
     [
         (hermes("subtract", a=1), "error: there is no tool 'subtract', only add, shout"),
+        (hermes("\ud800"), "error: there is no tool '\\ud800', only add, shout"),
         (hermes("add", a=1), "error: missing a required argument: 'b'"),
         (hermes("add", a=1, b=2, c=3), "error: there is no argument 'c', only a, b"),
         (hermes("add", a="1", b=2), "error: a must be of type integer, got '1'"),
@@ -227,6 +228,21 @@ def test_a_call_that_cannot_be_made_is_answered_by_its_error(call, answer):
     llm = Scripted(call + "<|im_end|>", "Oh.<|im_end|>")
     llm.chat()
     assert f"<tool_response>\n{answer}\n</tool_response>" in llm.shown()
+
+
+def test_types_that_a_description_allows():
+    def scaled(a: int | None = None, b: float = 0.0) -> list:
+        """Scales.
+
+        Args:
+            a: what is scaled
+            b: by what
+        """
+        return [a, b]
+
+    llm = Scripted(hermes("scaled", a=None, b=3) + hermes("scaled", b=0.5) + "<|im_end|>", "Oh.<|im_end|>")
+    llm.chat([scaled])
+    assert "\n[null, 3]\n" in llm.shown() and "\n[null, 0.5]\n" in llm.shown()
 
 
 def test_an_answers_control_tokens_are_text():
@@ -292,6 +308,7 @@ CONTENT = "{{- message.content }}"
         (END, "", "a control token that ends it, but ''"),
         (END, "{{- '<|im_end|>' ~ ('' if message.tool_calls else '\\n') }}", "after its calls"),
         (END, "{{- '<|endoftext|>' if loop.last else '<|im_end|>\\n' }}", "after the last turn"),
+        ("{{- '\\n<tool_response>", "{{- ('' if loop.index0 < 4 else '.') ~ '\\n<tool_response>", "in a longer chat"),
     ],
 )
 def test_a_template_whose_turns_have_no_end_that_can_be_told_is_refused(old, new, error):

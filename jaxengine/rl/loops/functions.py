@@ -73,10 +73,9 @@ def answer_of(functions: Mapping[str, Function], call: ToolCall) -> str:
     try:
         if call.name not in functions:
             raise ValueError(f"there is no tool {call.name!r:.80}, only {', '.join(functions)}")
-        answer = functions[call.name].answer(json.loads(call.arguments))
+        return functions[call.name].answer(json.loads(call.arguments))
     except ValueError as error:
-        answer = f"error: {error}"
-    return answer.encode("utf-8", "backslashreplace").decode()  # JSON can spell half a character, which has no tokens
+        return f"error: {error}"
 
 
 def _described(function: Callable[..., Any]) -> dict[str, Any]:

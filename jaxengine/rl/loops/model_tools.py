@@ -68,7 +68,12 @@ def chat_with_tools(
 
 
 def _message(name: str, answer: str) -> dict[str, str]:
-    return {"role": "tool", "name": name, "content": answer}
+    return {"role": "tool", "name": _whole(name), "content": _whole(answer)}
+
+
+def _whole(text: str) -> str:
+    """The text with half characters spelled out: JSON that a model wrote can have them, and they have no tokens."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 @dataclasses.dataclass(frozen=True)
