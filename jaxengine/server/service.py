@@ -17,6 +17,7 @@ from jaxengine.server.errors import ApiError, refusals, too_many
 from jaxengine.server.metrics import Metrics
 from jaxengine.server.settings import ServerConfig
 from jaxengine.server.weight_upload import WeightUpload
+from jaxengine.text.tool_calls import form_of_template
 
 T = TypeVar("T")
 
@@ -60,9 +61,8 @@ class Service:
     @property
     def tool_parser(self) -> str:
         """The name of the form in which the model calls tools."""
-        is_llama = self._template_has("python_tag") or self._template_has("ipython")
-        own = "llama3_json" if is_llama and not self._template_has("<tool_call>") else "hermes"
-        return own if self.config.tool_call_parser == "auto" else self.config.tool_call_parser
+        chosen = self.config.tool_call_parser
+        return form_of_template(self._template_has) if chosen == "auto" else chosen
 
     @property
     def tells_thoughts(self) -> bool:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxengine.text.answer_parts import Part, Said, ToolCall, held_back
@@ -24,6 +24,12 @@ TOOL_FORMS = {
     "llama3_json": ToolForm("", ";", "parameters"),
 }
 PYTHON_TAG = "<|python_tag|>"  # which Llama may write before an object
+
+
+def form_of_template(has: Callable[[str], bool]) -> str:
+    """The name of the form that a chat template has calls in; `has` says whether a text is in the template."""
+    is_llama = has("python_tag") or has("ipython")
+    return "llama3_json" if is_llama and not has("<tool_call>") else "hermes"
 
 
 class ToolReader:
