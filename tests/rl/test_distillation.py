@@ -106,8 +106,9 @@ def test_a_small_rest_keeps_its_digits():
     np.testing.assert_allclose(rest, math.log(VOCAB - 1) - 60, rtol=1e-6)
 
 
-def test_what_is_outside_the_mask_does_not_count():
-    nonsense = jnp.full((1, 2, 3), jnp.nan).at[0, 0].set(jnp.log(jnp.array([0.5, 0.25, 0.25])))
+@pytest.mark.parametrize("value", [math.nan, 0.5])
+def test_what_is_outside_the_mask_does_not_count(value):
+    nonsense = jnp.full((1, 2, 3), value).at[0, 0].set(jnp.log(jnp.array([0.5, 0.25, 0.25])))
     mask = jnp.array([[True, False]])
     gradient = jax.grad(lambda x: divergences(x, nonsense + 0.1, mask).sum())(nonsense)
     assert np.isfinite(gradient).all() and gradient[0, 0].any() and not gradient[0, 1].any()
