@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxengine.base.pytree import pytree
 from jaxengine.config import KV_TILE, ModelConfig
 from jaxengine.device import sampler
+from jaxengine.device.candidates import coarsened, with_likeliest
 from jaxengine.device.grammar_mask import GrammarMask, allowed_words
 from jaxengine.device.sampling_arrays import distinct_rules, empty_sampling, write_sampling
 from jaxengine.device.sampling_mask import SamplingMask, is_kept, packed
@@ -102,7 +103,8 @@ def token_logprobs(
     """
     how: dict[str, Any] = dict(model_config=model_config, kernels=kernels, tiles=tiles)
     x, tokens = trunk(params, tokens, mask, **how)
-    return head_logprobs(params, x, tokens, mask, arrays, entropy=entropy, kept_words=kept_words, **how)
+    found = head_logprobs(params, x, tokens, mask, arrays, entropy=entropy, kept_words=kept_words, **how)
+    return found.logprobs, found.kept_words if kept_words else found.entropies
 
 
 def trunk(
@@ -145,6 +147,17 @@ class _RowInputs(NamedTuple):
     sequences: Int[Array, " t"]
     positions: Int[Array, " t"]
     prompts: Int[Array, " t"]  # where the completion begins that the token belongs to
+    candidates: Int[Array, "t K"] | None
+
+
+class Scores(NamedTuple):
+    """Of each token, `[B, T]` or of one tile's rows `[t]`; None where not asked for."""
+
+    logprobs: Array
+    entropies: Array | None = None
+    kept_words: Array | None = None
+    candidates: Array | None = None  # logprobs of the candidates, and of the rest: [..., K + 1]
+    candidate_ids: Array | None = None  # where the likeliest were looked for: [..., K]
 
 
 def head_logprobs(
@@ -159,8 +172,14 @@ def head_logprobs(
     tiles: ScoringTiles,
     entropy: bool = False,
     kept_words: bool = False,
-) -> tuple[Float[Array, "B T"], Array | None]:
-    """token_logprobs from what `trunk` gives: a critic shares the trunk (rl/critic.py)."""
+    candidates: Int[Array, "B T k"] | None = None,
+    top_k: int = 0,
+) -> Scores:
+    """token_logprobs from what `trunk` gives: a critic shares the trunk (rl/critic.py).
+
+    Of each position also the logprobs of `candidates` (candidates.py), which with `top_k` are the likeliest tokens and
+    those; with `top_k` it has no gradient.
+    """
     batch, length = tokens.shape
     where, wanted = jnp.arange(length), mask.at[:, 0].set(False)
     begins = mask & ~jnp.pad(mask[:, :-1], ((0, 0), (1, 0)))
@@ -173,9 +192,10 @@ def head_logprobs(
     # Of rows that nothing asks for, a place after the last: no two are equal, so the gradient adds nothing twice.
     places = jnp.where(ranks < wanted.sum(), order - 1, order.shape[0] + ranks)
     predicting = x.reshape(-1, x.shape[-1]).at[places].get(mode="fill", fill_value=0, unique_indices=True)
-    rows = _RowInputs(predicting, sequences, positions, prompts.reshape(-1)[order])
+    named = None if candidates is None else candidates.reshape(batch * length, candidates.shape[-1])[order]
+    rows = _RowInputs(predicting, sequences, positions, prompts.reshape(-1)[order], named)
     weights = _Weights(params.norm, params.output_head, _opaque(arrays, params, tokens), tokens)
-    how = _HowRows(model_config, kernels, tiles.head_rows, entropy, kept_words)
+    how = _HowRows(model_config, kernels, tiles.head_rows, entropy, kept_words, top_k)
     count = wanted.sum(dtype=jnp.int32) + unknown_zero(params.norm, tokens)
     found = _scored(how, weights, rows, count)
 
@@ -184,7 +204,7 @@ def head_logprobs(
         found = found.reshape(batch, length, *scores.shape[1:])
         return jnp.where(jnp.expand_dims(wanted, range(2, found.ndim)), found, 0)
 
-    return placed(found[0]), placed(found[1]) if len(found) > 1 else None
+    return jax.tree.map(placed, found)
 
 
 class _HowRows(NamedTuple):
@@ -195,14 +215,15 @@ class _HowRows(NamedTuple):
     tile: int
     entropy: bool
     kept_words: bool
+    top_k: int
 
-    def region(self, kernels: Kernels, weights: _Weights, rows: _RowInputs, count: Array) -> tuple[Array, ...]:
+    def region(self, kernels: Kernels, weights: _Weights, rows: _RowInputs, count: Array) -> Scores:
         """What `_row_scores` says of the first `count` rows, on one device."""
-        body = functools.partial(_row_scores, self.model_config, kernels, self.entropy, self.kept_words)
+        body = functools.partial(_row_scores, self, kernels)
         return over_tiles(body, self.tile, weights, rows, count)
 
 
-def _run_scored(how: _HowRows, weights: _Weights, rows: _RowInputs, count: Int[Array, ""]) -> tuple[Array, ...]:
+def _run_scored(how: _HowRows, weights: _Weights, rows: _RowInputs, count: Int[Array, ""]) -> Scores:
     """The region on every device."""
     return how.kernels.on_each(how.region, _WEIGHT_SPECS, WHOLE, WHOLE, outputs=WHOLE)(weights, rows, count)
 
@@ -242,10 +263,7 @@ def _zero_cotangent(x: Array) -> Any:
     return jnp.zeros_like(x) if is_float(x) else no_gradient(x)
 
 
-def _row_scores(
-    model_config: ModelConfig, kernels: Kernels, entropy: bool, kept_words: bool, weights: _Weights, rows: _RowInputs
-) -> tuple[Array, ...]:
-    """(logprobs, and if asked entropies or packed words) of the rows' tokens."""
+def _row_scores(how: _HowRows, kernels: Kernels, weights: _Weights, rows: _RowInputs) -> Scores:
     grammar = weights.arrays.each.grammar
     allowed = None if grammar is None else allowed_words(grammar, rows.sequences, rows.positions)
     each = dataclasses.replace(weights.arrays.each, grammar=None)  # a row reads few of its words
@@ -254,14 +272,23 @@ def _row_scores(
     context = sampler.Context(
         weights.tokens, rows.sequences, rows.positions, rows.prompts, first_stop, weights.arrays.rules, allowed
     )
-    logits = decoder.logits(model_config, kernels, weights.norm, weights.head, rows.x)
+    logits = decoder.logits(how.model_config, kernels, weights.norm, weights.head, rows.x)
     raw = jnp.zeros(rows.x.shape[0], bool)
     kept = kernels.draw.kept if row.kept is None else _as_drawn(is_kept(row.kept, rows.positions, logits.shape[1]))
     _, drawn_from = sampler.distribution(logits, row.sampling, context, raw, kept)
     out = kernels.draw.draw_and_score(drawn_from, weights.tokens[rows.sequences, rows.positions])
-    if kept_words:
-        return out.logprobs, packed(drawn_from)
-    return (out.logprobs, sampler.entropy(out.all_logprobs(drawn_from))) if entropy else (out.logprobs,)
+    scores = Scores(out.logprobs)
+    if how.kept_words:
+        scores = scores._replace(kept_words=packed(drawn_from))
+    if how.entropy:
+        scores = scores._replace(entropies=sampler.entropy(out.all_logprobs(drawn_from)))
+    if rows.candidates is None:
+        return scores
+    logprobs = out.all_logprobs(drawn_from)
+    if not how.top_k:
+        return scores._replace(candidates=coarsened(logprobs, rows.candidates))
+    ids = with_likeliest(logprobs, rows.candidates, how.top_k)
+    return scores._replace(candidates=coarsened(logprobs, ids), candidate_ids=ids)
 
 
 def _as_drawn(mask: Bool[Array, "t V"]) -> sampler.Kept:

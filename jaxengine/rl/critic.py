@@ -39,14 +39,16 @@ class ActorCritic:
 
 @pytree
 class Forward:
-    """Of each token: its logprob, the value of the state that it was drawn in, and its distribution's entropy in nats.
+    """Of each token: its logprob, the value of the state that it was drawn in, its distribution's entropy in nats, and
+    the logprobs of its candidates and the rest (device/candidates.py).
 
-    Without a critic there are no values; without being asked for, no entropies.
+    Without a critic there are no values; without being asked for, no entropies and no candidates.
     """
 
     logprobs: Float[Array, "B T"]
     values: Float[Array, "B T"] | None
     entropies: Float[Array, "B T"] | None
+    candidates: Float[Array, "B T K+1"] | None
 
 
 def initialise(model_config: ModelConfig) -> Critic:
@@ -67,6 +69,7 @@ def forward(
     kernels: Kernels,
     tiles: ScoringTiles,
     entropy: bool = False,
+    candidates: Int[Array, "B T K"] | None = None,
 ) -> Forward:
     """What one pass through the trunk says of the tokens under `mask`; 0 elsewhere. Differentiable in `model`.
 
@@ -74,11 +77,12 @@ def forward(
     """
     how: dict[str, Any] = dict(model_config=model_config, kernels=kernels, tiles=tiles)
     x, tokens = scoring.trunk(model.policy, tokens, mask, **how)
-    logprobs, entropies = scoring.head_logprobs(model.policy, x, tokens, mask, arrays, entropy=entropy, **how)
-    if model.critic is None:
-        return Forward(logprobs, None, entropies)
-    values = _values(model_config, model.critic, model.policy.norm, x, mask, tiles.head_rows)
-    return Forward(logprobs, values, entropies)
+    asked: dict[str, Any] = dict(entropy=entropy, candidates=candidates)
+    found = scoring.head_logprobs(model.policy, x, tokens, mask, arrays, **asked, **how)
+    values = None
+    if model.critic is not None:
+        values = _values(model_config, model.critic, model.policy.norm, x, mask, tiles.head_rows)
+    return Forward(found.logprobs, values, found.entropies, found.candidates)
 
 
 def _values(

@@ -10,6 +10,7 @@ from jaxengine.base.arguments import strict_keywords
 
 Advantage = Literal["scaled", "centred", "leave-one-out", "generalized"]
 Estimator = Literal["k1", "k2", "k3"]
+Divergence = Literal["reverse", "forward", "jensen-shannon"]
 CHOICES = {
     "advantage": ("scaled", "centred", "leave-one-out", "generalized"),
     "deviation": ("population", "sample"),
@@ -20,6 +21,7 @@ CHOICES = {
     "kl_in": ("loss", "reward"),
     "correction": (None, "truncated", "masked"),
     "correction_of": ("token", "sequence"),
+    "divergence": ("reverse", "forward", "jensen-shannon"),
 }
 
 
@@ -50,6 +52,10 @@ class Objective:
     weights when training on the rollout began, from which ρ is taken then. The weight is of a token or of a sequence
     (the product of its tokens'), and kept within [correction_low, correction_high]: "truncated" (Yao et al. 2025, "Your
     Efficient RL Framework Secretly Brings You Off-Policy RL Training"), or 0 outside it: "masked".
+
+    Distillation: `distillation_coefficient` times the mean `divergence` from a teacher is added to the loss, averaged
+    as the tokens are (distillation.py). `divergence_beta`, between 0 and 1, is the teacher's weight in the mixture of
+    "jensen-shannon".
     """
 
     advantage: Advantage = "scaled"
@@ -70,6 +76,9 @@ class Objective:
     correction_of: Literal["token", "sequence"] = "token"
     correction_low: float = 0.0
     correction_high: float = 3.0
+    distillation_coefficient: float = 0.0
+    divergence: Divergence = "reverse"
+    divergence_beta: float = 0.5
 
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():
@@ -79,9 +88,11 @@ class Objective:
             raise ValueError(
                 f"clip_low must be within 0 … 1 and clip_high at least 0, got {self.clip_low} and {self.clip_high}"
             )
-        for name in ("kl_coefficient", "entropy_coefficient"):
+        for name in ("kl_coefficient", "entropy_coefficient", "distillation_coefficient"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if not 0 < self.divergence_beta < 1:
+            raise ValueError(f"divergence_beta must be between 0 and 1, got {self.divergence_beta}")
         if self.budget is not None and self.budget < 1:
             raise ValueError(f"budget must be at least 1 token, got {self.budget}")
         if self.dual_clip is not None and not self.dual_clip > 1 + self.clip_high:
@@ -100,7 +111,8 @@ class Objective:
     @property
     def needs_all_samples(self) -> bool:
         """Whether a sample with advantage 0 has a gradient."""
-        return self.advantage == "generalized" or self.entropy_coefficient > 0 or self.penalises_loss
+        others = self.entropy_coefficient + self.distillation_coefficient
+        return self.advantage == "generalized" or others > 0 or self.penalises_loss
 
     @property
     def penalises_loss(self) -> bool:

@@ -7,6 +7,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from jaxengine.base.arguments import strict_keywords
 from jaxengine.base.pytree import pytree
+from jaxengine.device.candidates import Candidates
 from jaxengine.device.grammar_mask import GrammarMask
 from jaxengine.device.sampling_mask import SamplingMask
 from jaxengine.rl.objective import ALGORITHMS, Objective
@@ -50,6 +51,12 @@ class TrainerConfig:
                     "sampling"
                 )
             object.__setattr__(self, "objective", dataclasses.replace(self.objective, budget=self.sampling.max_tokens))
+        drawn = self.sampling
+        if self.objective.distillation_coefficient and (drawn.top_k or drawn.top_p < 1 or drawn.min_p):
+            raise ValueError(
+                "distillation compares whole distributions, because the KL is infinite where one of them is cut to "
+                f"0: give sampling without top_k, top_p and min_p, got {drawn.top_k}, {drawn.top_p} and {drawn.min_p}"
+            )
         for name in ("epochs", "mini_batches", "micro_batches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -86,4 +93,5 @@ class Batch:
     returns: Float[Array, "B T"] | None = None
     kept: SamplingMask | None = None  # scored under it where it is there
     grammar: GrammarMask | None = None  # of structured outputs
+    targets: Candidates | None = None  # a teacher's (distillation.py)
     corrections: Float[Array, "B T"] | None = None  # for what earlier weights drew (losses.correction_weights)

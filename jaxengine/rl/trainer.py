@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxengine.base.keys import key_data, key_of
 from jaxengine.config import ModelConfig
+from jaxengine.device.candidates import Candidates
 from jaxengine.device.find_sampling_mask import find_sampling_mask
 from jaxengine.device.grammar_mask import GrammarMask
 from jaxengine.device.sampling_mask import SamplingMask
@@ -30,6 +31,7 @@ from jaxengine.ops.kernels import choose_kernels
 from jaxengine.rl import advantages as estimators
 from jaxengine.rl import critic, metrics
 from jaxengine.rl.critic import ActorCritic, Forward
+from jaxengine.rl.distillation import check_candidates, divergences
 from jaxengine.rl.given_rewards import Given, by_sample_and_token, check_rewards
 from jaxengine.rl.global_norm import global_norm
 from jaxengine.rl.losses import correction_weights, kl_penalty, policy_loss, token_shares, token_weights, value_loss
@@ -89,17 +91,24 @@ class Trainer:
         return TrainState(master, moments, whole, whole, whole)
 
     def train(
-        self, state: TrainState, rollout: Rollout, rewards: Given, *, reference: Decoder | None = None
+        self,
+        state: TrainState,
+        rollout: Rollout,
+        rewards: Given | None,
+        *,
+        reference: Decoder | None = None,
+        targets: Candidates | None = None,
     ) -> tuple[TrainState, list[dict[str, float]]]:
         """All updates of one rollout: the state with the next version of the weights, and the metrics of each update.
 
-        `rewards` are one for each sample, `[B]`, or one for each token, `[B, T]` (given_rewards.py). A sample with a
-        reward that is not finite is left out. `state` is donated. Raises ValueError where the number of samples is no
+        `rewards` are one for each sample, `[B]`, or one for each token, `[B, T]` (given_rewards.py), or None, where the
+        samples are only distilled from a teacher. A sample with a reward that is not finite is left out. `targets` are
+        the teacher's (distillation.likeliest). `state` is donated. Raises ValueError where the number of samples is no
         multiple of mini_batches · micro_batches. Metrics of the policy are over the samples that have a gradient, of
         whose tokens measured_share says the share. Where a `reference` is given, the distance to it is one of them.
         """
         stale = metrics.staleness(np.asarray(rollout.weight_versions), np.asarray(rollout.mask), int(state.version))
-        whole, updates = self.batch(state, rollout, rewards, reference=reference), []
+        whole, updates = self.batch(state, rollout, rewards, reference=reference, targets=targets), []
         for batch in self._mini_batches(state, whole):
             state, values = self.update(state, batch)
             updates.append(values)
@@ -107,16 +116,28 @@ class Trainer:
         measured = [{name: float(x) for name, x in values.items()} for values in jax.device_get(updates)]
         return state, [values | {"staleness": stale} for values in measured]
 
-    def batch(self, state: TrainState, rollout: Rollout, rewards: Given, *, reference: Decoder | None = None) -> Batch:
+    def batch(
+        self,
+        state: TrainState,
+        rollout: Rollout,
+        rewards: Given | None,
+        *,
+        reference: Decoder | None = None,
+        targets: Candidates | None = None,
+    ) -> Batch:
         """A rollout with its advantages, and what else the objective needs.
 
         Raises ValueError where `rewards` are not one for each sample or token, or are not 0 outside the rollout's mask,
         where a KL penalty has no `reference`, where rewards are compared within groups and each sample is a group of
         its own, where truncated samples are to be masked and the rollout has no finish_reasons, where completions were
-        drawn with structured outputs and the rollout has no grammar mask, and where `score` raises.
+        drawn with structured outputs and the rollout has no grammar mask, where an objective that distils has no
+        `targets`, or another one has, where there are neither rewards nor targets, and where `score` raises.
         """
         check_scored(rollout.tokens, rollout.mask, self.model_config)
         check_sampling_mask(rollout.sampling_mask, rollout.tokens)
+        self._check_targets(rewards, targets, rollout)
+        is_judged = rewards is not None
+        rewards = rewards if is_judged else np.zeros(rollout.tokens.shape[0], np.float32)
         check_rewards(rewards, np.asarray(rollout.mask))
         check_grammar_mask(rollout.grammar_mask, rollout.tokens)
         if (self.config.sampling.structure is None) != (rollout.grammar_mask is None):
@@ -127,7 +148,7 @@ class Trainer:
                 else "the rollout has a grammar_mask, and the configuration's sampling no structured_outputs: give "
                 "TrainerConfig the sampling that drew it"
             )
-        if not self.has_critic:
+        if is_judged and not self.has_critic:
             estimators.check_groups(np.asarray(rollout.group), self.config.objective.advantage)
         sample_rewards, token_rewards, has_reward = by_sample_and_token(rewards, np.asarray(rollout.mask))
         group, tokens = np.where(has_reward, rollout.group, -1), jnp.asarray(rollout.tokens)
@@ -135,7 +156,8 @@ class Trainer:
         mask = judged & ~rollout.ended_by("length")[:, None] if self.config.mask_truncated else judged
         kept = self._sampling_mask(state, rollout)
         batch = Batch(tokens, mask, jnp.asarray(rollout.logprobs), jnp.zeros(mask.shape, jnp.float32), kept=kept)
-        batch = dataclasses.replace(batch, grammar=jax.tree.map(jnp.asarray, rollout.grammar_mask))
+        grammar, targets = jax.tree.map(jnp.asarray, (rollout.grammar_mask, targets))
+        batch = dataclasses.replace(batch, grammar=grammar, targets=targets)
         objective = self.config.objective
         if reference is not None or objective.kl_coefficient > 0:
             # Of truncated samples too: a penalty in the reward is in their group's baseline.
@@ -157,6 +179,21 @@ class Trainer:
 
     def _policy(self, state: TrainState) -> Decoder:
         return critic.cast(state.master, self.model_config).policy
+
+    def _check_targets(self, rewards: Given | None, targets: Candidates | None, rollout: Rollout) -> None:
+        coefficient = self.config.objective.distillation_coefficient
+        if (coefficient > 0) != (targets is not None):
+            raise ValueError(
+                f"distillation_coefficient={coefficient} of the objective asks for "
+                + ("targets: give those of a teacher, distillation.likeliest" if coefficient else "no targets")
+            )
+        if rewards is None and (targets is None or self.has_critic):
+            raise ValueError("rewards may be None only where a teacher gives targets and no critic learns from them")
+        if targets is not None:
+            ids = np.asarray(targets.token_ids)
+            check_candidates(ids, rollout.tokens.shape, self.model_config)
+            if targets.logprobs.shape != (*ids.shape[:2], ids.shape[2] + 1):
+                raise ValueError(f"logprobs of targets must be one more than {list(ids.shape)}, the rest's")
 
     def _sampling_mask(self, state: TrainState, rollout: Rollout) -> SamplingMask | None:
         """The rollout's own, or the one under the state's weights, which drew it."""
@@ -264,6 +301,12 @@ class Trainer:
         if forward.entropies is not None:
             parts["entropy"] = (weights[1] * forward.entropies).sum()
             loss -= self.config.objective.entropy_coefficient * parts["entropy"]
+        if forward.candidates is not None:
+            assert batch.targets is not None
+            how = self.config.objective.divergence, self.config.objective.divergence_beta
+            apart = divergences(forward.candidates, batch.targets.logprobs, batch.mask, *how)
+            parts["distillation"] = (weights[0] * apart).sum()
+            loss += self.config.objective.distillation_coefficient * parts["distillation"]
         if forward.values is None:
             return loss, (parts, (forward.logprobs, None))
         assert batch.old_values is not None and batch.returns is not None
@@ -277,7 +320,9 @@ class Trainer:
 
     def _run(self, model: ActorCritic, batch: Batch, *, entropy: bool = False) -> Forward:
         sampling = self._sampling_arrays(batch.tokens, batch.kept, batch.grammar)
-        return critic.forward(model, batch.tokens, batch.mask, sampling, entropy=entropy, **self._how())
+        candidates = None if batch.targets is None else batch.targets.token_ids
+        asked: dict[str, Any] = dict(entropy=entropy, candidates=candidates)
+        return critic.forward(model, batch.tokens, batch.mask, sampling, **asked, **self._how())
 
     def _how(self) -> dict[str, Any]:
         """The implementation that generates, on tiles that are proven to give its bits on this machine."""
