@@ -48,7 +48,7 @@ class Forward:
     logprobs: Float[Array, "B T"]
     values: Float[Array, "B T"] | None
     entropies: Float[Array, "B T"] | None
-    candidates: Float[Array, "B T K+1"] | None
+    candidates: Float[Array, "B T K+1"] | None = None
 
 
 def initialise(model_config: ModelConfig) -> Critic:
