@@ -26,7 +26,7 @@ class Run:
     epochs: int = _setting(1, "passes over an iteration's samples")
     mini_batches: int = _setting(1, "updates of an epoch")
     micro_batches: int = _setting(1, "parts of an update: more take less memory")
-    rate: float = _setting(3e-4, "the learning rate after the warm-up; it falls to 0 at the last iteration")
+    rate: float = _setting(5e-5, "the learning rate after the warm-up; it falls to 0 at the last iteration")
     warm_up: int = _setting(5, "iterations in which the rate rises, at most a quarter of all")
     kl: float = _setting(0.0, "coefficient of the penalty that holds the policy near the initial weights")
     refill: int = _setting(0, "rounds of further problems in the place of those whose completions are all judged alike")
