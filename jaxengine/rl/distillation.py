@@ -23,7 +23,7 @@ from jaxengine.engine.scoring_proof import scoring_tiles
 from jaxengine.engine.weights import check_fits, check_one_device
 from jaxengine.models.params import Decoder
 from jaxengine.ops.kernels import choose_kernels
-from jaxengine.rl.objective import Divergence
+from jaxengine.rl.objective import Divergence, Objective
 from jaxengine.rl.rollout import Rollout
 from jaxengine.sampling_params import SamplingParams
 from pallas_kernels.pinned_math import exp
@@ -92,6 +92,24 @@ def check_candidates(token_ids: Int[np.ndarray, "B T K"], shape: tuple[int, ...]
             f"candidates must be within 0 … {config.vocab_size - 1} or {NOTHING}, got {token_ids.min()} … "
             f"{token_ids.max()}: distillation needs one vocabulary"
         )
+
+
+def check_targets(
+    targets: Candidates | None, shape: tuple[int, ...], config: ModelConfig, objective: Objective
+) -> None:
+    """Raises ValueError where an objective that distils has no targets for tokens of this shape, or another one has."""
+    coefficient = objective.distillation_coefficient
+    if (coefficient > 0) != (targets is not None):
+        raise ValueError(
+            f"distillation_coefficient={coefficient} of the objective asks for "
+            + ("targets: give those of a teacher, distillation.likeliest" if coefficient else "no targets")
+        )
+    if targets is None:
+        return
+    ids = np.asarray(targets.token_ids)
+    check_candidates(ids, shape, config)
+    if targets.logprobs.shape != (*ids.shape[:2], ids.shape[2] + 1):
+        raise ValueError(f"logprobs of targets must be one more than {list(ids.shape)}, the rest's")
 
 
 def divergences(

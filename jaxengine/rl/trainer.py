@@ -31,7 +31,7 @@ from jaxengine.ops.kernels import choose_kernels
 from jaxengine.rl import advantages as estimators
 from jaxengine.rl import critic, metrics
 from jaxengine.rl.critic import ActorCritic, Forward
-from jaxengine.rl.distillation import check_candidates, divergences
+from jaxengine.rl.distillation import check_targets, divergences
 from jaxengine.rl.given_rewards import Given, by_sample_and_token, check_rewards
 from jaxengine.rl.global_norm import global_norm
 from jaxengine.rl.losses import correction_weights, kl_penalty, policy_loss, token_shares, token_weights, value_loss
@@ -135,8 +135,10 @@ class Trainer:
         """
         check_scored(rollout.tokens, rollout.mask, self.model_config)
         check_sampling_mask(rollout.sampling_mask, rollout.tokens)
-        self._check_targets(rewards, targets, rollout)
         is_judged = rewards is not None
+        check_targets(targets, rollout.tokens.shape, self.model_config, self.config.objective)
+        if not is_judged and (targets is None or self.has_critic):
+            raise ValueError("rewards may be None only where a teacher gives targets and no critic learns from them")
         rewards = rewards if is_judged else np.zeros(rollout.tokens.shape[0], np.float32)
         check_rewards(rewards, np.asarray(rollout.mask))
         check_grammar_mask(rollout.grammar_mask, rollout.tokens)
@@ -179,21 +181,6 @@ class Trainer:
 
     def _policy(self, state: TrainState) -> Decoder:
         return critic.cast(state.master, self.model_config).policy
-
-    def _check_targets(self, rewards: Given | None, targets: Candidates | None, rollout: Rollout) -> None:
-        coefficient = self.config.objective.distillation_coefficient
-        if (coefficient > 0) != (targets is not None):
-            raise ValueError(
-                f"distillation_coefficient={coefficient} of the objective asks for "
-                + ("targets: give those of a teacher, distillation.likeliest" if coefficient else "no targets")
-            )
-        if rewards is None and (targets is None or self.has_critic):
-            raise ValueError("rewards may be None only where a teacher gives targets and no critic learns from them")
-        if targets is not None:
-            ids = np.asarray(targets.token_ids)
-            check_candidates(ids, rollout.tokens.shape, self.model_config)
-            if targets.logprobs.shape != (*ids.shape[:2], ids.shape[2] + 1):
-                raise ValueError(f"logprobs of targets must be one more than {list(ids.shape)}, the rest's")
 
     def _sampling_mask(self, state: TrainState, rollout: Rollout) -> SamplingMask | None:
         """The rollout's own, or the one under the state's weights, which drew it."""
