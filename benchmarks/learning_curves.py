@@ -9,7 +9,6 @@ there already is not run again: a stopped command goes on where it was. Prints a
 """
 
 import argparse
-import collections
 import dataclasses
 import json
 from collections.abc import Iterator, Sequence
@@ -18,16 +17,15 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
-from jaxengine.base.keys import folded, key_of
-from jaxengine.functional import generate
-from jaxengine.outputs import RequestOutput
+from jaxengine.models.params import Decoder
 from jaxengine.rl.calc.learn import build, held_out, optimizer
 from jaxengine.rl.calc.run import Run
+from jaxengine.rl.loops.driver import learn
 from jaxengine.rl.loops.loop import Loop
+from jaxengine.rl.loops.sinks import ProgressBar
 from jaxengine.rl.objective import ALGORITHMS, Objective
-from jaxengine.rl.train_state import DRAWS, TrainState
+from jaxengine.rl.train_state import TrainState
 from jaxengine.rl.trainer import Trainer
 
 RESULTS = Path(__file__).parent / "results" / "learning"
@@ -60,16 +58,13 @@ class StaleLoop(Loop):
     """A loop whose samples are drawn by the weights of `lag` versions before; the first, by the initial weights."""
 
     lag: int = 0
-    policies: collections.deque = dataclasses.field(default_factory=collections.deque)
+    policies: dict[int, Decoder] = dataclasses.field(default_factory=dict)  # by version, no more than are needed
 
-    def generate(self, state: TrainState, prompts: Sequence[Any], number: int = 0) -> Sequence[RequestOutput]:
-        self.policies.append(self.trainer.policy(state))
-        while len(self.policies) > self.lag + 1:
-            self.policies.popleft()
-        key = folded(key_of(state.key), DRAWS, int(state.version))
-        engine = {"tokenizer": self.tokenizer, "kernels": self.trainer.kernels.name} | self.engine
-        config, sampling = self.trainer.model_config, self.trainer.config.sampling
-        return generate(self.policies[0], prompts, sampling, key=key, config=config, **engine)
+    def policy(self, state: TrainState) -> Decoder:
+        version = int(state.version)
+        self.policies[version] = self.trainer.policy(state)
+        self.policies.pop(version - self.lag - 1, None)
+        return self.policies[max(0, version - self.lag)]
 
 
 # -- what is compared --------------------------------------------------------------------------------------------------
@@ -108,21 +103,25 @@ def curve(arm: Arm, seed: int, trainer: Trainer) -> dict[str, Any]:
     loop, state = build(run)
     fields = {field.name: getattr(loop, field.name) for field in dataclasses.fields(loop)}
     loop = StaleLoop(**fields | {"trainer": trainer}, lag=arm.lag)
-    state = trainer.start(trainer.policy(state), key_of(state.key))
-    found: dict[str, Any] = {"name": arm.name, "seed": seed, "reward": [], "entropy": [], "kl": [], "steps": []}
-    found |= {"greedy": [], "sampled": []}
-    for i in tqdm(range(run.iterations + 1), desc=f"{arm.name}, seed {seed}", leave=False):
-        if i % EVALUATE_EVERY == 0 or i == run.iterations:
-            greedy, sampled = held_out(trainer.model_config, trainer.policy(state), run)
-            found["steps"].append(i)
-            found["greedy"].append(round(greedy, 4))
-            found["sampled"].append(round(sampled, 4))
-        if i < run.iterations:
-            state, iteration = loop.iterate(state)
-            found["reward"].append(round(iteration.reward, 4))
-            found["entropy"].append(round(iteration.entropy or 0.0, 4))
-            found["kl"].append(round(iteration.updates[-1]["kl"], 5))
-    return found
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        greedy, sampled = held_out(trainer.model_config, trainer.policy(state), run)
+        return {"greedy": greedy, "sampled": sampled}
+
+    with ProgressBar(run.iterations, name=f"{arm.name}, seed {seed}") as bar:
+        outcome = learn(loop, state, run.iterations, evaluate=evaluate, evaluate_every=EVALUATE_EVERY, sinks=[bar])
+    evaluations = [(step, metrics) for step, metrics in outcome.history.entries if "evaluation/greedy" in metrics]
+    iterations = outcome.history.iterations
+    return {
+        "name": arm.name,
+        "seed": seed,
+        "reward": [round(each["reward"], 4) for each in iterations],
+        "entropy": [round(each["entropy"], 4) for each in iterations],
+        "kl": [round(each["updates"][-1]["kl"], 5) for each in iterations],
+        "steps": [step for step, _ in evaluations],
+        "greedy": [round(metrics["evaluation/greedy"], 4) for _, metrics in evaluations],
+        "sampled": [round(metrics["evaluation/sampled"], 4) for _, metrics in evaluations],
+    }
 
 
 def curves(name: str) -> list[dict[str, Any]]:

@@ -2,25 +2,14 @@
 
 import dataclasses
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"
-
-
-@pytest.fixture(scope="module")
-def learning_curves():
-    sys.path.append(str(BENCHMARKS))
-    import learning_curves
-
-    yield learning_curves
-    sys.path.remove(str(BENCHMARKS))
+from benchmarks import learning_curves
 
 
 @pytest.mark.slow  # .ci/run has what draws there
-def test_a_comparison_runs_goes_on_and_draws_with_weights_of_before(learning_curves, monkeypatch, tmp_path):
+def test_a_comparison_runs_goes_on_and_draws_with_weights_of_before(monkeypatch, tmp_path):
     pyplot = pytest.importorskip("matplotlib.pyplot", reason="pip install -e '.[notebooks]' brings what draws")
     pyplot.switch_backend("agg")
 
@@ -49,7 +38,7 @@ def test_a_comparison_runs_goes_on_and_draws_with_weights_of_before(learning_cur
 
 
 @pytest.mark.parametrize("name", ["algorithms", "stale", "rates"])
-def test_what_is_committed_is_whole(learning_curves, name):
+def test_what_is_committed_is_whole(name):
     lines = (learning_curves.RESULTS / f"{name}.jsonl").read_text().splitlines()
     found = [(each["name"], each["seed"]) for each in map(json.loads, lines)]
     wanted = [(arm.name, seed) for arm in learning_curves.COMPARISONS[name]() for seed in learning_curves.SEEDS]

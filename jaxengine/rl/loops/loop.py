@@ -149,13 +149,17 @@ class Loop:
         their version and the round's `number`.
         """
         folds = (REFILLS, int(state.version), number) if number else (DRAWS, int(state.version))
-        key, policy = folded(key_of(state.key), *folds), self.trainer.policy(state)
+        key, policy = folded(key_of(state.key), *folds), self.policy(state)
         config, sampling = self.trainer.model_config, self.trainer.config.sampling
         engine = {"tokenizer": self.tokenizer, "kernels": self.trainer.kernels.name} | self.engine
         if self.play is None:
             return generate(policy, prompts, sampling, key=key, config=config, **engine)
         with LLM.from_params(config, policy, **engine) as llm:
             return self.play(llm, prompts, sampling, key)
+
+    def policy(self, state: TrainState) -> Decoder:
+        """The weights that draw; a loop whose sampler lags behind gives others."""
+        return self.trainer.policy(state)
 
 
 def judged_by(
