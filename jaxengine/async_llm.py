@@ -105,16 +105,14 @@ class AsyncLLM:
     async def deltas(self, requests: list[Request]) -> AsyncGenerator[tuple[int, RequestDelta], None]:
         """(index, what it gained) of requests that LLM.admitted gave, as their tokens come; queued all or none.
 
-        Raises QueueFull where there is no room for them. Leaving the loop aborts those that go on.
+        What came while the caller was busy is one delta of each request. Raises QueueFull where there is no room for
+        them. Leaving the loop aborts those that go on.
         """
         loop, arrived = asyncio.get_running_loop(), asyncio.Queue[list[News] | Exception]()
         call, num_open = self._thread.submit(requests, _sender(loop, arrived)), len(requests)
         try:
             while num_open:
-                news = await arrived.get()
-                if isinstance(news, Exception):
-                    raise news
-                for index, new, finished in news:
+                for index, new, finished in await _waiting_in(arrived):
                     num_open -= finished
                     request, render = requests[index], self.llm.session.output
                     output = await asyncio.to_thread(render, request) if finished else None  # it may hash new weights
@@ -178,6 +176,20 @@ class AsyncLLM:
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("an AsyncLLM holds device memory and cannot be pickled or copied: build one in each process")
+
+
+async def _waiting_in(arrived: asyncio.Queue[list[News] | Exception]) -> list[News]:
+    """All news that have come, at least one, those of a request joined. Raises an exception that is next."""
+    found: dict[int, News] = {}
+    news = await arrived.get()
+    while True:
+        if isinstance(news, Exception):
+            raise news
+        for new in news:
+            found[new.index] = found[new.index].followed_by(new) if new.index in found else new
+        if arrived.empty():
+            return list(found.values())
+        news = arrived.get_nowait()
 
 
 def _sender(loop: asyncio.AbstractEventLoop, arrived: asyncio.Queue[T]) -> Callable[[T], None]:

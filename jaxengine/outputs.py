@@ -86,6 +86,34 @@ class CompletionDelta:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
 
+    def followed_by(self, later: "CompletionDelta") -> "CompletionDelta":
+        """One delta in the place of two: `later` is of the same sample and begins where this one ends."""
+        return CompletionDelta(
+            index=self.index,
+            start=self.start,
+            text=self.text + later.text,
+            token_ids=self.token_ids + later.token_ids,
+            token_logprobs=np.concatenate([self.token_logprobs, later.token_logprobs]),
+            weight_versions=_joined_spans(self.weight_versions, later.weight_versions),
+            logprobs=None if self.logprobs is None else self.logprobs + (later.logprobs or []),
+            raw_logprobs=_joined_rows(self.raw_logprobs, later.raw_logprobs),
+            entropies=_joined_rows(self.entropies, later.entropies),
+            finish_reason=later.finish_reason,
+            stop_reason=later.stop_reason,
+        )
+
+
+def _joined_rows(first: np.ndarray | None, second: np.ndarray | None) -> np.ndarray | None:
+    return None if first is None or second is None else np.concatenate([first, second])
+
+
+def _joined_spans(first: list[VersionSpan], second: list[VersionSpan]) -> list[VersionSpan]:
+    """Spans of tokens that follow each other; where one version drew on, they are one."""
+    if first and second and first[-1].version == second[0].version:
+        whole = VersionSpan(first[-1].version, first[-1].start, second[0].stop)
+        return [*first[:-1], whole, *second[1:]]
+    return first + second
+
 
 @dataclasses.dataclass(frozen=True)
 class RequestOutput:

@@ -135,7 +135,7 @@ def _text_lines(outputs: Any, show: Callable[[Any], str]) -> Iterable[str]:
 def run_serve(arguments: argparse.Namespace) -> int:
     """Serves until SIGTERM or Ctrl-C."""
     try:
-        from jaxengine.server.serve import server
+        from jaxengine.server.serve import server, tune_interpreter
         from jaxengine.server.settings import ServerConfig
     except ImportError as error:
         raise ValueError(f"serve needs {error.name}: pip install 'jaxengine[server]'") from error
@@ -150,6 +150,7 @@ def run_serve(arguments: argparse.Namespace) -> int:
     llm = AsyncLLM(arguments.model, **how, **engine)
     if arguments.warm_up:
         llm.llm.warm_up()
+    tune_interpreter()
     print(f"serving {config.model_name} at http://{config.host}:{config.port}", file=sys.stderr, flush=True)
     server(llm, config).run()
     return 0

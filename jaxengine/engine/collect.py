@@ -116,7 +116,10 @@ def append_token(
     scheduler.register_pages(sample)
     _stop(scheduler, sample)
     sample.num_recorded += 1
-    is_watched = tells_details or sample.detokenizer is not None or sample.is_steered
+    on_news = sample.request.on_news
+    if on_news is not None:
+        on_news(sample.request)
+    is_watched = tells_details or sample.detokenizer is not None or sample.is_steered or on_news is not None
     if sample.status is Status.RUNNING and not is_watched:
         full = (sample.num_registered + 1) * scheduler.engine_config.page_size
         sample.next_event = min(full, sample.request.limit) - sample.prompt_length

@@ -8,16 +8,13 @@ from jaxengine.outputs import CompletionDelta
 from jaxengine.text.tokenizer import Tokenizer
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class _Place:
     """How far one sample was read."""
 
     num_tokens: int = 0
     num_pieces: int = 0  # of its text
     has_ended: bool = False
-
-
-_UNREAD = _Place()
 
 
 class DeltaReader:
@@ -29,31 +26,36 @@ class DeltaReader:
 
     def __init__(self, request: Request, tokenizer: Tokenizer | None) -> None:
         self._request, self._tokenizer = request, tokenizer
-        self._places: dict[int, _Place] = {}
+        self._places: list[tuple[Sample, _Place]] = []
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the end of every sample was read."""
+        return all(place.has_ended for _, place in self._each_place())
 
     def read(self) -> list[CompletionDelta]:
         """What is new, of the samples that have tokens, text or an end which were not read yet."""
-        deltas = [self._read(sample) for sample in self._request.samples if self._has_news(sample)]
-        return [delta for delta in deltas if delta.token_ids or delta.text or delta.finish_reason]
+        deltas = [self._read(sample, place) for sample, place in self._each_place()]
+        return [delta for delta in deltas if delta is not None]
 
-    def _has_news(self, sample: Sample) -> bool:
-        """Whether it is worth a look: most samples of a long queue have not begun."""
-        place, drawn = self._places.get(sample.index, _UNREAD), sample.drawn
-        return len(drawn.token_ids) != place.num_tokens or (drawn.finish_reason is not None) != place.has_ended
+    def _each_place(self) -> list[tuple[Sample, _Place]]:
+        if not self._places:  # a request has its samples once it is queued
+            self._places = [(sample, _Place()) for sample in self._request.samples]
+        return self._places
 
-    def _read(self, sample: Sample) -> CompletionDelta:
-        drawn = sample.drawn
-        place = self._places.setdefault(sample.index, _Place())
-        start, place.num_tokens = place.num_tokens, len(drawn.token_ids)
+    def _read(self, sample: Sample, place: _Place) -> CompletionDelta | None:
+        drawn, start, had_ended = sample.drawn, place.num_tokens, place.has_ended
+        place.num_tokens, place.has_ended = len(drawn.token_ids), drawn.finish_reason is not None
+        if place.num_tokens == start and place.has_ended == had_ended:
+            return None
         text = ""
         if sample.detokenizer is not None and sample.request.sampling.detokenize:
             text, place.num_pieces = sample.detokenizer.text_since(place.num_pieces)
-        is_news, place.has_ended = not place.has_ended, drawn.finish_reason is not None
         return CompletionDelta(
             index=sample.index,
             start=start,
             text=text,
-            finish_reason=drawn.finish_reason if is_news else None,
-            stop_reason=drawn.stop_reason if is_news else None,
+            finish_reason=None if had_ended else drawn.finish_reason,
+            stop_reason=None if had_ended else drawn.stop_reason,
             **token_fields(sample, self._tokenizer, start),
         )

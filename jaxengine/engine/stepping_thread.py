@@ -2,7 +2,7 @@
 
 import dataclasses
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from jaxengine.engine.deltas import DeltaReader
@@ -20,6 +20,13 @@ class News(NamedTuple):
     deltas: list[CompletionDelta]
     finished: bool
 
+    def followed_by(self, later: "News") -> "News":
+        """One piece of news in the place of two of the same request."""
+        joined = {delta.index: delta for delta in self.deltas}
+        for new in later.deltas:
+            joined[new.index] = joined[new.index].followed_by(new) if new.index in joined else new
+        return News(self.index, list(joined.values()), later.finished)
+
 
 Deliver = Callable[[list[News] | Exception], None]  # called in the stepping thread: it must return at once
 
@@ -30,19 +37,20 @@ class Call:
 
     requests: list[Request]
     deliver: Deliver
-    readers: dict[int, DeltaReader] = dataclasses.field(default_factory=dict)  # of those that have not ended, by index
     is_left: bool = False  # nobody listens any more
 
-    def news(self) -> list[News]:
+
+class Reading(NamedTuple):
+    """A request that has not ended: the `index`-th of a call."""
+
+    call: Call
+    index: int
+    reader: DeltaReader
+
+    def news(self) -> News:
         """What is new since the last time. Between two steps only."""
-        found = []
-        for index, reader in list(self.readers.items()):
-            deltas, finished = reader.read(), self.requests[index].is_finished
-            if finished:
-                del self.readers[index]
-            if deltas or finished:
-                found.append(News(index, deltas, finished))
-        return found
+        deltas = self.reader.read()  # first: it finds the end
+        return News(self.index, deltas, self.reader.is_done)
 
 
 class SteppingThread:
@@ -58,7 +66,8 @@ class SteppingThread:
         self._changed = threading.Condition()  # guards what follows; notified where it changes
         self._new: list[Call] = []
         self.ended_by: Exception | None = None  # why no call is taken any more
-        self._calls: list[Call] = []  # the thread's own
+        self._readings: dict[Request, Reading] = {}  # the thread's own
+        self._gained: list[Request] = []  # have news, most often: a step's cost does not grow with those that wait
         self.last_error: Exception | None = None  # of the last step, None where it went well
         self._thread = threading.Thread(target=self._run, name="jaxengine-steps", daemon=True)
         self._thread.start()
@@ -98,18 +107,16 @@ class SteppingThread:
         finally:
             with self._changed:
                 self.ended_by = self.ended_by or error
-                self._calls += self._new
-                self._new = []
-            self._fail_all(self.ended_by)
+                new, self._new = self._new, []
+            self._fail_all(self.ended_by, new)
 
     def _take_new(self) -> bool:
         """Queue what was submitted, waiting for it where there is nothing to do; False where the thread is to end."""
         with self._changed:
-            self._changed.wait_for(lambda: self._new or self._calls or self.ended_by)
-            new, self._new = self._new, []
+            self._changed.wait_for(lambda: self._new or self._readings or self.ended_by)
             if self.ended_by is not None:
-                self._calls += new
                 return False
+            new, self._new = self._new, []
         for call in new:
             self._queue(call)
             if call.is_left:
@@ -118,15 +125,17 @@ class SteppingThread:
 
     def _queue(self, call: Call) -> None:
         """A call that the engine refuses fails alone."""
+        for request in call.requests:
+            request.on_news = lambda request: self._gained.append(request)
         try:
             self._runner.queue(call.requests, with_text=True)
         except Exception as error:
             self._runner.abort_later(call.requests)
             call.deliver(error)
             return
-        reader = lambda request: DeltaReader(request, self._engine.tokenizer)
-        call.readers = {index: reader(request) for index, request in enumerate(call.requests)}
-        self._calls.append(call)
+        for index, request in enumerate(call.requests):
+            self._readings[request] = Reading(call, index, DeltaReader(request, self._engine.tokenizer))
+        self._gained += call.requests  # what an earlier call began has tokens, and may have ended
 
     def _turn(self) -> None:
         """One step, where the engine is not paused, and the news of it."""
@@ -136,21 +145,34 @@ class SteppingThread:
                 if self._engine.has_work and not self._runner.is_halted:
                     self._engine.step()
                     self.last_error = None
-                self._calls = [call for call in self._calls if not call.is_left]
-                found = [(call, call.news()) for call in self._calls]
-                if not self._engine.has_work and any(call.readers for call in self._calls):
+                found = self._read()
+                if not self._engine.has_work and self._readings:
                     raise RuntimeError("the engine does not have requests any more that have not ended")
         except Exception as error:
             self.last_error = error
             self._fail_all(error)
             return
-        for call, news in found:
-            if news:
+        for call, news in found.items():
+            if not call.is_left:
                 call.deliver(news)
-        self._calls = [call for call in self._calls if call.readers]
 
-    def _fail_all(self, error: Exception) -> None:
-        failed, self._calls = self._calls, []
-        for call in failed:
+    def _read(self) -> dict[Call, list[News]]:
+        """The news of the requests that have some."""
+        gained, self._gained = self._gained, []
+        found: dict[Call, list[News]] = {}
+        for request in dict.fromkeys(gained):
+            reading = self._readings.get(request)
+            if reading is not None:
+                news = reading.news()
+                if news.deltas or news.finished:
+                    found.setdefault(reading.call, []).append(news)
+                if news.finished:
+                    del self._readings[request]
+        return found
+
+    def _fail_all(self, error: Exception, unqueued: Sequence[Call] = ()) -> None:
+        calls = dict.fromkeys(reading.call for reading in self._readings.values())
+        self._readings = {}
+        for call in (*calls, *unqueued):
             self._runner.abort_later(call.requests)
             call.deliver(error)

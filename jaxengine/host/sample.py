@@ -2,7 +2,7 @@
 
 import dataclasses
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from jaxengine.outputs import Logprob
 from jaxengine.sampling_params import SamplingParams
@@ -60,6 +60,7 @@ class Request:
     samples: list["Sample"] = dataclasses.field(default_factory=list)
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     num_cached_tokens: int | None = None
+    on_news: Callable[["Request"], None] | None = None  # called in a step: a sample has a new token, or has ended
 
     @property
     def is_finished(self) -> bool:
@@ -123,6 +124,8 @@ class Sample:
         self.matcher = None
         self.drawn.finish_reason, self.drawn.stop_reason = reason, stop_reason
         self.status = Status.FINISHED
+        if self.request.on_news is not None:
+            self.request.on_news(self.request)
 
     def restart(self) -> None:
         """Back to the queue with nothing computed.

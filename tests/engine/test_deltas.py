@@ -1,6 +1,7 @@
 """Deltas: joined they are the whole output, whatever was read when, and reading or rendering changes nothing."""
 
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
@@ -93,6 +94,26 @@ def test_joined_deltas_are_the_whole_output(every):
         assert versions == grown.samples[whole.index].drawn.versions
         assert [span.stop for span in spans[:-1]] == [span.start for span in spans[1:]]
         assert [delta.finish_reason for delta in own] == [None] * (len(own) - 1) + ["length"]
+
+
+@pytest.mark.parametrize("at", [1, 4, 10])
+def test_two_deltas_joined_are_what_one_read_gives(at):
+    text = "12+30=42 é"
+    grown = request(text, logprobs=1, raw_logprobs=True, entropy=True)
+    reader, whole, parts = DeltaReader(grown, TOKENS), DeltaReader(grown, TOKENS), []
+    for count, token in enumerate(TOKENS.encode(text), 1):
+        draw(grown.samples[0], token, version=count // 4)
+        parts += reader.read() if count == at else []
+    end(grown.samples[0])
+    first, second, (expected,) = *parts, *reader.read(), whole.read()
+    joined = dataclasses.asdict(first.followed_by(second))
+    for name, value in dataclasses.asdict(expected).items():
+        if isinstance(value, np.ndarray):
+            assert joined[name].dtype == value.dtype and joined[name].tobytes() == value.tobytes()
+        else:
+            assert joined[name] == value
+    nothing = first.followed_by(dataclasses.replace(second, logprobs=None, raw_logprobs=None, entropies=None))
+    assert nothing.raw_logprobs is nothing.entropies is None
 
 
 def test_two_readers_read_the_same():

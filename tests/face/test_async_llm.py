@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import itertools
 import random
+import time
 
 import jax
 import pytest
@@ -13,6 +14,7 @@ from conftest import bits, make_llm
 from jaxengine import AsyncLLM, SamplingParams
 from jaxengine.async_llm import QueueFull
 from jaxengine.base.keys import folded, key_data, seeded
+from jaxengine.engine.deltas import DeltaReader
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11], [12] * 40]
 LONG = SamplingParams(max_tokens=400, ignore_eos=True, seed=1)
@@ -90,6 +92,45 @@ def test_deltas_joined_are_the_output(llm):
     assert len(deltas) > 5
     assert [token for delta in deltas for new in delta.outputs for token in new.token_ids] == whole.token_ids
     assert "".join(new.text for delta in deltas for new in delta.outputs) == whole.text
+
+
+def test_what_comes_while_the_caller_is_busy_is_one_delta(llm):
+    """Of each sample: the loop is blocked until all is drawn."""
+    params = SamplingParams(n=2, max_tokens=30, ignore_eos=True, seed=4, logprobs=1)
+
+    async def call():
+        async with AsyncLLM.over(llm) as engine:
+            stream = engine.stream("12+30=", params)
+            first = await anext(stream)
+            while llm.engine.requests:
+                time.sleep(0.001)
+            return [first, *[delta async for delta in stream]]
+
+    first, *others = run(call())
+    assert 1 <= len(others) <= 2 and others[-1].finished  # two, where the end was not sent yet
+    for whole in others[-1].output.outputs:
+        own = [new for delta in (first, *others) for new in delta.outputs if new.index == whole.index]
+        assert [token for new in own for token in new.token_ids] == whole.token_ids
+        assert "".join(new.text for new in own) == whole.text
+        assert [entry for new in own for entry in new.logprobs] == whole.logprobs
+    assert is_empty(llm)
+
+
+def test_a_request_that_waits_costs_a_step_nothing(llm, monkeypatch):
+    """Each is read once when it is queued, and else where it gained something."""
+    found = []
+    read = DeltaReader.read
+    monkeypatch.setattr(DeltaReader, "read", lambda self: found.append(read(self)) or found[-1])
+    prompts = [PROMPTS[0]] * 100
+
+    async def call():
+        async with AsyncLLM.over(llm) as engine:
+            await engine.generate(prompts, SamplingParams(max_tokens=4, ignore_eos=True, seed=1))
+
+    run(call())
+    assert len(prompts) > 3 * llm.engine_config.max_num_seqs
+    assert sum(not deltas for deltas in found) <= len(prompts)
+    assert len(found) <= len(prompts) * (1 + 4)
 
 
 def test_a_cancelled_task_and_a_loop_that_is_left_abort(llm):
