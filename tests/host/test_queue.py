@@ -56,3 +56,12 @@ def test_a_line_for_each_priority(seed):
             line.insert(0 if move == "push_front" else len(line), sample)
         expected = [each for priority in sorted(lines) for each in lines[priority]]
         assert list(queue) == expected and len(queue) == len(expected) == sum(map(len, queue._lines.values()))
+
+
+def test_the_length_is_a_number_that_is_kept():
+    """Other threads ask for it, and lines that change while they are gone through would raise."""
+    queue = Queue([Waiting(number=i, priority=i % 2) for i in range(5)])
+    queue.push(queue.head)
+    queue.discard(Waiting(number=9, priority=7))
+    queue._lines = None
+    assert len(queue) == 5
