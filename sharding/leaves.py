@@ -16,11 +16,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 # Numbers of a partial sum from which on devices exchange columns: below it a sum that is gathered whole needs one
 # collective for two, and latency is all that it costs.
 EXCHANGED = 1 << 18
+FEWEST_ROWS = 2  # of which each device takes some: XLA may compile what is done with a single one in another way
 
 
 def tree_sum(partials: Float[Array, "leaf ..."]) -> Float[Array, "..."]:
@@ -68,9 +70,27 @@ class Leaves:
         """The columns of all leaves, from each device's own."""
         return x
 
-    def gathered(self, own: Float[Array, "t N"]) -> Float[Array, "devices t N"]:
-        """Every device's own sum over its leaves, for a reader that adds them in the order of the tree."""
+    def to_add(
+        self, own: Float[Array, "t N"], added: Callable[[Float[Array, "devices t n"]], Float[Array, "t n"]]
+    ) -> Float[Array, "parts t N"]:
+        """What a reader has still to add in the order of the tree: every device's own sum, or their sum alone, which
+        was `added` in that order.
+        """
         return own[None]
+
+    def sharing_rows(self, count: int) -> "Leaves":
+        """These for the end of a chain on `count` rows: of the logits each device has whole rows, where they are enough
+        to share (RowsOfDevices), else all of them.
+        """
+        return self
+
+    def own_rows(self, rows: Any) -> Any:
+        """A tree of arrays `[t, …]` that every device has, cut to the rows whose logits are here."""
+        return rows
+
+    def all_rows(self, own: Any) -> Any:
+        """A tree of arrays of 32 bits or booleans, `[t, …]`, from each device's own rows."""
+        return own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,21 +127,35 @@ class LeavesOfDevices(Leaves):
     def columns(self, x: Float[Array, "t n"]) -> Float[Array, "t N"]:
         return _columns(self, x)
 
-    def gathered(self, own: Float[Array, "t N"]) -> Float[Array, "devices t N"]:
-        return _gathered(self, own)
+    def to_add(
+        self, own: Float[Array, "t N"], added: Callable[[Float[Array, "devices t n"]], Float[Array, "t n"]]
+    ) -> Float[Array, "parts t N"]:
+        return _to_add(self, added, own)
+
+    def sharing_rows(self, count: int) -> Leaves:
+        enough = count % self.degree == 0 and count // self.degree >= FEWEST_ROWS
+        return RowsOfDevices(self.axis, self.degree) if enough else self
 
     def total(self, own: Float[Array, "..."]) -> Float[Array, "..."]:
-        """The sum of every device's own by the tree, on every device.
+        """The sum of every device's own by the tree, on every device."""
+        return self.by_columns(own, tree_sum) if self.is_exchanged(own) else tree_sum(self.of_all(own))
 
-        Gathered whole where it is small; else each device adds the columns that are its own to add, and they are
-        gathered: no more bytes than an all-reduce of a ring moves.
-        """
+    def is_exchanged(self, own: Float[Array, "..."]) -> bool:
+        """Whether devices exchange columns of a sum: else it is small, and gathered whole."""
         width = own.shape[-1] if own.ndim else 1
-        if own.size < EXCHANGED or width % self.degree:
-            return tree_sum(jax.lax.all_gather(own, self.axis))
-        parts = own.reshape(*own.shape[:-1], self.degree, width // self.degree)
-        parts = jax.lax.all_to_all(parts, self.axis, split_axis=own.ndim - 1, concat_axis=0, tiled=False)
-        return jax.lax.all_gather(tree_sum(parts), self.axis, axis=own.ndim - 1, tiled=True)
+        return own.size >= EXCHANGED and width % self.degree == 0
+
+    def of_all(self, own: Float[Array, "..."]) -> Float[Array, "devices ..."]:
+        return jax.lax.all_gather(own, self.axis)
+
+    def by_columns(self, own: Float[Array, "..."], added: Callable[[Array], Array]) -> Float[Array, "..."]:
+        """Each device adds the columns that are its own to add, and they are gathered: no more bytes than an all-reduce
+        of a ring moves.
+        """
+        last = own.ndim - 1
+        parts = own.reshape(*own.shape[:-1], self.degree, own.shape[-1] // self.degree)
+        parts = jax.lax.all_to_all(parts, self.axis, split_axis=last, concat_axis=0, tiled=False)
+        return jax.lax.all_gather(added(parts), self.axis, axis=last, tiled=True)
 
 
 # What is the same on every device has the same cotangent on every device, so only `shared` has something to add.
@@ -146,10 +180,82 @@ def _own_columns(leaves: LeavesOfDevices, _: None, cotangent: Float[Array, "t N"
 _columns.defvjp(lambda leaves, x: (_columns(leaves, x), None), _own_columns)
 
 
-_gathered = jax.custom_vjp(lambda leaves, own: jax.lax.all_gather(own, leaves.axis), nondiff_argnums=(0,))
-_gathered.defvjp(
-    lambda leaves, own: (leaves.gathered(own), None),
-    lambda leaves, _, cotangents: (cotangents[jax.lax.axis_index(leaves.axis)],),
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _to_add(leaves: LeavesOfDevices, added: Callable, own: Float[Array, "t N"]) -> Float[Array, "parts t N"]:
+    return leaves.by_columns(own, added)[None] if leaves.is_exchanged(own) else leaves.of_all(own)
+
+
+def _own_part(leaves: LeavesOfDevices, added: Callable, _: None, cotangents: Float[Array, "parts t N"]) -> tuple[Array]:
+    return (cotangents[jax.lax.axis_index(leaves.axis) if len(cotangents) > 1 else 0],)
+
+
+_to_add.defvjp(lambda leaves, added, own: (_to_add(leaves, added, own), None), _own_part)
+
+
+class RowsOfDevices(LeavesOfDevices):
+    """The same devices at the end of a chain: each has all columns of its share of the rows.
+
+    What is done with a row of logits (penalties, truncation, the draw) needs all of it and no other row. So devices
+    exchange columns for rows, which is a `degree`-th of what gathering all columns would move, and each does a share.
+    """
+
+    def columns(self, x: Float[Array, "t n"]) -> Float[Array, "own_t N"]:
+        return _whole_rows(self, x)
+
+    def own_rows(self, rows: Any) -> Any:
+        def own(x: Array) -> Array:
+            count = x.shape[0] // self.degree
+            return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(self.axis) * count, count)
+
+        return jax.tree.map(own, rows)
+
+    def all_rows(self, own: Any) -> Any:
+        """Two collectives: floats, which have a gradient, and the others as words."""
+        arrays, tree = jax.tree.flatten(own)
+        floats = [i for i, x in enumerate(arrays) if x.dtype == jnp.float32]
+        others = [i for i, x in enumerate(arrays) if x.dtype != jnp.float32]
+        for places, gather in ((floats, functools.partial(_all_rows, self)), (others, self._all_words)):
+            for i, x in zip(places, _in_one([arrays[i] for i in places], gather), strict=True):
+                arrays[i] = x
+        return tree.unflatten(arrays)
+
+    def _all_words(self, x: Array) -> Array:
+        return jax.lax.all_gather(x, self.axis, tiled=True)
+
+
+def _in_one(arrays: list[Array], gather: Callable[[Array], Array]) -> list[Array]:
+    """Arrays `[t, …]`, each gathered along its rows, by one call; all float32, or each of 32 bits or boolean."""
+    if not arrays:
+        return []
+    flat = [x.reshape(x.shape[0], -1) for x in arrays]
+    words = [x if x.dtype == jnp.float32 else _words(x) for x in flat]
+    whole = gather(jnp.concatenate(words, axis=1))
+    parts = jnp.split(whole, np.cumsum([x.shape[1] for x in flat])[:-1], axis=1)
+    shaped = [part.reshape(part.shape[0], *x.shape[1:]) for part, x in zip(parts, arrays, strict=True)]
+    return [_from_words(part, x.dtype) for part, x in zip(shaped, arrays, strict=True)]
+
+
+def _words(x: Array) -> Array:
+    return x.astype(jnp.uint32) if x.dtype == bool else jax.lax.bitcast_convert_type(x, jnp.uint32)
+
+
+def _from_words(x: Array, dtype: Any) -> Array:
+    if dtype in (bool, x.dtype):
+        return x.astype(dtype)
+    return jax.lax.bitcast_convert_type(x, dtype)
+
+
+_whole_rows = jax.custom_vjp(
+    lambda leaves, x: jax.lax.all_to_all(x, leaves.axis, split_axis=0, concat_axis=1, tiled=True), nondiff_argnums=(0,)
+)
+_whole_rows.defvjp(
+    lambda leaves, x: (_whole_rows(leaves, x), None),
+    lambda leaves, _, cotangent: (jax.lax.all_to_all(cotangent, leaves.axis, split_axis=1, concat_axis=0, tiled=True),),
+)
+
+_all_rows = jax.custom_vjp(lambda leaves, own: jax.lax.all_gather(own, leaves.axis, tiled=True), nondiff_argnums=(0,))
+_all_rows.defvjp(
+    lambda leaves, own: (_all_rows(leaves, own), None), lambda leaves, _, cotangents: (leaves.own_rows(cotangents),)
 )
 
 ALL_HERE = Leaves()

@@ -264,6 +264,13 @@ def _zero_cotangent(x: Array) -> Any:
 
 
 def _row_scores(how: _HowRows, kernels: Kernels, weights: _Weights, rows: _RowInputs) -> Scores:
+    """One tile of rows. On a mesh devices share the rows from the logits on, as in steps.next_token."""
+    leaves = kernels.products.leaves.sharing_rows(rows.x.shape[0])
+    logits = decoder.logits(how.model_config, kernels.with_leaves(leaves), weights.norm, weights.head, rows.x)
+    return leaves.all_rows(_scores_of(how, kernels, weights, leaves.own_rows(rows), logits))
+
+
+def _scores_of(how: _HowRows, kernels: Kernels, weights: _Weights, rows: _RowInputs, logits: Array) -> Scores:
     grammar = weights.arrays.each.grammar
     allowed = None if grammar is None else allowed_words(grammar, rows.sequences, rows.positions)
     each = dataclasses.replace(weights.arrays.each, grammar=None)  # a row reads few of its words
@@ -272,7 +279,6 @@ def _row_scores(how: _HowRows, kernels: Kernels, weights: _Weights, rows: _RowIn
     context = sampler.Context(
         weights.tokens, rows.sequences, rows.positions, rows.prompts, first_stop, weights.arrays.rules, allowed
     )
-    logits = decoder.logits(how.model_config, kernels, weights.norm, weights.head, rows.x)
     raw = jnp.zeros(rows.x.shape[0], bool)
     kept = kernels.draw.kept if row.kept is None else _as_drawn(is_kept(row.kept, rows.positions, logits.shape[1]))
     _, drawn_from = sampler.distribution(logits, row.sampling, context, raw, kept)

@@ -241,10 +241,15 @@ def next_tokens(
 def next_token(
     model_config: ModelConfig, kernels: Kernels, needs: Needs, max_logprobs: int, weights: _Weights, rows: _RowInputs
 ) -> RowOutputs:
-    """One tile of rows: logits, processed distribution, token, logprob and what else was asked for."""
+    """One tile of rows: logits, processed distribution, token, logprob and what else was asked for.
+
+    On a mesh devices share the rows from the logits on.
+    """
+    leaves = kernels.products.leaves.sharing_rows(rows.x.shape[0])
+    logits = decoder.logits(model_config, kernels.with_leaves(leaves), weights.norm, weights.head, rows.x)
+    rows = leaves.own_rows(rows)
     row: Slots = jax.tree.map(lambda a: a[rows.slots], weights.slots)
     request, history, position = row.request, weights.history, rows.positions + 1
-    logits = decoder.logits(model_config, kernels, weights.norm, weights.head, rows.x)
     finite = (jnp.isfinite(logits) | (jnp.arange(logits.shape[1]) >= model_config.vocab_size)).all(-1)
     context = sampler.Context(history, rows.slots, position, request.prompt_length, request.first_stop, weights.rules)
     penalised, drawn_from = sampler.distribution(
@@ -259,7 +264,7 @@ def next_token(
     finite &= ~dead_end & ~jnp.isnan(out.logprobs)  # logits may be finite, and overflow when a temperature divides them
     raw_logprobs, entropies = _details(kernels, logits, drawn_from, out, request, needs)
     ranks, top_ids, top_logprobs, named = _likeliest(kernels, drawn_from, out, request, needs, max_logprobs)
-    return RowOutputs(
+    answers = RowOutputs(
         tokens=jnp.where(dead_end, -1, out.tokens),
         logprobs=out.logprobs,
         raw_logprobs=raw_logprobs,
@@ -270,6 +275,7 @@ def next_token(
         named_logprobs=named,
         finite=finite,
     )
+    return leaves.all_rows(answers)
 
 
 def _details(

@@ -188,10 +188,13 @@ class ChainProducts:
         live: Live,
     ) -> Stream:
         sums = _add(self.implementation, y, w)
-        if self.leaves != ALL_HERE:  # every device's, as one split of each
-            nothing = jnp.full_like(x.x, -0.0)  # the one number that leaves every other as it is, 0 too
-            sums = self.leaves.gathered(_finish(self.implementation, Stream(nothing, sums)))[:, None]
+        if self.leaves != ALL_HERE:  # every device's, as one split of each, or their sum
+            sums = self.leaves.to_add(self._sum(sums), lambda own: self._sum(own[:, None]))[:, None]
         return Stream(x.x, sums, bias)
+
+    def _sum(self, sums: Float[Array, "leaf S R N"]) -> Float[Array, "R N"]:
+        nothing = jnp.full(sums.shape[2:], -0.0, jnp.float32)  # the one number that leaves every other as it is, 0 too
+        return _finish(self.implementation, Stream(nothing, sums))
 
     def stream(self, x: Float[Array, "R D"]) -> Stream:
         return Stream(x)

@@ -215,6 +215,10 @@ class Kernels:
         inside = functools.partial(function, dataclasses.replace(self, split=None))
         return inside if self.split is None else self.split.on_each(inside, inputs, outputs)
 
+    def with_leaves(self, leaves: Leaves) -> "Kernels":
+        """The same, with these in the place of those that the products have."""
+        return dataclasses.replace(self, products=self.products.with_leaves(leaves))
+
     def share(self, model_config: ModelConfig) -> ModelConfig:
         """What one device has of the model: its leaves' heads and inner values."""
         return model_config if self.split is None else model_config.share(self.split.degree)
@@ -274,7 +278,7 @@ def checked_for(model_config: ModelConfig, own: Kernels, mesh: Mesh) -> Mesh:
 def sharded(own: Kernels, mesh: Mesh) -> Kernels:
     """The kernels `own` on every device of a mesh, with the bits of one device that has all leaves."""
     split = Split(mesh)
-    return dataclasses.replace(own, products=own.products.with_leaves(split.leaves), split=split)
+    return dataclasses.replace(own.with_leaves(split.leaves), split=split)
 
 
 def cpu_kernels(body: str = "best") -> Kernels:
