@@ -27,7 +27,7 @@ from jaxengine.engine.weights import check_fits, check_one_device, homes, placed
 from jaxengine.host.admission import sampling_of
 from jaxengine.host.prompts import prompts_of
 from jaxengine.models.params import Decoder
-from jaxengine.ops.kernels import choose_kernels
+from jaxengine.ops.kernels import choose_for_all_replicas
 from jaxengine.outputs import RequestOutputs
 from jaxengine.sampling_params import SamplingParams
 from jaxengine.text.tokenizer import Tokenizer
@@ -93,9 +93,11 @@ def score(
     same support under any weights. Structured outputs take the `grammar_mask` of the tokens.
 
     Differentiable in params by reverse mode, and the same bits under jit and inside `jax.value_and_grad`, at any batch
-    size and padding. `kernels` as in EngineConfig: those that generated, whose bits they are. On a `mesh` devices share
-    the weights and the bits stay; params may lie on its devices in any way. The first call for a model proves on this
-    machine which tiles give the bits of generation (engine/scoring_proof.py). Raises ValueError where shapes do not fit
+    size and padding. `kernels` as in EngineConfig: those that generated, whose bits they are. On a `mesh` devices along
+    "tensor" share the weights, replicas along "data" the sequences (not inside a gradient, which each takes of all,
+    nor where the mesh has several processes: there each process scores all), and the bits stay; params may lie on its
+    devices in any way. The first call for a model proves on this machine which tiles give the bits of generation
+    (engine/scoring_proof.py). Raises ValueError where shapes do not fit
     each other or params do not fit config, for a token outside the vocabulary, for a sequence that is longer than the
     model's context, and for weights that are cut over devices where no mesh is given; RuntimeError where no tile gives
     the bits of generation.
@@ -166,7 +168,7 @@ def _where_and_how(
     """
     if mesh is None:
         check_one_device(params)
-    chosen = choose_kernels(kernels, config, mesh)
+    chosen = choose_for_all_replicas(kernels, config, mesh)
     if chosen.split is not None:
         params = placed(params, homes(params, config, chosen))
     return params, dict(model_config=config, kernels=chosen, tiles=scoring_tiles(config, chosen))

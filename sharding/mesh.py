@@ -50,14 +50,22 @@ def with_all_axes(mesh: Mesh) -> Mesh:
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """One replica's devices, which share every weight by leaves, and with them heads and pages. Hashable."""
+    """Devices that share every weight by leaves, and with them heads and pages: one replica, or several that hold the
+    same weights. Hashable.
+    """
 
     mesh: Mesh
+    is_entered: bool = False  # inside an `on_each` that runs a whole program, whose parts are each device's own
 
     @property
     def degree(self) -> int:
         """Devices that share the leaves."""
         return self.mesh.shape["tensor"]
+
+    @property
+    def replicas(self) -> int:
+        """Runs of devices that hold the same weights, and can share rows."""
+        return self.mesh.shape["data"]
 
     @property
     def leaves(self) -> Leaves:
@@ -70,8 +78,11 @@ class Split:
     def on_each(self, function: Callable, inputs: Any, outputs: Any) -> Callable:
         """The function on each device's own parts; `inputs` and `outputs` are PartitionSpecs, or trees of them.
 
-        What lies on every device is the same on every device, which is the function's affair.
+        What lies on every device is the same on every device, which is the function's affair. Where the split is
+        entered, it is the function itself.
         """
+        if self.is_entered:
+            return function
         return jax.shard_map(function, mesh=self.mesh, in_specs=inputs, out_specs=outputs, check_vma=False)
 
 
@@ -108,6 +119,12 @@ def own_replica(mesh: Mesh) -> Mesh:
     """The mesh of the first replica that has devices of this process; of the first of all where none has."""
     all_of_them = replicas(mesh)
     return next((each for each in all_of_them if jax.process_index() in processes_of(each)), all_of_them[0])
+
+
+def joined(copies: Sequence[jax.Array], home: NamedSharding) -> jax.Array:
+    """One array at home on a whole mesh, of the copies that its replicas have, in their order; nothing travels."""
+    shards = [shard.data for copy in copies for shard in copy.addressable_shards]
+    return jax.make_array_from_single_device_arrays(copies[0].shape, home, shards)
 
 
 def own_parts(x: Any, home: NamedSharding, mesh: Mesh) -> Any:

@@ -21,17 +21,18 @@ from jaxengine.config import KV_TILE, ModelConfig
 from jaxengine.device import sampler
 from jaxengine.device.candidates import coarsened, with_likeliest
 from jaxengine.device.grammar_mask import GrammarMask, allowed_words
+from jaxengine.device.row_shares import on_shares
 from jaxengine.device.sampling_arrays import distinct_rules, empty_sampling, write_sampling
 from jaxengine.device.sampling_mask import SamplingMask, is_kept, packed
 from jaxengine.device.step_inputs import SamplingArrays, TokenRules
 from jaxengine.device.trunk import hidden_states
 from jaxengine.models import decoder, plain
-from jaxengine.models.params import TABLE_AXES, Decoder, initialise
+from jaxengine.models.params import TABLE_AXES, Decoder, initialise, specs
 from jaxengine.ops.kernels import Kernels
 from jaxengine.ops.regions import no_gradient, over_tiles
 from jaxengine.ops.tiles import ScoringTiles
 from jaxengine.sampling_params import SamplingParams, check_token_ids, stop_token_ids
-from pallas_kernels.numbers import ceil_to, power_of_two
+from pallas_kernels.numbers import cdiv, ceil_to, power_of_two
 from pallas_kernels.tiles import is_float, unknown_zero
 from sharding.mesh import WHOLE
 from sharding.rules import spec_of
@@ -100,11 +101,19 @@ def token_logprobs(
 
     A run of tokens under the mask is a completion, and everything before it is its prompt. Tokens after the last one
     under the mask are never read; nothing predicts the first token, which is 0 too.
+    Replicas share the sequences (row_shares.py).
     """
-    how: dict[str, Any] = dict(model_config=model_config, kernels=kernels, tiles=tiles)
-    x, tokens = trunk(params, tokens, mask, **how)
-    found = head_logprobs(params, x, tokens, mask, arrays, entropy=entropy, kept_words=kept_words, **how)
-    return found.logprobs, found.kept_words if kept_words else found.entropies
+
+    def of_rows(kernels: Kernels, weights: tuple, rows: tuple) -> tuple[Array, Array | None]:
+        (params, rules), (tokens, mask, each) = weights, rows
+        how: dict[str, Any] = dict(model_config=model_config, kernels=kernels, tiles=tiles)
+        x, tokens = trunk(params, tokens, mask, **how)
+        arrays, asked = ScoringArrays(each, rules), dict(entropy=entropy, kept_words=kept_words)
+        found = head_logprobs(params, x, tokens, mask, arrays, **asked, **how)
+        return found.logprobs, found.kept_words if kept_words else found.entropies
+
+    weights, rows = (params, arrays.rules), (tokens, mask, arrays.each)
+    return on_shares(kernels, of_rows, (specs(model_config), WHOLE), weights, rows)
 
 
 def trunk(
@@ -311,21 +320,22 @@ def _opaque(arrays: ScoringArrays, params: Decoder, tokens: Array) -> ScoringArr
 
 
 def in_batches(
-    params: Decoder, tokens: np.ndarray, mask: np.ndarray, arrays: ScoringArrays, **how: Any
+    params: Decoder, tokens: np.ndarray, mask: np.ndarray, arrays: ScoringArrays, *, kernels: Kernels, **how: Any
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """token_logprobs over batches of bounded size, as numpy arrays.
+    """token_logprobs over batches of a size that is bounded on each replica, as numpy arrays.
 
     Shapes are powers of two, so that few of them are ever compiled.
     """
     count, length = tokens.shape
     width = max(power_of_two(length), KV_TILE)
-    rows = max(min(BATCH_TOKENS // width, power_of_two(count)), 1)
+    own_rows = max(min(BATCH_TOKENS // width, power_of_two(cdiv(count, kernels.replicas))), 1)
+    rows = own_rows * kernels.replicas
     tokens, mask, each = jax.tree.map(functools.partial(_padded, ceil_to(count, rows)), (tokens, mask, arrays.each))
     tokens, mask = (np.pad(x, ((0, 0), (0, width - length))) for x in (tokens, mask))
     found = []
     for first in range(0, count, rows):
         *batch, part = jax.tree.map(functools.partial(_cut, first, rows), (tokens, mask, each))
-        found.append(token_logprobs(params, *batch, ScoringArrays(part, arrays.rules), **how))
+        found.append(token_logprobs(params, *batch, ScoringArrays(part, arrays.rules), kernels=kernels, **how))
     logprobs, entropies = zip(*found, strict=True)
     logprobs = np.concatenate([np.asarray(x) for x in logprobs])[:count, :length]
     if entropies[0] is None:

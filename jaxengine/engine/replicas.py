@@ -126,7 +126,7 @@ class Replicas:
             engine.warm_up()
 
     def update_params(self, params: Any, version: int, *, keep: bool = False) -> list[Request]:
-        """`params` lie where those of the first replica do, and go from there to the others' devices."""
+        """`params` lie on the first replica's devices or on those of all; what lies on a replica's own stays there."""
         copies = [self._at_home(engine, params) for engine in self.engines]
         updated = [
             engine.update_params(copy, version, keep=keep) for engine, copy in zip(self.engines, copies, strict=True)
@@ -140,7 +140,7 @@ class Replicas:
             engine.move_weights(self._at_home(engine, params) if on_devices else params)
 
     def _at_home(self, engine: Engine, params: Any) -> Any:
-        return params if engine is self.engines[0] else placed(params, homes(params, self.model_config, engine.kernels))
+        return placed(params, homes(params, self.model_config, engine.kernels))
 
     def drop_weights(self) -> None:
         for engine in self.engines:

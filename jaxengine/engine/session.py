@@ -34,12 +34,12 @@ from jaxengine.host.prompts import Prompts
 from jaxengine.host.sample import Request
 from jaxengine.models.named_weights import to_decoder
 from jaxengine.models.params import Decoder
-from jaxengine.ops.kernels import choose_kernels
+from jaxengine.ops.kernels import Kernels, choose_for_all_replicas, choose_kernels
 from jaxengine.outputs import RequestDelta, RequestOutput
 from jaxengine.sampling_params import SamplingParams
 from jaxengine.text.bad_words import each_with_token_ids
 from jaxengine.text.tokenizer import Tokenizer
-from sharding.mesh import own_parts, processes_of, replicas
+from sharding.mesh import joined, own_parts, processes_of, replicas
 
 IN_FLIGHT = ("recompute", "keep", "drain")
 SLEEP_LEVELS = (1, 2)
@@ -216,9 +216,11 @@ class Session:
         self.runner.check_usable()
         params = to_decoder(params, self.model_config, cast=cast, split=self.engine.kernels.split)
         params = self._own_parts(params, self.engine_config)
-        homes = self.params if self._homes is None else self._homes
+        like, kernels = self.params if self._homes is None else self._homes, self._kernels_of_all()
+        if self._homes is None and kernels.replicas > 1:  # each replica takes its copy from there
+            like = homes(params, self.model_config, kernels)
         with as_one(self.engine.lockstep, ("update_params", version, in_flight)):
-            params = prepared(params, self.model_config, homes, cast=cast)
+            params = prepared(params, self.model_config, like, cast=cast)
         with self.runner.alone():
             current = self.engine.weights.version
             if version is not None and version <= current:
@@ -339,7 +341,8 @@ class Session:
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """(logprobs, entropies if asked) `[B, T]` of the tokens under `mask`, in batches of bounded size.
 
-        Holds the lock. The tiles are proven on this machine first (engine/scoring_proof.py).
+        Holds the lock. The tiles are proven on this machine first (engine/scoring_proof.py). Replicas of one process
+        share the sequences; of several processes each scores all of them.
         """
         tokens, mask = np.asarray(tokens), np.asarray(mask)
         check_scored(tokens, mask, self.model_config)
@@ -349,9 +352,8 @@ class Session:
         slots = scoring.sampling_arrays_of(sampling, self.model_config, sampling_mask, grammar)
         with self.runner.alone():
             self.runner.check_awake()
-            params, kernels = self.params, self.engine.kernels
-            check_alive(params)
-            assert params is not None
+            check_alive(self.params)
+            params, kernels = self._of_all_replicas()
             what = None
             if self.engine.lockstep is not None:  # what is scored may be long: its digest
                 given = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves((tokens, mask, slots))]
@@ -367,6 +369,20 @@ class Session:
                     entropy=entropy,
                     tiles=scoring_tiles(self.model_config, kernels, self.report),
                 )
+
+    def _of_all_replicas(self) -> tuple[Decoder, Kernels]:
+        """The weights that run, as one array of every replica's copy, and the kernels of all their devices."""
+        engine, kernels = self.engine, self._kernels_of_all()
+        assert engine.params is not None
+        if kernels.replicas == 1:
+            return engine.params, kernels
+        assert isinstance(engine, Replicas)
+        copies = [replica.params for replica in engine.engines]
+        everywhere = homes(copies[0], self.model_config, kernels)
+        return jax.tree.map(lambda home, *parts: joined(parts, home), everywhere, *copies), kernels
+
+    def _kernels_of_all(self) -> Kernels:
+        return choose_for_all_replicas(self.engine.kernels.name, self.model_config, self.engine_config.mesh)
 
 
 def _sharding(leaf: jax.Array) -> jax.sharding.Sharding:

@@ -32,7 +32,7 @@ from pallas_kernels import implementations
 from pallas_kernels.draw_reference import Draw
 from pallas_kernels.implementations import OF_A_GPU, Implementation
 from sharding.leaves import Leaves
-from sharding.mesh import Split, own_replica, with_all_axes
+from sharding.mesh import Split, own_replica, processes_of, with_all_axes
 
 OF_PLATFORM = {"cpu": "cpu", "tpu": "pallas_tpu", "gpu": "pallas_gpu"}  # what "auto" is
 Stream = Any  # the residual stream `[R, D]` float32 as an implementation passes it on: sums may be left to add
@@ -219,6 +219,20 @@ class Kernels:
         """The same, with these in the place of those that the products have."""
         return dataclasses.replace(self, products=self.products.with_leaves(leaves))
 
+    def on_each_replica(self, function: Callable, *inputs: Any, outputs: Any) -> Callable:
+        """As `on_each`, of a function that calls `on_each` itself, and differentiates only what is inside it: each
+        device runs the whole of it, as if its replica were alone, on what the replica is given.
+        """
+        assert self.split is not None
+        entered = dataclasses.replace(self.split, is_entered=True)
+        inside = functools.partial(function, dataclasses.replace(self, split=entered))
+        return self.split.on_each(inside, inputs, outputs)
+
+    @property
+    def replicas(self) -> int:
+        """That can share rows (device/row_shares.py); 1 inside `on_each_replica`."""
+        return 1 if self.split is None or self.split.is_entered else self.split.replicas
+
     def share(self, model_config: ModelConfig) -> ModelConfig:
         """What one device has of the model: its leaves' heads and inner values."""
         return model_config if self.split is None else model_config.share(self.split.degree)
@@ -317,6 +331,17 @@ def choose_kernels(name: str, model_config: ModelConfig, mesh: Mesh | None = Non
     except ValueError as error:
         log.warning("kernels: 'xla' in the place of %r: %s", wanted, error)
         return _named("xla", model_config)
+
+
+def choose_for_all_replicas(name: str, model_config: ModelConfig, mesh: Mesh | None) -> Kernels:
+    """choose_kernels for what shares rows: on a mesh of several replicas they are those of all its devices.
+
+    Where the mesh has devices of several processes, they are those of this process's first replica, which is alone.
+    """
+    own = choose_kernels(name, model_config, mesh)
+    if mesh is None or len(processes_of(mesh)) > 1:
+        return own
+    return dataclasses.replace(own, split=Split(with_all_axes(mesh)))
 
 
 def _named(name: str, model_config: ModelConfig) -> Kernels:

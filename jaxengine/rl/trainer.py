@@ -5,7 +5,6 @@ the gradient is taken at them; changes that are too small for 16 bits add up in 
 """
 
 import dataclasses
-import functools
 import operator
 from collections.abc import Iterator
 from typing import Any
@@ -22,12 +21,14 @@ from jaxengine.config import ModelConfig
 from jaxengine.device.candidates import Candidates
 from jaxengine.device.find_sampling_mask import find_sampling_mask
 from jaxengine.device.grammar_mask import GrammarMask
+from jaxengine.device.row_shares import on_shares
 from jaxengine.device.sampling_mask import SamplingMask
 from jaxengine.device.scoring import ScoringArrays, sampling_arrays_of, token_logprobs
 from jaxengine.device.scoring_input import check_grammar_mask, check_sampling_mask, check_scored
 from jaxengine.engine.scoring_proof import scoring_tiles
-from jaxengine.models.params import Decoder, shardings
-from jaxengine.ops.kernels import choose_kernels
+from jaxengine.engine.weights import homes, placed
+from jaxengine.models.params import Decoder, shardings, specs
+from jaxengine.ops.kernels import Kernels, choose_for_all_replicas
 from jaxengine.rl import advantages as estimators
 from jaxengine.rl import critic, metrics
 from jaxengine.rl.critic import ActorCritic, Forward
@@ -35,16 +36,21 @@ from jaxengine.rl.distillation import check_targets, divergences
 from jaxengine.rl.given_rewards import Given, by_sample_and_token, check_rewards
 from jaxengine.rl.global_norm import global_norm
 from jaxengine.rl.losses import correction_weights, kl_penalty, policy_loss, token_shares, token_weights, value_loss
+from jaxengine.rl.micro_batches import check_shared, summed_gradient
 from jaxengine.rl.rollout import Rollout
 from jaxengine.rl.train_state import SHUFFLES, Batch, TrainerConfig, TrainState, check_parts
+from sharding.mesh import WHOLE
 
 
 class Trainer:
     """Pure functions of a TrainState, for one model, optimiser and configuration; each compiles once for a shape.
 
     `kernels` are as in jaxengine.score. The optimiser works on the float32 weights: optax.adamw(1e-4), or a
-    chain with a clip before it (rl/global_norm.py). On a `mesh` devices share the weights and the optimiser's moments
-    by leaves; gradients have the bits of one device, and what the optimiser does number by number keeps them.
+    chain with a clip before it (rl/global_norm.py). On a `mesh` devices along "tensor" share the weights and the
+    optimiser's moments by leaves, and replicas along "data", which all have them, share the micro-batches of an update
+    and the sequences that are scored. Gradients have the bits of one device, and what the optimiser does number by
+    number keeps them. Where the mesh has devices of several processes, the first replica of each process does all of
+    it. Raises ValueError where micro_batches is no multiple of the replicas.
     """
 
     def __init__(
@@ -57,7 +63,10 @@ class Trainer:
         mesh: Mesh | None = None,
     ) -> None:
         self.model_config, self.optimizer, self.config = model_config, optimizer, config or TrainerConfig()
-        self.kernels = choose_kernels(kernels, model_config, mesh)
+        self.kernels = choose_for_all_replicas(kernels, model_config, mesh)
+        check_shared(self.kernels, self.config.micro_batches)
+        whole: Any = WHOLE
+        self._specs = ActorCritic(specs(model_config), whole)  # how it lies on a mesh
         self.update = jax.jit(self._update, donate_argnums=0)  # (state, batch) -> (state, metrics)
         self.policy = jax.jit(self._policy)  # state -> weights for the engine, a copy: the state may be donated
         self._forward = jax.jit(self._rounded_run)
@@ -188,7 +197,7 @@ class Trainer:
             return jax.tree.map(jnp.asarray, rollout.sampling_mask)
         tokens, mask = np.asarray(rollout.tokens), np.asarray(rollout.mask)
         arrays = self._sampling_arrays(tokens, grammar=rollout.grammar_mask)
-        found = find_sampling_mask(self.policy(state), tokens, mask, arrays, **self._how())
+        found = find_sampling_mask(self.policy(state), tokens, mask, arrays, **self._how(self.kernels))
         return jax.tree.map(jnp.asarray, found)
 
     def _reference(self, params: Decoder | None, batch: Batch) -> Float[Array, "B T"]:
@@ -197,8 +206,10 @@ class Trainer:
                 f"kl_coefficient={self.config.objective.kl_coefficient} asks for a penalty: "
                 "give reference, the weights of the policy to stay near"
             )
+        if self.kernels.split is not None:
+            params = placed(params, homes(params, self.model_config, self.kernels))
         sampling = self._sampling_arrays(batch.tokens, batch.kept, batch.grammar)
-        logprobs, _ = token_logprobs(params, batch.tokens, batch.mask, sampling, **self._how())
+        logprobs, _ = token_logprobs(params, batch.tokens, batch.mask, sampling, **self._how(self.kernels))
         return logprobs
 
     def _with_values(self, batch: Batch, values: Float[Array, "B T"], token_rewards: Float[Array, "B T"]) -> Batch:
@@ -259,21 +270,16 @@ class Trainer:
         """
         count, shape = self.config.micro_batches, batch.tokens.shape
         parts = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), (batch, weights))
-        total = jax.tree.map(_float32_zeros, model)
-        total, (losses, (logprobs, values)) = jax.lax.scan(functools.partial(self._add_gradient, model), total, parts)
+        total, (losses, (logprobs, values)) = summed_gradient(self.kernels, self._specs, self._loss, model, parts)
         values = None if values is None else values.reshape(shape)
         return total, jax.tree.map(jnp.sum, losses), (logprobs.reshape(shape), values)
 
-    def _add_gradient(
-        self, model: ActorCritic, total: ActorCritic, part: tuple[Batch, tuple[Array, Array]]
-    ) -> tuple[ActorCritic, Any]:
-        """The total with a micro-batch's gradient added, and what `_loss` gives beside the loss."""
-        (_, others), gradient = jax.value_and_grad(self._loss, has_aux=True)(model, *part)
-        return jax.tree.map(_add_in_float32, total, gradient), others
-
-    def _loss(self, model: ActorCritic, batch: Batch, weights: tuple[Array, Array]) -> tuple[Array, Any]:
-        """(loss, (its parts, (logprobs, values))) of a micro-batch; `weights` of its tokens are those in the batch."""
-        forward = self._run(model, batch, entropy=self.config.objective.entropy_coefficient > 0)
+    def _loss(
+        self, kernels: Kernels, model: ActorCritic, part: tuple[Batch, tuple[Array, Array]]
+    ) -> tuple[Array, tuple[dict[str, Array], tuple[Array, Array | None]]]:
+        """(loss, (its parts, (logprobs, values))) of a micro-batch and the weights of its tokens in the batch."""
+        batch, weights = part
+        forward = self._run(kernels, model, batch, entropy=self.config.objective.entropy_coefficient > 0)
         loss = policy_loss(
             forward.logprobs,
             batch.old_logprobs,
@@ -303,28 +309,20 @@ class Trainer:
         return loss + self.config.value_coefficient * parts["value_loss"], (parts, (forward.logprobs, forward.values))
 
     def _rounded_run(self, master: ActorCritic, batch: Batch) -> Forward:
-        return self._run(critic.cast(master, self.model_config), batch)
+        return on_shares(self.kernels, self._run, self._specs, critic.cast(master, self.model_config), batch)
 
-    def _run(self, model: ActorCritic, batch: Batch, *, entropy: bool = False) -> Forward:
+    def _run(self, kernels: Kernels, model: ActorCritic, batch: Batch, *, entropy: bool = False) -> Forward:
         sampling = self._sampling_arrays(batch.tokens, batch.kept, batch.grammar)
         candidates = None if batch.targets is None else batch.targets.token_ids
         asked: dict[str, Any] = dict(entropy=entropy, candidates=candidates)
-        return critic.forward(model, batch.tokens, batch.mask, sampling, **asked, **self._how())
+        return critic.forward(model, batch.tokens, batch.mask, sampling, **asked, **self._how(kernels))
 
-    def _how(self) -> dict[str, Any]:
+    def _how(self, kernels: Kernels) -> dict[str, Any]:
         """The implementation that generates, on tiles that are proven to give its bits on this machine."""
         tiles = scoring_tiles(self.model_config, self.kernels)
-        return dict(model_config=self.model_config, kernels=self.kernels, tiles=tiles)
+        return dict(model_config=self.model_config, kernels=kernels, tiles=tiles)
 
     def _sampling_arrays(
         self, tokens: Any, kept: SamplingMask | None = None, grammar: GrammarMask | None = None
     ) -> ScoringArrays:
         return sampling_arrays_of([self.config.sampling] * tokens.shape[0], self.model_config, kept, grammar)
-
-
-def _float32_zeros(x: Array) -> Array:
-    return jnp.zeros(x.shape, jnp.float32)
-
-
-def _add_in_float32(total: Array, gradient: Array) -> Array:
-    return total + gradient.astype(jnp.float32)

@@ -98,7 +98,7 @@ def answers(kernels: str, config, params, degree: int, letters: str) -> dict[str
     trainer = Trainer(
         config,
         optax.chain(clip_by_global_norm(0.1), optax.adamw(1e-2)),
-        TrainerConfig(sampling=SamplingParams(temperature=0.8)),
+        TrainerConfig(sampling=SamplingParams(temperature=0.8), micro_batches=2),  # which "4d" shares
         **how,
     )
     state = trainer.start(llm.params, jax.random.key(3))
