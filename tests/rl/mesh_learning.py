@@ -46,7 +46,8 @@ def problems(iteration: int):
 
 def run(trainer: str, sampler: str) -> list[dict]:
     config, params = random_model("Qwen3", vocab_size=1000, dtype="bfloat16", reduction_leaves=8, **SHAPE)
-    settings = TrainerConfig(sampling=SamplingParams(n=SAMPLES, max_tokens=LENGTH, ignore_eos=True), mini_batches=2)
+    sampling = SamplingParams(n=SAMPLES, max_tokens=LENGTH, ignore_eos=True)
+    settings = TrainerConfig(sampling=sampling, mini_batches=2, micro_batches=2)
     optimizer = optax.chain(clip_by_global_norm(1.0), optax.adam(4e-2))
     engine = dict(max_model_len=64, max_num_seqs=16, num_pages=40, mesh=mesh_of(sampler))
     learner = Trainer(config, optimizer, settings, mesh=mesh_of(trainer))

@@ -2,11 +2,12 @@
 
     python replicas_learning.py WHAT MESH...
 
-WHAT is "score", or the algorithm that trains. A MESH is DATA×TENSOR, "1x1" for one device; with a "p" gradients are
-added by psum (a planted mistake). Prints, as JSON, of each mesh the digests of what was found.
+WHAT is "score", "weights", or the algorithm that trains. A MESH is DATA×TENSOR, "1x1" for one device; with a "p"
+gradients are added by psum (a planted mistake). Prints, as JSON, of each mesh what was found.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import sys
@@ -101,15 +102,28 @@ def scored(config, params, mesh) -> dict[str, str]:
     return dict(scores=digest(alone), gradient=digest(gradient), kept=digest(kept))
 
 
+def handed_over(config, params, mesh) -> dict[str, int]:
+    """How many of a trainer's weights are copied on their way to an engine on the same mesh."""
+    trainer = Trainer(config, optax.sgd(1.0), TrainerConfig(micro_batches=4), mesh=mesh)
+    policy, llm = trainer.policy(trainer.start(params, jax.random.key(0))), make_llm(config, params, mesh=mesh, **ROOM)
+    llm.update_params(policy)
+    arrays = zip(*map(jax.tree.leaves, (policy, *(replica.params for replica in llm.engine.engines))), strict=True)
+    return dict(copied=sum(places(whole) != set().union(*map(places, own)) for whole, *own in arrays))
+
+
+def places(x: jax.Array) -> set[int]:
+    return {shard.data.unsafe_buffer_pointer() for shard in x.addressable_shards}
+
+
 def main(what: str, *meshes: str) -> None:
     config, params = random_model("Qwen3", **MODEL)
-    found = {}
+    find, found = {"score": scored, "weights": handed_over}.get(what, functools.partial(trained, what)), {}
     for name in meshes:
         data, tensor = map(int, name.rstrip("p").split("x"))
         mesh = None if data * tensor == 1 else make_mesh(data=data, tensor=tensor)
         add = by_psum if "p" in name else TermsOfReplicas.add
         with mock.patch.object(TermsOfReplicas, "add", add):
-            found[name] = scored(config, params, mesh) if what == "score" else trained(what, config, params, mesh)
+            found[name] = find(config, params, mesh)
     print(json.dumps(found))
 
 

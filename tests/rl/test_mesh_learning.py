@@ -10,9 +10,11 @@ def run(*arguments: str) -> list[list[dict]]:
 
 @pytest.mark.slow
 def test_a_run_has_one_devices_curve_on_a_mesh():
-    """The trainer on eight devices, the sampler on two replicas of four: other degrees, so weights travel each time."""
+    """The trainer on eight devices, the sampler on two replicas of four: other degrees, so weights travel each time.
+    And both on the replicas.
+    """
     one = run("1x1", "1x1")[0]
-    assert one == run("1x8", "2x4")[0]
+    assert one == run("1x8", "2x4")[0] == run("2x4", "2x4")[0]
     for iteration in one:
         first = iteration["updates"][0]
         assert (first["ratio_mean"], first["ratio_max"], first["max_delta"]) == (1.0, 1.0, 0.0)

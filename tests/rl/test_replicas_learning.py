@@ -24,6 +24,10 @@ def test_two_replicas_score_as_one():
     check("score", "2x1")
 
 
+def test_weights_go_to_an_engine_on_the_mesh_without_a_copy():
+    assert run_script("rl/replicas_learning.py", "weights", "2x2") == {"2x2": {"copied": 0}}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
 def test_replicas_of_several_devices_train_as_one(algorithm):
