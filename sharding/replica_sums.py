@@ -24,14 +24,6 @@ class Terms:
         """The float32 sum with the next term of every replica added, the first replica's first."""
         return total + own.astype(jnp.float32)
 
-    def finish(self, total: Float[Array, "..."], term: Float[Array, "..."]) -> Float[Array, "..."]:
-        """The sum in the shape of a term, the same on every replica."""
-        return total
-
-    def gathered(self, own: Float[Array, "turn ..."]) -> Float[Array, "term ..."]:
-        """What each term came with, in the order of the sum, from what this replica's terms came with."""
-        return own
-
 
 @dataclasses.dataclass(frozen=True)
 class TermsOfReplicas(Terms):
@@ -55,9 +47,11 @@ class TermsOfReplicas(Terms):
         return total
 
     def finish(self, total: Float[Array, " n"], term: Float[Array, "..."]) -> Float[Array, "..."]:
+        """The sum in the shape of a term, the same on every replica."""
         return jax.lax.all_gather(total, self.axis, tiled=True)[: term.size].reshape(term.shape)
 
     def gathered(self, own: Float[Array, "turn ..."]) -> Float[Array, "term ..."]:
+        """What each term came with, in the order of the sum, from what this replica's terms came with."""
         return jax.lax.all_gather(own, self.axis, axis=1).reshape(-1, *own.shape[1:])
 
 

@@ -43,16 +43,14 @@ def summed_gradient(kernels: Kernels, specs: Any, loss: Callable, model: Any, pa
         parts = jax.tree.map(lambda x: x[:, 0], dealt)
         # Unknown when it is compiled: XLA would take a single turn out of its loop, and compile it in another way.
         turns = micro_batches // terms.replicas + unknown_zero(*(jax.tree.leaves(x)[0] for x in (model, parts)))
-        return _in_turns(terms, functools.partial(loss, kernels), model, parts, turns)
+        return _gathered(terms, model, *_in_turns(terms, functools.partial(loss, kernels), model, parts, turns))
 
     dealt = jax.tree.map(lambda x: x.reshape(-1, terms.replicas, *x.shape[1:]), parts)
-    found = kernels.on_each_replica(own, specs, DEALT, outputs=(specs, WHOLE))(model, dealt)
-    # XLA would fuse what finishes a sum with what reads it, and round in another way than where one device adds.
-    return jax.lax.optimization_barrier(found)
+    return kernels.on_each_replica(own, specs, DEALT, outputs=(specs, WHOLE))(model, dealt)
 
 
 def _in_turns(terms: Terms, loss: Callable, model: Any, parts: Any, turns: Any) -> tuple[Any, Any]:
-    """The sum, with one micro-batch of this replica in each turn."""
+    """What this replica has of the sum, with one of its micro-batches in each turn."""
     _, shapes = jax.eval_shape(loss, model, jax.tree.map(lambda x: x[0], parts))
     size = jax.tree.leaves(parts)[0].shape[0]
     found = jax.tree.map(lambda x: jnp.zeros((size, *x.shape), x.dtype), shapes)
@@ -63,5 +61,17 @@ def _in_turns(terms: Terms, loss: Callable, model: Any, parts: Any, turns: Any) 
         total = jax.tree.map(terms.add, total, gradient)
         return total, jax.tree.map(lambda whole, x: whole.at[i].set(x), found, others)
 
-    total, found = jax.lax.fori_loop(0, turns, turn, (jax.tree.map(terms.start, model), found))
-    return jax.tree.map(terms.finish, total, model), jax.tree.map(terms.gathered, found)
+    return jax.lax.fori_loop(0, turns, turn, (jax.tree.map(terms.start, model), found))
+
+
+def _gathered(terms: TermsOfReplicas, model: Any, total: Any, found: Any) -> tuple[Any, Any]:
+    """What all replicas have. It comes out of a loop, as one device's sum does: XLA does not look across it, and would
+    else round what reads the sum in another way (the optimiser's products and sums, for one).
+    """
+
+    def gather(*_: Any) -> tuple[Any, Any]:
+        return jax.tree.map(terms.finish, total, model), jax.tree.map(terms.gathered, found)
+
+    zero = unknown_zero(*jax.tree.leaves(total)[:1])
+    blank = jax.tree.map(lambda x: jnp.full(x.shape, zero, x.dtype), jax.eval_shape(gather))
+    return jax.lax.fori_loop(0, 1 + zero, gather, blank)
