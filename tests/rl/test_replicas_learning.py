@@ -41,7 +41,8 @@ def test_replicas_of_several_devices_score_as_one():
 
 @pytest.mark.slow
 def test_gradients_that_the_runtime_adds_are_seen():
-    one, planted = run_script("rl/replicas_learning.py", "grpo", "1x1", "4x1p").values()
+    """Two turns of two replicas: in one turn of all, the CPU's psum has the order of one device."""
+    one, planted = run_script("rl/replicas_learning.py", "grpo", "1x1", "2x1p").values()
     assert planted["weights"] != one["weights"] and planted["moments"] != one["moments"]
 
 

@@ -92,7 +92,7 @@ def answers(kernels: str, config, params, degree: int, letters: str) -> dict[str
         logprobs = jaxengine.score(params, tokens, mask, sampling, config=config, **how)
         return (logprobs * jnp.sin(steps.astype(jnp.float32))).sum(), logprobs
 
-    (_, inside), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(llm.params)
+    (_, inside), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(given)
     alone = jaxengine.score(given if mesh is not None else llm.params, tokens, mask, sampling, config=config, **how)
     assert np.asarray(inside).tobytes() == np.asarray(alone).tobytes() == rollout.logprobs.tobytes()
     trainer = Trainer(
