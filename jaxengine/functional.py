@@ -96,9 +96,9 @@ def score(
     size and padding. `kernels` as in EngineConfig: those that generated, whose bits they are. On a `mesh` devices along
     "tensor" share the weights, replicas along "data" the sequences (not inside a gradient, which each takes of all,
     nor where the mesh has several processes: there each process scores all), and the bits stay. params may lie on its
-    devices in any way; inside jit, where JAX moves nothing, on all of them (the `params` of an LLM with several replicas
-    are those of the first). The first call for a model proves on this machine which tiles give the bits of generation
-    (engine/scoring_proof.py). Raises ValueError where shapes do not fit
+    devices in any way; inside jit, where JAX moves nothing, on all of them (the `params` of an LLM with several
+    replicas are those of the first). The first call for a model proves on this machine which tiles give the bits of
+    generation (engine/scoring_proof.py). Raises ValueError where shapes do not fit
     each other or params do not fit config, for a token outside the vocabulary, for a sequence that is longer than the
     model's context, and for weights that are cut over devices where no mesh is given; RuntimeError where no tile gives
     the bits of generation.
