@@ -6,14 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 from jaxengine.ops.kernels import Kernels
 from pallas_kernels.tiles import unknown_zero
 from sharding.mesh import WHOLE
 from sharding.replica_sums import ALONE, Terms, TermsOfReplicas
-
-DEALT: Any = PartitionSpec(None, "data")
 
 
 def check_shared(kernels: Kernels, micro_batches: int) -> None:
@@ -40,13 +37,14 @@ def summed_gradient(kernels: Kernels, specs: Any, loss: Callable, model: Any, pa
     terms = TermsOfReplicas("data", kernels.replicas)
 
     def own(kernels: Kernels, model: Any, dealt: Any) -> tuple[Any, Any]:
-        parts = jax.tree.map(lambda x: x[:, 0], dealt)
+        parts = jax.tree.map(lambda x: x[:, jax.lax.axis_index(terms.axis)], dealt)
         # Unknown when it is compiled: XLA would take a single turn out of its loop, and compile it in another way.
         turns = micro_batches // terms.replicas + unknown_zero(*(jax.tree.leaves(x)[0] for x in (model, parts)))
         return _gathered(terms, model, *_in_turns(terms, functools.partial(loss, kernels), model, parts, turns))
 
     dealt = jax.tree.map(lambda x: x.reshape(-1, terms.replicas, *x.shape[1:]), parts)
-    return kernels.on_each_replica(own, specs, DEALT, outputs=(specs, WHOLE))(model, dealt)
+    # Given whole: were they cut over "data", XLA would cut what else reads them, and its sums, in the same way.
+    return kernels.on_each_replica(own, specs, WHOLE, outputs=(specs, WHOLE))(model, dealt)
 
 
 def _in_turns(terms: Terms, loss: Callable, model: Any, parts: Any, turns: Any) -> tuple[Any, Any]:
