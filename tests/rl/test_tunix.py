@@ -213,6 +213,18 @@ def test_a_completion_mask_tells_what_is_padding(tunix, cluster):
     assert with_pad[3] != by_id[3]  # it follows another token
 
 
+def test_a_worker_has_arrays_of_its_own(tunix, policy):
+    """Also where the actor's lie at home already: Tunix syncs no others."""
+    actor, mesh = policy(), jax.sharding.Mesh(np.array(jax.devices()[:1]), ("tp",))
+    home = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    actor.set_params(jax.device_put(actor.params, home))
+    worker = tunix.ours.JaxEngineRollout(
+        rollout_actor=actor, tokenizer=None, mesh=mesh, rollout_config=tunix.rollout.RolloutConfig(), num_pages=8
+    )
+    pairs = list(zip(*(jax.tree.leaves(model.params) for model in (actor, worker.model())), strict=True))
+    assert all(given.sharding == own.sharding and given is not own for given, own in pairs)
+
+
 def test_rollout_meshes_have_the_bits_of_one_device():
     """Before and after a step of Tunix's own learner, whose actor is cut over other devices."""
     times = run_script("rl/tunix_meshes.py")

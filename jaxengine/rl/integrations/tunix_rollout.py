@@ -79,7 +79,7 @@ class JaxEngineRollout(base_rollout.BaseRollout):
         engine.setdefault("kernels", rollout_actor.kernels.name)
         if mesh.size > 1:
             engine["mesh"] = mesh
-        params = _own(rollout_actor, mesh)
+        params = _own(rollout_actor.params, _homes(rollout_actor, engine["kernels"], mesh))
         self._llm = LLM.from_params(config, params, **engine)
         self._model = TunixPolicy(config, params, kernels=rollout_actor.kernels.name)
         self._tokenizer, self._key = tokenizer, seeded(0) if key is None else key
@@ -218,15 +218,17 @@ class JaxEngineRollout(base_rollout.BaseRollout):
         return self._tokenizer.decode(sample.token_ids[:-1] if ended else sample.token_ids)
 
 
-def _own(actor: TunixPolicy, mesh: jax.sharding.Mesh) -> Decoder:
-    """The actor's weights at home on the mesh, where they are no arrays of the actor's: Tunix syncs no others."""
+def _homes(actor: TunixPolicy, kernels: str, mesh: jax.sharding.Mesh) -> Decoder:
+    """Where a worker's weights lie: those of its first replica, or all on the only device."""
     if mesh.size > 1:
-        home = homes(actor.params, actor.config, choose_kernels(actor.kernels.name, actor.config, mesh))
-    else:
-        only = jax.sharding.SingleDeviceSharding(mesh.devices.item())
-        home = jax.tree.map(lambda _: only, actor.params)
-    there = placed(actor.params, home)
-    return jax.tree.map(lambda x, given: jnp.copy(x) if x is given else x, there, actor.params)
+        return homes(actor.params, actor.config, choose_kernels(kernels, actor.config, mesh))
+    only = jax.sharding.SingleDeviceSharding(mesh.devices.item())
+    return jax.tree.map(lambda _: only, actor.params)
+
+
+def _own(params: Decoder, home: Decoder) -> Decoder:
+    """The weights at home, in other arrays: Tunix syncs weights only where the worker's are not the trainer's."""
+    return jax.tree.map(lambda x, given: jnp.copy(x) if x is given else x, placed(params, home), params)
 
 
 def _current(llm: LLM) -> Decoder:
