@@ -1,7 +1,8 @@
 """Run by test_resharding.py in a process with eight CPU devices: weights that travel from a trainer's to a sampler's.
 
 Prints, as JSON, for each way the bytes that came to the host by `jax.device_put` alone and by `placed`, and whether
-`placed` brought the arrays home as they were.
+`placed` brought the arrays home as they were; then on which devices an engine's weights lie before it sleeps without
+them, and after others have come.
 """
 
 import json
@@ -15,6 +16,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 
 jax.config.update("jax_num_cpu_devices", 8)
 
+from conftest import make_llm, random_model  # noqa: E402
+
+from jaxengine.engine import session  # noqa: E402
 from jaxengine.engine.weights import placed  # noqa: E402
 from sharding.mesh import make_mesh  # noqa: E402
 
@@ -60,5 +64,16 @@ def travelled(source: slice, target: slice) -> tuple[int, int, bool]:
     return alone, ours, all(came)
 
 
+def homes_around_a_sleep() -> list[list[int]]:
+    config, params = random_model(num_hidden_layers=1, reduction_leaves=2)
+    with mock.patch.object(session, "check_mesh"):  # nothing is served
+        llm = make_llm(config, params, num_pages=20, mesh=make_mesh(tensor=2, devices=jax.devices()[2:4]))
+    before = llm.params
+    llm.sleep(2)
+    llm.update_params(params)
+    trees = (before, llm.params)
+    return [sorted({device.id for leaf in jax.tree.leaves(tree) for device in leaf.devices()}) for tree in trees]
+
+
 if __name__ == "__main__":
-    print(json.dumps({name: travelled(*way) for name, way in WAYS.items()}))
+    print(json.dumps([{name: travelled(*way) for name, way in WAYS.items()}, homes_around_a_sleep()]))
