@@ -14,8 +14,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 def cut_alike(x: Any, home: Sharding) -> Any:
     """The array on the devices where it is, in the parts that it has at `home`, which device_put copies as they are.
 
-    Where the number of its devices is no multiple of that of `home`, the whole array on one of them. What is no array
-    of several devices, is being traced, or lies on devices of several processes, is given back as it is.
+    Where the number of its devices is no multiple of that of `home`, the whole array on one of them. Given back as it
+    is what has no NamedSharding, is being traced, or lies on devices of several processes.
     """
     if not isinstance(x, jax.Array) or isinstance(x, Tracer) or not x.is_fully_addressable:
         return x

@@ -6,7 +6,6 @@ them, and after others have come.
 """
 
 import json
-from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -17,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 jax.config.update("jax_num_cpu_devices", 8)
 
 from conftest import make_llm, random_model  # noqa: E402
+from host_memory import bytes_on_host  # noqa: E402
 
 from jaxengine.engine import session  # noqa: E402
 from jaxengine.engine.weights import placed  # noqa: E402
@@ -36,20 +36,6 @@ CUTS = {"matrix": PartitionSpec(None, None, "fsdp"), "norm": PartitionSpec("fsdp
 HOMES = {"matrix": PartitionSpec("tensor"), "norm": PartitionSpec()}
 
 
-def measured(move: Callable, given: Any, homes: Any) -> tuple[int, Any]:
-    """(bytes of the arrays whose values were asked for on the host, what `move` brought home)."""
-    array, asked = type(jax.tree.leaves(given)[0]), []
-    value = array._value.fget
-
-    def watched(x: Any) -> Any:
-        asked.append(x.nbytes)
-        return value(x)
-
-    with mock.patch.object(array, "_value", property(watched)):
-        moved = jax.block_until_ready(move(given, homes))
-    return sum(asked), moved
-
-
 def travelled(source: slice, target: slice) -> tuple[int, int, bool]:
     trainer, sampler = jax.devices()[source], jax.devices()[target]
     mesh = Mesh(np.array(trainer), ("fsdp",))
@@ -58,8 +44,8 @@ def travelled(source: slice, target: slice) -> tuple[int, int, bool]:
     homes: Any = {name: NamedSharding(mesh, home) for name, home in HOMES.items()}
     if len(sampler) == 1:
         homes = {name: SingleDeviceSharding(sampler[0]) for name in HOMES}
-    alone, _ = measured(jax.device_put, given, homes)
-    ours, moved = measured(placed, given, homes)
+    alone, _ = bytes_on_host(jax.device_put, given, homes)
+    ours, moved = bytes_on_host(placed, given, homes)
     came = [moved[name].sharding == homes[name] and np.array_equal(moved[name], GIVEN[name]) for name in GIVEN]
     return alone, ours, all(came)
 

@@ -227,7 +227,7 @@ def test_a_worker_has_arrays_of_its_own(tunix, policy):
 
 def test_rollout_meshes_have_the_bits_of_one_device():
     """Before and after a step of Tunix's own learner, whose actor is cut over other devices."""
-    times = run_script("rl/tunix_meshes.py")
+    times, on_host = run_script("rl/tunix_meshes.py")
     for time in times:
         facts, said = time["facts"], time["said"]
         assert set(said) == {"tp", "one", "2x2"} and all(found == said["one"] for found in said.values())
@@ -237,6 +237,7 @@ def test_rollout_meshes_have_the_bits_of_one_device():
     before, after = times
     assert before["facts"]["weights"] != after["facts"]["weights"]
     assert before["said"]["one"]["drawn"] != after["said"]["one"]["drawn"]
+    assert len(on_host) == 1 and 0 < on_host[0] < 100  # a flag for each weight: whether it is finite
 
 
 def test_threads_and_lengths_compile_nothing(tunix, cluster):

@@ -3,7 +3,7 @@
 The actor is cut over two devices ("fsdp"), and the rollout worker's weights are shared by the two others ("tp"). The
 step's prompts are drawn again after it, and then on other rollout meshes under the weights that the actor had both
 times. Prints, as JSON, of each time what is true of it, and of each mesh digests of tokens and logprobs: as drawn, and
-as scored.
+as scored; and for each time that Tunix synced weights the bytes of it that came to the host.
 """
 
 import functools
@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 jax.config.update("jax_num_cpu_devices", 4)
 
 from conftest import ONE_TILE, random_model  # noqa: E402
+from host_memory import bytes_on_host  # noqa: E402
 from transformers import PreTrainedTokenizerFast  # noqa: E402
 from tunix.rl import rl_cluster  # noqa: E402
 from tunix.rl.grpo import grpo_learner  # noqa: E402
@@ -110,6 +111,8 @@ def main() -> None:
         return output
 
     rollout.generate = functools.partial(watched, rollout.generate)
+    update, on_host = rollout.update_params, list[int]()
+    rollout.update_params = lambda *params: on_host.append(bytes_on_host(update, *params)[0])
     problems = arithmetic.problems(0, PROMPTS)
     learner = grpo_learner.GRPOLearner(
         cluster,
@@ -125,7 +128,7 @@ def main() -> None:
             actor.set_params(on_actor(each.params))
             other.update_params(nnx.state(actor, nnx.Param), (nnx.Param,))
             each.said[name] = said(other, other.generate(each.prompts, CONFIG))
-    print(json.dumps([{"facts": each.facts, "said": each.said} for each in drawn]))
+    print(json.dumps([[{"facts": each.facts, "said": each.said} for each in drawn], on_host]))
 
 
 if __name__ == "__main__":
