@@ -216,9 +216,11 @@ class Session:
         self.runner.check_usable()
         params = to_decoder(params, self.model_config, cast=cast, split=self.engine.kernels.split)
         params = self._own_parts(params, self.engine_config)
-        homes = self.params if self._homes is None else self._homes
+        home = self.params if self._homes is None else self._homes
+        if home is None:  # the weights are gone, sleep(2)
+            home = homes(params, self.model_config, self.engine.kernels)
         with as_one(self.engine.lockstep, ("update_params", version, in_flight)):
-            params = prepared(params, self.model_config, homes, cast=cast)
+            params = prepared(params, self.model_config, home, cast=cast)
         with self.runner.alone():
             current = self.engine.weights.version
             if version is not None and version <= current:
