@@ -54,7 +54,7 @@ def gradient_once(model_config: ModelConfig, gradient: Any, whole: NamedSharding
 
 
 def homes_once(model_config: ModelConfig, homes: Any, whole: Any) -> Any:
-    """Where `weights_once` lie, of weights with these homes (NamedSharding): every device has all heads, which are few."""
+    """Where `weights_once` lie, of weights with these shardings: every device has all heads, which are few."""
     return _mapped(model_config, lambda home: OwnHeads(home, whole), homes)
 
 
