@@ -313,7 +313,8 @@ class LLM:
 
         safetensors of at most 5 GB each, config.json, and the tokenizer and generation_config.json of the folder that
         this LLM was built from; `from_params` knows none. Raises FileExistsError where the folder holds tensors,
-        RuntimeError where the weights were donated or are not here (`sleep(2)`, `close`).
+        ValueError where copies of a key-value head differ (config.py), RuntimeError where the weights were donated or
+        are not here (`sleep(2)`, `close`).
         """
         self.session.runner.check_usable()
         params = self.params

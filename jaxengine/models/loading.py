@@ -77,12 +77,13 @@ def _with_leaves(folder: Path, model_config: ModelConfig, count: int | None, dev
     usual, chosen = model_config.with_leaves(), model_config.with_leaves(count, devices)
     if count is None and chosen != usual:
         log.warning(
-            "%s: %d devices share the model, so it has reduction_leaves=%d, and not the bits of the %d that it has on "
-            "fewer devices: give reduction_leaves there too",
+            "%s: %d devices share the model, so it has reduction_leaves=%d, and other bits than with the %d that it has on "
+            "fewer devices; reduction_leaves=%d there gives the same",
             folder,
             devices,
             chosen.reduction_leaves,
             usual.reduction_leaves,
+            chosen.reduction_leaves,
         )
     return chosen
 
@@ -192,7 +193,7 @@ def save(
 
     Shards have at most 5 GB. The tokenizer's files and generation_config.json are copied from the folders that are
     given. config.json comes last, and a folder without one does not open: a crash leaves no half model. Raises
-    FileExistsError where the folder holds tensors.
+    FileExistsError where the folder holds tensors, ValueError where copies of a key-value head differ (config.py).
     """
     model_config = model_config if dtype is None else dataclasses.replace(model_config, dtype=dtype)
     save_folder(folder, named_tensors(model_config, params))
