@@ -77,8 +77,8 @@ def _with_leaves(folder: Path, model_config: ModelConfig, count: int | None, dev
     usual, chosen = model_config.with_leaves(), model_config.with_leaves(count, devices)
     if count is None and chosen != usual:
         log.warning(
-            "%s: %d devices share the model, so it has reduction_leaves=%d, and other bits than with the %d that it has on "
-            "fewer devices; reduction_leaves=%d there gives the same",
+            "%s: %d devices share the model, so it has reduction_leaves=%d, and other bits than with the %d that it "
+            "has on fewer devices; reduction_leaves=%d there gives the same",
             folder,
             devices,
             chosen.reduction_leaves,
