@@ -48,7 +48,10 @@ class RopeConfig:
 class ModelConfig:
     """A decoder's architecture, in Hugging Face's words.
 
-    `reduction_leaves` fixes the order of sums (see sharding/leaves.py); `with_leaves()` are those that LLM takes.
+    `reduction_leaves` fixes the order of sums (see sharding/leaves.py); `with_leaves()` are those that LLM takes. Where
+    there are more leaves than key-value heads, several leaves hold the same head: each has its own copy of the head's
+    weights, and its own pages. Parameters hold the copies, which are to be equal; files and optimisers have each head
+    once (models/hugging_face.py, models/own_heads.py).
     """
 
     architecture: str
@@ -89,37 +92,65 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary embeddings, got {self.head_dim}")
-        for name, size in (
-            ("num_key_value_heads", self.num_key_value_heads),
-            ("intermediate_size", self.intermediate_size),
-        ):
-            if size % self.reduction_leaves:
-                raise ValueError(f"reduction_leaves={self.reduction_leaves} does not divide {name}={size}")
+        wrong = self._unfit(self.reduction_leaves)
+        if wrong:
+            powers = [1 << exponent for exponent in range(self.num_attention_heads.bit_length())]
+            possible = ", ".join(str(count) for count in powers if not self._unfit(count))
+            raise ValueError(f"reduction_leaves={self.reduction_leaves} {wrong}; this model can have {possible}")
         if self.reduction_leaves & (self.reduction_leaves - 1):
             raise ValueError(f"reduction_leaves must be a power of two, got {self.reduction_leaves}")
 
-    def with_leaves(self, count: int | None = None) -> "ModelConfig":
-        """The same with `count` leaves; None: as many as the model can be cut into, up to DEFAULT_LEAVES.
+    def _unfit(self, leaves: int) -> str:
+        """Why the model cannot be cut into so many leaves, nothing where it can."""
+        queries, heads = self.num_attention_heads, self.num_key_value_heads
+        if heads % leaves and (leaves % heads or queries % leaves):
+            return (
+                f"does not divide num_key_value_heads={heads}, and is no multiple of them that divides "
+                f"num_attention_heads={queries}"
+            )
+        if self.intermediate_size % leaves:
+            return f"does not divide intermediate_size={self.intermediate_size}"
+        return ""
 
+    def with_leaves(self, count: int | None = None, devices: int = 1) -> "ModelConfig":
+        """The same with `count` leaves.
+
+        None: as many as the model can be cut into without copies of heads, up to DEFAULT_LEAVES, or one for each of the
+        `devices` that are to share it, where they are more.
         The most by default, so that a model that was sampled on one device trains on eight without other bits.
         """
         most = math.gcd(self.num_key_value_heads, self.intermediate_size, DEFAULT_LEAVES)
-        return dataclasses.replace(self, reduction_leaves=most if count is None else count)
+        if count is not None or devices <= most:
+            return dataclasses.replace(self, reduction_leaves=most if count is None else count)
+        try:
+            return dataclasses.replace(self, reduction_leaves=devices)
+        except ValueError as error:
+            raise ValueError(f"{devices} devices cannot share the model, a leaf or more each: {error}") from None
 
     def share(self, degree: int) -> "ModelConfig":
         """The part of the model that each of `degree` devices has, which share its leaves."""
         return dataclasses.replace(
             self,
             num_attention_heads=self.num_attention_heads // degree,
-            num_key_value_heads=self.num_key_value_heads // degree,
+            num_key_value_heads=self.held_key_value_heads // degree,
             intermediate_size=self.intermediate_size // degree,
             reduction_leaves=self.reduction_leaves // degree,
         )
 
     @property
+    def key_value_copies(self) -> int:
+        """Leaves that hold the same key-value head."""
+        return max(1, self.reduction_leaves // self.num_key_value_heads)
+
+    @property
+    def held_key_value_heads(self) -> int:
+        """Key-value heads that all leaves hold, copies counted: those that are computed and have pages."""
+        return self.num_key_value_heads * self.key_value_copies
+
+    @property
     def group_size(self) -> int:
-        """Query heads that share one key-value head."""
-        return self.num_attention_heads // self.num_key_value_heads
+        """Query heads that share a key-value head that a leaf holds."""
+        return self.num_attention_heads // self.held_key_value_heads
 
     @property
     def context_length(self) -> int:

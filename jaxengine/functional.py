@@ -98,10 +98,11 @@ def score(
     nor where the mesh has several processes: there each process scores all), and the bits stay. params may lie on its
     devices in any way; inside jit, where JAX moves nothing, on all of them (the `params` of an LLM with several
     replicas are those of the first). The first call for a model proves on this machine which tiles give the bits of
-    generation (engine/scoring_proof.py). Raises ValueError where shapes do not fit
-    each other or params do not fit config, for a token outside the vocabulary, for a sequence that is longer than the
-    model's context, and for weights that are cut over devices where no mesh is given; RuntimeError where no tile gives
-    the bits of generation.
+    generation (engine/scoring_proof.py). Where several leaves hold a copy of a key-value head, each copy has its own
+    part of the head's gradient, and an optimiser has to take their sum (models/own_heads.py), as a Trainer does. Raises
+    ValueError where shapes do not fit each other or params do not fit config, for a token outside the vocabulary, for a
+    sequence that is longer than the model's context, and for weights that are cut over devices where no mesh is given;
+    RuntimeError where no tile gives the bits of generation.
     """
     tokens, mask = jnp.asarray(tokens), jnp.asarray(mask)
     check_scored(tokens, mask, config)

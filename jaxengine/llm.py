@@ -23,7 +23,7 @@ from jaxengine.engine import idle_pools, memory
 from jaxengine.engine.engine import Engine
 from jaxengine.engine.replicas import Replicas
 from jaxengine.engine.session import Session
-from jaxengine.engine.settings import ENGINE_KEYWORDS, profile_line, resolve_engine_config
+from jaxengine.engine.settings import ENGINE_KEYWORDS, profile_line, resolve_engine_config, sharing_devices
 from jaxengine.engine.weights import check_alive
 from jaxengine.host.admission import sampling_of
 from jaxengine.host.prompts import Refused, conversations_of, prompts_of
@@ -56,7 +56,8 @@ class LLM:
     values, merged key by key: `{"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}` stretches the context.
     Where config.json and the weights' file disagree (tied head, dtype), the file counts and a warning says so.
     `reduction_leaves` is the number of parts that every long sum is cut into, and so the most devices that can ever
-    share the model; it is in the bits. None is the most that its heads allow, up to 8. `num_pages` is sized from memory
+    share the model; it is in the bits. None is the most that its key-value heads allow, up to 8, or one for each device
+    that shares it, where they are more: each head is then held by several leaves. `num_pages` is sized from memory
     unless given. `seed` is the key of calls that bring none. `progress` shows loading, compiling and tokens on stderr.
     `profile` is "rl" or "serving", a line of defaults for EngineConfig (engine/settings.py), which is shown. Further
     keywords are EngineConfig's: they change room and speed, never a bit except for `kernels`.
@@ -83,7 +84,12 @@ class LLM:
         self._folder, self._tokenizer_folder = folder, _tokenizer_folder(tokenizer, folder)
         text = None if self._tokenizer_folder is None else Tokenizer.load(self._tokenizer_folder)
         config = loading.read_model_config(
-            folder, dtype=dtype, reduction_leaves=reduction_leaves, hf_overrides=hf_overrides, tokenizer=text
+            folder,
+            dtype=dtype,
+            reduction_leaves=reduction_leaves,
+            devices=sharing_devices(engine),
+            hf_overrides=hf_overrides,
+            tokenizer=text,
         )
         engine_config = idle_pools.with_room(lambda: resolve_engine_config(config, engine))
         if engine.get("profile") is not None:
@@ -307,7 +313,8 @@ class LLM:
 
         safetensors of at most 5 GB each, config.json, and the tokenizer and generation_config.json of the folder that
         this LLM was built from; `from_params` knows none. Raises FileExistsError where the folder holds tensors,
-        RuntimeError where the weights were donated or are not here (`sleep(2)`, `close`).
+        ValueError where copies of a key-value head differ (config.py), RuntimeError where the weights were donated or
+        are not here (`sleep(2)`, `close`).
         """
         self.session.runner.check_usable()
         params = self.params

@@ -5,6 +5,8 @@ axis of every weight. Each partial result is computed per leaf at one shape, and
 balanced binary tree in float32. A device that owns a run of leaves owns a subtree, so the order does not depend on how
 many devices share the work. Gradients are added in the same tree.
 
+A leaf has key-value heads of its own; where leaves are more than those, several have a copy of the same head each.
+
 Devices exchange numbers by copying alone (or as integers): no sum of floats is left to the runtime, whose order may be
 any.
 """

@@ -28,6 +28,7 @@ from jaxengine.device.needs import Needs
 from jaxengine.device.packed import pack
 from jaxengine.engine import scoring_proof, step_variants
 from jaxengine.engine.batch import BatchBuilder
+from jaxengine.models import own_heads
 from jaxengine.models.params import Decoder, initialise, path_name
 from jaxengine.ops.tiles import BASE, TILES, WIDE
 from jaxengine.text.tokenizer import Tokenizer
@@ -138,6 +139,7 @@ def random_model(family: str = "Qwen3", **changes) -> tuple[ModelConfig, Decoder
             return jax.random.normal(next(keys), x.shape).astype(x.dtype) if "bias" in path_name(path) else x
 
         params = jax.tree_util.tree_map_with_path(filled, params)
+        params = own_heads.with_copies(config, own_heads.weights_once(config, params))  # copies are equal
     return config, params
 
 

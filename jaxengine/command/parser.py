@@ -167,7 +167,7 @@ def _add_leaves(parser: argparse.ArgumentParser) -> None:
         "--reduction-leaves",
         type=count,
         help="parts of every long sum, so the most devices that can share the model; it is in the bits; None: what "
-        "the heads allow, up to 8",
+        "the key-value heads allow, up to 8, or as many as devices that share it",
     )
 
 

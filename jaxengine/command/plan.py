@@ -21,7 +21,8 @@ def plan(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """(the table, the same ready for JSON). Raises ValueError for what cannot be planned here, with the reason."""
     target = target_of(arguments.topology)
     replicas = replicas_of(target, arguments.tensor, arguments.data)
-    model_config = planned_model(arguments.model, dtype=arguments.dtype, reduction_leaves=arguments.reduction_leaves)
+    leaves, devices = arguments.reduction_leaves, arguments.tensor
+    model_config = planned_model(arguments.model, dtype=arguments.dtype, reduction_leaves=leaves, devices=devices)
     engine_config = engine_config_of(arguments, model_config)
     context = arguments.context or engine_config.max_model_len // 2
     if context > engine_config.max_model_len:
@@ -77,6 +78,9 @@ def estimates_of(
 def _head(arguments: argparse.Namespace, model_config: ModelConfig, made: DeskPlan) -> Iterator[str]:
     layers, compiled = model_config.num_hidden_layers, made.compiled_layers
     yield f"{arguments.model}, {layers} layers, {model_config.dtype}, reduction_leaves={model_config.reduction_leaves}"
+    if model_config.key_value_copies > 1:
+        heads, copies = model_config.num_key_value_heads, model_config.key_value_copies
+        yield f"each of {heads} key-value heads is held {copies} times"
     yield f"{made.target}: {made.num_replicas} replica(s) of {made.degree} device(s)"
     asked = {"plain": "a temperature alone", "all": "everything"}[arguments.needs]
     yield f"steps for requests that ask for {asked}"

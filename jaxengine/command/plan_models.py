@@ -42,8 +42,8 @@ NAMED = {"llama-3-70b": LLAMA_3_70B, "qwen3-32b": QWEN3_32B, "qwen3-8b": QWEN3_8
 EXPERTS = "num_experts", "num_local_experts", "n_routed_experts"  # in config.json of a mixture of experts
 
 
-def planned_model(model: str, *, dtype: str, reduction_leaves: int | None) -> ModelConfig:
-    """The configuration of a name in NAMED (in any case), a config.json, its folder, or a hub id.
+def planned_model(model: str, *, dtype: str, reduction_leaves: int | None, devices: int = 1) -> ModelConfig:
+    """The configuration of a name in NAMED (in any case), a config.json, its folder, or a hub id, on so many devices.
 
     Raises ValueError for a model that this project does not run, mixtures of experts among them.
     """
@@ -54,7 +54,7 @@ def planned_model(model: str, *, dtype: str, reduction_leaves: int | None) -> Mo
     try:
         config = registry.configure(hf)
         config = dataclasses.replace(config, dtype=dtype_name(dtype, config.dtype))
-        return config.with_leaves(reduction_leaves)
+        return config.with_leaves(reduction_leaves, devices)
     except ValueError as error:
         raise ValueError(f"{model}: {error}") from error
 

@@ -211,7 +211,7 @@ def _workspace(model_config: ModelConfig, engine_config: EngineConfig) -> int:
     tokens of each row.
     """
     rows = max(engine_config.max_num_batched_tokens, engine_config.max_num_seqs)
-    heads = (2 * model_config.num_attention_heads + 2 * model_config.num_key_value_heads) * model_config.head_dim
+    heads = (2 * model_config.num_attention_heads + 2 * model_config.held_key_value_heads) * model_config.head_dim
     likeliest = 2 * engine_config.num_likeliest(model_config.vocab_size)  # ids and logprobs
     return ROW_BYTES * (
         rows * (2 * model_config.hidden_size + heads + likeliest)

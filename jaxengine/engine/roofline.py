@@ -65,7 +65,7 @@ def _read_weights(model_config: ModelConfig, plan: DeskPlan) -> int:
 def _layer_flops(model_config: ModelConfig, keys: int) -> int:
     """Of one token in all layers: a product takes two for each weight, attention four for each key and head's value."""
     width, heads = model_config.hidden_size, model_config.num_attention_heads
-    projections = (2 * heads + 2 * model_config.num_key_value_heads) * model_config.head_dim
+    projections = (2 * heads + 2 * model_config.held_key_value_heads) * model_config.head_dim
     weights = width * (projections + 3 * model_config.intermediate_size)
     return model_config.num_hidden_layers * (2 * weights + 4 * heads * model_config.head_dim * keys)
 

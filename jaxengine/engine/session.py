@@ -216,11 +216,11 @@ class Session:
         self.runner.check_usable()
         params = to_decoder(params, self.model_config, cast=cast, split=self.engine.kernels.split)
         params = self._own_parts(params, self.engine_config)
-        like, kernels = self.params if self._homes is None else self._homes, self._kernels_of_all()
-        if self._homes is None and kernels.replicas > 1:  # each replica takes its copy from there
-            like = homes(params, self.model_config, kernels)
+        kernels, home = self._kernels_of_all(), self.params if self._homes is None else self._homes
+        if home is None or self._homes is None and kernels.replicas > 1:  # each replica takes its copy from there
+            home = homes(params, self.model_config, kernels)
         with as_one(self.engine.lockstep, ("update_params", version, in_flight)):
-            params = prepared(params, self.model_config, like, cast=cast)
+            params = prepared(params, self.model_config, home, cast=cast)
         with self.runner.alone():
             current = self.engine.weights.version
             if version is not None and version <= current:

@@ -71,6 +71,12 @@ def _mesh(sizes: list[Any], mesh: Mesh | None) -> dict[str, Any]:
     return {"mesh": mesh}
 
 
+def sharing_devices(given: dict[str, Any]) -> int:
+    """Devices that share the weights, by the keywords of `resolve_engine_config`. Raises ValueError as that does."""
+    mesh = _mesh([given.get(name) for name in MESH_KEYWORDS], given.get("mesh")).get("mesh")
+    return 1 if mesh is None else mesh.shape["tensor"]
+
+
 def profile_defaults(profile: Any) -> dict[str, Any]:
     """The defaults of a profile; of None none. Raises ValueError for one that is not in PROFILES."""
     if profile is None:

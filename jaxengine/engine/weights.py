@@ -8,6 +8,7 @@ from jax.core import Tracer
 
 from jaxengine.config import ModelConfig
 from jaxengine.device import steps
+from jaxengine.device.resharding import cut_alike
 from jaxengine.models.params import Decoder, abstract, shardings
 from jaxengine.ops.kernels import Kernels
 
@@ -29,11 +30,18 @@ def check_fits(params: Decoder, model_config: ModelConfig) -> None:
 def placed(params: Any, like: Any) -> Any:
     """`params` where the weights `like` lie (arrays, or their shardings).
 
-    Leaves that are there already share their memory and nothing is copied; others travel from device to device.
-    device_put only marks them as committed to their device: a step compiled for committed weights would be compiled
-    again for weights that are not.
+    Leaves that are there already share their memory and nothing is copied; others travel from device to device, those
+    that are cut in another way one after the other, so that the devices they come from hold one more leaf and not one
+    more model. device_put only marks the former as committed to their device: a step compiled for committed weights
+    would be compiled again for weights that are not.
     """
-    return jax.device_put(params, jax.tree.map(_sharding, like))
+    return jax.tree.map(_placed, params, jax.tree.map(_sharding, like))
+
+
+def _placed(leaf: Any, home: jax.sharding.Sharding) -> Any:
+    cut = cut_alike(leaf, home)
+    moved = jax.device_put(cut, home)
+    return moved if cut is leaf else jax.block_until_ready(moved)
 
 
 def _sharding(leaf: Any) -> jax.sharding.Sharding:

@@ -15,7 +15,7 @@ from jaxengine.ops.live import Live
 
 @pytree
 class Attention:
-    """H query heads and K key-value heads of width h."""
+    """H query heads and K key-value heads of width h; K counts every copy that a leaf holds."""
 
     qkv: Array  # [leaf, (H + 2K)h / leaf, D]: queries, keys, values of the leaf's heads
     qkv_bias: Array | None  # [leaf, (H + 2K)h / leaf]
@@ -29,7 +29,7 @@ def declare(model_config: ModelConfig) -> Attention:
     """The declarations of its parameters, in its own shape."""
     leaves, width, dtype = model_config.reduction_leaves, model_config.hidden_size, model_config.dtype
     queries = model_config.num_attention_heads * model_config.head_dim
-    packed = queries + 2 * model_config.num_key_value_heads * model_config.head_dim
+    packed = queries + 2 * model_config.held_key_value_heads * model_config.head_dim
     head_norm: Any = norm_scale(model_config, model_config.head_dim) if model_config.qk_norm else None
     qkv_bias: Any = None
     if model_config.qkv_bias:

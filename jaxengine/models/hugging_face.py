@@ -3,6 +3,7 @@
 What the families share; each family file adds its differences.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from checkpoints.key_table import Entry
 from jaxengine.base.arguments import integer, items
 from jaxengine.config import ModelConfig
 from jaxengine.models.generation_config import end_tokens
+from jaxengine.models.own_heads import different_copies
 from jaxengine.models.rope_parameters import given, rope_config, rope_json
 
 IGNORED_KEYS = ("*.rotary_emb.inv_freq",)  # buffers that old files carry
@@ -82,10 +84,14 @@ def config_json(model_config: ModelConfig, model_type: str) -> dict[str, Any]:
 
 
 def key_table(model_config: ModelConfig) -> list[Entry]:
-    """Where each of our leaves comes from. Our matrices pack Hugging Face's by leaf: `[leaf, N, K]`."""
+    """Where each of our leaves comes from. Our matrices pack Hugging Face's by leaf: `[leaf, N, K]`.
+
+    A key-value head that several leaves hold is copied on the way in, and stands once on the way out.
+    """
     width, h = model_config.hidden_size, model_config.head_dim
     query, key_value = model_config.num_attention_heads * h, model_config.num_key_value_heads * h
     attention, mlp = "self_attn", model_config.intermediate_size
+    copies = 1, model_config.key_value_copies, model_config.key_value_copies
     entries = [_vocabulary(model_config, "embed", EMBEDDING)]
     for i in range(model_config.num_hidden_layers):
         ours, theirs = f"layers.{i}", f"model.layers.{i}"
@@ -97,6 +103,7 @@ def key_table(model_config: ModelConfig) -> list[Entry]:
                 f"{ours}.attention.qkv",
                 [f"{n}.weight" for n in names],
                 [(n, width) for n in (query, key_value, key_value)],
+                copies,
             ),
             _inputs(model_config, f"{ours}.attention.out", f"{theirs}.{attention}.o_proj.weight", (width, query)),
             _vector(f"{ours}.post_norm", f"{theirs}.post_attention_layernorm.weight", width),
@@ -110,9 +117,8 @@ def key_table(model_config: ModelConfig) -> list[Entry]:
         ]
         if model_config.qkv_bias:
             biases = [f"{n}.bias" for n in names]
-            entries.append(
-                _outputs(model_config, f"{ours}.attention.qkv_bias", biases, [(query,), (key_value,), (key_value,)])
-            )
+            shapes = [(query,), (key_value,), (key_value,)]
+            entries.append(_outputs(model_config, f"{ours}.attention.qkv_bias", biases, shapes, copies))
         if model_config.out_bias:
             entries.append(_vector(f"{ours}.attention.out_bias", f"{theirs}.{attention}.o_proj.bias", width))
         if model_config.qk_norm:
@@ -145,18 +151,42 @@ def _vocabulary(model_config: ModelConfig, target: str, source: str) -> Entry:
     return Entry(target, (source,), ((size, width),), pack, unpack)
 
 
-def _outputs(model_config: ModelConfig, target: str, sources: list[str], shapes: list[tuple[int, ...]]) -> Entry:
-    """Matrices [N, K] (or biases [N]) cut along N into leaves, and joined leaf by leaf."""
+def _outputs(
+    model_config: ModelConfig,
+    target: str,
+    sources: list[str],
+    shapes: list[tuple[int, ...]],
+    copies: Sequence[int] | None = None,
+) -> Entry:
+    """Matrices [N, K] (or biases [N]) cut along N into leaves, and joined leaf by leaf.
+
+    `copies` says of each how many leaves hold the same part of it; None: each leaf has a part of its own.
+    """
     leaves = model_config.reduction_leaves
-    edges = np.cumsum([shape[0] // leaves for shape in shapes])[:-1]
+    counts = [1] * len(sources) if copies is None else list(copies)
+    edges = np.cumsum([shape[0] * count // leaves for shape, count in zip(shapes, counts, strict=True)])[:-1]
 
     def pack(parts):
-        return np.concatenate([x.reshape(leaves, x.shape[0] // leaves, *x.shape[1:]) for x in parts], axis=1)
+        return np.concatenate([_cut(x, leaves, count) for x, count in zip(parts, counts, strict=True)], axis=1)
 
     def unpack(leaf):
-        return [part.reshape(-1, *part.shape[2:]) for part in np.split(leaf, edges, axis=1)]
+        held = list(zip(np.split(leaf, edges, axis=1), counts, strict=True))
+        if not all(_is_copied(part, count) for part, count in held):
+            raise ValueError(f"{target}: {different_copies(model_config)}")
+        return [part[::count].reshape(-1, *part.shape[2:]) for part, count in held]
 
     return Entry(target, tuple(sources), tuple(shapes), pack, unpack)
+
+
+def _cut(x: np.ndarray, leaves: int, copies: int) -> np.ndarray:
+    """[N, …] as [leaf, N · copies / leaf, …], where so many leaves after each other hold the same."""
+    parts = x.reshape(leaves // copies, -1, *x.shape[1:])
+    return parts if copies == 1 else parts.repeat(copies, axis=0)
+
+
+def _is_copied(x: np.ndarray, copies: int) -> bool:
+    """Whether so many leaves after each other hold the same bits."""
+    return all(x[i::copies].tobytes() == x[::copies].tobytes() for i in range(1, copies))
 
 
 def _inputs(model_config: ModelConfig, target: str, source: str, shape: tuple[int, int]) -> Entry:

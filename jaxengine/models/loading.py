@@ -6,6 +6,7 @@ Leaf by leaf, so that a model is never in memory twice.
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -30,6 +31,7 @@ from jaxengine.text.tokenizer import Tokenizer
 from sharding.mesh import Split, on_host
 from sharding.rules import spec_of
 
+log = logging.getLogger("jaxengine")
 OTHER_NAMES = {"half": "float16", "float": "float32"}  # of dtypes, in vLLM
 
 
@@ -38,12 +40,14 @@ def read_model_config(
     *,
     dtype: Any = "auto",
     reduction_leaves: int | None = None,
+    devices: int = 1,
     hf_overrides: Mapping[str, Any] | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> ModelConfig:
     """The configuration of a model folder, as its tensors bear it out (models/agreement.py), where it has some.
 
-    `reduction_leaves=None` is the most that its heads allow, up to 8 (ModelConfig.with_leaves).
+    `reduction_leaves=None` is the most that its key-value heads allow, up to 8, or one for each of `devices` that share
+    it, where they are more (ModelConfig.with_leaves), which is logged, because leaves are in the bits.
     `dtype="auto"` is what the file holds. `hf_overrides` change config.json's values before they are read
     (models/overrides.py). End tokens are those of config.json, of generation_config.json and the tokenizer's own
     eos_token, together. Raises FileNotFoundError or ValueError naming the file, what it says and what is allowed.
@@ -65,8 +69,23 @@ def read_model_config(
         eos_token_ids=stop_set(model_config.vocab_size, sources),
         dtype=dtype_name(dtype, model_config.dtype),
     )
-    model_config = model_config.with_leaves(reduction_leaves)
+    model_config = _with_leaves(folder, model_config, reduction_leaves, devices)
     return _borne_out(folder, model_config, hf, is_auto=isinstance(dtype, str) and dtype == "auto")
+
+
+def _with_leaves(folder: Path, model_config: ModelConfig, count: int | None, devices: int) -> ModelConfig:
+    usual, chosen = model_config.with_leaves(), model_config.with_leaves(count, devices)
+    if count is None and chosen != usual:
+        log.warning(
+            "%s: %d devices share the model, so it has reduction_leaves=%d, and other bits than with the %d that it "
+            "has on fewer devices; reduction_leaves=%d there gives the same",
+            folder,
+            devices,
+            chosen.reduction_leaves,
+            usual.reduction_leaves,
+            chosen.reduction_leaves,
+        )
+    return chosen
 
 
 def _borne_out(folder: Path, model_config: ModelConfig, hf: dict[str, Any], *, is_auto: bool) -> ModelConfig:
@@ -174,7 +193,7 @@ def save(
 
     Shards have at most 5 GB. The tokenizer's files and generation_config.json are copied from the folders that are
     given. config.json comes last, and a folder without one does not open: a crash leaves no half model. Raises
-    FileExistsError where the folder holds tensors.
+    FileExistsError where the folder holds tensors, ValueError where copies of a key-value head differ (config.py).
     """
     model_config = model_config if dtype is None else dataclasses.replace(model_config, dtype=dtype)
     save_folder(folder, named_tensors(model_config, params))

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from jaxengine.base.pytree import pytree
 from jaxengine.config import ModelConfig
-from jaxengine.models import attention_block, mlp_block
+from jaxengine.models import attention_block, mlp_block, own_heads
 from jaxengine.models.attention_block import Attention
 from jaxengine.models.mlp_block import Mlp
 from jaxengine.models.parameter import Parameter, norm_scale
@@ -101,7 +101,10 @@ def abstract(model_config: ModelConfig) -> Decoder:
 
 
 def initialise(model_config: ModelConfig, key: Array, scale: float = 0.02) -> Decoder:
-    """Random parameters: normal with deviation `scale`, ones for norms, zeros for biases and padded vocabulary rows."""
+    """Random parameters: normal with deviation `scale`, ones for norms, zeros for biases and padded vocabulary rows.
+
+    Copies of a key-value head are equal.
+    """
     places = {path: place for place, path in enumerate(by_path(declare(model_config)))}
 
     def array(path: str, parameter: Parameter) -> Array:
@@ -112,7 +115,8 @@ def initialise(model_config: ModelConfig, key: Array, scale: float = 0.02) -> De
             values = _without_padding(values, model_config.vocab_size)
         return values.astype(parameter.dtype)
 
-    return map_declared(array, model_config)
+    drawn = map_declared(array, model_config)
+    return own_heads.with_copies(model_config, own_heads.weights_once(model_config, drawn))
 
 
 def _without_padding(table: Float[Array, "leaf N D"], vocab_size: int) -> Float[Array, "leaf N D"]:

@@ -53,7 +53,7 @@ def _attention(model_config: ModelConfig, layer: Layer, y: Float[Array, "T D"]) 
     if attention.qkv_bias is not None:
         packed += attention.qkv_bias.astype(jnp.float32)[:, None]
     heads = packed.reshape(leaves, length, -1, h)
-    each = model_config.num_attention_heads // leaves, model_config.num_key_value_heads // leaves
+    each = model_config.num_attention_heads // leaves, model_config.held_key_value_heads // leaves
     parts = jnp.split(heads, [each[0], sum(each)], axis=2)
     q, k, v = (part.transpose(1, 0, 2, 3).reshape(length, -1, h) for part in parts)
     if attention.q_norm is not None and attention.k_norm is not None:

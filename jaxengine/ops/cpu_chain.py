@@ -172,7 +172,7 @@ class CpuAttention:
 
     def pools(self, model_config: ModelConfig, num_pages: int, page_size: int) -> tuple[Any, Any]:
         dtype = storage_dtype(jnp.dtype(model_config.dtype))  # XLA copies pages, and would widen 16-bit floats for it
-        heads, width = model_config.num_key_value_heads, model_config.head_dim
+        heads, width = model_config.held_key_value_heads, model_config.head_dim
         return calls.page_shapes(heads, num_pages, page_size, width, dtype)
 
     def by_token(self, keys: Any, values: Any) -> tuple[Any, Any]:

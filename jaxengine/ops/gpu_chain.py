@@ -222,7 +222,7 @@ class ChainAttention(PallasAttention):
             raise ValueError(
                 f"the GPU's kernels take {tile} keys at a time, and whole pages: got page_size={page_size}"
             )
-        pool: Any = jax.ShapeDtypeStruct((num_pages, model_config.num_key_value_heads, page_size, width), dtype)
+        pool: Any = jax.ShapeDtypeStruct((num_pages, model_config.held_key_value_heads, page_size, width), dtype)
         return pool, pool
 
     def rows_of(self, packed: Sums) -> Float[Array, "R N"]:
@@ -241,7 +241,7 @@ class ChainAttention(PallasAttention):
         projection = heads.Projection(packed.rows.sums, packed.rows.bias, packed.q_norm, packed.k_norm, frequencies)
         geometry = heads.Geometry(
             model_config.num_attention_heads,
-            model_config.num_key_value_heads,
+            model_config.held_key_value_heads,
             model_config.head_dim,
             model_config.reduction_leaves,
             model_config.rms_norm_eps,

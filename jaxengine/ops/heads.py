@@ -56,7 +56,7 @@ def _heads_of_tile(
 ) -> tuple[Array, Array, Array]:
     """Those of one leaf."""
     (packed, positions), (q_norm, k_norm) = rows, norms
-    queries, keys = model_config.num_attention_heads, model_config.num_key_value_heads
+    queries, keys = model_config.num_attention_heads, model_config.held_key_value_heads
     heads = packed.reshape(packed.shape[0], -1, model_config.head_dim)
     q, k, v = jnp.split(heads, [queries, queries + keys], axis=1)
     if q_norm is not None and k_norm is not None:

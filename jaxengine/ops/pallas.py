@@ -103,7 +103,7 @@ class PallasAttention(RotatesInTiles):
 
     def pools(self, model_config: ModelConfig, num_pages: int, page_size: int) -> tuple[Any, Any]:
         """Raises ValueError for a page size that does not divide the kernel's tile of keys."""
-        dtype, heads = jnp.dtype(model_config.dtype), model_config.num_key_value_heads
+        dtype, heads = jnp.dtype(model_config.dtype), model_config.held_key_value_heads
         width = self._width(model_config.head_dim)
         tile = attention_sizes(self.implementation.device, dtype, width).kv_tile
         if tile % page_size:

@@ -58,7 +58,7 @@ class XlaAttention(RotatesInTiles):
         return {}
 
     def pools(self, model_config: ModelConfig, num_pages: int, page_size: int) -> tuple[Any, Any]:
-        heads, h = model_config.num_key_value_heads, model_config.head_dim
+        heads, h = model_config.held_key_value_heads, model_config.head_dim
         dtype = storage_dtype(jnp.dtype(model_config.dtype))
         keys = jax.ShapeDtypeStruct((num_pages, heads, h, page_size), dtype)
         return keys, jax.ShapeDtypeStruct((num_pages, heads, page_size, h), dtype)

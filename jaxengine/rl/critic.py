@@ -10,6 +10,7 @@ from jaxengine.base.pytree import pytree
 from jaxengine.config import ModelConfig
 from jaxengine.device import scoring
 from jaxengine.device.scoring import ScoringArrays
+from jaxengine.models import own_heads
 from jaxengine.models.params import Decoder, abstract
 from jaxengine.ops.kernels import Kernels
 from jaxengine.ops.norm import rms_norm
@@ -33,7 +34,7 @@ class Critic:
 class ActorCritic:
     """What is trained. Without a critic it is the policy alone."""
 
-    policy: Decoder
+    policy: Decoder  # with each key-value head once, where it is a master copy or its gradient (models/own_heads.py)
     critic: Critic | None
 
 
@@ -108,8 +109,8 @@ def _values(
 
 
 def cast(model: ActorCritic, model_config: ModelConfig) -> ActorCritic:
-    """The float32 master copy as it runs: the policy in its parameters' dtypes, the critic in float32. Always a new
-    copy.
+    """The float32 master copy as it runs: the policy in its parameters' dtypes, with all copies of its heads, and the
+    critic in float32. Always a new copy.
 
     Rounded by reduce_precision, because XLA folds a plain conversion and the widening that a region begins with, and
     the region would read weights that were never rounded, which the engine does not have.
@@ -119,5 +120,5 @@ def cast(model: ActorCritic, model_config: ModelConfig) -> ActorCritic:
         numbers = jnp.finfo(declared.dtype)
         return jax.lax.reduce_precision(x, numbers.nexp, numbers.nmant).astype(declared.dtype)
 
-    policy = jax.tree.map(rounded, model.policy, abstract(model_config))
+    policy = jax.tree.map(rounded, own_heads.with_copies(model_config, model.policy), abstract(model_config))
     return ActorCritic(policy, jax.tree.map(jnp.copy, model.critic))

@@ -73,7 +73,7 @@ def check_parts(rows: int, mini_batches: int, micro_batches: int, made_of: str =
 class TrainState:
     """Everything that a run needs to continue to the same bits."""
 
-    master: Any  # an ActorCritic in float32
+    master: Any  # an ActorCritic in float32, each key-value head once (models/own_heads.py)
     moments: Any  # the optimiser's
     step: Int[Array, ""]  # updates so far
     version: Int[Array, ""]  # of the weights: rollouts learned from so far

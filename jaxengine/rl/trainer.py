@@ -27,6 +27,7 @@ from jaxengine.device.scoring import ScoringArrays, sampling_arrays_of, token_lo
 from jaxengine.device.scoring_input import check_grammar_mask, check_sampling_mask, check_scored
 from jaxengine.engine.scoring_proof import scoring_tiles
 from jaxengine.engine.weights import homes, placed
+from jaxengine.models import own_heads
 from jaxengine.models.params import Decoder, shardings, specs
 from jaxengine.ops.kernels import Kernels, choose_for_all_replicas
 from jaxengine.rl import advantages as estimators
@@ -76,9 +77,14 @@ class Trainer:
         return self.config.objective.advantage == "generalized"
 
     def start(self, params: Decoder, key: Array) -> TrainState:
-        """The state before the first update: `params` in float32, and the optimiser's initial moments."""
+        """The state before the first update: `params` in float32, and the optimiser's initial moments.
+
+        Key-value heads that several leaves hold are in it once. Raises ValueError where their copies differ.
+        """
         widened = jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)
-        master = ActorCritic(widened, critic.initialise(self.model_config) if self.has_critic else None)
+        own_heads.check_copies(self.model_config, widened)
+        policy = own_heads.weights_once(self.model_config, widened)
+        master = ActorCritic(policy, critic.initialise(self.model_config) if self.has_critic else None)
         state = TrainState(
             master=master,
             moments=jax.jit(self.optimizer.init)(master),
@@ -92,7 +98,7 @@ class Trainer:
         """Where a state lies on the mesh: weights and their moments cut by leaves, all else on every device."""
         assert self.kernels.split is not None
         whole: Any = self.kernels.whole
-        policy = shardings(self.model_config, self.kernels.split)
+        policy = own_heads.homes_once(self.model_config, shardings(self.model_config, self.kernels.split), whole)
         master = ActorCritic(policy, jax.tree.map(lambda _: whole, state.master.critic))
         moments = optax.tree_map_params(
             self.optimizer, lambda _, own: own, state.moments, master, transform_non_params=lambda _: whole
@@ -189,7 +195,10 @@ class Trainer:
     # -- inside ------------------------------------------------------------------------------------------------------
 
     def _policy(self, state: TrainState) -> Decoder:
-        return critic.cast(state.master, self.model_config).policy
+        policy = critic.cast(state.master, self.model_config).policy
+        if self.kernels.split is None:
+            return policy
+        return jax.lax.with_sharding_constraint(policy, shardings(self.model_config, self.kernels.split))
 
     def _sampling_mask(self, state: TrainState, rollout: Rollout) -> SamplingMask | None:
         """The rollout's own, or the one under the state's weights, which drew it."""
@@ -264,13 +273,15 @@ class Trainer:
     def gradient(
         self, model: ActorCritic, batch: Batch, weights: tuple[Array, Array]
     ) -> tuple[Any, dict[str, Array], tuple[Array, Array | None]]:
-        """(gradient, an ActorCritic in float32; losses; the logprobs and values `[B, T]` of the same forward pass).
+        """(gradient, as the master copy is; losses; the logprobs and values `[B, T]` of the same forward pass).
 
         Of all micro-batches. `weights` `[B, T]` are those of the tokens in the policy's loss and in the critic's.
         """
         count, shape = self.config.micro_batches, batch.tokens.shape
         parts = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), (batch, weights))
         total, (losses, (logprobs, values)) = summed_gradient(self.kernels, self._specs, self._loss, model, parts)
+        policy = own_heads.gradient_once(self.model_config, total.policy, self.kernels.whole)
+        total = dataclasses.replace(total, policy=policy)
         values = None if values is None else values.reshape(shape)
         return total, jax.tree.map(jnp.sum, losses), (logprobs.reshape(shape), values)
 

@@ -67,7 +67,7 @@ def test_replicas_fill_the_topology_unless_said_otherwise():
         (["--max-model-len", "9000"], "max_model_len=9000"),
         (["--context", "8193"], "context=8193"),
         (["--page-size", "24"], "page_size"),
-        (["--tensor", "16", "--reduction-leaves", "16"], "reduction_leaves=16 does not divide"),
+        (["--tensor", "16", "--reduction-leaves", "128"], "reduction_leaves=128 does not divide"),
     ],
 )
 def test_a_wrong_setting_ends_with_a_line(capsys, words, text):
@@ -108,3 +108,19 @@ def test_the_table_has_memory_collectives_kernels_and_an_estimate():
 def test_what_does_not_fit_is_said_and_not_estimated():
     table, record = planned(dataclasses.replace(MADE, num_pages=-3))
     assert "DOES NOT FIT" in table and record["estimates"] == {}
+
+
+def test_a_model_with_fewer_heads_than_devices_has_copies_of_them(tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(NAMED["qwen3-8b"] | {"num_key_value_heads": 4}))
+    read = lambda **how: planned_model(str(file), dtype="auto", **how)
+    assert [read(reduction_leaves=None, devices=n).reduction_leaves for n in (1, 8)] == [4, 8]
+    with pytest.raises(ValueError, match=r"64 devices cannot share .* num_attention_heads=32; .* 1, 2, 4, 8, 16, 32$"):
+        read(reduction_leaves=None, devices=64)
+    with (
+        mock.patch("jaxengine.command.plan.missing", return_value=None),
+        mock.patch("jaxengine.command.plan.desk_plan", return_value=MADE) as compilers,
+    ):
+        table, record = plan(parser().parse_args(["plan", str(file), *WORDS[2:]]))
+    assert compilers.call_args.args[0].held_key_value_heads == 8
+    assert "each of 4 key-value heads is held 2 times" in table and record["model"]["reduction_leaves"] == 8

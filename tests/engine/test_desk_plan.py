@@ -1,5 +1,7 @@
 """The arithmetic of a plan: layers that are multiplied, pages that are left, and the roofline."""
 
+import dataclasses
+
 import pytest
 
 from jaxengine.config import ModelConfig
@@ -99,6 +101,13 @@ def test_flops_are_two_for_each_weight_and_four_for_each_key():
     one = decode_estimate(MODEL, plan(), DEVICE, batch=1, context=64, page_size=32)
     layer = 2 * (64 * 96 + 64 * 64 + 64 * 64 - 64 * 32) + 2 * 3 * 64 * 128 + 4 * 64 * 64
     assert one.arithmetic == pytest.approx((10 * layer + 3 * 2 * 256 * 64) / 2 / 1e12)
+
+
+def test_copies_of_a_head_are_computed_by_each_leaf_that_holds_one():
+    copied = dataclasses.replace(MODEL, reduction_leaves=4)
+    one, two = (prefill_estimate(config, plan(), DEVICE, context=128) for config in (MODEL, copied))
+    keys_and_values = 2 * 2 * 16 * 64  # of two more heads
+    assert two.arithmetic - one.arithmetic == pytest.approx(512 * 10 * 2 * keys_and_values / 2 / 1e12)
 
 
 def test_a_step_takes_the_slower_of_memory_and_flops_and_then_the_exchange():

@@ -58,7 +58,7 @@ class Case:
 def models(draw, dtype: str) -> ModelConfig:
     """Sizes that divide nothing but what they must."""
     kv_heads, vocab = draw(st.integers(1, 4)), draw(st.integers(5, 700))
-    leaves = draw(st.sampled_from([n for n in (1, 2, 4) if kv_heads % n == 0]))
+    leaves = draw(st.sampled_from([n for n in (1, 2, 4) if kv_heads % n == 0 or n % kv_heads == 0]))
     flag = st.booleans()
     return ModelConfig(
         architecture="Qwen3ForCausalLM",
@@ -66,7 +66,7 @@ def models(draw, dtype: str) -> ModelConfig:
         hidden_size=draw(st.integers(8, 100)),
         intermediate_size=leaves * draw(st.integers(3, 50)),
         num_hidden_layers=draw(st.integers(1, 3)),
-        num_attention_heads=kv_heads * draw(st.integers(1, 4)),
+        num_attention_heads=max(kv_heads, leaves) * draw(st.integers(1, 4)),
         num_key_value_heads=kv_heads,
         head_dim=2 * draw(st.integers(2, 20)),
         max_position_embeddings=LENGTH,

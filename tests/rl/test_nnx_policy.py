@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import make_llm
+from conftest import make_llm, random_model
 from flax import nnx
 
 from jaxengine import Rollout, SamplingParams
@@ -130,3 +130,9 @@ def test_nnx_and_optax_train_it(model, llm):
     )
     _, logprobs, _ = step(policy, optimizer, again.tokens, again.mask)
     assert (bits(logprobs) == bits(again.logprobs)).all()
+
+
+def test_copies_of_a_head_are_not_trained_apart():
+    config, params = random_model(reduction_leaves=8)
+    with pytest.raises(ValueError, match="reduction_leaves=8 .*num_key_value_heads=4 .*with_leaves"):
+        Policy(config, params)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import random_model
+from conftest import random_model, run_script
 from flax import nnx
 
 from checkpoints.model_folder import find_folder
@@ -196,6 +196,48 @@ def test_a_logprob_has_one_meaning(tunix, cluster, temperature, top_p, top_k):
         jnp.asarray(output.left_padded_prompt_tokens), jnp.asarray(padded(output, pad))
     )
     assert (bits(logprobs) == bits(of_rollout(output))).all() and np.asarray(logprobs).any()
+
+
+def test_a_completion_mask_tells_what_is_padding(tunix, cluster):
+    """Tunix's newer workers are given one; the pad id is a token where the mask has it."""
+    rollout = cluster.rollout
+    pad, prompts = rollout.pad_id(), np.array([[rollout.pad_id(), 5, 6, 7]])
+    completions = np.array([[8, 9, pad, 10, pad, pad]])
+    by_id, by_mask, shorter, with_pad = (
+        bits(rollout.get_per_token_logps(prompts, completions, *mask))[0]
+        for mask in ([], [completions != pad], [np.array([[1, 1, 0, 0, 0, 0]])], [np.array([[1, 1, 1, 1, 0, 0]])])
+    )
+    assert (by_id == by_mask).all() and (by_id != 0).tolist() == [True, True, False, True, False, False]
+    assert (shorter[:2] == by_id[:2]).all() and not shorter[2:].any()
+    assert (with_pad[:2] == by_id[:2]).all() and (with_pad != 0).tolist() == [True, True, True, True, False, False]
+    assert with_pad[3] != by_id[3]  # it follows another token
+
+
+def test_a_worker_has_arrays_of_its_own(tunix, policy):
+    """Also where the actor's lie at home already: Tunix syncs no others."""
+    actor, mesh = policy(), jax.sharding.Mesh(np.array(jax.devices()[:1]), ("tp",))
+    home = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    actor.set_params(jax.device_put(actor.params, home))
+    worker = tunix.ours.JaxEngineRollout(
+        rollout_actor=actor, tokenizer=None, mesh=mesh, rollout_config=tunix.rollout.RolloutConfig(), num_pages=8
+    )
+    pairs = list(zip(*(jax.tree.leaves(model.params) for model in (actor, worker.model())), strict=True))
+    assert all(given.sharding == own.sharding and given is not own for given, own in pairs)
+
+
+def test_rollout_meshes_have_the_bits_of_one_device():
+    """Before and after a step of Tunix's own learner, whose actor is cut over other devices."""
+    times, on_host = run_script("rl/tunix_meshes.py")
+    for time in times:
+        facts, said = time["facts"], time["said"]
+        assert set(said) == {"tp", "one", "2x2"} and all(found == said["one"] for found in said.values())
+        assert said["one"]["drawn"] == said["one"]["scored"] == said["one"]["masked"]
+        assert facts["actor is cut"] and facts["weights are the actor's"]
+        assert facts["devices"] == [2, 3] and facts["copies"] == [1, 2]
+    before, after = times
+    assert before["facts"]["weights"] != after["facts"]["weights"]
+    assert before["said"]["one"]["drawn"] != after["said"]["one"]["drawn"]
+    assert len(on_host) == 1 and 0 < on_host[0] < 100  # a flag for each weight: whether it is finite
 
 
 def test_threads_and_lengths_compile_nothing(tunix, cluster):

@@ -2,6 +2,8 @@
 
     python mesh_run.py KERNELS FAMILY DTYPE LEAVES DEGREE...
 
+LEAVES "8of2" are eight that hold copies of two key-value heads; of "8" each has one of its own.
+
 A degree may have letters: "4x" exchanges columns of sums where others gather them whole, "4d" are two replicas of two,
 "4p" adds sums by psum (a planted mistake), "4f" is given weights that lie in another way.
 """
@@ -114,8 +116,9 @@ def answers(kernels: str, config, params, degree: int, letters: str) -> dict[str
 
 
 def main(kernels: str, family: str, dtype: str, num_leaves: str, *degrees: str) -> None:
-    heads = max(8, int(num_leaves))
-    shape = SHAPE | dict(num_key_value_heads=heads, reduction_leaves=int(num_leaves), dtype=dtype)
+    count, _, heads = num_leaves.partition("of")
+    heads = int(heads or max(8, int(count)))
+    shape = SHAPE | dict(num_key_value_heads=heads, reduction_leaves=int(count), dtype=dtype)
     config, params = random_model(family, **shape)
     scoring_proof._refused = {}  # conftest takes its shared models for proven; here nothing is
     found = {}

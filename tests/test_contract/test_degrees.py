@@ -33,3 +33,17 @@ def test_every_degree(kernels, family, dtype):
 def test_sums_in_the_runtimes_order_are_refused():
     found = run("cpu", "Llama", "float32", "8", "8p")
     assert "give other bits than one" in found["8p"]["refused"]
+
+
+@pytest.mark.slow
+def test_devices_share_copies_of_fewer_heads():
+    """Two key-value heads, held four times each: by one device, by two that have each a head, by eight."""
+    check(run("cpu", "Qwen2", "bfloat16", "8of2", "1", "2", "8"))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kernels", ["xla", "cpu", "pallas_interpret"])
+@pytest.mark.parametrize(("family", "dtype"), [("Qwen2", "float32"), ("Qwen2", "bfloat16"), ("Qwen3", "bfloat16")])
+def test_every_degree_of_copies(kernels, family, dtype):
+    leaves = "16of2" if kernels == "xla" and dtype != "float32" else "8of2"  # ops/kernels.checked_for
+    check(run(kernels, family, dtype, leaves, "1", "2", "4", "8", "8x"))

@@ -35,10 +35,18 @@ class Policy(nnx.Module):
     `policy.layers[0].attention.qkv`.
 
     Arrays go in and out as they are and are never copied: `policy.params` is what `LLM.update_params` and
-    `jaxengine.generate` take, and `policy.set_params` takes it back. Raises ValueError where params do not fit config.
+    `jaxengine.generate` take, and `policy.set_params` takes it back. Raises ValueError where params do not fit config,
+    and where config has more leaves than key-value heads, because an nnx.Optimizer would train the copies of a head
+    apart.
     """
 
     def __init__(self, config: ModelConfig, params: Decoder, *, kernels: str = "auto") -> None:
+        if config.key_value_copies > 1:
+            raise ValueError(
+                f"reduction_leaves={config.reduction_leaves} gives each of num_key_value_heads="
+                f"{config.num_key_value_heads} several copies, which an nnx.Optimizer would train apart: take "
+                "config.with_leaves() with weights of that, or jaxengine.rl.trainer.Trainer"
+            )
         check_fits(params, config)
         self.config, self.kernels = config, choose_kernels(kernels, config)
         _spread(self, params)

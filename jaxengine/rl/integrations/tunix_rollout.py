@@ -26,10 +26,13 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxengine.base.keys import key_of, seeded
+from jaxengine.engine.weights import homes, placed
 from jaxengine.llm import LLM
 from jaxengine.models.params import Decoder
+from jaxengine.ops.kernels import choose_kernels
 from jaxengine.outputs import CompletionOutput, RequestOutput
 from jaxengine.rl.integrations.samples import samples_of
+from jaxengine.rl.integrations.tunix_mesh import engine_mesh
 from jaxengine.rl.integrations.tunix_policy import TunixPolicy
 from jaxengine.rl.rollout import Rollout
 from jaxengine.sampling_params import SamplingParams
@@ -46,8 +49,12 @@ class JaxEngineRollout(base_rollout.BaseRollout):
 
     `rollout_actor` is the TunixPolicy that is trained. Each `generate` call draws with another fold of `key`, or of
     the rollout config's `seed` where it has one. The context has room for the prompt and completion lengths of the
-    given rollout config, and at least for `kv_cache_size` tokens. Further keywords are EngineConfig's. Raises
-    TypeError for another actor, and NotImplementedError for a mesh of several devices.
+    given rollout config, and at least for `kv_cache_size` tokens. Further keywords are EngineConfig's.
+
+    The weights lie on the rollout mesh, wherever the actor has its own: along "tp" (or "tensor", "model") devices share
+    them, along "fsdp" (or "dp", "data") are replicas, each with all of them (tunix_mesh.py). They travel there from
+    device to device, and tokens and logprobs have the bits of one device. Raises TypeError for another actor,
+    ValueError for a mesh that cannot be read so, or whose devices cannot share the model's `reduction_leaves`.
     """
 
     def __init__(
@@ -55,7 +62,7 @@ class JaxEngineRollout(base_rollout.BaseRollout):
         *,
         rollout_actor: TunixPolicy,
         tokenizer: Any,
-        mesh: jax.sharding.Mesh | None,
+        mesh: jax.sharding.Mesh,
         rollout_config: Any,
         key: jax.Array | None = None,
         **engine: Any,
@@ -65,18 +72,16 @@ class JaxEngineRollout(base_rollout.BaseRollout):
                 "the actor must be a jaxengine.rl.integrations.tunix_rollout.TunixPolicy, "
                 f"got {type(rollout_actor).__name__}"
             )
-        if mesh is not None and mesh.size > 1:
-            raise NotImplementedError(f"this version runs on one device, the rollout mesh has {mesh.size}")
-        config = rollout_actor.config
+        config, mesh = rollout_actor.config, engine_mesh(mesh, rollout_config)
         length = rollout_config.max_prompt_length + rollout_config.max_tokens_to_generate
         context = max(length, rollout_config.kv_cache_size)
         engine.setdefault("max_model_len", min(context, config.context_length))
         engine.setdefault("kernels", rollout_actor.kernels.name)
-        # Copies, because Tunix syncs weights only where the worker's arrays are not the trainer's.
-        self._model = TunixPolicy(
-            config, jax.tree.map(jnp.copy, rollout_actor.params), kernels=rollout_actor.kernels.name
-        )
-        self._llm = LLM.from_params(config, self._model.params, **engine)
+        if mesh.size > 1:
+            engine["mesh"] = mesh
+        params = _own(rollout_actor.params, _homes(rollout_actor, engine["kernels"], mesh))
+        self._llm = LLM.from_params(config, params, **engine)
+        self._model = TunixPolicy(config, params, kernels=rollout_actor.kernels.name)
         self._tokenizer, self._key = tokenizer, seeded(0) if key is None else key
         self._scored_as = SamplingParams(temperature=rollout_config.temperature)
         self._calls = itertools.count()
@@ -111,13 +116,18 @@ class JaxEngineRollout(base_rollout.BaseRollout):
             logprobs=logprobs,
         )
 
-    def get_per_token_logps(self, prompt_tokens: Any, completion_tokens: Any) -> Float[Array, "B C"]:
+    def get_per_token_logps(
+        self, prompt_tokens: Any, completion_tokens: Any, completion_mask: Any = None
+    ) -> Float[Array, "B C"]:
         """Logprobs of completions under the rollout's weights, as Tunix's losses take them and `generate` reports them.
 
-        Prompts `[B, P]` are padded on the left, completions `[B, C]` on the right; 0 on padding.
+        Prompts `[B, P]` are padded on the left, completions `[B, C]` on the right; 0 on padding. What is padding in a
+        completion is told by the pad id, or by the `completion_mask` `[B, C]`, which is true for its tokens.
         """
         tokens = np.concatenate([np.asarray(prompt_tokens), np.asarray(completion_tokens)], axis=1)
         real, width = tokens != self.pad_id(), np.shape(completion_tokens)[1]
+        if completion_mask is not None:
+            real[:, -width:] = completion_mask
         order = np.argsort(~real, axis=1, kind="stable")
         completion = real & (np.arange(tokens.shape[1]) >= tokens.shape[1] - width)
         ordered, mask = np.take_along_axis(tokens, order, axis=1), np.take_along_axis(completion, order, axis=1)
@@ -206,6 +216,19 @@ class JaxEngineRollout(base_rollout.BaseRollout):
     def _text(self, sample: CompletionOutput) -> str:
         ended = sample.finish_reason == "stop"
         return self._tokenizer.decode(sample.token_ids[:-1] if ended else sample.token_ids)
+
+
+def _homes(actor: TunixPolicy, kernels: str, mesh: jax.sharding.Mesh) -> Decoder:
+    """Where a worker's weights lie: those of its first replica, or all on the only device."""
+    if mesh.size > 1:
+        return homes(actor.params, actor.config, choose_kernels(kernels, actor.config, mesh))
+    only = jax.sharding.SingleDeviceSharding(mesh.devices.item())
+    return jax.tree.map(lambda _: only, actor.params)
+
+
+def _own(params: Decoder, home: Decoder) -> Decoder:
+    """The weights at home, in other arrays: Tunix syncs weights only where the worker's are not the trainer's."""
+    return jax.tree.map(lambda x, given: jnp.copy(x) if x is given else x, placed(params, home), params)
 
 
 def _current(llm: LLM) -> Decoder:
