@@ -110,7 +110,7 @@ import sys
 sys.path.insert(0, {scripts!r})
 import peer_lines
 write = peer_lines.own_stdout()
-print("noise that must not reach the answers")
+print("noise that must not reach the answers", flush=True)
 peer_lines.serve(["decode"], {{"stand-in": "1"}}, lambda prompts, lengths, logprobs: {seconds}, write)
 """
 

@@ -29,6 +29,18 @@ def test_every_degree(kernels, family, dtype):
     check(run(kernels, family, dtype, leaves, "1", "2", "4", "8", "8x"))
 
 
+@pytest.mark.long
+@pytest.mark.parametrize(("family", "dtype"), [("Llama", "float32"), ("Qwen2", "bfloat16")])
+def test_replicas_of_shared_models(family, dtype):
+    """Two of four devices, and four of two."""
+    check(run("cpu", family, dtype, "8", "1", "8d", "8q"))
+
+
+@pytest.mark.long
+def test_the_gpu_s_chain_gathers_small_sums_and_exchanges_large_ones():
+    check(run("pallas_gpu_interpret", "Qwen3", "bfloat16", "8", "1", "4", "4x"))
+
+
 @pytest.mark.slow
 def test_sums_in_the_runtimes_order_are_refused():
     found = run("cpu", "Llama", "float32", "8", "8p")
