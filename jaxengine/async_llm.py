@@ -12,7 +12,7 @@ from jaxengine.engine.stepping_thread import News, SteppingThread
 from jaxengine.host.prompts import conversations_of, prompts_of
 from jaxengine.host.sample import Request
 from jaxengine.llm import LLM
-from jaxengine.outputs import RequestDelta, RequestOutput, RequestOutputs
+from jaxengine.outputs import RequestDelta, RequestOutput, RequestOutputs, joined
 from jaxengine.sampling_params import SamplingParams
 
 __all__ = ["AsyncLLM", "QueueFull"]
@@ -180,15 +180,14 @@ class AsyncLLM:
 
 async def _waiting_in(arrived: asyncio.Queue[list[News] | Exception]) -> list[News]:
     """All news that have come, at least one, those of a request joined. Raises an exception that is next."""
-    found: dict[int, News] = {}
+    found: list[News] = []
     news = await arrived.get()
     while True:
         if isinstance(news, Exception):
             raise news
-        for new in news:
-            found[new.index] = found[new.index].followed_by(new) if new.index in found else new
+        found += news
         if arrived.empty():
-            return list(found.values())
+            return joined(found)
         news = arrived.get_nowait()
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import html
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -101,6 +102,14 @@ class CompletionDelta:
             finish_reason=later.finish_reason,
             stop_reason=later.stop_reason,
         )
+
+
+def joined(pieces: Iterable[Any]) -> list[Any]:
+    """What has an `index` and can be `followed_by` more of it: those of each index as one, in order of their first."""
+    found: dict[int, Any] = {}
+    for piece in pieces:
+        found[piece.index] = found[piece.index].followed_by(piece) if piece.index in found else piece
+    return list(found.values())
 
 
 def _joined_rows(first: np.ndarray | None, second: np.ndarray | None) -> np.ndarray | None:

@@ -34,6 +34,12 @@ def tree_sum(partials: Float[Array, "leaf ..."]) -> Float[Array, "..."]:
     return partials[0]
 
 
+def own_share(x: Array, axis: str, devices: int, along: int = 0) -> Array:
+    """This device's part of x, which all the `devices` along a mesh's `axis` have. Inside jax.shard_map."""
+    size = x.shape[along] // devices
+    return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(axis) * size, size, axis=along)
+
+
 def spread(x: Float[Array, "..."], leaves: int) -> Float[Array, "leaf ..."]:
     """x for every leaf. The gradient of x is the sum of the leaves', by the tree."""
     return _spread(x, leaves)
@@ -174,9 +180,7 @@ def _columns(leaves: LeavesOfDevices, x: Float[Array, "t n"]) -> Float[Array, "t
 
 
 def _own_columns(leaves: LeavesOfDevices, _: None, cotangent: Float[Array, "t N"]) -> tuple[Array]:
-    width = cotangent.shape[-1] // leaves.degree
-    first = jax.lax.axis_index(leaves.axis) * width
-    return (jax.lax.dynamic_slice_in_dim(cotangent, first, width, axis=cotangent.ndim - 1),)
+    return (own_share(cotangent, leaves.axis, leaves.degree, along=cotangent.ndim - 1),)
 
 
 _columns.defvjp(lambda leaves, x: (_columns(leaves, x), None), _own_columns)
@@ -205,11 +209,7 @@ class RowsOfDevices(LeavesOfDevices):
         return _whole_rows(self, x)
 
     def own_rows(self, rows: Any) -> Any:
-        def own(x: Array) -> Array:
-            count = x.shape[0] // self.degree
-            return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(self.axis) * count, count)
-
-        return jax.tree.map(own, rows)
+        return jax.tree.map(lambda x: own_share(x, self.axis, self.degree), rows)
 
     def all_rows(self, own: Any) -> Any:
         """Two collectives: floats, which have a gradient, and the others as words."""

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxengine.ops.kernels import Kernels
+from sharding.leaves import own_share
 from sharding.mesh import WHOLE
 
 
@@ -37,18 +38,13 @@ def _shared(kernels: Kernels, function: Callable, specs: Any, weights: Any, rows
     count, replicas = jax.tree.leaves(rows)[0].shape[0], kernels.replicas
 
     def own(kernels: Kernels, weights: Any, rows: Any) -> Any:
-        share = jax.tree.map(functools.partial(_own_share, replicas), rows)
+        share = jax.tree.map(lambda x: own_share(x, "data", replicas), rows)
         return jax.tree.map(_from_all, function(kernels, weights, share))
 
     padded = jax.tree.map(functools.partial(_padded, -count % replicas), rows)
     # Given whole: were they cut over "data", XLA would cut what else reads them, and its sums, in the same way.
     found = kernels.on_each_replica(own, specs, WHOLE, outputs=WHOLE)(weights, padded)
     return jax.tree.map(lambda x: x[:count], found)
-
-
-def _own_share(replicas: int, rows: Array) -> Array:
-    size = rows.shape[0] // replicas
-    return jax.lax.dynamic_slice_in_dim(rows, jax.lax.axis_index("data") * size, size)
 
 
 def _from_all(own: Array) -> Array:

@@ -28,20 +28,12 @@ class DeltaReader:
         self._request, self._tokenizer = request, tokenizer
         self._places: list[tuple[Sample, _Place]] = []
 
-    @property
-    def is_done(self) -> bool:
-        """Whether the end of every sample was read."""
-        return all(place.has_ended for _, place in self._each_place())
-
     def read(self) -> list[CompletionDelta]:
         """What is new, of the samples that have tokens, text or an end which were not read yet."""
-        deltas = [self._read(sample, place) for sample, place in self._each_place()]
-        return [delta for delta in deltas if delta is not None]
-
-    def _each_place(self) -> list[tuple[Sample, _Place]]:
         if not self._places:  # a request has its samples once it is queued
             self._places = [(sample, _Place()) for sample in self._request.samples]
-        return self._places
+        deltas = [self._read(sample, place) for sample, place in self._places]
+        return [delta for delta in deltas if delta is not None]
 
     def _read(self, sample: Sample, place: _Place) -> CompletionDelta | None:
         drawn, start, had_ended = sample.drawn, place.num_tokens, place.has_ended

@@ -10,7 +10,7 @@ from jaxengine.engine.engine import Engine
 from jaxengine.engine.replicas import Replicas
 from jaxengine.engine.runner import Runner
 from jaxengine.host.sample import Request
-from jaxengine.outputs import CompletionDelta
+from jaxengine.outputs import CompletionDelta, joined
 
 
 class News(NamedTuple):
@@ -22,10 +22,7 @@ class News(NamedTuple):
 
     def followed_by(self, later: "News") -> "News":
         """One piece of news in the place of two of the same request."""
-        joined = {delta.index: delta for delta in self.deltas}
-        for new in later.deltas:
-            joined[new.index] = joined[new.index].followed_by(new) if new.index in joined else new
-        return News(self.index, list(joined.values()), later.finished)
+        return News(self.index, joined(self.deltas + later.deltas), later.finished)
 
 
 Deliver = Callable[[list[News] | Exception], None]  # called in the stepping thread: it must return at once
@@ -49,8 +46,7 @@ class Reading(NamedTuple):
 
     def news(self) -> News:
         """What is new since the last time. Between two steps only."""
-        deltas = self.reader.read()  # first: it finds the end
-        return News(self.index, deltas, self.reader.is_done)
+        return News(self.index, self.reader.read(), self.call.requests[self.index].is_finished)
 
 
 class SteppingThread:
@@ -126,7 +122,7 @@ class SteppingThread:
     def _queue(self, call: Call) -> None:
         """A call that the engine refuses fails alone."""
         for request in call.requests:
-            request.on_news = lambda request: self._gained.append(request)
+            request.on_news = self._gained.append
         try:
             self._runner.queue(call.requests, with_text=True)
         except Exception as error:
@@ -158,9 +154,10 @@ class SteppingThread:
 
     def _read(self) -> dict[Call, list[News]]:
         """The news of the requests that have some."""
-        gained, self._gained = self._gained, []
+        gained = dict.fromkeys(self._gained)
+        self._gained.clear()
         found: dict[Call, list[News]] = {}
-        for request in dict.fromkeys(gained):
+        for request in gained:
             reading = self._readings.get(request)
             if reading is not None:
                 news = reading.news()

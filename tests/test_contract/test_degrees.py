@@ -23,10 +23,20 @@ def test_devices_share_the_leaves():
 
 @pytest.mark.long
 @pytest.mark.parametrize("kernels", ["xla", "cpu", "pallas_interpret"])
-@pytest.mark.parametrize(("family", "dtype"), [("Llama", "float32"), ("Qwen2", "bfloat16"), ("Qwen3", "bfloat16")])
-def test_every_degree(kernels, family, dtype):
+@pytest.mark.parametrize(
+    ("family", "dtype", "heads"),  # of the leaves' own, or two that have copies
+    [
+        ("Llama", "float32", ""),
+        ("Qwen2", "bfloat16", ""),
+        ("Qwen3", "bfloat16", ""),
+        ("Qwen2", "float32", "of2"),
+        ("Qwen2", "bfloat16", "of2"),
+        ("Qwen3", "bfloat16", "of2"),
+    ],
+)
+def test_every_degree(kernels, family, dtype, heads):
     leaves = "16" if kernels == "xla" and dtype != "float32" else "8"  # ops/kernels.checked_for
-    check(run(kernels, family, dtype, leaves, "1", "2", "4", "8", "8x"))
+    check(run(kernels, family, dtype, leaves + heads, "1", "2", "4", "8", "8x"))
 
 
 @pytest.mark.long
@@ -51,11 +61,3 @@ def test_sums_in_the_runtimes_order_are_refused():
 def test_devices_share_copies_of_fewer_heads():
     """Two key-value heads, held four times each: by one device, by two that have each a head, by eight."""
     check(run("cpu", "Qwen2", "bfloat16", "8of2", "1", "2", "8"))
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("kernels", ["xla", "cpu", "pallas_interpret"])
-@pytest.mark.parametrize(("family", "dtype"), [("Qwen2", "float32"), ("Qwen2", "bfloat16"), ("Qwen3", "bfloat16")])
-def test_every_degree_of_copies(kernels, family, dtype):
-    leaves = "16of2" if kernels == "xla" and dtype != "float32" else "8of2"  # ops/kernels.checked_for
-    check(run(kernels, family, dtype, leaves, "1", "2", "4", "8", "8x"))
