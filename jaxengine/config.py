@@ -22,6 +22,7 @@ SIZES = (
     "max_position_embeddings",
     "reduction_leaves",
 )  # of a ModelConfig
+OF_EXPERTS = "num_experts", "num_experts_per_tok", "moe_intermediate_size"  # all 0 where a model has none
 DTYPES = ("float32", "float16", "bfloat16")  # of weights
 DEFAULT_LEAVES = 8  # that a model has where its heads allow them and no other number is asked for: devices of one host
 KV_TILE = 64  # keys that attention takes in one step of its online softmax: fixed, whatever the page size
@@ -71,6 +72,10 @@ class ModelConfig:
     out_bias: bool = False
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
+    num_experts: int = 0  # in the place of every layer's MLP; intermediate_size is then nobody's
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    norm_topk_prob: bool = False
     reduction_leaves: int = 1
     dtype: str = "float32"
 
@@ -78,7 +83,15 @@ class ModelConfig:
         put = lambda name, value: object.__setattr__(self, name, value)
         for name in SIZES:
             put(name, integer(name, getattr(self, name), 1))
-        for name in ("tie_word_embeddings", "qk_norm", "qkv_bias", "out_bias"):
+        for name in OF_EXPERTS:
+            put(name, integer(name, getattr(self, name), 1 if self.num_experts else 0))
+        if self.num_experts and self.dtype == "float16":
+            raise ValueError("a mixture of experts takes dtype bfloat16 or float32, got float16")
+        if self.num_experts_per_tok > self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok={self.num_experts_per_tok} is more than num_experts={self.num_experts}"
+            )
+        for name in ("tie_word_embeddings", "qk_norm", "qkv_bias", "out_bias", "norm_topk_prob"):
             put(name, flag(name, getattr(self, name)))
         put("rms_norm_eps", real("rms_norm_eps", self.rms_norm_eps, 0.0))
         if self.bos_token_id is not None:
@@ -108,9 +121,14 @@ class ModelConfig:
                 f"does not divide num_key_value_heads={heads}, and is no multiple of them that divides "
                 f"num_attention_heads={queries}"
             )
-        if self.intermediate_size % leaves:
-            return f"does not divide intermediate_size={self.intermediate_size}"
+        if self.inner_size % leaves:
+            return f"does not divide {'moe_' if self.num_experts else ''}intermediate_size={self.inner_size}"
         return ""
+
+    @property
+    def inner_size(self) -> int:
+        """Inner values of a layer's MLP, or of each of its experts."""
+        return self.moe_intermediate_size if self.num_experts else self.intermediate_size
 
     def with_leaves(self, count: int | None = None, devices: int = 1) -> "ModelConfig":
         """The same with `count` leaves.
@@ -119,7 +137,7 @@ class ModelConfig:
         `devices` that are to share it, where they are more.
         The most by default, so that a model that was sampled on one device trains on eight without other bits.
         """
-        most = math.gcd(self.num_key_value_heads, self.intermediate_size, DEFAULT_LEAVES)
+        most = math.gcd(self.num_key_value_heads, self.inner_size, DEFAULT_LEAVES)
         if count is not None or devices <= most:
             return dataclasses.replace(self, reduction_leaves=most if count is None else count)
         try:
@@ -129,12 +147,13 @@ class ModelConfig:
 
     def share(self, degree: int) -> "ModelConfig":
         """The part of the model that each of `degree` devices has, which share its leaves."""
+        inner = "moe_intermediate_size" if self.num_experts else "intermediate_size"
         return dataclasses.replace(
             self,
             num_attention_heads=self.num_attention_heads // degree,
             num_key_value_heads=self.held_key_value_heads // degree,
-            intermediate_size=self.intermediate_size // degree,
             reduction_leaves=self.reduction_leaves // degree,
+            **{inner: self.inner_size // degree},
         )
 
     @property

@@ -1,6 +1,7 @@
 """The grouped product's GPU body (Triton): a program computes one visit and block of outputs, and stores its own
 rows."""
 
+import dataclasses
 import functools
 
 import jax
@@ -41,6 +42,7 @@ def grouped_matmul_gpu(
 ) -> Float[Array, "M N"]:
     """The product, all visits side by side, because two visits of a tile store different rows."""
     (m, _), outputs = x.shape, w.shape[2]
+    sizes = sizes if sizes.split else dataclasses.replace(sizes, split=sizes.depth)  # the interpreter's table has none
     visits = visits_of(group_sizes, m, sizes.rows)
     out = pl.pallas_call(
         functools.partial(_kernel, sizes=sizes),

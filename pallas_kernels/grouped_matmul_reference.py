@@ -56,9 +56,9 @@ def rows_of_visit(tile: Array, size: int, start: Array, end: Array) -> Array:
     return (row >= start) & (row < end)
 
 
-def without_rest(out: Float[Array, "M N"], group_sizes: Int[Array, " E"]) -> Float[Array, "M N"]:
+def without_rest(out: Float[Array, "... M N"], group_sizes: Int[Array, " E"]) -> Float[Array, "... M N"]:
     """`out` with zeros in the rows after the last group."""
-    return jnp.where(jnp.arange(out.shape[0])[:, None] < group_sizes.sum(), out, jnp.zeros_like(out))
+    return jnp.where(jnp.arange(out.shape[-2])[:, None] < group_sizes.sum(), out, jnp.zeros_like(out))
 
 
 def grouped_plain(

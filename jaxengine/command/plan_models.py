@@ -38,19 +38,38 @@ QWEN3_32B = dict(
     dtype="bfloat16",
 )
 QWEN3_8B = QWEN3_32B | dict(hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32)
-NAMED = {"llama-3-70b": LLAMA_3_70B, "qwen3-32b": QWEN3_32B, "qwen3-8b": QWEN3_8B}
-EXPERTS = "num_experts", "num_local_experts", "n_routed_experts"  # in config.json of a mixture of experts
+QWEN3_30B_A3B = dict(
+    architectures=["Qwen3MoeForCausalLM"],
+    vocab_size=151936,
+    hidden_size=2048,
+    intermediate_size=6144,
+    moe_intermediate_size=768,
+    num_experts=128,
+    num_experts_per_tok=8,
+    norm_topk_prob=True,
+    num_hidden_layers=48,
+    num_attention_heads=32,
+    num_key_value_heads=4,
+    head_dim=128,
+    max_position_embeddings=40960,
+    rms_norm_eps=1e-6,
+    rope_theta=1000000,
+    dtype="bfloat16",
+)
+NAMED = {
+    "llama-3-70b": LLAMA_3_70B,
+    "qwen3-32b": QWEN3_32B,
+    "qwen3-8b": QWEN3_8B,
+    "qwen3-30b-a3b": QWEN3_30B_A3B,
+}
 
 
 def planned_model(model: str, *, dtype: str, reduction_leaves: int | None, devices: int = 1) -> ModelConfig:
     """The configuration of a name in NAMED (in any case), a config.json, its folder, or a hub id, on so many devices.
 
-    Raises ValueError for a model that this project does not run, mixtures of experts among them.
+    Raises ValueError for a model that this project does not run.
     """
     hf = _config_json(model)
-    experts = [key for key in EXPERTS if hf.get(key)]
-    if experts:
-        raise ValueError(f"{model} has {experts[0]}={hf[experts[0]]}: mixtures of experts are not supported yet")
     try:
         config = registry.configure(hf)
         config = dataclasses.replace(config, dtype=dtype_name(dtype, config.dtype))

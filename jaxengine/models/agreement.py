@@ -117,7 +117,10 @@ def differing_sizes(model_config: ModelConfig, tensors: TensorFolder) -> list[st
     return lines
 
 
-_PLAIN_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim")
+_PLAIN_SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_experts", "num_hidden_layers",
+    "head_dim",
+)  # fmt: skip
 
 
 def _sizes_held(tensors: TensorFolder) -> dict[str, Any]:
@@ -127,6 +130,8 @@ def _sizes_held(tensors: TensorFolder) -> dict[str, Any]:
         "vocab_size": (EMBEDDING, 0),
         "hidden_size": (EMBEDDING, -1),
         "intermediate_size": (f"{first}mlp.gate_proj.weight", 0),
+        "num_experts": (f"{first}mlp.gate.weight", 0),
+        "moe_intermediate_size": (f"{first}mlp.experts.0.gate_proj.weight", 0),
         "num_attention_heads * head_dim": (f"{first}self_attn.q_proj.weight", 0),
         "num_key_value_heads * head_dim": (f"{first}self_attn.k_proj.weight", 0),
         "head_dim": (f"{first}self_attn.q_norm.weight", 0),

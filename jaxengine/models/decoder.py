@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxengine.config import ModelConfig
-from jaxengine.models import attention_block, mlp_block
+from jaxengine.models import attention_block, experts_block, mlp_block
 from jaxengine.models.attention_block import Attend
+from jaxengine.models.experts_block import Experts
 from jaxengine.models.params import Decoder, Layer
 from jaxengine.ops.heads import PackedHeads
 from jaxengine.ops.kernels import Kernels, Products, Stream
@@ -71,6 +72,8 @@ def add_layer(
 ) -> tuple[Stream, Any]:
     """The residual stream after a layer, and what `attend` gives back beside what was attended."""
     x, rest = attention_block.add_attention(model_config, products, layer.attention, layer.input_norm, x, live, attend)
+    if isinstance(layer.mlp, Experts):
+        return experts_block.add_experts(model_config, products, layer.mlp, layer.post_norm, x, live), rest
     return mlp_block.add_mlp(model_config, products, layer.mlp, layer.post_norm, x, live), rest
 
 

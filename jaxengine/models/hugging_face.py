@@ -25,9 +25,12 @@ NEEDED = (
     "num_attention_heads",
     "max_position_embeddings",
 )
+EXPERTS = "num_experts", "num_local_experts", "n_routed_experts"
 CONFIG_KEYS = (  # of config.json, beside the rope's
     *NEEDED, "architectures", "num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings", "hidden_act",
     "mlp_bias", "attention_bias", "use_sliding_window", "layer_types", "eos_token_id", "bos_token_id", "text_config",
+    "num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob",
+    "decoder_sparse_step", "mlp_only_layers",
 )  # fmt: skip
 
 
@@ -36,6 +39,9 @@ def model_config_of(hf: dict[str, Any], **differences: Any) -> ModelConfig:
     for key, expected in (("hidden_act", "silu"), ("mlp_bias", False), ("use_sliding_window", False)):
         if hf.get(key, expected) != expected:
             raise ValueError(f"has {key}={hf[key]!r}: this decoder computes {key}={expected!r} only")
+    experts = [name for name in EXPERTS if given(hf, name, 0)]
+    if experts and "num_experts" not in differences:
+        raise ValueError(f"has {experts[0]}={hf[experts[0]]!r}: of this architecture no experts are computed")
     other_layers = sorted(
         set(map(str, items("layer_types", given(hf, "layer_types", ()), "a list of names"))) - {"full_attention"}
     )
@@ -90,7 +96,7 @@ def key_table(model_config: ModelConfig) -> list[Entry]:
     """
     width, h = model_config.hidden_size, model_config.head_dim
     query, key_value = model_config.num_attention_heads * h, model_config.num_key_value_heads * h
-    attention, mlp = "self_attn", model_config.intermediate_size
+    attention = "self_attn"
     copies = 1, model_config.key_value_copies, model_config.key_value_copies
     entries = [_vocabulary(model_config, "embed", EMBEDDING)]
     for i in range(model_config.num_hidden_layers):
@@ -107,13 +113,7 @@ def key_table(model_config: ModelConfig) -> list[Entry]:
             ),
             _inputs(model_config, f"{ours}.attention.out", f"{theirs}.{attention}.o_proj.weight", (width, query)),
             _vector(f"{ours}.post_norm", f"{theirs}.post_attention_layernorm.weight", width),
-            _outputs(
-                model_config,
-                f"{ours}.mlp.gate_up",
-                [f"{theirs}.mlp.{p}_proj.weight" for p in ("gate", "up")],
-                [(mlp, width)] * 2,
-            ),
-            _inputs(model_config, f"{ours}.mlp.down", f"{theirs}.mlp.down_proj.weight", (width, mlp)),
+            *(_experts if model_config.num_experts else _mlp)(model_config, f"{ours}.mlp", f"{theirs}.mlp"),
         ]
         if model_config.qkv_bias:
             biases = [f"{n}.bias" for n in names]
@@ -149,6 +149,38 @@ def _vocabulary(model_config: ModelConfig, target: str, source: str) -> Entry:
         return (leaf.reshape(-1, width)[:size],)
 
     return Entry(target, (source,), ((size, width),), pack, unpack)
+
+
+def _mlp(model_config: ModelConfig, ours: str, theirs: str) -> list[Entry]:
+    inner, width = model_config.inner_size, model_config.hidden_size
+    both = [f"{theirs}.{p}_proj.weight" for p in ("gate", "up")]
+    return [
+        _outputs(model_config, f"{ours}.gate_up", both, [(inner, width)] * 2),
+        _inputs(model_config, f"{ours}.down", f"{theirs}.down_proj.weight", (width, inner)),
+    ]
+
+
+def _experts(model_config: ModelConfig, ours: str, theirs: str) -> list[Entry]:
+    """Each expert as an MLP, and stacked behind the leaves: [leaf, E, N, K]."""
+    count, width = model_config.num_experts, model_config.hidden_size
+    router = Entry(f"{ours}.router", (f"{theirs}.gate.weight",), ((count, width),))
+    each = zip(*(_mlp(model_config, ours, f"{theirs}.experts.{expert}") for expert in range(count)), strict=True)
+    return [router, *map(_stacked, each)]
+
+
+def _stacked(entries: Sequence[Entry]) -> Entry:
+    """Entries of one target as one, joined along a new second axis."""
+    count = len(entries[0].sources)
+
+    def pack(sources):
+        parts = [entry.pack(sources[i * count : (i + 1) * count]) for i, entry in enumerate(entries)]
+        return np.stack(parts, axis=1)
+
+    def unpack(leaf):
+        return [source for i, entry in enumerate(entries) for source in entry.unpack(leaf[:, i])]
+
+    names, shapes = ([x for entry in entries for x in getattr(entry, kind)] for kind in ("sources", "shapes"))
+    return Entry(entries[0].target, tuple(names), tuple(shapes), pack, unpack)
 
 
 def _outputs(

@@ -22,6 +22,7 @@ from jaxengine.models.params import Decoder, by_path, declare, map_declared
 from sharding.mesh import Split
 
 log = logging.getLogger("jaxengine")
+FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 FORMS = (str, os.PathLike, Mapping, list, tuple, Iterator)
 
 
@@ -29,8 +30,9 @@ def to_decoder(weights: Any, model_config: ModelConfig, *, cast: bool = False, s
     """The parameters that `weights` hold, in this project's layout; what has none of the forms is given back.
 
     `weights` are a folder in Hugging Face format, a dict from names to arrays, or an iterable of (name, array) pairs in
-    any order, which is read once and of which one leaf's tensors are held at a time. Names and shapes are Hugging
-    Face's (`model.layers.0.mlp.up_proj.weight` `[F, D]`). Arrays are numpy's, JAX's, or of anything that speaks DLPack
+    any order, which is read once and of which one leaf's tensors are held at a time. Names and shapes are those of
+    Hugging Face's files (`model.layers.0.mlp.up_proj.weight` `[F, D]`), or a module's where all experts are one tensor
+    (`model.layers.0.mlp.experts.gate_up_proj` `[E, 2F, D]`). Arrays are numpy's, JAX's, or of anything that speaks DLPack
     or `__array__`. They are copied; what lies on a device goes through the host's memory. A tied model's `lm_head` may
     be left out or equal the embedding.
 
@@ -86,8 +88,8 @@ def _arrays(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """The pairs as numpy arrays of the model's dtype."""
     wanted = jnp.dtype(model_config.dtype)
-    for name, given in pairs:
-        array = _as_numpy(name, given)
+    each = ((name, _as_numpy(name, given)) for name, given in pairs)
+    for name, array in (one for pair in each for one in _by_expert(*pair)):
         if name in known and array.dtype != wanted:
             if not cast or not jnp.issubdtype(array.dtype, jnp.floating):
                 raise ValueError(
@@ -96,6 +98,18 @@ def _arrays(
                 )
             array = array.astype(wanted)
         yield name, array
+
+
+def _by_expert(name: str, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors of a file that a module of transformers 5 holds as one, with all experts; any other as it is."""
+    stem, _, kind = name.rpartition(".")
+    if not stem.endswith(".mlp.experts") or kind not in FUSED or array.ndim != 3:
+        yield name, array
+        return
+    for expert, of_expert in enumerate(array):
+        parts = np.split(of_expert, len(FUSED[kind])) if len(of_expert) % len(FUSED[kind]) == 0 else [of_expert]
+        for part, rows in zip(FUSED[kind], parts, strict=False):
+            yield f"{stem}.{expert}.{part}.weight", rows
 
 
 def _as_numpy(name: str, given: Any) -> np.ndarray:

@@ -10,8 +10,9 @@ from jaxtyping import Array, Float
 
 from jaxengine.base.pytree import pytree
 from jaxengine.config import ModelConfig
-from jaxengine.models import attention_block, mlp_block, own_heads
+from jaxengine.models import attention_block, experts_block, mlp_block, own_heads
 from jaxengine.models.attention_block import Attention
+from jaxengine.models.experts_block import Experts
 from jaxengine.models.mlp_block import Mlp
 from jaxengine.models.parameter import Parameter, norm_scale
 from sharding.mesh import Split
@@ -22,12 +23,12 @@ TABLE_AXES = "leaf", "vocab", None  # of the embedding and the head
 
 @pytree
 class Layer:
-    """An attention block and an MLP block, each with the norm that it reads the residual stream through."""
+    """An attention block and an MLP block or experts, each with the norm that it reads the residual stream through."""
 
     input_norm: Array  # [D]
     attention: Attention
     post_norm: Array  # [D]
-    mlp: Mlp
+    mlp: Mlp | Experts
 
 
 @pytree
@@ -51,7 +52,8 @@ def declare(model_config: ModelConfig) -> Any:
     vocabulary = leaves, model_config.padded_vocab_size // leaves, width
     table: Any = Parameter(vocabulary, model_config.dtype, TABLE_AXES)
     norm: Any = norm_scale(model_config, width)
-    layer = Layer(norm, attention_block.declare(model_config), norm, mlp_block.declare(model_config))
+    mlp = (experts_block if model_config.num_experts else mlp_block).declare(model_config)
+    layer = Layer(norm, attention_block.declare(model_config), norm, mlp)
     head = None if model_config.tie_word_embeddings else table
     return Decoder(table, (layer,) * model_config.num_hidden_layers, norm, head)
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxengine.config import ModelConfig
+from jaxengine.models.mlp_block import Mlp
 from jaxengine.models.params import Decoder, Layer
 from jaxengine.ops.rope import inverse_frequencies
 
@@ -30,7 +31,7 @@ def hidden_states(model_config: ModelConfig, params: Decoder, tokens: Int[Array,
     x = _joined(params.embed)[tokens]
     for layer in params.layers:
         x = x + _attention(model_config, layer, _norm(model_config, x, layer.input_norm))
-        x = x + _mlp(layer, _norm(model_config, x, layer.post_norm))
+        x = x + _inner(model_config, layer, _norm(model_config, x, layer.post_norm))
     return _norm(model_config, x, params.norm)
 
 
@@ -42,9 +43,26 @@ def _norm(model_config: ModelConfig, x: Array, scale: Array) -> Array:
     return x / jnp.sqrt(jnp.mean(x * x, -1, keepdims=True) + model_config.rms_norm_eps) * scale.astype(jnp.float32)
 
 
-def _mlp(layer: Layer, y: Float[Array, "T D"]) -> Float[Array, "T D"]:
-    gate, up = jnp.split(dot("td,lnd->tln", y, layer.mlp.gate_up.astype(jnp.float32)), 2, axis=-1)
-    return dot("tlf,ldf->td", jax.nn.silu(gate) * up, layer.mlp.down.astype(jnp.float32))
+def _inner(model_config: ModelConfig, layer: Layer, y: Float[Array, "T D"]) -> Float[Array, "T D"]:
+    """Of the MLP, or of the experts: every row through each of them, weighted with 0 where it was not chosen."""
+    if isinstance(layer.mlp, Mlp):
+        return _mlp(y, layer.mlp.gate_up, layer.mlp.down)
+    scores = dot("td,ed->te", y, layer.mlp.router.astype(jnp.float32))
+    weights, chosen = jax.lax.top_k(jax.nn.softmax(scores, axis=-1), model_config.num_experts_per_tok)
+    if model_config.norm_topk_prob:
+        weights = weights / weights.sum(-1, keepdims=True)
+
+    def add(total, expert):
+        number, gate_up, down = expert
+        return total + (weights * (chosen == number)).sum(-1)[:, None] * _mlp(y, gate_up, down), None
+
+    by_expert = jnp.arange(model_config.num_experts), layer.mlp.gate_up.swapaxes(0, 1), layer.mlp.down.swapaxes(0, 1)
+    return jax.lax.scan(add, jnp.zeros_like(y), by_expert)[0]
+
+
+def _mlp(y: Float[Array, "T D"], gate_up: Float[Array, "leaf F2 D"], down: Float[Array, "leaf D F"]) -> Array:
+    gate, up = jnp.split(dot("td,lnd->tln", y, gate_up.astype(jnp.float32)), 2, axis=-1)
+    return dot("tlf,ldf->td", jax.nn.silu(gate) * up, down.astype(jnp.float32))
 
 
 def _attention(model_config: ModelConfig, layer: Layer, y: Float[Array, "T D"]) -> Float[Array, "T D"]:

@@ -5,9 +5,14 @@ from typing import Any
 
 from jaxengine.base.arguments import nearest
 from jaxengine.config import ModelConfig
-from jaxengine.models import llama, qwen2, qwen3
+from jaxengine.models import llama, qwen2, qwen3, qwen3_moe
 
-FAMILIES: dict[str, ModuleType] = {"Qwen3ForCausalLM": qwen3, "Qwen2ForCausalLM": qwen2, "LlamaForCausalLM": llama}
+FAMILIES: dict[str, ModuleType] = {
+    "Qwen3ForCausalLM": qwen3,
+    "Qwen3MoeForCausalLM": qwen3_moe,
+    "Qwen2ForCausalLM": qwen2,
+    "LlamaForCausalLM": llama,
+}
 
 
 def family(architecture: str) -> ModuleType:

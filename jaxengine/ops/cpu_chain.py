@@ -14,7 +14,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxengine.config import ModelConfig
 from jaxengine.ops.differentiated import differentiated_as
+from jaxengine.ops.experts import Experts, Routing
 from jaxengine.ops.heads import PackedHeads
+from jaxengine.ops.in_tiles import ProductsInTiles
 from jaxengine.ops.linear import by_leaf, dot, join_leaves, with_bias
 from jaxengine.ops.live import Live
 from jaxengine.ops.norm import rms_norm
@@ -148,6 +150,18 @@ class CpuProducts:
         live: Live,
     ) -> Float[Array, "R D"]:
         return _add(live.tile, self.body, self.leaves, x, y, w, bias, live.count)
+
+    def add_experts(
+        self,
+        x: Float[Array, "R D"],
+        norm: Float[Array, " D"],
+        eps: float,
+        experts: Experts,
+        routing: Routing,
+        live: Live,
+    ) -> Float[Array, "R D"]:
+        """XLA's, in its regions: there is no kernel for it yet."""
+        return ProductsInTiles(XlaProducts(self.leaves)).add_experts(x, norm, eps, experts, routing, live)
 
     def stream(self, x: Float[Array, "R D"]) -> Float[Array, "R D"]:
         return x

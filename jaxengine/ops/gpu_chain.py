@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxengine.config import ModelConfig
 from jaxengine.ops.differentiated import differentiated_as
+from jaxengine.ops.experts import Experts, Routing, partial_sums
 from jaxengine.ops.heads import PackedHeads
 from jaxengine.ops.linear import by_leaf, dot, join_leaves, with_bias
 from jaxengine.ops.live import Live
@@ -25,6 +26,7 @@ from jaxengine.ops.rope import inverse_frequencies
 from jaxengine.ops.xla import XlaProducts
 from pallas_kernels.chain_gpu import attend, heads, product, residual
 from pallas_kernels.chain_gpu.sizes import CHAIN, ChainSizes, chain_sizes, split_of
+from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.implementations import Implementation
 from sharding.leaves import ALL_HERE, Leaves, spread, tree_sum
 
@@ -92,6 +94,22 @@ def _plain_add(of: Implementation, like: Array, y: Array, w: Array) -> Float[Arr
     return _plain_sums(by_leaf(y, w.shape[0]), w, split_of(_sizes(of, w), *w.shape[1:]), like.shape[1])
 
 
+def _plain_routed(
+    of: Implementation,
+    eps: float,
+    leaves: Leaves,
+    routing: Routing,
+    like: tuple,
+    stream: Stream,
+    norm: Array,
+    experts: Experts,
+    is_there: Array,
+):
+    x = _plain_total(stream)
+    y = rms_norm(jnp.where(is_there[:, None], x, 1.0), norm, eps)  # padding may be NaN, which no cotangent of 0 undoes
+    return x, partial_sums(XlaProducts(leaves), routing, y, experts, is_there)[:, None]
+
+
 def _plain_logits(
     of: Implementation, eps: float, leaves: Leaves, like: Array, x: Array, norm: Array, head: Array
 ) -> Float[Array, "t V"]:
@@ -130,6 +148,38 @@ def _gated(
 @differentiated_as(_plain_add, static=1)
 def _add(of: Implementation, y: Array, w: Array) -> Float[Array, "leaf S M N"]:
     return product.summed(y.astype(w.dtype), w, _sizes(of, w), interpret=of.is_interpreted)
+
+
+@dataclasses.dataclass(frozen=True)
+class _ExpertProducts:
+    """Those of ops/experts.py, by kernels that have no gradient."""
+
+    implementation: Implementation
+    leaves: Leaves
+
+    def scores(self, y: Float[Array, "t D"], router: Float[Array, "E D"]) -> Float[Array, "t E"]:
+        of = self.implementation
+        return product.finished(y[None], router, _sizes(of, router), interpret=of.is_interpreted)
+
+    def grouped(
+        self, x: Float[Array, "leaf M K"], w: Float[Array, "leaf E N K"], sizes: Int[Array, " E"], *, gated: bool
+    ) -> Float[Array, "leaf M R"]:
+        return grouped_matmul(x, w, sizes, gated=gated, implementation=self.implementation)
+
+
+@differentiated_as(_plain_routed, static=4)
+def _routed(
+    of: Implementation,
+    eps: float,
+    leaves: Leaves,
+    routing: Routing,
+    stream: Stream,
+    norm: Array,
+    experts: Experts,
+    is_there: Array,
+) -> tuple[Array, Array]:
+    x, y = residual.settle(*stream, norm, eps, experts.router.dtype, interpret=of.is_interpreted)
+    return x, partial_sums(_ExpertProducts(of, leaves), routing, y[0], experts, is_there)[:, None]
 
 
 @differentiated_as(_plain_logits, static=3)
@@ -187,10 +237,20 @@ class ChainProducts:
         bias: Float[Array, " D"] | None,
         live: Live,
     ) -> Stream:
-        sums = _add(self.implementation, y, w)
-        if self.leaves != ALL_HERE:  # every device's, as one split of each, or their sum
-            sums = self.leaves.to_add(self._sum(sums), lambda own: self._sum(own[:, None]))[:, None]
-        return Stream(x.x, sums, bias)
+        return Stream(x.x, self._of_all(_add(self.implementation, y, w)), bias)
+
+    def add_experts(
+        self, x: Stream, norm: Float[Array, " D"], eps: float, experts: Experts, routing: Routing, live: Live
+    ) -> Stream:
+        is_there = jnp.arange(x.x.shape[0]) < live.count
+        total, sums = _routed(self.implementation, eps, self.leaves, routing, x, norm, experts, is_there)
+        return Stream(total, self._of_all(sums))
+
+    def _of_all(self, sums: Float[Array, "leaf S R N"]) -> Float[Array, "parts S R N"]:
+        """Every device's sums, as one split of each, or their sum."""
+        if self.leaves == ALL_HERE:
+            return sums
+        return self.leaves.to_add(self._sum(sums), lambda own: self._sum(own[:, None]))[:, None]
 
     def _sum(self, sums: Float[Array, "leaf S R N"]) -> Float[Array, "R N"]:
         nothing = jnp.full(sums.shape[2:], -0.0, jnp.float32)  # the one number that leaves every other as it is, 0 too

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxengine.config import ModelConfig
+from jaxengine.ops.experts import Experts, Routing, partial_sums
 from jaxengine.ops.heads import PackedHeads, rotated_heads
 from jaxengine.ops.linear import by_leaf, join_leaves, with_bias
 from jaxengine.ops.live import Live
@@ -49,6 +50,14 @@ class TileProducts(Protocol):
     def summed(self, x: Float[Array, "leaf t K"], w: Float[Array, "leaf N K"]) -> Float[Array, "t N"]:
         """Sum over leaves of x @ w.T, in the fixed order of the tree."""
         ...
+
+    def scores(self, y: Float[Array, "t D"], router: Float[Array, "E D"]) -> Float[Array, "t E"]:
+        """As in ExpertProducts, and so is `grouped`."""
+        ...
+
+    def grouped(
+        self, x: Float[Array, "leaf M K"], w: Float[Array, "leaf E N K"], sizes: Int[Array, " E"], *, gated: bool
+    ) -> Float[Array, "leaf M R"]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +107,19 @@ class ProductsInTiles:
         live: Live,
     ) -> Float[Array, "R D"]:
         return over_tiles(functools.partial(_add, self.of_tile), live.tile, (w, bias), (x, y), live.count)
+
+    def add_experts(
+        self,
+        x: Float[Array, "R D"],
+        norm: Float[Array, " D"],
+        eps: float,
+        experts: Experts,
+        routing: Routing,
+        live: Live,
+    ) -> Float[Array, "R D"]:
+        body = functools.partial(_add_experts, self.of_tile, eps, routing)
+        is_there = jnp.arange(x.shape[0]) < live.count
+        return over_tiles(body, live.tile, (norm, experts), (x, is_there), live.count)
 
     def stream(self, x: Float[Array, "R D"]) -> Float[Array, "R D"]:
         return x
@@ -149,6 +171,14 @@ def _gated(products: TileProducts, eps: float, weights: tuple, x: Float[Array, "
 def _add(products: TileProducts, weights: tuple, rows: tuple[Array, Array]) -> Float[Array, "t D"]:
     (w, bias), (x, y) = weights, rows
     return with_bias(x + products.summed(by_leaf(y, w.shape[0]), w), bias)
+
+
+def _add_experts(
+    products: TileProducts, eps: float, routing: Routing, weights: tuple, rows: tuple[Array, Array]
+) -> Float[Array, "t D"]:
+    (norm, experts), (x, is_there) = weights, rows
+    y = settled(rms_norm(x, norm, eps))
+    return x + products.leaves.sum(partial_sums(products, routing, y, experts, is_there))
 
 
 class RotatesInTiles:

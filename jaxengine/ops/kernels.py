@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxengine.config import ModelConfig, check_kernels
 from jaxengine.ops import cpu_chain, pallas, xla
+from jaxengine.ops.experts import Experts, Routing
 from jaxengine.ops.gpu_chain import ChainAttention, ChainProducts
 from jaxengine.ops.heads import PackedHeads
 from jaxengine.ops.in_tiles import ProductsInTiles
@@ -94,6 +95,12 @@ class Products(Protocol):
         live: Live,
     ) -> Stream:
         """The residual stream with y @ w.T + bias added, summed over leaves (vLLM: row parallel)."""
+        ...
+
+    def add_experts(
+        self, x: Stream, norm: Float[Array, " D"], eps: float, experts: Experts, routing: Routing, live: Live
+    ) -> Stream:
+        """The residual stream with what the experts of each row make of rms_norm(x) added (ops/experts.py)."""
         ...
 
     def stream(self, x: Float[Array, "R D"]) -> Stream:
@@ -273,7 +280,9 @@ def checked_for(model_config: ModelConfig, own: Kernels, mesh: Mesh) -> Mesh:
     """One replica's mesh, this process's first. Raises ValueError where its devices cannot share the model's leaves."""
     mesh, leaves = own_replica(with_all_axes(mesh)), model_config.reduction_leaves
     if mesh.shape["expert"] != 1:
-        raise ValueError(f"no model here has experts: the mesh's 'expert' has {mesh.shape['expert']} devices")
+        raise ValueError(
+            f"the mesh's 'expert' has {mesh.shape['expert']} devices: devices share every expert, along 'tensor'"
+        )
     degree = mesh.shape["tensor"]
     if leaves % degree:
         raise ValueError(

@@ -19,6 +19,7 @@ from jaxengine.ops.query_blocks import QueryBlocks
 from pallas_kernels import paged_attention_inputs as inputs
 from pallas_kernels.draw import draw_and_score
 from pallas_kernels.draw_reference import Draw
+from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.implementations import OF_A_GPU, Implementation
 from pallas_kernels.kv_write import kv_write
 from pallas_kernels.matmul import matmul
@@ -78,6 +79,14 @@ class PallasProducts:
 
     def summed(self, x: Float[Array, "leaf t K"], w: Float[Array, "leaf N K"]) -> Float[Array, "t N"]:
         return self.leaves.sum(self._of_leaves(x, w))
+
+    def scores(self, y: Float[Array, "t D"], router: Float[Array, "E D"]) -> Float[Array, "t E"]:
+        return matmul(y, router, implementation=self.implementation)
+
+    def grouped(
+        self, x: Float[Array, "leaf M K"], w: Float[Array, "leaf E N K"], sizes: Int[Array, " E"], *, gated: bool
+    ) -> Float[Array, "leaf M R"]:
+        return grouped_matmul(x, w, sizes, gated=gated, implementation=self.implementation)
 
     def _of_leaves(self, x: Array, w: Array, **how: Any) -> Array:
         """The product of each leaf. x is the leaf's own `[leaf, t, K]`, or all leaves' `[t, K]`."""

@@ -18,10 +18,16 @@ from jaxengine.ops.regions import over_tiles, settled
 from jaxengine.ops.tiles import ATTENTION_TILE
 from pallas_kernels.draw import draw_by
 from pallas_kernels.draw_reference import Draw, plain_draw
+from pallas_kernels.grouped_matmul import grouped_matmul
+from pallas_kernels.implementations import Implementation
 from pallas_kernels.paged_attention_cpu import paged_attention
 from pallas_kernels.pinned_math import silu
+from pallas_kernels.sizes import INTERPRETED
 from pallas_kernels.truncation_reference import kept_reference
 from sharding.leaves import ALL_HERE, Leaves
+
+
+GROUPED = Implementation("xla", INTERPRETED)  # dots of 16 rows, whatever a region's tile is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +52,14 @@ class XlaProducts:
 
     def summed(self, x: Float[Array, "leaf t K"], w: Float[Array, "leaf N K"]) -> Float[Array, "t N"]:
         return self.leaves.sum(dot(x, w))
+
+    def scores(self, y: Float[Array, "t D"], router: Float[Array, "E D"]) -> Float[Array, "t E"]:
+        return dot(y[None], router[None])[0]
+
+    def grouped(
+        self, x: Float[Array, "leaf M K"], w: Float[Array, "leaf E N K"], sizes: Int[Array, " E"], *, gated: bool
+    ) -> Float[Array, "leaf M R"]:
+        return grouped_matmul(x, w, sizes, gated=gated, implementation=GROUPED)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -41,7 +41,7 @@ def test_a_file_is_read_and_a_folder(tmp_path):
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"num_experts": 128}, "num_experts=128: mixtures of experts are not supported yet"),
+        ({"num_experts": 128}, "num_experts=128: of this architecture no experts are computed"),
         ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel"),
         ({"num_key_value_heads": 6, "num_attention_heads": 6}, "reduction_leaves=4 does not divide"),
     ],

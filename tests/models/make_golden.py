@@ -18,13 +18,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 GOLDEN = Path(__file__).parent / "golden"
 FAMILIES = {
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "llama": (LlamaConfig, LlamaForCausalLM),
+    "qwen3moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
 }
 NUM_GENERATED = 8
 # Between the likeliest token and the next one, of the largest logit: greedy tokens must not depend on rounding.
@@ -74,6 +84,10 @@ def sizes(
         )
         | more
     )
+
+
+def experts(count: int, per_token: int, inner: int, **more: Any) -> dict[str, Any]:
+    return dict(num_experts=count, num_experts_per_tok=per_token, moe_intermediate_size=inner) | more
 
 
 # name: (settings, [B, T], dtype of the file). A name begins with its family.
@@ -157,6 +171,18 @@ CASES: dict[str, tuple[dict[str, Any], tuple[int, int], torch.dtype]] = {
         LONG,
         torch.bfloat16,
     ),
+    "qwen3moe-3-of-6": (
+        sizes(48, 96, 2, 4, 2, 20, 213, rope_parameters=PLAIN, **experts(6, 3, 24, norm_topk_prob=True)),
+        SHORT,
+        torch.bfloat16,
+    ),
+    "qwen3moe-bias-tied-1-of-4": (
+        sizes(
+            48, 64, 2, 4, 4, 24, 209, tie_word_embeddings=True, attention_bias=True, rope_parameters=YARN, **experts(4, 1, 40)
+        ),
+        LONG,
+        torch.float32,
+    ),
 }
 
 
@@ -173,8 +199,8 @@ def build(family: str, settings: dict[str, Any], seed: int, dtype: torch.dtype =
             values = torch.randn(parameter.shape, generator=generator)
             if name.endswith("norm.weight"):
                 values = 1 + 0.3 * values
-            elif parameter.ndim == 2:
-                values = values * (1.0 if "embed" in name else 1.5 * parameter.shape[1] ** -0.5)
+            elif parameter.ndim > 1:
+                values = values * (1.0 if "embed" in name else 1.5 * parameter.shape[-1] ** -0.5)
             parameter.copy_(values.to(dtype))
     return model
 

@@ -19,7 +19,7 @@ from jaxengine.models import loading
 GOLDEN = Path(__file__).parent / "golden"
 CASES = sorted(folder.name for folder in GOLDEN.iterdir())
 TOLERANCE = 1e-4
-QUICK = {("qwen2-tied-group-7", 2), ("llama-llama3-untied-group-3", 2)}
+QUICK = {("qwen2-tied-group-7", 2), ("llama-llama3-untied-group-3", 2), ("qwen3moe-3-of-6", 2)}
 ENGINE_LOGPROBS = 20  # of the likeliest tokens at each prompt position
 
 
@@ -49,6 +49,8 @@ def test_the_cases_cover_what_the_families_differ_in():
     assert all(c.qk_norm for c in by_family["Qwen3ForCausalLM"]) and all(
         c.qkv_bias for c in by_family["Qwen2ForCausalLM"]
     )
+    experts = [c for c in configs if c.num_experts]
+    assert {c.norm_topk_prob for c in experts} == {True, False} and {c.num_experts_per_tok for c in experts} == {1, 3}
     assert (
         {c.out_bias for c in by_family["Qwen3ForCausalLM"]}
         == {c.out_bias for c in by_family["LlamaForCausalLM"]}

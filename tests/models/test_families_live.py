@@ -24,7 +24,7 @@ from jaxengine.ops.rope import inverse_frequencies  # noqa: E402
 
 pytestmark = pytest.mark.reference
 TOLERANCE = 1e-4
-SEEDS = range(9)  # three of each family
+SEEDS = range(12)  # three of each dense family, then three with experts
 LAST = 120  # positions of a case at most: past the stretched ropes' original context, and past a key tile
 
 
@@ -32,7 +32,7 @@ def draw(seed: int) -> tuple[str, dict[str, Any], np.ndarray, int]:
     """(family, settings, tokens [B, T], reduction leaves), a function of the seed."""
     rng = np.random.default_rng(seed)
     pick = lambda *values: values[rng.integers(len(values))]
-    family, kv, group = list(FAMILIES)[seed % 3], pick(1, 2, 3, 4), pick(1, 2, 3, 5, 7)
+    family, kv, group = list(FAMILIES)[seed % 3 if seed < 9 else 3], pick(1, 2, 3, 4), pick(1, 2, 3, 5, 7)
     heads, vocab = kv * group, int(rng.integers(150, 400))
     settings = dict(
         num_key_value_heads=kv,
@@ -50,6 +50,10 @@ def draw(seed: int) -> tuple[str, dict[str, Any], np.ndarray, int]:
         eos_token_id=None,
         pad_token_id=None,
     )
+    if family == "qwen3moe":
+        count = int(rng.integers(2, 9))
+        settings |= dict(num_experts=count, num_experts_per_tok=int(rng.integers(1, count + 1)))
+        settings |= dict(moe_intermediate_size=4 * int(rng.integers(5, 15)), norm_topk_prob=bool(rng.integers(2)))
     if family != "qwen2":
         settings["attention_bias"] = bool(rng.integers(2))
     tokens = rng.integers(0, vocab, (pick(1, 2, 3), int(rng.integers(70, LAST))))
@@ -76,7 +80,7 @@ def draw_rope(index: int, rng: np.random.Generator) -> dict[str, Any]:
     return yarn | more[rng.integers(3)]
 
 
-@pytest.fixture(scope="module", params=SEEDS, ids=lambda seed: f"{list(FAMILIES)[seed % 3]}-seed-{seed}")
+@pytest.fixture(scope="module", params=SEEDS, ids=lambda seed: f"{draw(seed)[0]}-seed-{seed}")
 def case(request, tmp_path_factory) -> tuple[Any, Path, np.ndarray, int]:
     """(model of transformers, its folder, tokens, leaves)"""
     family, settings, tokens, leaves = draw(request.param)
