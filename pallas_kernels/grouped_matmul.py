@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +10,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.grouped_matmul_gpu import grouped_matmul_gpu
-from pallas_kernels.grouped_matmul_reference import grouped_matmul_reference, grouped_plain
+from pallas_kernels.grouped_matmul_reference import grouped_gradients, grouped_matmul_reference
 from pallas_kernels.grouped_matmul_tpu import grouped_matmul_tpu
 from pallas_kernels.implementations import Implementation, bodies
 from pallas_kernels.sizes import matmul_sizes
+
+GRADIENT_ROWS = 16  # of one dot
 
 
 def each_leaf(body: Callable) -> Callable:
@@ -45,7 +48,7 @@ def grouped_matmul(
     the first half of an expert's N outputs are gates, and silu(gate) · up is returned, N / 2 wide; otherwise R is N.
     Leaves are products of their own, as in matmul: then x, w and the result have one more axis in front.
 
-    Differentiable in x and w: the value is the kernel's, gradients are XLA's of the same expression. The sum of the
+    Differentiable in x and w: the value is the kernel's, gradients are XLA's, visit by visit. The sum of the
     groups must not exceed M, which is not checked because it is known at run time only. Raises ValueError for shapes
     that do not fit and for weights in a dtype that the device has no sizes for.
     """
@@ -62,7 +65,7 @@ def grouped_matmul(
         raise ValueError(f"gated weights are gates, then as many ups: N must be even, got {w.shape[-2]}")
     in_parts = w.reshape(-1, w.shape[-3], parts, w.shape[-2] // parts, w.shape[-1])
     of_leaves = x.astype(w.dtype).reshape(-1, *x.shape[-2:])
-    out = _grouped(implementation, jnp.dtype(out_dtype), of_leaves, in_parts, group_sizes.astype(jnp.int32))
+    out: Any = _grouped(implementation, jnp.dtype(out_dtype), of_leaves, in_parts, group_sizes.astype(jnp.int32))
     return out.reshape(*x.shape[:-1], out.shape[-1])
 
 
@@ -79,8 +82,11 @@ def _forward(implementation, out_dtype, *operands):
 
 def _backward(implementation, out_dtype, operands, cotangent):
     x, w, group_sizes = operands
-    _, pullback = jax.vjp(lambda x, w: each_leaf(grouped_plain)(x, w, group_sizes), x, w)
-    return *pullback(cotangent.astype(jnp.float32)), np.zeros(group_sizes.shape, jax.dtypes.float0)
+
+    def one(x, w, cotangent):
+        return grouped_gradients(x, w, group_sizes, cotangent, GRADIENT_ROWS)
+
+    return *jax.vmap(one)(x, w, cotangent), np.zeros(group_sizes.shape, jax.dtypes.float0)
 
 
 _grouped.defvjp(_forward, _backward)

@@ -61,18 +61,36 @@ def without_rest(out: Float[Array, "... M N"], group_sizes: Int[Array, " E"]) ->
     return jnp.where(jnp.arange(out.shape[-2])[:, None] < group_sizes.sum(), out, jnp.zeros_like(out))
 
 
-def grouped_plain(
-    x: Float[Array, "M K"], w: Float[Array, "E parts N K"], group_sizes: Int[Array, " E"]
-) -> Float[Array, "M N"]:
-    """The product by XLA's own grouped dot. Gradients come from here."""
-    experts, parts, outputs, inputs = w.shape
-    x = without_rest(x, group_sizes)
-    precision = jax.lax.Precision.HIGHEST if w.dtype == jnp.float32 else None
-    by_inputs = w.reshape(experts, parts * outputs, inputs).swapaxes(1, 2)
-    sums = jax.lax.ragged_dot(
-        x, by_inputs, group_sizes.astype(jnp.int32), precision=precision, preferred_element_type=jnp.float32
-    )
-    return without_rest(finish(jnp.split(sums, parts, axis=1), [], None), group_sizes)
+def grouped_gradients(
+    x: Float[Array, "M K"],
+    w: Float[Array, "E parts N K"],
+    group_sizes: Int[Array, " E"],
+    cotangent: Float[Array, "M N"],
+    tile: int,
+) -> tuple[Float[Array, "M K"], Float[Array, "E parts N K"]]:
+    """The gradients of x and w, visit by visit: what a visit adds is XLA's gradient of its one dot."""
+    visits = visits_of(group_sizes, x.shape[0], tile)
+    rows, upstream = padded_rows(x, tile), padded_rows(cotangent.astype(jnp.float32), tile)
+
+    def step(v, gradients):
+        of_x, of_w = gradients
+        weights, _ = jax.lax.optimization_barrier((w, v))
+        one = jax.lax.dynamic_index_in_dim(weights, visits.experts[v], keepdims=False)
+        start, mine = visits.tiles[v] * tile, rows_of_visit(visits.tiles[v], tile, visits.starts[v], visits.ends[v])
+        some, given = (jnp.where(mine, jax.lax.dynamic_slice_in_dim(a, start, tile), 0) for a in (rows, upstream))
+        _, pullback = jax.vjp(_of_visit, some, one)
+        of_some, of_one = pullback(given)
+        before = jax.lax.dynamic_slice_in_dim(of_x, start, tile)
+        of_x = jax.lax.dynamic_update_slice_in_dim(of_x, jnp.where(mine, of_some, before), start, 0)
+        return of_x, of_w.at[visits.experts[v]].add(of_one.astype(jnp.float32))
+
+    start = jnp.zeros_like(rows), jnp.zeros(w.shape, jnp.float32)
+    of_x, of_w = jax.lax.fori_loop(0, visits.count, step, start)
+    return of_x[: x.shape[0]], of_w.astype(w.dtype)
+
+
+def _of_visit(x: Float[Array, "m K"], w: Float[Array, "parts N K"]) -> Float[Array, "m N"]:
+    return finish(jnp.split(dot(x, w.reshape(-1, w.shape[-1])), w.shape[0], axis=1), [], None)
 
 
 def grouped_matmul_reference(
@@ -84,17 +102,17 @@ def grouped_matmul_reference(
 ) -> Float[Array, "M N"]:
     """The product visit by visit: one dot of a tile of rows and one expert's weights, of which the expert's rows are
     kept."""
-    (m, _), (_, parts, outputs, inputs), tile = x.shape, w.shape, sizes.rows
+    m, outputs, tile = x.shape[0], w.shape[2], sizes.rows
     visits = visits_of(group_sizes, m, tile)
     padded = padded_rows(x, tile)
 
     def step(v, out):
         weights, _ = jax.lax.optimization_barrier((w, v))  # or XLA on CPU would widen all experts before the loop
-        one = jax.lax.dynamic_index_in_dim(weights, visits.experts[v], keepdims=False).reshape(-1, inputs)
+        one = jax.lax.dynamic_index_in_dim(weights, visits.experts[v], keepdims=False)
         start = visits.tiles[v] * tile
-        sums = jnp.split(dot(jax.lax.dynamic_slice_in_dim(padded, start, tile), one), parts, axis=1)
+        y = _of_visit(jax.lax.dynamic_slice_in_dim(padded, start, tile), one)
         mine = rows_of_visit(visits.tiles[v], tile, visits.starts[v], visits.ends[v])
-        kept = jnp.where(mine, finish(sums, [], None).astype(out_dtype), jax.lax.dynamic_slice_in_dim(out, start, tile))
+        kept = jnp.where(mine, y.astype(out_dtype), jax.lax.dynamic_slice_in_dim(out, start, tile))
         return jax.lax.dynamic_update_slice_in_dim(out, kept, start, 0)
 
     return jax.lax.fori_loop(0, visits.count, step, jnp.zeros((padded.shape[0], outputs), out_dtype))[:m]

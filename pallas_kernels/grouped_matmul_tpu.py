@@ -36,8 +36,9 @@ def grouped_matmul_tpu(
     *,
     interpret: Any = False,
 ) -> Float[Array, "leaf M N"]:
-    """The product leaf by leaf and visit by visit. The visits of a tile are consecutive, so its result stays in VMEM between them.
+    """The product leaf by leaf and visit by visit.
 
+    The visits of a tile are consecutive, so its result stays in VMEM between them.
     Tiles that no expert visits are not written: all their rows are after the last group.
     """
     (leaves, m, inputs), (*_, parts, outputs, _) = x.shape, w.shape

@@ -48,6 +48,14 @@ FAMILIES = {
     "Qwen3": dict(architecture="Qwen3ForCausalLM", qk_norm=True, tie_word_embeddings=True),
     "Qwen2": dict(architecture="Qwen2ForCausalLM", qkv_bias=True),
     "Llama": dict(architecture="LlamaForCausalLM", rope=RopeConfig(5e5, "llama3", 8.0, 256)),
+    "Qwen3Moe": dict(
+        architecture="Qwen3MoeForCausalLM",
+        qk_norm=True,
+        num_experts=6,
+        num_experts_per_tok=3,
+        moe_intermediate_size=64,
+        norm_topk_prob=True,
+    ),
 }
 # The one shape of engines that tests share: another number of pages, slots or tokens is four to six programs more.
 # A test that wants less room takes it with `engine.adjusted(held_pages=, held_slots=, max_num_batched_tokens=)`.

@@ -24,7 +24,8 @@ _HUB = "models from the hub are found as huggingface_hub finds them: set HF_HOME
 _END_TOKENS = (
     "generation_config.json gives end tokens, sampling is what SamplingParams say: leave it out, and give what you want"
 )
-_NO_EXPERTS = "models are dense: there are no experts to place, route or balance"
+_EXPERTS = "tensor_parallel_size= gives each device a part of every expert: none is placed, and no row is sent to one"
+_ROUTES = "a trainer's score() takes the same experts as the sampler, bit for bit: there are no routes to replay"
 _NO_STATE_LAYERS = "layers are attention over pages of keys and values: there is no recurrent state to keep"
 _KERNELS = "kernels= names what computes: products, attention and the draw together"
 _NOT_MEASURED = (
@@ -88,7 +89,7 @@ _ENGINE = {
     "num_speculative_tokens": _NO_SPECULATION,
     "pipeline_parallel_size": "layers are not dealt out to devices: tensor_parallel_size= shares each of them",
     "distributed_executor_backend": _PROCESSES,
-    "enable_expert_parallel": _NO_EXPERTS,
+    "enable_expert_parallel": _EXPERTS,
     "disable_custom_all_reduce": "sums over devices are taken in one order, however their parts travel",
     "worker_cls": _NO_WORKERS,
     "worker_extension_cls": f"{_NO_WORKERS}; llm.params and update_params are what extensions are written for",
@@ -131,7 +132,8 @@ _ENGINE = {
 }
 for _names, _hint in (
     ("moe_backend all2all_backend enable_eplb eplb_config expert_placement_strategy enable_ep_weight_filter "
-     "enable_elastic_ep elastic_ep_max_dp_size enable_return_routed_experts", _NO_EXPERTS),
+     "enable_elastic_ep elastic_ep_max_dp_size", _EXPERTS),
+    ("enable_return_routed_experts", _ROUTES),
     ("mamba_config mamba_cache_dtype mamba_ssm_cache_dtype mamba_block_size mamba_cache_mode mamba_backend "
      "mamba_ssu_algorithm mamba_cache_philox_rounds enable_mamba_shared_prefix_checkpoint "
      "enable_mamba_cache_stochastic_rounding use_replayssm replayssm_buffer_len gdn_prefill_backend "
@@ -197,7 +199,7 @@ _SAMPLING = {
     "skip_clone": "parameters are frozen, and never copied",
     "output_text_buffer_length": "a stream holds back what may become a stop string, and nothing else",
     "watermarking": "draws follow the model's distribution and a key: nothing is marked in them",
-    "routed_experts_prompt_start": _NO_EXPERTS,
+    "routed_experts_prompt_start": _ROUTES,
     "trace_decode_token_ids": "score() gives the logprobs of any tokens",
     "skip_reading_prefix_cache": "a cache_salt of its own in a prompt's dict reads no other prompt's pages",
     "thinking_token_budget": "generate up to max_tokens, then go on with LLM.extend or another prompt",

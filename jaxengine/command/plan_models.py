@@ -56,12 +56,7 @@ QWEN3_30B_A3B = dict(
     rope_theta=1000000,
     dtype="bfloat16",
 )
-NAMED = {
-    "llama-3-70b": LLAMA_3_70B,
-    "qwen3-32b": QWEN3_32B,
-    "qwen3-8b": QWEN3_8B,
-    "qwen3-30b-a3b": QWEN3_30B_A3B,
-}
+NAMED = {"llama-3-70b": LLAMA_3_70B, "qwen3-32b": QWEN3_32B, "qwen3-8b": QWEN3_8B, "qwen3-30b-a3b": QWEN3_30B_A3B}
 
 
 def planned_model(model: str, *, dtype: str, reduction_leaves: int | None, devices: int = 1) -> ModelConfig:

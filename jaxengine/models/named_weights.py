@@ -32,9 +32,9 @@ def to_decoder(weights: Any, model_config: ModelConfig, *, cast: bool = False, s
     `weights` are a folder in Hugging Face format, a dict from names to arrays, or an iterable of (name, array) pairs in
     any order, which is read once and of which one leaf's tensors are held at a time. Names and shapes are those of
     Hugging Face's files (`model.layers.0.mlp.up_proj.weight` `[F, D]`), or a module's where all experts are one tensor
-    (`model.layers.0.mlp.experts.gate_up_proj` `[E, 2F, D]`). Arrays are numpy's, JAX's, or of anything that speaks DLPack
-    or `__array__`. They are copied; what lies on a device goes through the host's memory. A tied model's `lm_head` may
-    be left out or equal the embedding.
+    (`model.layers.0.mlp.experts.gate_up_proj` `[E, 2F, D]`). Arrays are numpy's, JAX's, or of anything that speaks
+    DLPack or `__array__`. They are copied; what lies on a device goes through the host's memory. A tied model's
+    `lm_head` may be left out or equal the embedding.
 
     Every name is used once, every leaf filled. Raises ValueError that names what is missing, misshapen, unexpected,
     given twice, of another dtype (unless `cast` rounds it) or a head that is not the embedding; TypeError for what is

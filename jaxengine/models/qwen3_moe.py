@@ -16,7 +16,10 @@ def configure(hf: dict[str, Any]) -> ModelConfig:
     missing = [name for name in NEEDED if name not in hf] + ([] if count else ["num_experts"])
     if missing:
         raise ValueError(f"lacks {', '.join(missing)}")
-    step, dense = given(hf, "decoder_sparse_step", 1), items("mlp_only_layers", given(hf, "mlp_only_layers", ()), "numbers")
+    step, dense = (
+        given(hf, "decoder_sparse_step", 1),
+        items("mlp_only_layers", given(hf, "mlp_only_layers", ()), "numbers"),
+    )
     if step != 1 or list(dense):
         raise ValueError(
             f"has decoder_sparse_step={step!r} and mlp_only_layers={list(dense)!r}: this decoder computes experts in "

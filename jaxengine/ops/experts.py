@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxengine.ops.regions import no_gradient
-from pallas_kernels.pinned_math import exp
+from pallas_kernels.pinned_math import exp, rounded
 from sharding.leaves import Leaves, spread, tree_sum
 
 
@@ -64,7 +64,8 @@ def partial_sums(
     inner = products.grouped(_permuted(rows, order, places), experts.gate_up, sizes, gated=True)
     out = _permuted(products.grouped(inner, experts.down, sizes, gated=False), places, order)
     out = out.reshape(own, routing.experts_per_row, *y.shape)
-    parts = out * spread(leaves.shared(weights), own)[..., None]
+    nothing = (chosen < 0).astype(jnp.uint32)[..., None]
+    parts = rounded(out * spread(leaves.shared(weights), own)[..., None], nothing)
     return _in_order([parts[:, choice] for choice in range(routing.experts_per_row)])
 
 

@@ -26,7 +26,6 @@ from pallas_kernels.sizes import INTERPRETED
 from pallas_kernels.truncation_reference import kept_reference
 from sharding.leaves import ALL_HERE, Leaves
 
-
 GROUPED = Implementation("xla", INTERPRETED)  # dots of 16 rows, whatever a region's tile is
 
 

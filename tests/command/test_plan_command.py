@@ -14,7 +14,12 @@ from jaxengine.engine.desk_plan import DeskPlan, StepPlan
 from sharding.topology import target_of
 
 WORDS = ["plan", "llama-3-70b", "--topology", "v5p:2x2x4", "--tensor", "8"]
-SIZES = {"llama-3-70b": 70.6e9, "qwen3-32b": 32.8e9, "qwen3-8b": 8.2e9}  # parameters, as their cards say
+SIZES = {
+    "llama-3-70b": 70.6e9,
+    "qwen3-32b": 32.8e9,
+    "qwen3-8b": 8.2e9,
+    "qwen3-30b-a3b": 30.5e9,
+}  # parameters, as their cards say
 STEP = StepPlan("decode", 256, 128, 2, 2, 10**8, {"matmul": 321}, {"all-gather": 642}, {"all-gather": 10**9})
 MADE = DeskPlan("v5p:2x2x4", 8, 2, (2, 3), 6.0, 102 * 10**9, 90 * 10**9, 17 * 10**9, 10**8, 1_310_720, 50_001, {
     "decode": STEP, "prefill": dataclasses.replace(STEP, kind="prefill", rows=8192, tile=512, tiles=16, runs=16)
@@ -25,7 +30,8 @@ MADE = DeskPlan("v5p:2x2x4", 8, 2, (2, 3), 6.0, 102 * 10**9, 90 * 10**9, 17 * 10
 def test_a_named_model_has_the_size_that_its_card_says(name):
     config = planned_model(name.upper(), dtype="auto", reduction_leaves=1)
     projections = 2 * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
-    layer = config.hidden_size * (projections + 3 * config.intermediate_size)
+    inner = 3 * config.inner_size * max(1, config.num_experts) + config.num_experts
+    layer = config.hidden_size * (projections + inner)
     parameters = config.num_hidden_layers * layer + 2 * config.vocab_size * config.hidden_size
     assert parameters == pytest.approx(SIZES[name], rel=0.005)
     assert config.dtype == "bfloat16" and config.reduction_leaves == 1

@@ -109,6 +109,15 @@ class TestReference(Body):
             np.testing.assert_allclose(f.astype(jnp.float32), e, rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize("name", ["xla", "pallas_interpret", "pallas_gpu_interpret"])
+def test_leaves_are_products_of_their_own(name):
+    case = SMALL[5]
+    (x, w, sizes), (y, v, _) = case.operands(), case.operands(seed=1)
+    product = jax.jit(functools.partial(grouped_matmul, gated=True, implementation=choose(name)))
+    both = product(jnp.stack([x, y]), jnp.stack([w, v]), sizes)
+    assert same_bits(both, jnp.stack([product(x, w, sizes), product(y, v, sizes)]))
+
+
 def dense_float32(case, x, w):
     """Expert by expert, in plain float32."""
     parts, first = [], 0
@@ -151,7 +160,8 @@ def test_visits_cover_every_row_once(sizes):
 def test_errors():
     x, w, xla = jnp.ones((3, 8)), jnp.ones((2, 4, 8)), choose("xla")
     for found, sizes, weights in (
-        (r"group_sizes \[E\], got \(3, 8\), \(2, 4, 8\) and \(3,\)", jnp.ones(3, jnp.int32), w),
+        (r"w \[leaf, E, N, K\], got \(3, 8\), \(2, 4, 8\) and \(3,\)", jnp.ones(3, jnp.int32), w),
+        (r"got \(3, 8\), \(1, 2, 4, 8\) and \(2,\)", jnp.ones(2, jnp.int32), w[None]),
         ("group_sizes must be integers, got float32", jnp.ones(2), w),
         ("N must be even, got 3", jnp.ones(2, jnp.int32), w[:, :3]),
     ):

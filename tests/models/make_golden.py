@@ -178,7 +178,17 @@ CASES: dict[str, tuple[dict[str, Any], tuple[int, int], torch.dtype]] = {
     ),
     "qwen3moe-bias-tied-1-of-4": (
         sizes(
-            48, 64, 2, 4, 4, 24, 209, tie_word_embeddings=True, attention_bias=True, rope_parameters=YARN, **experts(4, 1, 40)
+            48,
+            64,
+            2,
+            4,
+            4,
+            24,
+            209,
+            tie_word_embeddings=True,
+            attention_bias=True,
+            rope_parameters=YARN,
+            **experts(4, 1, 40),
         ),
         LONG,
         torch.float32,

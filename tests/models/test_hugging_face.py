@@ -36,6 +36,7 @@ HF = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
 ROPES = {
     "default": {},
     "linear": {"rope_type": "linear", "factor": 4.0},
@@ -60,7 +61,7 @@ def write_configs(folder: Path, config: dict[str, Any], generation: dict[str, An
 # -- refused -----------------------------------------------------------------------------------------------------------
 
 
-SUPPORTED = r"\(supported: LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM\)"
+SUPPORTED = r"\(supported: LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM\)"
 
 
 @pytest.mark.parametrize(
@@ -70,7 +71,7 @@ SUPPORTED = r"\(supported: LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM\
         ({"architectures": ["LLamaForCausalLM"]}, f"{SUPPORTED}, did you mean 'LlamaForCausalLM'"),
         (
             {"architectures": []},
-            "names no architecture; supported: LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM",
+            "names no architecture; supported: LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, Qwen3MoeFor",
         ),
         ({"architectures": None}, "names no architecture"),
         ({"architectures": "LlamaForCausalLM"}, "names no architecture"),
@@ -270,7 +271,11 @@ def test_weights_of_another_configuration_are_refused(family, tmp_path):
 @pytest.mark.parametrize("architecture", registry.FAMILIES)
 @pytest.mark.parametrize("rope", ROPES)
 def test_old_and_new_config_json_mean_the_same(architecture, rope):
-    hf = HF | {"architectures": [architecture]}
+    hf = HF | EXPERTS | {"architectures": [architecture]}
+    if architecture != "Qwen3MoeForCausalLM":
+        with pytest.raises(ValueError, match="num_experts=6: of this architecture no experts are computed"):
+            registry.configure(hf)
+        hf = HF | {"architectures": [architecture]}
     new = hf | {"dtype": "bfloat16", "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"} | ROPES[rope]}
     old_scaling = {("type" if key == "rope_type" else key): value for key, value in ROPES[rope].items()}
     old = hf | {"torch_dtype": "bfloat16", "rope_theta": 5e5, "rope_scaling": old_scaling or None}
@@ -279,6 +284,30 @@ def test_old_and_new_config_json_mean_the_same(architecture, rope):
     assert registry.configure(new).dtype == "bfloat16"
     both = new | {"rope_scaling": new["rope_parameters"]}
     assert registry.configure(both) == registry.configure(new)
+
+
+def test_experts_are_read_under_both_names_and_every_layer_has_some():
+    hf = HF | EXPERTS | {"architectures": ["Qwen3MoeForCausalLM"]}
+    config = registry.configure(hf)
+    assert (config.num_experts, config.num_experts_per_tok, config.inner_size) == (6, 2, 40)
+    assert config.norm_topk_prob is False and config.qk_norm
+    others = {key: value for key, value in hf.items() if key != "num_experts"}
+    assert registry.configure(others | {"num_local_experts": 6, "norm_topk_prob": True}).norm_topk_prob is True
+    for change, message in (
+        ({"num_experts": None}, "lacks num_experts$"),
+        (
+            {"decoder_sparse_step": 2},
+            r"decoder_sparse_step=2 and mlp_only_layers=\[\]: this decoder computes experts in",
+        ),
+        ({"mlp_only_layers": [1]}, r"mlp_only_layers=\[1\]: this decoder computes experts in every layer only"),
+        ({"num_experts_per_tok": 7}, "num_experts_per_tok=7 is more than num_experts=6"),
+        ({"dtype": "float16"}, "experts takes dtype bfloat16 or float32, got float16"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            registry.configure(hf | change)
+    with pytest.raises(ValueError, match="reduction_leaves=16 .*num_key_value_heads=2"):
+        config.with_leaves(16)
+    assert config.with_leaves().reduction_leaves == 2 and config.share(1) == config
 
 
 def test_what_the_families_differ_in():
