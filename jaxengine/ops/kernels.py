@@ -289,11 +289,12 @@ def checked_for(model_config: ModelConfig, own: Kernels, mesh: Mesh) -> Mesh:
             f"{degree} devices cannot share reduction_leaves={leaves} leaves evenly: give reduction_leaves a multiple "
             "of them (it is in the bits)"
         )
-    if own.name == "xla" and degree == leaves > 1 and model_config.dtype != "float32":
+    by_xla = own.name in ("xla", "cpu") and not own.any_processor
+    if by_xla and degree == leaves > 1 and model_config.dtype != "float32":
+        others = "give dtype='float32'" if model_config.num_experts else "take kernels 'cpu' or a device's own"
         raise ValueError(
-            f"kernels 'xla' have other bits for one leaf of {model_config.dtype} than for several: with "
-            f"reduction_leaves={leaves} at most {leaves // 2} devices can share them; take kernels 'cpu' or a device's "
-            "own"
+            f"kernels {own.name!r} have other bits for one leaf of {model_config.dtype} than for several: with "
+            f"reduction_leaves={leaves} at most {leaves // 2} devices can share them; {others}"
         )
     return mesh
 
@@ -304,10 +305,10 @@ def sharded(own: Kernels, mesh: Mesh) -> Kernels:
     return dataclasses.replace(own.with_leaves(split.leaves), split=split)
 
 
-def cpu_kernels(body: str = "best") -> Kernels:
-    """The CPU's own kernels; `body` is one of pallas_kernels.cpu.library.BODIES."""
+def cpu_kernels(body: str = "best", *, has_experts: bool = False) -> Kernels:
+    """The CPU's own kernels; `body` is one of pallas_kernels.cpu.library.BODIES. Experts are XLA's."""
     products, attention, draw = cpu_chain.CpuProducts(body), cpu_chain.CpuAttention(body), cpu_chain.CpuDraw(body)
-    return Kernels("cpu", products, attention, draw, in_one=True, any_processor=True)
+    return Kernels("cpu", products, attention, draw, in_one=True, any_processor=not has_experts)
 
 
 def kernels_of(implementation: Implementation) -> Kernels:
@@ -360,7 +361,7 @@ def _named(name: str, model_config: ModelConfig) -> Kernels:
     if name == "cpu":
         cpu_chain.check_model(model_config)
         log.info("kernels: cpu")
-        return cpu_kernels()
+        return cpu_kernels(has_experts=model_config.num_experts > 0)
     implementation = implementations.choose(name)
     pallas.check_model(implementation, model_config)
     return kernels_of(implementation)

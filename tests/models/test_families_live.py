@@ -53,7 +53,8 @@ def draw(seed: int) -> tuple[str, dict[str, Any], np.ndarray, int]:
     if family == "qwen3moe":
         count = int(rng.integers(2, 9))
         settings |= dict(num_experts=count, num_experts_per_tok=int(rng.integers(1, count + 1)))
-        settings |= dict(moe_intermediate_size=4 * int(rng.integers(5, 15)), norm_topk_prob=bool(rng.integers(2)))
+        inner, hidden = 8 * int(rng.integers(3, 8)), 8 * int(rng.integers(6, 11))  # torch groups products of these alone
+        settings |= dict(moe_intermediate_size=inner, hidden_size=hidden, norm_topk_prob=bool(rng.integers(2)))
     if family != "qwen2":
         settings["attention_bias"] = bool(rng.integers(2))
     tokens = rng.integers(0, vocab, (pick(1, 2, 3), int(rng.integers(70, LAST))))
@@ -221,6 +222,8 @@ def test_a_tied_flag_beside_each_head(case, head, tmp_path):
 def test_torch_tensors_under_their_names(case, dtype):
     """A trainer's state_dict, a tied model's second name for its embedding included."""
     model, folder, _, leaves = case
+    if dtype == torch.float16 and loading.read_model_config(folder).num_experts:
+        pytest.skip("experts take bfloat16 and float32")
     config = loading.read_model_config(folder, reduction_leaves=leaves, dtype=str(dtype).removeprefix("torch."))
     tensors = copy.deepcopy(model).to(dtype).state_dict()
     expected = loading.load(folder, config)

@@ -28,12 +28,19 @@ from jaxengine.ops.tiles import BASE, TILES, Tile
 
 KEY = 7
 LENGTHS = (1, 2, 5, 15, 16, 17, 31, 32, 33, 47, 48, 63, 64, 65, 80, 95, 96, 97, 110, 127, 128, 129, 160, 200)
-DEFAULT = [("Qwen3", "bfloat16", 1), ("Qwen2", "bfloat16", 4), ("Llama", "float32", 4), ("calc", "bfloat16", 1)]
+DEFAULT = [
+    ("Qwen3", "bfloat16", 1),
+    ("Qwen2", "bfloat16", 4),
+    ("Llama", "float32", 4),
+    ("Qwen3Moe", "bfloat16", 2),
+    ("calc", "bfloat16", 1),
+]
 ALL_TILES = DEFAULT[
     0
 ]  # the model on which every tile serves as soon as it fits; the others take FEW_TILES, unless the run is long
 DEEP = DEFAULT[2]  # the model of four layers
 FULL = [(f, d, n) for f in (*FAMILIES, "calc") for d in ("bfloat16", "float32") for n in (1, 4)]
+FULL += [model for model in DEFAULT if model not in FULL]
 
 
 def name(model: tuple) -> str:

@@ -29,13 +29,15 @@ def test_devices_share_the_leaves():
         ("Llama", "float32", ""),
         ("Qwen2", "bfloat16", ""),
         ("Qwen3", "bfloat16", ""),
+        ("Qwen3Moe", "bfloat16", ""),
         ("Qwen2", "float32", "of2"),
         ("Qwen2", "bfloat16", "of2"),
         ("Qwen3", "bfloat16", "of2"),
     ],
 )
 def test_every_degree(kernels, family, dtype, heads):
-    leaves = "16" if kernels == "xla" and dtype != "float32" else "8"  # ops/kernels.checked_for
+    by_xla = kernels == "xla" or (kernels == "cpu" and family == "Qwen3Moe")
+    leaves = "16" if by_xla and dtype != "float32" else "8"  # ops/kernels.checked_for
     check(run(kernels, family, dtype, leaves + heads, "1", "2", "4", "8", "8x"))
 
 
@@ -49,6 +51,12 @@ def test_replicas_of_shared_models(family, dtype):
 @pytest.mark.long
 def test_the_gpu_s_chain_gathers_small_sums_and_exchanges_large_ones():
     check(run("pallas_gpu_interpret", "Qwen3", "bfloat16", "8", "1", "4", "4x"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kernels", "dtype"), [("xla", "float32"), ("cpu", "bfloat16")])
+def test_devices_share_every_expert(kernels, dtype):
+    check(run(kernels, "Qwen3Moe", dtype, "8", "1", "2"))
 
 
 @pytest.mark.slow

@@ -98,6 +98,14 @@ CASES = [
         marks=pytest.mark.slow,
         id="chain-Qwen3-float32-2-1",
     ),
+    *(
+        pytest.param(
+            ("Qwen3Moe", "float32", 2, 1, dict(compile_patience=1_000_000, kernels=kernels)),
+            marks=pytest.mark.slow,
+            id=f"{kernels}-Qwen3Moe-float32-2-1",
+        )
+        for kernels in (INTERPRETED, CHAIN)
+    ),
     pytest.param(
         ("Qwen2", "bfloat16", 1, 1, dict(compile_patience=0, kernels=CHAIN)),
         marks=pytest.mark.long,

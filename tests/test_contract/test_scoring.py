@@ -107,6 +107,11 @@ def small():
     return random_model("Qwen2", vocab_size=300, reduction_leaves=2)
 
 
+@pytest.fixture(scope="module")
+def small_with_experts():
+    return random_model("Qwen3Moe", vocab_size=300, reduction_leaves=2, norm_topk_prob=False)
+
+
 def plain_logprobs(config, params, tokens, mask):
     def one(row, wanted):
         logprobs = jax.nn.log_softmax(plain.logits(config, params, row[:-1]))
@@ -115,8 +120,9 @@ def plain_logprobs(config, params, tokens, mask):
     return jnp.stack([one(row, wanted) for row, wanted in zip(tokens, mask, strict=True)])
 
 
-def test_gradients_are_those_of_a_plain_model(small):
-    config, params = small
+@pytest.mark.parametrize("model", ["small", "small_with_experts"])
+def test_gradients_are_those_of_a_plain_model(model, request):
+    config, params = request.getfixturevalue(model)
     rng = np.random.default_rng(0)
     tokens, mask = rng.integers(0, config.vocab_size, (3, 77)), np.arange(77) >= np.array([[5], [40], [76]])
     mask[0, 50:] = False  # a short completion, and a tool's answer inside another
