@@ -173,7 +173,7 @@ def _add_leaves(parser: argparse.ArgumentParser) -> None:
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "model", help="llama-3-70b, qwen3-32b or qwen3-8b; a config.json, a folder with one, or a hub id"
+        "model", help="llama-3-70b, qwen3-32b, qwen3-8b or qwen3-30b-a3b; a config.json, a folder with one, or a hub id"
     )
     parser.add_argument("--topology", required=True, help="v5e:16x16, v5p:2x2x4, v6e:4x4, h100:8, …")
     parser.add_argument("--tensor", type=count, default=1, help="devices that share one replica's weights")

@@ -34,8 +34,8 @@ UNSUPPORTED = {
     "vllm_xargs": "there are no plugins that would read them",
     "extra_args": "there are no plugins that would read them",
     "logits_processors": "there are logit_bias, allowed_token_ids and penalties",
-    "routed_experts": "models have no experts",
-    "return_routed_experts": "models have no experts",
+    "routed_experts": "a trainer here takes the same experts: there are no routes to replay",
+    "return_routed_experts": "a trainer here takes the same experts: there are no routes to replay",
 }
 
 

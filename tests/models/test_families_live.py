@@ -53,7 +53,10 @@ def draw(seed: int) -> tuple[str, dict[str, Any], np.ndarray, int]:
     if family == "qwen3moe":
         count = int(rng.integers(2, 9))
         settings |= dict(num_experts=count, num_experts_per_tok=int(rng.integers(1, count + 1)))
-        inner, hidden = 8 * int(rng.integers(3, 8)), 8 * int(rng.integers(6, 11))  # torch groups products of these alone
+        inner, hidden = (
+            8 * int(rng.integers(3, 8)),
+            8 * int(rng.integers(6, 11)),
+        )  # torch groups products of these alone
         settings |= dict(moe_intermediate_size=inner, hidden_size=hidden, norm_topk_prob=bool(rng.integers(2)))
     if family != "qwen2":
         settings["attention_bias"] = bool(rng.integers(2))

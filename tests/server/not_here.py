@@ -39,7 +39,7 @@ CLIENTS = {
     "renderers, verifiers, prime-rl": [
         ("send images", f"POST {GENERATE}", TOKENS | {"features": {"image": [1]}}, 400, UNSUPPORTED, ""),
         ("ask which experts ran", f"POST {GENERATE}", TOKENS | {"return_routed_experts": True}, 400, UNSUPPORTED,
-         "models have no experts"),
+         "a trainer here takes the same experts: there are no routes to replay"),
         ("load an adapter", "POST /load_lora_adapter", ADAPTER, 404, NO_ROUTE, "whole weights"),
         ("broadcast weights", "POST /init_broadcaster", {}, 404, NO_ROUTE, FILE),
     ],
