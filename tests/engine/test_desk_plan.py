@@ -110,6 +110,19 @@ def test_copies_of_a_head_are_computed_by_each_leaf_that_holds_one():
     assert two.arithmetic - one.arithmetic == pytest.approx(512 * 10 * 2 * keys_and_values / 2 / 1e12)
 
 
+def test_of_experts_those_are_read_that_rows_take_and_a_row_computes_its_own():
+    sizes = dict(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=128)
+    mixed = dataclasses.replace(MODEL, architecture="Qwen3MoeForCausalLM", **sizes)
+    dense, one, many = (
+        decode_estimate(config, plan(weights=4_000_000), DEVICE, batch=batch, context=64, page_size=32)
+        for config, batch in ((MODEL, 1), (mixed, 1), (mixed, 100))
+    )
+    expert = 10 * 3 * 64 * 128  # weights in all layers
+    assert dense.memory - one.memory == pytest.approx(6 * expert * 2 / 2 / 1e9)
+    assert many.memory - one.memory == pytest.approx((6 * expert * 2 / 2 + 99 * 64 * 100) / 1e9)
+    assert one.arithmetic - dense.arithmetic == pytest.approx((2 * expert + 2 * 10 * 64 * 8) / 2 / 1e12)
+
+
 def test_a_step_takes_the_slower_of_memory_and_flops_and_then_the_exchange():
     found = prefill_estimate(MODEL, plan(), DEVICE, context=128)
     assert found.seconds == max(found.memory, found.arithmetic) + found.exchange

@@ -284,3 +284,19 @@ def test_an_llm_without_a_folder_saves_weights_and_config(running, tmp_path):
     assert {path.name for path in Path(tmp_path).iterdir()} == {"config.json", "model.safetensors"}
     config = loading.read_model_config(tmp_path, reduction_leaves=running.config.reduction_leaves)
     assert_same_bits(loading.load(tmp_path, config), running.params)
+
+
+def test_experts_in_one_tensor_as_a_module_holds_them():
+    config, params = random_model("Qwen3Moe", **SMALL, reduction_leaves=2)
+    named = dict(loading.named_tensors(config, params))
+    fused = {name: array for name, array in named.items() if ".experts." not in name}
+    for layer in range(config.num_hidden_layers):
+        stem = f"model.layers.{layer}.mlp.experts"
+        each = [[named[f"{stem}.{e}.{part}_proj.weight"] for e in range(6)] for part in ("gate", "up", "down")]
+        gates, ups, downs = map(np.stack, each)
+        fused |= {f"{stem}.gate_up_proj": np.concatenate([gates, ups], axis=1), f"{stem}.down_proj": downs}
+    for a, b in zip(jax.tree.leaves(to_decoder(fused, config)), jax.tree.leaves(params), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    few = fused | {"model.layers.0.mlp.experts.down_proj": downs[:5]}
+    with pytest.raises(ValueError, match="missing: model.layers.0.mlp.experts.5.down_proj.weight"):
+        to_decoder(few, config)
