@@ -298,5 +298,5 @@ def test_experts_in_one_tensor_as_a_module_holds_them():
     for a, b in zip(jax.tree.leaves(to_decoder(fused, config)), jax.tree.leaves(params), strict=True):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
     few = fused | {"model.layers.0.mlp.experts.down_proj": downs[:5]}
-    with pytest.raises(ValueError, match="missing: model.layers.0.mlp.experts.5.down_proj.weight"):
+    with pytest.raises(ValueError, match="missing .model.layers.0.mlp.experts.5.down_proj.weight"):
         to_decoder(few, config)
