@@ -11,6 +11,7 @@ and the factor of what was added before is 1. Values must be finite there, becau
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -47,7 +48,7 @@ def attend(
     batch, blocks = blocks.starts.shape[0], blocks._replace(num_blocks=None)  # counts say it too
     r, group = num_rows // batch, heads // num_kv_heads
     free, out = attend_sizes(sizes, r, group, num_rows * heads, page_width), new((num_rows, heads * width), keys.dtype)
-    together = 1 if r == 1 else max(1, free.rows // (r * group))
+    together = 1 if r == 1 else free.rows // math.gcd(free.rows, r * group)  # so that they fill programs
     num_splits = cdiv(blocks.tables.shape[1] * page_size, sizes.kv_split)
     tile = _Tile(r, group, together, free.rows, width, page_width, sizes.kv_tile, sizes.kv_split, interpret)
     grid, inputs = (batch, num_kv_heads, cdiv(together * r * group, free.rows)), (q, keys, values, blocks)
@@ -96,7 +97,7 @@ def _rows_of(blocks: PagedBlocks, tile: _Tile) -> _Rows:
     token, head = own // tile.group, k * tile.group + own % tile.group
     start, count = blocks.starts[b], tokens_taken(blocks, b, tile.r, tile.together)
     some = pl.program_id(2) * tile.rows // tile.group < count
-    there, row = (token < count) & (own < tile.together * tile.r * tile.group), b * tile.r + token
+    there, row = token < count, b * tile.r + token
     return _Rows(row, head, there, jnp.where(there, start + token, -1), start + count, blocks.slots[b], k, some)
 
 

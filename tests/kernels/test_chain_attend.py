@@ -20,6 +20,7 @@ BLOCKS = (
     (0, 73, 2),
     (1, 149, 1),
     (0, 0, 0),
+    (0, 0, 0),
     (2, 28, 4),
     (2, 32, 4),
     (2, 36, 3),
@@ -108,7 +109,7 @@ def test_what_a_program_takes():
         return [int(attend.tokens_taken(blocks, b, TOKENS, together)) for b in range(len(BLOCKS))]
 
     assert taken(1) == [count for _, _, count in BLOCKS]
-    assert taken(4) == [16, 0, 0, 0, 16, 0, 0, 0, 6, 0, 1, 0, 11, 0, 0, 4, 4, 3, 4, 4, 4, 4, 0, 4, 7, 0, 0, 0]
+    assert taken(4) == [16, 0, 0, 0, 16, 0, 0, 0, 6, 0, 1, 0, 0, 11, 0, 0, 4, 4, 3, 4, 4, 4, 4, 0, 4, 7, 0, 0, 0]
     assert taken(8)[:10] == [32, 0, 0, 0, 0, 0, 0, 0, 6, 0]
     assert taken(8)[-1] == 0, "no block is read after the last"
 
