@@ -110,9 +110,9 @@ def tokens_taken(blocks: PagedBlocks, b: Any, r: int, together: int) -> Array:
         return count
 
     def goes_on(at: Any) -> Array:
-        own, before = jnp.minimum(at, last), jnp.maximum(at - 1, 0)
+        own, before = (jnp.clip(block, 0, last) for block in (at, at - 1))  # no block goes on with itself
         follows = (blocks.counts[before] == r) & (blocks.starts[own] == blocks.starts[before] + r)
-        return (at <= last) & (at % together > 0) & follows & (blocks.slots[own] == blocks.slots[before])
+        return (at % together > 0) & follows & (blocks.slots[own] == blocks.slots[before])
 
     # Scalars: as a reduction over a vector of blocks this took so many registers that the sums spilled.
     is_taken, still = goes_on(b), True
