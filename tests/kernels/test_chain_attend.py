@@ -3,6 +3,7 @@ each has alone. What a block may not read is NaN.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -72,8 +73,8 @@ def of_many(group: int, width: int, dtype: np.dtype, apart: bool):
 
     def bits_of(q: np.ndarray, rows) -> np.ndarray:
         keys, values = (jnp.asarray(poisoned(pool, tables, rows), dtype) for pool in pools)
-        q = jnp.asarray(q.reshape(-1, heads, width), dtype)
-        out = run(q, keys, values, as_blocks(jnp.asarray(tables), rows))
+        queries = jnp.asarray(q.reshape(-1, heads, width), dtype)
+        out = run(queries, keys, values, as_blocks(jnp.asarray(tables), rows))
         return np.asarray(out, np.float32).reshape(len(rows), TOKENS, -1).view(np.uint32)
 
     alone = [bits_of(q[block : block + 1], BLOCKS[block : block + 1]) for block in range(len(BLOCKS))]
@@ -105,7 +106,7 @@ def test_what_a_program_takes():
     """Consecutive blocks of one sequence are taken by the first of them in the group. NumPy raises where an index lies
     outside, as no kernel does.
     """
-    blocks = PagedBlocks(*map(np.asarray, as_blocks(jnp.zeros((SLOTS, PAGES)), BLOCKS)))
+    blocks: Any = jax.tree.map(np.asarray, as_blocks(jnp.zeros((SLOTS, PAGES)), BLOCKS))
 
     def taken(together: int) -> list[int]:
         return [int(attend.tokens_taken(blocks, b, TOKENS, together)) for b in range(len(BLOCKS))]
@@ -126,4 +127,5 @@ def test_a_row_tile_is_wide_where_registers_allow_it():
 def test_no_zero_has_a_sign():
     """A tile of which a row sees nothing adds zeros to its sums, so the sign of a zero says which tiles it met."""
     y = attend.finished(jnp.array([1.0, 0.0, 2.0]), jnp.array([-0.0, -0.0, -3.0]))
-    assert np.array_equal(np.asarray(y).view(np.uint32), np.float32([0.0, 0.0, -1.5]).view(np.uint32))
+    expected = np.array([0.0, 0.0, -1.5], np.float32)
+    assert np.array_equal(np.asarray(y).view(np.uint32), expected.view(np.uint32))
