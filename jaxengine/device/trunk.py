@@ -169,7 +169,8 @@ def _attention(
 ) -> Float[Array, "NB*r Hh"]:
     """The engine's paged attention, over pools that hold these sequences alone."""
     each, r = jnp.arange(starts.shape[0], dtype=jnp.int32), tile.tokens
-    blocks = QueryBlocks(each, starts, jnp.where(each < count, r, 0), count)  # every block brings its own table
+    slots = tables[:, 0] * (QUERY_BLOCK // r)  # of a sequence's first block: every block brings the sequence's table
+    blocks = QueryBlocks(slots, starts, jnp.where(each < count, r, 0), count)
     shapes = kernels.attention.pools(model_config, starts.shape[0] * tile.tokens // QUERY_BLOCK, QUERY_BLOCK)
     zero = unknown_zero(jax.tree.leaves(packed.rows)[0], count)  # so that XLA makes the pools at their turn
     pools = Pools(*(jnp.full(x.shape, zero, x.dtype, device=x.sharding) for x in shapes))

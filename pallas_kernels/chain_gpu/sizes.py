@@ -1,16 +1,20 @@
 """What is in the bits of the chain's kernels, and why; and what is free. None was measured on its device yet."""
 
 import dataclasses
+from typing import NamedTuple
 
 import numpy as np
 
 from pallas_kernels.numbers import cdiv
 from pallas_kernels.sizes import INTERPRETED, PROCESSORS
 
+DECODE_ROWS = 16  # of attention; of a prefill's too in float32, which has no wgmma, so that a dot takes registers
+ATTEND_SUMS = 8192  # rows times width: 64 registers of a thread, because there is a split's sum and that of all splits
+
 
 @dataclasses.dataclass(frozen=True)
 class ChainSizes:
-    """Lengths along reduced axes, and the columns of a tile, by which `split_of` decides; warps and stages are free."""
+    """Lengths along reduced axes, and the columns of a tile, by which `split_of` decides; the rest is free."""
 
     depth: int  # of one dot along K: a row of 128 bytes, what a wgmma's swizzle takes whole
     split: int  # of K that one partial sum covers, where columns alone do not fill the processors
@@ -19,6 +23,7 @@ class ChainSizes:
     columns: int  # of the weights: a wgmma's 64 rows
     warps: int
     stages: int
+    attend_rows: int  # most pairs of a token and a head that a program of a prefill's attention takes
 
     def in_bits(self) -> dict[str, int]:
         """The figures that a result's bits depend on."""
@@ -26,10 +31,10 @@ class ChainSizes:
 
 
 CHAIN = {
-    ("Hopper", "bfloat16"): ChainSizes(64, 1024, 64, 512, 64, 4, 4),
-    ("Hopper", "float32"): ChainSizes(32, 1024, 32, 512, 32, 4, 3),
-    (INTERPRETED, "bfloat16"): ChainSizes(64, 128, 32, 64, 64, 4, 2),
-    (INTERPRETED, "float32"): ChainSizes(64, 128, 32, 64, 64, 4, 2),
+    ("Hopper", "bfloat16"): ChainSizes(64, 1024, 64, 512, 64, 4, 4, 128),
+    ("Hopper", "float32"): ChainSizes(32, 1024, 32, 512, 32, 4, 3, DECODE_ROWS),
+    (INTERPRETED, "bfloat16"): ChainSizes(64, 128, 32, 64, 64, 4, 2, 128),
+    (INTERPRETED, "float32"): ChainSizes(64, 128, 32, 64, 64, 4, 2, 128),
 }
 
 SHARED_BYTES = 220 * 1024  # of a program's shared memory, for blocks: it may have 227 KiB, and Triton wants some
@@ -57,6 +62,29 @@ def split_of(sizes: ChainSizes, outputs: int, inputs: int) -> int:
 def row_tile(num_rows: int) -> int:
     """Rows of one dot: free, because they are the n of a wgmma (16, 64 or 128), not its m."""
     return 16 if num_rows <= 32 else 64 if num_rows <= 64 else 128
+
+
+class AttendSizes(NamedTuple):
+    """What is free in attention."""
+
+    rows: int  # pairs of a token and a head that a program takes
+    warps: int
+    stages: int
+
+
+def attend_sizes(sizes: ChainSizes, r: int, group: int, num_pairs: int, width: int) -> AttendSizes:
+    """For `num_pairs` pairs of a token and a head in all, in blocks of r tokens, and pages of that width.
+
+    A prefill's program takes 128 rows, so that keys are read for many at once, or as many as registers hold the sums
+    of; and 64 where those programs all run at once, because 128 would leave processors idle.
+    """
+    if r == 1:
+        return AttendSizes(row_tile(group), 4, 2)
+    if sizes.attend_rows == DECODE_ROWS:
+        return AttendSizes(DECODE_ROWS, 4, 2)
+    rows = min(sizes.attend_rows, ATTEND_SUMS // width)
+    run_at_once = num_pairs <= 64 * PROCESSORS
+    return AttendSizes(min(rows, 64) if run_at_once else rows, 8, 5)
 
 
 def stages_of(sizes: ChainSizes, rows: int, itemsize: int) -> int:

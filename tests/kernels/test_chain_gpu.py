@@ -14,7 +14,7 @@ from pallas_kernels.chain_gpu.sizes import ChainSizes, chain_sizes, split_of, st
 from pallas_kernels.paged_attention_inputs import PagedBlocks
 from pallas_kernels.sizes import INTERPRETED
 
-SIZES = ChainSizes(depth=32, split=64, kv_tile=32, kv_split=64, columns=64, warps=4, stages=2)
+SIZES = ChainSizes(depth=32, split=64, kv_tile=32, kv_split=64, columns=64, warps=4, stages=2, attend_rows=128)
 ROWS = 130
 BATCHES = (slice(0, 1), slice(7, 10), slice(0, 40), slice(60, 124))
 LEAVES, WIDTH, OUTPUTS = 2, 168, 72  # three splits, the last one short; columns that fill no tile
