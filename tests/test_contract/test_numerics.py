@@ -48,6 +48,7 @@ ENGINE = EngineConfig(max_num_seqs=8, max_num_batched_tokens=128, max_model_len=
 MODELS = {
     "Qwen2 float32, 2 leaves": dict(family="Qwen2", dtype="float32", reduction_leaves=2),
     "Qwen3 bfloat16": dict(family="Qwen3", dtype="bfloat16"),
+    "Qwen3Moe bfloat16, 2 leaves": dict(family="Qwen3Moe", dtype="bfloat16", reduction_leaves=2),
 }
 PROGRAMS = [
     pytest.param(model, kernels, marks=NATIVE if kernels == "cpu" else ())
