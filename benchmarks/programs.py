@@ -27,8 +27,9 @@ from jaxengine.engine.step_variants import StepVariants
 from sharding.gpu_program import GpuProgram
 from sharding.topology import TARGETS, Compiled, missing
 
-STEP_TEST = dict(vocab_size=32_000, num_hidden_layers=4, max_position_embeddings=4096, reduction_leaves=4)
-MODELS = {"step-test": dataclasses.replace(SHAPES["qwen3-0.6b-shape"], **STEP_TEST), **SHAPES}
+SMALL = dict(vocab_size=32_000, num_hidden_layers=4, max_position_embeddings=4096, reduction_leaves=4)
+STEP_TEST = dataclasses.replace(SHAPES["qwen3-0.6b-shape"], **SMALL)  # tests/aot/test_lowering.py's
+MODELS = {"step-test": STEP_TEST} | {name: config.with_leaves() for name, config in SHAPES.items()}
 ENGINE = EngineConfig(max_num_seqs=128, max_model_len=4096, max_num_batched_tokens=2048, num_pages=1024)
 COMPILERS = "jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "nvidia-cuda-nvcc"
 LOOKUP = "chain_embed"  # reads a row of its table a token

@@ -4,12 +4,13 @@ Instructions are those of the PTX ISA, https://docs.nvidia.com/cuda/parallel-thr
 """
 
 import dataclasses
+import functools
 import importlib.util
 import os
 import re
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 FLOAT = r"(?:f16|bf16|f32|f64)"
@@ -35,23 +36,31 @@ class GpuKernel:
     unpinned: int  # float additions and multiplications that name no rounding, so that the assembler may fuse them
 
 
-def kernels_of(files: Sequence[Path]) -> tuple[GpuKernel, ...]:
-    """The kernels of PTX files, in the files' order; empty files, which XLA writes for lack of constants, have none.
+def kernels_of(files: Iterable[Path]) -> tuple[GpuKernel, ...]:
+    """The kernels of PTX files, in the files' order.
 
     Raises FileNotFoundError where there is no assembler, and ValueError with its words where it refuses a file.
     """
-    texts = {file: text for file in files if (text := file.read_text())}
-    if not texts:
+    return tuple(kernel for file in files for kernel in _kernels(file))
+
+
+def _kernels(file: Path) -> tuple[GpuKernel, ...]:
+    """Of one file: several at once would be linked, and constants of XLA's have the same names in many.
+
+    An empty one, which XLA writes where there are no constants, has none.
+    """
+    ptx = file.read_text()
+    if not ptx:
         return ()
-    ptx = "\n".join(texts.values())
-    target = re.findall(r"^\.target (\w+)", ptx, re.M)[0]
-    command = [assembler(), "-v", f"-arch={target}", "-o", "/dev/null", *map(str, texts)]
+    (target,) = re.findall(r"^\.target (\w+)", ptx, re.M)
+    command = [assembler(), "-v", f"-arch={target}", "-o", "/dev/null", str(file)]
     found = subprocess.run(command, capture_output=True, text=True)
     if found.returncode:
-        raise ValueError(f"ptxas refuses these kernels: {found.stderr}")
+        raise ValueError(f"ptxas refuses a kernel: {found.stderr}")
     return parse(found.stderr, ptx)
 
 
+@functools.cache
 def assembler() -> str:
     """The path of ptxas, of the CUDA packages that JAX uses or else the machine's.
 

@@ -35,7 +35,7 @@ class Thunk:
 
 @dataclasses.dataclass(frozen=True)
 class GpuProgram:
-    """A program's thunks, in XLA's order, and each of its kernels once; Mosaic's are left out, which XLA does not see."""
+    """A program's thunks, in XLA's order, and each of its kernels once, but for Mosaic's, of which it says nothing."""
 
     thunks: tuple[Thunk, ...]
     kernels: tuple[GpuKernel, ...] = ()
