@@ -11,6 +11,7 @@ LINE = re.compile(r"^( *)\d+: (k\w+) +\[[^]]*\] *(\S*)(?:.* shared_memory: (\d+)
 # The last state comes first; where its passes change nothing, XLA writes the earlier one alone.
 LISTINGS = "thunk_sequence_after_thunk_passes", "thunk_sequence"
 BUFFER, LOOP, CONDITIONAL = "kCommandBuffer", "kWhile", "kConditional"
+FRAMES = BUFFER, LOOP, CONDITIONAL, "kAsyncStart", "kAsyncDone"  # around what is launched, or after it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Thunk:
     @property
     def is_launch(self) -> bool:
         """Whether it is no frame around others."""
-        return self.kind not in (BUFFER, LOOP, CONDITIONAL)
+        return self.kind not in FRAMES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,7 @@ class GpuProgram:
 
     @property
     def launches(self) -> int:
-        """Kernels and copies; those of a loop's body once."""
+        """Kernels, copies and collectives; those of a loop's body once."""
         return sum(thunk.is_launch for thunk in self.thunks)
 
     @property

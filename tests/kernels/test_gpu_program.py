@@ -31,6 +31,16 @@ def test_what_is_started():
     assert str(program).startswith("3 pieces, 1 steered by the host, 1 conditionals, 4 kernels in a row")
 
 
+def test_a_collective_is_started_once():
+    lines = (
+        "000: kAsyncStart [source | next=002 (1)] stream=communication_stream[0],",
+        "    001: kAllGather [source | sink]",
+        "002: kAsyncDone [prev=000 (1) | sink] async_id=37",
+    )
+    program = parse("\n".join(lines))
+    assert program.launches == 1 and program.straight == ("kAllGather",)
+
+
 def test_the_last_state_that_was_written_counts(tmp_path):
     """XLA writes the second file where its last passes changed something."""
     (tmp_path / "module_0001.jit_f.thunk_sequence.txt").write_text("001: kCopy [source | sink] copy\n")
