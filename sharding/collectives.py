@@ -1,13 +1,12 @@
 """What devices send one another in a compiled program, read from its text."""
 
-import math
 import re
 from typing import NamedTuple
 
+from sharding.program_text import shapes_of
+
 KINDS = "all-gather", "all-to-all", "all-reduce", "reduce-scatter", "collective-permute"
-BITS = {"pred": 8, "bf16": 16, "f16": 16}  # of dtypes whose names do not end with theirs
 CALL = re.compile(rf"= (?P<result>.*?) (?P<kind>{'|'.join(KINDS)})(?P<start>-start)?\(")
-ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\])")
 
 
@@ -38,17 +37,12 @@ def collectives_of(program: str) -> tuple[Collective, ...]:
 
 
 def _collective(call: re.Match[str], line: str) -> Collective:
-    arrays = ARRAY.findall(call["result"])
+    arrays = list(shapes_of(call["result"]))
     if call["start"] and len(arrays) > 1:  # an asynchronous one's result holds its operands first
         arrays = arrays[len(arrays) // 2 :]
-    shapes = [tuple(map(int, sizes.split(","))) if sizes else () for _, sizes in arrays]
-    size = sum(_bits(dtype) // 8 * math.prod(shape) for (dtype, _), shape in zip(arrays, shapes, strict=True))
+    size = sum(array.num_bytes for array in arrays)
     loops = re.search(r'op_name="[^"]*/while/', line)
-    return Collective(call["kind"], shapes[0], _received(call["kind"], size, _devices(line)), loops is not None)
-
-
-def _bits(dtype: str) -> int:
-    return BITS.get(dtype) or int(re.sub(r"\D*", "", dtype, count=1))
+    return Collective(call["kind"], arrays[0].sizes, _received(call["kind"], size, _devices(line)), loops is not None)
 
 
 def _devices(line: str) -> int:

@@ -5,10 +5,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-LINE = re.compile(r"^( *)\d+: (k\w+) +\[[^]]*\] *(\S*)", re.M)
+from sharding.gpu_kernels import GpuKernel, kernels_of
+
+LINE = re.compile(r"^( *)\d+: (k\w+) +\[[^]]*\] *(\S*)(?:.* shared_memory: (\d+))?", re.M)
 # The last state comes first; where its passes change nothing, XLA writes the earlier one alone.
 LISTINGS = "thunk_sequence_after_thunk_passes", "thunk_sequence"
 BUFFER, LOOP, CONDITIONAL = "kCommandBuffer", "kWhile", "kConditional"
+FRAMES = BUFFER, LOOP, CONDITIONAL, "kAsyncStart", "kAsyncDone"  # around what is launched, or after it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,15 +19,32 @@ class Thunk:
     """One thing that is started, and what stands around it, the outermost first."""
 
     kind: str
-    name: str
+    symbol: str  # a kernel's name in the PTX
     inside: tuple[str, ...]
+    shared: int  # bytes that a kernel's blocks are given beside what their code declares
+
+    @property
+    def name(self) -> str:
+        """A kernel's name, or its kind; kernels of one name that differ have numbers in their symbols alone."""
+        return re.sub(r"__\d+$", "", self.symbol) or self.kind
+
+    @property
+    def is_launch(self) -> bool:
+        """Whether it is no frame around others."""
+        return self.kind not in FRAMES
 
 
 @dataclasses.dataclass(frozen=True)
 class GpuProgram:
-    """A program's thunks, in XLA's order."""
+    """A program's thunks, in XLA's order, and each of its kernels once, but for Mosaic's, of which it says nothing."""
 
     thunks: tuple[Thunk, ...]
+    kernels: tuple[GpuKernel, ...] = ()
+
+    @property
+    def launches(self) -> int:
+        """Kernels, copies and collectives; those of a loop's body once."""
+        return sum(thunk.is_launch for thunk in self.thunks)
 
     @property
     def pieces(self) -> int:
@@ -44,14 +64,13 @@ class GpuProgram:
     @property
     def straight(self) -> tuple[str, ...]:
         """Names of kernels that run whatever the data: inside no loop and no conditional."""
-        holds = (LOOP, CONDITIONAL)
-        kernels = (t for t in self.thunks if t.kind not in (BUFFER, *holds) and not set(holds) & set(t.inside))
-        return tuple(thunk.name or thunk.kind for thunk in kernels)
+        kernels = (t for t in self.thunks if t.is_launch and not {LOOP, CONDITIONAL} & set(t.inside))
+        return tuple(thunk.name for thunk in kernels)
 
     def __str__(self) -> str:
         return (
             f"{self.pieces} pieces, {self.steered} steered by the host, {self.conditionals} conditionals, "
-            f"{len(self.straight)} kernels in a row"
+            f"{len(self.straight)} kernels in a row; {_in_words(self.kernels)}"
         )
 
 
@@ -61,19 +80,33 @@ def dumping(folder: str) -> dict[str, Any]:
 
 
 def read(folder: str) -> GpuProgram:
-    """The program that was compiled with `dumping(folder)`. Raises FileNotFoundError where there is none."""
+    """The program that was compiled with `dumping(folder)`.
+
+    Raises FileNotFoundError where there is none, and as kernels_of does.
+    """
     for listing in LISTINGS:
         for file in Path(folder).glob(f"*.{listing}.txt"):
-            return parse(file.read_text())
+            program, kernels = parse(file.read_text()), kernels_of(sorted(Path(folder).glob("*.ptx")))
+            given = {thunk.symbol: thunk.shared for thunk in program.thunks}
+            whole = (dataclasses.replace(k, shared=k.shared + given.get(k.symbol, 0)) for k in kernels)
+            return dataclasses.replace(program, kernels=tuple(whole))
     raise FileNotFoundError(f"XLA wrote about no GPU program in {folder}")
 
 
 def parse(text: str) -> GpuProgram:
     """Thunks from XLA's listing: a line each, indented by what they are inside of."""
     thunks, around = [], []
-    for indent, kind, name in LINE.findall(text):
+    for indent, kind, symbol, shared in LINE.findall(text):
         while around and around[-1][0] >= len(indent):
             around.pop()
-        thunks.append(Thunk(kind, re.sub(r"__\d+$", "", name), tuple(outer for _, outer in around)))
+        thunks.append(Thunk(kind, symbol, tuple(outer for _, outer in around), int(shared or 0)))
         around.append((len(indent), kind))
     return GpuProgram(tuple(thunks))
+
+
+def _in_words(kernels: tuple[GpuKernel, ...]) -> str:
+    if not kernels:
+        return "XLA wrote no PTX"
+    registers, shared = (max(getattr(k, name) for k in kernels) for name in ("registers", "shared"))
+    spilled, atomics = sum(k.spilled for k in kernels), sum(k.float_atomics for k in kernels)
+    return f"at most {registers} registers and {shared} B shared, {spilled} B spilled, {atomics} float atomics"

@@ -11,6 +11,7 @@ import os
 import re
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,15 @@ from sharding import gpu_program
 from sharding.collectives import Collective, collectives_of
 from sharding.devices import FIGURES, GPUS_OF_A_NODE
 from sharding.gpu_program import GpuProgram
+from sharding.program_text import (
+    Instruction,
+    KernelCall,
+    float_operations_of,
+    instructions_of,
+    kernel_calls_of,
+    started_of,
+)
 
-KERNEL_CALLS = ("tpu_custom_call", "__gpu$xla.gpu.triton", "triton_kernel_call_ffi", "mosaic_gpu_v2", "mosaic_gpu")
 GPU_CONFIG = Path(__file__).parent / "targets" / "h100.pbtxt"  # XLA's description of an H100
 # Settings of the TPU's library: it asks no metadata server, and other processes may compile at the same time.
 WITHOUT_A_TPU = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
@@ -75,19 +83,30 @@ TARGETS = {
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """A compiled program: seconds to compile, bytes on a device, work of one run as the compiler counts it, kernels'
-    names."""
+    """A compiled program: seconds to compile, bytes on a device, and what it does."""
 
     seconds: float
     argument_bytes: int
     output_bytes: int
     alias_bytes: int  # of the output, that lie where arguments were
     workspace_bytes: int
-    flops: float
-    bytes_accessed: float
-    kernels: tuple[str, ...]
+    calls: tuple[KernelCall, ...]  # of Pallas kernels
+    float_operations: tuple[Instruction, ...] = ()  # outside kernels
+    started: int = 0  # kernels, fusions, copies …; those of a loop's body once
+    loops: int = 0
+    conditionals: int = 0
     collectives: tuple[Collective, ...] = ()
     gpu: GpuProgram | None = None  # what it starts, where it is a GPU's
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """Names of the Pallas kernels that it calls, one for each call."""
+        return tuple(call.name for call in self.calls)
+
+    @property
+    def launches(self) -> int:
+        """What a device starts one after the other; of a loop's body once."""
+        return self.gpu.launches if self.gpu else self.started
 
     @property
     def beside_arguments(self) -> int:
@@ -95,12 +114,14 @@ class Compiled:
         return self.workspace_bytes + self.output_bytes - self.alias_bytes
 
     def __str__(self) -> str:
-        sizes = (self.argument_bytes, self.output_bytes, self.workspace_bytes, self.bytes_accessed)
-        arguments, output, workspace, moved = (f"{size / 2**20:.2f}" for size in sizes)
+        sizes = self.argument_bytes, self.output_bytes, self.workspace_bytes
+        arguments, output, workspace = (f"{size / 2**20:.2f}" for size in sizes)
+        kernels = ", ".join(f"{name} {count}" for name, count in Counter(self.kernels).items())
         return (
             f"{self.seconds:.1f} s to compile; "
-            f"MiB: {arguments} in, {output} out, {workspace} workspace, {moved} moved; "
-            f"{self.flops / 1e6:.1f} Mflop outside kernels; kernels: {', '.join(self.kernels) or 'none'}"
+            f"MiB: {arguments} in, {output} out, {workspace} workspace; "
+            f"{self.launches} launches, {self.loops} loops, {self.conditionals} conditionals, "
+            f"{len(self.float_operations)} float operations outside kernels; kernels: {kernels or 'none'}"
             f"{f'; {self.gpu}' if self.gpu else ''}"
         )
 
@@ -155,27 +176,20 @@ def compile_ahead(mesh: Mesh, jitted: Any, *args: Any, **static: Any) -> Compile
         compiled = lowered.compile(gpu_program.dumping(folder) if on_gpu else None)
         seconds = time.monotonic() - start
         gpu = gpu_program.read(folder) if on_gpu else None
-    memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis() or {}, compiled.as_text()
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    instructions = tuple(instructions_of(text))
+    kinds = Counter(instruction.kind for instruction in instructions)
     return Compiled(
         seconds,
         memory.argument_size_in_bytes,
         memory.output_size_in_bytes,
         memory.alias_size_in_bytes,
         memory.temp_size_in_bytes,
-        cost.get("flops", 0.0),
-        cost.get("bytes accessed", 0.0),
-        kernels_of(text),
+        kernel_calls_of(instructions),
+        float_operations_of(instructions),
+        len(started_of(instructions)),
+        kinds["while"],
+        kinds["conditional"],
         collectives_of(text),
         gpu,
     )
-
-
-def kernels_of(program: str) -> tuple[str, ...]:
-    """Names of the Pallas kernels that a compiled program calls, one for each call.
-
-    A name is the `name` that pallas_call was given, without the transformations around it.
-    """
-    targets = [f'custom_call_target="{name}"' for name in KERNEL_CALLS]
-    calls = [line for line in program.splitlines() if any(target in line for target in targets)]
-    named = (re.search(r'op_name="[^"]*?([^/"()]+)\)*/pallas_call', call) for call in calls)
-    return tuple(sorted(match[1] if match else "unnamed" for match in named))

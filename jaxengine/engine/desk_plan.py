@@ -75,13 +75,13 @@ class DeskPlan:
 
 
 def kernels_for(model_config: ModelConfig, target: Target, degree: int) -> tuple[Any, Kernels]:
-    """(a mesh of replicas that fills the target, the devices' own kernels on it).
+    """(a mesh of replicas that fills the target, or of one device that shares nothing, the devices' own kernels on it).
 
     Raises ValueError as choose_kernels does.
 
-    Of a large slice the TPU's compiler takes no part alone: it numbers devices as they lie in the whole.
+    Of a large slice the TPU's compiler takes no part alone but one device: it numbers devices as they lie in the whole.
     """
-    devices = devices_of(target)
+    devices = devices_of(target) if degree > 1 else devices_of(target)[:1]
     mesh = make_mesh(tensor=degree, data=len(devices) // degree, devices=devices)
     implementation = choose(OWN_KERNELS[target.platform], devices[0].device_kind)
     check_model(implementation, model_config)

@@ -3,6 +3,7 @@
 machines.py says how to run them.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -71,6 +72,8 @@ MODEL = ModelConfig(
     dtype="bfloat16",
 )
 ENGINE = EngineConfig(max_num_seqs=32, max_model_len=2048, num_pages=4096)
+# Kernels with libdevice's cosine and sine, or logarithm, which fuse multiplications and additions within themselves.
+OF_LIBDEVICE = "chain_heads", "draw_gpu_draw", "truncation"
 DRAWS = (DrawCase(8, 151_936), DrawCase(64, 128_256), DrawCase(1, 1024), DrawCase(3, 262_144))
 
 
@@ -119,12 +122,14 @@ def calls(compiled: Compiled, name: str) -> int:
     return sum(kernel.startswith(name) for kernel in compiled.kernels)
 
 
-def compiled_step(kind: str, mesh: Mesh, ops: Kernels, state: tuple, needs: Needs = Needs.PLAIN) -> Compiled:
+def compiled_step(
+    kind: str, mesh: Mesh, ops: Kernels, state: tuple, needs: Needs = Needs.PLAIN, model_config: ModelConfig = MODEL
+) -> Compiled:
     step, inputs, static = step_call(kind, ENGINE, needs=needs)
     if mesh.devices.flat[0].platform != "tpu":
         step = steps.captured(step)
         static |= dict(tile=Tile(1, ROW_UNIT)) if kind == "decode" else {}
-    return compile_ahead(mesh, step, *state, *inputs, model_config=MODEL, kernels=ops, **static)
+    return compile_ahead(mesh, step, *state, *inputs, model_config=model_config, kernels=ops, **static)
 
 
 def assert_kernels(compiled: Compiled) -> None:
@@ -132,7 +137,12 @@ def assert_kernels(compiled: Compiled) -> None:
     layers = MODEL.num_hidden_layers
     if compiled.gpu is not None:
         assert_chain(compiled.gpu, layers)
+        assert_pinned(compiled.gpu)
+        assert_float_operations(compiled)
         return
+    # Between a TPU's kernels XLA computes norms, rotation and sums still, in loops over tiles: it may become less.
+    assert compiled.conditionals == 0 and compiled.loops <= 3 + 8 * layers
+    assert len(compiled.float_operations) <= 48 + 52 * layers
     assert calls(compiled, "matmul_") >= 4 * layers + 1
     assert calls(compiled, "paged_attention_") >= layers and calls(compiled, "kv_write_") == layers
     assert calls(compiled, "draw_") >= 1
@@ -149,6 +159,36 @@ def assert_chain(program: GpuProgram, layers: int) -> None:
     assert all(chain[first:last]), [name for name in launches if not name.startswith("chain_")]
     assert launches.count("chain_gated") + launches.count("chain_silu") == layers
     assert len(launches) <= 10 * layers + 4, launches
+
+
+def assert_pinned(program: GpuProgram) -> None:
+    """On a GPU no kernel spills or adds by atomics, and none of Pallas' leaves a rounding open."""
+    for kernel in program.kernels:
+        assert kernel.spilled == kernel.float_atomics == kernel.unpinned == 0, kernel
+        assert kernel.fused == 0 or kernel.symbol in OF_LIBDEVICE or "fusion" in kernel.symbol, kernel
+
+
+def assert_float_operations(compiled: Compiled) -> None:
+    """Beside a GPU's kernels XLA divides logits by temperatures and makes uniforms of random bits, nothing else."""
+    assert sorted(operation.source.rpartition("/")[2] for operation in compiled.float_operations) == ["div", "sub"]
+
+
+@GPU
+@pytest.mark.parametrize("kind", ["decode", "prefill"])
+def test_a_layer(kind, mesh, kernels, report):
+    """What one of three layers adds to a step of two, on a GPU."""
+    ops, programs = kernels_of(kernels), []
+    for layers in (2, 3):
+        model_config = dataclasses.replace(MODEL, num_hidden_layers=layers)
+        state = params.abstract(model_config), kv_cache.abstract(model_config, ENGINE, ops)
+        programs.append(report(compiled_step(kind, mesh, ops, state, model_config=model_config)))
+    two, three = programs
+    assert len(three.float_operations) == len(two.float_operations)
+    assert 0 < len(three.calls) - len(two.calls) <= 10
+    if kind == "decode":
+        assert three.launches - two.launches == len(three.calls) - len(two.calls) and three.loops == two.loops
+    else:
+        assert three.launches - two.launches <= 18 and three.loops - two.loops <= 2  # pages are copied in loops
 
 
 @STEP_TARGETS
@@ -170,9 +210,12 @@ def test_step_that_can_do_more(needs, mesh, kernels, report):
     """Whatever a GPU's decode step can do beside, nothing branches, and one kernel cuts the vocabulary."""
     ops = kernels_of(kernels)
     state = params.abstract(MODEL), kv_cache.abstract(MODEL, ENGINE, ops)
-    program = report(compiled_step("decode", mesh, ops, state, needs)).gpu
-    assert_chain(program, MODEL.num_hidden_layers)
-    assert program.straight.count("truncation") == 1
+    compiled = report(compiled_step("decode", mesh, ops, state, needs))
+    assert compiled.gpu is not None and compiled.gpu.straight.count("truncation") == 1
+    assert_chain(compiled.gpu, MODEL.num_hidden_layers)
+    assert_pinned(compiled.gpu)
+    if needs == Needs.CUT:
+        assert_float_operations(compiled)
 
 
 @STEP_TARGETS
@@ -190,6 +233,8 @@ def test_step_sharded(kind, target, kernels, report):
     if compiled.gpu is None:
         assert_kernels(compiled)
         return
+    assert_pinned(compiled.gpu)
+    assert_float_operations(compiled)
     # Collectives stand outside command buffers, so that there are many; a layer is the same few kernels as on one
     # device, and one more for each sum that travels.
     chain = [name for name in compiled.gpu.straight if name.startswith("chain_")]

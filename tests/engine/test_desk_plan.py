@@ -12,6 +12,7 @@ from jaxengine.engine.step_variants import Variant
 from jaxengine.ops.tiles import Tile
 from sharding.collectives import Collective
 from sharding.devices import Figures
+from sharding.program_text import KernelCall
 from sharding.topology import Compiled
 
 MODEL = ModelConfig(
@@ -39,9 +40,7 @@ def program(layers: int) -> Compiled:
         output_bytes=70,
         alias_bytes=50,
         workspace_bytes=100 + 10 * layers,
-        flops=0.0,
-        bytes_accessed=0.0,
-        kernels=("draw",) + ("matmul",) * (1 + 4 * layers),
+        calls=(KernelCall("draw"),) + (KernelCall("matmul"),) * (1 + 4 * layers),
         collectives=(GATHER,) * (1 + 2 * layers),
     )
 

@@ -6,7 +6,7 @@ from sharding.gpu_program import parse, read
 
 LISTING = """000: kCommandBuffer [source | sink]
     001: kCustomKernel [source | next=002 (1)] chain_embed grid: [64, 1, 1]
-    002: kCustomKernel [prev=001 (1) | next=005 (1)] chain_settle__1 grid: [64, 1, 1]
+    002: kCustomKernel [prev=001 (1) | next=005 (1)] chain_settle__1 grid: [64, 1, 1]  shared_memory: 4096 bytes
     005: kConditional  [prev=002 (1) | next=006 (1)]
       false_branch:
         003: kCustomKernel [source | sink] loop_compare_fusion grid: [1, 1, 1]
@@ -23,8 +23,22 @@ LISTING = """000: kCommandBuffer [source | sink]
 def test_what_is_started():
     program = parse(LISTING)
     assert program.pieces == 3 and program.steered == program.conditionals == 1
-    assert program.straight == ("chain_embed", "chain_settle", "draw", "copy")
-    assert str(program) == "3 pieces, 1 steered by the host, 1 conditionals, 4 kernels in a row"
+    assert program.straight == ("chain_embed", "chain_settle", "draw", "copy") and program.launches == 7
+    assert [(thunk.symbol, thunk.shared) for thunk in program.thunks[1:3]] == [
+        ("chain_embed", 0),
+        ("chain_settle__1", 4096),
+    ]
+    assert str(program).startswith("3 pieces, 1 steered by the host, 1 conditionals, 4 kernels in a row")
+
+
+def test_a_collective_is_started_once():
+    lines = (
+        "000: kAsyncStart [source | next=002 (1)] stream=communication_stream[0],",
+        "    001: kAllGather [source | sink]",
+        "002: kAsyncDone [prev=000 (1) | sink] async_id=37",
+    )
+    program = parse("\n".join(lines))
+    assert program.launches == 1 and program.straight == ("kAllGather",)
 
 
 def test_the_last_state_that_was_written_counts(tmp_path):
