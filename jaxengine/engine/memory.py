@@ -223,7 +223,8 @@ def _compiled_workspace(model_config: ModelConfig, engine_config: EngineConfig) 
     """What the widest steps take on the first device, of a pool of one context."""
     kernels = _kernels(model_config, engine_config)
     engine_config = dataclasses.replace(engine_config, num_pages=whole_context(engine_config))
-    variants = StepVariants(model_config, engine_config, kernels, BatchBuilder(engine_config))
+    batch = BatchBuilder(engine_config, fit_the_tile=kernels.computes_padding)
+    variants = StepVariants(model_config, engine_config, kernels, batch)
     cache = kv_cache.abstract(model_config, engine_config, kernels)
     with explained(model_config, engine_config, "compiling the widest steps"):
         return variants.workspace(abstract_weights(model_config, kernels), cache)

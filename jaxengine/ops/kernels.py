@@ -28,6 +28,7 @@ from jaxengine.ops.live import Live
 from jaxengine.ops.pools import PAGES, Pools
 from jaxengine.ops.query_blocks import QueryBlocks
 from jaxengine.ops.regions import over_tiles
+from jaxengine.ops.tiles import GPU_TILES, OwnTiles
 from pallas_kernels import implementations
 from pallas_kernels.draw_reference import Draw
 from pallas_kernels.implementations import OF_A_GPU, Implementation
@@ -201,6 +202,8 @@ class Kernels:
     attention: Attention
     draw: DrawKernel
     wide_rows: tuple[int, ...] = ()  # of decode tiles wider than all kernels have (engine/step_variants.py)
+    own_tiles: OwnTiles = OwnTiles()
+    computes_padding: bool = False  # all rows of a step's arrays, so that these had better be as small as its tile
     in_one: bool = False  # a row's bits depend on it alone without any tiles, so that a step needs no loop
     any_processor: bool = False  # tokens and logprobs are the same on all processors that it runs on
     skips: bool = True  # a step branches over what no row of a tile asks for; a GPU had better not
@@ -305,8 +308,16 @@ def kernels_of(implementation: Implementation) -> Kernels:
     """A device's own kernels."""
     draw = pallas.PallasDraw(implementation)
     if implementation.name in OF_A_GPU:
-        chain = ChainProducts(implementation), ChainAttention(implementation)
-        return Kernels(implementation.name, *chain, draw, wide_rows=pallas.WIDE_ROWS, in_one=True, skips=False)
+        return Kernels(
+            implementation.name,
+            ChainProducts(implementation),
+            ChainAttention(implementation),
+            draw,
+            own_tiles=GPU_TILES,
+            computes_padding=True,
+            in_one=True,
+            skips=False,
+        )
     own = ProductsInTiles(pallas.PallasProducts(implementation)), pallas.PallasAttention(implementation)
     return Kernels(implementation.name, *own, draw, wide_rows=pallas.WIDE_ROWS)
 
