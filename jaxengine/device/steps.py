@@ -20,7 +20,7 @@ from jaxengine.models import decoder
 from jaxengine.models.params import Decoder, specs
 from jaxengine.ops.kernels import Kernels
 from jaxengine.ops.query_blocks import QueryBlocks
-from jaxengine.ops.tiles import HEAD_TILE, Tile
+from jaxengine.ops.tiles import Tile
 from pallas_kernels.draw_reference import Draw
 from pallas_kernels.tiles import unknown_zero
 from sharding.mesh import WHOLE
@@ -76,7 +76,7 @@ def _prefill(
     # would otherwise copy all pools.
     cache = kv_cache.copy_pages(cache, copies.sources, copies.targets, copies.num_copies + unknown_zero(hidden))
     x = hidden[rows.indices]
-    out = next_tokens(model_config, kernels, params, cache, slots, x, rows, HEAD_TILE, needs, max_logprobs)
+    out = next_tokens(model_config, kernels, params, cache, slots, x, rows, kernels.head_tile, needs, max_logprobs)
     drawn = ~rows.scored & (jnp.arange(rows.slots.shape[0]) < rows.num_rows)
     return _append(cache, rows, out, drawn), out
 

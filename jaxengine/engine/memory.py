@@ -22,7 +22,7 @@ CPU_SHARE = 0.25  # of the host's free memory, for the pool: other programs live
 CPU_POOL = 512_000_000  # bytes of pages that a CPU's pool has at most, or as many as its model's weights take, or
 # one whole context: a small model in a notebook wants no gigabytes, and num_pages gives it more
 ROW_BYTES = 4
-LOGIT_ROWS = 128  # of the widest tile that a decode step draws for
+LOGIT_ROWS = 128  # of a tile that draws; of an accelerator's wider ones its compiled program says
 LOGIT_COPIES = 4  # raw, penalised, processed, and what the sampler works on
 OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory")  # what XLA says at once; and what it says once results are read
 

@@ -69,19 +69,17 @@ class StepVariants:
         self.model_config, self.engine_config, self.kernels = model_config, engine_config, kernels
         self.batch, self.report = batch, report
         self._max_logprobs = engine_config.num_likeliest(model_config.vocab_size)
-        wide = tuple(Tile(1, rows) for rows in kernels.wide_rows if batch.decode_rows % rows == 0)
-        self._tiles = {
-            "decode": self._own_tiles("decode", batch.decode_rows) or TILES["decode"] + wide,
-            "prefill": self._own_tiles("prefill", batch.prefill_query_blocks)
-            or tuple(t for t in TILES["prefill"] if t.blocks <= batch.prefill_query_blocks),
-        }
+        capacities = {"decode": batch.decode_rows, "prefill": batch.prefill_query_blocks}
+        self._tiles = {kind: self._tiles_of(kind, capacity) for kind, capacity in capacities.items()}
         self._proven: dict[Variant, bool] = {}  # the first is the definition
         self._times_wanted: Counter[Variant] = Counter()
         self._expected: dict[Needs, list[np.ndarray]] = {}
         self._compiled: set[Variant] = set()
 
-    def _own_tiles(self, kind: str, capacity: int) -> tuple[Tile, ...]:
-        return self.kernels.own_tiles.within(kind, capacity, are_arrays=self.kernels.computes_padding)
+    def _tiles_of(self, kind: str, capacity: int) -> tuple[Tile, ...]:
+        """For steps that can carry `capacity` query blocks, narrowest first."""
+        own = self.kernels.own_tiles.within(kind, capacity, are_arrays=self.kernels.computes_padding)
+        return own or tuple(tile for tile in TILES[kind] if capacity % tile.blocks == 0)
 
     @property
     def refused(self) -> list[Variant]:

@@ -28,7 +28,7 @@ from jaxengine.ops.live import Live
 from jaxengine.ops.pools import PAGES, Pools
 from jaxengine.ops.query_blocks import QueryBlocks
 from jaxengine.ops.regions import over_tiles
-from jaxengine.ops.tiles import GPU_TILES, OwnTiles
+from jaxengine.ops.tiles import GPU_TILES, HEAD_TILE, TPU_TILES, WIDE_HEAD_TILE, OwnTiles
 from pallas_kernels import implementations
 from pallas_kernels.draw_reference import Draw
 from pallas_kernels.implementations import OF_A_GPU, Implementation
@@ -201,8 +201,8 @@ class Kernels:
     products: Products
     attention: Attention
     draw: DrawKernel
-    wide_rows: tuple[int, ...] = ()  # of decode tiles wider than all kernels have (engine/step_variants.py)
     own_tiles: OwnTiles = OwnTiles()
+    head_tile: int = HEAD_TILE  # rows of a prefill step that the head and the draw take together
     computes_padding: bool = False  # all rows of a step's arrays, so that these had better be as small as its tile
     in_one: bool = False  # a row's bits depend on it alone without any tiles, so that a step needs no loop
     any_processor: bool = False  # tokens and logprobs are the same on all processors that it runs on
@@ -314,12 +314,13 @@ def kernels_of(implementation: Implementation) -> Kernels:
             ChainAttention(implementation),
             draw,
             own_tiles=GPU_TILES,
+            head_tile=WIDE_HEAD_TILE,
             computes_padding=True,
             in_one=True,
             skips=False,
         )
     own = ProductsInTiles(pallas.PallasProducts(implementation)), pallas.PallasAttention(implementation)
-    return Kernels(implementation.name, *own, draw, wide_rows=pallas.WIDE_ROWS)
+    return Kernels(implementation.name, *own, draw, own_tiles=TPU_TILES, head_tile=WIDE_HEAD_TILE)
 
 
 @functools.cache

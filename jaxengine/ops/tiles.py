@@ -54,12 +54,16 @@ class OwnTiles:
         return tuple(Tile(1 if kind == "decode" else QUERY_BLOCK, blocks) for blocks in within)
 
 
+# A TPU's matrix unit takes 128 rows in the time of a few, and each tile reads the weights again.
+TPU_TILES = OwnTiles(decode=(BASE.blocks, 128, 256, 512))
+
 # A GPU's are sizes of arrays (`Kernels.computes_padding`). A product takes 16, 64 or 128 rows at a time, whatever there
 # are (pallas_kernels/chain_gpu/sizes.py), and reads the weights for each 128.
 GPU_TILES = OwnTiles(decode=(BASE.blocks, 32, 64, 128, 256, 512), prefill=(2, 8, 32, 128, 512))
 
 # Of the head and the draw, in rows.
 HEAD_TILE = 8  # in a prefill step, where few of many rows draw
+WIDE_HEAD_TILE = 128  # the same where a tile costs what it takes to read the head
 HEAD_ROWS = 32  # in scoring and training, as in the widest decode step
 
 

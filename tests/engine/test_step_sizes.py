@@ -16,15 +16,15 @@ from jaxengine.engine import step_variants
 from jaxengine.engine.batch import BatchBuilder
 from jaxengine.engine.step_variants import StepVariants, Variant
 from jaxengine.ops.kernels import kernels_of
-from jaxengine.ops.tiles import GPU_TILES, Tile
+from jaxengine.ops.tiles import GPU_TILES, TPU_TILES, OwnTiles, Tile
 from pallas_kernels.implementations import Implementation
 
 KERNELS = kernels_of(Implementation("pallas_gpu", "Hopper"))
 MODEL, _ = random_model(num_hidden_layers=1, vocab_size=250)
 
 
-def sizes(kind: str, capacity: int) -> list[int]:
-    return [tile.blocks for tile in GPU_TILES.within(kind, capacity, are_arrays=True)]
+def sizes(kind: str, capacity: int, tiles: OwnTiles = GPU_TILES) -> list[int]:
+    return [tile.blocks for tile in tiles.within(kind, capacity, are_arrays=tiles is GPU_TILES)]
 
 
 @pytest.mark.parametrize(
@@ -40,6 +40,22 @@ def sizes(kind: str, capacity: int) -> list[int]:
 )
 def test_the_widest_holds_capacity(kind, capacity, expected):
     assert sizes(kind, capacity) == expected
+
+
+@pytest.mark.parametrize(
+    "capacity, expected",
+    [
+        (32, [8, 32]),
+        (128, [8, 128]),
+        (256, [8, 128, 256]),
+        (384, [8, 128, 384]),
+        (640, [8, 128]),
+        (1024, [8, 128, 256, 512]),
+    ],
+)
+def test_tiles_of_a_loop_divide_capacity(capacity, expected):
+    assert sizes("decode", capacity, TPU_TILES) == expected
+    assert sizes("prefill", 32, TPU_TILES) == []
 
 
 class Proving(StepVariants):
