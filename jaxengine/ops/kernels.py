@@ -28,7 +28,7 @@ from jaxengine.ops.live import Live
 from jaxengine.ops.pools import PAGES, Pools
 from jaxengine.ops.query_blocks import QueryBlocks
 from jaxengine.ops.regions import over_tiles
-from jaxengine.ops.tiles import GPU_TILES, HEAD_TILE, TPU_TILES, WIDE_HEAD_TILE, OwnTiles
+from jaxengine.ops.tiles import CPU_HEAD_TILE, GPU_TILES, HEAD_TILE, TPU_TILES, WIDE_HEAD_TILE, OwnTiles
 from pallas_kernels import implementations
 from pallas_kernels.draw_reference import Draw
 from pallas_kernels.implementations import OF_A_GPU, Implementation
@@ -106,11 +106,17 @@ class Products(Protocol):
         ...
 
     def logits(
-        self, x: Float[Array, "t D"], norm: Float[Array, " D"], eps: float, head: Float[Array, "leaf V D"]
+        self,
+        x: Float[Array, "t D"],
+        norm: Float[Array, " D"],
+        eps: float,
+        head: Float[Array, "leaf V D"],
+        fresh: Bool[Array, " t"] | None = None,
     ) -> Float[Array, "t V"]:
         """rms_norm(x) @ head.T in float32, whatever the weights' dtype; what is normalised is not rounded.
 
-        Of one tile of rows, inside a caller's region.
+        Of one tile of rows, inside a caller's region. A row that is not `fresh` is the one before once more, or
+        padding: it may get the logits of the last fresh row before it, which row 0 always is.
         """
         ...
 
@@ -203,6 +209,7 @@ class Kernels:
     draw: DrawKernel
     own_tiles: OwnTiles = OwnTiles()
     head_tile: int = HEAD_TILE  # rows of a prefill step that the head and the draw take together
+    skips_repeated: bool = False  # the head computes `fresh` rows alone, so it wants to be told which those are
     computes_padding: bool = False  # all rows of a step's arrays, so that these had better be as small as its tile
     in_one: bool = False  # a row's bits depend on it alone without any tiles, so that a step needs no loop
     any_processor: bool = False  # tokens and logprobs are the same on all processors that it runs on
@@ -301,7 +308,9 @@ def sharded(own: Kernels, mesh: Mesh) -> Kernels:
 def cpu_kernels(body: str = "best") -> Kernels:
     """The CPU's own kernels; `body` is one of pallas_kernels.cpu.library.BODIES."""
     products, attention, draw = cpu_chain.CpuProducts(body), cpu_chain.CpuAttention(body), cpu_chain.CpuDraw(body)
-    return Kernels("cpu", products, attention, draw, in_one=True, any_processor=True)
+    return Kernels(
+        "cpu", products, attention, draw, head_tile=CPU_HEAD_TILE, skips_repeated=True, in_one=True, any_processor=True
+    )
 
 
 def kernels_of(implementation: Implementation) -> Kernels:
