@@ -33,11 +33,12 @@ from jaxengine.engine.spread import SpreadReplicas
 from jaxengine.engine.step_variants import Variant
 from jaxengine.host.sample import Request
 from jaxengine.models import params as model_params
-from jaxengine.ops.tiles import Tile
+from jaxengine.ops.tiles import BASE, Tile
 from jaxengine.sampling_params import SamplingParams
 
 MODEL = ModelConfig("Qwen3ForCausalLM", 1000, 8, 8, 28, 1, 1, 8, 65_536, tie_word_embeddings=True)
 PAGE, WINDOW, TOKEN = 32, 32, 5
+PREFILL_TILE = Tile(QUERY_BLOCK, 8)
 FOREVER = 20_000  # tokens of an answer that does not end while it is measured
 
 
@@ -100,13 +101,15 @@ class NoSteps:
             lambda cache, *inputs: (cache, answers(1, batch.decode_rows)), donate_argnums=0, keep_unused=True
         )
         self._prefill = jax.jit(
-            lambda cache, *inputs: (cache, answers(batch.prefill_rows)), donate_argnums=0, keep_unused=True
+            lambda cache, *inputs: (cache, answers(batch.prefill_rows(PREFILL_TILE))),
+            donate_argnums=0,
+            keep_unused=True,
         )
 
     def pick(
         self, kind: str, num_blocks: int, needs: Needs, params: Any, cache: Cache, before: Any
     ) -> tuple[Cache, Variant]:
-        return cache, Variant(kind, Tile(QUERY_BLOCK if kind == "prefill" else 1, 8), needs)
+        return cache, Variant(kind, PREFILL_TILE if kind == "prefill" else BASE, needs)
 
     def run_decode(self, params: Any, cache: Cache, *inputs: Any) -> tuple[Cache, RowOutputs]:
         return self._decode(cache, params, *inputs[:-1])

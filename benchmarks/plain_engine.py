@@ -15,8 +15,8 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 
-from jaxengine.device import sampler, steps
-from jaxengine.engine import step_variants
+from jaxengine.device import sampler
+from jaxengine.engine import engine, step_variants
 from jaxengine.ops import heads, in_tiles, kernels, norm, regions, xla
 from jaxengine.ops.tiles import Tile
 from pallas_kernels import draw_reference, truncation_reference
@@ -46,6 +46,11 @@ def whole(body, tile, weights, rows, count):
     return jax.tree.map(padded, body(weights, jax.tree.map(lambda x: x[:tile], rows)))
 
 
+def with_head_tile(*which):
+    """In the place of choose_kernels."""
+    return dataclasses.replace(kernels.choose_kernels(*which), head_tile=HEAD_TILE)
+
+
 def unproven(self, variant, params, cache):
     """In the place of StepVariants._prove."""
     self._proven[variant] = True
@@ -60,7 +65,7 @@ def plain() -> Iterator[None]:
         (heads, "over_tiles", whole),
         (in_tiles, "over_tiles", whole),
         (kernels, "over_tiles", whole),
-        (steps, "HEAD_TILE", HEAD_TILE),
+        (engine, "choose_kernels", with_head_tile),
         (norm, "row_sum", total),
         (xla, "silu", jax.nn.silu),
         (sampler, "row_sum", total),

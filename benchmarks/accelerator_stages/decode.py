@@ -52,10 +52,11 @@ def decode_step(llm: LLM, batch: int, context: int) -> tuple[Callable[[], jax.Ar
     ids = 1 + np.random.RandomState(0).permutation(batch * pages)  # page 0 is scratch
     tables[:batch, :pages] = ids.reshape(batch, pages)
     slots.request.limit[:] = llm.engine_config.max_model_len + 1
-    rows = rows_of(engine.batch.decode_rows, range(batch), range(batch), [context - 1] * batch, [False] * batch)
     on_device = jax.device_put((tables, slots))
     wanted = "decode", batch, Needs.PLAIN
     engine.cache, variant = engine.step_variants.pick(*wanted, engine.params, engine.cache)
+    size = engine.batch.num_blocks("decode", variant.tile)
+    rows = rows_of(size, range(batch), range(batch), [context - 1] * batch, [False] * batch)
 
     def step() -> jax.Array:
         engine.cache, out = engine.step_variants.run_decode(engine.params, engine.cache, *on_device, rows, variant)

@@ -20,7 +20,7 @@ from jaxengine.models import decoder
 from jaxengine.models.params import Decoder, specs
 from jaxengine.ops.kernels import Kernels
 from jaxengine.ops.query_blocks import QueryBlocks
-from jaxengine.ops.tiles import HEAD_TILE, Tile
+from jaxengine.ops.tiles import Tile
 from pallas_kernels.draw_reference import Draw
 from pallas_kernels.tiles import unknown_zero
 from sharding.mesh import WHOLE
@@ -76,7 +76,7 @@ def _prefill(
     # would otherwise copy all pools.
     cache = kv_cache.copy_pages(cache, copies.sources, copies.targets, copies.num_copies + unknown_zero(hidden))
     x = hidden[rows.indices]
-    out = next_tokens(model_config, kernels, params, cache, slots, x, rows, HEAD_TILE, needs, max_logprobs)
+    out = next_tokens(model_config, kernels, params, cache, slots, x, rows, kernels.head_tile, needs, max_logprobs)
     drawn = ~rows.scored & (jnp.arange(rows.slots.shape[0]) < rows.num_rows)
     return _append(cache, rows, out, drawn), out
 
@@ -211,6 +211,7 @@ class _RowInputs(NamedTuple):
     slots: Int[Array, " t"]
     positions: Int[Array, " t"]
     scored: Bool[Array, " t"]
+    fresh: Bool[Array, " t"] | None  # as in `Products.logits`
 
 
 def next_tokens(
@@ -233,9 +234,16 @@ def next_tokens(
 
     body = functools.partial(next_token, model_config, kernels, needs, max_logprobs)
     weights = _Weights(params.norm, params.output_head, slots, cache.history, cache.rules)
-    inputs = jax.tree.map(pad, _RowInputs(x, rows.slots, rows.positions, rows.scored))
+    fresh = _fresh(rows) if kernels.skips_repeated else None
+    inputs = jax.tree.map(pad, _RowInputs(x, rows.slots, rows.positions, rows.scored, fresh))
     out = kernels.over_rows(body, tile, weights, inputs, rows.num_rows)
     return jax.tree.map(lambda a: a[: x.shape[0]], out)
+
+
+def _fresh(rows: Rows) -> Bool[Array, " R"]:
+    """Rows that are no padding, and whose hidden state is not that of the row before, as a group's samples' is."""
+    is_new = rows.indices != jnp.roll(rows.indices, 1)
+    return is_new & (jnp.arange(rows.indices.shape[0]) < rows.num_rows)
 
 
 def next_token(
@@ -246,7 +254,7 @@ def next_token(
     On a mesh devices share the rows from the logits on.
     """
     leaves = kernels.products.leaves.sharing_rows(rows.x.shape[0])
-    logits = decoder.logits(model_config, kernels.with_leaves(leaves), weights.norm, weights.head, rows.x)
+    logits = decoder.logits(model_config, kernels.with_leaves(leaves), weights.norm, weights.head, rows.x, rows.fresh)
     rows = leaves.own_rows(rows)
     row: Slots = jax.tree.map(lambda a: a[rows.slots], weights.slots)
     request, history, position = row.request, weights.history, rows.positions + 1

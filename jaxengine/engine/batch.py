@@ -31,8 +31,9 @@ from pallas_kernels.numbers import cdiv, ceil_to
 class BatchBuilder:
     """Host arrays of one engine. The slot after the first max_num_seqs belongs to the probe (step_variants.py)."""
 
-    def __init__(self, engine_config: EngineConfig) -> None:
-        self.engine_config = engine_config
+    def __init__(self, engine_config: EngineConfig, *, fit_the_tile: bool = False) -> None:
+        """A step's arrays have capacity; or the size of its tile, where they `fit_the_tile` (ops/tiles.py)."""
+        self.engine_config, self._fit_the_tile = engine_config, fit_the_tile
         self.num_slots = engine_config.max_num_seqs + 1
         self._num_written = [0] * self.num_slots  # entries of each slot's table that the device has, or is about to get
         self.host_slots = empty_slots(self.num_slots)
@@ -41,7 +42,6 @@ class BatchBuilder:
         self.decode_rows = ceil_to(engine_config.max_num_seqs, ROW_UNIT)
         num_blocks = engine_config.prefill_query_blocks
         self.prefill_query_blocks = ceil_to(num_blocks, NARROW_PREFILL if num_blocks < WIDE_PREFILL else WIDE_PREFILL)
-        self.prefill_rows = self.prefill_query_blocks * QUERY_BLOCK + engine_config.max_num_seqs
 
     # -- slots ---------------------------------------------------------------------------------------------------------
 
@@ -157,22 +157,32 @@ class BatchBuilder:
 
     # -- steps ---------------------------------------------------------------------------------------------------------
 
+    def num_blocks(self, kind: str, tile: Tile) -> int:
+        """Query blocks of the arrays of a step on such tiles: of a decode, its rows."""
+        if self._fit_the_tile:
+            return tile.blocks
+        return self.decode_rows if kind == "decode" else self.prefill_query_blocks * (QUERY_BLOCK // tile.tokens)
+
+    def prefill_rows(self, tile: Tile) -> int:
+        """Rows that may draw or be scored: every token, and the forks of the prompts that end."""
+        return self.num_blocks("prefill", tile) * tile.tokens + self.engine_config.max_num_seqs
+
     def smallest(self, kind: str, tile: Tile) -> Any:
         """A step's inputs for one row, for their shapes: Rows of a decode, (blocks, rows, copies) of a prefill."""
+        size = self.num_blocks(kind, tile)
         if kind == "decode":
-            return rows_of(self.decode_rows, [0], [0], [0], [False])
-        ints = np.zeros(self.prefill_query_blocks * (QUERY_BLOCK // tile.tokens), np.int32)
-        nothing = np.zeros(self.engine_config.max_num_seqs, np.int32)
+            return rows_of(size, [0], [0], [0], [False])
+        ints, nothing = (np.zeros(count, np.int32) for count in (size, self.engine_config.max_num_seqs))
         return (
             QueryBlocks(ints, ints, ints, np.int32(1)),
-            rows_of(self.prefill_rows, [0], [0], [0], [False]),
+            rows_of(self.prefill_rows(tile), [0], [0], [0], [False]),
             Copies(nothing, nothing, np.int32(0)),
         )
 
-    def decode(self, decodes: Sequence[Decode]) -> Rows:
+    def decode(self, decodes: Sequence[Decode], tile: Tile) -> Rows:
         """Rows of a decode step: each sample's last token, at its position."""
         samples, positions, _ = zip(*decodes, strict=True)
-        size, slots = self.decode_rows, [sample.slot for sample in samples]
+        size, slots = self.num_blocks("decode", tile), [sample.slot for sample in samples]
         return Rows(
             np.arange(size, dtype=np.int32),
             _padded(slots, size),
@@ -181,9 +191,9 @@ class BatchBuilder:
             np.int32(len(slots)),
         )
 
-    def prefill(self, plan: Plan, tokens_per_block: int) -> tuple[QueryBlocks, Rows, Copies]:
-        """Inputs of a prefill step, with blocks of `tokens_per_block` tokens."""
-        slots, starts, counts = [], [], []
+    def prefill(self, plan: Plan, tile: Tile) -> tuple[QueryBlocks, Rows, Copies]:
+        """Inputs of a prefill step."""
+        tokens_per_block, slots, starts, counts = tile.tokens, [], [], []
         indices, row_slots, positions, scored = [], [], [], []
         for chunk in plan.chunks:
             first_row = len(slots) * tokens_per_block
@@ -196,11 +206,9 @@ class BatchBuilder:
                 row_slots.append(sample.slot)
                 positions.append(position)
                 scored.append(is_scored)
-        capacity = self.prefill_query_blocks * (QUERY_BLOCK // tokens_per_block)
-        blocks = QueryBlocks(
-            _padded(slots, capacity), _padded(starts, capacity), _padded(counts, capacity), np.int32(len(slots))
-        )
-        rows = rows_of(self.prefill_rows, indices, row_slots, positions, scored)
+        size = self.num_blocks("prefill", tile)
+        blocks = QueryBlocks(_padded(slots, size), _padded(starts, size), _padded(counts, size), np.int32(len(slots)))
+        rows = rows_of(self.prefill_rows(tile), indices, row_slots, positions, scored)
         limit = self.engine_config.max_num_seqs
         copies = Copies(
             _padded([a for a, _ in plan.copies], limit),

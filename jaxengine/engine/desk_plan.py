@@ -106,7 +106,7 @@ def desk_plan(
     engine_config = dataclasses.replace(engine_config, num_pages=whole_context(engine_config))
     layers = sorted({min(n, model_config.num_hidden_layers) for n in (BASE_LAYERS, BASE_LAYERS + 1)})
     few = [dataclasses.replace(model_config, num_hidden_layers=n) for n in layers]
-    batch = BatchBuilder(engine_config)
+    batch = BatchBuilder(engine_config, fit_the_tile=kernels.computes_padding)
     widest = StepVariants(model_config, engine_config, kernels, batch).widest(needs)
     wanted = [(variant, config) for variant in widest for config in few]
     start = time.monotonic()
@@ -141,7 +141,8 @@ def compiled(
     mesh: Any, kernels: Kernels, engine_config: EngineConfig, variant: Variant, model_config: ModelConfig
 ) -> Compiled:
     """The step as the devices' own compiler makes it."""
-    variants = StepVariants(model_config, engine_config, kernels, BatchBuilder(engine_config))
+    batch = BatchBuilder(engine_config, fit_the_tile=kernels.computes_padding)
+    variants = StepVariants(model_config, engine_config, kernels, batch)
     inputs, how = variants.call(variant)
     state = abstract_weights(model_config, kernels), kv_cache.abstract(model_config, engine_config, kernels)
     step = step_of(variant.kind, on_gpu=mesh.devices.flat[0].platform != "tpu")

@@ -133,7 +133,7 @@ class Engine:
         self.cache = kv_cache.empty_cache(model_config, engine_config, self.kernels, params)
         pool = PagePool(engine_config.num_pages, engine_config.page_size, engine_config.enable_prefix_caching)
         self.scheduler = Scheduler(engine_config, pool)
-        self.batch = BatchBuilder(engine_config)
+        self.batch = BatchBuilder(engine_config, fit_the_tile=self.kernels.computes_padding)
         self.step_variants = StepVariants(model_config, engine_config, self.kernels, self.batch, report)
         self.slot_state = self._new_slot_state()
         self.page_checksums = self._new_checksums()
@@ -357,14 +357,15 @@ class Engine:
 
     def _ready_decode(self, plan: Plan) -> tuple[Variant, tuple]:
         """The compiled step for the plan's decodes, and its inputs."""
-        rows, count = self.batch.decode(plan.decodes), len(plan.decodes)
-        return self._pick("decode", count, rows.slots[:count]), (rows,)
+        slots = [decode.sample.slot for decode in plan.decodes]
+        variant = self._pick("decode", len(slots), slots)
+        return variant, (self.batch.decode(plan.decodes, variant.tile),)
 
     def _ready_prefill(self, plan: Plan) -> tuple[Variant, tuple]:
         """The compiled step for the plan's chunks, and its inputs."""
         num_blocks = sum(chunk.num_blocks for chunk in plan.chunks)
         variant = self._pick("prefill", num_blocks, [sample.slot for sample in plan.prefilling])
-        return variant, self.batch.prefill(plan, variant.tile.tokens)
+        return variant, self.batch.prefill(plan, variant.tile)
 
     def _pick(self, kind: str, num_blocks: int, slots: Sequence[int]) -> Variant:
         needs, pick = self.batch.needs(slots), self.step_variants.pick

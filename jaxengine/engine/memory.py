@@ -22,7 +22,7 @@ CPU_SHARE = 0.25  # of the host's free memory, for the pool: other programs live
 CPU_POOL = 512_000_000  # bytes of pages that a CPU's pool has at most, or as many as its model's weights take, or
 # one whole context: a small model in a notebook wants no gigabytes, and num_pages gives it more
 ROW_BYTES = 4
-LOGIT_ROWS = 128  # of the widest tile that a decode step draws for
+LOGIT_ROWS = 128  # of a tile that draws; of an accelerator's wider ones its compiled program says
 LOGIT_COPIES = 4  # raw, penalised, processed, and what the sampler works on
 OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory")  # what XLA says at once; and what it says once results are read
 
@@ -223,7 +223,8 @@ def _compiled_workspace(model_config: ModelConfig, engine_config: EngineConfig) 
     """What the widest steps take on the first device, of a pool of one context."""
     kernels = _kernels(model_config, engine_config)
     engine_config = dataclasses.replace(engine_config, num_pages=whole_context(engine_config))
-    variants = StepVariants(model_config, engine_config, kernels, BatchBuilder(engine_config))
+    batch = BatchBuilder(engine_config, fit_the_tile=kernels.computes_padding)
+    variants = StepVariants(model_config, engine_config, kernels, batch)
     cache = kv_cache.abstract(model_config, engine_config, kernels)
     with explained(model_config, engine_config, "compiling the widest steps"):
         return variants.workspace(abstract_weights(model_config, kernels), cache)

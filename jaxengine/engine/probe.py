@@ -22,6 +22,7 @@ def generated(model_config: ModelConfig, kernels: Kernels, params: Decoder) -> t
     """(the probe's tokens int32 `[T]`, the base decode step's logprobs of all but the first, float32 `[T - 1]`)."""
     length = min(PROBE_TOKENS, model_config.max_position_embeddings)
     engine_config = EngineConfig(max_num_seqs=1, max_model_len=length, num_pages=2, max_logprobs=1)
-    variants = StepVariants(model_config, engine_config, kernels, BatchBuilder(engine_config))
+    batch = BatchBuilder(engine_config, fit_the_tile=kernels.computes_padding)
+    variants = StepVariants(model_config, engine_config, kernels, batch)
     cache = kv_cache.empty_cache(model_config, engine_config, kernels, params)
     return variants.base_logprobs(params, cache)

@@ -5,6 +5,10 @@ of eight rows, are the definition, compiled for what was asked for first. Every 
 answered PROBE_TOKENS random tokens, with the engine's own weights and program, with the same bits: logprobs, the
 likeliest tokens at every position where it knows them, keys and values of every layer. Where one bit differs the base
 tile serves instead, or none (fail closed).
+
+Most steps loop over their tiles, so that each tile can carry every plan. Where kernels compute all rows of their arrays
+(`Kernels.computes_padding`), arrays have the size of the tile: it carries no more than that, and where its bits differ
+a wider one serves.
 """
 
 import concurrent.futures
@@ -65,15 +69,17 @@ class StepVariants:
         self.model_config, self.engine_config, self.kernels = model_config, engine_config, kernels
         self.batch, self.report = batch, report
         self._max_logprobs = engine_config.num_likeliest(model_config.vocab_size)
-        wide = tuple(Tile(1, rows) for rows in kernels.wide_rows if batch.decode_rows % rows == 0)
-        self._tiles = {
-            "decode": TILES["decode"] + wide,
-            "prefill": tuple(t for t in TILES["prefill"] if t.blocks <= batch.prefill_query_blocks),
-        }
+        capacities = {"decode": batch.decode_rows, "prefill": batch.prefill_query_blocks}
+        self._tiles = {kind: self._tiles_of(kind, capacity) for kind, capacity in capacities.items()}
         self._proven: dict[Variant, bool] = {}  # the first is the definition
         self._times_wanted: Counter[Variant] = Counter()
         self._expected: dict[Needs, list[np.ndarray]] = {}
         self._compiled: set[Variant] = set()
+
+    def _tiles_of(self, kind: str, capacity: int) -> tuple[Tile, ...]:
+        """For steps that can carry `capacity` query blocks, narrowest first."""
+        own = self.kernels.own_tiles.within(kind, capacity, are_arrays=self.kernels.computes_padding)
+        return own or tuple(tile for tile in TILES[kind] if capacity % tile.blocks == 0)
 
     @property
     def refused(self) -> list[Variant]:
@@ -103,23 +109,40 @@ class StepVariants:
 
         One that is not compiled yet has to be wanted compile_patience times while another can serve: compiling takes
         longer than the last steps of a batch, in which few rows are left. One that could do more serves for good where
-        it skips what is not asked for.
+        it skips what is not asked for. Raises RuntimeError where bits differ in every step that could carry the blocks.
         """
-        tiles = self._tiles[kind]
-        tile = next((tile for tile in tiles if tile.blocks >= num_blocks), tiles[-1])
-        wanted = Variant(kind, tile, needs)
         self._define(needs)
-        if wanted not in self._proven:
-            self._times_wanted[wanted] += 1
-            ready = [v for v, is_proven in self._proven.items() if is_proven and v.kind == kind and v.needs >= needs]
-            nearest = min(ready, key=lambda v: (abs(v.tile.blocks - tile.blocks), v.needs), default=None)
-            if nearest is not None:
-                is_enough = nearest.tile == tile and self.kernels.skips
-                if is_enough or self._times_wanted[wanted] <= self.engine_config.compile_patience:
-                    return cache, nearest
-            before_a_proof()
-            cache = self._prove(wanted, params, cache)
-        return cache, wanted if self._proven[wanted] else wanted._replace(tile=BASE)
+        tiles = self._tiles[kind]
+        holding = [tile for tile in tiles if tile.blocks >= num_blocks] or [tiles[-1]]
+        for tile in holding if self.kernels.computes_padding else holding[:1]:
+            wanted = Variant(kind, tile, needs)
+            if wanted not in self._proven:
+                self._times_wanted[wanted] += 1
+                nearest = self._nearest(wanted, num_blocks)
+                if nearest is not None:
+                    is_enough = nearest.tile == tile and self.kernels.skips
+                    if is_enough or self._times_wanted[wanted] <= self.engine_config.compile_patience:
+                        return cache, nearest
+                before_a_proof()
+                cache = self._prove(wanted, params, cache)
+            if self._proven[wanted]:
+                return cache, wanted
+        if self.kernels.computes_padding:
+            raise RuntimeError(
+                f"every {kind} step that holds {num_blocks} query blocks gives other bits than the {self._definition} "
+                "on this machine, so none may serve: take kernels 'xla'"
+            )
+        return cache, Variant(kind, BASE, needs)
+
+    def _nearest(self, wanted: Variant, num_blocks: int) -> Variant | None:
+        """Of the proven steps that can serve in the place of the wanted one, that of the nearest tile."""
+        least = num_blocks if self.kernels.computes_padding else 0
+        ready = [
+            v
+            for v, is_proven in self._proven.items()
+            if is_proven and v.kind == wanted.kind and v.needs >= wanted.needs and v.tile.blocks >= least
+        ]
+        return min(ready, key=lambda v: (abs(v.tile.blocks - wanted.tile.blocks), v.needs), default=None)
 
     def _define(self, needs: Needs) -> None:
         """What is asked for first, the definition is compiled for."""
@@ -139,7 +162,7 @@ class StepVariants:
         for variant in wanted:
             if variant not in self._proven:
                 cache = self._prove(variant, params, cache)
-        for variant in self.refused:
+        for variant in () if self.kernels.computes_padding else self.refused:
             cache, _ = self._probe(variant._replace(tile=BASE), params, cache)
         return cache
 
@@ -296,26 +319,26 @@ class StepVariants:
         return slot, tables, slots, history_uploads(self.batch.num_slots, [(slot, probe.tolist())])
 
     def _probe_decode(self, variant, params, cache, tables, slots, slot, count):
-        answers = []
-        for first in range(0, count, self.batch.decode_rows):
-            positions = range(first, min(first + self.batch.decode_rows, count))
-            size = len(positions)
-            rows = rows_of(self.batch.decode_rows, range(size), [slot] * size, positions, [True] * size)
+        answers, room = [], self.batch.num_blocks("decode", variant.tile)
+        for first in range(0, count, room):
+            once = range(first, min(first + room, count))
+            size, times = len(once), max(variant.tile.rows // len(once), 1)  # as in _probe_prefill
+            positions = [*once] * times
+            rows = rows_of(room, range(room), [slot] * len(positions), positions, [True] * len(positions))
             cache, out = self.run_decode(params, cache, tables, slots, rows, variant)
-            answers.append([np.asarray(x)[0, :size] for x in _fields(out)])
+            answers.append([np.asarray(x)[0, len(positions) - size : len(positions)] for x in _fields(out)])
         return cache, [np.concatenate(parts) for parts in zip(*answers, strict=True)]
 
     def _probe_prefill(self, variant, params, cache, tables, slots, slot, count):
         answers, batch, tile = [], self.batch, variant.tile
-        room = self.engine_config.prefill_query_blocks * QUERY_BLOCK
+        room = min(self.engine_config.prefill_query_blocks, batch.num_blocks("prefill", tile)) * QUERY_BLOCK
         for first in range(0, count, room):
             size = min(room, count - first)
             once = np.arange(first, first + size, tile.tokens, dtype=np.int32)
             starts = np.tile(
                 once, max(tile.blocks // len(once), 1)
             )  # a tile that holds more is full, and its last rows are looked at
-            capacity = batch.prefill_query_blocks * (QUERY_BLOCK // tile.tokens)
-            pad = lambda x, capacity=capacity: np.pad(x, (0, capacity - len(x))).astype(np.int32)
+            pad = lambda x: np.pad(x, (0, batch.num_blocks("prefill", tile) - len(x))).astype(np.int32)
             blocks = QueryBlocks(
                 pad(np.full_like(starts, slot)),
                 pad(starts),
@@ -324,7 +347,11 @@ class StepVariants:
             )
             last = (len(starts) - len(once)) * tile.tokens
             rows = rows_of(
-                batch.prefill_rows, range(last, last + size), [slot] * size, range(first, first + size), [True] * size
+                batch.prefill_rows(tile),
+                range(last, last + size),
+                [slot] * size,
+                range(first, first + size),
+                [True] * size,
             )
             nothing = np.zeros(self.engine_config.max_num_seqs, np.int32)
             cache, out = self.run_prefill(

@@ -8,7 +8,7 @@ import functools
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxengine.config import ModelConfig
 from jaxengine.models import attention_block, experts_block, mlp_block
@@ -81,8 +81,16 @@ def add_layer(
 
 
 def logits(
-    model_config: ModelConfig, kernels: Kernels, norm: Array, head: Float[Array, "leaf V D"], x: Float[Array, "t D"]
+    model_config: ModelConfig,
+    kernels: Kernels,
+    norm: Array,
+    head: Float[Array, "leaf V D"],
+    x: Float[Array, "t D"],
+    fresh: Bool[Array, " t"] | None = None,
 ) -> Float[Array, "t V"]:
-    """The output head in float32, whatever the weights' dtype. Columns after the vocabulary are -inf."""
-    out = kernels.products.logits(x, norm, model_config.rms_norm_eps, head)
+    """The output head in float32, whatever the weights' dtype. Columns after the vocabulary are -inf.
+
+    `fresh` as in `Products.logits`.
+    """
+    out = kernels.products.logits(x, norm, model_config.rms_norm_eps, head, fresh)
     return jnp.where(jnp.arange(out.shape[1]) < model_config.vocab_size, out, -jnp.inf)

@@ -74,7 +74,7 @@ def _plain_add(tile: int, body: str, leaves: Leaves, like: Array, x, y, w, bias,
     return _kept(with_bias(total, bias), count, 0.0)
 
 
-def _plain_logits(eps: float, body: str, leaves: Leaves, like: Array, x, norm, head) -> Float[Array, "t V"]:
+def _plain_logits(eps: float, body: str, leaves: Leaves, like: Array, x, norm, head, fresh) -> Float[Array, "t V"]:
     y = XlaProducts(leaves).outputs(rms_norm(x, norm, eps), head.astype(jnp.float32))
     return leaves.columns(join_leaves(y))
 
@@ -102,8 +102,8 @@ def _add(tile: int, body: str, leaves: Leaves, x, y, w, bias, count) -> Float[Ar
 
 
 @differentiated_as(_plain_logits, static=3)
-def _logits(eps: float, body: str, leaves: Leaves, x, norm, head) -> Float[Array, "t V"]:
-    return leaves.columns(calls.logits(x, norm, eps, head, body))
+def _logits(eps: float, body: str, leaves: Leaves, x, norm, head, fresh) -> Float[Array, "t V"]:
+    return leaves.columns(calls.logits(x, norm, eps, head, fresh, body))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,9 +170,14 @@ class CpuProducts:
         return x
 
     def logits(
-        self, x: Float[Array, "t D"], norm: Float[Array, " D"], eps: float, head: Float[Array, "leaf V D"]
+        self,
+        x: Float[Array, "t D"],
+        norm: Float[Array, " D"],
+        eps: float,
+        head: Float[Array, "leaf V D"],
+        fresh: Bool[Array, " t"] | None = None,
     ) -> Float[Array, "t V"]:
-        return _logits(eps, self.body, self.leaves, x, norm, head)
+        return _logits(eps, self.body, self.leaves, x, norm, head, fresh)
 
 
 @dataclasses.dataclass(frozen=True)

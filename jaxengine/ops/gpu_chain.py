@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxengine.config import ModelConfig
 from jaxengine.ops.differentiated import differentiated_as
@@ -263,7 +263,12 @@ class ChainProducts:
         return x.x if x.sums is None else _finish(self.implementation, x)
 
     def logits(
-        self, x: Float[Array, "t D"], norm: Float[Array, " D"], eps: float, head: Float[Array, "leaf V D"]
+        self,
+        x: Float[Array, "t D"],
+        norm: Float[Array, " D"],
+        eps: float,
+        head: Float[Array, "leaf V D"],
+        fresh: Bool[Array, " t"] | None = None,
     ) -> Float[Array, "t V"]:
         return _logits(self.implementation, eps, self.leaves, x, norm, head)
 

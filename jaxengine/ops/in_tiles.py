@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxengine.config import ModelConfig
 from jaxengine.ops.experts import Experts, Routing, partial_sums
@@ -128,7 +128,12 @@ class ProductsInTiles:
         return x
 
     def logits(
-        self, x: Float[Array, "t D"], norm: Float[Array, " D"], eps: float, head: Float[Array, "leaf V D"]
+        self,
+        x: Float[Array, "t D"],
+        norm: Float[Array, " D"],
+        eps: float,
+        head: Float[Array, "leaf V D"],
+        fresh: Bool[Array, " t"] | None = None,
     ) -> Float[Array, "t V"]:
         """For bfloat16 weights the hidden state is cut into three bfloat16 parts with the float32 number as their sum;
         the parts' products with the weights are exact and are added in float32. So the head is read once, as it is

@@ -29,6 +29,7 @@ from jaxengine.ops.live import Live
 from jaxengine.ops.pools import PAGES, Pools
 from jaxengine.ops.query_blocks import QueryBlocks
 from jaxengine.ops.regions import over_tiles
+from jaxengine.ops.tiles import CPU_HEAD_TILE, GPU_TILES, HEAD_TILE, TPU_TILES, WIDE_HEAD_TILE, OwnTiles
 from pallas_kernels import implementations
 from pallas_kernels.draw_reference import Draw
 from pallas_kernels.implementations import OF_A_GPU, Implementation
@@ -112,11 +113,17 @@ class Products(Protocol):
         ...
 
     def logits(
-        self, x: Float[Array, "t D"], norm: Float[Array, " D"], eps: float, head: Float[Array, "leaf V D"]
+        self,
+        x: Float[Array, "t D"],
+        norm: Float[Array, " D"],
+        eps: float,
+        head: Float[Array, "leaf V D"],
+        fresh: Bool[Array, " t"] | None = None,
     ) -> Float[Array, "t V"]:
         """rms_norm(x) @ head.T in float32, whatever the weights' dtype; what is normalised is not rounded.
 
-        Of one tile of rows, inside a caller's region.
+        Of one tile of rows, inside a caller's region. A row that is not `fresh` is the one before once more, or
+        padding: it may get the logits of the last fresh row before it, which row 0 always is.
         """
         ...
 
@@ -207,7 +214,10 @@ class Kernels:
     products: Products
     attention: Attention
     draw: DrawKernel
-    wide_rows: tuple[int, ...] = ()  # of decode tiles wider than all kernels have (engine/step_variants.py)
+    own_tiles: OwnTiles = OwnTiles()
+    head_tile: int = HEAD_TILE  # rows of a prefill step that the head and the draw take together
+    skips_repeated: bool = False  # the head computes `fresh` rows alone, so it wants to be told which those are
+    computes_padding: bool = False  # all rows of a step's arrays, so that these had better be as small as its tile
     in_one: bool = False  # a row's bits depend on it alone without any tiles, so that a step needs no loop
     any_processor: bool = False  # tokens and logprobs are the same on all processors that it runs on
     skips: bool = True  # a step branches over what no row of a tile asks for; a GPU had better not
@@ -308,17 +318,27 @@ def sharded(own: Kernels, mesh: Mesh) -> Kernels:
 def cpu_kernels(body: str = "best", *, has_experts: bool = False) -> Kernels:
     """The CPU's own kernels; `body` is one of pallas_kernels.cpu.library.BODIES. Experts are XLA's."""
     products, attention, draw = cpu_chain.CpuProducts(body), cpu_chain.CpuAttention(body), cpu_chain.CpuDraw(body)
-    return Kernels("cpu", products, attention, draw, in_one=True, any_processor=not has_experts)
+    own = Kernels("cpu", products, attention, draw, head_tile=CPU_HEAD_TILE, skips_repeated=True, in_one=True)
+    return dataclasses.replace(own, any_processor=not has_experts)
 
 
 def kernels_of(implementation: Implementation) -> Kernels:
     """A device's own kernels."""
     draw = pallas.PallasDraw(implementation)
     if implementation.name in OF_A_GPU:
-        chain = ChainProducts(implementation), ChainAttention(implementation)
-        return Kernels(implementation.name, *chain, draw, wide_rows=pallas.WIDE_ROWS, in_one=True, skips=False)
+        return Kernels(
+            implementation.name,
+            ChainProducts(implementation),
+            ChainAttention(implementation),
+            draw,
+            own_tiles=GPU_TILES,
+            head_tile=WIDE_HEAD_TILE,
+            computes_padding=True,
+            in_one=True,
+            skips=False,
+        )
     own = ProductsInTiles(pallas.PallasProducts(implementation)), pallas.PallasAttention(implementation)
-    return Kernels(implementation.name, *own, draw, wide_rows=pallas.WIDE_ROWS)
+    return Kernels(implementation.name, *own, draw, own_tiles=TPU_TILES, head_tile=WIDE_HEAD_TILE)
 
 
 @functools.cache

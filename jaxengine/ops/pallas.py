@@ -31,9 +31,6 @@ from pallas_kernels.truncation import kept
 from sharding.leaves import ALL_HERE, Leaves
 
 GPU_WIDTHS = (16, 32, 64, 128, 256)  # of heads in pages: Triton's arrays are powers of two
-WIDE_ROWS = (
-    128,
-)  # a product reads the weights once for so many rows, and a matrix unit takes them in the time of a few
 
 
 def check_model(implementation: Implementation, model_config: ModelConfig) -> None:

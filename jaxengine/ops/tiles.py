@@ -1,8 +1,8 @@
 """Every tile size: how many rows a pinned region takes at a time (ops/regions.py), and how arrays are padded to whole
 tiles.
 
-The sizes are a CPU's; kernels of other devices add wider decode tiles of their own (`Kernels.wide_rows`). A row has to
-have the same bits in every tile: engine/step_variants.py proves that of each of TILES before it serves.
+The sizes of TILES are a CPU's; kernels of other devices have their own (`Kernels.own_tiles`). A row has to have the
+same bits in every tile: engine/step_variants.py proves that of each before it serves.
 """
 
 import dataclasses
@@ -31,8 +31,40 @@ TILES = {
 }  # by kind of step, narrowest first
 WIDE = Tile(QUERY_BLOCK, 8)  # of whole sequences (device/trunk.py)
 
+
+@dataclasses.dataclass(frozen=True)
+class OwnTiles:
+    """An implementation's own tiles, in query blocks, narrowest first; where it has none, they are TILES."""
+
+    decode: tuple[int, ...] = ()  # the first is BASE
+    prefill: tuple[int, ...] = ()
+
+    def within(self, kind: str, capacity: int, *, are_arrays: bool) -> tuple[Tile, ...]:
+        """Those for a kind of step that can carry `capacity` query blocks.
+
+        A step of arrays of capacity loops over its tiles, which divide it. Where each tile is the whole of a step's
+        arrays, the widest is capacity.
+        """
+        sizes = getattr(self, kind)
+        if not sizes:
+            return ()
+        within = [blocks for blocks in sizes if blocks < capacity and (are_arrays or capacity % blocks == 0)]
+        if are_arrays or capacity <= sizes[-1]:
+            within.append(capacity)
+        return tuple(Tile(1 if kind == "decode" else QUERY_BLOCK, blocks) for blocks in within)
+
+
+# A TPU's matrix unit takes 128 rows in the time of a few, and each tile reads the weights again.
+TPU_TILES = OwnTiles(decode=(BASE.blocks, 128, 256, 512))
+
+# A GPU's are sizes of arrays (`Kernels.computes_padding`). A product takes 16, 64 or 128 rows at a time, whatever there
+# are (pallas_kernels/chain_gpu/sizes.py), and reads the weights for each 128.
+GPU_TILES = OwnTiles(decode=(BASE.blocks, 32, 64, 128, 256, 512), prefill=(2, 8, 32, 128, 512))
+
 # Of the head and the draw, in rows.
 HEAD_TILE = 8  # in a prefill step, where few of many rows draw
+CPU_HEAD_TILE = 16  # the same where forks of one prompt share a row of the head; what draws is done for all 16
+WIDE_HEAD_TILE = 128  # the same where a tile costs what it takes to read the head
 HEAD_ROWS = 32  # in scoring and training, as in the widest decode step
 
 

@@ -12,6 +12,7 @@ namespace ffi = xla::ffi;
 using Any = ffi::AnyBuffer;
 using Ints = ffi::Buffer<ffi::S32>;
 using Floats = ffi::Buffer<ffi::F32>;
+using Bools = ffi::Buffer<ffi::PRED>;
 
 inline ffi::Error refused(const std::string& what) {
   return ffi::Error::InvalidArgument("jaxengine's CPU kernels: " + what);

@@ -79,12 +79,20 @@ def added(
 
 
 def logits(
-    x: Float[Array, "t D"], norm: Float[Array, " D"], eps: float, head: Float[Array, "leaf V D"], body: str = "best"
+    x: Float[Array, "t D"],
+    norm: Float[Array, " D"],
+    eps: float,
+    head: Float[Array, "leaf V D"],
+    fresh: Bool[Array, " t"] | None = None,
+    body: str = "best",
 ) -> Float[Array, "t V"]:
-    """rms_norm(x) @ head.T in float32: what is normalised is not rounded."""
+    """rms_norm(x) @ head.T in float32: what is normalised is not rounded.
+
+    A row that is not `fresh` is not read, and gets the logits of the last one before it that is; row 0 always is.
+    """
     like = jax.ShapeDtypeStruct((x.shape[0], head.shape[0] * head.shape[1]), jnp.float32)
     live = Live(jnp.int32(x.shape[0]), 1)
-    return _product(like, x, norm, eps, head, None, None, live, body, form=PLAIN, rounds=False)
+    return _product(like, x, norm, eps, head, None, None, live, body, form=PLAIN, rounds=False, fresh=fresh)
 
 
 def _product(
@@ -99,8 +107,10 @@ def _product(
     body: str,
     form: int,
     rounds: bool = True,
+    fresh: Array | None = None,
 ) -> Array:
-    given = x, _or_empty(norm), w, _or_empty(bias), _or_empty(residual), _int32(live.count)
+    which = jnp.zeros(0, jnp.bool_) if fresh is None else fresh
+    given = x, _or_empty(norm), w, _or_empty(bias), _or_empty(residual), which, _int32(live.count)
     return _call("product", like, body)(
         *given, form=np.int64(form), rounds=rounds, eps=np.float32(eps), tile=np.int64(live.tile)
     )

@@ -10,7 +10,7 @@ namespace {
 
 using AnyOut = ffi::Result<Any>;
 using FloatsOut = ffi::Result<Floats>;
-using BoolsOut = ffi::Result<ffi::Buffer<ffi::PRED>>;
+using BoolsOut = ffi::Result<Bools>;
 
 // -- bodies -----------------------------------------------------------------------------------------------------------
 
@@ -72,8 +72,8 @@ ffi::Error guarded(const Arguments& given, ffi::ThreadPool& pool, int64_t body, 
   }
 }
 
-ffi::Error product(ffi::ThreadPool pool, Any x, Any norm, Any w, Any bias, Floats residual, Ints count, AnyOut y,
-                   int64_t form, bool rounds, float eps, int64_t tile, int64_t body) {
+ffi::Error product(ffi::ThreadPool pool, Any x, Any norm, Any w, Any bias, Floats residual, Bools fresh, Ints count,
+                   AnyOut y, int64_t form, bool rounds, float eps, int64_t tile, int64_t body) {
   Arguments given("product");
   const int64_t rows = given.sizes<2>("x", x)[0];
   const auto [leaves, outputs, inputs] = given.sizes<3>("w", w);
@@ -90,11 +90,15 @@ ffi::Error product(ffi::ThreadPool pool, Any x, Any norm, Any w, Any bias, Float
   given.optional("norm", norm, width);
   given.optional("bias", bias, is_gated ? 0 : columns);
   given.count("residual", residual, is_added ? rows * columns : 0);
+  const bool some_are_fresh = fresh.element_count() > 0;
+  given.that(!some_are_fresh || Form(form) == Form::PLAIN, "fresh", "is of a plain product");
+  if (some_are_fresh) given.count("fresh", fresh, rows);
   given.count("y", *y, rows * columns);
   given.type("y", *y, is_gated ? w.element_type() : ffi::F32);
   const Extent extent(given, count, rows, tile);
   const Product p{Form(form), rows, extent.live, extent.zeros_to, leaves, outputs, inputs, array(x), array(norm), eps,
-                  rounds, array(w), array(bias), residual.typed_data(), y->untyped_data()};
+                  rounds, array(w), array(bias), residual.typed_data(), some_are_fresh ? fresh.typed_data() : nullptr,
+                  y->untyped_data()};
   return guarded(given, pool, body, &Body::product, p);
 }
 
@@ -195,8 +199,8 @@ extern "C" __attribute__((visibility("default"))) int jaxengine_bodies() {
   extern "C" __attribute__((visibility("default"))) XLA_FFI_Error* NAME(XLA_FFI_CallFrame*); \
   XLA_FFI_DEFINE_HANDLER_SYMBOL(NAME, FUNCTION, __VA_ARGS__)
 
-OP(jaxengine_product, product, on_threads().Arg<Any>().Arg<Any>().Arg<Any>().Arg<Any>().Arg<Floats>().Arg<Ints>()
-    .Ret<Any>().Attr<int64_t>("form").Attr<bool>("rounds").Attr<float>("eps")
+OP(jaxengine_product, product, on_threads().Arg<Any>().Arg<Any>().Arg<Any>().Arg<Any>().Arg<Floats>().Arg<Bools>()
+    .Arg<Ints>().Ret<Any>().Attr<int64_t>("form").Attr<bool>("rounds").Attr<float>("eps")
     .Attr<int64_t>("tile").Attr<int64_t>("body"));
 
 OP(jaxengine_embed, embed, on_threads().Arg<Any>().Arg<Ints>().Arg<Ints>().Ret<Floats>().Attr<int64_t>("tile")
@@ -214,4 +218,4 @@ OP(jaxengine_draw, draw, on_threads().Arg<Floats>().Arg<Floats>().Arg<Ints>().Re
     .Ret<Floats>().Attr<int64_t>("body"));
 
 OP(jaxengine_kept, kept, on_threads().Arg<Floats>().Arg<Ints>().Arg<Floats>().Arg<Floats>()
-    .Ret<ffi::Buffer<ffi::PRED>>().Attr<int64_t>("body"));
+    .Ret<Bools>().Attr<int64_t>("body"));

@@ -7,7 +7,8 @@ namespace jaxengine {
 enum class Form { PLAIN, GATED, ADDED };
 
 // Rows [rows, leaves of x · inputs] times weights [leaves, outputs, inputs], as jaxengine/ops/kernels.py has `project`,
-// `gated`, `add` and `logits`. Rows from `live` on are not computed; up to `zeros_to` they become zeros.
+// `gated`, `add` and `logits`. Rows from `live` on are not computed; up to `zeros_to` they become zeros. Of live rows that
+// are not `fresh` the results are those of the last fresh one before, which row 0 always is; without `fresh` all are.
 struct Product {
   Form form;
   int64_t rows, live, zeros_to, leaves, outputs, inputs;
@@ -16,6 +17,7 @@ struct Product {
   bool rounds;  // whether rows are rounded to the weights' type; those of the head are not
   Array w, bias;
   const float* residual;
+  const bool* fresh;  // of PLAIN only
   void* y;  // float32; of GATED the weights' type
 };
 

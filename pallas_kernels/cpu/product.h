@@ -115,6 +115,16 @@ inline void run_group(const Product& p, const Rows& rows, int64_t row, int64_t s
   for (int64_t r = 0; r < count; r++) finish_row(p, row + r, column, columns, outputs, load(levels[top][r]));
 }
 
+// The first `count` rows of y are those of the fresh rows. Of each, `size` columns from `first` on go to the rows that they
+// belong to, from the last row on, so that none is written over before it is read.
+inline void spread_rows(const Product& p, int64_t count, int64_t columns, int64_t first, int64_t size) {
+  float* y = (float*)p.y + first;
+  for (int64_t m = p.live - 1, from = count - 1; m > from; m--) {
+    std::memcpy(y + m * columns, y + from * columns, size * sizeof(float));
+    from -= is_fresh(p, m);
+  }
+}
+
 template <class T>
 inline void product_of(Threads& threads, const Product& p) {
   const bool gated = p.form == Form::GATED, added = p.form == Form::ADDED;
@@ -127,20 +137,23 @@ inline void product_of(Threads& threads, const Product& p) {
 
   const int64_t leaves = added ? p.leaves : 1, depths = ceil_div(p.inputs, DEPTH);
   static thread_local Scratch of_rows;
-  const Rows rows{of_rows.floats(Rows::floats(p.live, leaves * depths)), p.live, depths};
-  const int64_t few = ceil_div(p.live, 4 * threads.count());  // rows to a task
-  parallel(threads, ceil_div(p.live, few), [&](int64_t task) {
+  const int64_t count = count_fresh(p);
+  const Rows rows{of_rows.floats(Rows::floats(count, leaves * depths)), count, depths};
+  const int64_t few = ceil_div(count, 4 * threads.count());  // rows to a task
+  parallel(threads, ceil_div(count, few), [&](int64_t task) {
     static thread_local Scratch of_row;
     float* row = of_row.floats(leaves * p.inputs);
-    for (int64_t m = task * few; m < std::min(p.live, (task + 1) * few); m++) prepare_row<T>(p, rows, m, row);
+    for (int64_t m = task * few; m < std::min(count, (task + 1) * few); m++) prepare_row<T>(p, rows, m, row);
   });
 
   const int64_t groups = ceil_div(section_outputs, WIDTH), all = sections * groups;
   const int64_t each = std::min<int64_t>(std::max<int64_t>(all / (8 * threads.count()), 1), 8);  // groups to a task
   parallel(threads, ceil_div(all, each), [&](int64_t task) {
-    for (int64_t row = 0; row < p.live; row += BAND)
-      for (int64_t g = task * each; g < std::min(all, (task + 1) * each); g++)
+    const int64_t first = task * each, end = std::min(all, first + each);
+    for (int64_t row = 0; row < count; row += BAND)
+      for (int64_t g = first; g < end; g++)
         run_group<T>(p, rows, row, g / groups, g % groups * WIDTH, section_outputs, columns);
+    if (p.fresh) spread_rows(p, count, columns, first * WIDTH, std::min(end * WIDTH, columns) - first * WIDTH);
   });
 }
 

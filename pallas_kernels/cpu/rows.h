@@ -61,10 +61,26 @@ inline void put(const Product& p, const float* x, const Rows& rows, int64_t leaf
 #endif
 }
 
+inline bool is_fresh(const Product& p, int64_t m) { return !p.fresh || p.fresh[m] || m == 0; }
+
+inline int64_t count_fresh(const Product& p) {
+  int64_t count = 0;
+  for (int64_t m = 0; m < p.live; m++) count += is_fresh(p, m);
+  return count;
+}
+
+// Number `place` of the rows of x that are fresh.
+inline int64_t fresh_row(const Product& p, int64_t place) {
+  if (!p.fresh) return place;
+  int64_t m = 0;
+  while (place > 0) place -= is_fresh(p, ++m);
+  return m;
+}
+
 // `row` is a thread's own memory, as wide as x and padded to DEPTH.
 template <class T>
-inline void prepare_row(const Product& p, const Rows& rows, int64_t m, float* row) {
-  const int64_t width = p.form == Form::ADDED ? p.leaves * p.inputs : p.inputs;
+inline void prepare_row(const Product& p, const Rows& rows, int64_t place, float* row) {
+  const int64_t width = p.form == Form::ADDED ? p.leaves * p.inputs : p.inputs, m = fresh_row(p, place);
   for (int64_t k = 0; k < width; k += 16) narrow_some(row + k, widen_some(p.x, m * width + k, width - k), width - k);
   if (p.norm) normalise(row, width, p.norm, p.eps);
   const int64_t leaves = width / p.inputs;
@@ -76,6 +92,6 @@ inline void prepare_row(const Product& p, const Rows& rows, int64_t m, float* ro
         const Lanes v = widen_some(row + leaf * p.inputs + k, std::max<int64_t>(p.inputs - k, 0));
         store(here + i, p.rounds ? rounded_to<T>(v) : v);
       }
-      put<T>(p, here, rows, leaf, depth, m);
+      put<T>(p, here, rows, leaf, depth, place);
     }
 }

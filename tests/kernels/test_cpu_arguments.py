@@ -23,20 +23,21 @@ KEYS, VALUES = calls.page_shapes(HEADS, 3, 16, WIDTH, jnp.uint16)
 BLOCKS = dict(tables=ints(4, 2), slots=ints(2), starts=ints(2), counts=ints(2), num_blocks=ints())
 Q = array(2 * TOKENS, 4, WIDTH)
 PRODUCT = dict(eps=np.float32(1e-6), tile=8, rounds=True)
+FRESH = dict(fresh=array(0, dtype="bool"), count=ints())
 # Operands, results, and numbers of each op, under the names that a refusal calls them by.
 OPS = {
     "product": (
-        dict(x=array(ROWS, 40), norm=array(40), w=array(2, 8, 40), bias=array(16), residual=array(0), count=ints()),
+        dict(x=array(ROWS, 40), norm=array(40), w=array(2, 8, 40), bias=array(16), residual=array(0)) | FRESH,
         dict(y=array(ROWS, 16)),
         PRODUCT | dict(form=calls.PLAIN),
     ),
     "gated product": (
-        dict(x=array(ROWS, 40), norm=array(40), w=array(2, 8, 40), bias=array(0), residual=array(0), count=ints()),
+        dict(x=array(ROWS, 40), norm=array(40), w=array(2, 8, 40), bias=array(0), residual=array(0)) | FRESH,
         dict(y=array(ROWS, 8)),
         PRODUCT | dict(form=calls.GATED),
     ),
     "added product": (
-        dict(x=array(ROWS, 80), norm=array(0), w=array(2, 8, 40), bias=array(8), residual=array(ROWS, 8), count=ints()),
+        dict(x=array(ROWS, 80), norm=array(0), w=array(2, 8, 40), bias=array(8), residual=array(ROWS, 8)) | FRESH,
         dict(y=array(ROWS, 8)),
         PRODUCT | dict(form=calls.ADDED),
     ),
@@ -110,6 +111,7 @@ def test_an_array_that_is_longer_is_refused(op, name):
         ("product", "y", array(ROWS, 16, dtype="float16")),
         ("product", "tile", 0),
         ("product", "form", 3),
+        ("gated product", "fresh", array(ROWS, dtype="bool")),
         ("embed", "table", array(400)),
         ("embed", "table", array(0, 40)),
         ("embed", "table", array(10, 40, dtype="int32")),

@@ -150,6 +150,21 @@ def test_rows_that_are_padding(body):
         c.x = kept
 
 
+@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_that_are_not_fresh(dtype, body):
+    """They are not read, and get the logits of the last fresh one before them, which row 0 always is."""
+    c, rng = case(dtype, *SHAPES[1], body), np.random.default_rng(3)
+    patterns = [rng.random(ROWS) < share for share in (0.0, 0.1, 0.5, 0.9, 1.0)]
+    patterns += [np.arange(32) < 20, np.arange(32) % 16 == 0, np.zeros(1, bool)]
+    for fresh in patterns:
+        fresh, count = np.where(np.arange(len(fresh)) == 1, False, fresh), len(fresh)
+        is_read = fresh | (np.arange(count) == 0)
+        x = np.where(is_read[:, None], c.x[:count], np.nan).astype(np.float32)
+        found = calls.logits(x, c.norm, EPS, c.w, fresh, body)
+        assert same(found, c.whole["logits"][np.maximum.accumulate(np.where(is_read, np.arange(count), 0))])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_embedding(dtype):
     table = jnp.asarray(np.random.default_rng(2).normal(size=(2, 50, 37)), dtype)

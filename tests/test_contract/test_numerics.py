@@ -33,12 +33,12 @@ from conftest import NATIVE, random_model, step_call  # noqa: E402  (as a script
 
 from jaxengine import SamplingParams  # noqa: E402
 from jaxengine.config import EngineConfig  # noqa: E402
-from jaxengine.device import kv_cache, scoring, steps  # noqa: E402
+from jaxengine.device import kv_cache, scoring  # noqa: E402
 from jaxengine.device.needs import Needs  # noqa: E402
 from jaxengine.engine.contract_digest import NUMERICS  # noqa: E402
 from jaxengine.models.params import abstract  # noqa: E402
 from jaxengine.ops import cpu_chain, xla  # noqa: E402
-from jaxengine.ops.kernels import choose_kernels  # noqa: E402
+from jaxengine.ops.kernels import Kernels, choose_kernels  # noqa: E402
 from jaxengine.ops.tiles import SCORING  # noqa: E402
 from pallas_kernels import pinned_math  # noqa: E402
 from pallas_kernels.cpu import calls  # noqa: E402
@@ -153,13 +153,18 @@ def test_the_version_that_is_tested_is_held():
     assert {"0.10.2"} <= held()["programs"].keys()
 
 
+def with_wide_head(*which, choose=choose_kernels) -> Kernels:
+    """In the place of choose_kernels."""
+    return dataclasses.replace(choose(*which), head_tile=16)
+
+
 PLANTED = {
     "a coefficient": lambda patch: patch.setattr(
         pinned_math, "COEFFICIENTS", np.nextafter(np.float32(pinned_math.COEFFICIENTS), np.float32(2)).tolist()
     ),
     "the order of a sum": lambda patch: patch.setattr(pinned_math, "SUM_BLOCK", pinned_math.SUM_BLOCK // 2),
     "a tile of attention": lambda patch: patch.setattr(xla, "ATTENTION_TILE", xla.ATTENTION_TILE // 2),
-    "a tile of the head": lambda patch: patch.setattr(steps, "HEAD_TILE", steps.HEAD_TILE * 2),
+    "a tile of the head": lambda patch: patch.setattr(sys.modules[__name__], "choose_kernels", with_wide_head),
 }
 
 
