@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.chain_gpu.blocks import by_columns, new
+from pallas_kernels.chain_gpu.blocks import by_columns, new, over_keys
 from pallas_kernels.chain_gpu.sizes import ChainSizes, attend_sizes
 from pallas_kernels.gpu_call import call
 from pallas_kernels.numbers import cdiv, power_of_two
@@ -47,7 +47,7 @@ def attend(
     (num_rows, heads, width), (_, num_kv_heads, page_size, page_width) = q.shape, keys.shape
     batch, blocks = blocks.starts.shape[0], blocks._replace(num_blocks=None)  # counts say it too
     r, group = num_rows // batch, heads // num_kv_heads
-    free, out = attend_sizes(sizes, r, group, num_rows * heads, page_width), new((num_rows, heads * width), keys.dtype)
+    free, out = attend_sizes(sizes, r, group, page_width), new((num_rows, heads * width), keys.dtype)
     together = 1 if r == 1 else free.rows // math.gcd(free.rows, r * group)  # so that they fill programs
     num_splits = cdiv(blocks.tables.shape[1] * page_size, sizes.kv_split)
     tile = _Tile(r, group, together, free.rows, width, page_width, sizes.kv_tile, sizes.kv_split, interpret)
@@ -161,7 +161,7 @@ def _of_split(q: Array, rows: _Rows, keys, values, blocks: Any, split, tile: _Ti
         high = jnp.maximum(done.high, jnp.ceil(scores.max(0)))
         weights, shrink = jnp.where(seen, exp2(scores - high[None]), 0.0), exp2(done.high - high)
         more = by_columns(load(values, i).T, weights.astype(values.dtype).T, tile.interpret)
-        return Partial(high, done.total * shrink + weights.sum(0), done.out * shrink[None] + more)
+        return Partial(high, done.total * shrink + over_keys(weights, tile.interpret), done.out * shrink[None] + more)
 
     def step(i, done: Partial) -> Partial:
         return fold(i, done, score(i))

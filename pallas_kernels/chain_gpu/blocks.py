@@ -28,6 +28,12 @@ def by_columns(w: Array, x: Array, interpret: bool) -> Array:
     return dot(w, jnp.pad(x, ((0, MOST_ROWS - rows), (0, 0))))[:, :rows]
 
 
+def over_keys(x: Array, interpret: bool) -> Array:
+    """The sum of each row's column of [keys, rows]; of one size in the interpreter, as in `by_columns`."""
+    rows = x.shape[1]
+    return jnp.pad(x, ((0, 0), (0, MOST_ROWS - rows))).sum(0)[:rows] if interpret else x.sum(0)
+
+
 def inside(start: Any, size: int, limit: int) -> Array | None:
     """Which of `size` places from `start` on lie before the limit; None where all do, whatever `start` is."""
     return None if limit % size == 0 else start + jnp.arange(size) < limit

@@ -72,19 +72,17 @@ class AttendSizes(NamedTuple):
     stages: int
 
 
-def attend_sizes(sizes: ChainSizes, r: int, group: int, num_pairs: int, width: int) -> AttendSizes:
-    """For `num_pairs` pairs of a token and a head in all, in blocks of r tokens, and pages of that width.
+def attend_sizes(sizes: ChainSizes, r: int, group: int, width: int) -> AttendSizes:
+    """For blocks of r tokens, and pages of that width.
 
     A prefill's program takes 128 rows, so that keys are read for many at once, or as many as registers hold the sums
-    of; and 64 where those programs all run at once, because 128 would leave processors idle.
+    of. Never fewer for a smaller step: a proof's steps are small, and what it proves has to be what serves.
     """
     if r == 1:
         return AttendSizes(row_tile(group), 4, 2)
     if sizes.attend_rows == DECODE_ROWS:
         return AttendSizes(DECODE_ROWS, 4, 2)
-    rows = min(sizes.attend_rows, ATTEND_SUMS // width)
-    run_at_once = num_pairs <= 64 * PROCESSORS
-    return AttendSizes(min(rows, 64) if run_at_once else rows, 8, 5)
+    return AttendSizes(min(sizes.attend_rows, ATTEND_SUMS // width), 8, 5)
 
 
 def stages_of(sizes: ChainSizes, rows: int, itemsize: int) -> int:

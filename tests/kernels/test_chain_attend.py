@@ -96,10 +96,13 @@ def test_blocks_that_share_a_program_have_the_bits_that_each_has_alone(group, wi
     assert_equal(*of_many(group, width, jnp.dtype(dtype), apart))
 
 
-def test_blocks_in_programs_of_128_rows(monkeypatch):
-    """As where there are so many that programs of 64 rows do not all run at once."""
-    monkeypatch.setattr(sizes, "PROCESSORS", 0)
-    assert_equal(*of_many(2, 16, jnp.dtype("float32"), False))
+@pytest.mark.parametrize("rows", [16, 64])
+def test_how_many_rows_a_program_takes_is_free(rows, monkeypatch):
+    expected, _ = of_many(2, 16, jnp.dtype("bfloat16"), False)
+    monkeypatch.setattr(attend, "attend_sizes", lambda *_: sizes.AttendSizes(rows, 4, 2))
+    found, _ = of_many(2, 16, jnp.dtype("bfloat16"), False)
+    for block, (_, _, count) in enumerate(BLOCKS):
+        assert np.array_equal(found[block, :count], expected[block, :count]), block
 
 
 def test_what_a_program_takes():
@@ -119,9 +122,8 @@ def test_what_a_program_takes():
 def test_a_row_tile_is_wide_where_registers_allow_it():
     hopper = sizes.chain_sizes("Hopper", np.dtype(jnp.bfloat16))
     of = functools.partial(sizes.attend_sizes, hopper, 16)
-    assert of(group=2, num_pairs=512 * 64, width=64).rows == 128
-    assert of(group=4, num_pairs=512 * 32, width=128).rows == 64
-    assert of(group=2, num_pairs=512 * 16, width=64).rows == 64, "128 rows would leave half of the processors idle"
+    assert of(group=2, width=64).rows == 128
+    assert of(group=4, width=128).rows == 64
 
 
 def test_no_zero_has_a_sign():
