@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.chain_gpu import attend, sizes
+from pallas_kernels.chain_gpu import attend, blocks, sizes
 from pallas_kernels.paged_attention_inputs import PagedBlocks
 
 SIZES = sizes.ChainSizes(depth=32, split=64, kv_tile=32, kv_split=64, columns=64, warps=4, stages=2, attend_rows=128)
@@ -94,6 +94,14 @@ def assert_equal(together: np.ndarray, alone: np.ndarray) -> None:
 )
 def test_blocks_that_share_a_program_have_the_bits_that_each_has_alone(group, width, dtype, apart):
     assert_equal(*of_many(group, width, jnp.dtype(dtype), apart))
+
+
+def test_a_sum_over_keys_does_not_know_how_many_rows_there_are():
+    """XLA's own on a CPU does."""
+    x = jnp.asarray(np.random.default_rng(0).random((32, 128)), jnp.float32)
+    total = jax.jit(functools.partial(blocks.over_keys, interpret=True))
+    for rows in (16, 32, 64):
+        assert np.array_equal(total(x[:, :rows]), total(x)[:rows]), rows
 
 
 @pytest.mark.parametrize("rows", [16, 64])
