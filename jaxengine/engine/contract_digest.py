@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jaxengine.base import machine
-from jaxengine.config import KV_TILE, QUERY_BLOCK, VOCAB_BLOCK, ModelConfig
+from jaxengine.config import KV_TILE, OF_EXPERTS, QUERY_BLOCK, VOCAB_BLOCK, ModelConfig
 from jaxengine.coordinate import Contract
 from jaxengine.device import checksums
 from jaxengine.engine.engine import Engine
@@ -66,12 +66,19 @@ def contract_of(model_config: ModelConfig, kernels: Kernels, weights: str | list
             "device": machine.device(kernels.any_processor),
             "compiler": machine.compiler() | machine.compiler_flags(kernels.any_processor),
             "weights": weights,
-            "model": dataclasses.asdict(model_config),
+            "model": _parts_of(model_config),
             "kernels": kernels.parts(),
             "frequencies": _frequencies_digest(model_config),
             "tiles": {"rows": BASE.rows, "query_block": QUERY_BLOCK, "kv_tile": KV_TILE, "vocab_block": VOCAB_BLOCK},
         }
     )
+
+
+def _parts_of(model_config: ModelConfig) -> dict[str, Any]:
+    """The configuration, without what it says of experts where it has none: coordinates are older than experts."""
+    parts = dataclasses.asdict(model_config)
+    left_out = () if model_config.num_experts else (*OF_EXPERTS, "norm_topk_prob")
+    return {name: value for name, value in parts.items() if name not in left_out}
 
 
 def _frequencies_digest(model_config: ModelConfig) -> str:

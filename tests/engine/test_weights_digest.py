@@ -1,4 +1,4 @@
-"""The digest of weights.
+"""The digest of weights, and what stands beside it in a contract.
 
 The same for the same bits, another for any others, and so are the checksums that stand in on an accelerator.
 """
@@ -7,9 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import random_model
 
+from jaxengine.config import OF_EXPERTS
 from jaxengine.device import checksums
 from jaxengine.engine import contract_digest
+from jaxengine.ops.kernels import XLA
 
 SHAPES = [
     ((300, 7), jnp.bfloat16),
@@ -54,3 +57,13 @@ def test_each_sum_sees_a_word_by_itself():
     for place in ((0, 0), (39, 49), (7, 21)):
         for value in (1, 0x8000, 0xFFFF):
             assert (np.asarray(checksums.word_sums(x.at[place].set(value))) != before).all()
+
+
+def test_a_contract_says_of_experts_only_where_there_are_some():
+    """Coordinates that were drawn before models could have experts name no such figures."""
+    dense, mixed = (
+        contract_digest.contract_of(random_model(name)[0], XLA, "weights").parts["model"]
+        for name in ("Qwen3", "Qwen3Moe")
+    )
+    assert mixed.keys() - dense.keys() == {*OF_EXPERTS, "norm_topk_prob"}
+    assert not dense.keys() - mixed.keys()
