@@ -91,8 +91,16 @@ def _forward(implementation, out_dtype, *operands):
 
 
 def _backward(implementation, out_dtype, operands, cotangent):
-    _, pullback = jax.vjp(each_leaf(plain), *operands)
-    return pullback(cotangent.astype(jnp.float32))
+    """The gradient of rows that all leaves read is the sum of the leaves', in the order of sharding/leaves.py: whatever
+    part of them is here.
+    """
+    x, w, *others = operands
+    of_leaves = x if x.ndim == 3 else jnp.broadcast_to(x, (w.shape[0], *x.shape))
+    _, pullback = jax.vjp(each_leaf(plain), of_leaves, w, *others)
+    of_x, *rest = pullback(cotangent.astype(jnp.float32))
+    while x.ndim == 2 and of_x.shape[0] > 1:
+        of_x = of_x[0::2] + of_x[1::2]
+    return of_x.reshape(x.shape), *rest
 
 
 _matmul.defvjp(_forward, _backward)

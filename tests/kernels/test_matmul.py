@@ -208,3 +208,17 @@ class TestErrors:
         ):
             sizes = of_v5e(outputs, inputs, parts)
             assert (sizes.columns, sizes.depth) == expected
+
+
+def test_the_gradient_of_rows_that_leaves_share_is_added_by_the_tree():
+    """So that it does not know which of the leaves are here (sharding/leaves.py)."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, w = jax.random.normal(keys[0], (20, 72)), jax.random.normal(keys[1], (4, 48, 72))
+    weight = jax.random.normal(keys[2], (4, 20, 48))
+
+    @jax.jit
+    def gradient(x, w, weight):
+        return jax.grad(lambda x: (matmul(x, w, implementation=choose("pallas_interpret")) * weight).sum())(x)
+
+    a, b, c, d = (gradient(x, w[i : i + 1], weight[i : i + 1]) for i in range(4))
+    assert same_bits(gradient(x, w, weight), (a + b) + (c + d))
