@@ -54,6 +54,15 @@ def test_the_gpu_s_chain_gathers_small_sums_and_exchanges_large_ones():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kernels", "family", "dtype"),
+    [("pallas_interpret", "Llama", "float32"), ("pallas_gpu_interpret", "Qwen3", "bfloat16")],
+)
+def test_interpreted_devices_share_the_leaves(kernels, family, dtype):
+    check(run(kernels, family, dtype, "8", "1", "4"))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("kernels", "dtype"), [("xla", "float32"), ("cpu", "bfloat16")])
 def test_devices_share_every_expert(kernels, dtype):
     check(run(kernels, "Qwen3Moe", dtype, "8", "1", "2"))
