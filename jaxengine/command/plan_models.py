@@ -38,9 +38,8 @@ QWEN3_32B = dict(
     dtype="bfloat16",
 )
 QWEN3_8B = QWEN3_32B | dict(hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32)
-QWEN3_30B_A3B = dict(
+QWEN3_30B_A3B = QWEN3_32B | dict(
     architectures=["Qwen3MoeForCausalLM"],
-    vocab_size=151936,
     hidden_size=2048,
     intermediate_size=6144,
     moe_intermediate_size=768,
@@ -50,11 +49,6 @@ QWEN3_30B_A3B = dict(
     num_hidden_layers=48,
     num_attention_heads=32,
     num_key_value_heads=4,
-    head_dim=128,
-    max_position_embeddings=40960,
-    rms_norm_eps=1e-6,
-    rope_theta=1000000,
-    dtype="bfloat16",
 )
 NAMED = {"llama-3-70b": LLAMA_3_70B, "qwen3-32b": QWEN3_32B, "qwen3-8b": QWEN3_8B, "qwen3-30b-a3b": QWEN3_30B_A3B}
 

@@ -13,8 +13,8 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxengine.config import ModelConfig
 from jaxengine.models import attention_block, experts_block, mlp_block
 from jaxengine.models.attention_block import Attend
-from jaxengine.models.experts_block import Experts
 from jaxengine.models.params import Decoder, Layer
+from jaxengine.ops.experts import Experts
 from jaxengine.ops.heads import PackedHeads
 from jaxengine.ops.kernels import Kernels, Products, Stream
 from jaxengine.ops.live import Live

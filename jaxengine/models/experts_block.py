@@ -4,22 +4,11 @@ from typing import Any
 
 from jaxtyping import Array, Float
 
-from jaxengine.base.pytree import pytree
 from jaxengine.config import ModelConfig
 from jaxengine.models.parameter import Parameter
-from jaxengine.ops import experts
-from jaxengine.ops.experts import Routing
+from jaxengine.ops.experts import Experts, Routing
 from jaxengine.ops.kernels import Products, Stream
 from jaxengine.ops.live import Live
-
-
-@pytree
-class Experts:
-    """E experts with F inner values each."""
-
-    router: Array  # [E, D], on every device
-    gate_up: Array  # [leaf, E, 2F / leaf, D]: of each expert gates, then ups
-    down: Array  # [leaf, E, D, F / leaf]
 
 
 def declare(model_config: ModelConfig) -> Experts:
@@ -36,6 +25,5 @@ def add_experts(
     model_config: ModelConfig, products: Products, own: Experts, norm: Float[Array, " D"], x: Stream, live: Live
 ) -> Stream:
     """The residual stream after the experts."""
-    weights = experts.Experts(own.router, own.gate_up, own.down)
     routing = Routing(model_config.num_experts_per_tok, model_config.norm_topk_prob)
-    return products.add_experts(x, norm, model_config.rms_norm_eps, weights, routing, live)
+    return products.add_experts(x, norm, model_config.rms_norm_eps, own, routing, live)

@@ -12,9 +12,9 @@ from jaxengine.base.pytree import pytree
 from jaxengine.config import ModelConfig
 from jaxengine.models import attention_block, experts_block, mlp_block, own_heads
 from jaxengine.models.attention_block import Attention
-from jaxengine.models.experts_block import Experts
 from jaxengine.models.mlp_block import Mlp
 from jaxengine.models.parameter import Parameter, norm_scale
+from jaxengine.ops.experts import Experts
 from sharding.mesh import Split
 from sharding.rules import spec_of
 

@@ -5,12 +5,14 @@ leaves as an MLP's are, so that devices share every expert and no row travels. A
 leaf by leaf, the likeliest expert first, before the tree adds the leaves: what the row's bits depend on.
 """
 
+import functools
 from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxengine.base.pytree import pytree
 from jaxengine.ops.regions import no_gradient
 from pallas_kernels.pinned_math import exp, rounded
 from sharding.leaves import Leaves, spread, tree_sum
@@ -23,12 +25,13 @@ class Routing(NamedTuple):
     renormalises: bool  # whether the weights of a row's experts add up to 1
 
 
-class Experts(NamedTuple):
-    """The weights of E experts with F inner values each; an expert's gate_up is its gates, then its ups."""
+@pytree
+class Experts:
+    """The weights of E experts with F inner values each."""
 
-    router: Float[Array, "E D"]
-    gate_up: Float[Array, "leaf E F2 D"]
-    down: Float[Array, "leaf E D F"]
+    router: Array  # [E, D], on every device
+    gate_up: Array  # [leaf, E, 2F / leaf, D]: of each expert gates, then ups
+    down: Array  # [leaf, E, D, F / leaf]
 
 
 class ExpertProducts(Protocol):
@@ -66,7 +69,7 @@ def partial_sums(
     out = out.reshape(own, routing.experts_per_row, *y.shape)
     nothing = (chosen < 0).astype(jnp.uint32)[..., None]
     parts = rounded(out * spread(leaves.shared(weights), own)[..., None], nothing)
-    return _in_order([parts[:, choice] for choice in range(routing.experts_per_row)])
+    return functools.reduce(jnp.add, [parts[:, choice] for choice in range(routing.experts_per_row)])
 
 
 def _routes(scores: Float[Array, "t E"], routing: Routing) -> tuple[Float[Array, "k t"], Int[Array, "k t"]]:
@@ -76,20 +79,13 @@ def _routes(scores: Float[Array, "t E"], routing: Routing) -> tuple[Float[Array,
     """
     likelihoods = exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
     taken, chosen = jax.lax.top_k(likelihoods, routing.experts_per_row)
-    total = _in_order(list(taken.T)) if routing.renormalises else _over_experts(likelihoods)
+    total = functools.reduce(jnp.add, list(taken.T)) if routing.renormalises else _over_experts(likelihoods)
     return taken.T * (1.0 / total), chosen.T
 
 
 def _over_experts(x: Float[Array, "t E"]) -> Float[Array, " t"]:
     size = 1 << max(x.shape[1] - 1, 0).bit_length()
     return tree_sum(jnp.pad(x, ((0, 0), (0, size - x.shape[1]))).T)
-
-
-def _in_order(parts: list[Array]) -> Array:
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
 
 
 @jax.custom_vjp

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxengine.config import ModelConfig
-from jaxengine.ops.experts import Experts, Routing, partial_sums
+from jaxengine.ops.experts import ExpertProducts, Experts, Routing, partial_sums
 from jaxengine.ops.heads import PackedHeads, rotated_heads
 from jaxengine.ops.linear import by_leaf, join_leaves, with_bias
 from jaxengine.ops.live import Live
@@ -23,13 +23,8 @@ from jaxengine.ops.regions import over_tiles, settled
 from sharding.leaves import ALL_HERE, Leaves
 
 
-class TileProducts(Protocol):
+class TileProducts(ExpertProducts, Protocol):
     """Matrix products of the rows of one tile. Weights carry the leaf axis first; sums are float32."""
-
-    @property
-    def leaves(self) -> Leaves:
-        """Who has the leaves."""
-        ...
 
     def parts(self) -> dict[str, Any]:
         """What the bits depend on, ready for JSON."""
@@ -50,14 +45,6 @@ class TileProducts(Protocol):
     def summed(self, x: Float[Array, "leaf t K"], w: Float[Array, "leaf N K"]) -> Float[Array, "t N"]:
         """Sum over leaves of x @ w.T, in the fixed order of the tree."""
         ...
-
-    def scores(self, y: Float[Array, "t D"], router: Float[Array, "E D"]) -> Float[Array, "t E"]:
-        """As in ExpertProducts, and so is `grouped`."""
-        ...
-
-    def grouped(
-        self, x: Float[Array, "leaf M K"], w: Float[Array, "leaf E N K"], sizes: Int[Array, " E"], *, gated: bool
-    ) -> Float[Array, "leaf M R"]: ...
 
 
 @dataclasses.dataclass(frozen=True)
