@@ -27,6 +27,7 @@ from jaxengine.device.kv_cache import Cache
 from jaxengine.device.needs import Needs
 from jaxengine.device.step_inputs import RowOutputs
 from jaxengine.engine import engine as engine_module
+from jaxengine.engine import step_variants
 from jaxengine.engine.batch import BatchBuilder
 from jaxengine.engine.engine import Engine
 from jaxengine.engine.spread import SpreadReplicas
@@ -97,6 +98,7 @@ class NoSteps:
     """In the place of StepVariants."""
 
     def __init__(self, model: Any, config: EngineConfig, kernels: Any, batch: BatchBuilder, report: Any) -> None:
+        self.batch = batch
         self._decode = jax.jit(
             lambda cache, *inputs: (cache, answers(1, batch.decode_rows)), donate_argnums=0, keep_unused=True
         )
@@ -132,7 +134,7 @@ def new_engine(case: Case, overlap: bool) -> Engine:
         overlap=overlap,
     )
     weights = jax.tree.map(lambda _: jnp.zeros(1), model_params.abstract(MODEL))
-    with mock.patch.object(engine_module, "StepVariants", NoSteps):
+    with mock.patch.object(step_variants, "StepVariants", NoSteps):
         return Engine(MODEL, config, weights)
 
 

@@ -20,10 +20,9 @@ from jaxengine.command.bench_models import SHAPES
 from jaxengine.config import EngineConfig, ModelConfig
 from jaxengine.device import kv_cache
 from jaxengine.device.needs import Needs
-from jaxengine.engine.batch import BatchBuilder
 from jaxengine.engine.desk_plan import compiled, kernels_for
 from jaxengine.engine.memory import size_on_one
-from jaxengine.engine.step_variants import StepVariants
+from jaxengine.engine.step_variants import variants_of
 from sharding.gpu_program import GpuProgram
 from sharding.topology import TARGETS, Compiled, missing
 
@@ -74,7 +73,7 @@ def steps(target: str, model_config: ModelConfig, devices: int, layers: int) -> 
     few, more = (dataclasses.replace(model_config, num_hidden_layers=n) for n in (layers, layers + 1))
     cache = kv_cache.abstract(few, ENGINE, kernels)
     pools = {size_on_one(pool) for pool in (*cache.keys, *cache.values)}
-    for variant in StepVariants(few, ENGINE, kernels, BatchBuilder(ENGINE)).widest(Needs.PLAIN):
+    for variant in variants_of(few, ENGINE, kernels).widest(Needs.PLAIN):
         first, next_one = (compiled(mesh, kernels, ENGINE, variant, config) for config in (few, more))
         yield variant.kind, cells_of(first, next_one, pools)
 

@@ -15,9 +15,8 @@ from jaxengine.base import machine
 from jaxengine.config import QUERY_BLOCK, EngineConfig, ModelConfig
 from jaxengine.device import kv_cache
 from jaxengine.device.needs import Needs
-from jaxengine.engine.batch import BatchBuilder
 from jaxengine.engine.memory import abstract_weights, bytes_of_page, pages_in, size_on_one, whole_context
-from jaxengine.engine.step_variants import StepVariants, Variant, step_of
+from jaxengine.engine.step_variants import Variant, step_of, variants_of
 from jaxengine.ops.kernels import Kernels, checked_for, kernels_of, sharded
 from jaxengine.ops.pallas import check_model
 from pallas_kernels.implementations import choose
@@ -106,8 +105,8 @@ def desk_plan(
     engine_config = dataclasses.replace(engine_config, num_pages=whole_context(engine_config))
     layers = sorted({min(n, model_config.num_hidden_layers) for n in (BASE_LAYERS, BASE_LAYERS + 1)})
     few = [dataclasses.replace(model_config, num_hidden_layers=n) for n in layers]
-    batch = BatchBuilder(engine_config, fit_the_tile=kernels.computes_padding)
-    widest = StepVariants(model_config, engine_config, kernels, batch).widest(needs)
+    variants = variants_of(model_config, engine_config, kernels)
+    widest, batch = variants.widest(needs), variants.batch
     wanted = [(variant, config) for variant in widest for config in few]
     start = time.monotonic()
     with concurrent.futures.ThreadPoolExecutor(min(len(wanted), machine.num_threads())) as threads:
@@ -141,8 +140,7 @@ def compiled(
     mesh: Any, kernels: Kernels, engine_config: EngineConfig, variant: Variant, model_config: ModelConfig
 ) -> Compiled:
     """The step as the devices' own compiler makes it."""
-    batch = BatchBuilder(engine_config, fit_the_tile=kernels.computes_padding)
-    variants = StepVariants(model_config, engine_config, kernels, batch)
+    variants = variants_of(model_config, engine_config, kernels)
     inputs, how = variants.call(variant)
     state = abstract_weights(model_config, kernels), kv_cache.abstract(model_config, engine_config, kernels)
     step = step_of(variant.kind, on_gpu=mesh.devices.flat[0].platform != "tpu")

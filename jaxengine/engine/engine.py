@@ -14,10 +14,9 @@ from jaxengine.config import EngineConfig, ModelConfig
 from jaxengine.device import kv_cache, slot_state
 from jaxengine.device.step_inputs import RowOutputs
 from jaxengine.engine import idle_pools, memory, page_checksums
-from jaxengine.engine.batch import BatchBuilder
 from jaxengine.engine.collect import HostRows, append_decoded, append_prefilled
 from jaxengine.engine.lockstep import Lockstep
-from jaxengine.engine.step_variants import StepVariants, Variant
+from jaxengine.engine.step_variants import Variant, variants_of
 from jaxengine.host.page_pool import PagePool
 from jaxengine.host.plan import Plan
 from jaxengine.host.plan_record import record
@@ -133,8 +132,8 @@ class Engine:
         self.cache = kv_cache.empty_cache(model_config, engine_config, self.kernels, params)
         pool = PagePool(engine_config.num_pages, engine_config.page_size, engine_config.enable_prefix_caching)
         self.scheduler = Scheduler(engine_config, pool)
-        self.batch = BatchBuilder(engine_config, fit_the_tile=self.kernels.computes_padding)
-        self.step_variants = StepVariants(model_config, engine_config, self.kernels, self.batch, report)
+        self.step_variants = variants_of(model_config, engine_config, self.kernels, report)
+        self.batch = self.step_variants.batch
         self.slot_state = self._new_slot_state()
         self.page_checksums = self._new_checksums()
         self.requests: dict[str, Request] = {}

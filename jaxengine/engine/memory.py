@@ -13,8 +13,7 @@ import jax
 from jaxengine.base import machine
 from jaxengine.config import EngineConfig, ModelConfig
 from jaxengine.device import kv_cache
-from jaxengine.engine.batch import BatchBuilder
-from jaxengine.engine.step_variants import StepVariants
+from jaxengine.engine.step_variants import variants_of
 from jaxengine.models import params as model_params
 from jaxengine.ops.kernels import Kernels, choose_kernels
 
@@ -223,8 +222,7 @@ def _compiled_workspace(model_config: ModelConfig, engine_config: EngineConfig) 
     """What the widest steps take on the first device, of a pool of one context."""
     kernels = _kernels(model_config, engine_config)
     engine_config = dataclasses.replace(engine_config, num_pages=whole_context(engine_config))
-    batch = BatchBuilder(engine_config, fit_the_tile=kernels.computes_padding)
-    variants = StepVariants(model_config, engine_config, kernels, batch)
+    variants = variants_of(model_config, engine_config, kernels)
     cache = kv_cache.abstract(model_config, engine_config, kernels)
     with explained(model_config, engine_config, "compiling the widest steps"):
         return variants.workspace(abstract_weights(model_config, kernels), cache)

@@ -5,8 +5,7 @@ import numpy as np
 
 from jaxengine.config import PROBE_TOKENS, EngineConfig, ModelConfig
 from jaxengine.device import kv_cache, scoring
-from jaxengine.engine.batch import BatchBuilder
-from jaxengine.engine.step_variants import StepVariants
+from jaxengine.engine.step_variants import variants_of
 from jaxengine.engine.weights import homes, placed
 from jaxengine.models.params import Decoder
 from jaxengine.ops.kernels import Kernels
@@ -22,7 +21,6 @@ def generated(model_config: ModelConfig, kernels: Kernels, params: Decoder) -> t
     """(the probe's tokens int32 `[T]`, the base decode step's logprobs of all but the first, float32 `[T - 1]`)."""
     length = min(PROBE_TOKENS, model_config.max_position_embeddings)
     engine_config = EngineConfig(max_num_seqs=1, max_model_len=length, num_pages=2, max_logprobs=1)
-    batch = BatchBuilder(engine_config, fit_the_tile=kernels.computes_padding)
-    variants = StepVariants(model_config, engine_config, kernels, batch)
+    variants = variants_of(model_config, engine_config, kernels)
     cache = kv_cache.empty_cache(model_config, engine_config, kernels, params)
     return variants.base_logprobs(params, cache)

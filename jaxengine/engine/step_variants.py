@@ -55,6 +55,14 @@ def step_of(kind: str, *, on_gpu: bool) -> Any:
     return steps.captured(step) if on_gpu else step
 
 
+def variants_of(
+    model_config: ModelConfig, engine_config: EngineConfig, kernels: Kernels, report: Report = say_nothing
+) -> "StepVariants":
+    """Those of an engine, with a batch whose arrays are as the kernels want them."""
+    batch = BatchBuilder(engine_config, fit_the_tile=kernels.computes_padding)
+    return StepVariants(model_config, engine_config, kernels, batch, report)
+
+
 class StepVariants:
     """The compiled steps of one engine, compiled at first use and proven before they serve."""
 
