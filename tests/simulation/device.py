@@ -153,7 +153,8 @@ class StepVariants:
     A `trusting` device draws from whatever it reads, right or wrong, as a real one does: then the answers alone tell.
     """
 
-    def __init__(self, model: Any, config: EngineConfig, kernels: Any, batch: BatchBuilder, report: Any = None) -> None:
+    def __init__(self, model: Any, config: EngineConfig, kernels: Any, report: Any = None) -> None:
+        self.batch = BatchBuilder(config)
         self.config, self.trusting, self.tokens_per_block = config, False, QUERY_BLOCK
         self.fuse: Fuse | None = None
         self.rows_until_nan = -1

@@ -31,7 +31,7 @@ MODEL = ModelConfig(
 )  # its sizes are named in errors, nothing is computed with it
 CUT = object()
 HOST_FILES = {module.__file__ for module in (batch, page_pool, queue, engine, collect, scheduler, host_sample)}
-PARTS = dict(kv_cache=device, slot_state=device, StepVariants=device.StepVariants, Scheduler=Watched)
+PARTS = dict(kv_cache=device, slot_state=device, variants_of=device.StepVariants, Scheduler=Watched)
 
 
 class World:
