@@ -11,17 +11,18 @@ import sys
 from typing import Any
 
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import PlatformError
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))  # setuptools loads this file by its path
 from pallas_kernels.cpu.seal import FLAGS, seal
 
 
 class BuildKernels(build_ext):
-    """Compiles with jaxlib's headers, and seals what was built."""
+    """Compiles with jaxlib's headers, and seals what was built. Only setuptools' own errors leave the extension out."""
 
     def build_extension(self, ext: Any) -> None:
         if platform.machine().lower() not in ("x86_64", "amd64"):
-            raise OSError(f"the CPU kernels are for x86-64, this is {platform.machine()}")
+            raise PlatformError(f"the CPU kernels are for x86-64, this is {platform.machine()}")
         import jaxlib
 
         ext.include_dirs = [str(pathlib.Path(jaxlib.__file__).parent / "include")]
