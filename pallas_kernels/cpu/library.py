@@ -4,13 +4,13 @@ import ctypes
 import functools
 import pathlib
 import platform
-import sysconfig
 
 import jax
 
 from pallas_kernels.cpu import seal
 
 FOLDER = pathlib.Path(__file__).parent
+FILE = "_kernels.so"  # as build.py names it
 OPS = ("product", "embed", "heads", "attend", "draw", "kept")
 BODIES = {"best": 0, "avx2": 1, "avx512": 2, "amx": 3}  # BodyName in kernels.cc
 REBUILD = "run `pip install .` (or `pip install -e .`) again with a C++ compiler, or take kernels 'xla'"
@@ -27,7 +27,7 @@ def load(path: pathlib.Path | None = None) -> tuple[str, ...]:
     `path` is for tests. Raises KernelsMissingError where there is no library, where it is damaged or not made of these
     sources, and where the processor has not even AVX2.
     """
-    path = path or FOLDER / f"_kernels{sysconfig.get_config_var('EXT_SUFFIX')}"
+    path = path or FOLDER / FILE
     check_file(path)
     try:
         library = ctypes.CDLL(str(path))

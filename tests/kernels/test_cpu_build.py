@@ -10,8 +10,13 @@ from pallas_kernels.cpu import library
 from pallas_kernels.cpu.build import BuildKernels
 
 ROOT = pathlib.Path(__file__).parents[2]
-SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+SETUPTOOLS = PYPROJECT["tool"]["setuptools"]
 (EXTENSION,) = SETUPTOOLS["ext-modules"]
+
+
+def test_the_library_is_built_where_it_is_looked_for():
+    assert ROOT / BuildKernels(Distribution()).get_ext_filename(EXTENSION["name"]) == library.FOLDER / library.FILE
 
 
 def test_every_source_is_compiled_and_packed():
@@ -20,6 +25,13 @@ def test_every_source_is_compiled_and_packed():
     sources = {path for path in library.FOLDER.iterdir() if path.is_file() and path.suffix not in (".py", ".so")}
     packed = (library.FOLDER.parent.glob(pattern) for pattern in SETUPTOOLS["package-data"]["pallas_kernels"])
     assert set().union(*packed) == sources
+
+
+def test_the_headers_are_the_oldest_jaxlibs():
+    """XLA refuses a library with newer headers than its own, and then has no CPU at all."""
+    (runs_with,) = (each for each in PYPROJECT["project"]["dependencies"] if each.startswith("jaxlib"))
+    _, headers, _ = PYPROJECT["build-system"]["requires"]
+    assert headers.partition(";")[0] == runs_with.replace(">=", "==")
 
 
 def test_another_processor_installs_without(monkeypatch, tmp_path, caplog):

@@ -6,7 +6,6 @@ import pathlib
 import shutil
 import subprocess
 import sys
-import sysconfig
 
 import pytest
 from conftest import FAMILIES, SIZES
@@ -16,7 +15,7 @@ from jaxengine.config import ModelConfig
 from jaxengine.ops.kernels import XLA, choose_kernels
 from pallas_kernels.cpu import library, seal
 
-BUILT = library.FOLDER / f"_kernels{sysconfig.get_config_var('EXT_SUFFIX')}"
+BUILT = library.FOLDER / library.FILE
 ROOT = pathlib.Path(__file__).parents[2]
 is_built = pytest.mark.skipif(not BUILT.exists(), reason=f"{BUILT} was not built: no C++ compiler at install?")
 

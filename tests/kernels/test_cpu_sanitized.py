@@ -5,7 +5,6 @@ import pathlib
 import shutil
 import subprocess
 import sys
-import sysconfig
 
 import jaxlib
 import pytest
@@ -41,7 +40,7 @@ def compiled(folder: pathlib.Path, *names: str) -> None:
 
 
 def linked(folder: pathlib.Path) -> None:
-    built = folder / f"_kernels{sysconfig.get_config_var('EXT_SUFFIX')}"
+    built = folder / library.FILE
     subprocess.run(
         ["g++", "-shared", *WATCHED, *(f"{name}.o" for name in SOURCES), "-o", built], cwd=folder, check=True
     )
