@@ -24,31 +24,38 @@ AT_ONCE = 8  # tiles that one grid step copies
 def kv_write_tpu(
     keys: Array, values: Array, k: Array, v: Array, blocks: PagedBlocks, *, interpret: Any = False
 ) -> tuple[Array, Array]:
-    """Pools `[P, K, p, h]` with the blocks' `[B, r, K, h]` written, in place. There are only the grid steps that blocks
-    before `num_blocks` need.
+    """Pools `[P, K, p, h]` with the blocks' `[B, r, K, h]` written, in place."""
+    return write_rows(keys, values, jnp.concatenate([k, v], axis=2), blocks, interpret=interpret)
+
+
+def write_rows(
+    keys: Array, values: Array, new: Array, blocks: PagedBlocks, *, interpret: Any = False
+) -> tuple[Array, Array]:
+    """Pools `[P, K, p, h]` with the blocks' keys, then their values, `[B, r, 2K, h]` written, in place. There are only
+    the grid steps that blocks before `num_blocks` need.
 
     Raises ValueError for pools that a TPU cannot copy tile by tile (paged_attention_tpu.check_pool).
     """
     _, num_kv_heads, page_size, h = keys.shape
     check_pool(keys, interpret)
     height = SUBLANE_BYTES // keys.dtype.itemsize
-    tiles_of_block = cdiv(k.shape[1] - 1, height) + 1
+    tiles_of_block = cdiv(new.shape[1] - 1, height) + 1
     touched = _touched(blocks, tiles_of_block, height)
-    owners, tokens, new = _tokens_of_tiles(blocks, touched, height)
-    rows = [x[owners, tokens].swapaxes(1, 2) for x in (k, v)]  # [E, K, height, h]
+    owners, tokens, is_new = _tokens_of_tiles(blocks, touched, height)
+    rows = new[owners, tokens].swapaxes(1, 2)  # [E, 2K, height, h]
     columns = jnp.minimum(touched.tiles * height // page_size, blocks.tables.shape[1] - 1)
     pages, offsets = blocks.tables[touched.slots, columns], touched.tiles * height % page_size
-    flags = touched.used.astype(jnp.int32), new.astype(jnp.int32)[..., None]
-    of_rows, anywhere = _of_tiles(*rows[0].shape[1:]), pl.BlockSpec(memory_space=pl.ANY)
+    flags = touched.used.astype(jnp.int32), is_new.astype(jnp.int32)[..., None]
+    anywhere = pl.BlockSpec(memory_space=pl.ANY)
     buffer = pltpu.VMEM((AT_ONCE, num_kv_heads, height, h), keys.dtype)
-    operands = (pages, offsets, *flags, *rows, keys, values)
+    operands = (pages, offsets, *flags, rows, keys, values)
     keys, values = pl.pallas_call(
         _kernel,
         out_shape=[jax.ShapeDtypeStruct(pool.shape, pool.dtype) for pool in (keys, values)],
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(cdiv(blocks.num_blocks * tiles_of_block, AT_ONCE),),
-            in_specs=[_of_tiles(height, 1), of_rows, of_rows, anywhere, anywhere],
+            in_specs=[_of_tiles(height, 1), _of_tiles(*rows.shape[1:]), anywhere, anywhere],
             out_specs=[anywhere, anywhere],
             scratch_shapes=[buffer, buffer, pltpu.SemaphoreType.DMA],
         ),
@@ -98,13 +105,13 @@ class _Side(NamedTuple):
 
     pool: Any
     buffer: Any  # the tiles of this grid step
-    rows: Any  # what the tiles' new rows hold
+    first: int  # of its heads among the new rows'
 
 
-def _kernel(pages, offsets, used, new, k, v, _keys, _values, keys, values, key_buffer, value_buffer, semaphore) -> None:
+def _kernel(pages, offsets, used, new, rows, _keys, _values, keys, values, key_buffer, value_buffer, semaphore) -> None:
     """`_keys` and `_values` are the same memory as `keys` and `values`."""
-    first, height = pl.program_id(0) * AT_ONCE, key_buffer.shape[2]
-    sides = (_Side(keys, key_buffer, k), _Side(values, value_buffer, v))
+    first, (heads, height) = pl.program_id(0) * AT_ONCE, key_buffer.shape[1:3]
+    sides = (_Side(keys, key_buffer, 0), _Side(values, value_buffer, heads))
 
     def each_used(body):
         def one(e, _):
@@ -132,7 +139,8 @@ def _kernel(pages, offsets, used, new, k, v, _keys, _values, keys, values, key_b
 
     def replace(e):
         for side in sides:
-            side.buffer[e] = jnp.where(new[e][None] > 0, side.rows[e], side.buffer[e])
+            own = rows[e, side.first : side.first + heads]
+            side.buffer[e] = jnp.where(new[e][None] > 0, own, side.buffer[e])
 
     each_used(functools.partial(start, reads))
     each_used(functools.partial(wait, reads))

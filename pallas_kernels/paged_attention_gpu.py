@@ -24,6 +24,7 @@ from pallas_kernels.paged_attention_inputs import (
     Scoring,
     arrange,
     restore,
+    scaled,
     sinks_of_rows,
     tokens_of_rows,
 )
@@ -64,7 +65,7 @@ def paged_attention_gpu(
             f"the GPU's attention takes head widths 16, 32, 64, 128, 256, got {h}: take implementation 'xla'"
         )
     group = num_heads // num_kv_heads
-    rows = arrange(q, pages, scoring, sizes.rows)
+    rows = arrange(scaled(q, pages, scoring), pages, sizes.rows)
     num_splits = cdiv(blocks.tables.shape[1] * page_size, sizes.split)
     blocks = blocks._replace(num_blocks=None)  # the programs of padding see its count of 0
     side_by_side = r == 1 if side_by_side is None else side_by_side

@@ -82,17 +82,21 @@ def dot_dtype(pages: Pages) -> jnp.dtype:
     return jnp.dtype(jnp.bfloat16) if pages.keys.dtype.name in EIGHT_BIT else pages.keys.dtype
 
 
-def arrange(q: Float[Array, "B r H _"], pages: Pages, scoring: Scoring, rows: int) -> Float[Array, "B K m h"]:
-    """Queries as rows (token, then head of the group): scaled, rounded to the dots' dtype, padded to the pages' width
-    and to whole tiles of `rows`.
+def scaled(q: Float[Array, "B r H _"], pages: Pages, scoring: Scoring) -> Float[Array, "B r H _"]:
+    """Queries times their scale, rounded to the dots' dtype.
 
     Without a cap the dots give scores to base 2, because log2 e is part of the scale.
     """
+    scale = scoring.scale * (LOG2_E if scoring.soft_cap is None else 1.0)
+    return (q.astype(jnp.float32) * scale).astype(dot_dtype(pages))
+
+
+def arrange(q: Float[Array, "B r H _"], pages: Pages, rows: int) -> Float[Array, "B K m h"]:
+    """Queries as rows (token, then head of the group), padded to the pages' width and to whole tiles of `rows`."""
     batch, r, num_heads, _ = q.shape
     _, num_kv_heads, _, h = pages.keys.shape
     group = num_heads // num_kv_heads
-    scale = scoring.scale * (LOG2_E if scoring.soft_cap is None else 1.0)
-    q = widen((q.astype(jnp.float32) * scale).astype(dot_dtype(pages)), h)
+    q = widen(q, h)
     q = q.reshape(batch, r, num_kv_heads, group, h).transpose(0, 2, 1, 3, 4).reshape(batch, num_kv_heads, r * group, h)
     return jnp.pad(q, ((0, 0), (0, 0), (0, -(r * group) % rows), (0, 0)))
 

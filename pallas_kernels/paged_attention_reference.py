@@ -14,6 +14,7 @@ from pallas_kernels.paged_attention_inputs import (
     arrange,
     cover_tiles,
     restore,
+    scaled,
     sinks_of_rows,
     tokens_of_rows,
 )
@@ -34,7 +35,7 @@ def paged_attention_reference(
     the bodies once."""
     batch, r, num_heads, _ = q.shape
     _, num_kv_heads, page_size, _ = pages.keys.shape
-    rows = arrange(q, pages, scoring, sizes.rows)
+    rows = arrange(scaled(q, pages, scoring), pages, sizes.rows)
     tokens = tokens_of_rows(r, num_heads // num_kv_heads, sizes.rows)
     of_rows = None if sinks is None else sinks_of_rows(sinks, num_kv_heads, r, sizes.rows)
     tables = cover_tiles(blocks.tables, page_size, sizes)

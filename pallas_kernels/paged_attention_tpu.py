@@ -21,6 +21,7 @@ from pallas_kernels.paged_attention_inputs import (
     arrange,
     cover_tiles,
     restore,
+    scaled,
     sinks_of_rows,
     tokens_of_rows,
 )
@@ -52,17 +53,36 @@ def paged_attention_tpu(
     *,
     interpret: Any = False,
 ) -> Float[Array, "B r H h"]:
-    """Attention over pages. Slots, starts and counts are read as scalars before the queries come. A block's table and
-    the next block's come with the block, because all tables of an engine with long contexts are more than the scalar
-    memory holds. Results of blocks from `num_blocks` on are not written.
+    """Attention over pages, in float32.
 
     Raises ValueError for pools that a TPU cannot copy page by page (check_pool).
+    """
+    q = scaled(q, pages, scoring)
+    return attention_of_scaled(q, pages, blocks, sinks, scoring, sizes, jnp.dtype(jnp.float32), interpret=interpret)
+
+
+def attention_of_scaled(
+    q: Float[Array, "B r H h"],
+    pages: Pages,
+    blocks: PagedBlocks,
+    sinks: Float[Array, " H"] | None,
+    scoring: Scoring,
+    sizes: AttentionSizes,
+    out_dtype: jnp.dtype,
+    *,
+    interpret: Any = False,
+) -> Float[Array, "B r H h"]:
+    """The same of queries that are scaled and in the dots' dtype, rounded to `out_dtype`.
+
+    Slots, starts and counts are read as scalars before the queries come. A block's table and the next block's come
+    with the block, because all tables of an engine with long contexts are more than the scalar memory holds. Results
+    of blocks from `num_blocks` on are not written.
     """
     batch, r, num_heads, _ = q.shape
     _, num_kv_heads, page_size, h = pages.keys.shape
     check_pool(pages.keys, interpret)
     tables = cover_tiles(blocks.tables, page_size, sizes)
-    rows = arrange(q, pages, scoring, sizes.rows)
+    rows = arrange(q, pages, sizes.rows)
     of_block = pl.BlockSpec((1, *rows.shape[1:]), lambda b, *_: (b, 0, 0, 0))
     tokens = tokens_of_rows(r, num_heads // num_kv_heads, sizes.rows)
     operands = tables[:, None], tables[:, None], rows, tokens
@@ -71,7 +91,7 @@ def paged_attention_tpu(
     anywhere = jax.tree.map(lambda _: pl.BlockSpec(memory_space=pl.ANY), pools)
     out = pl.pallas_call(
         functools.partial(_kernel, scoring=scoring, sizes=sizes, page_size=page_size),
-        out_shape=jax.ShapeDtypeStruct(rows.shape, jnp.float32),
+        out_shape=jax.ShapeDtypeStruct(rows.shape, out_dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(blocks.num_blocks,),
@@ -200,7 +220,8 @@ def _kernel(
     jax.lax.fori_loop(begin, stop, step, 0)
 
     def write(at):
-        out[0, *at] = finish(_take(done, at), None if sinks is None else sinks[at])
+        y = finish(_take(done, at), None if sinks is None else sinks[at])
+        out[0, *at] = y.astype(out.dtype)
 
     _each_tile_of_rows(q, sizes.rows, write)
 

@@ -21,8 +21,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxengine.config import ModelConfig, check_kernels
 from jaxengine.ops import cpu_chain, pallas, xla
+from jaxengine.ops.chain import ChainAttention, ChainProducts
 from jaxengine.ops.experts import Experts, Routing
-from jaxengine.ops.gpu_chain import ChainAttention, ChainProducts
 from jaxengine.ops.heads import PackedHeads
 from jaxengine.ops.in_tiles import ProductsInTiles
 from jaxengine.ops.live import Live
@@ -324,21 +324,12 @@ def cpu_kernels(body: str = "best", *, has_experts: bool = False) -> Kernels:
 
 def kernels_of(implementation: Implementation) -> Kernels:
     """A device's own kernels."""
+    products, attention = ChainProducts(implementation), ChainAttention(implementation)
     draw = pallas.PallasDraw(implementation)
-    if implementation.name in OF_A_GPU:
-        return Kernels(
-            implementation.name,
-            ChainProducts(implementation),
-            ChainAttention(implementation),
-            draw,
-            own_tiles=GPU_TILES,
-            head_tile=WIDE_HEAD_TILE,
-            computes_padding=True,
-            in_one=True,
-            skips=False,
-        )
-    own = ProductsInTiles(pallas.PallasProducts(implementation)), pallas.PallasAttention(implementation)
-    return Kernels(implementation.name, *own, draw, own_tiles=TPU_TILES, head_tile=WIDE_HEAD_TILE)
+    own = Kernels(implementation.name, products, attention, draw, own_tiles=TPU_TILES, head_tile=WIDE_HEAD_TILE)
+    if implementation.name not in OF_A_GPU:
+        return own
+    return dataclasses.replace(own, own_tiles=GPU_TILES, computes_padding=True, in_one=True, skips=False)
 
 
 @functools.cache

@@ -2,7 +2,7 @@
 head of one row."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,29 +14,9 @@ from pallas_kernels.chain_gpu.blocks import load, new
 from pallas_kernels.chain_gpu.product import in_order
 from pallas_kernels.gpu_call import call
 from pallas_kernels.numbers import power_of_two
+from pallas_kernels.packed_heads import KEYS, QUERIES, VALUES, Geometry, Projection
 from pallas_kernels.paged_attention_inputs import PagedBlocks
 from pallas_kernels.pinned_math import LOG2_E
-
-
-class Geometry(NamedTuple):
-    """Heads of a model; a leaf has its queries, its keys and its values one after another."""
-
-    queries: int
-    keys: int
-    width: int
-    leaves: int
-    eps: float
-    rope_factor: float  # of cosine and sine (yarn)
-
-
-class Projection(NamedTuple):
-    """The packed projection before its splits are added, and what is applied to it."""
-
-    sums: Float[Array, "S R N"]
-    bias: Float[Array, " N"] | None
-    q_norm: Float[Array, " h"] | None
-    k_norm: Float[Array, " h"] | None
-    frequencies: Float[Array, " half"]  # radians a position
 
 
 def rotate_and_write(
@@ -76,8 +56,8 @@ def _kernel(projection: Projection, blocks: PagedBlocks, _keys, _values, q_ref, 
     mask = None if half == power_of_two(half) else own_cells < half
 
     def packed(kind: int, own: Array) -> list[Array]:
-        """The halves of a head of queries (0), keys (1) or values (2)."""
-        column = _column(g, kind, own) * g.width
+        """The halves of a head."""
+        column = g.column(kind, own) * g.width
         windows = [column + at for at in places]
         halves = [
             in_order([load(projection.sums.at[np.int32(i), row, at], mask) for i in range(projection.sums.shape[0])])
@@ -104,23 +84,15 @@ def _kernel(projection: Projection, blocks: PagedBlocks, _keys, _values, q_ref, 
 
     @pl.when(head < g.queries)
     def _():
-        scaled = [x * (LOG2_E * g.width**-0.5) for x in rotated(packed(0, head), projection.q_norm)]
+        scaled = [x * (LOG2_E * g.width**-0.5) for x in rotated(packed(QUERIES, head), projection.q_norm)]
         store(q_ref, (row, head), [jnp.where(is_there, x, 0.0) for x in scaled])
 
     @pl.when(is_there & (head >= g.queries) & (head < g.queries + g.keys))
     def _():
         own = head - g.queries
-        store(keys, (page, own, cell), rotated(packed(1, own), projection.k_norm))
+        store(keys, (page, own, cell), rotated(packed(KEYS, own), projection.k_norm))
 
     @pl.when(is_there & (head >= g.queries + g.keys))
     def _():
         own = head - g.queries - g.keys
-        store(values, (page, own, cell), packed(2, own))
-
-
-def _column(g: Geometry, kind: int, own: Array) -> Array:
-    """Which head of the packed projection is head `own` of its kind."""
-    queries, keys = g.queries // g.leaves, g.keys // g.leaves
-    each = (queries, keys, keys)[kind]
-    leaf, before = own // each, (0, queries, queries + keys)[kind]
-    return leaf * (queries + 2 * keys) + before + own % each
+        store(values, (page, own, cell), packed(VALUES, own))

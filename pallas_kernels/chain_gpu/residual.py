@@ -2,13 +2,13 @@
 
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.bfloat16_parts import bfloat16_parts
 from pallas_kernels.chain_gpu.blocks import inside, load, new
 from pallas_kernels.chain_gpu.product import in_order
 from pallas_kernels.gpu_call import call
@@ -82,25 +82,8 @@ def _settle(x_ref, sums_ref, bias_ref, norm_ref, total_ref, out_ref, *, eps: flo
     plgpu.store(total_ref.at[row, cells], x, mask=mask)
     scale = load(norm_ref.at[cells], mask).astype(jnp.float32)
     y = x * (1.0 / jnp.sqrt(jnp.sum(x * x) / x_ref.shape[1] + eps)) * scale
-    parts = [y] if out_ref.shape[0] == 1 else _bfloat16_parts(y, out_ref.shape[0])
-    for number, part in enumerate(parts):
+    for number, part in enumerate(bfloat16_parts(y, out_ref.shape[0])):
         plgpu.store(out_ref.at[np.int32(number), row, cells], part.astype(out_ref.dtype), mask=mask)
-
-
-def _bfloat16_parts(y: Array, count: int) -> list[Array]:
-    """Float32 numbers that bfloat16 holds, the largest first, with y as their sum."""
-    parts = []
-    for _ in range(count):
-        parts.append(_as_bfloat16(y))
-        y = y - parts[-1]
-    return parts
-
-
-def _as_bfloat16(y: Array) -> Array:
-    """Rounded to even by its bits, because a compiler may fold a conversion and its inverse away."""
-    bits = jax.lax.bitcast_convert_type(y, jnp.uint32)
-    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & jnp.uint32(0xFFFF0000)
-    return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def over_leaves(sums_ref, row, cells, mask: Array | None) -> Array:
