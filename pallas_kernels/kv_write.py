@@ -23,9 +23,10 @@ def kv_write(
     """The pages with k and v of each block's first `counts[b]` tokens at their positions. No two blocks may hold the
     same position.
 
-    The pools are updated in place where they are donated. For 8-bit pages, numbers are divided by the scale of their
-    page and head, which is set before and does not change here, so that a token's bits depend on no other token. What
-    is too large becomes the largest number. Raises ValueError for shapes and dtypes that do not fit together.
+    A block's start is a multiple of r. The pools are updated in place where they are donated. For 8-bit pages, numbers
+    are divided by the scale of their page and head, which is set before and does not change here, so that a token's
+    bits depend on no other token. What is too large becomes the largest number. Raises ValueError for shapes and dtypes
+    that do not fit together.
     """
     _check(pages, k, v, blocks)
     page_of = _page_ids(pages, blocks, k.shape[1])

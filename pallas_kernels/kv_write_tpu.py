@@ -1,61 +1,63 @@
-"""The KV write's TPU body: it reads the memory tile of a token, replaces the token's row, and writes the tile back.
+"""The KV write's TPU body: it reads the memory tiles of a block's tokens, replaces their rows, and writes the tiles
+back.
 
-A TPU copies whole memory tiles (8 rows of 32 bits, 16 of 16, 32 of 8). Many copies run at once, and two blocks whose
-tokens share a tile must not undo each other. So each of them writes the tokens of all blocks in the tile: the same
-bits, in whatever order the copies end.
+A TPU copies whole memory tiles (8 rows of 32 bits, 16 of 16, 32 of 8), and many copies run at once. Two blocks whose
+tokens share a tile must not undo each other, so the later one reads it after the earlier one has written it.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Float, Int
 
-from pallas_kernels.numbers import cdiv
+from pallas_kernels.numbers import ceil_to
 from pallas_kernels.paged_attention_inputs import PagedBlocks
 from pallas_kernels.paged_attention_tpu_pages import SUBLANE_BYTES, check_pool
+from pallas_kernels.tiles import tiles_of
 
-AT_ONCE = 8  # tiles that one grid step copies
+AT_ONCE = 8  # blocks that one grid step writes
 
 
 def kv_write_tpu(
     keys: Array, values: Array, k: Array, v: Array, blocks: PagedBlocks, *, interpret: Any = False
 ) -> tuple[Array, Array]:
     """Pools `[P, K, p, h]` with the blocks' `[B, r, K, h]` written, in place."""
-    return write_rows(keys, values, jnp.concatenate([k, v], axis=2), blocks, interpret=interpret)
+    rows = jnp.concatenate([k, v], axis=2)
+    return write_rows(keys, values, rows.reshape(-1, rows.shape[2] * rows.shape[3]), blocks, interpret=interpret)
 
 
 def write_rows(
-    keys: Array, values: Array, new: Array, blocks: PagedBlocks, *, interpret: Any = False
+    keys: Array, values: Array, rows: Float[Array, "B*r 2K*h"], blocks: PagedBlocks, *, interpret: Any = False
 ) -> tuple[Array, Array]:
-    """Pools `[P, K, p, h]` with the blocks' keys, then their values, `[B, r, 2K, h]` written, in place. There are only
-    the grid steps that blocks before `num_blocks` need.
+    """Pools `[P, K, p, h]` with the rows' keys, then their values, written, in place. There are only the grid steps
+    that blocks before `num_blocks` need.
 
-    Raises ValueError for pools that a TPU cannot copy tile by tile (paged_attention_tpu.check_pool).
+    A block's start is a multiple of r, a power of two. Raises ValueError for another r, and for pools that a TPU cannot
+    copy tile by tile (paged_attention_tpu_pages.check_pool).
     """
-    _, num_kv_heads, page_size, h = keys.shape
+    _, heads, page_size, h = keys.shape
     check_pool(keys, interpret)
-    height = SUBLANE_BYTES // keys.dtype.itemsize
-    tiles_of_block = cdiv(new.shape[1] - 1, height) + 1
-    touched = _touched(blocks, tiles_of_block, height)
-    owners, tokens, is_new = _tokens_of_tiles(blocks, touched, height)
-    rows = new[owners, tokens].swapaxes(1, 2)  # [E, 2K, height, h]
-    columns = jnp.minimum(touched.tiles * height // page_size, blocks.tables.shape[1] - 1)
-    pages, offsets = blocks.tables[touched.slots, columns], touched.tiles * height % page_size
-    flags = touched.used.astype(jnp.int32), is_new.astype(jnp.int32)[..., None]
+    batch, height = blocks.starts.shape[0], SUBLANE_BYTES // keys.dtype.itemsize
+    r = rows.shape[0] // batch
+    if r & (r - 1):
+        raise ValueError(f"a TPU writes blocks of a power of two of tokens, got {r}")
+    tiles = max(1, r // height)
+    buffer = pltpu.VMEM((AT_ONCE * tiles, heads, height, h), keys.dtype)
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
-    buffer = pltpu.VMEM((AT_ONCE, num_kv_heads, height, h), keys.dtype)
-    operands = (pages, offsets, *flags, rows, keys, values)
+    places = _places(blocks, page_size, height)
+    operands = (*places, rows, keys, values)
     keys, values = pl.pallas_call(
-        _kernel,
+        functools.partial(_kernel, r=r),
         out_shape=[jax.ShapeDtypeStruct(pool.shape, pool.dtype) for pool in (keys, values)],
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=3,
-            grid=(cdiv(blocks.num_blocks * tiles_of_block, AT_ONCE),),
-            in_specs=[_of_tiles(height, 1), _of_tiles(*rows.shape[1:]), anywhere, anywhere],
+            num_scalar_prefetch=len(places),
+            grid=(tiles_of(blocks.num_blocks, AT_ONCE),),
+            in_specs=[pl.BlockSpec((AT_ONCE * r, rows.shape[1]), lambda i, *_: (i, 0)), anywhere, anywhere],
             out_specs=[anywhere, anywhere],
             scratch_shapes=[buffer, buffer, pltpu.SemaphoreType.DMA],
         ),
@@ -67,83 +69,94 @@ def write_rows(
     return keys, values
 
 
-def _of_tiles(*shape: int) -> pl.BlockSpec:
-    """AT_ONCE arrays of that shape, one a tile, for each grid step."""
-    return pl.BlockSpec((AT_ONCE, *shape), lambda i, *_: (i,) + (0,) * len(shape))
+class _Places(NamedTuple):
+    """Where the blocks' tokens go; padded to a multiple of AT_ONCE blocks, with blocks of no token."""
+
+    pages: Int[Array, " E"]
+    cells: Int[Array, " E"]  # of the page, the first of the memory tile that has the block's first token
+    inside: Int[Array, " E"]  # the token's row of the tile
+    counts: Int[Array, " E"]
+    turns: Int[Array, " E"]  # how many blocks of the grid step come before in the same tile
+    most_turns: Int[Array, " G"]  # of the blocks of each grid step
 
 
-class _Touched(NamedTuple):
-    """Every memory tile that a block may touch."""
-
-    slots: Int[Array, " E"]
-    tiles: Int[Array, " E"]  # of the slot's sequence
-    used: Bool[Array, " E"]  # whether the block has a token in it
-
-
-def _touched(blocks: PagedBlocks, most: int, height: int) -> _Touched:
-    """The tiles of all blocks, at `most` so many each, padded to a multiple of AT_ONCE."""
-    tiles = (blocks.starts // height)[:, None] + jnp.arange(most)
-    used = (tiles * height < (blocks.starts + blocks.counts)[:, None]) & (blocks.counts > 0)[:, None]
-    flat = (jnp.repeat(blocks.slots, most), tiles.reshape(-1), used.reshape(-1))
-    return _Touched(*(jnp.pad(x, (0, -x.shape[0] % AT_ONCE)) for x in flat))
-
-
-def _tokens_of_tiles(
-    blocks: PagedBlocks, touched: _Touched, height: int
-) -> tuple[Array, Array, Bool[Array, "E height"]]:
-    """(block, token of the block, whether there is such a token) for every row of the tiles."""
-    positions = (touched.tiles[:, None] * height + jnp.arange(height))[..., None]
-    same_slot = blocks.slots == touched.slots[:, None, None]
-    holds = same_slot & (positions >= blocks.starts) & (positions < blocks.starts + blocks.counts)
-    owners = holds.argmax(-1)
-    new = holds.any(-1)
-    return owners, jnp.where(new, positions[..., 0] - blocks.starts[owners], 0), new
+def _places(blocks: PagedBlocks, page_size: int, height: int) -> _Places:
+    size = blocks.starts.shape[0]
+    slots, starts, counts = (jnp.pad(x, (0, ceil_to(size, AT_ONCE) - size)) for x in blocks[1:4])
+    tiles = jax.lax.div(starts, height)
+    columns = jnp.minimum(jax.lax.div(starts, page_size), blocks.tables.shape[1] - 1)
+    ids = jnp.where(counts > 0, slots * (blocks.tables.shape[1] * page_size) + tiles, -1 - jnp.arange(slots.shape[0]))
+    steps = ids.reshape(-1, AT_ONCE)
+    is_before = jnp.arange(AT_ONCE) < jnp.arange(AT_ONCE)[:, None]
+    turns = ((steps[:, None] == steps[:, :, None]) & is_before).sum(-1, dtype=jnp.int32)
+    pages, cells = blocks.tables[slots, columns], jax.lax.rem(tiles * height, page_size)
+    return _Places(pages, cells, jax.lax.rem(starts, height), counts, turns.reshape(-1), turns.max(-1))
 
 
 class _Side(NamedTuple):
-    """Refs of the keys or of the values."""
+    """The keys or the values: refs of the pool and of the grid step's tiles, and their first head among the rows'."""
 
     pool: Any
-    buffer: Any  # the tiles of this grid step
-    first: int  # of its heads among the new rows'
+    buffer: Any
+    first: int
 
 
-def _kernel(pages, offsets, used, new, rows, _keys, _values, keys, values, key_buffer, value_buffer, semaphore) -> None:
-    """`_keys` and `_values` are the same memory as `keys` and `values`."""
-    first, (heads, height) = pl.program_id(0) * AT_ONCE, key_buffer.shape[1:3]
+def _kernel(*refs: Any, r: int) -> None:
+    """The pools among the operands are the same memory as those among the results."""
+    places, (rows, _, _, keys, values, key_buffer, value_buffer, semaphore) = _Places(*refs[:6]), refs[6:]
+    step, (_, heads, height, h) = pl.program_id(0), key_buffer.shape
+    tiles = key_buffer.shape[0] // AT_ONCE
     sides = (_Side(keys, key_buffer, 0), _Side(values, value_buffer, heads))
+    in_tile = jax.lax.broadcasted_iota(jnp.int32, (height, h), 0)
 
-    def each_used(body):
-        def one(e, _):
-            pl.when(used[first + e] > 0)(functools.partial(body, e))
-            return 0
+    def turn(number: Array, _: int) -> int:
+        def each(body: Callable[[int, int, Array], None]) -> None:
+            """`body(block of the grid step, tile of the block, block)` for the tiles with tokens whose turn it is."""
+            for e in range(AT_ONCE):
+                for t in range(tiles):
+                    b = step * AT_ONCE + e
+                    is_used = (places.turns[b] == number) & (places.counts[b] > t * height)
+                    pl.when(is_used)(functools.partial(body, e, t, b))
 
-        jax.lax.fori_loop(0, AT_ONCE, one, 0)
+        def copies(e: int, t: int, b: Array, is_read: bool) -> list:
+            first = pl.multiple_of(places.cells[b] + t * height, height)
+            made = []
+            for side in sides:
+                cells = side.pool.at[places.pages[b], :, pl.ds(first, height)]
+                own = side.buffer.at[e * tiles + t]
+                source, target = (cells, own) if is_read else (own, cells)
+                made.append(pltpu.make_async_copy(source, target, semaphore))
+            return made
 
-    def tile(pool, e):
-        return pool.at[pages[first + e], :, pl.ds(pl.multiple_of(offsets[first + e], height), height)]
+        def start(is_read: bool, e: int, t: int, b: Array) -> None:
+            for copy in copies(e, t, b, is_read):
+                copy.start()
 
-    def reads(e):
-        return [pltpu.make_async_copy(tile(side.pool, e), side.buffer.at[e], semaphore) for side in sides]
+        def wait(is_read: bool, e: int, t: int, b: Array) -> None:
+            for copy in copies(e, t, b, is_read):
+                copy.wait()
 
-    def writes(e):
-        return [pltpu.make_async_copy(side.buffer.at[e], tile(side.pool, e), semaphore) for side in sides]
+        def replace(e: int, t: int, b: Array) -> None:
+            token = in_tile - places.inside[b] + t * height  # of the block, that each row of the tile would hold
+            is_new = (token >= 0) & (token < places.counts[b])
+            for side in sides:
+                for head in range(heads):
+                    column = (side.first + head) * h
+                    first = e * r + t * height
+                    new = rows[first : first + min(r, height), column : column + h]
+                    new = (
+                        jnp.concatenate([new] * (height // new.shape[0]))
+                        if r > 1
+                        else jnp.broadcast_to(new, is_new.shape)
+                    )
+                    at = e * tiles + t, head
+                    side.buffer[at] = jnp.where(is_new, new, side.buffer[at])
 
-    def start(copies, e):
-        for copy in copies(e):
-            copy.start()
+        each(functools.partial(start, True))
+        each(functools.partial(wait, True))
+        each(replace)
+        each(functools.partial(start, False))
+        each(functools.partial(wait, False))
+        return 0
 
-    def wait(copies, e):
-        for copy in copies(e):
-            copy.wait()
-
-    def replace(e):
-        for side in sides:
-            own = rows[e, side.first : side.first + heads]
-            side.buffer[e] = jnp.where(new[e][None] > 0, own, side.buffer[e])
-
-    each_used(functools.partial(start, reads))
-    each_used(functools.partial(wait, reads))
-    each_used(replace)
-    each_used(functools.partial(start, writes))
-    each_used(functools.partial(wait, writes))
+    jax.lax.fori_loop(0, places.most_turns[step] + 1, turn, 0)

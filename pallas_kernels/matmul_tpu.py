@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.matmul_reference import dot, finish
 from pallas_kernels.sizes import MatmulSizes
+from pallas_kernels.tiles import tiles_of
 
 
 def within(x: Array, first: Array, size: int) -> Array:
@@ -160,7 +161,7 @@ def _product(
     (many, m, inputs), (leaves, parts, outputs, _) = x.shape, w.shape
     rows = sizes.rows * min(sizes.shared_tiles, pl.cdiv(m, sizes.rows))
     leaf_axis = 2 if adds == "leaves" else 0
-    of_leaves = leaves, pl.cdiv(m if live is None else live, rows), pl.cdiv(outputs, sizes.columns)
+    of_leaves = leaves, tiles_of(m if live is None else live, rows), pl.cdiv(outputs, sizes.columns)
     order = of_leaves[1:] + of_leaves[:1] if leaf_axis else of_leaves
 
     def at(place):

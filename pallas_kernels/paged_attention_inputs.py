@@ -91,7 +91,7 @@ def scaled(q: Float[Array, "B r H _"], pages: Pages, scoring: Scoring) -> Float[
     return (q.astype(jnp.float32) * scale).astype(dot_dtype(pages))
 
 
-def arrange(q: Float[Array, "B r H _"], pages: Pages, rows: int) -> Float[Array, "B K m h"]:
+def arrange(q: Float[Array, "B r H _"], pages: Pages, rows: int = 1) -> Float[Array, "B K m h"]:
     """Queries as rows (token, then head of the group), padded to the pages' width and to whole tiles of `rows`."""
     batch, r, num_heads, _ = q.shape
     _, num_kv_heads, _, h = pages.keys.shape

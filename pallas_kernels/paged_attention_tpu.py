@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
+from pallas_kernels.numbers import ceil_to
 from pallas_kernels.paged_attention_inputs import (
     PagedBlocks,
     Pages,
@@ -82,8 +83,9 @@ def attention_of_scaled(
     _, num_kv_heads, page_size, h = pages.keys.shape
     check_pool(pages.keys, interpret)
     tables = cover_tiles(blocks.tables, page_size, sizes)
-    rows = arrange(q, pages, sizes.rows)
+    rows = arrange(q, pages)
     of_block = pl.BlockSpec((1, *rows.shape[1:]), lambda b, *_: (b, 0, 0, 0))
+    padded = num_kv_heads, ceil_to(rows.shape[2], sizes.rows), h
     tokens = tokens_of_rows(r, num_heads // num_kv_heads, sizes.rows)
     operands = tables[:, None], tables[:, None], rows, tokens
     of_rows = None if sinks is None else sinks_of_rows(sinks, num_kv_heads, r, sizes.rows)
@@ -105,8 +107,9 @@ def attention_of_scaled(
             ],
             out_specs=of_block,
             scratch_shapes=[
-                _partial(rows.shape),
-                _partial(rows.shape),
+                pltpu.VMEM(padded, rows.dtype),
+                _partial(padded),
+                _partial(padded),
                 pltpu.SMEM((1,), jnp.int32),
                 pltpu.SemaphoreType.DMA((2,)),
                 buffers_of(pools, num_kv_heads, sizes),
@@ -134,8 +137,8 @@ def _whole(x: Array) -> pl.BlockSpec:
 
 
 def _partial(shape: tuple[int, ...]) -> Any:
-    """A Partial of room for the results of one block's rows, of which all blocks' are [B, K, m, h]."""
-    _, num_kv_heads, m, h = shape
+    """A Partial of room for the results of one block's rows, [K, m, h]."""
+    num_kv_heads, m, h = shape
     high, total, out = (pltpu.VMEM((num_kv_heads, m, width), jnp.float32) for width in (1, 1, h))
     return Partial(high, total, out)  # pyright: ignore[reportArgumentType] # shapes in the place of arrays
 
@@ -146,11 +149,12 @@ def _kernel(
     counts,
     table,
     next_table,
-    q,
+    q_of_block,
     tokens,
     sinks,
     pools: Pages,
     out,
+    q,
     partial: Partial,
     done: Partial,
     turn,
@@ -161,8 +165,9 @@ def _kernel(
     sizes: AttentionSizes,
     page_size: int,
 ):
-    """`sinks` is None where there are none; `partial` is the result of the split at hand, `done` that of the splits
-    before. `turn[0]` is the buffer of the block's first tile."""
+    """`sinks` is None where there are none; `q` are the block's queries, padded to whole tiles of rows; `partial` is
+    the result of the split at hand, `done` that of the splits before. `turn[0]` is the buffer of the block's first
+    tile."""
     b, last = pl.program_id(0), pl.num_programs(0) - 1
     start, count = starts[b], counts[b]
 
@@ -179,7 +184,10 @@ def _kernel(
     def _():
         turn[0] = 0
         fetch.start_first(0)
+        q[...] = jnp.zeros_like(q)
 
+    num_rows = q_of_block.shape[2]
+    q[:, :num_rows] = q_of_block[0]
     first_buffer = turn[0]
     turn[0] = (first_buffer + stop - begin) & 1
 
@@ -220,8 +228,10 @@ def _kernel(
     jax.lax.fori_loop(begin, stop, step, 0)
 
     def write(at):
+        head, rows = at
         y = finish(_take(done, at), None if sinks is None else sinks[at])
-        out[0, *at] = y.astype(out.dtype)
+        count = min(sizes.rows, num_rows - rows.start)
+        out[0, head, pl.ds(rows.start, count)] = y[:count].astype(out.dtype)
 
     _each_tile_of_rows(q, sizes.rows, write)
 
@@ -238,7 +248,7 @@ def _fold_tile(
         v = jnp.where(in_context, _widen(tile.values[k], dtype), jnp.zeros((), dtype))
         scales = (tile.key_scales, tile.value_scales)
         key_scale, value_scale = (None if scale is None else scale[pl.ds(k, 1)] for scale in scales)
-        scores = scores_of(q[0, *at], _widen(tile.keys[k], dtype), key_scale, scoring)
+        scores = scores_of(q[at], _widen(tile.keys[k], dtype), key_scale, scoring)
         _put(partial, at, fold(_take(partial, at), scores, sees(rows), v, value_scale, lane_sum))
 
     _each_tile_of_rows(q, sizes.rows, one)
@@ -254,11 +264,11 @@ def _each_tile_of_rows(q, size: int, body: Callable) -> None:
     matrix unit works for one head while another's softmax is computed."""
 
     def head(k, _):
-        for m in range(0, q.shape[2], size):
+        for m in range(0, q.shape[1], size):
             body((k, pl.ds(m, size)))
         return 0
 
-    jax.lax.fori_loop(0, q.shape[1], head, 0, unroll=min(HEADS_AT_ONCE, q.shape[1]))
+    jax.lax.fori_loop(0, q.shape[0], head, 0, unroll=min(HEADS_AT_ONCE, q.shape[0]))
 
 
 def _take(refs: Partial, at) -> Partial:

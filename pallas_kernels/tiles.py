@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from pallas_kernels.numbers import ceil_to
+from pallas_kernels.numbers import cdiv, ceil_to
 
 
 def unknown_zero(*arrays: Array) -> Int[Array, ""]:
@@ -29,6 +29,12 @@ def _bits_of_first(x: Array) -> Int[Array, ""]:
 
 def is_float(x: Array) -> bool:
     return jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def tiles_of(live: Any, tile: int) -> Any:
+    """How many tiles the first `live` ≥ 0 rows reach, traced or not. No sign is looked at: that would be ten scalar
+    instructions."""
+    return cdiv(live, tile) if isinstance(live, int) else jax.lax.div(live + (tile - 1), jnp.int32(tile))
 
 
 def padded_rows(x: Array, tile: int) -> Array:

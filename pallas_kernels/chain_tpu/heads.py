@@ -29,31 +29,31 @@ def rotate_and_write(
     Row i is token i % r of block i // r; rows of blocks from `num_blocks` on may hold anything and write nothing.
     """
     g, (num_rows, _), width = geometry, projection.sums.shape[1:], keys.shape[3]
-    batch, count = blocks.starts.shape[0], g.queries + 2 * g.keys
-    r = num_rows // batch
+    r = num_rows // blocks.starts.shape[0]
     positions = (blocks.starts[:, None] + jnp.arange(r, dtype=jnp.int32)).reshape(-1, 1)
-    rows = block_rows(num_rows, count * width)
+    widths = g.queries * width, 2 * g.keys * width
+    rows = block_rows(num_rows, sum(widths))
     vectors = (None if x is None else x[None] for x in projection[1:])
     operands = [(x, of_rows(rows, x.shape[1])) for x in (projection.sums[0], positions)]
     operands += [(x, whole(x)) for x in vectors]
-    heads = over_live_rows(
+    q, new = over_live_rows(
         "chain_heads",
         functools.partial(_heads, g=g, width=width),
         rows,
         blocks.num_blocks * r,
         operands,
-        jax.ShapeDtypeStruct((num_rows, count * width), keys.dtype),
-        of_rows(rows, count * width),
+        [jax.ShapeDtypeStruct((num_rows, size), keys.dtype) for size in widths],
+        [of_rows(rows, size) for size in widths],
         interpret=interpret,
-    ).reshape(batch, r, count, width)
-    pools = write_rows(keys, values, heads[:, :, g.queries :], blocks, interpret=interpret)
-    return heads[:, :, : g.queries, : g.width].reshape(num_rows, g.queries, g.width), *pools
+    )
+    pools = write_rows(keys, values, new, blocks, interpret=interpret)
+    return q.reshape(num_rows, g.queries, width)[..., : g.width], *pools
 
 
 def _heads(
-    rows, packed_ref, positions_ref, bias_ref, q_norm_ref, k_norm_ref, frequencies_ref, out_ref, *, g: Geometry, width
+    rows, packed_ref, positions_ref, bias_ref, q_norm_ref, k_norm_ref, frequencies_ref, q_ref, new_ref, *, g, width
 ) -> None:
-    """All queries, all keys, all values, each as wide as pages."""
+    """Queries; keys, then values. Each head is as wide as pages."""
     angles = positions_ref[rows].astype(jnp.float32) * frequencies_ref[...]
     cos, sin = jnp.cos(angles) * g.rope_factor, jnp.sin(angles) * g.rope_factor
 
@@ -69,15 +69,15 @@ def _heads(
         a, b = x[:, : g.width // 2], x[:, g.width // 2 :]
         return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=1)
 
-    def put(place: int, x: Float[Array, "n h"]) -> None:
+    def put(ref, place: int, x: Float[Array, "n h"]) -> None:
         first = place * width
-        out_ref[rows, first : first + g.width] = x.astype(out_ref.dtype)
+        ref[rows, first : first + g.width] = x.astype(ref.dtype)
         if width > g.width:
-            rest = jnp.zeros((x.shape[0], width - g.width), out_ref.dtype)
-            out_ref[rows, first + g.width : first + width] = rest
+            rest = jnp.zeros((x.shape[0], width - g.width), ref.dtype)
+            ref[rows, first + g.width : first + width] = rest
 
     for own in range(g.queries):
-        put(own, rotated(packed(QUERIES, own), q_norm_ref) * (LOG2_E * g.width**-0.5))
+        put(q_ref, own, rotated(packed(QUERIES, own), q_norm_ref) * (LOG2_E * g.width**-0.5))
     for own in range(g.keys):
-        put(g.queries + own, rotated(packed(KEYS, own), k_norm_ref))
-        put(g.queries + g.keys + own, packed(VALUES, own))
+        put(new_ref, own, rotated(packed(KEYS, own), k_norm_ref))
+        put(new_ref, g.keys + own, packed(VALUES, own))

@@ -10,6 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Int
 
 from pallas_kernels.numbers import cdiv
+from pallas_kernels.tiles import tiles_of
 
 SUB_ROWS = 16  # a packed tile of bfloat16
 BLOCK_BYTES = 2**20  # of a block's widest array: some ten such arrays, fetched and in use, fit in every VMEM
@@ -47,13 +48,13 @@ def over_live_rows(
             body(pl.ds(pl.multiple_of(i * SUB_ROWS, SUB_ROWS), SUB_ROWS), *refs)
             return 0
 
-        jax.lax.fori_loop(0, cdiv(count, SUB_ROWS), step, 0)
+        jax.lax.fori_loop(0, tiles_of(count, SUB_ROWS), step, 0)
 
     arrays, specs = zip(*operands, strict=True)
     return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1, grid=(cdiv(live, rows),), in_specs=list(specs), out_specs=out_specs
+            num_scalar_prefetch=1, grid=(tiles_of(live, rows),), in_specs=list(specs), out_specs=out_specs
         ),
         out_shape=outs,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=VMEM_LIMIT),

@@ -17,13 +17,13 @@ from pallas_kernels.paged_attention_inputs import EIGHT_BIT, PagedBlocks, Pages
 
 DTYPES = ("bfloat16", "float32", "float16", *EIGHT_BIT)
 CASES = tuple(
-    AttentionCase((33, 0, 1, 70), chunk=chunk, page_size=32, dtype=dtype)
+    AttentionCase((38, 0, 1, 70), chunk=chunk, page_size=32, dtype=dtype)
     for chunk, dtype in (
         (1, "bfloat16"),
-        (21, "bfloat16"),
-        (21, "float32"),
-        (21, "float16"),
-        *((21, dtype) for dtype in EIGHT_BIT),
+        (22, "bfloat16"),
+        (22, "float32"),
+        (22, "float16"),
+        *((22, dtype) for dtype in EIGHT_BIT),
     )
 )
 
@@ -74,10 +74,10 @@ class Body:
 
     @pytest.mark.parametrize("case", CASES, ids=str)
     def test_only_the_tokens_rows_change(self, case):
-        self.check(case, 8)
+        self.check(case, 8 if case.chunk > 1 else 1)
 
     def test_blocks_that_share_a_memory_tile(self):
-        self.check(CASES[1], 3)
+        self.check(CASES[1], 2)
 
     def test_pages_are_updated_in_place_where_they_are_donated(self):
         case = CASES[0]
@@ -100,7 +100,7 @@ class TestReference(Body):
         blocks, _ = case.blocks(1)
         k = jnp.full((blocks.slots.shape[0], 1, *case.shape[2:]), jnp.nan, case.dtype)
         found = self.run(pages, k, k, blocks)
-        row = np.asarray(found.keys[tables[0, 1], :, 0], np.float32)
+        row = np.asarray(found.keys[tables[0, 1], :, 5], np.float32)  # of token 37
         assert np.isnan(row[:, :32]).all() and not row[:, 32:].any()
 
 
@@ -118,7 +118,7 @@ class TestGpuBody(Body):
 
 @pytest.mark.parametrize("body", (TestTpuBody, TestGpuBody))
 def test_every_body_in_short(body):
-    body().check(AttentionCase((20, 3), chunk=5, dtype="bfloat16"), 2)
+    body().check(AttentionCase((20, 3), chunk=6, dtype="bfloat16"), 2)
 
 
 class TestErrors:

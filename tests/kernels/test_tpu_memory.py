@@ -89,9 +89,9 @@ def test_prefill():
     assert np.isfinite(attended(case, 8)).all()
 
 
-@pytest.mark.parametrize("chunk, r", [(1, 1), (5, 2)])
+@pytest.mark.parametrize("chunk, r", [(1, 1), (5, 1), (6, 2)])
 def test_kv_write(chunk, r):
-    case = AttentionCase((20, 3, 0, 17), chunk=chunk, dtype="bfloat16")
+    case = AttentionCase((20, 3, 0, 18), chunk=chunk, dtype="bfloat16")
     (_, pages, blocks, _), num_blocks = attention_operands(case, r)
     pages = pages._replace(keys=jnp.zeros_like(pages.keys), values=jnp.zeros_like(pages.values))
     shape = (len(blocks.slots), r, *case.shape[2:])
