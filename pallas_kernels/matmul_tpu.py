@@ -1,6 +1,7 @@
 """The matrix product's TPU body: one grid step adds one dot per row tile to a float32 sum in VMEM, in order along K."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -74,18 +75,19 @@ def _kernel(
     *,
     sizes: MatmulSizes,
     inputs: int,
-    leaf_axis: int,
+    is_tree: bool,
 ) -> None:
     """`bias_ref` and `residual_ref` are None where the product has no such operand, `levels_ref` where each leaf is a
     product of its own. The products of several parts of x are added, the last first."""
-    leaf, i, k = pl.program_id(leaf_axis), pl.program_id(0 if leaf_axis else 1), pl.program_id(3)
+    i, k = pl.program_id(1 if is_tree else 2), pl.program_id(3)
     rows, weights = x_ref.shape[1], range(w_ref.shape[0])
     for part in range(x_ref.shape[0]):
         add_block(k, x_ref.at[part], w_ref, sum_ref.at[part], sizes, inputs, live_ref[0] - i * rows)
     is_last = k == pl.num_programs(3) - 1
     if levels_ref is not None:
+        leaf = pl.program_id(2)
         pl.when(is_last)(lambda: add_leaf(leaf, sum_ref, levels_ref))
-        is_last = is_last & (leaf == pl.num_programs(leaf_axis) - 1)
+        is_last = is_last & (leaf == pl.num_programs(2) - 1)
 
     @pl.when(is_last)
     def _():
@@ -160,41 +162,46 @@ def _product(
     """X is 1 where leaves share the rows, else a leaf's own or, where it `adds` "parts", those of one row."""
     (many, m, inputs), (leaves, parts, outputs, _) = x.shape, w.shape
     rows = sizes.rows * min(sizes.shared_tiles, pl.cdiv(m, sizes.rows))
-    leaf_axis = 2 if adds == "leaves" else 0
-    of_leaves = leaves, tiles_of(m if live is None else live, rows), pl.cdiv(outputs, sizes.columns)
-    order = of_leaves[1:] + of_leaves[:1] if leaf_axis else of_leaves
+    is_tree = adds == "leaves"
+    sizes_of = leaves, pl.cdiv(outputs, sizes.columns), tiles_of(m if live is None else live, rows)
+    of_rows = "parallel" if live is None else "arbitrary"  # a length that is known at run time is one core's
+    kinds = "arbitrary" if is_tree else "parallel", "parallel", of_rows
 
-    def at(place):
-        """An index map, of the leaf, the block of rows, that of columns, and that of inputs."""
+    def ordered(leaf: Any, j: Any, i: Any) -> tuple:
+        """The grid's outer axes: rows after columns, so that a block of all inputs' weights is fetched once; leaves
+        before both, or, where they are added, after them."""
+        return (j, i, leaf) if is_tree else (leaf, j, i)
+
+    def at(place: Callable) -> Callable:
+        """An index map, of the leaf, the block of columns, that of rows, and that of inputs."""
 
         def index(*ids):
-            (*outer, k) = ids[:4]
-            return place(*((outer[2], *outer[:2]) if leaf_axis else outer), k)
+            first, second, third, k = ids[:4]
+            return place(*((third, first, second) if is_tree else (first, second, third)), k)
 
         return index
 
     together = many if adds == "parts" else 1
-    of_x = pl.BlockSpec((together, rows, sizes.depth), at(lambda leaf, i, j, k: (leaf if many > together else 0, i, k)))
-    of_w = pl.BlockSpec((None, parts, sizes.columns, sizes.depth), at(lambda leaf, i, j, k: (leaf, 0, j, k)))
-    of_bias = pl.BlockSpec((None, parts, sizes.columns), at(lambda leaf, i, j, k: (leaf, 0, j)))
-    of_out = pl.BlockSpec((None, rows, sizes.columns), at(lambda leaf, i, j, k: (0 if leaf_axis else leaf, i, j)))
+    of_x = pl.BlockSpec((together, rows, sizes.depth), at(lambda leaf, j, i, k: (leaf if many > together else 0, i, k)))
+    of_w = pl.BlockSpec((None, parts, sizes.columns, sizes.depth), at(lambda leaf, j, i, k: (leaf, 0, j, k)))
+    of_bias = pl.BlockSpec((None, parts, sizes.columns), at(lambda leaf, j, i, k: (leaf, 0, j)))
+    of_out = pl.BlockSpec((None, rows, sizes.columns), at(lambda leaf, j, i, k: (0 if is_tree else leaf, i, j)))
     sums = together, parts, rows, sizes.columns
     scratch = [pltpu.VMEM(sums, jnp.float32)]
-    if adds == "leaves" and leaves > 1:
+    if is_tree and leaves > 1:
         scratch.append(pltpu.VMEM((leaves.bit_length() - 1, *sums), jnp.float32))
-    inner = ("arbitrary", "arbitrary") if leaf_axis else ("parallel", "arbitrary")
     return pl.pallas_call(
-        functools.partial(_kernel, sizes=sizes, inputs=inputs, leaf_axis=leaf_axis),
+        functools.partial(_kernel, sizes=sizes, inputs=inputs, is_tree=is_tree),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(*order, pl.cdiv(inputs, sizes.depth)),
+            grid=(*ordered(*sizes_of), pl.cdiv(inputs, sizes.depth)),
             in_specs=[of_x, of_w, None if bias is None else of_bias, None if residual is None else of_out],
             out_specs=of_out,
             scratch_shapes=scratch,
         ),
-        out_shape=jax.ShapeDtypeStruct((1 if leaf_axis else leaves, m, outputs), out_dtype),
+        out_shape=jax.ShapeDtypeStruct((1 if is_tree else leaves, m, outputs), out_dtype),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", *inner), vmem_limit_bytes=sizes.vmem
+            dimension_semantics=(*ordered(*kinds), "arbitrary"), vmem_limit_bytes=sizes.vmem
         ),
         name="matmul_tpu",
         interpret=interpret,

@@ -103,16 +103,20 @@ def delete(cache: Cache) -> None:
 
 
 def copy_pages(cache: Cache, sources: Int[Array, " C"], targets: Int[Array, " C"], count: Int[Array, ""]) -> Cache:
-    """Copy whole pages, the first `count` of the pairs, in every layer: how samples part from a shared prompt."""
+    """Copy whole pages, the first `count` of the pairs, in every layer: how samples part from a shared prompt.
 
-    def copy(pool: Array) -> Array:
-        def step(i, pool):
-            page = jax.lax.dynamic_slice_in_dim(pool, sources[i], 1)
-            return jax.lax.dynamic_update_slice_in_dim(pool, page, targets[i], axis=0)
+    One loop for all layers, because nothing orders the copies of one after another.
+    """
 
-        return jax.lax.fori_loop(0, count, step, pool)
+    def copy(i: Array, pool: Array) -> Array:
+        page = jax.lax.dynamic_slice_in_dim(pool, sources[i], 1)
+        return jax.lax.dynamic_update_slice_in_dim(pool, page, targets[i], axis=0)
 
-    return dataclasses.replace(cache, keys=tuple(map(copy, cache.keys)), values=tuple(map(copy, cache.values)))
+    def step(i: Array, pools: Any) -> Any:
+        return jax.tree.map(functools.partial(copy, i), pools)
+
+    keys, values = jax.lax.fori_loop(0, count, step, (cache.keys, cache.values))
+    return dataclasses.replace(cache, keys=keys, values=values)
 
 
 @functools.partial(jax.jit, donate_argnames="cache")

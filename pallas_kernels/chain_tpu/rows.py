@@ -57,7 +57,7 @@ def over_live_rows(
             num_scalar_prefetch=1, grid=(tiles_of(live, rows),), in_specs=list(specs), out_specs=out_specs
         ),
         out_shape=outs,
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=VMEM_LIMIT),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=VMEM_LIMIT),
         name=name,
         interpret=interpret,
     )(jnp.full(1, live, jnp.int32), *arrays)

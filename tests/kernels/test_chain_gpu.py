@@ -8,34 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from chain_cases import BATCHES, GEOMETRY, LENGTHS, RNG, ROWS, array, bits, f64, heads_inputs, naive, silu
 
 from pallas_kernels.chain_gpu import attend, heads, product, residual
 from pallas_kernels.chain_gpu.sizes import ChainSizes, chain_sizes, split_of, stages_of
-from pallas_kernels.paged_attention_inputs import PagedBlocks
 from pallas_kernels.sizes import INTERPRETED
 
 SIZES = ChainSizes(depth=32, split=64, kv_tile=32, kv_split=64, columns=64, warps=4, stages=2, attend_rows=128)
-ROWS = 130
-BATCHES = (slice(0, 1), slice(7, 10), slice(0, 40), slice(60, 124))
 LEAVES, WIDTH, OUTPUTS = 2, 168, 72  # three splits, the last one short; columns that fill no tile
-RNG = np.random.default_rng(0)
-random = functools.partial(RNG.normal, 0, 1)
-
-
-def array(*shape: int, dtype=jnp.float32) -> jax.Array:
-    return jnp.asarray(random(size=shape), dtype)
-
-
-def bits(x) -> np.ndarray:
-    return np.asarray(x, np.float32).view(np.uint32)
-
-
-def silu(x):
-    return x / (1 + np.exp(-x))
-
-
-def f64(x) -> np.ndarray:
-    return np.asarray(x, np.float64)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
@@ -97,26 +77,11 @@ def test_the_embedding_is_copied():
 
 # -- attention ---------------------------------------------------------------------------------------------------------
 
-PAGE, PAGES = 16, 12  # a context of 192: three splits
-GEOMETRY = heads.Geometry(queries=6, keys=2, width=24, leaves=2, eps=1e-6, rope_factor=1.0)
-LENGTHS = (1, 30, 65, 150, 187)
-
 
 def attended(starts, counts, slots, sums, r: int, apart: bool | None = None):
-    """(what the blocks attend to, the pools) with pools of random earlier pages; memory of no token is NaN."""
-    width, num_pages = 32, 1 + PAGES * len(LENGTHS)
-    tables = jnp.arange(1, num_pages).reshape(len(LENGTHS), PAGES)
-    rng = np.random.default_rng(1)
-    pools = [rng.normal(size=(num_pages, GEOMETRY.keys, PAGE, width)).astype(np.float32) for _ in range(2)]
-    for slot, length in enumerate(LENGTHS):
-        for position in range(length, PAGES * PAGE):
-            for pool in pools:
-                pool[tables[slot, position // PAGE], :, position % PAGE] = np.nan
-    norms = [jnp.asarray(rng.normal(size=GEOMETRY.width), jnp.float32) for _ in range(2)]
-    frequencies = jnp.asarray(1 / 1e4 ** (np.arange(GEOMETRY.width // 2) / (GEOMETRY.width // 2)), jnp.float32)
-    projection = heads.Projection(sums, jnp.ones(sums.shape[-1]), *norms, frequencies)
-    blocks = PagedBlocks(tables, *(jnp.asarray(x, jnp.int32) for x in (slots, starts, counts, len(starts))))
-    q, keys, values = heads.rotate_and_write(GEOMETRY, projection, *map(jnp.asarray, pools), blocks, interpret=True)
+    """(what the blocks attend to, the pools)."""
+    projection, pools, blocks = heads_inputs(starts, counts, slots, sums)
+    q, keys, values = heads.rotate_and_write(GEOMETRY, projection, *pools, blocks, interpret=True)
     return attend.attend(q, keys, values, blocks, SIZES, interpret=True, apart=apart), keys, values
 
 
@@ -145,34 +110,6 @@ def test_a_block_of_a_prefill_has_the_bits_of_its_tokens():
             rows = range(start, start + token + 1)
             alone, *_ = attended(list(rows), [1] * len(rows), [slot] * len(rows), part, r=1)
             assert (bits(alone[-1]) == bits(blocks[4 * block + token])).all()
-
-
-def naive(starts, sums, keys, values) -> np.ndarray:
-    """Attention of each context's last token in float64, from the packed projection and the pools as written."""
-    g, out = GEOMETRY, []
-    packed = f64(sums).sum(0) + 1
-    rng = np.random.default_rng(1)
-    for _ in range(2):
-        rng.normal(size=keys.shape)
-    q_norm = rng.normal(size=g.width).astype(np.float32)
-    angles = 1 / 1e4 ** (np.arange(g.width // 2) / (g.width // 2))
-    for slot, start in enumerate(starts):
-        by_leaf = packed[slot].reshape(g.leaves, -1, g.width)
-        q = by_leaf[:, : g.queries // g.leaves].reshape(-1, g.width)
-        q = q / np.sqrt((q**2).mean(-1, keepdims=True) + g.eps) * f64(q_norm)
-        a, b = np.split(q, 2, axis=-1)
-        cos, sin = np.cos(start * angles), np.sin(start * angles)
-        q = np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
-        pages = slice(1 + slot * PAGES, 1 + (slot + 1) * PAGES)
-        k, v = (
-            f64(pool)[pages].swapaxes(0, 1).reshape(g.keys, -1, 32)[:, : start + 1, : g.width]
-            for pool in (keys, values)
-        )
-        for head in range(g.queries):
-            scores = k[head // (g.queries // g.keys)] @ q[head] / np.sqrt(g.width)
-            p = np.exp(scores - scores.max())
-            out.append(p / p.sum() @ v[head // (g.queries // g.keys)])
-    return np.array(out).reshape(len(starts), -1)
 
 
 def test_sizes_are_of_the_weight_alone():
