@@ -1,7 +1,7 @@
 """Which code computes the decoder's ops: chosen once, by name, when an engine is made or sequences are scored.
 
 "xla" is plain XLA (ops/xla.py), "cpu" kernels in C++ for x86-64 (ops/cpu_chain.py), "pallas_tpu" and "pallas_gpu" are
-the devices' kernels (ops/pallas.py), "pallas_interpret" runs the TPU's on any machine, slowly. Each has its own bits,
+the devices' kernels (ops/chain.py), "pallas_interpret" runs the TPU's on any machine, slowly. Each has its own bits,
 so the name is part of the contract; the layout of the KV cache belongs to it too.
 
 An implementation is three small classes, one for each protocol below. On a mesh (`sharded`) each device runs its own

@@ -1,9 +1,4 @@
-"""The decoder's ops by Pallas kernels, on a TPU or a GPU. kernels.py says what each op has to be.
-
-A product runs inside its caller's pinned region, whose element-wise code is still XLA's. Attention and the write take
-all blocks at once, because a kernel's bits do not depend on what else it is given; between kernels nothing but copying
-and one conversion happens.
-"""
+"""What Pallas kernels take, and the end of a step by them. kernels.py says what each op has to be; chain.py has the rest."""
 
 import dataclasses
 from typing import Any
