@@ -1,4 +1,7 @@
-"""What Pallas kernels take, and the end of a step by them. kernels.py says what each op has to be; chain.py has the rest."""
+"""What Pallas kernels take, and the end of a step by them.
+
+kernels.py says what each op has to be; chain.py has the others.
+"""
 
 import dataclasses
 from typing import Any
