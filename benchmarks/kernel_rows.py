@@ -17,8 +17,7 @@ from pallas_kernels.cases import matmul as matmul_cases
 from pallas_kernels.cases.attention import AttentionCase
 from pallas_kernels.cases.grouped_matmul import GroupedCase
 from pallas_kernels.cases.matmul import MatmulCase
-from pallas_kernels.chain_gpu import attend, product, residual
-from pallas_kernels.chain_gpu.sizes import chain_sizes
+from pallas_kernels.chain import chain_of
 from pallas_kernels.draw import draw_and_score
 from pallas_kernels.draw_reference import plain_draw
 from pallas_kernels.grouped_matmul import grouped_matmul
@@ -74,13 +73,12 @@ def plain_matmul(case: MatmulCase, x: Array, w: Array, bias, residual) -> Array:
 
 
 def chain_product(case: MatmulCase, implementation: Implementation, x: Array, w: Array) -> Array:
-    """The product of a GPU's chain without bias and residual, and the kernel that adds its splits."""
-    how = dict(interpret=implementation.is_interpreted)
-    sizes = chain_sizes(implementation.device, w.dtype)
+    """The product of the chain without bias and residual, and the kernel that adds its splits."""
+    chain = chain_of(implementation)
     if case.gated:
-        return product.gated(x, w[None], sizes, **how)
-    sums = product.summed(x, w[None], sizes, **how)
-    return residual.total(jnp.zeros(sums.shape[-2:], jnp.float32), sums, None, **how)
+        return chain.gated(x, w[None])
+    sums = chain.summed(x, w[None])
+    return chain.total(jnp.zeros(sums.shape[-2:], jnp.float32), sums, None)
 
 
 def chain_product_rows(implementation: Implementation, cases: Sequence = matmul_cases.DECODER) -> Iterator[Row]:
@@ -209,11 +207,9 @@ def attention_rows(
 def chain_attention(
     case: AttentionCase, implementation: Implementation, q: Array, pages: Pages, blocks: PagedBlocks
 ) -> Array:
-    """The attention of a GPU's chain, in the pages' dtype. Tokens after a block's count may be anything."""
-    sizes = chain_sizes(implementation.device, pages.keys.dtype)
+    """The attention of the chain, in the pages' dtype. Tokens after a block's count may be anything."""
     scaled = (q * (case.scoring.scale * LOG2_E)).astype(pages.keys.dtype).reshape(-1, *q.shape[2:])
-    how = dict(interpret=implementation.is_interpreted)
-    return attend.attend(scaled, pages.keys, pages.values, blocks, sizes, **how).reshape(q.shape)
+    return chain_of(implementation).attend(scaled, pages.keys, pages.values, blocks).reshape(q.shape)
 
 
 def chain_attention_rows(implementation: Implementation, cases: Sequence[AttentionCase]) -> Iterator[Row]:

@@ -20,7 +20,7 @@ WRITTEN = [*filter(kernel_rows.is_written_alone, attention_cases.DECODER)]
 CHAIN = {
     "chain product": (kernel_rows.chain_product_rows, matmul_cases.DECODER),
     "chain attention": (kernel_rows.chain_attention_rows, [*filter(kernel_rows.is_plain, attention_cases.DECODER)]),
-}  # of a GPU: what the engine runs there, with the draw
+}  # what the engine runs, with the draw
 KINDS = {
     "attention": (kernel_rows.attention_rows, attention_cases.DECODER),
     "matmul": (kernel_rows.matmul_rows, matmul_cases.DECODER),
@@ -49,9 +49,7 @@ def measurements(settings: Settings) -> list[Measurement]:
 
 
 def kinds_of(tiny: bool) -> dict[str, tuple[Callable, Sequence]]:
-    if tiny:
-        return TINY
-    return CHAIN | KINDS if here.platform() == "gpu" else KINDS
+    return TINY if tiny else CHAIN | KINDS
 
 
 def attention_of_torch(python: str) -> TorchAttention | str:

@@ -35,7 +35,7 @@ from pallas_kernels.paged_attention_inputs import PagedBlocks
 # Those that a decode step has come first. Attention's own cases are cut: its twin loops over every tile.
 ATTENTION = tuple(smaller(case, 8, 2048) for case in attention_cases.DECODER)
 PRODUCTS = [case for case in matmul_cases.DECODER if case.rows in (64, 512)]
-CHAIN = (list(map(Chain, PRODUCTS)), [Chain(case) for case in ATTENTION if is_plain(case)])  # of a GPU
+CHAIN = (list(map(Chain, PRODUCTS)), [Chain(case) for case in ATTENTION if is_plain(case)])
 CASES = (
     PRODUCTS,
     [*ATTENTION, *attention_cases.DECODE, *attention_cases.PREFILL],
@@ -43,21 +43,20 @@ CASES = (
     [*grouped_cases.DECODER, *grouped_cases.SMALL],
     matmul_cases.SMALL,
 )
-WRITTEN = (dataclasses.replace(attention_cases.BIG, lengths=(300,) * 16), AttentionCase((33, 0, 1, 70), chunk=21))
+WRITTEN = (dataclasses.replace(attention_cases.BIG, lengths=(300,) * 16), AttentionCase((38, 0, 1, 70), chunk=22))
 TINY_PRODUCT = MatmulCase(19, 130, 48, residual=True)
 TINY = ([TINY_PRODUCT], [GroupedCase((3, 0, 4), 130, 48, "float32")])
 TINY_CHAIN = ([Chain(TINY_PRODUCT)], [Chain(AttentionCase((40, 30, 1)))], [DrawCase(5, 256)])
-TINY_WRITTEN = (AttentionCase((20, 3), chunk=2, dtype="bfloat16"),)
+TINY_WRITTEN = (AttentionCase((20, 3), chunk=4, dtype="bfloat16"),)
 
 
 def measurements(settings: Settings) -> list[Measurement]:
-    kind = here.platform()
-    if kind == "cpu":
+    if here.platform() == "cpu":
         of_tpu, of_gpu = choose("pallas_interpret"), choose("pallas_gpu_interpret")
-        return listed("a TPU's ", TINY, (), of_tpu) + listed("a GPU's ", TINY_CHAIN, TINY_WRITTEN, of_gpu)
-    kinds = TINY if settings.tiny else CASES
-    chain = {"tpu": (), "gpu": TINY_CHAIN if settings.tiny else CHAIN}[kind]
-    return listed("", (*chain, *kinds), TINY_WRITTEN if settings.tiny else WRITTEN, here.own_kernels())
+        of_a_tpu = listed("a TPU's ", (*TINY_CHAIN, *TINY), (), of_tpu)
+        return of_a_tpu + listed("a GPU's ", TINY_CHAIN, TINY_WRITTEN, of_gpu)
+    kinds = (*TINY_CHAIN, *TINY) if settings.tiny else (*CHAIN, *CASES)
+    return listed("", kinds, TINY_WRITTEN if settings.tiny else WRITTEN, here.own_kernels())
 
 
 def listed(

@@ -22,7 +22,7 @@ from pallas_kernels.paged_attention_inputs import EIGHT_BIT, PagedBlocks
 
 
 class Chain(NamedTuple):
-    """A case of the chain of a GPU's kernels."""
+    """A case of the chain's kernels."""
 
     case: MatmulCase | AttentionCase
 

@@ -18,7 +18,7 @@ DECODING = AttentionCase((40, 40), dtype="float32")
 ATTENTION = (DECODING, dataclasses.replace(DECODING, chunk=20, window=10))
 CASES = {
     "attention": ATTENTION,
-    "kv_write": (dataclasses.replace(DECODING, chunk=20),),
+    "kv_write": (dataclasses.replace(DECODING, chunk=24),),
     "matmul": (MatmulCase(9, 200, 96, "float32"),),
     "grouped": (GroupedCase((3, 0, 5), 200, 96, "float32"),),
     "draw": (DrawCase(5, 256),),
