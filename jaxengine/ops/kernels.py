@@ -326,10 +326,10 @@ def kernels_of(implementation: Implementation) -> Kernels:
     """A device's own kernels."""
     products, attention = ChainProducts(implementation), ChainAttention(implementation)
     draw = pallas.PallasDraw(implementation)
-    own = Kernels(implementation.name, products, attention, draw, own_tiles=TPU_TILES, head_tile=WIDE_HEAD_TILE)
-    if implementation.name not in OF_A_GPU:
-        return own
-    return dataclasses.replace(own, own_tiles=GPU_TILES, computes_padding=True, in_one=True, skips=False)
+    how: Any = dict(own_tiles=TPU_TILES)
+    if implementation.name in OF_A_GPU:
+        how = dict(own_tiles=GPU_TILES, computes_padding=True, skips=False)
+    return Kernels(implementation.name, products, attention, draw, head_tile=WIDE_HEAD_TILE, in_one=True, **how)
 
 
 @functools.cache
