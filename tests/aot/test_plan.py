@@ -31,12 +31,7 @@ ENGINE = EngineConfig(max_num_seqs=128, max_model_len=512, max_num_batched_token
 DEGREE = 4
 
 
-@pytest.mark.parametrize(
-    "target",
-    [pytest.param("v6e", marks=pytest.mark.long), "h100"],  # a TPU's compiler takes minutes for each of six programs
-    indirect=True,
-    ids=machines.NAMES.get,
-)
+@pytest.mark.parametrize("target", ["v6e", "h100"], indirect=True, ids=machines.NAMES.get)
 def test_a_plan_is_that_of_the_whole_model(target):
     plan = desk_plan(MODEL, ENGINE, TARGETS[target], DEGREE, num_replicas=1)
     engine = dataclasses.replace(ENGINE, num_pages=whole_context(ENGINE))
