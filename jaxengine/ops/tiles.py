@@ -32,6 +32,9 @@ TILES = {
 WIDE = Tile(QUERY_BLOCK, 8)  # of whole sequences (device/trunk.py)
 
 
+CAPACITY = 2**30  # query blocks, more than any step can carry: a tile of the whole step
+
+
 @dataclasses.dataclass(frozen=True)
 class OwnTiles:
     """An implementation's own tiles, in query blocks, narrowest first; where it has none, they are TILES."""
@@ -54,8 +57,9 @@ class OwnTiles:
         return tuple(Tile(1 if kind == "decode" else QUERY_BLOCK, blocks) for blocks in within)
 
 
-# A TPU's matrix unit takes 128 rows in the time of a few, and each tile reads the weights again.
-TPU_TILES = OwnTiles(decode=(BASE.blocks, 128, 256, 512))
+# A TPU's layers run over the rows that are live, whatever the tile: a prefill step has one. Decoding's are those of the
+# head and the draw, which compute all rows of a tile; its matrix unit takes 128 in the time of a few.
+TPU_TILES = OwnTiles(decode=(BASE.blocks, 128, 256, 512), prefill=(CAPACITY,))
 
 # A GPU's are sizes of arrays (`Kernels.computes_padding`). A product takes 16, 64 or 128 rows at a time, whatever there
 # are (pallas_kernels/chain_gpu/sizes.py), and reads the weights for each 128.

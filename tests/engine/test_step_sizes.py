@@ -55,7 +55,7 @@ def test_the_widest_holds_capacity(kind, capacity, expected):
 )
 def test_tiles_of_a_loop_divide_capacity(capacity, expected):
     assert sizes("decode", capacity, TPU_TILES) == expected
-    assert sizes("prefill", 32, TPU_TILES) == []
+    assert sizes("prefill", capacity, TPU_TILES) == [capacity]
 
 
 class Proving(StepVariants):
