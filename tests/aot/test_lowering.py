@@ -24,6 +24,7 @@ from jaxengine.ops.tiles import ROW_UNIT, Tile
 from pallas_kernels.cases.draw import DrawCase
 from pallas_kernels.cases.grouped_matmul import GroupedCase
 from pallas_kernels.cases.matmul import MatmulCase
+from pallas_kernels.chain import chain_of
 from pallas_kernels.draw import draw_and_score
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.matmul import matmul
@@ -172,6 +173,26 @@ def assert_pinned(program: GpuProgram) -> None:
 def assert_float_operations(compiled: Compiled) -> None:
     """Beside a GPU's kernels XLA divides logits by temperatures and makes uniforms of random bits, nothing else."""
     assert sorted(operation.source.rpartition("/")[2] for operation in compiled.float_operations) == ["div", "sub"]
+
+
+@pytest.mark.parametrize("rows, width, outputs, leaves", [(8, 1024, 32_000, 1), (24, 200, 96, 2), (100, 72, 40, 4)])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_chain(rows, width, outputs, leaves, dtype, mesh, kernels, report):
+    """Its products and what stands between them, of few rows and of widths that fill no tile."""
+    chain = chain_of(kernels)
+    x, norm, count = (
+        jax.ShapeDtypeStruct(*of) for of in (((rows, width), "float32"), ((width,), dtype), ((), "int32"))
+    )
+    w = jax.ShapeDtypeStruct((leaves, outputs, width), dtype)
+
+    def run(x, norm, w, count):
+        stream, (y, *_) = chain.settle(x, None, norm, norm, 1e-6, w.dtype, live=count)
+        _, parts = chain.settle(x, None, None, norm, 1e-6, w.dtype, 3 if dtype == "bfloat16" else 1)
+        sums = chain.summed(jnp.tile(y, leaves), w, count)
+        others = chain.outputs(y, w[0], count), chain.gated(y, w, count), chain.finished(parts, w[0])
+        return chain.total(jnp.zeros(sums.shape[2:]), sums, None), stream, others
+
+    assert len(report(compile_ahead(mesh, jax.jit(run), x, norm, w, count)).calls) >= 7
 
 
 @STEP_TARGETS
