@@ -193,7 +193,7 @@ def test_chain(rows, width, outputs, leaves, dtype, mesh, kernels, report):
 
     compiled = report(compile_ahead(mesh, jax.jit(run), x, norm, w, count))
     assert len(compiled.calls) >= 6  # of one leaf a GPU's first two products are one
-    if compiled.gpu is not None:
+    if compiled.gpu is not None and dtype == "bfloat16":  # a dot of float32 is multiplications that are added at once
         assert_pinned(compiled.gpu)
 
 
