@@ -85,11 +85,11 @@ def _places(blocks: PagedBlocks, page_size: int, height: int) -> _Places:
     slots, starts, counts = (jnp.pad(x, (0, ceil_to(size, AT_ONCE) - size)) for x in blocks[1:4])
     tiles = jax.lax.div(starts, height)
     columns = jnp.minimum(jax.lax.div(starts, page_size), blocks.tables.shape[1] - 1)
-    ids = jnp.where(counts > 0, slots * (blocks.tables.shape[1] * page_size) + tiles, -1 - jnp.arange(slots.shape[0]))
+    pages, cells = blocks.tables[slots, columns], jax.lax.rem(tiles * height, page_size)
+    ids = jnp.where(counts > 0, pages * page_size + cells, -1 - jnp.arange(slots.shape[0]))  # of memory tiles
     steps = ids.reshape(-1, AT_ONCE)
     is_before = jnp.arange(AT_ONCE) < jnp.arange(AT_ONCE)[:, None]
     turns = ((steps[:, None] == steps[:, :, None]) & is_before).sum(-1, dtype=jnp.int32)
-    pages, cells = blocks.tables[slots, columns], jax.lax.rem(tiles * height, page_size)
     return _Places(pages, cells, jax.lax.rem(starts, height), counts, turns.reshape(-1), turns.max(-1))
 
 
@@ -144,11 +144,10 @@ def _kernel(*refs: Any, r: int) -> None:
                     column = (side.first + head) * h
                     first = e * r + t * height
                     new = rows[first : first + min(r, height), column : column + h]
-                    new = (
-                        jnp.concatenate([new] * (height // new.shape[0]))
-                        if r > 1
-                        else jnp.broadcast_to(new, is_new.shape)
-                    )
+                    if r == 1:
+                        new = jnp.broadcast_to(new, is_new.shape)
+                    else:  # fewer rows than a tile's are repeated: one of them is in every place that they may take
+                        new = jnp.concatenate([new] * (height // new.shape[0]))
                     at = e * tiles + t, head
                     side.buffer[at] = jnp.where(is_new, new, side.buffer[at])
 
