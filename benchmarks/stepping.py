@@ -3,7 +3,7 @@
 import jax
 
 from jaxengine import LLM
-from jaxengine.command.bench import exact_lengths
+from jaxengine.command.ours import exact_lengths
 from jaxengine.command.workloads import Prompts
 
 

@@ -43,8 +43,8 @@ def measured(systems: Callable[[], tuple[list[System], str]], workload: Workload
         yield {
             "system": result.system,
             "tokens/s": result.median,
-            "from": min(result.rates),
-            "to": max(result.rates),
+            "from": min(result.values),
+            "to": max(result.values),
             "compiled": result.compilations,
             "jaxengine is, times": results[0].median / result.median,
             "note": note,

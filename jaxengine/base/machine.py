@@ -1,4 +1,4 @@
-"""The machine underneath: its processor, what XLA was told about code for it, and the host's free memory."""
+"""The machine underneath: its processor, what XLA was told about code for it, and the host's memory, free and used."""
 
 import importlib.metadata
 import os
@@ -131,6 +131,15 @@ def free_memory() -> int:
     kilobytes = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
     unused = 1024 * kilobytes[0] if kilobytes else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     return max(0, min([unused, *_left_to_groups()]))
+
+
+def peak_memory(pid: int) -> int | None:
+    """The most bytes that a process has had in memory since its program began; None where the machine is not Linux.
+
+    Not resource.getrusage, whose mark a process inherits from the one that started it.
+    """
+    lines = (_read(PROC / str(pid) / "status") or "").splitlines()
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), None)
 
 
 def _left_to_groups() -> Iterator[int]:

@@ -14,7 +14,7 @@ import math
 import os
 import platform
 import statistics
-import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -23,10 +23,10 @@ import jax
 from jaxengine import __version__
 from jaxengine.base.machine import cpu_name
 from jaxengine.command.bench_models import ENGINE, SHAPES, open_model, write_config
+from jaxengine.command.ours import Ours
 from jaxengine.command.peer import Peer
-from jaxengine.command.workloads import Decode, Group, Prompts, System, Workload
+from jaxengine.command.workloads import RATE, Decode, Group, System, Workload
 from jaxengine.llm import LLM
-from jaxengine.sampling_params import SamplingParams
 
 __all__ = [
     "ENGINE",
@@ -46,47 +46,25 @@ __all__ = [
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
-class Ours:
-    """An LLM as a system."""
-
-    name, workloads = "jaxengine", ("decode", "group")
-
-    def __init__(self, llm: LLM) -> None:
-        self.llm, self.vocab_size = llm, llm.config.vocab_size
-
-    def warm_up(self) -> None:
-        """Compile every step, however rarely the workloads run it."""
-        self.llm.warm_up()
-
-    def seconds(self, prompts: Prompts, lengths: list[int], logprobs: bool) -> float:
-        """Seconds of one call. The logprobs of the sampled tokens are computed with or without `logprobs`."""
-        params = exact_lengths(lengths)
-        start = time.perf_counter()
-        outputs = self.llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
-        spent = time.perf_counter() - start
-        drawn = [len(output.outputs[0].token_ids) for output in outputs]
-        if drawn != lengths:
-            raise ValueError(f"the workload asks for {lengths} tokens and got {drawn}: raise max_model_len")
-        return spent
-
-
-def exact_lengths(lengths: list[int]) -> list[SamplingParams]:
-    """Parameters of samples with so many tokens each, neither more nor fewer, and no text."""
-    return [SamplingParams(max_tokens=n, min_tokens=n, ignore_eos=True, detokenize=False) for n in lengths]
-
-
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """Tokens per second of each repeat, and how many functions were compiled while the clock ran (None if unknown)."""
+    """A figure of each repeat, and how many functions were compiled while the clock ran (None if unknown).
+
+    `settings` are the workload's. `peak_memory` is the most bytes that the system's process has had in memory from its
+    start to the workload's end (None if the machine does not tell).
+    """
 
     workload: str
+    settings: dict[str, Any]
     system: str
-    rates: list[float]
+    figure: str
+    values: list[float]
     compilations: int | None
+    peak_memory: int | None
 
     @property
     def median(self) -> float:
-        return statistics.median(self.rates) if all(map(math.isfinite, self.rates)) else math.nan
+        return statistics.median(self.values) if all(map(math.isfinite, self.values)) else math.nan
 
 
 @contextlib.contextmanager
@@ -125,7 +103,7 @@ def measure(
         system.warm_up()
     for workload in workloads:
         able = [system for system in systems if workload.kind in system.workloads]
-        rates: list[list[float]] = [[] for _ in able]
+        found = [defaultdict[str, list[float]](list) for _ in able]
         compiled = [0 for _ in able]
         for system in able:
             report(f"warming up {workload} on {system.name} …")
@@ -133,12 +111,26 @@ def measure(
         for repeat in range(repeats):
             for index, system in enumerate(able):
                 with compilations() as names:
-                    rates[index].append(workload.rate(system, repeat))
-                report(f"{workload} on {system.name}, run {repeat + 1} of {repeats}: {rates[index][-1]:.1f} tok/s")
+                    figures = workload.figures(system, repeat)
+                shown = ", ".join(f"{value:.2f} {figure}" for figure, value in figures.items())
+                report(f"{workload} on {system.name}, run {repeat + 1} of {repeats}: {shown}")
+                for figure, value in figures.items():
+                    found[index][figure].append(value)
                 compiled[index] += len(names)
+        settings = {"kind": workload.kind} | dataclasses.asdict(workload)
+        peaks = [system.peak_memory() for system in able]
         results += [
-            Result(str(workload), system.name, own, count if isinstance(system, Ours) else None)
-            for system, own, count in zip(able, rates, compiled, strict=True)
+            Result(
+                str(workload),
+                settings,
+                system.name,
+                figure,
+                own[figure],
+                count if isinstance(system, Ours) else None,
+                peak,
+            )
+            for figure in (found[0] if found else ())
+            for system, own, count, peak in zip(able, found, compiled, peaks, strict=True)
         ]
     return results
 
@@ -160,17 +152,24 @@ def machine() -> dict[str, Any]:
 
 
 def table(results: Sequence[Result]) -> str:
-    """Lines of text: tokens per second, and the ratio of the first system of each workload to each other one."""
-    first: dict[str, Result] = {}
-    lines = [f"{'workload':<16}{'system':<16}{'tok/s':>10}  {'(min - max)':<22}{'compiled':>8}  jaxengine is"]
+    """Lines of text: each figure, and the ratio of the first system of each workload to each other one."""
+    first: dict[tuple[str, str], Result] = {}
+    names = f"{'workload':<16}{'system':<14}{'median':>9} {'of':<22}{'(min - max)':<20}"
+    lines = [f"{names}{'compiled':>8}{'peak MB':>9}  jaxengine is"]
     for result in results:
-        base = first.setdefault(result.workload, result)
-        ratio = "" if base is result else f"{base.median / result.median:.2f} times as fast"
+        base = first.setdefault((result.workload, result.figure), result)
         compiled = "" if result.compilations is None else result.compilations
-        between = f"({min(result.rates):.1f} - {max(result.rates):.1f})"
-        head = f"{result.workload:<16}{result.system:<16}{result.median:>10.1f}"
-        lines.append(f"{head}  {between:<22}{compiled:>8}  {ratio}".rstrip())
+        peak = "" if result.peak_memory is None else f"{result.peak_memory / 1e6:.0f}"
+        between = f"({min(result.values):.2f} - {max(result.values):.2f})"
+        head = f"{result.workload:<16}{result.system:<14}{result.median:>9.2f} {result.figure:<22}{between:<20}"
+        lines.append(f"{head}{compiled:>8}{peak:>9}  {'' if base is result else _ratio(base, result)}".rstrip())
     return "\n".join(lines)
+
+
+def _ratio(base: Result, other: Result) -> str:
+    if base.figure == RATE:
+        return f"{base.median / other.median:.2f} times as fast"
+    return f"{base.median / other.median:.2f} times as long"
 
 
 def record(
@@ -191,8 +190,8 @@ def record(
 
 
 def _to_json(result: Result) -> dict[str, Any]:
-    return dataclasses.asdict(result) | {"rates": [*map(_number, result.rates)], "median": _number(result.median)}
+    return dataclasses.asdict(result) | {"values": [*map(_number, result.values)], "median": _number(result.median)}
 
 
-def _number(rate: float) -> float | None:
-    return rate if math.isfinite(rate) else None
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from jaxengine.base.machine import peak_memory
 from jaxengine.command.workloads import PEERS, Prompts
 
 
@@ -44,6 +45,9 @@ class Peer:
             self._process.stdin.write(json.dumps({"prompts": prompts, "lengths": lengths, "logprobs": logprobs}) + "\n")
             self._process.stdin.flush()
         return self._answer()["seconds"]
+
+    def peak_memory(self) -> int | None:
+        return peak_memory(self._process.pid)
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None

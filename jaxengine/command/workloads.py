@@ -7,13 +7,14 @@ from typing import Protocol
 
 PEERS = {"transformers": "peer_transformers.py", "vllm": "peer_vllm.py"}  # other systems: scripts in benchmarks/peers/
 Prompts = list[list[int]]
+RATE = "tok/s"  # the figure of which more is better; all others are seconds
 
 
 class System(Protocol):
     """What can be measured: `seconds` completes prompts with exactly so many tokens each, at temperature 1, and tells
     the wall time.
 
-    `workloads` are the kinds that it is able to do.
+    `workloads` are the kinds that it is able to do, `peak_memory` is in bytes of its process.
     """
 
     name: str
@@ -22,6 +23,7 @@ class System(Protocol):
 
     def warm_up(self) -> None: ...
     def seconds(self, prompts: Prompts, lengths: list[int], logprobs: bool) -> float: ...
+    def peak_memory(self) -> int | None: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Decode:
         rng = random.Random(f"{self} {count} {repeat}")
         return random_prompts(rng, self.batch, self.prompt_tokens, vocab_size), [count] * self.batch
 
-    def rate(self, system: System, repeat: int) -> float:
+    def figures(self, system: System, repeat: int) -> dict[str, float]:
         """Tokens per second of a run whose prompts no other run has."""
         first, all_tokens = (
             system.seconds(*self.requests(repeat, system.vocab_size, count), logprobs=False)
@@ -65,8 +67,8 @@ class Decode:
         )
         spent = all_tokens - first
         if spent <= 0:  # the machine is too noisy for so little work
-            return math.nan
-        return self.batch * (self.new_tokens - 1) / spent
+            return {RATE: math.nan}
+        return {RATE: self.batch * (self.new_tokens - 1) / spent}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +91,7 @@ class Group:
 
     def warm_up(self, system: System) -> None:
         """One run without counting."""
-        self.rate(system, -1)
+        self.figures(system, -1)
 
     def requests(self, repeat: int, vocab_size: int) -> tuple[Prompts, list[int]]:
         """(prompts, new tokens of each) of a run."""
@@ -98,10 +100,10 @@ class Group:
         prompts = [prompt for prompt in drawn for _ in range(self.samples)]
         return prompts, [rng.randint(self.shortest, self.longest) for _ in prompts]
 
-    def rate(self, system: System, repeat: int) -> float:
+    def figures(self, system: System, repeat: int) -> dict[str, float]:
         """Tokens per second of a run whose prompts no other run has."""
         prompts, lengths = self.requests(repeat, system.vocab_size)
-        return sum(lengths) / system.seconds(prompts, lengths, logprobs=True)
+        return {RATE: sum(lengths) / system.seconds(prompts, lengths, logprobs=True)}
 
 
 Workload = Decode | Group

@@ -1,4 +1,7 @@
-"""What the contract and the pool's size are read from: processor, compiler flags, free memory."""
+"""What the contract and the pool's size are read from: processor, compiler flags, memory."""
+
+import subprocess
+import sys
 
 import pytest
 
@@ -77,3 +80,16 @@ def test_free_memory_is_what_the_host_and_each_control_group_leave(limits, free,
         ):
             (folder / f"memory.{name}").write_text(f"{value}\n")
     assert machine.free_memory() == free * unit
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux alone tells")
+@pytest.mark.parametrize("taken", [0, 200_000_000])
+def test_a_peak_is_the_processs_own_and_stays(taken):
+    """Its parent's counts in resource.getrusage; this one is larger than a bare interpreter."""
+    code = f"x = b'x' * {taken}; del x; print('ready', flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        child.stdout.readline()
+        peak = machine.peak_memory(child.pid)
+        child.communicate(b"\n")
+    assert taken + 1_000_000 < peak < taken + 50_000_000
+    assert machine.peak_memory(child.pid) is None

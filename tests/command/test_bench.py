@@ -53,10 +53,13 @@ class Clock:
         self.wants_logprobs = logprobs
         return 1.0 + 0.1 * sum(lengths)
 
+    def peak_memory(self) -> int:
+        return 2_345_600_000
+
 
 def test_decode_is_measured_beyond_the_first_token():
     clock = Clock()
-    assert bench.Decode(4, prompt_tokens=10, new_tokens=5).rate(clock, 0) == pytest.approx(10.0)
+    assert bench.Decode(4, prompt_tokens=10, new_tokens=5).figures(clock, 0) == {"tok/s": pytest.approx(10.0)}
     sizes = [(len(prompts), len(prompts[0]), lengths) for prompts, lengths in clock.calls]
     assert sizes == [(4, 10, [1] * 4), (4, 10, [5] * 4)]
     workloads = bench.Decode(8), bench.Decode(64), bench.Decode(64, new_tokens=3)
@@ -65,7 +68,7 @@ def test_decode_is_measured_beyond_the_first_token():
 
 def test_a_group_repeats_its_prompts_and_draws_lengths():
     clock = Clock()
-    rate = bench.Group(3, 4, prompt_tokens=10, shortest=2, longest=9).rate(clock, 0)
+    rate = bench.Group(3, 4, prompt_tokens=10, shortest=2, longest=9).figures(clock, 0)["tok/s"]
     ((prompts, lengths),) = clock.calls
     assert len({tuple(prompt) for prompt in prompts}) == 3 and prompts[0] == prompts[3] != prompts[4]
     assert len(lengths) == 12 and set(lengths) <= set(range(2, 10)) and len(set(lengths)) > 1
@@ -78,7 +81,10 @@ def test_no_prompt_comes_twice_and_systems_get_the_same():
     assert first.calls == second.calls and [result.system for result in results] == ["clock"] * 4
     drawn = [prompt for prompts, _ in first.calls for prompt in dict.fromkeys(map(tuple, prompts))]
     assert len(drawn) == len(set(drawn)) == 2 * (1 + 2 * 2) + 2 * 3
-    assert [len(result.rates) for result in results] == [2] * 4 and "1.00 times as fast" in bench.table(results)
+    assert [len(result.values) for result in results] == [2] * 4 and "1.00 times as fast" in bench.table(results)
+    assert [result.peak_memory for result in results] == [2_345_600_000] * 4 and " 2346 " in bench.table(results)
+    assert [result.settings["kind"] for result in results] == ["decode"] * 2 + ["group"] * 2
+    assert results[0].settings["prompt_tokens"] == 20
 
 
 def test_compilations_are_counted():
@@ -94,10 +100,11 @@ def test_compilations_are_counted():
 def test_nothing_is_compiled_while_the_clock_runs(llm):
     workloads = [bench.Decode(1, 20, 3), bench.Decode(4, 20, 3), bench.Group(2, 3, 40, 2, 5)]
     results = bench.measure([bench.Ours(llm)], workloads, repeats=2)
-    assert [(result.compilations, len(result.rates)) for result in results] == [(0, 2)] * 3
+    assert [(result.compilations, len(result.values)) for result in results] == [(0, 2)] * 3
     record = json.loads(json.dumps(bench.record(llm, "tiny", bench.machine(), results, {}), allow_nan=False))
     assert record["engine"]["max_num_seqs"] == 2 and len(record["results"]) == 3
     assert record["machine"]["jax"] == jax.__version__
+    assert all(result["peak_memory"] > 50e6 for result in record["results"])
 
 
 def test_too_small_a_context_is_refused(llm):
@@ -134,9 +141,12 @@ def test_the_command_prints_and_writes(folder, llm, monkeypatch, tmp_path, capsy
     assert main.main(["bench", "--model", folder, *words]) == 0
     captured, written = capsys.readouterr(), json.loads(file.read_text())
     assert "decode B=2      jaxengine" in captured.out and f"jax {jax.__version__}" in captured.out
+    assert "peak MB" in captured.out
     assert [result["workload"] for result in written["results"]] == ["decode B=2"] * 2
     assert [result["system"] for result in written["results"]] == ["jaxengine", "stand-in"]
     assert written["peers"] == {"stand-in": {"stand-in": "1"}}
+    ours, theirs = (result["peak_memory"] for result in written["results"])
+    assert ours > theirs > 1e6  # the stand-in is a bare interpreter
 
 
 def test_a_shape_is_a_model(monkeypatch):
