@@ -32,7 +32,8 @@ def open_systems(python: str, tiny: bool) -> tuple[list[System], str]:
         return [bench.Ours(llm)], f"transformers is not there: {reason}"
     with tempfile.TemporaryDirectory() as folder:  # read before the peer says hello
         bench.write_config(Path(folder), llm.config)
-        peer = bench.Peer("transformers", python, folder, llm.config.dtype, llm.config.vocab_size)
+        context = llm.engine_config.max_model_len
+        peer = bench.Peer("transformers", python, folder, llm.config.dtype, llm.config.vocab_size, context)
     return [bench.Ours(llm), peer], ""
 
 

@@ -4,8 +4,13 @@ hello   {"workloads": ["decode"], "versions": {"transformers": "5.23.0"}}
 task    {"prompts": [[token id, …], …], "lengths": [new tokens of each prompt, …],
          "logprobs": of the sampled tokens, or not}
 answer  {"seconds": wall time of the whole call}
+
+The workload first-token sends one more prompt, for one token, once each of the others has `before` tokens:
+task    {"prompts": …, "lengths": …, "late": [token id, …], "before": tokens}
+answer  {"times": [[when each token came, in seconds from the sending of `late`, …] of each prompt and last of `late`]}
 """
 
+import argparse
 import json
 import os
 import sys
@@ -14,14 +19,27 @@ from collections.abc import Callable
 Prompts = list[list[int]]
 
 
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser with what the bench says to every peer."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder")
+    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--max-model-len", type=int, default=2048, help="tokens of a request that there is room for")
+    return parser
+
+
 def serve(
-    workloads: list[str], versions: dict[str, str], seconds: Callable[..., float], answers: Callable[[dict], None]
+    workloads: list[str],
+    versions: dict[str, str],
+    answers: Callable[[dict], None],
+    seconds: Callable[..., float],
+    token_times: Callable[..., list[list[float]]] | None = None,
 ) -> None:
     """Answer tasks until standard input ends."""
     answers({"workloads": workloads, "versions": versions})
     for line in sys.stdin:
         task = json.loads(line)
-        answers({"seconds": seconds(**task)})
+        answers({"times": token_times(**task)} if "late" in task else {"seconds": seconds(**task)})
 
 
 def own_stdout() -> Callable[[dict], None]:

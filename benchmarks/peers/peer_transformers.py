@@ -4,7 +4,6 @@ FOLDER holds a model, or config.json alone: then the weights are random, normal 
 it runs the decode workload by itself and prints a line of JSON a batch; without, it answers tasks (peer_lines.py).
 """
 
-import argparse
 import functools
 import pathlib
 import random
@@ -60,9 +59,7 @@ def decode_rate(model: torch.nn.Module, batch: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder")
-    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
+    parser = peer_lines.parser(__doc__)  # the room is as large as each task wants it
     parser.add_argument("--batch", type=int, nargs="+", help="run the decode workload at these batch sizes")
     arguments = parser.parse_args()
     write = peer_lines.own_stdout()
@@ -74,7 +71,7 @@ def main() -> None:
         "threads": str(torch.get_num_threads()),
     }
     if not arguments.batch:
-        peer_lines.serve(["decode"], versions, functools.partial(seconds, model), write)
+        peer_lines.serve(["decode"], versions, write, functools.partial(seconds, model))
     for batch in arguments.batch or ():
         rate = round(decode_rate(model, batch), 1)
         write({"workload": f"decode B={batch}", "tokens_per_second": rate, "versions": versions})

@@ -1,4 +1,4 @@
-"""Throughput: the decode and group workloads, on this engine and on a peer that runs in its own interpreter, in turns.
+"""Throughput and a first token's time: workloads on this engine and on a peer in its own interpreter, in turns.
 
 In a notebook:
 
@@ -22,16 +22,17 @@ import jax
 
 from jaxengine import __version__
 from jaxengine.base.machine import cpu_name
-from jaxengine.command.bench_models import ENGINE, SHAPES, open_model, write_config
+from jaxengine.command.bench_models import ENGINE, SHAPES, open_model, room, write_config
 from jaxengine.command.ours import Ours
 from jaxengine.command.peer import Peer
-from jaxengine.command.workloads import RATE, Decode, Group, System, Workload
+from jaxengine.command.workloads import RATE, Decode, FirstToken, Group, System, Workload
 from jaxengine.llm import LLM
 
 __all__ = [
     "ENGINE",
     "SHAPES",
     "Decode",
+    "FirstToken",
     "Group",
     "Ours",
     "Peer",
@@ -40,6 +41,7 @@ __all__ = [
     "measure",
     "open_model",
     "record",
+    "room",
     "table",
     "write_config",
 ]

@@ -2,13 +2,15 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from checkpoints.model_folder import find_folder
-from jaxengine.config import ModelConfig, RopeConfig
+from jaxengine.command.workloads import Decode, Workload
+from jaxengine.config import EngineConfig, ModelConfig, RopeConfig
 from jaxengine.llm import LLM
 from jaxengine.models import hugging_face, loading, registry
 from jaxengine.models.params import initialise
@@ -36,8 +38,9 @@ QWEN3_8B = dataclasses.replace(
     num_attention_heads=32,
     tie_word_embeddings=False,
 )
+PAGE_SIZE = EngineConfig().page_size
 SHAPES = {"qwen3-0.6b-shape": QWEN3_06B, "qwen3-8b-shape": QWEN3_8B}  # their weights are random, made in place
-ENGINE = dict(max_model_len=2048, max_num_seqs=64, num_pages=1025)  # room for either workload at 64 sequences
+ENGINE = dict(max_model_len=2048, max_num_seqs=64, num_pages=1025)  # room for decode and group at 64 sequences
 
 
 def open_model(
@@ -53,6 +56,18 @@ def open_model(
     config = dataclasses.replace(SHAPES[model], dtype=loading.dtype_name(dtype, SHAPES[model].dtype))
     config = config.with_leaves(reduction_leaves)
     return LLM.from_params(config, initialise(config, jax.random.key(0)), progress=progress, **_room(config) | engine)
+
+
+def room(workloads: Sequence[Workload]) -> dict[str, int]:
+    """What of ENGINE is too little for workloads, as much as they want."""
+    sequences = [workload.batch for workload in workloads if isinstance(workload, Decode)]
+    pages = [workload.tokens // PAGE_SIZE + 1 + ENGINE["max_num_seqs"] for workload in workloads]
+    wanted = {
+        "max_model_len": max(workload.context for workload in workloads),
+        "max_num_seqs": max(sequences, default=0),
+        "num_pages": max(pages),
+    }
+    return {name: size for name, size in wanted.items() if size > ENGINE[name]}
 
 
 def _room(config: ModelConfig) -> dict[str, Any]:

@@ -172,7 +172,9 @@ def run_bench(arguments: argparse.Namespace) -> int:
 
     if arguments.json:
         arguments.json.touch()  # so that a file that cannot be written ends the command now, not after the measuring
-    room = {"max_num_seqs": max(bench.ENGINE["max_num_seqs"], *arguments.batch)}
+    workloads = [*map(bench.Decode, arguments.batch)] if "decode" in arguments.workloads else []
+    workloads += [own() for own in (bench.Group, bench.FirstToken) if own.kind in arguments.workloads]
+    room = bench.room(workloads)
     engine: dict[str, Any] = room | given_fields(arguments, EngineConfig)
     say = functools.partial(print, file=sys.stderr, flush=True) if arguments.progress else bench.say_nothing
     engine["reduction_leaves"] = arguments.reduction_leaves
@@ -180,8 +182,6 @@ def run_bench(arguments: argparse.Namespace) -> int:
     where = bench.machine()
     print(", ".join(f"{name} {value}" for name, value in where.items()))
     print(f"{arguments.model}, {llm.config.dtype}, {llm.engine_config}", flush=True)
-    decode = [bench.Decode(batch) for batch in arguments.batch] if "decode" in arguments.workloads else []
-    workloads = decode + ([bench.Group()] if "group" in arguments.workloads else [])
     with contextlib.ExitStack() as stack:
         peers = [_peer(stack, llm, arguments)] if arguments.peer else []
         for peer in peers:
@@ -220,6 +220,9 @@ def _peer(stack: contextlib.ExitStack, llm: Any, arguments: argparse.Namespace) 
         bench.write_config(folder, llm.config)
     else:
         folder = find_folder(arguments.model)
-    peer = bench.Peer(arguments.peer, arguments.peer_python, str(folder), llm.config.dtype, llm.config.vocab_size)
+    context = llm.engine_config.max_model_len
+    peer = bench.Peer(
+        arguments.peer, arguments.peer_python, str(folder), llm.config.dtype, llm.config.vocab_size, context
+    )
     stack.callback(peer.close)
     return peer

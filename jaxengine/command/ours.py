@@ -1,8 +1,11 @@
 """This engine as a system of the bench."""
 
+import asyncio
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 
+from jaxengine.async_llm import AsyncLLM
 from jaxengine.base.machine import peak_memory
 from jaxengine.command.workloads import Prompts
 from jaxengine.llm import LLM
@@ -12,7 +15,7 @@ from jaxengine.sampling_params import SamplingParams
 class Ours:
     """An LLM as a system."""
 
-    name, workloads = "jaxengine", ("decode", "group")
+    name, workloads = "jaxengine", ("decode", "group", "first-token")
 
     def __init__(self, llm: LLM) -> None:
         self.llm, self.vocab_size = llm, llm.config.vocab_size
@@ -32,6 +35,11 @@ class Ours:
             raise ValueError(f"the workload asks for {lengths} tokens and got {drawn}: raise max_model_len")
         return spent
 
+    def token_times(self, prompts: Prompts, lengths: list[int], late: list[int], before: int) -> list[list[float]]:
+        """When tokens came out of AsyncLLM's streams."""
+        with ThreadPoolExecutor(1) as thread:  # a notebook's own thread has an event loop that runs
+            return thread.submit(asyncio.run, _token_times(self.llm, prompts, lengths, late, before)).result()
+
     def peak_memory(self) -> int | None:
         return peak_memory(os.getpid())
 
@@ -39,3 +47,24 @@ class Ours:
 def exact_lengths(lengths: list[int]) -> list[SamplingParams]:
     """Parameters of samples with so many tokens each, neither more nor fewer, and no text."""
     return [SamplingParams(max_tokens=n, min_tokens=n, ignore_eos=True, detokenize=False) for n in lengths]
+
+
+async def _token_times(
+    llm: LLM, prompts: Prompts, lengths: list[int], late: list[int], before: int
+) -> list[list[float]]:
+    times: list[list[float]] = [[] for _ in range(len(prompts) + 1)]
+    is_time = asyncio.Event()
+
+    async def follow(index: int, prompt: list[int], params: SamplingParams) -> None:
+        async for delta in engine.stream({"prompt_token_ids": prompt}, params):
+            times[index] += [time.perf_counter()] * sum(len(part.token_ids) for part in delta.outputs)
+            if all(len(own) >= before for own in times[:-1]):
+                is_time.set()
+
+    async with AsyncLLM.over(llm) as engine, asyncio.TaskGroup() as group:
+        for index, (prompt, params) in enumerate(zip(prompts, exact_lengths(lengths), strict=True)):
+            group.create_task(follow(index, prompt, params))
+        await is_time.wait()
+        sent = time.perf_counter()
+        group.create_task(follow(len(prompts), late, *exact_lengths([1])))
+    return [[at - sent for at in own] for own in times]

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from jaxengine.command import commands
 from jaxengine.command.options import add_fields, count, token_ids
-from jaxengine.command.workloads import PEERS
+from jaxengine.command.workloads import KINDS, PEERS
 from jaxengine.config import DTYPES, PROFILES, EngineConfig
 from jaxengine.sampling_params import SamplingParams
 
@@ -24,7 +24,7 @@ DEMO = "Sample arithmetic with the model that ships, and draw every sample again
 VERIFY = "Run the contract on this machine with a model: every axis, every bit."
 SERVE = "Serve a model over HTTP, by OpenAI's routes and vLLM's."
 PLAN = "Say what fits on devices that are not here, and how fast it could be: compiled for them, nothing is run."
-BENCH = "Measure tokens per second of the decode and group workloads."
+BENCH = "Measure tokens per second of decoding and of groups, and a first token's time while others are decoded."
 
 
 class _Parser(argparse.ArgumentParser):
@@ -149,9 +149,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch", type=count, nargs="+", default=[1, 8, 32, 64], help="batch sizes of the decode workload"
     )
-    parser.add_argument(
-        "--workloads", nargs="+", choices=["decode", "group"], default=["decode", "group"], help="what to measure"
-    )
+    parser.add_argument("--workloads", nargs="+", choices=KINDS, default=KINDS[:2], help="what to measure")
     parser.add_argument("--repeats", type=count, default=3, help="runs that count; the median is reported")
     parser.add_argument("--peer", choices=sorted(PEERS), help="another engine to measure in turns with this one")
     parser.add_argument(

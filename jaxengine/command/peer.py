@@ -13,7 +13,8 @@ from jaxengine.command.workloads import PEERS, Prompts
 class Peer:
     """Another engine in an interpreter of its own, which answers tasks line by line (benchmarks/README.md)."""
 
-    def __init__(self, name: str, python: str, folder: str, dtype: str, vocab_size: int) -> None:
+    def __init__(self, name: str, python: str, folder: str, dtype: str, vocab_size: int, context: int) -> None:
+        """Room for `context` tokens of a request."""
         script = Path(__file__).parents[2] / "benchmarks" / "peers" / PEERS[name]
         if not script.is_file():
             raise ValueError(
@@ -23,7 +24,7 @@ class Peer:
         self.name, self.vocab_size, self._python = name, vocab_size, python
         # In a session of its own, so that Ctrl-C reaches this process alone, which then ends the peer.
         self._process = subprocess.Popen(
-            [python, str(script), folder, "--dtype", dtype],
+            [python, str(script), folder, "--dtype", dtype, "--max-model-len", str(context)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -40,14 +41,20 @@ class Peer:
         """Nothing beyond the warm-up of each workload."""
 
     def seconds(self, prompts: Prompts, lengths: list[int], logprobs: bool) -> float:
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it has ended; _answer raises
-            self._process.stdin.write(json.dumps({"prompts": prompts, "lengths": lengths, "logprobs": logprobs}) + "\n")
-            self._process.stdin.flush()
-        return self._answer()["seconds"]
+        return self._ask({"prompts": prompts, "lengths": lengths, "logprobs": logprobs})["seconds"]
+
+    def token_times(self, prompts: Prompts, lengths: list[int], late: list[int], before: int) -> list[list[float]]:
+        return self._ask({"prompts": prompts, "lengths": lengths, "late": late, "before": before})["times"]
 
     def peak_memory(self) -> int | None:
         return peak_memory(self._process.pid)
+
+    def _ask(self, task: dict[str, Any]) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it has ended; _answer raises
+            self._process.stdin.write(json.dumps(task) + "\n")
+            self._process.stdin.flush()
+        return self._answer()
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None

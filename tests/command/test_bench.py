@@ -87,6 +87,51 @@ def test_no_prompt_comes_twice_and_systems_get_the_same():
     assert results[0].settings["prompt_tokens"] == 20
 
 
+class Scripted(Clock):
+    """A system whose tokens came at times that are told beforehand."""
+
+    def __init__(self, times: list[list[float]]) -> None:
+        self.times = times
+
+    def token_times(self, prompts, lengths, late, before) -> list[list[float]]:
+        self.asked = (prompts, lengths, late, before)
+        return self.times
+
+
+def test_a_first_token_and_what_others_wait_for_it():
+    """A gap that begins before the prompt was sent or ends after its first token counts whole."""
+    workload = bench.FirstToken(decoding=2, prompt_tokens=5, late_tokens=9, new_tokens=7, before=3)
+    system = Scripted([[-9.0, -1.0, 0.5, 1.0, 3.5, 9.5], [-1.0, 0.0, 2.0, 4.0, 4.5], [3.0]])
+    assert workload.figures(system, 0) == {"s to the first token": 3.0, "s between tokens": 2.5}
+    prompts, lengths, late, before = system.asked
+    assert ([*map(len, prompts)], lengths, len(late), before) == ([5, 5], [7, 7], 9, 3) and workload.context == 12
+    system.times[0] = [-1.5, 1.0, 9.0]
+    assert workload.figures(system, 1)["s between tokens"] == 8.0 and system.asked[2] != late
+    with pytest.raises(ValueError, match="7 new tokens are too few"):
+        workload.figures(Scripted([[0.0, 3.5], [0.0, 2.5], [3.0]]), 0)
+    with pytest.raises(ValueError, match="before between 1 and new_tokens - 1, got 2, 7 and 7"):
+        bench.FirstToken(decoding=2, new_tokens=7, before=7)
+
+
+def test_room_is_what_the_workloads_want():
+    assert bench.room([bench.Decode(64), bench.Group()]) == {}
+    assert bench.room([bench.Decode(8), bench.FirstToken(new_tokens=64)]) == {"max_model_len": 4097}
+    assert bench.room([bench.Decode(100)]) == {"max_num_seqs": 100}
+    assert bench.room([bench.Decode(16, 4096)]) == {"max_model_len": 4128, "num_pages": 16 * 4128 // 32 + 65}
+
+
+def test_a_prompt_that_arrives_late_gets_its_token_while_others_are_decoded(llm):
+    workload = bench.FirstToken(decoding=1, prompt_tokens=20, late_tokens=200, new_tokens=12, before=3)
+    results = bench.measure([bench.Ours(llm)], [workload], repeats=2)
+    assert [(result.figure, result.compilations) for result in results] == [
+        ("s to the first token", 0),
+        ("s between tokens", 0),
+    ]
+    (own, late) = bench.Ours(llm).token_times([[1] * 20], [12], [2] * 200, 3)
+    assert own == sorted(own) and len(own) == 12 and len(late) == 1
+    assert own[2] <= 0 < late[0] and sum(time <= 0 for time in own) < 12 - 200 // 64
+
+
 def test_compilations_are_counted():
     with bench.compilations() as names:
         jax.jit(lambda x: x * 3 + 1)(2.0)
@@ -118,7 +163,10 @@ sys.path.insert(0, {scripts!r})
 import peer_lines
 write = peer_lines.own_stdout()
 print("noise that must not reach the answers", flush=True)
-peer_lines.serve(["decode"], {{"stand-in": "1"}}, lambda prompts, lengths, logprobs: {seconds}, write)
+def token_times(prompts, lengths, late, before):
+    return [[token - before + 1 for token in range(length)] for length in lengths] + [[len(late) / 10]]
+workloads = ["decode", "first-token"]
+peer_lines.serve(workloads, {{"stand-in": "1"}}, write, lambda prompts, lengths, logprobs: {seconds}, token_times)
 """
 
 
@@ -130,7 +178,7 @@ def name_stand_in(monkeypatch, tmp_path, seconds: str) -> None:
 
 def stand_in(monkeypatch, tmp_path, seconds: str) -> bench.Peer:
     name_stand_in(monkeypatch, tmp_path, seconds)
-    return bench.Peer("stand-in", sys.executable, "folder", "float32", 50)
+    return bench.Peer("stand-in", sys.executable, "folder", "float32", 50, 64)
 
 
 def test_the_command_prints_and_writes(folder, llm, monkeypatch, tmp_path, capsys):
@@ -162,10 +210,12 @@ def test_a_shape_is_a_model(monkeypatch):
 def test_a_peer_answers_line_by_line(monkeypatch, tmp_path, capfd):
     peer = stand_in(monkeypatch, tmp_path, "1.0 + 0.1 * sum(lengths)")
     try:
-        results = bench.measure([peer], [bench.Decode(4, 10, 5), bench.Group()], repeats=1)
+        workloads = [bench.Decode(4, 10, 5), bench.Group(), bench.FirstToken(2, 10, 30, new_tokens=9, before=3)]
+        results = bench.measure([peer], workloads, repeats=1)
     finally:
         peer.close()
-    (result,) = results
+    result, first, gap = results
+    assert (first.median, gap.median, first.peak_memory) == (3.0, 1.0, gap.peak_memory)
     assert (result.workload, result.system, result.compilations) == ("decode B=4", "stand-in", None)
     assert result.median == pytest.approx(10.0) and peer.versions == {"stand-in": "1"}
     assert "noise" in capfd.readouterr().err
@@ -205,12 +255,14 @@ def test_the_script_of_an_installed_peer_measures(name, has_weights, folder, tmp
     if subprocess.run([python, "-c", finds]).returncode:
         pytest.skip(f"{python} has no {name} with torch: name an interpreter that has, with --peer-python")
     bench.write_config(tmp_path, random_model(num_hidden_layers=1)[0])
-    peer = bench.Peer(name, python, folder if has_weights else str(tmp_path), "float32", 1000)
+    peer = bench.Peer(name, python, folder if has_weights else str(tmp_path), "float32", 1000, 256)
     try:
-        results = bench.measure([peer], [bench.Decode(2, 10, 5), bench.Group(2, 2, 20, 2, 4)], repeats=1)
+        late = bench.FirstToken(2, 10, 100, new_tokens=20, before=3)
+        results = bench.measure([peer], [bench.Decode(2, 10, 5), bench.Group(2, 2, 20, 2, 4), late], repeats=1)
     finally:
         peer.close()
-    assert [result.workload.split()[0] for result in results] == list(peer.workloads) and name in peer.versions
+    measured = dict.fromkeys(result.workload.split()[0] for result in results)
+    assert list(measured) == list(peer.workloads) and name in peer.versions
 
 
 @pytest.mark.reference
