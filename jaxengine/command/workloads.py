@@ -6,7 +6,11 @@ import math
 import random
 from typing import Protocol
 
-PEERS = {"transformers": "peer_transformers.py", "vllm": "peer_vllm.py"}  # other systems: scripts in benchmarks/peers/
+PEERS = {  # other systems: scripts in benchmarks/peers/
+    "llama_cpp": "peer_llama_cpp.py",
+    "transformers": "peer_transformers.py",
+    "vllm": "peer_vllm.py",
+}
 Prompts = list[list[int]]
 KINDS = ["decode", "group", "first-token"]
 RATE = "tok/s"  # the figure of which more is better; all others are seconds

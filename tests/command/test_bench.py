@@ -13,7 +13,7 @@ import jax
 import pytest
 from conftest import FEW_TILES, random_model
 
-from jaxengine import LLM
+from jaxengine import LLM, SamplingParams
 from jaxengine.command import bench, main
 from jaxengine.command.workloads import PEERS
 from jaxengine.engine import step_variants
@@ -251,9 +251,10 @@ def test_no_peer_script_shadows_a_package():
 def test_the_script_of_an_installed_peer_measures(name, has_weights, folder, tmp_path, pytestconfig):
     """On a folder with weights, and on config.json alone, for which the peer makes them."""
     python = pytestconfig.getoption("peer_python")
-    finds = f"import importlib.util, sys; sys.exit(not all(map(importlib.util.find_spec, ['torch', {name!r}])))"
+    needed = [name, "gguf" if name == "llama_cpp" else "torch"]
+    finds = f"import importlib.util, sys; sys.exit(not all(map(importlib.util.find_spec, {needed})))"
     if subprocess.run([python, "-c", finds]).returncode:
-        pytest.skip(f"{python} has no {name} with torch: name an interpreter that has, with --peer-python")
+        pytest.skip(f"{python} lacks one of {needed}: name an interpreter that has them, with --peer-python")
     bench.write_config(tmp_path, random_model(num_hidden_layers=1)[0])
     peer = bench.Peer(name, python, folder if has_weights else str(tmp_path), "float32", 1000, 256)
     try:
@@ -263,6 +264,28 @@ def test_the_script_of_an_installed_peer_measures(name, has_weights, folder, tmp
         peer.close()
     measured = dict.fromkeys(result.workload.split()[0] for result in results)
     assert list(measured) == list(peer.workloads) and name in peer.versions
+
+
+@pytest.mark.reference
+def test_llama_cpp_computes_the_same_model(folder, llm, pytestconfig):
+    """Its likeliest tokens, of the file that the peer writes for it, are ours; its cache holds float16."""
+    python = pytestconfig.getoption("peer_python")
+    if subprocess.run([python, "-c", "import gguf, llama_cpp"], capture_output=True).returncode:
+        pytest.skip(f"{python} lacks llama_cpp or gguf: name an interpreter that has them, with --peer-python")
+    prompts = [[(7 * i + 13 * p) % 1000 for i in range(20)] for p in range(8)]
+    code = (
+        "import json, sys, peer_llama_cpp as peer\n"
+        "folder, prompts = json.load(sys.stdin)\n"
+        "context = peer.open_context(peer.open_model(folder, 'float32'), len(prompts), 25)\n"
+        "print(json.dumps(peer.complete(context, prompts, 5, peer.greedy)))"
+    )
+    given = json.dumps([folder, prompts])
+    environment = {"PYTHONPATH": str(PEER_SCRIPTS)}
+    found = subprocess.run([python, "-c", code], input=given, capture_output=True, text=True, env=environment)
+    theirs = json.loads(found.stdout)
+    greedy = SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True, detokenize=False)
+    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], greedy, use_tqdm=False)
+    assert sum(output.outputs[0].token_ids == own for output, own in zip(outputs, theirs, strict=True)) >= 7
 
 
 @pytest.mark.reference
