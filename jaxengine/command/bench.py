@@ -21,7 +21,7 @@ from typing import Any
 import jax
 
 from jaxengine import __version__
-from jaxengine.base.machine import cpu_name
+from jaxengine.base.machine import cpu_name, num_threads
 from jaxengine.command.bench_models import ENGINE, SHAPES, open_model, room, write_config
 from jaxengine.command.ours import Ours
 from jaxengine.command.peer import Peer
@@ -138,12 +138,15 @@ def measure(
 
 
 def machine() -> dict[str, Any]:
-    """Where the figures come from. `load` is the machine's load average of the last minute."""
+    """Where the figures come from. `load` is the machine's load average of the last minute, and
+    `threads` as many as this process computes with.
+    """
     device = jax.devices()[0]
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")}
     return {
         "cpu": cpu_name(),
         "cpus": os.cpu_count(),
+        "threads": num_threads(),
         "load": os.getloadavg()[0],
         "device": device.device_kind,
         "platform": device.platform,
@@ -156,14 +159,14 @@ def machine() -> dict[str, Any]:
 def table(results: Sequence[Result]) -> str:
     """Lines of text: each figure, and the ratio of the first system of each workload to each other one."""
     first: dict[tuple[str, str], Result] = {}
-    names = f"{'workload':<16}{'system':<14}{'median':>9} {'of':<22}{'(min - max)':<20}"
+    names = f"{'workload':<20}{'system':<14}{'median':>9} {'of':<22}{'(min - max)':<20}"
     lines = [f"{names}{'compiled':>8}{'peak MB':>9}  jaxengine is"]
     for result in results:
         base = first.setdefault((result.workload, result.figure), result)
         compiled = "" if result.compilations is None else result.compilations
         peak = "" if result.peak_memory is None else f"{result.peak_memory / 1e6:.0f}"
         between = f"({min(result.values):.2f} - {max(result.values):.2f})"
-        head = f"{result.workload:<16}{result.system:<14}{result.median:>9.2f} {result.figure:<22}{between:<20}"
+        head = f"{result.workload:<20}{result.system:<14}{result.median:>9.2f} {result.figure:<22}{between:<20}"
         lines.append(f"{head}{compiled:>8}{peak:>9}  {'' if base is result else _ratio(base, result)}".rstrip())
     return "\n".join(lines)
 

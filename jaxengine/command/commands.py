@@ -172,8 +172,7 @@ def run_bench(arguments: argparse.Namespace) -> int:
 
     if arguments.json:
         arguments.json.touch()  # so that a file that cannot be written ends the command now, not after the measuring
-    workloads = [*map(bench.Decode, arguments.batch)] if "decode" in arguments.workloads else []
-    workloads += [own() for own in (bench.Group, bench.FirstToken) if own.kind in arguments.workloads]
+    workloads = bench_workloads(arguments)
     room = bench.room(workloads)
     engine: dict[str, Any] = room | given_fields(arguments, EngineConfig)
     say = functools.partial(print, file=sys.stderr, flush=True) if arguments.progress else bench.say_nothing
@@ -193,6 +192,17 @@ def run_bench(arguments: argparse.Namespace) -> int:
         record = bench.record(llm, arguments.model, where, results, versions)
         arguments.json.write_text(json.dumps(record, indent=2) + "\n")
     return 0
+
+
+def bench_workloads(arguments: argparse.Namespace) -> list[Any]:
+    from jaxengine.command import bench
+
+    of_each_kind = {
+        "decode": [bench.Decode(batch, tokens) for tokens in arguments.prompt_tokens for batch in arguments.batch],
+        "group": [bench.Group(prompts, samples) for prompts, samples in arguments.groups],
+        "first-token": [bench.FirstToken()],
+    }
+    return [workload for kind, own in of_each_kind.items() if kind in arguments.workloads for workload in own]
 
 
 def run_plan(arguments: argparse.Namespace) -> int:

@@ -106,3 +106,11 @@ def count(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a number of at least 1, got {text!r}")
     return int(text)
+
+
+def group(text: str) -> tuple[int, int]:
+    """(prompts, samples of each), as in 8x8."""
+    prompts, cross, samples = text.partition("x")
+    if not cross:
+        raise argparse.ArgumentTypeError(f"must be two numbers as in 8x8, got {text!r}")
+    return count(prompts), count(samples)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from jaxengine.command import commands
-from jaxengine.command.options import add_fields, count, token_ids
+from jaxengine.command.options import add_fields, count, group, token_ids
 from jaxengine.command.workloads import KINDS, PEERS
 from jaxengine.config import DTYPES, PROFILES, EngineConfig
 from jaxengine.sampling_params import SamplingParams
@@ -148,6 +148,12 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--batch", type=count, nargs="+", default=[1, 8, 32, 64], help="batch sizes of the decode workload"
+    )
+    parser.add_argument(
+        "--prompt-tokens", type=count, nargs="+", default=[128], help="of each prompt of decode; with every batch size"
+    )
+    parser.add_argument(
+        "--groups", type=group, nargs="+", default=[(8, 8)], metavar="PxS", help="prompts x samples of each of group"
     )
     parser.add_argument("--workloads", nargs="+", choices=KINDS, default=KINDS[:2], help="what to measure")
     parser.add_argument("--repeats", type=count, default=3, help="runs that count; the median is reported")

@@ -54,7 +54,7 @@ class Decode:
             )
 
     def __str__(self) -> str:
-        return f"decode B={self.batch}"
+        return f"decode B={self.batch}" + (f" at {self.prompt_tokens}" if self.prompt_tokens != 128 else "")
 
     @property
     def context(self) -> int:

@@ -14,7 +14,7 @@ import pytest
 from conftest import FEW_TILES, random_model
 
 from jaxengine import LLM, SamplingParams
-from jaxengine.command import bench, main
+from jaxengine.command import bench, commands, main, parser
 from jaxengine.command.workloads import PEERS
 from jaxengine.engine import step_variants
 from jaxengine.models import loading
@@ -113,6 +113,21 @@ def test_a_first_token_and_what_others_wait_for_it():
         bench.FirstToken(decoding=2, new_tokens=7, before=7)
 
 
+def test_sizes_are_given_on_the_command_line():
+    def workloads(*words: str) -> list:
+        return commands.bench_workloads(parser.parser().parse_args(["bench", *words]))
+
+    assert workloads() == [bench.Decode(1), bench.Decode(8), bench.Decode(32), bench.Decode(64), bench.Group()]
+    decode = workloads("--workloads", "decode", "--batch", "2", "3", "--prompt-tokens", "128", "9")
+    assert [*map(str, decode)] == ["decode B=2", "decode B=3", "decode B=2 at 9", "decode B=3 at 9"]
+    assert workloads("--workloads", "group", "first-token", "--groups", "2x3") == [
+        bench.Group(2, 3),
+        bench.FirstToken(),
+    ]
+    with pytest.raises(ValueError, match="must be two numbers as in 8x8, got '8'"):
+        workloads("--groups", "8")
+
+
 def test_room_is_what_the_workloads_want():
     assert bench.room([bench.Decode(64), bench.Group()]) == {}
     assert bench.room([bench.Decode(8), bench.FirstToken(new_tokens=64)]) == {"max_model_len": 4097}
@@ -188,7 +203,7 @@ def test_the_command_prints_and_writes(folder, llm, monkeypatch, tmp_path, capsy
     words = ["--batch", "2", "--workloads", "decode", "--repeats=1", "--peer", "stand-in", f"--json={file}"]
     assert main.main(["bench", "--model", folder, *words]) == 0
     captured, written = capsys.readouterr(), json.loads(file.read_text())
-    assert "decode B=2      jaxengine" in captured.out and f"jax {jax.__version__}" in captured.out
+    assert "decode B=2          jaxengine" in captured.out and f"jax {jax.__version__}" in captured.out
     assert "peak MB" in captured.out
     assert [result["workload"] for result in written["results"]] == ["decode B=2"] * 2
     assert [result["system"] for result in written["results"]] == ["jaxengine", "stand-in"]
@@ -216,7 +231,7 @@ def test_a_peer_answers_line_by_line(monkeypatch, tmp_path, capfd):
         peer.close()
     result, first, gap = results
     assert (first.median, gap.median, first.peak_memory) == (3.0, 1.0, gap.peak_memory)
-    assert (result.workload, result.system, result.compilations) == ("decode B=4", "stand-in", None)
+    assert (result.workload, result.system, result.compilations) == ("decode B=4 at 10", "stand-in", None)
     assert result.median == pytest.approx(10.0) and peer.versions == {"stand-in": "1"}
     assert "noise" in capfd.readouterr().err
 
