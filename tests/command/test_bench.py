@@ -105,6 +105,8 @@ def test_a_first_token_and_what_others_wait_for_it():
     assert workload.figures(system, 0) == {"s to the first token": 3.0, "s between tokens": 2.5}
     prompts, lengths, late, before = system.asked
     assert ([*map(len, prompts)], lengths, len(late), before) == ([5, 5], [7, 7], 9, 3) and workload.context == 12
+    system.times[0] = [-2.9, 0.5, 1.0, 3.5]
+    assert workload.figures(system, 0)["s between tokens"] == 3.4
     system.times[0] = [-1.5, 1.0, 9.0]
     assert workload.figures(system, 1)["s between tokens"] == 8.0 and system.asked[2] != late
     with pytest.raises(ValueError, match="7 new tokens are too few"):
