@@ -1,7 +1,7 @@
 """Draws how tokens per second grow with batch, context, group and cores, from the JSON files of `jaxengine bench`.
 
     jaxengine bench --workloads decode --batch 1 4 8 16 32 64 --peer vllm --peer-python PYTHON --json batch.json
-    jaxengine bench --workloads decode --batch 2 --prompt-tokens 128 1024 4096 --json context.json
+    jaxengine bench --workloads decode --batch 1 --prompt-tokens 128 1024 4096 --json context.json
     jaxengine bench --workloads group --groups 4x1 4x4 4x16 --json group.json
     taskset -c 0 jaxengine bench --workloads decode --batch 8 --json core.json
     python benchmarks/scaling.py batch.json context.json group.json core.json --out benchmarks/results/cpu_scaling.svg
