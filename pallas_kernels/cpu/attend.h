@@ -182,6 +182,8 @@ inline void attend_split(const Pages& pages, const int32_t* table, int64_t head,
     std::memset(softmax[i].sums, 0, pages.value_width * sizeof(float));
   }
   int64_t i = 0;
+  if constexpr (KEYS_AT_ONCE >= 16)
+    for (; i + 8 <= queries.count; i += 8) take_split<8, T>(pages, table, head, queries, i, first, end, softmax + i);
   for (; i + 4 <= queries.count; i += 4) take_split<4, T>(pages, table, head, queries, i, first, end, softmax + i);
   for (; i + 2 <= queries.count; i += 2) take_split<2, T>(pages, table, head, queries, i, first, end, softmax + i);
   if (i < queries.count) take_split<1, T>(pages, table, head, queries, i, first, end, softmax + i);

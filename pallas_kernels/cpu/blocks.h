@@ -74,12 +74,6 @@ __attribute__((always_inline)) inline void turned(const Block<T>& block, int64_t
   for (int n = 0; n < 8; n++) r[n] = a[n];
 }
 
-// 16 words of 16 bits, widened.
-inline Lanes widened(const BF16*, __m256i words) {
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16))};
-}
-inline Lanes widened(const F16*, __m256i words) { return {_mm512_cvtph_ps(words)}; }
-
 // f(i, first, second) for the 16 pairs of a block's inputs: the even and the odd one's weights for output 0, for output 1,
 // to output 7, and of the second eight.
 template <class T, class F>

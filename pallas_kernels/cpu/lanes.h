@@ -104,9 +104,18 @@ inline __m256 widen8(const F16* p) { return _mm256_cvtph_ps(_mm_loadu_si128((con
 inline __m256 widen8(const BF16* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
 }
+inline Lanes widen(const float* p) { return load(p); }
+#ifdef WITH_AVX512
+inline Lanes widened(const BF16*, __m256i words) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16))};
+}
+inline Lanes widened(const F16*, __m256i words) { return {_mm512_cvtph_ps(words)}; }
+template <class T>
+inline Lanes widen(const T* p) { return widened(p, _mm256_loadu_si256((const __m256i*)p)); }
+#else
 template <class T>
 inline Lanes widen(const T* p) { return join(widen8(p), widen8(p + 8)); }
-inline Lanes widen(const float* p) { return load(p); }
+#endif
 
 inline void narrow8(float* p, __m256 a) { _mm256_storeu_ps(p, a); }
 inline void narrow8(F16* p, __m256 a) {
