@@ -16,13 +16,14 @@ from pallas_kernels.chain_gpu import heads as gpu_heads
 from pallas_kernels.chain_gpu import product as gpu_product
 from pallas_kernels.chain_gpu import residual as gpu_residual
 from pallas_kernels.chain_gpu.sizes import chain_sizes, split_of
-from pallas_kernels.chain_tpu import attend as tpu_attend
 from pallas_kernels.chain_tpu import heads as tpu_heads
-from pallas_kernels.chain_tpu import product as tpu_product
 from pallas_kernels.chain_tpu import residual as tpu_residual
 from pallas_kernels.implementations import OF_A_GPU, Implementation
+from pallas_kernels.matmul_tpu import matmul_tpu, sum_of_leaves_tpu, sum_of_parts_tpu
 from pallas_kernels.packed_heads import Geometry, Projection
-from pallas_kernels.paged_attention_inputs import PagedBlocks
+from pallas_kernels.paged_attention_inputs import PagedBlocks, Pages, Scoring
+from pallas_kernels.paged_attention_tpu import attention_of_scaled
+from pallas_kernels.sizes import matmul_sizes
 from pallas_kernels.sizes_attention import attention_sizes
 
 Sums = Float[Array, "leaf S M N"]
@@ -101,10 +102,10 @@ class GpuChain:
 
 @dataclasses.dataclass(frozen=True)
 class TpuChain:
-    """The same on a TPU."""
+    """The same on a TPU. `interpret` may be the parameters of the interpreter that knows a TPU's memory."""
 
     device: str
-    interpret: bool
+    interpret: Any
 
     def embed(self, table: Float[Array, "V D"], ids: Int[Array, " M"]) -> Float[Array, "M D"]:
         return table[ids].astype(jnp.float32)  # a copy, which XLA does at the memory's speed
@@ -129,20 +130,27 @@ class TpuChain:
     def outputs(
         self, x: Float[Array, "M K"], w: Float[Array, "N K"], live: Int[Array, ""] | None = None
     ) -> Float[Array, "S M N"]:
-        return tpu_product.outputs(x, w, self.device, live, interpret=self.interpret)[None]
+        sizes, dtype = matmul_sizes(self.device, w.dtype, *w.shape), jnp.dtype(jnp.float32)
+        return matmul_tpu(x, w[None, None], None, None, sizes, dtype, live=live, interpret=self.interpret)
 
     def finished(self, x: Float[Array, "P M K"], w: Float[Array, "N K"]) -> Float[Array, "M N"]:
-        return tpu_product.finished(x, w, self.device, interpret=self.interpret)
+        return sum_of_parts_tpu(x, w, matmul_sizes(self.device, w.dtype, *w.shape), interpret=self.interpret)
 
     def summed(
         self, x: Float[Array, "M leaf*K"], w: Float[Array, "leaf N K"], live: Int[Array, ""] | None = None
     ) -> Sums:
-        return tpu_product.summed(x, w, self.device, live, interpret=self.interpret)[None, None]
+        own = x.reshape(x.shape[0], w.shape[0], -1).swapaxes(0, 1)
+        sizes = matmul_sizes(self.device, w.dtype, *w.shape[1:])
+        return sum_of_leaves_tpu(own, w, sizes, live, interpret=self.interpret)[None, None]
 
     def gated(
         self, x: Float[Array, "M K"], w: Float[Array, "leaf F2 K"], live: Int[Array, ""] | None = None
     ) -> Float[Array, "M leaf*F"]:
-        return tpu_product.gated(x, w, self.device, live, interpret=self.interpret)
+        leaves, both, inputs = w.shape
+        sizes = matmul_sizes(self.device, w.dtype, both // 2, inputs, 2)
+        parts = w.reshape(leaves, 2, -1, inputs)
+        y = matmul_tpu(x, parts, None, None, sizes, w.dtype, live=live, interpret=self.interpret)
+        return y.swapaxes(0, 1).reshape(x.shape[0], -1)
 
     def split_of(self, dtype: Any, outputs: int, inputs: int) -> int:
         return inputs
@@ -158,8 +166,11 @@ class TpuChain:
     def attend(
         self, q: Float[Array, "R H h"], keys: Array, values: Array, blocks: PagedBlocks
     ) -> Float[Array, "R H*h"]:
-        sizes = attention_sizes(self.device, keys.dtype, keys.shape[3])
-        return tpu_attend.attend(q, keys, values, blocks, sizes, interpret=self.interpret)
+        sizes, done = attention_sizes(self.device, keys.dtype, keys.shape[3]), Scoring(scale=1.0)
+        q = q.reshape(blocks.starts.shape[0], -1, *q.shape[1:])
+        pages, how = Pages(keys, values), dict(interpret=self.interpret)
+        out = attention_of_scaled(q, pages, blocks, None, done, sizes, keys.dtype, **how)
+        return out.reshape(out.shape[0] * out.shape[1], -1)
 
 
 def _of_one_split(sums: Sums | None) -> Float[Array, "leaf M N"] | None:

@@ -137,15 +137,10 @@ def sum_of_leaves_tpu(
 
 
 def sum_of_parts_tpu(
-    x: Float[Array, "P M K"],
-    w: Float[Array, "N K"],
-    sizes: MatmulSizes,
-    live: Int[Array, ""] | None,
-    *,
-    interpret: Any = False,
+    x: Float[Array, "P M K"], w: Float[Array, "N K"], sizes: MatmulSizes, *, interpret: Any = False
 ) -> Float[Array, "M N"]:
     """The sum over the parts of x of their products with one weight, the last part's first: x_0 + (x_1 + x_2)."""
-    return _product(x, w[None, None], None, None, sizes, jnp.dtype(jnp.float32), live, interpret, adds="parts")[0]
+    return _product(x, w[None, None], None, None, sizes, jnp.dtype(jnp.float32), None, interpret, adds="parts")[0]
 
 
 def _product(

@@ -11,12 +11,12 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.chain_gpu.blocks import load, new
-from pallas_kernels.chain_gpu.product import in_order
 from pallas_kernels.gpu_call import call
 from pallas_kernels.numbers import power_of_two
 from pallas_kernels.packed_heads import KEYS, QUERIES, VALUES, Geometry, Projection
 from pallas_kernels.paged_attention_inputs import PagedBlocks
 from pallas_kernels.pinned_math import LOG2_E
+from pallas_kernels.sums import in_order
 
 
 def rotate_and_write(

@@ -22,6 +22,7 @@ from pallas_kernels.gpu_call import call
 from pallas_kernels.numbers import cdiv, power_of_two
 from pallas_kernels.pinned_math import silu
 from pallas_kernels.sizes import PROCESSORS
+from pallas_kernels.sums import in_order
 
 SILU_COLUMNS = 512  # of one program
 
@@ -121,11 +122,6 @@ def _silu(sums_ref, out_ref, *, width: int, columns: int) -> None:
 
     y = silu(part(0)) * part(1)
     plgpu.store(out_ref.at[row, pl.ds(leaf * width + column, columns)], y.astype(out_ref.dtype), mask=mask)
-
-
-def in_order(parts: list[Array]) -> Array:
-    """Their sum, one after the other."""
-    return functools.reduce(jnp.add, parts)
 
 
 def _in_turn(of_split: Callable, num_splits: int) -> list[Array]:

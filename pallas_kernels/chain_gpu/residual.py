@@ -10,9 +10,9 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.bfloat16_parts import bfloat16_parts
 from pallas_kernels.chain_gpu.blocks import inside, load, new
-from pallas_kernels.chain_gpu.product import in_order
 from pallas_kernels.gpu_call import call
 from pallas_kernels.numbers import power_of_two
+from pallas_kernels.sums import by_tree, in_order
 
 
 def embed(table: Float[Array, "V D"], ids: Int[Array, " M"], *, interpret: bool = False) -> Float[Array, "M D"]:
@@ -93,6 +93,4 @@ def over_leaves(sums_ref, row, cells, mask: Array | None) -> Array:
         in_order([load(sums_ref.at[np.int32(leaf), np.int32(split), row, cells], mask) for split in range(splits)])
         for leaf in range(leaves)
     ]
-    while len(totals) > 1:
-        totals = [a + b for a, b in zip(totals[0::2], totals[1::2], strict=True)]
-    return totals[0]
+    return by_tree(totals)

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.bfloat16_parts import bfloat16_parts
 from pallas_kernels.chain_tpu.rows import block_rows, of_rows, over_live_rows, whole
+from pallas_kernels.sums import by_tree
 
 
 def total(
@@ -40,10 +41,7 @@ def _count(x: Array, live: Int[Array, ""] | None) -> Int[Array, ""] | int:
 def _added(rows, x_ref, sums_ref, bias_ref) -> Array:
     x = x_ref[rows]
     if sums_ref is not None:
-        sums = [sums_ref[part, rows] for part in range(sums_ref.shape[0])]
-        while len(sums) > 1:
-            sums = [a + b for a, b in zip(sums[0::2], sums[1::2], strict=True)]
-        x = x + sums[0]
+        x = x + by_tree([sums_ref[part, rows] for part in range(sums_ref.shape[0])])
     return x if bias_ref is None else x + bias_ref[...].astype(jnp.float32)
 
 

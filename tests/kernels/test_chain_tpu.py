@@ -13,12 +13,13 @@ from chain_cases import BATCHES, GEOMETRY, LENGTHS, ROWS, array, bits, f64, head
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.chain_tpu import attend, heads, product, residual, rows
+from pallas_kernels.chain import TpuChain
+from pallas_kernels.chain_tpu import residual, rows
 from pallas_kernels.matmul_tpu import sum_of_leaves_tpu
 from pallas_kernels.sizes import INTERPRETED, matmul_sizes
-from pallas_kernels.sizes_attention import attention_sizes
 
 WATCHED = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+CHAIN, WATCHED_CHAIN = TpuChain(INTERPRETED, True), TpuChain(INTERPRETED, WATCHED)
 LEAVES, WIDTH, OUTPUTS = 4, 168, 72  # two steps along K, the second short; columns that fill no block
 LIVE = 36  # of the rows: of two tiles a product's second block computes one, and there is none for the third
 
@@ -42,10 +43,10 @@ def test_products(dtype):
     x, w = array(ROWS, WIDTH, dtype=dtype), array(LEAVES, 2 * OUTPUTS, WIDTH, dtype=dtype)
     flat, many = w.reshape(-1, WIDTH), functools.partial(jnp.tile, reps=LEAVES)
     run = {
-        "outputs": jax.jit(lambda x: product.outputs(x, flat, INTERPRETED, interpret=True)),
-        "summed": jax.jit(lambda x: product.summed(many(x), w, INTERPRETED, interpret=True)),
-        "gated": jax.jit(lambda x: product.gated(x, w, INTERPRETED, interpret=True)),
-        "finished": jax.jit(lambda x: product.finished(jnp.stack([x, x]), flat, INTERPRETED, interpret=True)),
+        "outputs": jax.jit(lambda x: CHAIN.outputs(x, flat)[0]),
+        "summed": jax.jit(lambda x: CHAIN.summed(many(x), w)[0, 0]),
+        "gated": jax.jit(lambda x: CHAIN.gated(x, w)),
+        "finished": jax.jit(lambda x: CHAIN.finished(jnp.stack([x, x]), flat)),
     }
     y = f64(x) @ f64(flat).T
     gate, up = f64(x) @ f64(w[:, :OUTPUTS]).swapaxes(1, 2), f64(x) @ f64(w[:, OUTPUTS:]).swapaxes(1, 2)
@@ -63,12 +64,12 @@ def test_leaves_are_added_by_the_tree():
     """In a product's own memory, as if each leaf's product had been written out."""
     x, w = array(8, 40, WIDTH), array(8, OUTPUTS, WIDTH)
     sizes = matmul_sizes(INTERPRETED, w.dtype, OUTPUTS, WIDTH)
-    one = [product.outputs(x[leaf], w[leaf], INTERPRETED, interpret=True) for leaf in range(8)]
+    one = [CHAIN.outputs(x[leaf], w[leaf])[0] for leaf in range(8)]
     while len(one) > 1:
         one = [a + b for a, b in zip(one[0::2], one[1::2], strict=True)]
     for leaves in (8, 1):
         found = sum_of_leaves_tpu(x[:leaves], w[:leaves], sizes, None, interpret=True)
-        expected = one[0] if leaves == 8 else product.outputs(x[0], w[0], INTERPRETED, interpret=True)
+        expected = one[0] if leaves == 8 else CHAIN.outputs(x[0], w[0])[0]
         assert (bits(found) == bits(expected)).all()
 
 
@@ -91,12 +92,12 @@ def test_the_stream_is_settled():
 def test_only_live_rows_are_computed(no_races):
     x, w, live = array(80, WIDTH), array(LEAVES, OUTPUTS, WIDTH), jnp.int32(LIVE)
     how = dict(live=live, interpret=WATCHED)
-    y = product.outputs(x, w[0], INTERPRETED, **how)
+    y = WATCHED_CHAIN.outputs(x, w[0], live)[0]
     assert f64(y[32:LIVE]).all() and not f64(y[48:64]).any(), "a tile without a live row was computed"
     for out in (
         y,
-        product.summed(jnp.tile(x, LEAVES), w, INTERPRETED, **how),
-        product.gated(x, w, INTERPRETED, **how),
+        WATCHED_CHAIN.summed(jnp.tile(x, LEAVES), w, live)[0, 0],
+        WATCHED_CHAIN.gated(x, w, live),
         residual.total(x, None, w[0, 0], **how),
         residual.settle(x, None, None, w[0, 0], 1e-6, jnp.float32, **how)[1][0],
     ):
@@ -108,10 +109,8 @@ def test_only_live_rows_are_computed(no_races):
 
 @jax.jit
 def attend_after_write(projection, pools, blocks):
-    run = functools.partial(heads.rotate_and_write, GEOMETRY, interpret=WATCHED)
-    q, keys, values = run(projection, *pools, blocks)
-    sizes = attention_sizes(INTERPRETED, keys.dtype, keys.shape[3])
-    return attend.attend(q, keys, values, blocks, sizes, interpret=WATCHED), keys, values
+    q, keys, values = WATCHED_CHAIN.rotate_and_write(GEOMETRY, projection, *pools, blocks)
+    return WATCHED_CHAIN.attend(q, keys, values, blocks), keys, values
 
 
 def attended(starts, counts, slots, sums, size: int = 8):
