@@ -21,7 +21,8 @@ class Needs(enum.IntEnum):
 
 def needs_of(sampling: SamplingParams) -> Needs:
     """What a request with these parameters asks for."""
-    changes = sampling.has_token_rules or sampling.structure or sampling.min_tokens or sampling.has_penalties
+    may_stop_early = sampling.min_tokens and (sampling.stop_token_ids or not sampling.ignore_eos)
+    changes = sampling.has_token_rules or sampling.structure or may_stop_early or sampling.has_penalties
     told = sampling.tells_logprobs or sampling.prompt_logprobs is not None
     if changes or told or sampling.raw_logprobs or sampling.entropy:
         return Needs.ALL

@@ -12,13 +12,16 @@ struct Block {
   int64_t stride;
 };
 
-// Asks for the weights that come soon, and for the next outputs', of which the first ones come without notice.
+// Asks for what comes soon of sixteen outputs' inputs, k and on.
 template <class T>
-inline void fetch_next(const T* w, int64_t stride, int64_t k) {
-  for (int n = 0; n < WIDTH; n++) {
-    _mm_prefetch((const char*)(w + n * stride + k) + 256, _MM_HINT_T0);
-    _mm_prefetch((const char*)(w + (WIDTH + n) * stride + k), _MM_HINT_T1);
-  }
+inline void fetch_soon(const T* w, int64_t stride, int64_t k) {
+  for (int n = 0; n < WIDTH; n++) _mm_prefetch((const char*)(w + n * stride + k) + 256, _MM_HINT_T0);
+}
+
+// Asks for a block's inputs of outputs that come later, which a core does not guess.
+template <class T>
+inline void fetch_next(const T* w, int64_t stride, int64_t k, int64_t outputs) {
+  for (int64_t n = 0; n < outputs; n++) _mm_prefetch((const char*)(w + n * stride + k), _MM_HINT_T1);
 }
 
 // Of weights [.., stride] from w on: `outputs` <= 16 of them, inputs [k, k + 32) of which `inputs` exist. What is no whole
@@ -109,27 +112,35 @@ inline Lanes folded(Lanes first, Lanes second) {
   return Lanes{_mm512_permutex2var_ps(first.v, evens, second.v)} + Lanes{_mm512_permutex2var_ps(first.v, odds, second.v)};
 }
 
-// R rows times 16 outputs' weights, some depths, added to running sums; pairs_of(depth, f) is for_pairs of a block. A lane
-// is an output's even or odd members, because one read of a row's pair then serves both: reads that fill a register with
-// one number are what limits a core.
-template <int R, class F>
-inline void multiply(int64_t depths, const float* x, float* sums, const F& pairs_of) {
-  for (int64_t depth = 0; depth < depths; depth++, x += ROWS_AT_ONCE * DEPTH) {
-    Lanes first[R], second[R];
-    for (int r = 0; r < R; r++) first[r] = second[r] = set(0.0f);
-    pairs_of(depth, [&](int i, Lanes w_first, Lanes w_second) {
-      for (int r = 0; r < R; r++) {
-        const Lanes pair = both_of(x + r * DEPTH + 2 * i);
-        first[r] = fma(pair, w_first, first[r]), second[r] = fma(pair, w_second, second[r]);
-      }
-    });
-    for (int r = 0; r < R; r++) store(sums + r * WIDTH, load(sums + r * WIDTH) + folded(first[r], second[r]));
-  }
-}
+// A way to multiply: what rows and turned blocks are, and R rows times some depths of blocks, added to running sums;
+// fetch(depth) is called at each. A lane is an output's even or odd members, because one read of a row's pair then serves
+// both: reads that fill a register with one number are what limits a core.
+struct Pairs {
+  using Number = float;
+  using Turned = float[16][2][WIDTH];
 
-// Pairs of CHUNK depths, turned for all rows at once.
-constexpr int64_t CHUNK = 8;
-using Panel = float[CHUNK][16][2][WIDTH];
+  template <class T>
+  static void turn(const Block<T>& block, Turned& out) {
+    for_pairs(block, [&](int i, Lanes first, Lanes second) { store(out[i][0], first), store(out[i][1], second); });
+  }
+
+  template <int R, class F>
+  static void multiply(int64_t depths, const float* x, const Turned* w, float* sums, const F& fetch) {
+    for (int64_t depth = 0; depth < depths; depth++, x += ROWS_AT_ONCE * DEPTH) {
+      fetch(depth);
+      Lanes first[R], second[R];
+      for (int r = 0; r < R; r++) first[r] = second[r] = set(0.0f);
+      for (int i = 0; i < 16; i++) {
+        const Lanes w_first = load(w[depth][i][0]), w_second = load(w[depth][i][1]);
+        for (int r = 0; r < R; r++) {
+          const Lanes pair = both_of(x + r * DEPTH + 2 * i);
+          first[r] = fma(pair, w_first, first[r]), second[r] = fma(pair, w_second, second[r]);
+        }
+      }
+      for (int r = 0; r < R; r++) store(sums + r * WIDTH, load(sums + r * WIDTH) + folded(first[r], second[r]));
+    }
+  }
+};
 #else
 using Panel = float[2][16][WIDTH];  // even and odd inputs, outputs
 

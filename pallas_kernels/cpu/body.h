@@ -7,8 +7,10 @@
 #include "rows.h"
 #include "blocks.h"
 #include "product.h"
-#ifdef WITH_AMX
+#if defined(WITH_AMX)
 #include "tiles.h"
+#elif defined(WITH_DOTS)
+#include "dots.h"
 #endif
 
 #include "attend.h"

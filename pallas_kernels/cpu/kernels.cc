@@ -1,8 +1,4 @@
-// The ops as XLA calls them: arguments are checked, and a body is chosen by what the processor has.
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-
+// The ops as XLA calls them: arguments are checked, and the body's op is called on XLA's threads.
 #include "arguments.h"
 
 namespace jaxengine {
@@ -11,32 +7,6 @@ namespace {
 using AnyOut = ffi::Result<Any>;
 using FloatsOut = ffi::Result<Floats>;
 using BoolsOut = ffi::Result<Bools>;
-
-// -- bodies -----------------------------------------------------------------------------------------------------------
-
-enum BodyName : int64_t { BEST, AVX2, AVX512, AMX, BODIES };
-
-bool amx_is_allowed() {  // the processor has tiles and their bfloat16 product, and Linux grants them to who asks
-  unsigned a, b, c, d = 0;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return false;
-  constexpr int REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
-  return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
-}
-
-bool has(int64_t body) {
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  return body == AVX2 ? avx2 : body == AVX512 ? avx512 : avx512 && amx_is_allowed();
-}
-
-const Body* body_of(int64_t wanted) {  // null where this processor lacks it
-  static const std::array<bool, BODIES> there = {false, has(AVX2), has(AVX512), has(AMX)};
-  if (wanted == BEST) wanted = there[AMX] ? AMX : there[AVX512] ? AVX512 : AVX2;
-  if (wanted < 0 || wanted >= BODIES || !there[wanted]) return nullptr;
-  return wanted == AMX ? &amx_body : wanted == AVX512 ? &avx512_body : &avx2_body;
-}
 
 class OfXla final : public Threads {
  public:
@@ -47,8 +17,6 @@ class OfXla final : public Threads {
  private:
   ffi::ThreadPool& pool_;
 };
-
-// -- ops --------------------------------------------------------------------------------------------------------------
 
 Array array(const Any& x) {  // null where it is empty
   const auto type = x.element_type();
@@ -61,7 +29,7 @@ template <class Op>
 ffi::Error guarded(const Arguments& given, ffi::ThreadPool& pool, int64_t body, void (*Body::*op)(Threads&, const Op&),
                    const Op& what) {
   const Body* chosen = body_of(body);
-  if (!chosen) return refused("this processor lacks the body that was asked for");
+  if (!chosen) return refused("this processor lacks the body that was asked for, or gives other bits with it");
   if (!given.fit()) return given.refusal();
   try {  // nothing may be thrown through XLA
     OfXla threads(pool);
@@ -187,13 +155,6 @@ auto on_threads() { return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>(); }
 }  // namespace jaxengine
 
 using namespace jaxengine;
-
-// Which bodies this processor has: bit 1 << BodyName.
-extern "C" __attribute__((visibility("default"))) int jaxengine_bodies() {
-  int found = 0;
-  for (int64_t body = AVX2; body < BODIES; body++) found |= int(has(body)) << body;
-  return found;
-}
 
 #define OP(NAME, FUNCTION, ...)                                                        \
   extern "C" __attribute__((visibility("default"))) XLA_FFI_Error* NAME(XLA_FFI_CallFrame*); \

@@ -131,6 +131,14 @@ inline void narrow8(BF16* p, __m256 a) {  // to nearest, ties to even; NaN stays
 }
 template <class T>
 inline void narrow(T* p, Lanes a) { narrow8(p, low(a)), narrow8(p + 8, high(a)); }
+#ifdef WITH_AVX512
+inline void narrow(BF16* p, Lanes a) {
+  const __m512i x = _mm512_castps_si512(a.v), odd = _mm512_and_si512(_mm512_srli_epi32(x, 16), _mm512_set1_epi32(1));
+  __m512i y = _mm512_srli_epi32(_mm512_add_epi32(x, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+  y = _mm512_mask_mov_epi32(y, _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(y));
+}
+#endif
 
 // The first n of sixteen, and `others` in the place of the rest.
 template <class T>

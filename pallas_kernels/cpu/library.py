@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import logging
 import pathlib
 import platform
 
@@ -12,7 +13,9 @@ from pallas_kernels.cpu import seal
 FOLDER = pathlib.Path(__file__).parent
 FILE = "_kernels.so"  # as build.py names it
 OPS = ("product", "embed", "heads", "attend", "draw", "kept")
-BODIES = {"best": 0, "avx2": 1, "avx512": 2, "amx": 3}  # BodyName in kernels.cc
+OTHER_BITS = 16  # jaxengine_bodies() in bodies.cc
+BODIES = {"best": 0, "avx2": 1, "avx512": 2, "avx512_bf16": 3, "amx": 4}  # BodyName in ops.h
+log = logging.getLogger("jaxengine")
 REBUILD = "run `pip install .` (or `pip install -e .`) again with a C++ compiler, or take kernels 'xla'"
 
 
@@ -23,6 +26,8 @@ class KernelsMissingError(ValueError):
 @functools.cache
 def load(path: pathlib.Path | None = None) -> tuple[str, ...]:
     """Load and register the kernels; the bodies that this processor has, narrowest first. Once a process.
+
+    A body is left out, and that is logged, where its products have not AVX2's bits on this processor.
 
     `path` is for tests. Raises KernelsMissingError where there is no library, where it is damaged or not made of these
     sources, and where the processor has not even AVX2.
@@ -35,6 +40,9 @@ def load(path: pathlib.Path | None = None) -> tuple[str, ...]:
         raise KernelsMissingError(f"the CPU kernels at {path} do not load ({error}): {REBUILD}") from error
     found = library.jaxengine_bodies()
     bodies = tuple(name for name, number in BODIES.items() if found >> number & 1)
+    for name, number in BODIES.items():
+        if found >> OTHER_BITS + number & 1:
+            log.warning("the CPU kernels do without %s: its products have other bits here than AVX2's", name)
     if not bodies:
         raise KernelsMissingError("the CPU kernels want a processor with AVX2, FMA and F16C: take kernels 'xla'")
     for op in OPS:

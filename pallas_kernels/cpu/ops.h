@@ -83,6 +83,11 @@ struct Body {
   void (*kept)(Threads&, const Truncation&);
 };
 
-extern const Body avx2_body, avx512_body, amx_body;
+extern const Body avx2_body, avx512_body, avx512_bf16_body, amx_body;
+
+enum BodyName : int64_t { BEST, AVX2, AVX512, AVX512_BF16, AMX, BODIES };
+
+// Null where this processor lacks it, or has not the same bits with it (bodies.cc).
+const Body* body_of(int64_t name);
 
 }  // namespace jaxengine

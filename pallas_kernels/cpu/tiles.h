@@ -5,10 +5,10 @@
 // 5 are the sums of a band's rows, [16 outputs, 16 rows].
 
 // Rows lie as [.., rows / 16, 16 pairs, 16 rows, 2].
-inline void put_pairs(const float* x, float* rows, int64_t place) {
+inline void put_bfloat16(const Rows& rows, int64_t leaf, int64_t depth, int64_t row, Lanes first, Lanes second) {
   BF16 narrowed[DEPTH];
-  narrow(narrowed, load(x)), narrow(narrowed + 16, load(x + 16));
-  auto* out = (BF16*)rows + place / 16 * 16 * DEPTH + place % 16 * 2;
+  narrow(narrowed, first), narrow(narrowed + 16, second);
+  BF16* out = rows.at<BF16>(leaf, depth) + row / 16 * 16 * DEPTH + row % 16 * 2;
   for (int i = 0; i < DEPTH; i += 2) std::memcpy(out + i * 16, narrowed + i, 2 * sizeof(BF16));
 }
 
@@ -22,19 +22,21 @@ struct alignas(64) TileConfig {
 
 // GROUPS times 16 rows from x on, a depth's rows `stride` numbers apart from the next one's.
 template <int GROUPS>
-inline void multiply_tiles(const BF16* w, int64_t inputs, int64_t outputs, const BF16* x, int64_t stride, float (*c)[256]) {
+inline void multiply_tiles(const BF16* w, int64_t inputs, const Group& group, const BF16* x, int64_t stride,
+                           float (*c)[256]) {
 #define ZERO(i) if constexpr (GROUPS > i) _tile_zero(i);
 #define MULTIPLY(i) \
   if constexpr (GROUPS > i) { _tile_loadd(7, x + i * 16 * DEPTH, 64); _tile_dpbf16ps(i, 6, 7); }
 #define STORE(i) if constexpr (GROUPS > i) _tile_stored(i, c[i], 64);
   FOR_EACH_SUM(ZERO)
   for (int64_t k = 0; k < inputs; k += DEPTH, x += stride) {
-    if (outputs == WIDTH && inputs - k >= DEPTH) {
-      fetch_next(w, inputs, k);
+    fetch_next(w + group.ahead * inputs, inputs, k, WIDTH);
+    if (group.count == WIDTH && inputs - k >= DEPTH) {
+      fetch_soon(w, inputs, k);
       _tile_loadd(6, w + k, inputs * sizeof(BF16));
     } else {
       alignas(64) BF16 padded[WIDTH * DEPTH] = {};
-      for (int64_t n = 0; n < outputs; n++)
+      for (int64_t n = 0; n < group.count; n++)
         std::memcpy(padded + n * DEPTH, w + n * inputs + k, std::min<int64_t>(DEPTH, inputs - k) * sizeof(BF16));
       _tile_loadd(6, padded, 64);
     }
@@ -46,16 +48,15 @@ inline void multiply_tiles(const BF16* w, int64_t inputs, int64_t outputs, const
 #undef STORE
 }
 
-inline void sum_by_tiles(const Product& p, const Rows& rows, int64_t leaf, int64_t first, int64_t count, int64_t w,
-                         int64_t outputs, Sums& sums) {
+inline void sum_bfloat16(const Product& p, const Rows& rows, int64_t leaf, int64_t first, int64_t count, const BF16* w,
+                         const Group& group, Sums& sums) {
   static const TileConfig config;
   alignas(64) float c[BAND / 16][256];
-  const auto* weights = (const BF16*)p.w.data + w;
-  const auto* x = (const BF16*)rows.at(leaf, 0) + first * DEPTH;
-  const int64_t stride = 2 * (rows.at(leaf, 1) - rows.at(leaf, 0));  // of 16-bit numbers
+  const BF16* x = rows.at<BF16>(leaf, 0) + first * DEPTH;
+  const int64_t stride = rows.at<BF16>(leaf, 1) - rows.at<BF16>(leaf, 0);
   _tile_loadconfig(&config);
   switch (ceil_div(count, 16)) {
-#define CASE(i) case i + 1: multiply_tiles<i + 1>(weights, p.inputs, outputs, x, stride, c); break;
+#define CASE(i) case i + 1: multiply_tiles<i + 1>(w, p.inputs, group, x, stride, c); break;
     FOR_EACH_SUM(CASE)
 #undef CASE
   }

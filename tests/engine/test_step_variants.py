@@ -33,6 +33,8 @@ PLAIN, CUT = SamplingParams(max_tokens=8, seed=1), SamplingParams(max_tokens=8, 
         (dict(presence_penalty=0.1), Needs.ALL),
         (dict(frequency_penalty=-0.1), Needs.ALL),
         (dict(min_tokens=2), Needs.ALL),
+        (dict(min_tokens=2, ignore_eos=True), Needs.PLAIN),  # there is no token that could come too early
+        (dict(min_tokens=2, ignore_eos=True, stop_token_ids=[3]), Needs.ALL),
         (dict(logit_bias={3: 1.0}), Needs.ALL),
         (dict(allowed_token_ids=[3, 4]), Needs.ALL),
         (dict(bad_words_token_ids=[[3]]), Needs.ALL),
