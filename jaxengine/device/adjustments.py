@@ -42,10 +42,19 @@ def adjusted(logits: Float[Array, "t V"], row: SamplingArrays, context: Context,
     """
     if context.allowed is not None:
         logits = jnp.where(_is_allowed(context.allowed, logits.shape[1]), logits, -jnp.inf)
-    has_rules = (row.rules != NO_RULES) | (context.positions < context.first_stop)
-    ruled = when(has_rules.any(), lambda: _ruled(row, context, logits, when), lambda: logits)
-    wants_penalty = (row.repetition_penalty != 1) | (row.presence_penalty != 0) | (row.frequency_penalty != 0)
-    return when(wants_penalty.any(), lambda: _penalised(row, context, wants_penalty, ruled), lambda: ruled)
+    ruled = when(has_rules(row, context).any(), lambda: _ruled(row, context, logits, when), lambda: logits)
+    penalised = wants_penalty(row)
+    return when(penalised.any(), lambda: _penalised(row, context, penalised, ruled), lambda: ruled)
+
+
+def has_rules(row: SamplingArrays, context: Context) -> Bool[Array, " t"]:
+    """Rows some of whose tokens are ruled out, or biased."""
+    return (row.rules != NO_RULES) | (context.positions < context.first_stop)
+
+
+def wants_penalty(row: SamplingArrays) -> Bool[Array, " t"]:
+    """Rows whose logits depend on the tokens so far."""
+    return (row.repetition_penalty != 1) | (row.presence_penalty != 0) | (row.frequency_penalty != 0)
 
 
 # -- rules -------------------------------------------------------------------------------------------------------------
@@ -53,8 +62,8 @@ def adjusted(logits: Float[Array, "t V"], row: SamplingArrays, context: Context,
 
 def _ruled(row: SamplingArrays, context: Context, logits: Float[Array, "t V"], when: When) -> Float[Array, "t V"]:
     """Logits under the token rules, and -inf for stop tokens that come too early."""
-    has_rules = (row.rules != NO_RULES).any()
-    ruled = when(has_rules, lambda: _by_token_rules(row, context, logits), lambda: logits)
+    by_rules = (row.rules != NO_RULES).any()
+    ruled = when(by_rules, lambda: _by_token_rules(row, context, logits), lambda: logits)
     early = (context.positions < context.first_stop)[:, None]
     return _without(ruled, jnp.where(early, row.stop_ids, -1))
 
@@ -108,10 +117,10 @@ def _places(logits: Float[Array, "t V"], token_ids: Int[Array, "t n"]) -> tuple[
 
 
 def _penalised(
-    row: SamplingArrays, context: Context, wants_penalty: Bool[Array, " t"], logits: Float[Array, "t V"]
+    row: SamplingArrays, context: Context, penalised: Bool[Array, " t"], logits: Float[Array, "t V"]
 ) -> Float[Array, "t V"]:
     """vLLM's order: the repetition penalty over all tokens so far, then frequency and presence over the completion."""
-    prompt, generated = _token_counts(context, jnp.where(wants_penalty, context.positions, 0), logits.shape[1])
+    prompt, generated = _token_counts(context, jnp.where(penalised, context.positions, 0), logits.shape[1])
     penalty = row.repetition_penalty
     seen = generated + prompt > 0
     repeated = jnp.where(logits > 0, row_quotient(logits, penalty), logits * penalty[:, None])

@@ -21,7 +21,7 @@ from jax.extend.random import threefry_2x32
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from jaxengine.base.keys import key_of
-from jaxengine.device.adjustments import Context, When, adjusted
+from jaxengine.device.adjustments import Context, When, adjusted, has_rules, wants_penalty
 from jaxengine.device.needs import Needs
 from jaxengine.device.sampling_arrays import NO_RULES
 from jaxengine.device.step_inputs import SamplingArrays
@@ -88,12 +88,17 @@ def distribution(
 
     Of rows at temperature 0 the latter are the model's own; of rows that are `raw` both. The rest is as in `process`.
     """
-    penalised, processed = process(logits, _asking_nothing(row, raw), context, kept, needs, when)
+    penalised, processed = process(logits, asking_nothing(row, raw), context, kept, needs, when)
     raw |= row.temperature == 0
     return penalised, jnp.where(raw[:, None], logits, processed)
 
 
-def _asking_nothing(row: SamplingArrays, raw: Bool[Array, " t"]) -> SamplingArrays:
+def asks_only_for_cuts(row: SamplingArrays, context: Context) -> Bool[Array, " t"]:
+    """Rows whose distribution is the model's own, divided by a temperature, and cut to top-k, top-p or min-p."""
+    return ~(has_rules(row, context) | wants_penalty(row))
+
+
+def asking_nothing(row: SamplingArrays, raw: Bool[Array, " t"]) -> SamplingArrays:
     """The parameters, without what costs time, of rows that are `raw`: their processed logits are never read."""
     return dataclasses.replace(
         row,

@@ -273,7 +273,7 @@ def _zero_cotangent(x: Array) -> Any:
 
 
 def _row_scores(how: _HowRows, kernels: Kernels, weights: _Weights, rows: _RowInputs) -> Scores:
-    """One tile of rows. On a mesh devices share the rows from the logits on, as in steps.next_token."""
+    """One tile of rows. On a mesh devices share the rows from the logits on, as in head_and_draw.next_token."""
     leaves = kernels.products.leaves.sharing_rows(rows.x.shape[0])
     logits = decoder.logits(how.model_config, kernels.with_leaves(leaves), weights.norm, weights.head, rows.x)
     return leaves.all_rows(_scores_of(how, kernels, weights, leaves.own_rows(rows), logits))

@@ -49,13 +49,14 @@ class BatchBuilder:
         """Write a sample's sampling parameters into its slot."""
         request, params = sample.request, sample.request.sampling
         self._num_written[sample.slot], self._needs[sample.slot] = 0, needs_of(params)
+        no_stop_before = sample.prompt_length + params.min_tokens if params.min_tokens and request.stop_token_ids else 0
         rules = sample.slot if params.has_token_rules or sample.is_steered else NO_RULES
         write_sampling(self.host_slots.sampling, sample.slot, params, request.stop_token_ids, rules)
         write_request(
             self.host_slots.request,
             sample.slot,
             prompt_length=sample.prompt_length,
-            first_stop=min(sample.prompt_length + params.min_tokens, request.limit) if params.min_tokens else 0,
+            first_stop=min(no_stop_before, request.limit),
             limit=request.limit,
             key=request.key,
             key_folds=request.key_folds(sample.index),

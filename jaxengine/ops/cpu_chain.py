@@ -28,6 +28,7 @@ from jaxengine.ops.xla import XlaProducts, storage_dtype
 from pallas_kernels.cpu import calls, library
 from pallas_kernels.draw import draw_by
 from pallas_kernels.draw_reference import Draw
+from pallas_kernels.wanted import Wanted
 from sharding.leaves import ALL_HERE, Leaves
 
 ORDER = 2  # of all sums in pallas_kernels/cpu: raised by whoever changes one, because it is in the bits
@@ -253,3 +254,23 @@ class CpuDraw:
         self, logits: Float[Array, "t V"], top_k: Int[Array, " t"], top_p: Float[Array, " t"], min_p: Float[Array, " t"]
     ) -> Bool[Array, "t V"]:
         return calls.kept(logits, top_k, top_p, min_p, self.body)
+
+
+@dataclasses.dataclass(frozen=True)
+class CpuHeadAndDraw:
+    """Logits in memory of the kernel's own, which XLA would fetch from the system anew in every step."""
+
+    body: str
+
+    def __call__(
+        self,
+        x: Float[Array, "t D"],
+        norm: Float[Array, " D"],
+        eps: float,
+        head: Float[Array, "leaf V D"],
+        fresh: Bool[Array, " t"],
+        live: Bool[Array, " t"],
+        wanted: Wanted,
+        vocab_size: int,
+    ) -> tuple[Int[Array, " t"], Float[Array, " t"], Bool[Array, " t"]]:
+        return calls.sample(x, norm, eps, head, fresh, live, wanted, vocab_size, self.body)

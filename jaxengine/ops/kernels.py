@@ -33,7 +33,8 @@ from jaxengine.ops.tiles import CPU_HEAD_TILE, GPU_TILES, HEAD_TILE, TPU_TILES, 
 from pallas_kernels import implementations
 from pallas_kernels.draw_reference import Draw
 from pallas_kernels.implementations import OF_A_GPU, Implementation
-from sharding.leaves import Leaves
+from pallas_kernels.wanted import Wanted
+from sharding.leaves import ALL_HERE, Leaves
 from sharding.mesh import Split, own_replica, processes_of, with_all_axes
 
 OF_PLATFORM = {"cpu": "cpu", "tpu": "pallas_tpu", "gpu": "pallas_gpu"}  # what "auto" is
@@ -206,6 +207,26 @@ class DrawKernel(Protocol):
         ...
 
 
+class HeadAndDraw(Protocol):
+    """The head, and the draw of rows that ask for no more than cuts, as one op for one tile of rows."""
+
+    def __call__(
+        self,
+        x: Float[Array, "t D"],
+        norm: Float[Array, " D"],
+        eps: float,
+        head: Float[Array, "leaf V D"],
+        fresh: Bool[Array, " t"],
+        live: Bool[Array, " t"],
+        wanted: Wanted,
+        vocab_size: int,
+    ) -> tuple[Int[Array, " t"], Float[Array, " t"], Bool[Array, " t"]]:
+        """(tokens, logprobs, whether a row's logits and its logprob are finite), with the bits of `logits`, `kept` and
+        `draw_and_score` one after the other. Rows that are not live may hold anything.
+        """
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Kernels:
     """The decoder's ops. Hashable, so that a jitted step can hold it as a static argument."""
@@ -214,6 +235,7 @@ class Kernels:
     products: Products
     attention: Attention
     draw: DrawKernel
+    head_and_draw: HeadAndDraw | None = None  # where one device has all leaves
     own_tiles: OwnTiles = OwnTiles()
     head_tile: int = HEAD_TILE  # rows of a prefill step that the head and the draw take together
     skips_repeated: bool = False  # the head computes `fresh` rows alone, so it wants to be told which those are
@@ -234,7 +256,8 @@ class Kernels:
 
     def with_leaves(self, leaves: Leaves) -> "Kernels":
         """The same, with these in the place of those that the products have."""
-        return dataclasses.replace(self, products=self.products.with_leaves(leaves))
+        in_one_op = self.head_and_draw if leaves == ALL_HERE else None
+        return dataclasses.replace(self, products=self.products.with_leaves(leaves), head_and_draw=in_one_op)
 
     def on_each_replica(self, function: Callable, *inputs: Any, outputs: Any) -> Callable:
         """As `on_each`, of a function that calls `on_each` itself, and differentiates only what is inside it: each
@@ -318,7 +341,10 @@ def sharded(own: Kernels, mesh: Mesh) -> Kernels:
 def cpu_kernels(body: str = "best", *, has_experts: bool = False) -> Kernels:
     """The CPU's own kernels; `body` is one of pallas_kernels.cpu.library.BODIES. Experts are XLA's."""
     products, attention, draw = cpu_chain.CpuProducts(body), cpu_chain.CpuAttention(body), cpu_chain.CpuDraw(body)
-    own = Kernels("cpu", products, attention, draw, head_tile=CPU_HEAD_TILE, skips_repeated=True, in_one=True)
+    in_one_op = cpu_chain.CpuHeadAndDraw(body)
+    own = Kernels(
+        "cpu", products, attention, draw, in_one_op, head_tile=CPU_HEAD_TILE, skips_repeated=True, in_one=True
+    )
     return dataclasses.replace(own, any_processor=not has_experts)
 
 

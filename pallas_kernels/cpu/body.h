@@ -18,3 +18,5 @@
 #include "embed.h"
 #include "heads.h"
 #include "truncation.h"
+
+#include "sample.h"

@@ -11,6 +11,6 @@ namespace jaxengine {
 namespace amx {
 #include "body.h"
 }
-const Body amx_body = {amx::product, amx::embed, amx::heads, amx::attend, amx::draw, amx::kept};
+const Body amx_body = {amx::product, amx::embed, amx::heads, amx::attend, amx::draw, amx::kept, amx::sample};
 }  // namespace jaxengine
 #pragma GCC pop_options

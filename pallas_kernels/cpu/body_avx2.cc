@@ -9,6 +9,6 @@ namespace jaxengine {
 namespace avx2 {
 #include "body.h"
 }
-const Body avx2_body = {avx2::product, avx2::embed, avx2::heads, avx2::attend, avx2::draw, avx2::kept};
+const Body avx2_body = {avx2::product, avx2::embed, avx2::heads, avx2::attend, avx2::draw, avx2::kept, avx2::sample};
 }  // namespace jaxengine
 #pragma GCC pop_options

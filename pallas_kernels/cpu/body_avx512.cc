@@ -10,6 +10,6 @@ namespace jaxengine {
 namespace avx512 {
 #include "body.h"
 }
-const Body avx512_body = {avx512::product, avx512::embed, avx512::heads, avx512::attend, avx512::draw, avx512::kept};
+const Body avx512_body = {avx512::product, avx512::embed, avx512::heads, avx512::attend, avx512::draw, avx512::kept, avx512::sample};
 }  // namespace jaxengine
 #pragma GCC pop_options

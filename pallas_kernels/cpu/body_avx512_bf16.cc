@@ -11,7 +11,8 @@ namespace jaxengine {
 namespace avx512_bf16 {
 #include "body.h"
 }
-const Body avx512_bf16_body = {avx512_bf16::product, avx512_bf16::embed, avx512_bf16::heads,
-                               avx512_bf16::attend,  avx512_bf16::draw,  avx512_bf16::kept};
+const Body avx512_bf16_body = {
+    avx512_bf16::product, avx512_bf16::embed, avx512_bf16::heads, avx512_bf16::attend,
+    avx512_bf16::draw,    avx512_bf16::kept,  avx512_bf16::sample};
 }  // namespace jaxengine
 #pragma GCC pop_options

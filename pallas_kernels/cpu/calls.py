@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels.cpu import library
 from pallas_kernels.numbers import ceil_to
 from pallas_kernels.paged_attention_inputs import PagedBlocks
+from pallas_kernels.wanted import Wanted
 
 PLAIN, GATED, ADDED = range(3)  # Form in ops.h
 TYPES = ("float32", "float16", "bfloat16")  # Type in common.h
@@ -189,6 +190,33 @@ def kept(
 ) -> Bool[Array, "t V"]:
     """What top-k, then top-p, then min-p keep, as truncation_reference.kept_reference defines it."""
     return _call("kept", jax.ShapeDtypeStruct(logits.shape, jnp.bool_), body)(logits, _int32(top_k), top_p, min_p)
+
+
+def sample(
+    x: Float[Array, "t D"],
+    norm: Float[Array, " D"],
+    eps: float,
+    head: Float[Array, "leaf V D"],
+    fresh: Bool[Array, " t"],
+    live: Bool[Array, " t"],
+    wanted: Wanted,
+    vocab_size: int,
+    body: str = "best",
+) -> tuple[Int[Array, " t"], Float[Array, " t"], Bool[Array, " t"]]:
+    """(tokens, logprobs, whether logits and logprob are finite) of the live rows; of the others (0, 0, True).
+
+    The bits are those of `logits`, divided by the temperature, cut by `kept`, and drawn from by `draw`; columns from
+    vocab_size on are -inf. `fresh` as in `logits`.
+    """
+    t = x.shape[0]
+    like = (
+        jax.ShapeDtypeStruct((t,), jnp.int32),
+        jax.ShapeDtypeStruct((t,), jnp.float32),
+        jax.ShapeDtypeStruct((t,), jnp.bool_),
+    )
+    wanted = wanted._replace(top_k=_int32(wanted.top_k), given=_int32(wanted.given))
+    call = _call("sample", like, body)
+    return call(x, norm, head, fresh, live, *wanted, eps=np.float32(eps), vocabulary=np.int64(vocab_size))
 
 
 def _call(op: str, like: Any, body: str, aliases: dict[int, int] | None = None) -> Any:

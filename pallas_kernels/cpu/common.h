@@ -10,8 +10,10 @@
 #include <functional>
 #include <limits>
 #include <memory>
+#include <mutex>
 #include <new>
 #include <type_traits>
+#include <vector>
 
 namespace jaxengine {
 
@@ -97,6 +99,36 @@ class Scratch {
  private:
   void* data_ = nullptr;
   size_t size_ = 0;
+};
+
+// Memory lent from what was given back, for as long as this is in scope.
+class Lent {
+ public:
+  explicit Lent(int64_t count) {
+    {
+      const std::lock_guard<std::mutex> guard(lock());
+      if (!kept().empty()) own_ = std::move(kept().back()), kept().pop_back();
+    }
+    if (!own_) own_ = std::make_unique<Scratch>();
+    floats = own_->floats(count);
+  }
+  ~Lent() {
+    const std::lock_guard<std::mutex> guard(lock());
+    kept().push_back(std::move(own_));
+  }
+
+  float* floats;
+
+ private:
+  static std::mutex& lock() {
+    static std::mutex one;
+    return one;
+  }
+  static std::vector<std::unique_ptr<Scratch>>& kept() {
+    static std::vector<std::unique_ptr<Scratch>> all;
+    return all;
+  }
+  std::unique_ptr<Scratch> own_;
 };
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

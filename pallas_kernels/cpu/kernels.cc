@@ -149,6 +149,33 @@ ffi::Error kept(ffi::ThreadPool pool, Floats logits, Ints top_k, Floats top_p, F
   return guarded(given, pool, body, &Body::kept, t);
 }
 
+ffi::Error sample(ffi::ThreadPool pool, Floats x, Any norm, Any head, Bools fresh, Bools live, Floats temperatures,
+                  Ints top_k, Floats top_p, Floats min_p, Ints given_tokens, Floats uniforms, ffi::Result<Ints> tokens,
+                  FloatsOut logprobs, BoolsOut finite, float eps, int64_t vocabulary, int64_t body) {
+  Arguments given("sample");
+  const auto [rows, width] = given.sizes<2>("x", x);
+  const auto [leaves, outputs, inputs] = given.sizes<3>("head", head);
+  given.floats("head", head);
+  given.that(width == inputs, "head", "has not as many inputs as x");
+  given.that(vocabulary >= 1 && vocabulary <= leaves * outputs, "vocabulary", "is not within the head's outputs");
+  given.that(leaves * outputs % 128 == 0, "head", "must have whole blocks of 128 ids");
+  given.that(norm.element_count() == width, "norm", "is not as wide as x");
+  given.floats("norm", norm);
+  const auto of_rows = [&](const char* name, const auto& array, int64_t each = 1) {
+    given.count(name, array, each * rows);
+  };
+  of_rows("fresh", fresh), of_rows("live", live), of_rows("temperatures", temperatures), of_rows("top_k", top_k);
+  of_rows("top_p", top_p), of_rows("min_p", min_p), of_rows("given", given_tokens), of_rows("uniforms", uniforms, 2);
+  of_rows("tokens", *tokens), of_rows("logprobs", *logprobs), of_rows("finite", *finite);
+  const Array hidden = {x.typed_data(), Type::F32}, none = {nullptr, Type::F32};
+  const Product product{Form::PLAIN, rows, rows, rows, leaves, outputs, inputs, hidden, array(norm), eps, false,
+                        array(head), none, nullptr, fresh.typed_data(), nullptr};
+  const Sampling s{product, vocabulary, live.typed_data(), temperatures.typed_data(), top_p.typed_data(),
+                   min_p.typed_data(), uniforms.typed_data(), top_k.typed_data(), given_tokens.typed_data(),
+                   tokens->typed_data(), logprobs->typed_data(), finite->typed_data()};
+  return guarded(given, pool, body, &Body::sample, s);
+}
+
 auto on_threads() { return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>(); }
 
 }  // namespace
@@ -180,3 +207,7 @@ OP(jaxengine_draw, draw, on_threads().Arg<Floats>().Arg<Floats>().Arg<Ints>().Re
 
 OP(jaxengine_kept, kept, on_threads().Arg<Floats>().Arg<Ints>().Arg<Floats>().Arg<Floats>()
     .Ret<Bools>().Attr<int64_t>("body"));
+
+OP(jaxengine_sample, sample, on_threads().Arg<Floats>().Arg<Any>().Arg<Any>().Arg<Bools>().Arg<Bools>().Arg<Floats>()
+    .Arg<Ints>().Arg<Floats>().Arg<Floats>().Arg<Ints>().Arg<Floats>().Ret<Ints>().Ret<Floats>().Ret<ffi::Buffer<ffi::PRED>>()
+    .Attr<float>("eps").Attr<int64_t>("vocabulary").Attr<int64_t>("body"));

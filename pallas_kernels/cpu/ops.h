@@ -74,6 +74,19 @@ struct Truncation {
   uint8_t* mask;  // 1 of what is kept, or 0
 };
 
+constexpr int32_t LIKELIEST = -2;  // as a given token
+
+struct Sampling {  // a token of each row that is live; of the others 0
+  Product head;    // PLAIN, without its y
+  int64_t vocabulary;  // of the head's outputs; after it there is padding to whole blocks
+  const bool* live;
+  const float *temperatures, *top_p, *min_p, *uniforms;  // two uniforms a row
+  const int32_t *top_k, *given;
+  int32_t* tokens;
+  float* logprobs;
+  bool* finite;  // all logits, and the logprob
+};
+
 struct Body {
   void (*product)(Threads&, const Product&);
   void (*embed)(Threads&, const Embedding&);
@@ -81,6 +94,7 @@ struct Body {
   void (*attend)(Threads&, const Attention&);
   void (*draw)(Threads&, const Drawing&);
   void (*kept)(Threads&, const Truncation&);
+  void (*sample)(Threads&, const Sampling&);
 };
 
 extern const Body avx2_body, avx512_body, avx512_bf16_body, amx_body;

@@ -6,7 +6,7 @@ import numpy as np
 from conftest import NATIVE, bits, make_llm, random_model
 
 from jaxengine import SamplingParams
-from jaxengine.device import steps
+from jaxengine.device import head_and_draw
 from jaxengine.engine import engine
 from jaxengine.engine.batch import rows_of
 from jaxengine.ops.kernels import choose_kernels
@@ -15,7 +15,7 @@ from jaxengine.ops.kernels import choose_kernels
 def test_which_rows_are_fresh():
     """A group's first, and nothing in the padding. Of row 0 the head knows that it is."""
     rows = rows_of(8, [0, 7, 7, 7, 5], range(5), [0, 7, 7, 7, 5], [False] * 5)
-    assert np.asarray(steps._fresh(rows)).tolist()[1:] == [True, False, False, True, False, False, False]
+    assert np.asarray(head_and_draw._fresh(rows)).tolist()[1:] == [True, False, False, True, False, False, False]
 
 
 @NATIVE
