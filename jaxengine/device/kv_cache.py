@@ -7,7 +7,6 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, UInt32
 
@@ -68,7 +67,7 @@ def empty_cache(model_config: ModelConfig, engine_config: EngineConfig, kernels:
     home = kernels.whole or home
 
     def zeros(shape: jax.ShapeDtypeStruct) -> Array:
-        return jnp.zeros(shape.shape, shape.dtype, device=shape.sharding or home)
+        return kernels.zeros(shape.update(sharding=shape.sharding or home))
 
     return jax.tree.map(zeros, abstract(model_config, engine_config, kernels))
 

@@ -6,6 +6,7 @@ adds its bias to those zeros. Gradients are XLA's, of the same expressions over 
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ from jaxengine.ops.live import Live
 from jaxengine.ops.norm import rms_norm
 from jaxengine.ops.pallas import located_blocks
 from jaxengine.ops.pools import Pools
+from jaxengine.ops.pools import zeros as plain_zeros
 from jaxengine.ops.query_blocks import QueryBlocks
 from jaxengine.ops.rope import inverse_frequencies
 from jaxengine.ops.xla import XlaProducts, storage_dtype
@@ -31,6 +33,7 @@ from pallas_kernels.draw_reference import Draw
 from pallas_kernels.wanted import Wanted
 from sharding.leaves import ALL_HERE, Leaves
 
+SOME_HUGE_PAGES = 4 << 20  # bytes; a page of those is 2 MiB
 ORDER = 2  # of all sums in pallas_kernels/cpu: raised by whoever changes one, because it is in the bits
 
 
@@ -234,6 +237,19 @@ class CpuAttention:
         self, model_config: ModelConfig, pools: Pools, q: Float[Array, "R H h"], tables: Array, blocks: QueryBlocks
     ) -> Float[Array, "R Hh"]:
         return calls.attend(q, *pools, located_blocks(tables, blocks), model_config.dtype, self.body)
+
+
+def zeros(shape: jax.ShapeDtypeStruct) -> Array:
+    """As pools.zeros, in huge pages where the array takes some and one device has it."""
+    home = shape.sharding
+    if shape.size * shape.dtype.itemsize < SOME_HUGE_PAGES or (home and len(home.device_set) > 1):
+        return plain_zeros(shape)
+    return _in_huge_pages(shape)()
+
+
+@functools.cache
+def _in_huge_pages(shape: jax.ShapeDtypeStruct) -> Any:
+    return jax.jit(lambda: calls.zeros(jax.ShapeDtypeStruct(shape.shape, shape.dtype)), out_shardings=shape.sharding)
 
 
 @dataclasses.dataclass(frozen=True)

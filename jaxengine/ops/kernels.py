@@ -26,7 +26,7 @@ from jaxengine.ops.experts import Experts, Routing
 from jaxengine.ops.heads import PackedHeads
 from jaxengine.ops.in_tiles import ProductsInTiles
 from jaxengine.ops.live import Live
-from jaxengine.ops.pools import PAGES, Pools
+from jaxengine.ops.pools import PAGES, Pools, zeros
 from jaxengine.ops.query_blocks import QueryBlocks
 from jaxengine.ops.regions import over_tiles
 from jaxengine.ops.tiles import CPU_HEAD_TILE, GPU_TILES, HEAD_TILE, TPU_TILES, WIDE_HEAD_TILE, OwnTiles
@@ -242,6 +242,7 @@ class Kernels:
     computes_padding: bool = False  # all rows of a step's arrays, so that these had better be as small as its tile
     in_one: bool = False  # a row's bits depend on it alone without any tiles, so that a step needs no loop
     any_processor: bool = False  # tokens and logprobs are the same on all processors that it runs on
+    zeros: Callable[[jax.ShapeDtypeStruct], Array] = zeros  # of a cache, where the shape's sharding says
     skips: bool = True  # a step branches over what no row of a tile asks for; a GPU had better not
     split: Split | None = None  # the devices that share the weights; None inside `on_each`, and where there is one
 
@@ -342,10 +343,8 @@ def cpu_kernels(body: str = "best", *, has_experts: bool = False) -> Kernels:
     """The CPU's own kernels; `body` is one of pallas_kernels.cpu.library.BODIES. Experts are XLA's."""
     products, attention, draw = cpu_chain.CpuProducts(body), cpu_chain.CpuAttention(body), cpu_chain.CpuDraw(body)
     in_one_op = cpu_chain.CpuHeadAndDraw(body)
-    own = Kernels(
-        "cpu", products, attention, draw, in_one_op, head_tile=CPU_HEAD_TILE, skips_repeated=True, in_one=True
-    )
-    return dataclasses.replace(own, any_processor=not has_experts)
+    how: Any = dict(head_tile=CPU_HEAD_TILE, skips_repeated=True, in_one=True, zeros=cpu_chain.zeros)
+    return Kernels("cpu", products, attention, draw, in_one_op, any_processor=not has_experts, **how)
 
 
 def kernels_of(implementation: Implementation) -> Kernels:

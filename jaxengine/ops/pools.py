@@ -2,6 +2,9 @@
 
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+
 from sharding.rules import spec_of
 
 PAGES = spec_of((None, "heads"))  # how every pool lies on a mesh: its second axis is that of heads
@@ -12,3 +15,8 @@ class Pools(NamedTuple):
 
     keys: Any
     values: Any
+
+
+def zeros(shape: jax.ShapeDtypeStruct) -> jax.Array:
+    """Zeros where the shape's sharding says, or on the default device."""
+    return jnp.zeros(shape.shape, shape.dtype, device=shape.sharding)

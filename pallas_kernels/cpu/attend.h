@@ -39,47 +39,59 @@ inline Tile<T> locate(const Pages& pages, const int32_t* table, int64_t head, in
   return tile;
 }
 
-// Asks for a tile's keys, or its values: pages lie anywhere, and a page's first lines come without notice.
+// Asks for part `step` of `steps` of a tile's keys, or of its values: pages lie anywhere, so a core does not guess them,
+// and where it is asked for many lines at once it waits.
 template <class T>
-inline void fetch_keys(const Pages& pages, const Tile<T>& tile) {
+inline void fetch_keys(const Pages& pages, const Tile<T>& tile, int64_t step, int64_t steps) {
+  const int64_t from = pages.key_width * step / steps, to = pages.key_width * (step + 1) / steps;
   for (int64_t i = 0; i < TILE / LANE_KEYS && tile.keys[i]; i++)
     if (i == 0 || tile.keys[i] != tile.keys[i - 1] + LANE_KEYS)  // else in the lines of the sixteen before
-      for (int64_t d = 0; d < pages.key_width; d++) _mm_prefetch((const char*)(tile.keys[i] + d * pages.size), _MM_HINT_T1);
+      for (int64_t d = from; d < to; d++) _mm_prefetch((const char*)(tile.keys[i] + d * pages.size), _MM_HINT_T1);
 }
 template <class T>
-inline void fetch_values(const Pages& pages, const Tile<T>& tile) {
+inline void fetch_values(const Pages& pages, const Tile<T>& tile, int64_t step, int64_t steps) {
+  const int64_t lines = LANE_KEYS * pages.value_width * int64_t(sizeof(T)) / 64;
+  const int64_t from = lines * step / steps, to = lines * (step + 1) / steps;
   for (int64_t i = 0; i < TILE / LANE_KEYS && tile.values[i]; i++)
-    for (int64_t at = 0; at < LANE_KEYS * pages.value_width * int64_t(sizeof(T)); at += 64)
-      _mm_prefetch((const char*)tile.values[i] + at, _MM_HINT_T1);
+    for (int64_t line = from; line < to; line++) _mm_prefetch((const char*)tile.values[i] + line * 64, _MM_HINT_T1);
 }
+constexpr int64_t STEPS = 16;  // in which a tile is asked for
+constexpr auto fetch_nothing = [](int64_t) {};
 
-// Scores of Q queries with N times 16 keys.
-template <int Q, int N, class T>
-inline void score(const float* const* q, const T* const* keys, int64_t width, int64_t stride, float (*scores)[TILE]) {
+// Scores of Q queries with N times 16 keys. fetch(step) is called on the way.
+template <int Q, int N, class T, class F>
+inline void score(const float* const* q, const T* const* keys, int64_t width, int64_t stride, float (*scores)[TILE],
+                  const F& fetch) {
   Lanes sums[Q][N];
   for (int i = 0; i < Q; i++)
     for (int n = 0; n < N; n++) sums[i][n] = set(0.0f);
-  for (int64_t d = 0; d < width; d++)
-    for (int n = 0; n < N; n++) {
-      const Lanes k = widen(keys[n] + d * stride);
-      for (int i = 0; i < Q; i++) sums[i][n] = fma(set(q[i][d]), k, sums[i][n]);
-    }
+  for (int64_t step = 0, d = 0; step < STEPS; step++) {
+    fetch(step);
+    for (; d < width * (step + 1) / STEPS; d++)
+      for (int n = 0; n < N; n++) {
+        const Lanes k = widen(keys[n] + d * stride);
+        for (int i = 0; i < Q; i++) sums[i][n] = fma(set(q[i][d]), k, sums[i][n]);
+      }
+  }
   for (int i = 0; i < Q; i++)
     for (int n = 0; n < N; n++) store(scores[i] + n * LANE_KEYS, sums[i][n]);
 }
 
 // Q queries' sums, 16 · N numbers of the head from `at` on, with keys [from, to) of the tile added.
-template <int Q, int N, class T>
+template <int Q, int N, class T, class F>
 inline void add_values(const Tile<T>& tile, int64_t at, int64_t width, int64_t from, int64_t to,
-                       const float (*weights)[TILE], Softmax* softmax) {
+                       const float (*weights)[TILE], Softmax* softmax, const F& fetch) {
   Lanes sums[Q][N];
   for (int i = 0; i < Q; i++)
     for (int n = 0; n < N; n++) sums[i][n] = load(softmax[i].sums + at + n * 16);
-  for (int64_t key = from; key < to; key++) {
-    const T* value = tile.values[key / LANE_KEYS] + key % LANE_KEYS * width + at;
-    for (int n = 0; n < N; n++) {
-      const Lanes v = widen(value + n * 16);
-      for (int i = 0; i < Q; i++) sums[i][n] = fma(set(weights[i][key]), v, sums[i][n]);
+  for (int64_t step = 0, key = from; step < STEPS; step++) {
+    fetch(step);
+    for (; key < std::min(to, (step + 1) * (TILE / STEPS)); key++) {
+      const T* value = tile.values[key / LANE_KEYS] + key % LANE_KEYS * width + at;
+      for (int n = 0; n < N; n++) {
+        const Lanes v = widen(value + n * 16);
+        for (int i = 0; i < Q; i++) sums[i][n] = fma(set(weights[i][key]), v, sums[i][n]);
+      }
     }
   }
   for (int i = 0; i < Q; i++)
@@ -87,22 +99,27 @@ inline void add_values(const Tile<T>& tile, int64_t at, int64_t width, int64_t f
 }
 
 // The head's numbers from `at` on, as many registers at once as there are.
-template <int Q, int N, class T>
+template <int Q, int N, class T, class F>
 inline void add_all_values(const Tile<T>& tile, int64_t at, int64_t width, int64_t from, int64_t to,
-                           const float (*weights)[TILE], Softmax* softmax) {
-  for (; at + 16 * N <= width; at += 16 * N) add_values<Q, N>(tile, at, width, from, to, weights, softmax);
+                           const float (*weights)[TILE], Softmax* softmax, const F& fetch) {
+  for (; at + 16 * N <= width; at += 16 * N)
+    if (at == 0) add_values<Q, N>(tile, at, width, from, to, weights, softmax, fetch);
+    else add_values<Q, N>(tile, at, width, from, to, weights, softmax, fetch_nothing);
   if constexpr (N > 1)
-    if (at < width) add_all_values<Q, N / 2>(tile, at, width, from, to, weights, softmax);
+    if (at < width) add_all_values<Q, N / 2>(tile, at, width, from, to, weights, softmax, fetch);
 }
 
 // Scores of Q queries with the tile's keys from the n-th sixteen to the one before `there`.
-template <int Q, int N, class T>
+template <int Q, int N, class T, class F>
 inline void score_all(const Pages& pages, const Tile<T>& tile, const float* const* q, int64_t n, int64_t there,
-                      float (*scores)[TILE]) {
-  for (; n + N <= there; n += N)
-    score<Q, N>(q, tile.keys + n, pages.key_width, pages.size, (float(*)[TILE])(scores[0] + n * LANE_KEYS));
+                      float (*scores)[TILE], const F& fetch) {
+  for (; n + N <= there; n += N) {
+    auto* own = (float(*)[TILE])(scores[0] + n * LANE_KEYS);
+    if (n == 0) score<Q, N>(q, tile.keys, pages.key_width, pages.size, own, fetch);
+    else score<Q, N>(q, tile.keys + n, pages.key_width, pages.size, own, fetch_nothing);
+  }
   if constexpr (N > 1)
-    if (n < there) score_all<Q, N / 2>(pages, tile, q, n, there, scores);
+    if (n < there) score_all<Q, N / 2>(pages, tile, q, n, there, scores, fetch);
 }
 
 // The online softmax: scores of a tile become weights, and what was summed is rescaled.
@@ -135,13 +152,15 @@ inline void take_tile(const Pages& pages, const Tile<T>& tile, const Tile<T>& ne
   int64_t seen[Q], least = TILE;
   for (int i = 0; i < Q; i++) seen[i] = std::min(lengths[i] - first, TILE), least = std::min(least, seen[i]);
   const int64_t there = std::count_if(tile.keys, tile.keys + TILE / LANE_KEYS, [](const T* keys) { return keys; });
-  fetch_values(pages, tile);
-  score_all<Q, std::min<int>(KEYS_AT_ONCE / Q, TILE / LANE_KEYS)>(pages, tile, q, 0, there, scores);
-  fetch_keys(pages, next);
+  score_all<Q, std::min<int>(KEYS_AT_ONCE / Q, TILE / LANE_KEYS)>(
+      pages, tile, q, 0, there, scores, [&](int64_t step) { fetch_keys(pages, next, step, STEPS); });
   for (int i = 0; i < Q; i++) reweigh(scores[i], seen[i], pages.value_width, softmax[i]);
-  add_all_values<Q, std::min(VALUES_AT_ONCE / Q, 8)>(tile, 0, pages.value_width, 0, least, scores, softmax);
+  add_all_values<Q, std::min(VALUES_AT_ONCE / Q, 8)>(tile, 0, pages.value_width, 0, least, scores, softmax,
+                                                     [&](int64_t step) { fetch_values(pages, next, step, STEPS); });
   for (int i = 0; i < Q; i++)
-    if (seen[i] > least) add_all_values<1, std::min(VALUES_AT_ONCE, 8)>(tile, 0, pages.value_width, least, seen[i], scores + i, softmax + i);
+    if (seen[i] > least)
+      add_all_values<1, std::min(VALUES_AT_ONCE, 8)>(tile, 0, pages.value_width, least, seen[i], scores + i, softmax + i,
+                                                     fetch_nothing);
 }
 
 // One block's queries of one key head: query i is head i % group of token i / group.
@@ -155,16 +174,15 @@ struct Queries {
 
 template <int Q, class T>
 inline void take_split(const Pages& pages, const int32_t* table, int64_t head, const Queries& queries, int64_t i,
-                       int64_t first, int64_t end, Softmax* softmax) {
+                       int64_t first, int64_t end, const Tile<T>& after, Softmax* softmax) {
   const float* q[Q];
   int64_t lengths[Q], live = 0;
   for (int j = 0; j < Q; j++) q[j] = queries.at(i + j), lengths[j] = queries.length(i + j);
   const int64_t last = std::min(end, lengths[Q - 1]);
   Tile<T> tile = locate<T>(pages, table, head, first, last);
-  fetch_keys(pages, tile);
   for (int64_t at = first; at < last; at += TILE) {
     while (live < Q && lengths[live] <= at) live++;  // these have seen all their keys: the others go on alone
-    const Tile<T> next = locate<T>(pages, table, head, at + TILE, last);
+    const Tile<T> next = at + TILE < last ? locate<T>(pages, table, head, at + TILE, last) : after;
     if (live == 0) take_tile<Q>(pages, tile, next, q, lengths, at, softmax);
     else
       for (int64_t j = live; j < Q; j++) take_tile<1>(pages, tile, next, q + j, lengths + j, at, softmax + j);
@@ -172,10 +190,11 @@ inline void take_split(const Pages& pages, const int32_t* table, int64_t head, c
   }
 }
 
-// The softmax of every query over the keys of one split; empty for queries that end before it.
+// The softmax of every query over the keys of one split; empty for queries that end before it. `after` is the tile that
+// the thread will probably take next.
 template <class T>
 inline void attend_split(const Pages& pages, const int32_t* table, int64_t head, const Queries& queries, int64_t split,
-                         Softmax* softmax) {
+                         const Tile<T>& after, Softmax* softmax) {
   const int64_t first = split * SPLIT, end = first + SPLIT;
   for (int64_t i = 0; i < queries.count; i++) {
     softmax[i].high = MASKED, softmax[i].total = 0;
@@ -183,10 +202,10 @@ inline void attend_split(const Pages& pages, const int32_t* table, int64_t head,
   }
   int64_t i = 0;
   if constexpr (KEYS_AT_ONCE >= 16)
-    for (; i + 8 <= queries.count; i += 8) take_split<8, T>(pages, table, head, queries, i, first, end, softmax + i);
-  for (; i + 4 <= queries.count; i += 4) take_split<4, T>(pages, table, head, queries, i, first, end, softmax + i);
-  for (; i + 2 <= queries.count; i += 2) take_split<2, T>(pages, table, head, queries, i, first, end, softmax + i);
-  if (i < queries.count) take_split<1, T>(pages, table, head, queries, i, first, end, softmax + i);
+    for (; i + 8 <= queries.count; i += 8) take_split<8, T>(pages, table, head, queries, i, first, end, after, softmax + i);
+  for (; i + 4 <= queries.count; i += 4) take_split<4, T>(pages, table, head, queries, i, first, end, after, softmax + i);
+  for (; i + 2 <= queries.count; i += 2) take_split<2, T>(pages, table, head, queries, i, first, end, after, softmax + i);
+  if (i < queries.count) take_split<1, T>(pages, table, head, queries, i, first, end, after, softmax + i);
 }
 
 // `into` with another one, of the keys that come after its own, joined to it; one of no keys changes no bit.
@@ -241,6 +260,13 @@ inline void attend_all(Threads& threads, const Attention& a) {
     return queries.count ? ceil_div(queries.length(queries.count - 1), SPLIT) : 0;
   };
 
+  auto after = [&](int64_t task) {  // the first keys of the task that a thread will probably take next
+    task += threads.count();
+    const int64_t block = task / pages.heads;
+    if (task >= tasks || blocks.counts[block] <= 0) return Tile<T>{};
+    return locate<T>(pages, blocks.table(block), task % pages.heads, 0, blocks.starts[block] + blocks.counts[block]);
+  };
+
   if (splits == 1 || tasks >= 4 * threads.count()) {  // enough to do for every thread
     parallel(threads, tasks, [&](int64_t task) {
       static thread_local Scratch own;
@@ -249,7 +275,7 @@ inline void attend_all(Threads& threads, const Attention& a) {
       const int64_t block = task / pages.heads, head = task % pages.heads;
       const Queries queries = queries_of(block, head);
       for (int64_t split = 0; split < splits_of(queries); split++) {
-        attend_split<T>(pages, blocks.table(block), head, queries, split, split ? next : whole);
+        attend_split<T>(pages, blocks.table(block), head, queries, split, after(task), split ? next : whole);
         for (int64_t i = 0; split && i < queries.count; i++) join(whole[i], next[i], width);
       }
       finish<T>(a, block, head, group, queries.count, whole);
@@ -263,7 +289,7 @@ inline void attend_all(Threads& threads, const Attention& a) {
     const Queries queries = queries_of(block, head);
     Softmax* part = Partials::at(memory + i * floats, most, width);
     if (i % splits < splits_of(queries))
-      attend_split<T>(pages, blocks.table(block), head, queries, i % splits, part);
+      attend_split<T>(pages, blocks.table(block), head, queries, i % splits, {}, part);
   });
   parallel(threads, tasks, [&](int64_t task) {
     const int64_t block = task / pages.heads, head = task % pages.heads;

@@ -219,6 +219,12 @@ def sample(
     return call(x, norm, head, fresh, live, *wanted, eps=np.float32(eps), vocabulary=np.int64(vocab_size))
 
 
+def zeros(like: Any) -> Array:
+    """Zeros in huge pages, where the system has some and they take a few of them."""
+    library.load()
+    return jax.ffi.ffi_call("jaxengine_zeros", like)()
+
+
 def _call(op: str, like: Any, body: str, aliases: dict[int, int] | None = None) -> Any:
     library.load()
     call = jax.ffi.ffi_call(f"jaxengine_{op}", like, input_output_aliases=aliases or {})

@@ -1,4 +1,6 @@
 // The ops as XLA calls them: arguments are checked, and the body's op is called on XLA's threads.
+#include <sys/mman.h>
+
 #include "arguments.h"
 
 namespace jaxengine {
@@ -176,6 +178,17 @@ ffi::Error sample(ffi::ThreadPool pool, Floats x, Any norm, Any head, Bools fres
   return guarded(given, pool, body, &Body::sample, s);
 }
 
+// Memory that XLA has just got from the system, in huge pages if the system has some: reads of one page of keys after the
+// other wait for what translates addresses otherwise.
+ffi::Error zeros(ffi::ThreadPool, AnyOut y) {
+  constexpr uintptr_t HUGE_PAGE = 1 << 21;
+  auto* data = static_cast<char*>(y->untyped_data());
+  const uintptr_t first = ceil_to(uintptr_t(data), HUGE_PAGE), end = (uintptr_t(data) + y->size_bytes()) / HUGE_PAGE * HUGE_PAGE;
+  if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);  // a wish, which may be refused
+  std::memset(data, 0, y->size_bytes());
+  return ffi::Error::Success();
+}
+
 auto on_threads() { return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>(); }
 
 }  // namespace
@@ -211,3 +224,5 @@ OP(jaxengine_kept, kept, on_threads().Arg<Floats>().Arg<Ints>().Arg<Floats>().Ar
 OP(jaxengine_sample, sample, on_threads().Arg<Floats>().Arg<Any>().Arg<Any>().Arg<Bools>().Arg<Bools>().Arg<Floats>()
     .Arg<Ints>().Arg<Floats>().Arg<Floats>().Arg<Ints>().Arg<Floats>().Ret<Ints>().Ret<Floats>().Ret<ffi::Buffer<ffi::PRED>>()
     .Attr<float>("eps").Attr<int64_t>("vocabulary").Attr<int64_t>("body"));
+
+OP(jaxengine_zeros, zeros, on_threads().Ret<Any>());

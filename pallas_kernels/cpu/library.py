@@ -12,7 +12,7 @@ from pallas_kernels.cpu import seal
 
 FOLDER = pathlib.Path(__file__).parent
 FILE = "_kernels.so"  # as build.py names it
-OPS = ("product", "embed", "heads", "attend", "draw", "kept", "sample")
+OPS = ("product", "embed", "heads", "attend", "draw", "kept", "sample", "zeros")
 OTHER_BITS = 16  # jaxengine_bodies() in bodies.cc
 BODIES = {"best": 0, "avx2": 1, "avx512": 2, "avx512_bf16": 3, "amx": 4}  # BodyName in ops.h
 log = logging.getLogger("jaxengine")
