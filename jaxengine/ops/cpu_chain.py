@@ -284,7 +284,7 @@ class CpuHeadAndDraw:
         norm: Float[Array, " D"],
         eps: float,
         head: Float[Array, "leaf V D"],
-        fresh: Bool[Array, " t"],
+        fresh: Bool[Array, " t"] | None,
         live: Bool[Array, " t"],
         wanted: Wanted,
         vocab_size: int,

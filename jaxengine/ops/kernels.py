@@ -216,7 +216,7 @@ class HeadAndDraw(Protocol):
         norm: Float[Array, " D"],
         eps: float,
         head: Float[Array, "leaf V D"],
-        fresh: Bool[Array, " t"],
+        fresh: Bool[Array, " t"] | None,
         live: Bool[Array, " t"],
         wanted: Wanted,
         vocab_size: int,

@@ -110,8 +110,7 @@ def _product(
     rounds: bool = True,
     fresh: Array | None = None,
 ) -> Array:
-    which = jnp.zeros(0, jnp.bool_) if fresh is None else fresh
-    given = x, _or_empty(norm), w, _or_empty(bias), _or_empty(residual), which, _int32(live.count)
+    given = x, _or_empty(norm), w, _or_empty(bias), _or_empty(residual), _or_all(fresh), _int32(live.count)
     return _call("product", like, body)(
         *given, form=np.int64(form), rounds=rounds, eps=np.float32(eps), tile=np.int64(live.tile)
     )
@@ -197,7 +196,7 @@ def sample(
     norm: Float[Array, " D"],
     eps: float,
     head: Float[Array, "leaf V D"],
-    fresh: Bool[Array, " t"],
+    fresh: Bool[Array, " t"] | None,
     live: Bool[Array, " t"],
     wanted: Wanted,
     vocab_size: int,
@@ -216,7 +215,7 @@ def sample(
     )
     wanted = wanted._replace(top_k=_int32(wanted.top_k), given=_int32(wanted.given))
     call = _call("sample", like, body)
-    return call(x, norm, head, fresh, live, *wanted, eps=np.float32(eps), vocabulary=np.int64(vocab_size))
+    return call(x, norm, head, _or_all(fresh), live, *wanted, eps=np.float32(eps), vocabulary=np.int64(vocab_size))
 
 
 def zeros(like: Any) -> Array:
@@ -251,3 +250,7 @@ def _like(x: Array) -> Any:
 
 def _or_empty(x: Array | None) -> Array:
     return jnp.zeros(0, jnp.float32) if x is None else x
+
+
+def _or_all(fresh: Array | None) -> Array:
+    return jnp.zeros(0, jnp.bool_) if fresh is None else fresh

@@ -166,12 +166,14 @@ ffi::Error sample(ffi::ThreadPool pool, Floats x, Any norm, Any head, Bools fres
   const auto of_rows = [&](const char* name, const auto& array, int64_t each = 1) {
     given.count(name, array, each * rows);
   };
-  of_rows("fresh", fresh), of_rows("live", live), of_rows("temperatures", temperatures), of_rows("top_k", top_k);
+  const bool some_are_fresh = fresh.element_count() > 0;
+  if (some_are_fresh) of_rows("fresh", fresh);
+  of_rows("live", live), of_rows("temperatures", temperatures), of_rows("top_k", top_k);
   of_rows("top_p", top_p), of_rows("min_p", min_p), of_rows("given", given_tokens), of_rows("uniforms", uniforms, 2);
   of_rows("tokens", *tokens), of_rows("logprobs", *logprobs), of_rows("finite", *finite);
   const Array hidden = {x.typed_data(), Type::F32}, none = {nullptr, Type::F32};
   const Product product{Form::PLAIN, rows, rows, rows, leaves, outputs, inputs, hidden, array(norm), eps, false,
-                        array(head), none, nullptr, fresh.typed_data(), nullptr};
+                        array(head), none, nullptr, some_are_fresh ? fresh.typed_data() : nullptr, nullptr};
   const Sampling s{product, vocabulary, live.typed_data(), temperatures.typed_data(), top_p.typed_data(),
                    min_p.typed_data(), uniforms.typed_data(), top_k.typed_data(), given_tokens.typed_data(),
                    tokens->typed_data(), logprobs->typed_data(), finite->typed_data()};

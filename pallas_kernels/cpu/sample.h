@@ -30,8 +30,8 @@ struct RowMemory {
 
 inline void sample_row(const Sampling& s, int64_t row, const float* x, int64_t columns, float* memory) {
   const RowMemory own(memory, columns);
-  const Lanes temperature = set(s.temperatures[row]);
-  for (int64_t i = 0; i < columns; i += 16) store(own.logits + i, load(x + i) / temperature);
+  const Lanes reciprocal = set(1.0f / s.temperatures[row]);  // as pinned_math.row_quotient divides
+  for (int64_t i = 0; i < columns; i += 16) store(own.logits + i, load(x + i) * reciprocal);
   std::fill(own.logits + s.vocabulary, own.logits + columns, -std::numeric_limits<float>::infinity());
   if (s.top_k[row] > 0 || s.top_p[row] < 1 || s.min_p[row] > 0) {
     find_kept({1, columns, own.logits, s.top_k + row, s.top_p + row, s.min_p + row, own.mask}, 0, own.truncation);

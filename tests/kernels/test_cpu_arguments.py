@@ -63,6 +63,13 @@ OPS = {
         dict(mask=array(ROWS, VOCABULARY, dtype="bool")),
         {},
     ),
+    "sample": (
+        dict(x=array(ROWS, 40), norm=array(40), head=array(2, 128, 40), fresh=array(ROWS, dtype="bool"))
+        | dict(live=array(ROWS, dtype="bool"), temperatures=array(ROWS), top_k=ints(ROWS), top_p=array(ROWS))
+        | dict(min_p=array(ROWS), given=ints(ROWS), uniforms=array(ROWS, 2)),
+        dict(tokens=ints(ROWS), logprobs=array(ROWS), finite=array(ROWS, dtype="bool")),
+        dict(eps=np.float32(1e-6), vocabulary=VOCABULARY),
+    ),
 }
 
 
@@ -78,12 +85,18 @@ def call(op: str, **wrong) -> None:
 
 @pytest.mark.parametrize("op", OPS)
 def test_what_fits_is_taken(op):
-    assert {name.split()[-1] for name in OPS} == set(library.OPS)
+    assert {name.split()[-1] for name in OPS} | {"zeros"} == set(library.OPS)
     call(op)
 
 
 # Sizes that others are compared with, so that a refusal names one of those; a table may be of any width.
-NAMED = {("w", "product"): "x", ("table", "embed"): "y", ("ids", "embed"): "y", ("logits", "kept"): "mask"}
+NAMED = {
+    ("w", "product"): "x",
+    ("table", "embed"): "y",
+    ("ids", "embed"): "y",
+    ("logits", "kept"): "mask",
+    ("x", "sample"): "head",
+}
 LONGER = [(op, name) for op, parts in OPS.items() for name in parts[0] | parts[1] if name != "tables"]
 
 
@@ -126,6 +139,13 @@ def test_an_array_that_is_longer_is_refused(op, name):
         ("draw", "logits", array(ROWS, 0)),
         ("draw", "uniforms", array(0)),
         ("kept", "logits", array(ROWS * VOCABULARY)),
+        ("sample", "x", array(ROWS * 40)),
+        ("sample", "norm", array(40, dtype="int8")),
+        ("sample", "head", array(256, 40)),
+        ("sample", "head", array(2, 128, 40, dtype="int8")),
+        ("sample", "head", array(2, 129, 40)),
+        ("sample", "vocabulary", 0),
+        ("sample", "vocabulary", VOCABULARY + 1),
         *(
             (op, name, wrong)
             for op in ("heads", "attend")
