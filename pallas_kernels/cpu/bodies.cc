@@ -40,29 +40,34 @@ class Alone final : public Threads {
   void start(std::function<void()> work) override { work(); }
 };
 
-// Products of one depth, so that no sum is hidden by a larger one: rows times `leaves` sets of outputs, of numbers from
-// ranges of exponents in which sums round, cancel, leave the normal numbers, and all of these.
+// Products of one depth, so that no sum is hidden by a larger one, and of two, whose sums are added: rows times `leaves`
+// sets of outputs, of numbers from ranges of exponents in which sums round, cancel, leave the normal numbers, all of
+// these, and in which rows or weights are subnormal, which is to be zero.
 std::vector<float> depths_by(const Body& body) {
-  constexpr int64_t ROWS = 19, LEAVES = 64, OUTPUTS = 16, INPUTS = 32;
-  constexpr unsigned LOWEST[] = {120, 126, 60, 1}, EXPONENTS[] = {16, 2, 12, 200};
+  constexpr int64_t ROWS = 19, LEAVES = 64, OUTPUTS = 16, RANGES = 6;
+  constexpr struct Range { unsigned lowest, exponents; } ALL_NORMAL = {1, 200}, SMALLEST = {0, 2}, LARGE = {200, 12};
+  constexpr Range OF_ROWS[RANGES] = {{120, 16}, {126, 2}, {60, 12}, ALL_NORMAL, SMALLEST, LARGE};
+  constexpr Range OF_WEIGHTS[RANGES] = {{120, 16}, {126, 2}, {60, 12}, ALL_NORMAL, LARGE, SMALLEST};
   uint64_t state = 0x9e3779b97f4a7c15;
-  const auto number = [&](int64_t range) {
-    state ^= state << 13, state ^= state >> 7, state ^= state << 17;  // Marsaglia's xorshift64
-    const unsigned exponent = LOWEST[range] + (state >> 20) % EXPONENTS[range];
-    return BF16{uint16_t((state & 0x807f) | exponent << 7)};
+  const auto fill = [&](std::vector<BF16>& numbers, const Range& range) {
+    for (BF16& each : numbers) {
+      state ^= state << 13, state ^= state >> 7, state ^= state << 17;  // Marsaglia's xorshift64
+      const unsigned exponent = range.lowest + (state >> 20) % range.exponents;
+      each = {uint16_t((state & 0x807f) | exponent << 7)};
+    }
   };
   std::vector<float> found;
-  for (int64_t range = 0; range < 4; range++) {
-    std::vector<BF16> x(ROWS * INPUTS), w(LEAVES * OUTPUTS * INPUTS);
-    std::vector<float> y(ROWS * LEAVES * OUTPUTS);
-    for (auto* numbers : {&x, &w})
-      for (BF16& each : *numbers) each = number(range);
-    const Array none = {nullptr, Type::F32};
-    Alone alone;
-    body.product(alone, {Form::PLAIN, ROWS, ROWS, ROWS, LEAVES, OUTPUTS, INPUTS, {x.data(), Type::BF16}, none, 0.0f, true,
-                         {w.data(), Type::BF16}, none, nullptr, nullptr, y.data()});
-    found.insert(found.end(), y.begin(), y.end());
-  }
+  for (const int64_t inputs : {32, 64})
+    for (int64_t range = 0; range < RANGES; range++) {
+      std::vector<BF16> x(ROWS * inputs), w(LEAVES * OUTPUTS * inputs);
+      std::vector<float> y(ROWS * LEAVES * OUTPUTS);
+      fill(x, OF_ROWS[range]), fill(w, OF_WEIGHTS[range]);
+      const Array none = {nullptr, Type::F32};
+      Alone alone;
+      body.product(alone, {Form::PLAIN, ROWS, ROWS, ROWS, LEAVES, OUTPUTS, inputs, {x.data(), Type::BF16}, none, 0.0f,
+                           true, {w.data(), Type::BF16}, none, nullptr, nullptr, y.data()});
+      found.insert(found.end(), y.begin(), y.end());
+    }
   return found;
 }
 

@@ -62,7 +62,8 @@ def test_the_amx_body_has_the_same_bits(emulated):
 
 
 ONE_CHAIN = TILES.name, "chains[n][parity] = std::fma(a, b, chains[n][parity])", "[parity]", "[0]"
-TOWARDS_ZERO = TILES.name, "_mm_setcsr(0x1f80 | 0x8000 | 0x0040)", "0x1f80", "0x7f80"
+RUNNING = TILES.name, "total[n] += chains[n][0] + chains[n][1]", "+= chains", "= total[n] + chains"
+SUBNORMALS = TILES.name, "_mm_setcsr(0x1f80 | 0x8000 | 0x0040)", " | 0x0040", ""
 SWAPPED = "dots.h", "_mm512_set4_epi32(0x0b0a0f0e, 0x09080d0c, 0x03020706, 0x01000504)", "0b0a0f0e", "0f0e0b0a"
 
 
@@ -70,7 +71,8 @@ SWAPPED = "dots.h", "_mm512_set4_epi32(0x0b0a0f0e, 0x09080d0c, 0x03020706, 0x010
     "body, mistake",
     [
         pytest.param("amx", ONE_CHAIN, id="even and odd members in one chain"),
-        pytest.param("amx", TOWARDS_ZERO, id="rounded towards zero"),
+        pytest.param("amx", RUNNING, id="each added to the running sum"),
+        pytest.param("amx", SUBNORMALS, id="subnormals that are read"),
         pytest.param("avx512_bf16", SWAPPED, id="the later input of two first"),
     ],
 )
