@@ -67,7 +67,7 @@ def empty_cache(model_config: ModelConfig, engine_config: EngineConfig, kernels:
     home = kernels.whole or home
 
     def zeros(shape: jax.ShapeDtypeStruct) -> Array:
-        return kernels.zeros(shape.update(sharding=shape.sharding or home))
+        return kernels.memory.zeros(shape.update(sharding=shape.sharding or home))
 
     return jax.tree.map(zeros, abstract(model_config, engine_config, kernels))
 

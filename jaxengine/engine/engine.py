@@ -130,6 +130,7 @@ class Engine:
         self.kernels = choose_kernels(engine_config.kernels, model_config, engine_config.mesh)
         # The cache comes first, because it takes the most memory and may be refused.
         self.cache = kv_cache.empty_cache(model_config, engine_config, self.kernels, params)
+        self.kernels.memory.settle(params)
         pool = PagePool(engine_config.num_pages, engine_config.page_size, engine_config.enable_prefix_caching)
         self.scheduler = Scheduler(engine_config, pool)
         self.step_variants = variants_of(model_config, engine_config, self.kernels, report)

@@ -6,7 +6,6 @@ adds its bias to those zeros. Gradients are XLA's, of the same expressions over 
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -22,8 +21,7 @@ from jaxengine.ops.linear import by_leaf, dot, join_leaves, with_bias
 from jaxengine.ops.live import Live
 from jaxengine.ops.norm import rms_norm
 from jaxengine.ops.pallas import located_blocks
-from jaxengine.ops.pools import Pools
-from jaxengine.ops.pools import zeros as plain_zeros
+from jaxengine.ops.pools import PLAIN_MEMORY, Pools
 from jaxengine.ops.query_blocks import QueryBlocks
 from jaxengine.ops.rope import inverse_frequencies
 from jaxengine.ops.xla import XlaProducts, storage_dtype
@@ -239,17 +237,27 @@ class CpuAttention:
         return calls.attend(q, *pools, located_blocks(tables, blocks), model_config.dtype, self.body)
 
 
-def zeros(shape: jax.ShapeDtypeStruct) -> Array:
-    """As pools.zeros, in huge pages where the array takes some and one device has it."""
-    home = shape.sharding
-    if shape.size * shape.dtype.itemsize < SOME_HUGE_PAGES or (home and len(home.device_set) > 1):
-        return plain_zeros(shape)
-    return _in_huge_pages(shape)()
+class CpuMemory:
+    """In huge pages what takes some and lies on one device."""
+
+    def zeros(self, shape: jax.ShapeDtypeStruct) -> Array:
+        if not _takes_huge_pages(shape):
+            return PLAIN_MEMORY.zeros(shape)
+        made = calls.zeros(jax.ShapeDtypeStruct(shape.shape, shape.dtype))
+        return made if shape.sharding is None else jax.device_put(made, shape.sharding)
+
+    def settle(self, weights: Any) -> None:
+        large = [x for x in jax.tree.leaves(weights) if isinstance(x, jax.Array) and _takes_huge_pages(x)]
+        if large:
+            library.into_huge_pages([(x.unsafe_buffer_pointer(), x.nbytes) for x in large])
 
 
-@functools.cache
-def _in_huge_pages(shape: jax.ShapeDtypeStruct) -> Any:
-    return jax.jit(lambda: calls.zeros(jax.ShapeDtypeStruct(shape.shape, shape.dtype)), out_shardings=shape.sharding)
+MEMORY = CpuMemory()
+
+
+def _takes_huge_pages(x: Any) -> bool:
+    on_one_device = x.sharding is None or len(x.sharding.device_set) == 1
+    return on_one_device and x.size * x.dtype.itemsize >= SOME_HUGE_PAGES
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,7 +26,7 @@ from jaxengine.ops.experts import Experts, Routing
 from jaxengine.ops.heads import PackedHeads
 from jaxengine.ops.in_tiles import ProductsInTiles
 from jaxengine.ops.live import Live
-from jaxengine.ops.pools import PAGES, Pools, zeros
+from jaxengine.ops.pools import PAGES, PLAIN_MEMORY, Pools
 from jaxengine.ops.query_blocks import QueryBlocks
 from jaxengine.ops.regions import over_tiles
 from jaxengine.ops.tiles import CPU_HEAD_TILE, GPU_TILES, HEAD_TILE, TPU_TILES, WIDE_HEAD_TILE, OwnTiles
@@ -227,6 +227,18 @@ class HeadAndDraw(Protocol):
         ...
 
 
+class Memory(Protocol):
+    """Where arrays lie that steps read as a whole. No bit depends on it."""
+
+    def zeros(self, shape: jax.ShapeDtypeStruct) -> Array:
+        """Those of a cache, where the shape's sharding says, or on the default device."""
+        ...
+
+    def settle(self, weights: Any) -> None:
+        """What is done once to the memory of weights that every step will read."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Kernels:
     """The decoder's ops. Hashable, so that a jitted step can hold it as a static argument."""
@@ -242,7 +254,7 @@ class Kernels:
     computes_padding: bool = False  # all rows of a step's arrays, so that these had better be as small as its tile
     in_one: bool = False  # a row's bits depend on it alone without any tiles, so that a step needs no loop
     any_processor: bool = False  # tokens and logprobs are the same on all processors that it runs on
-    zeros: Callable[[jax.ShapeDtypeStruct], Array] = zeros  # of a cache, where the shape's sharding says
+    memory: Memory = PLAIN_MEMORY
     skips: bool = True  # a step branches over what no row of a tile asks for; a GPU had better not
     split: Split | None = None  # the devices that share the weights; None inside `on_each`, and where there is one
 
@@ -343,7 +355,7 @@ def cpu_kernels(body: str = "best", *, has_experts: bool = False) -> Kernels:
     """The CPU's own kernels; `body` is one of pallas_kernels.cpu.library.BODIES. Experts are XLA's."""
     products, attention, draw = cpu_chain.CpuProducts(body), cpu_chain.CpuAttention(body), cpu_chain.CpuDraw(body)
     in_one_op = cpu_chain.CpuHeadAndDraw(body)
-    how: Any = dict(head_tile=CPU_HEAD_TILE, skips_repeated=True, in_one=True, zeros=cpu_chain.zeros)
+    how: Any = dict(head_tile=CPU_HEAD_TILE, skips_repeated=True, in_one=True, memory=cpu_chain.MEMORY)
     return Kernels("cpu", products, attention, draw, in_one_op, any_processor=not has_experts, **how)
 
 

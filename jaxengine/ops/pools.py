@@ -17,6 +17,14 @@ class Pools(NamedTuple):
     values: Any
 
 
-def zeros(shape: jax.ShapeDtypeStruct) -> jax.Array:
-    """Zeros where the shape's sharding says, or on the default device."""
-    return jnp.zeros(shape.shape, shape.dtype, device=shape.sharding)
+class PlainMemory:
+    """As JAX has it (ops/kernels.Memory)."""
+
+    def zeros(self, shape: jax.ShapeDtypeStruct) -> jax.Array:
+        return jnp.zeros(shape.shape, shape.dtype, device=shape.sharding)
+
+    def settle(self, weights: Any) -> None:
+        pass
+
+
+PLAIN_MEMORY = PlainMemory()

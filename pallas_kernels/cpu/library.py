@@ -5,6 +5,7 @@ import functools
 import logging
 import pathlib
 import platform
+import threading
 
 import jax
 
@@ -49,6 +50,21 @@ def load(path: pathlib.Path | None = None) -> tuple[str, ...]:
         handler = jax.ffi.pycapsule(getattr(library, f"jaxengine_{op}"))
         jax.ffi.register_ffi_target(f"jaxengine_{op}", handler, platform="cpu")
     return bodies
+
+
+def into_huge_pages(memory: list[tuple[int, int]]) -> threading.Thread:
+    """Move (address, bytes) pairs into huge pages, where the system has some: in the background, by the thread returned."""
+    load()
+    move = ctypes.CDLL(str(FOLDER / FILE)).jaxengine_into_huge_pages
+    move.argtypes, move.restype = (ctypes.c_void_p, ctypes.c_size_t), None
+
+    def move_all() -> None:
+        for address, size in memory:
+            move(address, size)
+
+    thread = threading.Thread(target=move_all, name="jaxengine-huge-pages", daemon=True)
+    thread.start()
+    return thread
 
 
 def check_file(path: pathlib.Path) -> None:
