@@ -53,7 +53,7 @@ def load(path: pathlib.Path | None = None) -> tuple[str, ...]:
 
 
 def into_huge_pages(memory: list[tuple[int, int]]) -> threading.Thread:
-    """Move memory, (address, bytes) pairs, into huge pages where the system has some: by the thread that is returned."""
+    """Move memory, (address, bytes) pairs, into huge pages where the system has some: by the thread returned."""
     load()
     move = ctypes.CDLL(str(FOLDER / FILE)).jaxengine_into_huge_pages
     move.argtypes, move.restype = (ctypes.c_void_p, ctypes.c_size_t), None
