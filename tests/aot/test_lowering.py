@@ -171,12 +171,13 @@ def assert_pinned(program: GpuProgram) -> None:
 
 
 def assert_float_operations(compiled: Compiled) -> None:
-    """Beside the kernels XLA divides logits by temperatures and makes uniforms of random bits, nothing else.
+    """Beside the kernels XLA divides logits by temperatures, as a product with reciprocals, and makes uniforms of random
+    bits, nothing else.
 
     What has no source is how a TPU's collectives and reductions combine two numbers.
     """
     sources = [operation.source.rpartition("/")[2] for operation in compiled.float_operations if operation.source]
-    assert sorted(sources) == ["div", "sub"]
+    assert sorted(sources) == ["div", "mul", "sub"]
 
 
 @pytest.mark.parametrize("rows, width, outputs, leaves", [(8, 1024, 2080, 1), (24, 200, 96, 2), (100, 72, 40, 4)])
