@@ -120,13 +120,14 @@ class Lent {
   float* floats;
 
  private:
+  // Never freed, because XLA's threads may still work while the process ends.
   static std::mutex& lock() {
-    static std::mutex one;
-    return one;
+    static auto* one = new std::mutex;
+    return *one;
   }
   static std::vector<std::unique_ptr<Scratch>>& kept() {
-    static std::vector<std::unique_ptr<Scratch>> all;
-    return all;
+    static auto* all = new std::vector<std::unique_ptr<Scratch>>;
+    return *all;
   }
   std::unique_ptr<Scratch> own_;
 };
