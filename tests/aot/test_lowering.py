@@ -171,8 +171,8 @@ def assert_pinned(program: GpuProgram) -> None:
 
 
 def assert_float_operations(compiled: Compiled) -> None:
-    """Beside the kernels XLA divides logits by temperatures, as a product with reciprocals, and makes uniforms of random
-    bits, nothing else.
+    """Beside the kernels XLA multiplies logits by the temperatures' reciprocals, and makes uniforms of random bits,
+    nothing else.
 
     What has no source is how a TPU's collectives and reductions combine two numbers.
     """
