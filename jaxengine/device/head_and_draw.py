@@ -131,6 +131,8 @@ def _in_one_op(
     """Of rows that ask for no more than a token of the model's distribution, or of the likeliest part of it."""
     sampling, is_greedy = asked.sampling, asked.sampling.temperature == 0
     wanted = Wanted(
+        rows.fresh,
+        rows.live,
         jnp.where(is_greedy, 1.0, sampling.temperature),
         jnp.where(is_greedy, 0, sampling.top_k),
         jnp.where(is_greedy, 1.0, sampling.top_p),
@@ -140,14 +142,7 @@ def _in_one_op(
     )
     assert kernels.head_and_draw is not None
     tokens, logprobs, finite = kernels.head_and_draw(
-        rows.x,
-        weights.norm,
-        model_config.rms_norm_eps,
-        weights.head,
-        rows.fresh,
-        rows.live,
-        wanted,
-        model_config.vocab_size,
+        rows.x, weights.norm, model_config.rms_norm_eps, weights.head, wanted, model_config.vocab_size
     )
     nothing = jnp.zeros_like(logprobs)
     ranks, top_ids, top_logprobs, named = _nothing_likely(asked.request, needs, max_logprobs)

@@ -292,9 +292,7 @@ class CpuHeadAndDraw:
         norm: Float[Array, " D"],
         eps: float,
         head: Float[Array, "leaf V D"],
-        fresh: Bool[Array, " t"] | None,
-        live: Bool[Array, " t"],
         wanted: Wanted,
         vocab_size: int,
     ) -> tuple[Int[Array, " t"], Float[Array, " t"], Bool[Array, " t"]]:
-        return calls.sample(x, norm, eps, head, fresh, live, wanted, vocab_size, self.body)
+        return calls.sample(x, norm, eps, head, wanted, vocab_size, self.body)

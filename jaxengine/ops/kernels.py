@@ -216,8 +216,6 @@ class HeadAndDraw(Protocol):
         norm: Float[Array, " D"],
         eps: float,
         head: Float[Array, "leaf V D"],
-        fresh: Bool[Array, " t"] | None,
-        live: Bool[Array, " t"],
         wanted: Wanted,
         vocab_size: int,
     ) -> tuple[Int[Array, " t"], Float[Array, " t"], Bool[Array, " t"]]:

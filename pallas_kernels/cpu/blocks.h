@@ -105,42 +105,42 @@ inline Lanes both_of(const float* pair) {  // (even, odd) eight times
   return {_mm512_castpd_ps(_mm512_set1_pd(both))};
 }
 
-// Even and odd members' sums for 16 outputs, added.
-inline Lanes folded(Lanes first, Lanes second) {
-  const __m512i evens = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-  const __m512i odds = _mm512_add_epi32(evens, _mm512_set1_epi32(1));
-  return Lanes{_mm512_permutex2var_ps(first.v, evens, second.v)} + Lanes{_mm512_permutex2var_ps(first.v, odds, second.v)};
-}
-
-// A way to multiply: what rows and turned blocks are, and R rows times some depths of blocks, added to running sums;
-// fetch(depth) is called at each. A lane is an output's even or odd members, because one read of a row's pair then serves
-// both: reads that fill a register with one number are what limits a core.
+// A way to multiply: what numbers rows are, what a turned block is, in how many steps a row goes through it, and how the
+// sums of a lane, an output's even or odd members, become those of the outputs. Both members are in one register because
+// one read of a row's pair then serves both: reads that fill a register with one number are what limits a core.
 struct Pairs {
   using Number = float;
-  using Turned = float[16][2][WIDTH];
+  static constexpr int STEPS = 16;
+  using Turned = Lanes[STEPS][2];
 
   template <class T>
   static void turn(const Block<T>& block, Turned& out) {
-    for_pairs(block, [&](int i, Lanes first, Lanes second) { store(out[i][0], first), store(out[i][1], second); });
+    for_pairs(block, [&](int i, Lanes first, Lanes second) { out[i][0] = first, out[i][1] = second; });
   }
-
-  template <int R, class F>
-  static void multiply(int64_t depths, const float* x, const Turned* w, float* sums, const F& fetch) {
-    for (int64_t depth = 0; depth < depths; depth++, x += ROWS_AT_ONCE * DEPTH) {
-      fetch(depth);
-      Lanes first[R], second[R];
-      for (int r = 0; r < R; r++) first[r] = second[r] = set(0.0f);
-      for (int i = 0; i < 16; i++) {
-        const Lanes w_first = load(w[depth][i][0]), w_second = load(w[depth][i][1]);
-        for (int r = 0; r < R; r++) {
-          const Lanes pair = both_of(x + r * DEPTH + 2 * i);
-          first[r] = fma(pair, w_first, first[r]), second[r] = fma(pair, w_second, second[r]);
-        }
-      }
-      for (int r = 0; r < R; r++) store(sums + r * WIDTH, load(sums + r * WIDTH) + folded(first[r], second[r]));
-    }
+  static Lanes step(Lanes sums, const float* pair, Lanes w) { return fma(both_of(pair), w, sums); }
+  static Lanes outputs(Lanes first, Lanes second) {
+    const __m512i evens = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i odds = _mm512_add_epi32(evens, _mm512_set1_epi32(1));
+    return Lanes{_mm512_permutex2var_ps(first.v, evens, second.v)} + Lanes{_mm512_permutex2var_ps(first.v, odds, second.v)};
   }
 };
+
+// R rows times some depths of blocks, added to running sums. fetch(depth) is called at each.
+template <class Way, int R, class F>
+inline void multiply(int64_t depths, const typename Way::Number* x, const typename Way::Turned* w, float* sums,
+                     const F& fetch) {
+  for (int64_t depth = 0; depth < depths; depth++, x += ROWS_AT_ONCE * DEPTH) {
+    fetch(depth);
+    Lanes first[R], second[R];
+    for (int r = 0; r < R; r++) first[r] = second[r] = set(0.0f);
+    for (int i = 0; i < Way::STEPS; i++)
+      for (int r = 0; r < R; r++) {
+        const auto* own = x + r * DEPTH + i * (DEPTH / Way::STEPS);
+        first[r] = Way::step(first[r], own, w[depth][i][0]), second[r] = Way::step(second[r], own, w[depth][i][1]);
+      }
+    for (int r = 0; r < R; r++) store(sums + r * WIDTH, load(sums + r * WIDTH) + Way::outputs(first[r], second[r]));
+  }
+}
 #else
 using Panel = float[2][16][WIDTH];  // even and odd inputs, outputs
 

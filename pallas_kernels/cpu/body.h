@@ -13,6 +13,7 @@
 #include "dots.h"
 #endif
 
+#include "attend_tile.h"
 #include "attend.h"
 #include "draw.h"
 #include "embed.h"

@@ -196,8 +196,6 @@ def sample(
     norm: Float[Array, " D"],
     eps: float,
     head: Float[Array, "leaf V D"],
-    fresh: Bool[Array, " t"] | None,
-    live: Bool[Array, " t"],
     wanted: Wanted,
     vocab_size: int,
     body: str = "best",
@@ -205,7 +203,7 @@ def sample(
     """(tokens, logprobs, whether logits and logprob are finite) of the live rows; of the others (0, 0, True).
 
     The bits are those of `logits`, divided by the temperature, cut by `kept`, and drawn from by `draw`; columns from
-    vocab_size on are -inf. `fresh` as in `logits`.
+    vocab_size on are -inf.
     """
     t = x.shape[0]
     like = (
@@ -213,9 +211,9 @@ def sample(
         jax.ShapeDtypeStruct((t,), jnp.float32),
         jax.ShapeDtypeStruct((t,), jnp.bool_),
     )
-    wanted = wanted._replace(top_k=_int32(wanted.top_k), given=_int32(wanted.given))
+    wanted = wanted._replace(fresh=_or_all(wanted.fresh), top_k=_int32(wanted.top_k), given=_int32(wanted.given))
     call = _call("sample", like, body)
-    return call(x, norm, head, _or_all(fresh), live, *wanted, eps=np.float32(eps), vocabulary=np.int64(vocab_size))
+    return call(x, norm, head, *wanted, eps=np.float32(eps), vocabulary=np.int64(vocab_size))
 
 
 def zeros(like: Any) -> Array:

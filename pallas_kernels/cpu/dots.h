@@ -25,50 +25,30 @@ __attribute__((always_inline)) inline void quarters(const BF16* w, int64_t strid
   out[2] = _mm512_shuffle_i64x2(b, d, 0x88), out[3] = _mm512_shuffle_i64x2(b, d, 0xdd);
 }
 
-// Of a block the eight quads of inputs, each of eight outputs: `half` 0 has outputs 0, 1, 4, 5, 8, 9, 12 and 13.
-__attribute__((always_inline)) inline void turned_quads(const Block<BF16>& block, int half, __m512i (&out)[8]) {
-  __m512i evens[4], odds[4];
-  quarters(block.w + 2 * half * block.stride, block.stride, evens);
-  quarters(block.w + (2 * half + 1) * block.stride, block.stride, odds);
-  for (int i = 0; i < 4; i++) {
-    out[2 * i] = _mm512_unpacklo_epi64(evens[i], odds[i]);
-    out[2 * i + 1] = _mm512_unpackhi_epi64(evens[i], odds[i]);
-  }
-}
-
-__attribute__((always_inline)) inline __m512 dot(__m512 sums, const BF16* quad, __m512i w) {
-  int64_t both;
-  std::memcpy(&both, quad, sizeof(both));
-  return _mm512_dpbf16_ps(sums, (__m512bh)w, (__m512bh)_mm512_set1_epi64(both));
-}
-
-// Even and odd members' sums of the outputs of both halves, added: outputs 0 to 15.
-inline Lanes folded(__m512 first, __m512 second) {
-  return Lanes{_mm512_shuffle_ps(first, second, 0x88)} + Lanes{_mm512_shuffle_ps(first, second, 0xdd)};
-}
-
-// As Pairs in blocks.h.
+// As Pairs in blocks.h: eight quads of inputs, each of outputs 0, 1, 4, 5, 8, 9, 12 and 13, and of the others.
 struct Quads {
   using Number = BF16;
-  using Turned = __m512i[2][8];
+  static constexpr int STEPS = 8;
+  using Turned = Lanes[STEPS][2];
 
   static void turn(const Block<BF16>& block, Turned& out) {
-    for (int half = 0; half < 2; half++) turned_quads(block, half, out[half]);
-  }
-
-  template <int R, class F>
-  static void multiply(int64_t depths, const BF16* x, const Turned* w, float* sums, const F& fetch) {
-    for (int64_t depth = 0; depth < depths; depth++, x += ROWS_AT_ONCE * DEPTH) {
-      fetch(depth);
-      __m512 first[R], second[R];
-      for (int r = 0; r < R; r++) first[r] = second[r] = _mm512_setzero_ps();
-      for (int i = 0; i < 8; i++)
-        for (int r = 0; r < R; r++) {
-          first[r] = dot(first[r], x + r * DEPTH + 4 * i, w[depth][0][i]);
-          second[r] = dot(second[r], x + r * DEPTH + 4 * i, w[depth][1][i]);
-        }
-      for (int r = 0; r < R; r++) store(sums + r * WIDTH, load(sums + r * WIDTH) + folded(first[r], second[r]));
+    for (int half = 0; half < 2; half++) {
+      __m512i evens[4], odds[4];
+      quarters(block.w + 2 * half * block.stride, block.stride, evens);
+      quarters(block.w + (2 * half + 1) * block.stride, block.stride, odds);
+      for (int i = 0; i < 4; i++) {
+        out[2 * i][half].v = _mm512_castsi512_ps(_mm512_unpacklo_epi64(evens[i], odds[i]));
+        out[2 * i + 1][half].v = _mm512_castsi512_ps(_mm512_unpackhi_epi64(evens[i], odds[i]));
+      }
     }
+  }
+  static Lanes step(Lanes sums, const BF16* quad, Lanes w) {
+    int64_t both;
+    std::memcpy(&both, quad, sizeof(both));
+    return {_mm512_dpbf16_ps(sums.v, (__m512bh)w.v, (__m512bh)_mm512_set1_epi64(both))};
+  }
+  static Lanes outputs(Lanes first, Lanes second) {
+    return Lanes{_mm512_shuffle_ps(first.v, second.v, 0x88)} + Lanes{_mm512_shuffle_ps(first.v, second.v, 0xdd)};
   }
 };
 

@@ -38,7 +38,7 @@ inline void sum_by(const Product& p, const Rows& rows, int64_t leaf, int64_t fir
     for (int64_t r = 0; r < count; r += ROWS_AT_ONCE, next += lines * p.inputs)
       with_rows(std::min(count - r, ROWS_AT_ONCE), [&](auto size) {
         const auto* x = rows.at<typename Way::Number>(leaf, from, first + r);
-        Way::template multiply<size()>(depths, x, turned, sums[r], [&](int64_t depth) {
+        multiply<Way, size()>(depths, x, turned, sums[r], [&](int64_t depth) {
           fetch_next(next, p.inputs, (from + depth) * DEPTH, lines);
         });
       });

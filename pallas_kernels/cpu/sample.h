@@ -1,22 +1,21 @@
 // From hidden rows to their tokens: the head, temperature, truncation and draw. Included by a body, inside its namespace.
 // Logits never leave the caches of the thread that draws from them but once, as the head's product has written them.
 
-// Of a row's logits: whether all are finite, and the first of the largest.
-struct Likeliest {
-  bool finite;
-  int64_t id;
-};
-
-inline Likeliest likeliest(const float* x, int64_t n) {
-  Lanes top = set(-std::numeric_limits<float>::infinity()), differences = set(0.0f);
+inline bool are_finite(const float* x, int64_t n) {
+  Lanes differences = set(0.0f);  // 0, and NaN of what is not finite
   for (int64_t i = 0; i < n; i += 16) {
-    const Lanes v = widen_some(x + i, n - i, x[i]);
-    top = max(top, v), differences = differences + (v - v);  // 0, and NaN of what is not finite
+    const Lanes v = widen_some(x + i, n - i);
+    differences = differences + (v - v);
   }
-  const float high = maximum(top);
+  return sum(differences) == 0;
+}
+
+// The first of the largest.
+inline int32_t likeliest(const float* x, int64_t n) {
+  const float high = largest_logit(x, n);
   int64_t id = 0;
   while (id < n - 1 && x[id] != high) id++;
-  return {sum(differences) == 0, id};
+  return int32_t(id);
 }
 
 // Sampling's place for a row of processed logits and for what is kept of it.
@@ -38,12 +37,11 @@ inline void sample_row(const Sampling& s, int64_t row, const float* x, int64_t c
     for (int64_t id = 0; id < columns; id++)
       if (!own.mask[id]) own.logits[id] = -std::numeric_limits<float>::infinity();
   }
-  const Likeliest best = likeliest(x, s.vocabulary);
-  const int32_t given = s.given[row] == LIKELIEST ? int32_t(best.id) : s.given[row];
+  const int32_t given = s.given[row] == LIKELIEST ? likeliest(x, s.vocabulary) : s.given[row];
   float high, log_mass;
   draw_row({1, columns, own.logits, s.uniforms + 2 * row, &given, s.tokens + row, s.logprobs + row, &high, &log_mass}, 0,
            own.truncation);
-  s.finite[row] = best.finite && s.logprobs[row] == s.logprobs[row];
+  s.finite[row] = are_finite(x, s.vocabulary) && s.logprobs[row] == s.logprobs[row];
 }
 
 // The logits' memory is lent: as many as there are calls at a time, and not one for each of XLA's threads.

@@ -37,15 +37,15 @@ class Case:
         self.live = np.arange(ROWS) < ROWS - 4
         asked = [NONE | ASKED[i % len(ASKED)] for i in range(ROWS)]
         of = lambda name, dtype: np.array([each[name] for each in asked], dtype)
-        floats = (of(name, np.float32) for name in ("temperature", "top_p", "min_p"))
-        temperature, top_p, min_p = floats
+        temperature, top_p, min_p = (of(name, np.float32) for name in ("temperature", "top_p", "min_p"))
+        top_k, given = of("top_k", np.int32), of("given", np.int32)
         uniforms = rng.random((ROWS, 2), np.float32)
-        self.wanted = Wanted(temperature, of("top_k", np.int32), top_p, min_p, of("given", np.int32), uniforms)
+        self.wanted = Wanted(self.fresh, self.live, temperature, top_k, top_p, min_p, given, uniforms)
 
     def sampled(self, body: str, rows=slice(None), *, with_fresh: bool = True, vocabulary: int = VOCABULARY):
-        fresh = self.fresh[rows] if with_fresh else None
         wanted = Wanted(*(each[rows] for each in self.wanted))
-        found = calls.sample(self.x[rows], self.norm, EPS, self.head, fresh, self.live[rows], wanted, vocabulary, body)
+        wanted = wanted if with_fresh else wanted._replace(fresh=None)
+        found = calls.sample(self.x[rows], self.norm, EPS, self.head, wanted, vocabulary, body)
         return [np.asarray(each) for each in found]
 
     def expected(self, body: str, *, with_fresh: bool = True, vocabulary: int = VOCABULARY):
