@@ -34,11 +34,11 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def expected(model) -> list:
-    """By one op after the other, with nothing beside."""
+def by_ops(model):
+    """An LLM that takes one op after the other."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(engine, "choose_kernels", one_op_after_the_other)
-        return bits(make_llm(*model, kernels="cpu").generate(PROMPTS, ASKED))
+        return make_llm(*model, kernels="cpu")
 
 
 def one_op_after_the_other(*which):
@@ -47,12 +47,25 @@ def one_op_after_the_other(*which):
     return dataclasses.replace(kernels, head_and_draw=None)
 
 
+def details(outputs) -> list[tuple]:
+    """What a request that asks for more is told beside its bits."""
+    samples = [sample for output in outputs for sample in output.outputs]
+    arrays = [(sample.raw_logprobs, sample.entropies) for sample in samples]
+    return [
+        (sample.logprobs, *(None if array is None else array.tobytes() for array in of))
+        for sample, of in zip(samples, arrays, strict=True)
+    ]
+
+
 @pytest.mark.parametrize("beside", NEIGHBOURS)
-def test_bits_are_those_of_the_ops(model, expected, beside):
-    others = NEIGHBOURS[beside]
-    llm = make_llm(*model, kernels="cpu")
-    found = bits(llm.generate(PROMPTS + [[16, 17, 18]] * len(others), ASKED + others))
-    assert found[: len(expected)] == expected and len(found) == len(expected) + len(others)
+def test_bits_are_those_of_the_ops(model, by_ops, beside):
+    """Those of the others too, which are told all that they ask for."""
+    prompts, asked = PROMPTS + [[16, 17, 18]] * len(NEIGHBOURS[beside]), ASKED + NEIGHBOURS[beside]
+    own = make_llm(*model, kernels="cpu")
+    assert own.engine.kernels.head_and_draw is not None and by_ops.engine.kernels.head_and_draw is None
+    found, expected = (llm.generate(prompts, asked) for llm in (own, by_ops))
+    assert bits(found) == bits(expected) and details(found) == details(expected)
+    assert bits(found)[: len(ASKED) + 2] == bits(by_ops.generate(PROMPTS, ASKED))
 
 
 def test_a_mesh_has_no_such_op(model):
