@@ -141,7 +141,7 @@ class Engine:
         self._ids = itertools.count()
         self.has_pool = True  # False after release_pool, until the next step
         self._in_flight: InFlight | None = None
-        self._broken = False  # whether something began that neither ended nor was recovered from
+        self._begun: object | None = None  # what neither ended nor was recovered from
 
     # -- requests -----------------------------------------------------------------------------------------------------
 
@@ -152,10 +152,11 @@ class Engine:
         for a queue that is full.
         """
         check_new(request, self.requests, self._ids, len(self.scheduler.waiting), self.engine_config.max_waiting)
-        self.requests[request.request_id] = request  # first: an interrupt from here on leaves nothing that abort misses
-        self.scheduler.add(request)
-        give_detokenizers(request, self.tokenizer, with_text)
-        self._retire(request)  # where all of its samples had ended before
+        with self._whole():
+            self.requests[request.request_id] = request  # first, so that nothing is queued that abort misses
+            self.scheduler.add(request)
+            give_detokenizers(request, self.tokenizer, with_text)
+            self._retire(request)  # where all of its samples had ended before
 
     def abort(self, request_id: str) -> None:
         """End a request wherever it is; unknown and finished ids are no error. Its pages are free at once."""
@@ -276,7 +277,8 @@ class Engine:
         Where the device runs out of memory, the samples that it worked for fail, with finish reason "error"; all others
         are computed again.
         """
-        return [request for requests in self.stepping() for request in requests]
+        with contextlib.closing(self.stepping()) as halves:  # an interrupt between them closes it, which recovers then
+            return [request for requests in halves for request in requests]
 
     def stepping(self) -> Generator[list[Request], None, None]:
         """`step` in two halves: the device has been handed its work, results are read; the requests that ended.
@@ -449,15 +451,16 @@ class Engine:
 
         Where an interrupt cuts the recovery off as well, it comes before whatever is done next.
         """
-        if self._broken:
+        if self._begun is not None:
             self._recover()
-        self._broken = True
+        own = self._begun = object()
         try:
             yield
         except BaseException:
-            self._recover()
+            if self._begun is own:  # else it was left in the middle, and is put away when something else has begun
+                self._recover()
             raise
-        self._broken = False
+        self._begun = None
 
     def _recover(self) -> None:
         """After an error or an interrupt anywhere in a step.
@@ -477,7 +480,7 @@ class Engine:
         self.page_checksums = self._new_checksums()
         if self.has_pool and kv_cache.is_lost(self.cache):
             self.cache = kv_cache.rebuild(self.cache, self.model_config, self.engine_config, self.kernels)
-        self._broken = False
+        self._begun = None
 
     def _new_slot_state(self) -> slot_state.SlotState:
         """Every slot is given away before a step reads it, so nothing of an earlier one is needed."""
@@ -493,7 +496,7 @@ class Engine:
         """
         known = dict(self.requests)  # those too that ended in this very step
         self._recover()
-        self._broken = True  # until it is written down which samples failed
+        self._begun = object()  # until it is written down which samples failed
         advice = memory.advice(self.model_config, self.engine_config)
         for sample in samples:
             self.scheduler.finish(sample, "error", f"the device ran out of memory: {advice}")

@@ -146,7 +146,9 @@ class Resident:
     def forget(self, scheduler: Scheduler, sample: Sample) -> None:
         """A failed sample's pages are not to be found, nor what holds the same or follows it."""
         self.remember(scheduler, scheduler.running)
-        gone = {self._chains[page][1][-1] for page in sample.pages if page in self._chains}
+        born = scheduler.page_pool.births
+        known = [(page, *self._chains[page]) for page in sample.pages if page in self._chains]
+        gone = {fronts[-1] for page, births, fronts in known if births == born[page]}  # else of an earlier page
         for page, (births, fronts) in list(self._chains.items()):
             if gone.intersection(fronts):
                 del self._chains[page]

@@ -40,3 +40,25 @@ def test_an_interrupt_in_a_recovery_loses_nothing(overlap, no_memory):
         world.drain()
         caught += world.stats["faults in a recovery"]
     assert caught > 0
+
+
+def test_a_step_that_is_put_away_late_disturbs_no_other():
+    """An interrupt between a step's halves may leave it in a traceback, for as long as somebody keeps that."""
+    world = World(EngineConfig(max_model_len=64, num_pages=8))
+    world.add([2] * 20, max_tokens=4, n=2)
+    with world._plugged():
+        late = world.engine.stepping()
+        next(late)
+    world.step()
+    running, version = list(world.scheduler.running), world.stats["restarts"]
+    late.close()
+    assert running and world.scheduler.running == running and world.stats["restarts"] == version
+    world.drain()
+
+
+def test_an_interrupt_while_a_request_is_queued_leaves_the_queue_whole():
+    for line in range(1, 60):
+        world = World(EngineConfig(max_model_len=64, num_pages=8))
+        world.add([2] * 20, max_tokens=4, interrupt_after=line, n=2)
+        world.add([3] * 20, max_tokens=4)
+        world.drain()

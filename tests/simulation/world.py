@@ -97,7 +97,7 @@ class World:
             cache_salt=salt,
         )
         if self._cut_off(lambda: self.engine.add(request), interrupt_after) is CUT:
-            self.engine.abort(name)
+            self._abort(name)
         else:
             self.live[name], self._first_versions[name] = request, self.scheduler.version
 
@@ -106,7 +106,7 @@ class World:
         request = self.live.get(name)
         self.stats.update(f"aborted while {state_of(sample)}" for sample in (request.samples if request else ()))
         if self._cut_off(lambda: self.engine.abort(name), interrupt_after) is CUT:
-            self.engine.abort(name)
+            self._abort(name)
         self._judge([request] if request else [])
 
     def squeeze(self, num_pages: int) -> None:
@@ -184,9 +184,12 @@ class World:
 
     def _mend(self) -> None:
         """A fault in the recovery from a fault is mended by the next call, whichever it is."""
-        self.stats["faults in a recovery"] += self.engine._broken
+        self.stats["faults in a recovery"] += self.engine._begun is not None
+        self._abort("nobody")
+
+    def _abort(self, name: str) -> None:
         with self._plugged():
-            self.engine.abort("nobody")
+            self.engine.abort(name)
 
     def check(self) -> None:
         check_step(self.engine, self.held)
