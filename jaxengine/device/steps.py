@@ -52,7 +52,7 @@ def prefill_step(
 ) -> tuple[Cache, RowOutputs]:
     """Run prompt chunks and draw (or score) the token after each of the rows; `inputs` are (QueryBlocks, Rows, Copies).
 
-    Drawn tokens are appended to the history.
+    Drawn tokens are appended to the history. A sequence that decodes may ride along, as a block of one token.
     """
     step = functools.partial(_prefill, kernels.share(model_config), tile, needs, max_logprobs)
     return _on_each(kernels, model_config, step)(params, cache, tables, slots, inputs)
@@ -71,7 +71,7 @@ def _prefill(
     inputs: Packed,
 ) -> tuple[Cache, RowOutputs]:
     blocks, rows, copies = inputs.unpack()
-    cache, hidden = _run_blocks(model_config, kernels, params, cache, tables, blocks, tile)
+    cache, hidden = _run_blocks(model_config, kernels, params, cache, tables, blocks, tile, rows.indices.shape[0])
     # Depends on `hidden`, so that the copies wait for the attention that reads the pools which they change: XLA on CPU
     # would otherwise copy all pools.
     cache = kv_cache.copy_pages(cache, copies.sources, copies.targets, copies.num_copies + unknown_zero(hidden))
@@ -124,7 +124,7 @@ def _decode(
         live = jnp.arange(rows.slots.shape[0]) < rows.num_rows
         live &= rows.positions + 1 < slots.request.limit[rows.slots]
         blocks = QueryBlocks(rows.slots, jnp.where(live, rows.positions, 0), live.astype(jnp.int32), rows.num_rows)
-        cache, hidden = _run_blocks(model_config, kernels, params, cache, tables, blocks, tile)
+        cache, hidden = _run_blocks(model_config, kernels, params, cache, tables, blocks, tile, rows.slots.shape[0])
         out = next_tokens(model_config, kernels, params, cache, slots, hidden, rows, tile.rows, needs, max_logprobs)
         return _append(cache, rows, out, ~rows.scored & live), out
 
@@ -173,12 +173,19 @@ def _run_blocks(
     tables: Int[Array, "slots n"],
     blocks: QueryBlocks,
     tile: Tile,
-) -> tuple[Cache, Float[Array, "B*r D"]]:
+    size: int,
+) -> tuple[Cache, Float[Array, "R D"]]:
     """The history's tokens of the blocks through the layers: the cache with their keys and values, and their hidden
-    states.
+    states. There are `size` rows where each block has as many as it has tokens.
     """
-    positions = jnp.minimum(blocks.starts[:, None] + jnp.arange(tile.tokens), cache.history.shape[1] - 1)
+    offsets = jnp.arange(tile.tokens, dtype=jnp.int32)
+    positions = jnp.minimum(blocks.starts[:, None] + offsets, cache.history.shape[1] - 1)
     tokens = cache.history[blocks.slots[:, None], positions]
+    if blocks.first_rows is None:
+        tokens = tokens.reshape(-1)
+    else:
+        rows = jnp.where(offsets < blocks.counts[:, None], blocks.first_rows[:, None] + offsets, size)
+        tokens = jnp.zeros(size, tokens.dtype).at[rows].set(tokens, mode="drop")
     keys, values, hidden = decoder.forward(
         model_config, kernels, params, cache.keys, cache.values, tables, blocks, tokens, tile
     )

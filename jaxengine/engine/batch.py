@@ -1,5 +1,6 @@
 """From a plan to arrays: what is new in slots and block tables, in numpy, and the inputs of each step."""
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -31,9 +32,12 @@ from pallas_kernels.numbers import cdiv, ceil_to
 class BatchBuilder:
     """Host arrays of one engine. The slot after the first max_num_seqs belongs to the probe (step_variants.py)."""
 
-    def __init__(self, engine_config: EngineConfig, *, fit_the_tile: bool = False) -> None:
-        """A step's arrays have capacity; or the size of its tile, where they `fit_the_tile` (ops/tiles.py)."""
-        self.engine_config, self._fit_the_tile = engine_config, fit_the_tile
+    def __init__(self, engine_config: EngineConfig, *, fit_the_tile: bool = False, packs_rows: bool = False) -> None:
+        """A step's arrays have capacity; or the size of its tile, where they `fit_the_tile` (ops/tiles.py).
+
+        `packs_rows` as in Kernels: then samples that decode have room in a prefill step.
+        """
+        self.engine_config, self._fit_the_tile, self.packs_rows = engine_config, fit_the_tile, packs_rows
         self.num_slots = engine_config.max_num_seqs + 1
         self._num_written = [0] * self.num_slots  # entries of each slot's table that the device has, or is about to get
         self.host_slots = empty_slots(self.num_slots)
@@ -162,11 +166,14 @@ class BatchBuilder:
         """Query blocks of the arrays of a step on such tiles: of a decode, its rows."""
         if self._fit_the_tile:
             return tile.blocks
-        return self.decode_rows if kind == "decode" else self.prefill_query_blocks * (QUERY_BLOCK // tile.tokens)
+        of_chunks = self.prefill_query_blocks * (QUERY_BLOCK // tile.tokens)
+        return self.decode_rows if kind == "decode" else of_chunks + self.packs_rows * self.decode_rows
 
     def prefill_rows(self, tile: Tile) -> int:
-        """Rows that may draw or be scored: every token, and the forks of the prompts that end."""
-        return self.num_blocks("prefill", tile) * tile.tokens + self.engine_config.max_num_seqs
+        """Rows that may draw or be scored: every token, and the forks of the prompts that end or what rides along."""
+        blocks = tile.blocks if self._fit_the_tile else self.prefill_query_blocks
+        size = blocks * QUERY_BLOCK + self.engine_config.max_num_seqs
+        return ceil_to(size, tile.rows) if self.packs_rows else size
 
     def smallest(self, kind: str, tile: Tile) -> Any:
         """A step's inputs for one row, for their shapes: Rows of a decode, (blocks, rows, copies) of a prefill."""
@@ -175,7 +182,7 @@ class BatchBuilder:
             return rows_of(size, [0], [0], [0], [False])
         ints, nothing = (np.zeros(count, np.int32) for count in (size, self.engine_config.max_num_seqs))
         return (
-            QueryBlocks(ints, ints, ints, np.int32(1)),
+            QueryBlocks(ints, ints, ints, np.int32(1), ints if self.packs_rows else None),
             rows_of(self.prefill_rows(tile), [0], [0], [0], [False]),
             Copies(nothing, nothing, np.int32(0)),
         )
@@ -192,31 +199,41 @@ class BatchBuilder:
             np.int32(len(slots)),
         )
 
-    def prefill(self, plan: Plan, tile: Tile) -> tuple[QueryBlocks, Rows, Copies]:
-        """Inputs of a prefill step."""
-        tokens_per_block, slots, starts, counts = tile.tokens, [], [], []
-        indices, row_slots, positions, scored = [], [], [], []
+    def prefill(self, plan: Plan, tile: Tile, riding: Sequence[Decode] = ()) -> tuple[QueryBlocks, Rows, Copies]:
+        """Inputs of a prefill step. Samples that ride along come first."""
+        pieces = [(sample.slot, position, 1) for sample, position, _ in riding]
+        firsts = []
         for chunk in plan.chunks:
-            first_row = len(slots) * tokens_per_block
-            for start in range(chunk.start, chunk.stop, tokens_per_block):
-                slots.append(chunk.sample.slot)
-                starts.append(start)
-                counts.append(min(tokens_per_block, chunk.stop - start))
-            for sample, position, is_scored in chunk.rows:
-                indices.append(first_row + position - chunk.start)
-                row_slots.append(sample.slot)
-                positions.append(position)
-                scored.append(is_scored)
-        size = self.num_blocks("prefill", tile)
-        blocks = QueryBlocks(_padded(slots, size), _padded(starts, size), _padded(counts, size), np.int32(len(slots)))
-        rows = rows_of(self.prefill_rows(tile), indices, row_slots, positions, scored)
+            firsts.append(len(pieces))
+            pieces += pieces_of(chunk.sample.slot, chunk.start, chunk.stop, tile.tokens)
+        blocks, first_rows = self.query_blocks(pieces, tile)
+        rows = [(first_rows[i], sample.slot, position, False) for i, (sample, position, _) in enumerate(riding)]
+        for chunk, first in zip(plan.chunks, firsts, strict=True):
+            before = first_rows[first] - chunk.start  # a chunk's rows follow each other
+            rows += [(before + position, sample.slot, position, scored) for sample, position, scored in chunk.rows]
         limit = self.engine_config.max_num_seqs
         copies = Copies(
             _padded([a for a, _ in plan.copies], limit),
             _padded([b for _, b in plan.copies], limit),
             np.int32(len(plan.copies)),
         )
-        return blocks, rows, copies
+        return blocks, rows_of(self.prefill_rows(tile), *(zip(*rows, strict=True) if rows else ((),) * 4)), copies
+
+    def query_blocks(self, pieces: Sequence[tuple[int, int, int]], tile: Tile) -> tuple[QueryBlocks, Sequence[int]]:
+        """Blocks of (slot, start, count) each, and the row of each one's first token."""
+        size, count = self.num_blocks("prefill", tile), len(pieces)
+        slots, starts, counts = zip(*pieces, strict=True)
+        first_rows: Sequence[int] = range(0, count * tile.tokens, tile.tokens)
+        if self.packs_rows:
+            first_rows = list(itertools.accumulate(counts[:-1], initial=0))
+        packed = _padded(first_rows, size) if self.packs_rows else None
+        of_blocks = (_padded(each, size) for each in (slots, starts, counts))
+        return QueryBlocks(*of_blocks, np.int32(count), packed), first_rows
+
+
+def pieces_of(slot: int, start: int, stop: int, tokens: int) -> list[tuple[int, int, int]]:
+    """(slot, start, count) of the blocks of `tokens` that tokens [start, stop) are cut into; the last may be short."""
+    return [(slot, first, min(tokens, stop - first)) for first in range(start, stop, tokens)]
 
 
 def history_uploads(num_slots: int, sequences: Sequence[tuple[int, Sequence[int]]]) -> list[tuple[np.ndarray, ...]]:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxengine.base.progress import Report, say_nothing
-from jaxengine.config import EngineConfig, ModelConfig
+from jaxengine.config import QUERY_BLOCK, EngineConfig, ModelConfig
 from jaxengine.device import kv_cache, slot_state
 from jaxengine.device.step_inputs import RowOutputs
 from jaxengine.engine import idle_pools, memory, page_checksums
@@ -18,13 +18,14 @@ from jaxengine.engine.collect import HostRows, append_decoded, append_prefilled
 from jaxengine.engine.lockstep import Lockstep
 from jaxengine.engine.step_variants import Variant, variants_of
 from jaxengine.host.page_pool import PagePool
-from jaxengine.host.plan import Plan
+from jaxengine.host.plan import Decode, Plan, Row
 from jaxengine.host.plan_record import record
 from jaxengine.host.sample import Request, Sample, Status, text_ids
 from jaxengine.host.scheduler import MustCollect, Scheduler
 from jaxengine.ops.kernels import choose_kernels
 from jaxengine.text.detokenizer import Detokenizer, detokenizer_for
 from jaxengine.text.tokenizer import Tokenizer
+from pallas_kernels.numbers import cdiv
 
 ADJUSTABLE = {"overlap", "enable_prefix_caching", "max_num_batched_tokens"}
 
@@ -45,6 +46,7 @@ class InFlight:
     """A dispatched plan whose results are not read yet."""
 
     plan: Plan
+    riding: list[Decode]  # decodes that are the first rows of the prefill
     decoded: RowOutputs | None
     prefilled: RowOutputs | None
     watch: page_checksums.Watch | None
@@ -334,16 +336,17 @@ class Engine:
         changed = plan.admitted + plan.grown
         with _blaming(changed):
             self._change_slots(self.batch.table_changes(changed), self.batch.slot_changes())
+        riding = plan.decodes if plan.chunks and self._may_ride else []
         # Both are made ready before either runs: where one is to be proven, what fails then is not the other's doing.
         with _blaming(_decoding(plan)):
-            decode = self._ready_decode(plan) if plan.decodes else None
+            decode = self._ready_decode(plan) if plan.decodes and not riding else None
         with _blaming(plan.prefilling):
-            prefill = self._ready_prefill(plan) if plan.chunks else None
+            prefill = self._ready_prefill(plan, riding) if plan.chunks else None
         with _blaming(_decoding(plan)):
             decoded = self._run(self.step_variants.run_decode, *decode) if decode else None
         with _blaming(plan.prefilling):
             prefilled = self._run(self.step_variants.run_prefill, *prefill) if prefill else None
-        step = InFlight(plan, decoded, prefilled, None)
+        step = InFlight(plan, riding, decoded, prefilled, None)
         if self.page_checksums is not None:
             samples = list(step.samples)
             with _blaming(samples):
@@ -363,11 +366,17 @@ class Engine:
         variant = self._pick("decode", len(slots), slots)
         return variant, (self.batch.decode(plan.decodes, variant.tile),)
 
-    def _ready_prefill(self, plan: Plan) -> tuple[Variant, tuple]:
-        """The compiled step for the plan's chunks, and its inputs."""
-        num_blocks = sum(chunk.num_blocks for chunk in plan.chunks)
-        variant = self._pick("prefill", num_blocks, [sample.slot for sample in plan.prefilling])
-        return variant, self.batch.prefill(plan, variant.tile)
+    @property
+    def _may_ride(self) -> bool:
+        """Whether samples that decode are rows of a prefill, where there is one: the weights are read once for all."""
+        return self.batch.packs_rows and self.engine_config.decode_steps == 1
+
+    def _ready_prefill(self, plan: Plan, riding: list[Decode]) -> tuple[Variant, tuple]:
+        """The compiled step for the plan's chunks, and for those that ride along, and its inputs."""
+        num_blocks = sum(chunk.num_blocks for chunk in plan.chunks) + cdiv(len(riding), QUERY_BLOCK)
+        slots = [decode.sample.slot for decode in riding] + [sample.slot for sample in plan.prefilling]
+        variant = self._pick("prefill", num_blocks, slots)
+        return variant, self.batch.prefill(plan, variant.tile, riding)
 
     def _pick(self, kind: str, num_blocks: int, slots: Sequence[int]) -> Variant:
         needs, pick = self.batch.needs(slots), self.step_variants.pick
@@ -398,7 +407,8 @@ class Engine:
         if decoded is not None:
             append_decoded(self.scheduler, step.plan.decodes, decoded)
         if prefilled is not None:
-            append_prefilled(self.scheduler, step.plan.rows, prefilled)
+            riding = [Row(sample, position, False) for sample, position, _ in step.riding]
+            append_prefilled(self.scheduler, riding + step.plan.rows, prefilled)
         return self._retire_ended()
 
     def _read(self, step: InFlight) -> tuple[HostRows | None, HostRows | None]:

@@ -29,11 +29,10 @@ from jaxengine.device.kv_cache import Cache
 from jaxengine.device.needs import Needs
 from jaxengine.device.packed import pack
 from jaxengine.device.step_inputs import Copies, RowOutputs
-from jaxengine.engine.batch import BatchBuilder, history_uploads, rows_of
+from jaxengine.engine.batch import BatchBuilder, history_uploads, pieces_of, rows_of
 from jaxengine.engine.collect import ALWAYS, LIKELIEST, begin_copies
 from jaxengine.models.params import Decoder
 from jaxengine.ops.kernels import Kernels
-from jaxengine.ops.query_blocks import QueryBlocks
 from jaxengine.ops.tiles import BASE, TILES, Tile
 from sharding.mesh import on_host
 
@@ -59,7 +58,7 @@ def variants_of(
     model_config: ModelConfig, engine_config: EngineConfig, kernels: Kernels, report: Report = say_nothing
 ) -> "StepVariants":
     """Those of an engine, with a batch whose arrays are as the kernels want them."""
-    batch = BatchBuilder(engine_config, fit_the_tile=kernels.computes_padding)
+    batch = BatchBuilder(engine_config, fit_the_tile=kernels.computes_padding, packs_rows=kernels.packs_rows)
     return StepVariants(model_config, engine_config, kernels, batch, report)
 
 
@@ -342,18 +341,12 @@ class StepVariants:
         room = min(self.engine_config.prefill_query_blocks, batch.num_blocks("prefill", tile)) * QUERY_BLOCK
         for first in range(0, count, room):
             size = min(room, count - first)
-            once = np.arange(first, first + size, tile.tokens, dtype=np.int32)
-            starts = np.tile(
-                once, max(tile.blocks // len(once), 1)
-            )  # a tile that holds more is full, and its last rows are looked at
-            pad = lambda x: np.pad(x, (0, batch.num_blocks("prefill", tile) - len(x))).astype(np.int32)
-            blocks = QueryBlocks(
-                pad(np.full_like(starts, slot)),
-                pad(starts),
-                pad(np.minimum(tile.tokens, first + size - starts)),
-                np.int32(len(starts)),
-            )
-            last = (len(starts) - len(once)) * tile.tokens
+            once = pieces_of(slot, first, first + size, tile.tokens)
+            before = once * max(tile.blocks // len(once) - 1, 0)  # a tile that holds more is full, its last rows count
+            if batch.packs_rows:  # some as if they rode along
+                once = pieces_of(slot, first, first + once[0][2], 1) + once[1:]
+            blocks, first_rows = batch.query_blocks(before + once, tile)
+            last = first_rows[len(before)]
             rows = rows_of(
                 batch.prefill_rows(tile),
                 range(last, last + size),

@@ -65,7 +65,7 @@ class Chunk:
 
 @dataclasses.dataclass
 class Plan:
-    """One step: the decodes, then a prefill of the chunks, then the page copies (source, target)."""
+    """One step: the decodes, then a prefill of the chunks, or both at once, then the page copies (source, target)."""
 
     decodes: list[Decode] = dataclasses.field(default_factory=list)
     chunks: list[Chunk] = dataclasses.field(default_factory=list)

@@ -33,17 +33,18 @@ def forward(
     values: Layers,
     tables: Int[Array, "slots n"],
     blocks: QueryBlocks,
-    tokens: Int[Array, "B r"],
+    tokens: Int[Array, " R"],
     tile: Tile,
-) -> tuple[Layers, Layers, Float[Array, "B*r D"]]:
+) -> tuple[Layers, Layers, Float[Array, "R D"]]:
     """(keys, values, hidden states) after the blocks' tokens went through the layers, which write their keys and
     values.
 
-    Within one call a sequence's blocks see each other's keys, causally. `tokens` after a block's count may be anything.
+    Within one call a sequence's blocks see each other's keys, causally. Those of `tokens` that are in no block may be
+    anything.
     """
-    live = Live(tile.rows, blocks.num_blocks * tile.tokens)
+    live = Live(tile.rows, blocks.num_rows(tile.tokens))
     tables = kernels.attention.tables(tables, blocks)
-    x = kernels.products.embed(params.embed, tokens.reshape(-1), live)
+    x = kernels.products.embed(params.embed, tokens, live)
     new_keys, new_values = [], []
     for layer, *pools in zip(params.layers, keys, values, strict=True):
         attend = functools.partial(_attend, model_config, kernels, Pools(*pools), tables, blocks, tile)

@@ -227,14 +227,14 @@ class CpuAttention:
         located = located_blocks(tables, blocks)
         norms = packed.q_norm, packed.k_norm
         q, *written = calls.rotate_and_write(
-            geometry, packed.rows, norms, frequencies, pools.keys, pools.values, located, self.body
+            geometry, packed.rows, norms, frequencies, *pools, located, self.body, blocks.first_rows
         )
         return q, Pools(*written)
 
     def attend(
         self, model_config: ModelConfig, pools: Pools, q: Float[Array, "R H h"], tables: Array, blocks: QueryBlocks
     ) -> Float[Array, "R Hh"]:
-        return calls.attend(q, *pools, located_blocks(tables, blocks), model_config.dtype, self.body)
+        return calls.attend(q, *pools, located_blocks(tables, blocks), model_config.dtype, self.body, blocks.first_rows)
 
 
 class CpuMemory:

@@ -249,6 +249,7 @@ class Kernels:
     own_tiles: OwnTiles = OwnTiles()
     head_tile: int = HEAD_TILE  # rows of a prefill step that the head and the draw take together
     skips_repeated: bool = False  # the head computes `fresh` rows alone, so it wants to be told which those are
+    packs_rows: bool = False  # attention takes blocks of different numbers of rows (ops/query_blocks.py)
     computes_padding: bool = False  # all rows of a step's arrays, so that these had better be as small as its tile
     in_one: bool = False  # a row's bits depend on it alone without any tiles, so that a step needs no loop
     any_processor: bool = False  # tokens and logprobs are the same on all processors that it runs on
@@ -353,7 +354,7 @@ def cpu_kernels(body: str = "best", *, has_experts: bool = False) -> Kernels:
     """The CPU's own kernels; `body` is one of pallas_kernels.cpu.library.BODIES. Experts are XLA's."""
     products, attention, draw = cpu_chain.CpuProducts(body), cpu_chain.CpuAttention(body), cpu_chain.CpuDraw(body)
     in_one_op = cpu_chain.CpuHeadAndDraw(body)
-    how: Any = dict(head_tile=CPU_HEAD_TILE, skips_repeated=True, in_one=True, memory=cpu_chain.MEMORY)
+    how: Any = dict(head_tile=CPU_HEAD_TILE, skips_repeated=True, packs_rows=True, in_one=True, memory=cpu_chain.MEMORY)
     return Kernels("cpu", products, attention, draw, in_one_op, any_processor=not has_experts, **how)
 
 

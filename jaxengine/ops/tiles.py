@@ -67,7 +67,7 @@ GPU_TILES = OwnTiles(decode=(BASE.blocks, 32, 64, 128, 256, 512), prefill=(2, 8,
 
 # Of the head and the draw, in rows.
 HEAD_TILE = 8  # in a prefill step, where few of many rows draw
-CPU_HEAD_TILE = 16  # the same where forks of one prompt share a row of the head
+CPU_HEAD_TILE = 32  # the same where decoding rows ride along, and forks of one prompt share a row of the head
 WIDE_HEAD_TILE = 128  # the same where a tile costs what it takes to read the head
 HEAD_ROWS = 32  # in scoring and training, as in the widest decode step
 

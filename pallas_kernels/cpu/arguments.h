@@ -91,15 +91,28 @@ struct Extent {
 };
 
 inline Blocks blocks_of(Arguments& given, const Ints& tables, const Ints& slots, const Ints& starts, const Ints& counts,
-                        const Ints& num_blocks, int64_t rows) {
+                        const Ints& first_rows, const Ints& num_blocks, int64_t rows) {
   const int64_t table_width = given.sizes<2>("tables", tables)[1];
   const int64_t all = slots.element_count();
-  given.that(all ? rows % all == 0 : rows == 0, "slots", "do not divide the rows");
+  const bool is_packed = first_rows.element_count() > 0;
+  given.that(is_packed || (all ? rows % all == 0 : rows == 0), "slots", "do not divide the rows");
   given.count("starts", starts, all);
   given.count("counts", counts, all);
+  if (is_packed) given.count("first_rows", first_rows, all);
   const int64_t live = std::clamp<int64_t>(given.number("num_blocks", num_blocks), 0, all);
-  return {live, all ? rows / all : 1, table_width,
-          tables.typed_data(), slots.typed_data(), starts.typed_data(), counts.typed_data()};
+  Blocks blocks = {live, all ? rows / all : 1, table_width, tables.typed_data(), slots.typed_data(),
+                   starts.typed_data(), counts.typed_data(), is_packed ? first_rows.typed_data() : nullptr};
+  if (is_packed && given.fit()) {
+    blocks.tokens = 1;
+    int64_t end = 0;  // of the block before
+    for (int64_t i = 0; i < live; i++) {
+      given.that(first_rows.typed_data()[i] >= end, "first_rows", "blocks lie over each other");
+      end = first_rows.typed_data()[i] + blocks.count(i);
+      blocks.tokens = std::max(blocks.tokens, blocks.count(i));
+    }
+    given.that(end <= rows, "first_rows", "a block ends after the last row");
+  }
+  return blocks;
 }
 
 // Pools hold 16-bit floats as such or as whole numbers of that size.

@@ -76,9 +76,9 @@ struct Partials {  // softmaxes [queries], with their sums, in one piece of memo
 
 template <class T>
 inline void finish(const Attention& a, int64_t block, int64_t head, int64_t group, int64_t live, const Softmax* softmax) {
-  const int64_t width = a.pages.key_width;
-  for (int64_t i = 0; i < a.blocks.tokens * group; i++) {
-    T* y = (T*)a.y + ((block * a.blocks.tokens + i / group) * a.queries + head * group + i % group) * width;
+  const int64_t width = a.pages.key_width, first = a.blocks.first_row(block);
+  for (int64_t i = 0; i < (a.blocks.end_row(block) - first) * group; i++) {
+    T* y = (T*)a.y + ((first + i / group) * a.queries + head * group + i % group) * width;
     for (int64_t at = 0; at < width; at += 16) {
       const Lanes v = i < live ? load(softmax[i].sums + at) / set(softmax[i].total) : set(0.0f);
       narrow_some(y + at, v, width - at);
@@ -92,8 +92,8 @@ inline void attend_all(Threads& threads, const Attention& a) {
   const Blocks& blocks = a.blocks;
   const int64_t group = a.queries / pages.heads, most = blocks.tokens * group, width = pages.value_width;
   auto queries_of = [&](int64_t block, int64_t head) {
-    const float* q = a.q + (block * blocks.tokens * a.queries + head * group) * pages.key_width;
-    return Queries{blocks.counts[block] * group, group, blocks.starts[block], pages.key_width, q,
+    const float* q = a.q + (blocks.first_row(block) * a.queries + head * group) * pages.key_width;
+    return Queries{blocks.count(block) * group, group, blocks.starts[block], pages.key_width, q,
                    a.queries * pages.key_width};
   };
   int64_t longest = 0;

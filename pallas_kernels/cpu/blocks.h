@@ -77,26 +77,20 @@ __attribute__((always_inline)) inline void turned(const Block<T>& block, int64_t
   for (int n = 0; n < 8; n++) r[n] = a[n];
 }
 
-// f(i, first, second) for the 16 pairs of a block's inputs: the even and the odd one's weights for output 0, for output 1,
-// to output 7, and of the second eight.
-template <class T, class F>
-__attribute__((always_inline)) inline void for_pairs(const Block<T>& block, const F& f) {
-  constexpr int INPUTS = 32 / sizeof(T);  // of 8 words
-  for (int k = 0; k < DEPTH; k += INPUTS) {
-    __m512i r[8];
-    turned(block, k, r);
-    if constexpr (sizeof(T) == 4) {
-      const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-      const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
-      for (int i = 0; i < 4; i++)
-        f(k / 2 + i, Lanes{_mm512_castsi512_ps(_mm512_permutex2var_epi32(r[2 * i], first, r[2 * i + 1]))},
-          Lanes{_mm512_castsi512_ps(_mm512_permutex2var_epi32(r[2 * i], second, r[2 * i + 1]))});
-    } else {
-      for (int i = 0; i < 8; i++)
-        f(k / 2 + i, widened(block.w, _mm512_castsi512_si256(r[i])),
-          widened(block.w, _mm512_extracti64x4_epi64(r[i], 1)));
-    }
-  }
+// Both members of a pair of inputs, the even one's weight and the odd one's, for outputs 0, 1, 4, 5, 8, 9, 12 and 13, and
+// for the others; from words of a pair each, or from one of each member.
+inline void pairs_of(const BF16*, const __m512i* words, Lanes& first, Lanes& second) {
+  const __m512i zero = _mm512_setzero_si512();
+  first.v = _mm512_castsi512_ps(_mm512_unpacklo_epi16(zero, *words));
+  second.v = _mm512_castsi512_ps(_mm512_unpackhi_epi16(zero, *words));
+}
+inline void pairs_of(const F16*, const __m512i* words, Lanes& first, Lanes& second) {
+  const __m512i both = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), *words);
+  first.v = _mm512_cvtph_ps(_mm512_castsi512_si256(both)), second.v = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(both, 1));
+}
+inline void pairs_of(const float*, const __m512i* words, Lanes& first, Lanes& second) {
+  first.v = _mm512_castsi512_ps(_mm512_unpacklo_epi32(words[0], words[1]));
+  second.v = _mm512_castsi512_ps(_mm512_unpackhi_epi32(words[0], words[1]));
 }
 
 inline Lanes both_of(const float* pair) {  // (even, odd) eight times
@@ -105,9 +99,9 @@ inline Lanes both_of(const float* pair) {  // (even, odd) eight times
   return {_mm512_castpd_ps(_mm512_set1_pd(both))};
 }
 
-// A way to multiply: what numbers rows are, what a turned block is, in how many steps a row goes through it, and how the
-// sums of a lane, an output's even or odd members, become those of the outputs. Both members are in one register because
-// one read of a row's pair then serves both: reads that fill a register with one number are what limits a core.
+// A way to multiply: what numbers rows are, what a turned block is, and in how many steps a row goes through it. A lane sums
+// an output's even or odd members. Both are in one register because one read of a row's pair then serves both: reads that
+// fill a register with one number are what limits a core.
 struct Pairs {
   using Number = float;
   static constexpr int STEPS = 16;
@@ -115,15 +109,20 @@ struct Pairs {
 
   template <class T>
   static void turn(const Block<T>& block, Turned& out) {
-    for_pairs(block, [&](int i, Lanes first, Lanes second) { out[i][0] = first, out[i][1] = second; });
+    constexpr int INPUTS = 32 / sizeof(T), WORDS = sizeof(T) / 2;  // of 8 words, and words to a pair
+    for (int k = 0; k < DEPTH; k += INPUTS) {
+      __m512i r[8];
+      turned(block, k, r);
+      for (int i = 0; i < INPUTS / 2; i++) pairs_of(block.w, r + i * WORDS, out[k / 2 + i][0], out[k / 2 + i][1]);
+    }
   }
   static Lanes step(Lanes sums, const float* pair, Lanes w) { return fma(both_of(pair), w, sums); }
-  static Lanes outputs(Lanes first, Lanes second) {
-    const __m512i evens = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-    const __m512i odds = _mm512_add_epi32(evens, _mm512_set1_epi32(1));
-    return Lanes{_mm512_permutex2var_ps(first.v, evens, second.v)} + Lanes{_mm512_permutex2var_ps(first.v, odds, second.v)};
-  }
 };
+
+// The sums of two registers' even and odd members, in the order of outputs.
+inline Lanes outputs_of(Lanes first, Lanes second) {
+  return Lanes{_mm512_shuffle_ps(first.v, second.v, 0x88)} + Lanes{_mm512_shuffle_ps(first.v, second.v, 0xdd)};
+}
 
 // R rows times some depths of blocks, added to running sums. fetch(depth) is called at each.
 template <class Way, int R, class F>
@@ -138,7 +137,7 @@ inline void multiply(int64_t depths, const typename Way::Number* x, const typena
         const auto* own = x + r * DEPTH + i * (DEPTH / Way::STEPS);
         first[r] = Way::step(first[r], own, w[depth][i][0]), second[r] = Way::step(second[r], own, w[depth][i][1]);
       }
-    for (int r = 0; r < R; r++) store(sums + r * WIDTH, load(sums + r * WIDTH) + Way::outputs(first[r], second[r]));
+    for (int r = 0; r < R; r++) store(sums + r * WIDTH, load(sums + r * WIDTH) + outputs_of(first[r], second[r]));
   }
 }
 #else

@@ -3,6 +3,9 @@ taken of.
 
 `body` is one of library.BODIES, "best" unless a test forces another. Rows from `count` on are not computed; what they
 hold is zero up to the end of the last tile of `tile` rows with a live one, and undefined after it.
+
+Each of B query blocks has R / B rows; or, where `first_rows` are given, those from its first row to the next block's,
+of which it fills as many as it has tokens. Rows of a block that are no token get zeros.
 """
 
 from typing import Any, NamedTuple
@@ -145,12 +148,13 @@ def rotate_and_write(
     values: Array,
     blocks: PagedBlocks,
     body: str = "best",
+    first_rows: Int[Array, " B"] | None = None,
 ) -> tuple[Float[Array, "R H h"], Array, Array]:
     """(queries times log2(e) / sqrt(h), keys, values): the blocks' keys and values are written into their pages."""
     q = jax.ShapeDtypeStruct((packed.shape[0], geometry.queries, geometry.width), jnp.float32)
-    first = 9
+    first = 10
     call = _call("heads", (q, _like(keys), _like(values)), body, {first: 1, first + 1: 2})
-    given = packed, *map(_or_empty, norms), frequencies, *_arrays(blocks), keys, values
+    given = packed, *map(_or_empty, norms), frequencies, *_arrays(blocks, first_rows), keys, values
     return call(
         *given,
         leaves=np.int64(geometry.leaves),
@@ -162,12 +166,18 @@ def rotate_and_write(
 
 
 def attend(
-    q: Float[Array, "R H h"], keys: Array, values: Array, blocks: PagedBlocks, dtype: Any, body: str = "best"
+    q: Float[Array, "R H h"],
+    keys: Array,
+    values: Array,
+    blocks: PagedBlocks,
+    dtype: Any,
+    body: str = "best",
+    first_rows: Int[Array, " B"] | None = None,
 ) -> Float[Array, "R Hh"]:
     """Causal attention of `rotate_and_write`'s queries over their sequences' pages, in `dtype`, the pages' own."""
     like = jax.ShapeDtypeStruct((q.shape[0], q.shape[1] * q.shape[2]), dtype)
     which = np.int64(TYPES.index(jnp.dtype(dtype).name))
-    return _call("attend", like, body)(q, *_arrays(blocks), keys, values, type=which)
+    return _call("attend", like, body)(q, *_arrays(blocks, first_rows), keys, values, type=which)
 
 
 def draw(
@@ -232,8 +242,9 @@ def _call(op: str, like: Any, body: str, aliases: dict[int, int] | None = None) 
     return with_body
 
 
-def _arrays(blocks: PagedBlocks) -> tuple[Array, ...]:
-    numbers = blocks.tables, blocks.slots, blocks.starts, blocks.counts, blocks.num_blocks
+def _arrays(blocks: PagedBlocks, first_rows: Array | None) -> tuple[Array, ...]:
+    first_rows = jnp.zeros(0, jnp.int32) if first_rows is None else first_rows
+    numbers = blocks.tables, blocks.slots, blocks.starts, blocks.counts, first_rows, blocks.num_blocks
     return tuple(map(_int32, numbers))
 
 

@@ -25,7 +25,7 @@ __attribute__((always_inline)) inline void quarters(const BF16* w, int64_t strid
   out[2] = _mm512_shuffle_i64x2(b, d, 0x88), out[3] = _mm512_shuffle_i64x2(b, d, 0xdd);
 }
 
-// As Pairs in blocks.h: eight quads of inputs, each of outputs 0, 1, 4, 5, 8, 9, 12 and 13, and of the others.
+// As Pairs in blocks.h, eight quads of inputs.
 struct Quads {
   using Number = BF16;
   static constexpr int STEPS = 8;
@@ -46,9 +46,6 @@ struct Quads {
     int64_t both;
     std::memcpy(&both, quad, sizeof(both));
     return {_mm512_dpbf16_ps(sums.v, (__m512bh)w.v, (__m512bh)_mm512_set1_epi64(both))};
-  }
-  static Lanes outputs(Lanes first, Lanes second) {
-    return Lanes{_mm512_shuffle_ps(first.v, second.v, 0x88)} + Lanes{_mm512_shuffle_ps(first.v, second.v, 0xdd)};
   }
 };
 

@@ -65,8 +65,8 @@ inline void heads_of_row(const Heads& h, int64_t m, int64_t position, int64_t pa
 inline void heads(Threads& threads, const Heads& h) {
   const Blocks& blocks = h.blocks;
   parallel(threads, blocks.live, [&](int64_t b) {
-    for (int64_t t = 0; t < blocks.tokens; t++) {
-      const int64_t m = b * blocks.tokens + t, position = blocks.starts[b] + t;
+    for (int64_t m = blocks.first_row(b), t = 0; m < blocks.end_row(b); m++, t++) {
+      const int64_t position = blocks.starts[b] + t;
       if (t >= blocks.counts[b]) {
         std::memset(h.q + m * h.queries * h.width, 0, h.queries * h.width * sizeof(float));
         continue;

@@ -96,9 +96,9 @@ ffi::Error embed(ffi::ThreadPool pool, Any table, Ints ids, Ints count, FloatsOu
 }
 
 ffi::Error heads(ffi::ThreadPool pool, Floats packed, Any q_norm, Any k_norm, Floats frequencies, Ints tables,
-                 Ints slots, Ints starts, Ints counts, Ints num_blocks, Any keys_in, Any values_in, FloatsOut q,
-                 AnyOut keys, AnyOut values, int64_t leaves, float eps, float rope_factor, float scale, int64_t type,
-                 int64_t body) {
+                 Ints slots, Ints starts, Ints counts, Ints first_rows, Ints num_blocks, Any keys_in, Any values_in,
+                 FloatsOut q, AnyOut keys, AnyOut values, int64_t leaves, float eps, float rope_factor, float scale,
+                 int64_t type, int64_t body) {
   Arguments given("heads");
   const auto [rows, queries, width] = given.sizes<3>("q", *q);
   const Pages pages = pages_of(given, *keys, *values, type);
@@ -111,15 +111,15 @@ ffi::Error heads(ffi::ThreadPool pool, Floats packed, Any q_norm, Any k_norm, Fl
   given.optional("q_norm", q_norm, width);
   given.optional("k_norm", k_norm, width);
   given.count("frequencies", frequencies, width / 2);
-  const Blocks blocks = blocks_of(given, tables, slots, starts, counts, num_blocks, rows);
+  const Blocks blocks = blocks_of(given, tables, slots, starts, counts, first_rows, num_blocks, rows);
   check_tables(given, blocks, pages, tables, *keys);
   const Heads h{leaves, queries, width, packed.typed_data(), frequencies.typed_data(), array(q_norm),
                 array(k_norm), eps, rope_factor, scale, blocks, pages, q->typed_data()};
   return guarded(given, pool, body, &Body::heads, h);
 }
 
-ffi::Error attend(ffi::ThreadPool pool, Floats q, Ints tables, Ints slots, Ints starts, Ints counts, Ints num_blocks,
-                  Any keys, Any values, AnyOut y, int64_t type, int64_t body) {
+ffi::Error attend(ffi::ThreadPool pool, Floats q, Ints tables, Ints slots, Ints starts, Ints counts, Ints first_rows,
+                  Ints num_blocks, Any keys, Any values, AnyOut y, int64_t type, int64_t body) {
   Arguments given("attend");
   const auto [rows, queries, width] = given.sizes<3>("q", q);
   const Pages pages = pages_of(given, keys, values, type);
@@ -127,7 +127,7 @@ ffi::Error attend(ffi::ThreadPool pool, Floats q, Ints tables, Ints slots, Ints 
   given.that(pages.heads >= 1 && queries % pages.heads == 0, "q", "must have a multiple of the keys' heads");
   given.count("y", *y, rows * queries * width);
   given.type("y", *y, data_type(pages.type));
-  const Blocks blocks = blocks_of(given, tables, slots, starts, counts, num_blocks, rows);
+  const Blocks blocks = blocks_of(given, tables, slots, starts, counts, first_rows, num_blocks, rows);
   check_tables(given, blocks, pages, tables, keys);
   const Attention a{queries, q.typed_data(), blocks, pages, y->untyped_data()};
   return guarded(given, pool, body, &Body::attend, a);
@@ -228,12 +228,12 @@ OP(jaxengine_embed, embed, on_threads().Arg<Any>().Arg<Ints>().Arg<Ints>().Ret<F
     .Attr<int64_t>("body"));
 
 OP(jaxengine_heads, heads, on_threads().Arg<Floats>().Arg<Any>().Arg<Any>().Arg<Floats>().Arg<Ints>()
-    .Arg<Ints>().Arg<Ints>().Arg<Ints>().Arg<Ints>().Arg<Any>().Arg<Any>().Ret<Floats>().Ret<Any>().Ret<Any>()
+    .Arg<Ints>().Arg<Ints>().Arg<Ints>().Arg<Ints>().Arg<Ints>().Arg<Any>().Arg<Any>().Ret<Floats>().Ret<Any>().Ret<Any>()
     .Attr<int64_t>("leaves").Attr<float>("eps").Attr<float>("rope_factor").Attr<float>("scale").Attr<int64_t>("type")
     .Attr<int64_t>("body"));
 
 OP(jaxengine_attend, attend, on_threads().Arg<Floats>().Arg<Ints>().Arg<Ints>().Arg<Ints>().Arg<Ints>().Arg<Ints>()
-    .Arg<Any>().Arg<Any>().Ret<Any>().Attr<int64_t>("type").Attr<int64_t>("body"));
+    .Arg<Ints>().Arg<Any>().Arg<Any>().Ret<Any>().Attr<int64_t>("type").Attr<int64_t>("body"));
 
 OP(jaxengine_draw, draw, on_threads().Arg<Floats>().Arg<Floats>().Arg<Ints>().Ret<Ints>().Ret<Floats>().Ret<Floats>()
     .Ret<Floats>().Attr<int64_t>("body"));

@@ -35,12 +35,17 @@ struct Pages {
 };
 
 struct Blocks {  // query blocks, as jaxengine/ops/query_blocks.py has them
-  int64_t live, tokens, table_width;
-  const int32_t *tables, *slots, *starts, *counts;
+  int64_t live, tokens, table_width;  // tokens: the most that a block has
+  const int32_t *tables, *slots, *starts, *counts, *first_rows;
   const int32_t* table(int64_t block) const { return tables + int64_t(slots[block]) * table_width; }
+  int64_t count(int64_t block) const { return std::max<int64_t>(counts[block], 0); }
+  int64_t first_row(int64_t block) const { return first_rows ? first_rows[block] : block * tokens; }
+  int64_t end_row(int64_t block) const {  // of its tokens and of what stands between it and the next block
+    return first_rows && block + 1 == live ? first_rows[block] + count(block) : first_row(block + 1);
+  }
 };
 
-struct Heads {  // packed [blocks · tokens, leaves · (queries + 2 keys) · width] -> q [blocks · tokens, heads, width] and pages
+struct Heads {  // packed [rows, leaves · (queries + 2 keys) · width] -> q [rows, heads, width] and pages
   int64_t leaves, queries, width;  // queries: of all leaves
   const float *packed, *frequencies;
   Array q_norm, k_norm;
@@ -55,7 +60,7 @@ struct Attention {
   const float* q;
   Blocks blocks;
   Pages pages;
-  void* y;  // [blocks · tokens, queries · width], the pages' type
+  void* y;  // [rows, queries · width], the pages' type
 };
 
 struct Drawing {

@@ -25,7 +25,9 @@ inline void sum_by(const Product& p, const Rows& rows, int64_t leaf, int64_t fir
   alignas(64) typename Way::Turned turned[CHUNK];
   T padded[WIDTH * DEPTH];
   std::memset(sums, 0, count * sizeof(sums[0]));
-  const int64_t chunk = count <= ROWS_AT_ONCE ? 1 : CHUNK, turns = ceil_div(count, ROWS_AT_ONCE);
+  // Of few rows few depths, so that arithmetic and reads of weights take turns quickly.
+  const int64_t chunk = count <= ROWS_AT_ONCE / 2 ? 1 : count <= ROWS_AT_ONCE ? 4 : CHUNK;
+  const int64_t turns = ceil_div(count, ROWS_AT_ONCE);
   const int64_t lines = ceil_div(WIDTH, turns);  // of each depth and turn
   for (int64_t from = 0; from < rows.depths; from += chunk) {
     const int64_t depths = std::min(chunk, rows.depths - from);

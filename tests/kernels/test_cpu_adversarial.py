@@ -37,12 +37,19 @@ def test_blocks_of_any_numbers(tokens, dtype, body):
     for odd in (0.0, 0.02) * 20:
         tables, slots = numbers(PAGES, SLOTS, 3, odd=odd), numbers(SLOTS, BLOCKS, odd=odd)
         starts, counts = numbers(48 // tokens, BLOCKS, odd=odd) * tokens, numbers(tokens + 1, BLOCKS, odd=odd)
+        ends = np.cumsum(np.clip(counts, 0, tokens))
+        first_rows = np.where(rng.random(BLOCKS) < odd, rng.choice(ODD, BLOCKS), np.append(0, ends[:-1])).astype(
+            np.int32
+        )
+        packed = jnp.asarray(first_rows) if rng.random() < 0.5 else None
         blocks = PagedBlocks(
             *(jnp.asarray(x, jnp.int32) for x in (tables, slots, starts, counts)), jnp.int32(rng.choice([*ODD, BLOCKS]))
         )
         try:
-            q, *pages = calls.rotate_and_write(geometry, rows, (None, None), jnp.zeros(12), *pools(dtype), blocks, body)
-            y = np.asarray(calls.attend(q, *pages, blocks, dtype, body))
+            q, *pages = calls.rotate_and_write(
+                geometry, rows, (None, None), jnp.zeros(12), *pools(dtype), blocks, body, packed
+            )
+            y = np.asarray(calls.attend(q, *pages, blocks, dtype, body, packed))
         except (ValueError, jax.errors.JaxRuntimeError) as error:  # at the call, or when it is waited for
             assert "jaxengine's CPU kernels" in str(error)
             refused += 1

@@ -20,7 +20,7 @@ def ints(*shape: int) -> jax.ShapeDtypeStruct:
 
 
 KEYS, VALUES = calls.page_shapes(HEADS, 3, 16, WIDTH, jnp.uint16)
-BLOCKS = dict(tables=ints(4, 2), slots=ints(2), starts=ints(2), counts=ints(2), num_blocks=ints())
+BLOCKS = dict(tables=ints(4, 2), slots=ints(2), starts=ints(2), counts=ints(2), first_rows=ints(0), num_blocks=ints())
 Q = array(2 * TOKENS, 4, WIDTH)
 PRODUCT = dict(eps=np.float32(1e-6), tile=8, rounds=True)
 FRESH = dict(fresh=array(0, dtype="bool"), count=ints())

@@ -49,8 +49,11 @@ class Case:
     def frequencies(self) -> np.ndarray:
         return (1e4 ** (-np.arange(0, self.width, 2) / self.width)).astype(np.float32)
 
-    def run(self, parts: list[list[tuple[int, int, int]]], tokens: int) -> dict:
-        """{(sequence, position): attended} of query blocks (sequence, start, count), a call for each part."""
+    def run(self, parts: list[list[tuple[int, int, int]]], tokens: int, gap: int | None = None) -> dict:
+        """{(sequence, position): attended} of query blocks (sequence, start, count), a call for each part.
+
+        A block has as many rows as it has tokens, and `gap` more; without one each has `tokens`.
+        """
         needed = [-(-length // self.page_size) for length in self.lengths]
         ids = np.random.default_rng(1).permutation(sum(needed) + 2)
         tables = np.full((len(needed), max(needed)), -7, np.int32)  # no page, after the context
@@ -63,24 +66,36 @@ class Case:
         packed, found = self.packed(), {}
         for own in parts:
             size = ceil_to(len(own) + 1, 64)  # padding, too
-            rows = np.full((size, tokens, packed.shape[2]), np.nan, np.float32)
-            for i, (slot, start, count) in enumerate(own):
-                rows[i, :count] = packed[slot, start : start + count]
             slots, starts, counts = np.pad(np.asarray(own, np.int32), ((0, size - len(own)), (0, 0))).T
+            firsts = np.cumsum([0, *(counts + gap)[:-1]]) if gap is not None else np.arange(size) * tokens
+            rows = np.full((firsts[-1] + tokens, packed.shape[2]), np.nan, np.float32)
+            for (slot, start, count), first in zip(own, firsts, strict=False):
+                rows[first : first + count] = packed[slot, start : start + count]
             located = PagedBlocks(jnp.asarray(tables), slots, starts, counts, jnp.int32(len(own)))
-            keys, values, y = self._step(keys, values, rows.reshape(-1, packed.shape[2]), located)
-            y = np.asarray(y, np.float32).reshape(size, tokens, -1)
+            first_rows = None if gap is None else jnp.asarray(firsts, jnp.int32)
+            keys, values, y = self._step(keys, values, rows, located, first_rows)
+            y = np.asarray(y, np.float32)
             for i, (slot, start, count) in enumerate(own):
-                assert (bits(y[i, count:]) == 0).all(), "rows of a block that are no tokens"
-                found |= {(slot, start + t): y[i, t] for t in range(count)}
+                last = gap is not None and i == len(own) - 1  # what comes after it is no block's
+                between = y[firsts[i] + count : firsts[i] + count if last else firsts[i + 1]]
+                assert (bits(between) == 0).all(), "rows of a block that are no tokens"
+                found |= {(slot, start + t): y[firsts[i] + t] for t in range(count)}
         return found
 
     @functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
-    def _step(self, keys, values, rows, located):
+    def _step(self, keys, values, rows, located, first_rows):
         q, keys, values = calls.rotate_and_write(
-            self.geometry, rows, self.norms(), jnp.asarray(self.frequencies()), keys, values, located, self.body
+            self.geometry,
+            rows,
+            self.norms(),
+            jnp.asarray(self.frequencies()),
+            keys,
+            values,
+            located,
+            self.body,
+            first_rows,
         )
-        return keys, values, calls.attend(q, keys, values, located, self.dtype, self.body)
+        return keys, values, calls.attend(q, keys, values, located, self.dtype, self.body, first_rows)
 
     def decoded(self, slots=None) -> dict:
         """Every token of the sequences one after the other, all sequences at once."""
@@ -100,6 +115,12 @@ class Case:
         ]
         each = -(-len(blocks) // steps)
         return self.run([blocks[i : i + each] for i in range(0, len(blocks), each)], tokens)
+
+    def mixed(self, gap: int) -> dict:
+        """Every sequence up to its last token in blocks of 16, and the last tokens alone, all in one call."""
+        ends = [(slot, length - 1, 1) for slot, length in enumerate(self.lengths)]
+        blocks = [(slot, start, min(16, last - start)) for slot, last, _ in ends for start in range(0, last, 16)]
+        return self.run([ends[::2] + blocks + ends[1::2]], 16, gap)
 
     def expected(self, slot: int) -> np.ndarray:
         """Attention of one sequence in float64, over keys and values rounded as the pages have them."""
@@ -156,6 +177,7 @@ def test_a_query_is_the_same_however_it_came(case, body):
     assert len(whole) == sum(case.lengths)
     assert equal(case.decoded(), whole), "one token at a time"
     assert equal(case.prefilled(steps=3), whole), "in chunks"
+    assert equal(case.mixed(gap=0), whole) and equal(case.mixed(gap=3), whole), "in blocks of different sizes"
     for slot in range(0, len(case.lengths), 3):
         assert equal(case.prefilled(slots=[slot]), whole), "alone"
     for page_size in (16, 32, 64):
@@ -202,6 +224,22 @@ def test_what_is_written(dtype):
     assert same(v[0, :, :3, :24], jnp.asarray(parts[:, 6:]).astype(dtype).swapaxes(0, 1))
     assert (bits(v[0, :, :3, 24:]) == 0).all()
     assert same(k[1:], jnp.ones_like(k[1:]) if dtype == "float32" else jax.lax.bitcast_convert_type(keys[1:], dtype))
+
+
+@pytest.mark.parametrize(
+    ("first_rows", "why"),
+    [([0, 2], "lie over each other"), ([-1, 9], "lie over each other"), ([0, 14], "after the last row")],
+)
+def test_rows_that_are_not_the_blocks_own_are_refused(first_rows, why):
+    case = Case()
+    keys, values = (jnp.zeros(x.shape, x.dtype) for x in calls.page_shapes(2, 3, 16, 32, jnp.uint16))
+    numbers = (jnp.asarray([x, x], jnp.int32) for x in (0, 0, 3))
+    blocks, firsts = PagedBlocks(jnp.zeros((1, 1), jnp.int32), *numbers, jnp.int32(2)), jnp.asarray(first_rows)
+    with pytest.raises(jax.errors.JaxRuntimeError, match=why):
+        calls.attend(jnp.zeros((16, 4, 32)), keys, values, blocks, "bfloat16", first_rows=firsts).block_until_ready()
+    with pytest.raises(jax.errors.JaxRuntimeError, match=why):
+        given = jnp.zeros((16, 8 * 32)), case.norms(), jnp.zeros(16), keys, values, blocks
+        calls.rotate_and_write(case.geometry, *given, first_rows=firsts)[0].block_until_ready()
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ its own tokens. This module stands in for `steps`, `kv_cache` and `slot_state` i
 compiled steps.
 """
 
+import bisect
 import contextlib
 import dataclasses
 from collections.abc import Iterator
@@ -199,8 +200,9 @@ class StepVariants:
             ends = {slot: start + size - 1 for slot, start, size in owners}
             for slot, end in ends.items():
                 self._attend(cache, tables, slot, params, end)
+            firsts = self._first_rows(blocks, tile)[: len(owners)]
             hidden = [
-                self._hidden(cache, tables, params, owners, index, tile) for index in rows.indices[:count].tolist()
+                self._hidden(cache, tables, params, owners, firsts, index) for index in rows.indices[:count].tolist()
             ]
             for source, target in zip(
                 copies.sources[: copies.num_copies], copies.targets[: copies.num_copies], strict=True
@@ -223,13 +225,25 @@ class StepVariants:
         ]
         for slot, start, size in owners:
             values = cache.own_states(slot, params, start + size)[start:]
-            cache.write(tables[slot].tolist(), start, values + [GARBAGE] * (tile.tokens - size))
+            padding = 0 if self.batch.packs_rows else tile.tokens - size
+            cache.write(tables[slot].tolist(), start, values + [GARBAGE] * padding)
         return owners
 
-    def _hidden(self, cache: Cache, tables: np.ndarray, params: int, owners: list, index: int, tile: Tile) -> int:
-        """The state of one row of the flattened blocks."""
-        slot, start, _ = owners[index // tile.tokens]
-        return self._attend(cache, tables, slot, params, start + index % tile.tokens)
+    def _first_rows(self, blocks: QueryBlocks, tile: Tile) -> list[int]:
+        """Of each block, as the layers compute them."""
+        if blocks.first_rows is None:
+            return list(range(0, len(blocks.slots) * tile.tokens, tile.tokens))
+        return blocks.first_rows.tolist()
+
+    def _hidden(
+        self, cache: Cache, tables: np.ndarray, params: int, owners: list, firsts: list[int], index: int
+    ) -> int:
+        """The state of one row of the layers."""
+        block = bisect.bisect_right(firsts, index) - 1
+        slot, start, size = owners[block]
+        offset = index - firsts[block]
+        assert offset < size, "a row that is no token's is read"
+        return self._attend(cache, tables, slot, params, start + offset)
 
     def _attend(self, cache: Cache, tables: np.ndarray, slot: int, params: int, position: int) -> int:
         """The state at a position, from all that its block table leads to."""

@@ -19,7 +19,7 @@ class Episode:
     def __init__(self, seed: int, **world) -> None:
         self.seed, self.rng = seed, random.Random(seed)
         self.config = random_config(self.rng)
-        self.world = World(self.config, self.rng.choice([1, QUERY_BLOCK]), **world)
+        self.world = World(self.config, self.rng.choice([1, QUERY_BLOCK]), self.rng.choice([False, True]), **world)
         self.fronts = [self.rng.choices(range(2, 6), k=self.config.max_model_len) for _ in range(3)]
         self.weather = 1
 

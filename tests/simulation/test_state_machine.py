@@ -46,9 +46,9 @@ class Machine(RuleBasedStateMachine):
 
     requests = 0  # of the latest example; the latest of a failure is the smallest
 
-    @initialize(config=CONFIGS, tokens_per_block=st.sampled_from([1, QUERY_BLOCK]))
-    def start(self, config, tokens_per_block):
-        self.world = World(config, tokens_per_block)
+    @initialize(config=CONFIGS, tokens_per_block=st.sampled_from([1, QUERY_BLOCK]), packs_rows=st.booleans())
+    def start(self, config, tokens_per_block, packs_rows):
+        self.world = World(config, tokens_per_block, packs_rows)
         Machine.requests = 0
 
     @rule(

@@ -37,13 +37,20 @@ PARTS = dict(kv_cache=device, slot_state=device, variants_of=device.StepVariants
 class World:
     """One engine and its requests. Steps are its only time."""
 
-    def __init__(self, config: EngineConfig, tokens_per_block: int = QUERY_BLOCK, trusting: bool = False) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        tokens_per_block: int = QUERY_BLOCK,
+        packs_rows: bool = False,
+        trusting: bool = False,
+    ) -> None:
         self.config, self.stats = config, Counter[str]()
         self.watch, self.cache_check = Watch(self.stats), CacheCheck()
         with mock.patch.multiple(engine, **PARTS):
             self.engine = engine.Engine(MODEL, config, params=0)
         self.scheduler.watch = self.watch
         self.device.tokens_per_block, self.device.trusting = tokens_per_block, trusting
+        self.device.batch.packs_rows = packs_rows
         self.live: dict[str, Request] = {}
         self.ended: list[Request] = []  # the last few: their tokens are the fronts of later prompts
         self.held: list[int] = []
