@@ -227,7 +227,7 @@ class BatchBuilder:
         if self.packs_rows:
             first_rows = list(itertools.accumulate(counts[:-1], initial=0))
         packed = _padded(first_rows, size) if self.packs_rows else None
-        of_blocks = (_padded(each, size) for each in (slots, starts, counts))
+        of_blocks = _padded(slots, size), _padded(starts, size), _padded(counts, size)
         return QueryBlocks(*of_blocks, np.int32(count), packed), first_rows
 
 
