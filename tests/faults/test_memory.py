@@ -44,6 +44,14 @@ def llm(request, tiny) -> LLM:
     return llm
 
 
+@pytest.fixture(params=[False, True], ids=["plain", "overlapped"])
+def taking_turns(request, tiny) -> LLM:
+    """As `llm`, of several steps a dispatch, so that no sample that decodes rides along in a prefill."""
+    llm = make_llm(tiny.config, tiny.params, overlap=request.param, decode_steps=2)
+    llm.warm_up()
+    return llm
+
+
 # -- at start ---------------------------------------------------------------------------------------------------------
 
 
@@ -144,8 +152,9 @@ def assert_failed(llm: LLM, request: Request, whole: list[tuple], at_least: int)
 
 
 @WHEN
-def test_no_memory_to_decode_fails_those_that_decode(llm, when, expected, whole, monkeypatch):
+def test_no_memory_to_decode_fails_those_that_decode(taking_turns, when, expected, whole, monkeypatch):
     """The victim is in the decode that fails; the others' prompts are in the same plan, and are computed again."""
+    llm = taking_turns
     (victim,) = start(llm, [PROMPT], VICTIM)
     while len(victim.samples[0].drawn.token_ids) < 5:
         step(llm)
