@@ -124,7 +124,7 @@ def _decode(
         live = jnp.arange(rows.slots.shape[0]) < rows.num_rows
         live &= rows.positions + 1 < slots.request.limit[rows.slots]
         blocks = QueryBlocks(rows.slots, jnp.where(live, rows.positions, 0), live.astype(jnp.int32), rows.num_rows)
-        cache, hidden = _run_blocks(model_config, kernels, params, cache, tables, blocks, tile, rows.slots.shape[0])
+        cache, hidden = _run_blocks(model_config, kernels, params, cache, tables, blocks, tile)
         out = next_tokens(model_config, kernels, params, cache, slots, hidden, rows, tile.rows, needs, max_logprobs)
         return _append(cache, rows, out, ~rows.scored & live), out
 
@@ -173,10 +173,10 @@ def _run_blocks(
     tables: Int[Array, "slots n"],
     blocks: QueryBlocks,
     tile: Tile,
-    size: int,
+    size: int = 0,
 ) -> tuple[Cache, Float[Array, "R D"]]:
     """The history's tokens of the blocks through the layers: the cache with their keys and values, and their hidden
-    states. There are `size` rows where each block has as many as it has tokens.
+    states. `size` is the number of rows where the blocks have `first_rows`.
     """
     offsets = jnp.arange(tile.tokens, dtype=jnp.int32)
     positions = jnp.minimum(blocks.starts[:, None] + offsets, cache.history.shape[1] - 1)

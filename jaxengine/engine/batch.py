@@ -164,15 +164,17 @@ class BatchBuilder:
 
     def num_blocks(self, kind: str, tile: Tile) -> int:
         """Query blocks of the arrays of a step on such tiles: of a decode, its rows."""
-        if self._fit_the_tile:
-            return tile.blocks
-        of_chunks = self.prefill_query_blocks * (QUERY_BLOCK // tile.tokens)
-        return self.decode_rows if kind == "decode" else of_chunks + self.packs_rows * self.decode_rows
+        if kind == "prefill":
+            return self._blocks_of_chunks(tile) + self.packs_rows * self.decode_rows
+        return tile.blocks if self._fit_the_tile else self.decode_rows
+
+    def _blocks_of_chunks(self, tile: Tile) -> int:
+        """Of a prefill's query blocks, those that prompts may fill."""
+        return tile.blocks if self._fit_the_tile else self.prefill_query_blocks * (QUERY_BLOCK // tile.tokens)
 
     def prefill_rows(self, tile: Tile) -> int:
         """Rows that may draw or be scored: every token, and the forks of the prompts that end or what rides along."""
-        blocks = tile.blocks if self._fit_the_tile else self.prefill_query_blocks
-        size = blocks * QUERY_BLOCK + self.engine_config.max_num_seqs
+        size = self._blocks_of_chunks(tile) * tile.tokens + self.engine_config.max_num_seqs
         return ceil_to(size, tile.rows) if self.packs_rows else size
 
     def smallest(self, kind: str, tile: Tile) -> Any:

@@ -46,7 +46,6 @@ class InFlight:
     """A dispatched plan whose results are not read yet."""
 
     plan: Plan
-    riding: list[Decode]  # decodes that are the first rows of the prefill
     decoded: RowOutputs | None
     prefilled: RowOutputs | None
     watch: page_checksums.Watch | None
@@ -54,6 +53,12 @@ class InFlight:
     @property
     def samples(self) -> Iterator[Sample]:
         return itertools.chain(_decoding(self.plan), self.plan.prefilling)
+
+    @property
+    def prefill_rows(self) -> list[Row]:
+        """What the prefill's rows are; decodes that ran in no step of their own rode along, and come first."""
+        riding = self.plan.decodes if self.decoded is None else ()
+        return [*(Row(sample, position, False) for sample, position, _ in riding), *self.plan.rows]
 
 
 class Occupancy(NamedTuple):
@@ -346,7 +351,7 @@ class Engine:
             decoded = self._run(self.step_variants.run_decode, *decode) if decode else None
         with _blaming(plan.prefilling):
             prefilled = self._run(self.step_variants.run_prefill, *prefill) if prefill else None
-        step = InFlight(plan, riding, decoded, prefilled, None)
+        step = InFlight(plan, decoded, prefilled, None)
         if self.page_checksums is not None:
             samples = list(step.samples)
             with _blaming(samples):
@@ -407,8 +412,7 @@ class Engine:
         if decoded is not None:
             append_decoded(self.scheduler, step.plan.decodes, decoded)
         if prefilled is not None:
-            riding = [Row(sample, position, False) for sample, position, _ in step.riding]
-            append_prefilled(self.scheduler, riding + step.plan.rows, prefilled)
+            append_prefilled(self.scheduler, step.prefill_rows, prefilled)
         return self._retire_ended()
 
     def _read(self, step: InFlight) -> tuple[HostRows | None, HostRows | None]:
