@@ -5,6 +5,14 @@
 // of all rows; for more rows, and always on AVX2, it lies in a panel, which stays in the first cache while all rows of a
 // band are multiplied with it.
 
+using Sums = float[BAND][WIDTH];
+
+// Up to 16 neighbouring outputs. The thread that computes them will probably take those `ahead` outputs further on next,
+// which are still to be read from memory; 0 where they are not.
+struct Group {
+  int64_t first, count, ahead;
+};
+
 // Each output's inputs are neighbours, outputs lie `stride` apart.
 template <class T>
 struct Block {
@@ -194,3 +202,36 @@ inline void with_rows(int64_t rows, const F& f) {
 #undef CASE
   }
 }
+
+#ifdef WITH_AVX512
+// The blocks of some depths are turned, and all rows are multiplied with them. Meanwhile the weights of the outputs that
+// come next are asked for, a few lines at a time: a core waits if it asks for many at once.
+template <class Way, class T>
+inline void sum_by(const Product& p, const Rows& rows, int64_t leaf, int64_t first, int64_t count, const T* w,
+                   const Group& group, Sums& sums) {
+  constexpr int64_t CHUNK = 16384 / sizeof(typename Way::Turned);  // a third of the first cache
+  alignas(64) typename Way::Turned turned[CHUNK];
+  T padded[WIDTH * DEPTH];
+  std::memset(sums, 0, count * sizeof(sums[0]));
+  // Of few rows few depths, so that arithmetic and reads of weights take turns quickly.
+  const int64_t chunk = count <= ROWS_AT_ONCE / 2 ? 1 : count <= ROWS_AT_ONCE ? 4 : CHUNK;
+  const int64_t turns = ceil_div(count, ROWS_AT_ONCE);
+  const int64_t lines = ceil_div(WIDTH, turns);  // of each depth and turn
+  for (int64_t from = 0; from < rows.depths; from += chunk) {
+    const int64_t depths = std::min(chunk, rows.depths - from);
+    for (int64_t depth = 0; depth < depths; depth++) {
+      const int64_t k = (from + depth) * DEPTH;
+      fetch_soon(w, p.inputs, k);
+      Way::turn(block_of(w, p.inputs, group.count, k, p.inputs, padded), turned[depth]);
+    }
+    const T* next = w + group.ahead * p.inputs;
+    for (int64_t r = 0; r < count; r += ROWS_AT_ONCE, next += lines * p.inputs)
+      with_rows(std::min(count - r, ROWS_AT_ONCE), [&](auto size) {
+        const auto* x = rows.at<typename Way::Number>(leaf, from, first + r);
+        multiply<Way, size()>(depths, x, turned, sums[r], [&](int64_t depth) {
+          fetch_next(next, p.inputs, (from + depth) * DEPTH, lines);
+        });
+      });
+  }
+}
+#endif

@@ -6,12 +6,12 @@
 #include "elementary.h"
 #include "rows.h"
 #include "blocks.h"
-#include "product.h"
 #if defined(WITH_AMX)
 #include "tiles.h"
 #elif defined(WITH_DOTS)
 #include "dots.h"
 #endif
+#include "product.h"
 
 #include "attend_tile.h"
 #include "attend.h"

@@ -131,6 +131,7 @@ inline void narrow8(BF16* p, __m256 a) {  // to nearest, ties to even; NaN stays
 }
 template <class T>
 inline void narrow(T* p, Lanes a) { narrow8(p, low(a)), narrow8(p + 8, high(a)); }
+inline void narrow(float* p, Lanes a) { store(p, a); }
 #ifdef WITH_AVX512
 inline void narrow(BF16* p, Lanes a) {
   const __m512i x = _mm512_castps_si512(a.v), odd = _mm512_and_si512(_mm512_srli_epi32(x, 16), _mm512_set1_epi32(1));

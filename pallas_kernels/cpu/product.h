@@ -2,61 +2,17 @@
 //
 // The order of a sum along K is AMX's: of 32 inputs the even and the odd members are summed apart, each from zero by
 // fused multiply-adds, the two sums are added, and that is added to the running sum. It holds for all types of weights,
-// and does not know how many rows there are, how many threads, or which outputs are computed together.
-
-using Sums = float[BAND][WIDTH];
-
-// Up to 16 neighbouring outputs. The thread that computes them will probably take those `ahead` outputs further on next.
-struct Group {
-  int64_t first, count, ahead;
-};
-
-// sum_leaf by an instruction that takes bfloat16 on both sides.
-inline void sum_bfloat16(const Product& p, const Rows& rows, int64_t leaf, int64_t first, int64_t count, const BF16* w,
-                         const Group& group, Sums& sums);
-
-#ifdef WITH_AVX512
-// The blocks of some depths are turned, and all rows are multiplied with them. Meanwhile the weights of the outputs that
-// come next are asked for, a few lines at a time: a core waits if it asks for many at once.
-template <class Way, class T>
-inline void sum_by(const Product& p, const Rows& rows, int64_t leaf, int64_t first, int64_t count, const T* w,
-                   const Group& group, Sums& sums) {
-  constexpr int64_t CHUNK = 16384 / sizeof(typename Way::Turned);  // a third of the first cache
-  alignas(64) typename Way::Turned turned[CHUNK];
-  T padded[WIDTH * DEPTH];
-  std::memset(sums, 0, count * sizeof(sums[0]));
-  // Of few rows few depths, so that arithmetic and reads of weights take turns quickly.
-  const int64_t chunk = count <= ROWS_AT_ONCE / 2 ? 1 : count <= ROWS_AT_ONCE ? 4 : CHUNK;
-  const int64_t turns = ceil_div(count, ROWS_AT_ONCE);
-  const int64_t lines = ceil_div(WIDTH, turns);  // of each depth and turn
-  for (int64_t from = 0; from < rows.depths; from += chunk) {
-    const int64_t depths = std::min(chunk, rows.depths - from);
-    for (int64_t depth = 0; depth < depths; depth++) {
-      const int64_t k = (from + depth) * DEPTH;
-      fetch_soon(w, p.inputs, k);
-      Way::turn(block_of(w, p.inputs, group.count, k, p.inputs, padded), turned[depth]);
-    }
-    const T* next = w + group.ahead * p.inputs;
-    for (int64_t r = 0; r < count; r += ROWS_AT_ONCE, next += lines * p.inputs)
-      with_rows(std::min(count - r, ROWS_AT_ONCE), [&](auto size) {
-        const auto* x = rows.at<typename Way::Number>(leaf, from, first + r);
-        multiply<Way, size()>(depths, x, turned, sums[r], [&](int64_t depth) {
-          fetch_next(next, p.inputs, (from + depth) * DEPTH, lines);
-        });
-      });
-  }
-}
-#endif
+// and does not know how many rows there are, how many threads, or which outputs are computed together. Where float32 rows
+// meet bfloat16 weights, each row is three (rows.h) whose results are added, the first to the sum of the others.
 
 // A leaf's sums of `count` prepared rows from `first` on and of a group, whose weights begin at element `w`.
 template <class T>
 inline void sum_leaf(const Product& p, const Rows& rows, int64_t leaf, int64_t first, int64_t count, int64_t w,
                      const Group& group, Sums& sums) {
   const T* weights = (const T*)p.w.data + w;
-  if constexpr (HAS_BFLOAT16 && std::is_same_v<T, BF16>)
-    if (p.rounds) return sum_bfloat16(p, rows, leaf, first, count, weights, group, sums);
 #ifdef WITH_AVX512
-  sum_by<Pairs>(p, rows, leaf, first, count, weights, group, sums);
+  if constexpr (takes_bfloat16<T>) sum_bfloat16(p, rows, leaf, first, count, weights, group, sums);
+  else sum_by<Pairs>(p, rows, leaf, first, count, weights, group, sums);
 #else
   std::memset(sums, 0, count * sizeof(sums[0]));
   alignas(64) Panel panel;
@@ -77,6 +33,18 @@ inline void sum_leaf(const Product& p, const Rows& rows, int64_t leaf, int64_t f
 #endif
 }
 
+#ifndef WITH_AMX
+class Instructions {};  // that have to be switched on
+template <class T>
+constexpr int64_t ROWS_PREPARED = 1;  // at once
+template <class T>
+inline void order_rows(const Rows&, int64_t, int64_t, int64_t) {}
+template <class T>
+inline int64_t rows_held(int64_t count) { return count; }
+template <class T>
+inline void make_rows(Sums&, int64_t) {}
+#endif
+
 // Sums over leaves as sharding/leaves.py adds them, ((l0 + l1) + (l2 + l3)) + ..., with one partial sum a level kept.
 constexpr int LEVELS = 8;
 
@@ -87,11 +55,11 @@ inline void sum_tree(const Product& p, const Rows& rows, int64_t first, int64_t 
     int level = 0;
     for (int64_t bits = leaf; bits & 1; bits >>= 1) level++;
     Sums& own = levels[level];  // free: the sums of lower levels end up here
-    float spare[BAND][WIDTH];
+    alignas(64) Sums spare;
     const int64_t w = (leaf * p.outputs + group.first) * p.inputs;
     sum_leaf<T>(p, rows, leaf, first, count, w, group, level ? spare : own);
     for (int below = 0; below < level; below++)
-      for (int64_t r = 0; r < count; r++) {
+      for (int64_t r = 0; r < rows_held<T>(count); r++) {
         float* out = below == level - 1 ? own[r] : spare[r];
         store(out, load(levels[below][r]) + load(spare[r]));
       }
@@ -109,15 +77,19 @@ inline void finish_row(const Product& p, int64_t m, int64_t column, int64_t colu
 template <class T>
 inline void run_group(const Product& p, const Rows& rows, int64_t row, int64_t section, const Group& group,
                       int64_t section_outputs, int64_t columns) {
-  const int64_t count = std::min(BAND, rows.count - row), n = group.first, outputs = group.count;
+  const int64_t parts = p.parts(), n = group.first, outputs = group.count;
+  const int64_t count = std::min(BAND / parts, rows.count / parts - row);
   const int64_t column = section * section_outputs + n;
   alignas(64) Sums levels[LEVELS];
   if (p.form == Form::GATED) {
     const int64_t gates = (section * p.outputs + n) * p.inputs, ups = gates + section_outputs * p.inputs;
     sum_leaf<T>(p, rows, 0, row, count, gates, group, levels[0]);
     sum_leaf<T>(p, rows, 0, row, count, ups, group, levels[1]);
+    for (int64_t r = 0; r < rows_held<T>(count); r++)
+      store(levels[0][r], silu(load(levels[0][r])) * load(levels[1][r]));
+    make_rows<T>(levels[0], count);
     for (int64_t r = 0; r < count; r++)
-      narrow_some((T*)p.y + (row + r) * columns + column, silu(load(levels[0][r])) * load(levels[1][r]), outputs);
+      narrow_some((T*)p.y + (row + r) * columns + column, load(levels[0][r]), outputs);
     return;
   }
   int top = 0;
@@ -125,9 +97,14 @@ inline void run_group(const Product& p, const Rows& rows, int64_t row, int64_t s
     sum_tree<T>(p, rows, row, count, group, levels);
     while ((int64_t(1) << top) < p.leaves) top++;
   } else {
-    sum_leaf<T>(p, rows, 0, row, count, n * p.inputs, group, levels[0]);
+    sum_leaf<T>(p, rows, 0, row * parts, count * parts, n * p.inputs, group, levels[0]);
   }
-  for (int64_t r = 0; r < count; r++) finish_row(p, row + r, column, columns, outputs, load(levels[top][r]));
+  make_rows<T>(levels[top], count * parts);
+  for (int64_t r = 0; r < count; r++) {
+    const float(*own)[WIDTH] = levels[top] + r * parts;
+    const Lanes total = parts == 1 ? load(own[0]) : load(own[0]) + (load(own[1]) + load(own[2]));
+    finish_row(p, row + r, column, columns, outputs, total);
+  }
 }
 
 // The first `count` rows of y are those of the fresh rows. Of each, `size` columns from `first` on go to the rows that they
@@ -152,20 +129,24 @@ inline void product_of(Threads& threads, const Product& p) {
 
   const int64_t leaves = added ? p.leaves : 1, depths = ceil_div(p.inputs, DEPTH);
   static thread_local Scratch of_rows;
-  const int64_t count = count_fresh(p);
-  const Rows rows{of_rows.floats(Rows::floats(count, leaves * depths)), count, depths};
-  const int64_t few = ceil_div(count, 4 * threads.count());  // rows to a task
+  const int64_t count = count_fresh(p), parts = p.parts();
+  const Rows rows{of_rows.floats(Rows::floats(count * parts, leaves * depths)), count * parts, depths};
+  const int64_t few = ceil_to(ceil_div(count, 4 * threads.count()), ROWS_PREPARED<T>);  // rows to a task
   parallel(threads, ceil_div(count, few), [&](int64_t task) {
-    for (int64_t m = task * few; m < std::min(count, (task + 1) * few); m++) prepare_row<T>(p, rows, m);
+    const int64_t first = task * few, end = std::min(count, first + few);
+    for (int64_t m = first; m < end; m++) prepare_row<T>(p, rows, m);
+    order_rows<T>(rows, leaves, first * parts, end * parts);
   });
 
   const int64_t groups = ceil_div(section_outputs, WIDTH), all = sections * groups;
   const int64_t each = std::min<int64_t>(std::max<int64_t>(all / (8 * threads.count()), 1), 8);  // groups to a task
   parallel(threads, ceil_div(all, each), [&](int64_t task) {
     const int64_t first = task * each, end = std::min(all, first + each);
-    for (int64_t row = 0; row < count; row += BAND)
+    const Instructions instructions;
+    for (int64_t row = 0; row < count; row += BAND / parts)
       for (int64_t g = first; g < end; g++) {
-        const int64_t n = g % groups * WIDTH, ahead = g + 1 < end ? WIDTH : (1 + (threads.count() - 1) * each) * WIDTH;
+        const int64_t n = g % groups * WIDTH, next = g + 1 < end ? 1 : 1 + (threads.count() - 1) * each;
+        const int64_t ahead = row == 0 ? next * WIDTH : 0;
         run_group<T>(p, rows, row, g / groups, {n, std::min(WIDTH, section_outputs - n), ahead}, section_outputs, columns);
       }
     if (p.fresh) spread_rows(p, count, columns, first * WIDTH, std::min(end * WIDTH, columns) - first * WIDTH);

@@ -8,7 +8,7 @@ constexpr int64_t ROWS_AT_ONCE = 8;  // whose sums are in registers
 constexpr int64_t ROWS_AT_ONCE = 6;
 #endif
 
-// 32 inputs of each row, zeros after a leaf's last one.
+// 32 inputs of each row, zeros after a leaf's last one. Where a row is three, these are neighbours.
 struct Rows {
   float* data;
   int64_t count, depths;
@@ -39,19 +39,20 @@ inline void normalise(float* x, int64_t width, const Array& scale, float eps) {
     narrow_some(x + k, widen_some(x + k, width - k) * factor * widen_some(scale, k, width - k), width - k);
 }
 
-// Whether the body has an instruction that takes bfloat16 on both sides. What it needs is in tiles.h, or dots.h.
+// Whether the body has an instruction for weights of T that takes bfloat16 on both sides.
 #if defined(WITH_AMX) || defined(WITH_DOTS)
-constexpr bool HAS_BFLOAT16 = true;
+template <class T>
+constexpr bool takes_bfloat16 = std::is_same_v<T, BF16>;
 #else
-constexpr bool HAS_BFLOAT16 = false;
+template <class T>
+constexpr bool takes_bfloat16 = false;
 #endif
 inline void put_bfloat16(const Rows& rows, int64_t leaf, int64_t depth, int64_t row, Lanes first, Lanes second);
 
 // The 32 inputs of a row to where the products of T want them.
 template <class T>
-inline void put(const Product& p, const Rows& rows, int64_t leaf, int64_t depth, int64_t row, Lanes first, Lanes second) {
-  if constexpr (HAS_BFLOAT16 && std::is_same_v<T, BF16>)
-    if (p.rounds) return put_bfloat16(rows, leaf, depth, row, first, second);
+inline void put(const Rows& rows, int64_t leaf, int64_t depth, int64_t row, Lanes first, Lanes second) {
+  if constexpr (takes_bfloat16<T>) return put_bfloat16(rows, leaf, depth, row, first, second);
 #ifdef WITH_AVX512
   float* out = rows.at(leaf, depth, row);
   store(out, first), store(out + 16, second);
@@ -78,6 +79,8 @@ inline int64_t fresh_row(const Product& p, int64_t place) {
   return m;
 }
 
+// A row whose float32 numbers are not to be rounded, and whose weights are bfloat16, becomes three rows of bfloat16, each
+// of the eight bits that come next, which have the row as their exact sum. All its products are exact then.
 template <class T>
 inline void prepare_row(const Product& p, const Rows& rows, int64_t place) {
   const int64_t leaves = p.form == Form::ADDED ? p.leaves : 1, m = fresh_row(p, place);
@@ -90,8 +93,13 @@ inline void prepare_row(const Product& p, const Rows& rows, int64_t place) {
         const int64_t k = depth * DEPTH + half * 16, count = std::max<int64_t>(p.inputs - k, 0);
         x[half] = widen_some(p.x, row + leaf * p.inputs + k, count);
         if (p.norm) x[half] = x[half] * factor * widen_some(p.norm, k, count);
-        if (p.rounds) x[half] = rounded_to<T>(x[half]);
       }
-      put<T>(p, rows, leaf, depth, place, x[0], x[1]);
+      const int64_t parts = p.parts();
+      for (int64_t part = 0; part < parts; part++) {
+        const bool is_whole = takes_bfloat16<T> ? parts == 1 : !p.rounds && parts == 1;  // put does what is left to do
+        const Lanes first = is_whole ? x[0] : rounded_to<T>(x[0]), second = is_whole ? x[1] : rounded_to<T>(x[1]);
+        put<T>(rows, leaf, depth, place * parts + part, first, second);
+        x[0] = x[0] - first, x[1] = x[1] - second;
+      }
     }
 }

@@ -4,69 +4,121 @@
 // inputs; the right one is 16 rows, as pairs of inputs, [16 pairs, 16 rows, 2]. Tile 6 is the left, 7 the right, and 0 to
 // 5 are the sums of a band's rows, [16 outputs, 16 rows].
 
-// Rows lie as [.., rows / 16, 16 pairs, 16 rows, 2].
-inline void put_bfloat16(const Rows& rows, int64_t leaf, int64_t depth, int64_t row, Lanes first, Lanes second) {
-  BF16 narrowed[DEPTH];
-  narrow(narrowed, first), narrow(narrowed + 16, second);
-  BF16* out = rows.at<BF16>(leaf, depth) + row / 16 * 16 * DEPTH + row % 16 * 2;
-  for (int i = 0; i < DEPTH; i += 2) std::memcpy(out + i * 16, narrowed + i, 2 * sizeof(BF16));
+// [16, 16] words of 32 bits, in place.
+inline void transpose16(float* x) {
+  __m512 r[16], t[16];
+  for (int i = 0; i < 16; i++) r[i] = _mm512_load_ps(x + i * 16);
+  for (int i = 0; i < 16; i += 2) t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]), t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+  for (int i = 0; i < 16; i += 4)
+    for (int j = 0; j < 2; j++) {
+      r[i + 2 * j] = _mm512_shuffle_ps(t[i + j], t[i + 2 + j], 0x44);
+      r[i + 2 * j + 1] = _mm512_shuffle_ps(t[i + j], t[i + 2 + j], 0xee);
+    }
+  for (int i = 0; i < 16; i += 8)  // quarters of r[i + j] are columns j, 4 + j, 8 + j, 12 + j of four rows
+    for (int j = 0; j < 4; j++) {
+      t[i + j] = _mm512_shuffle_f32x4(r[i + j], r[i + 4 + j], 0x88);
+      t[i + 4 + j] = _mm512_shuffle_f32x4(r[i + j], r[i + 4 + j], 0xdd);
+    }
+  for (int j = 0; j < 8; j++) {
+    _mm512_store_ps(x + j * 16, _mm512_shuffle_f32x4(t[j], t[8 + j], 0x88));
+    _mm512_store_ps(x + (8 + j) * 16, _mm512_shuffle_f32x4(t[j], t[8 + j], 0xdd));
+  }
 }
 
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+// Rows lie as they are read, [leaves, bands, K / 32, a band's rows / 16, 16 pairs, 16 rows, 2].
+inline BF16* tile_of(const Rows& rows, int64_t leaf, int64_t depth, int64_t row) {
+  const int64_t band = row / BAND * BAND, tiles = ceil_div(std::min(BAND, rows.count - band), 16);
+  return rows.at<BF16>(leaf, 0) + (band * rows.depths + (depth * tiles + (row - band) / 16) * 16) * DEPTH;
+}
+
+// At first a tile is [16 rows, 32].
+inline void put_bfloat16(const Rows& rows, int64_t leaf, int64_t depth, int64_t row, Lanes first, Lanes second) {
+  BF16* out = tile_of(rows, leaf, depth, row) + row % 16 * DEPTH;
+  narrow(out, first), narrow(out + 16, second);
+}
+
+template <class T>
+constexpr int64_t ROWS_PREPARED = takes_bfloat16<T> ? 16 : 1;
+
+// Once whole tiles of rows have been put.
+template <class T>
+inline void order_rows(const Rows& rows, int64_t leaves, int64_t first, int64_t end) {
+  if constexpr (takes_bfloat16<T>)
+    for (int64_t leaf = 0; leaf < leaves; leaf++)
+      for (int64_t depth = 0; depth < rows.depths; depth++)
+        for (int64_t row = first; row < end; row += 16) transpose16((float*)tile_of(rows, leaf, depth, row));
+}
+
+// While in scope the thread's tiles are of the sizes that all here have. It takes a hundred cycles or two.
+class Instructions {
+ public:
+  Instructions() { _tile_loadconfig(&CONFIG); }
+  ~Instructions() { _tile_release(); }
+
+ private:
+  struct alignas(64) Config {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t bytes[16];
+    uint8_t rows[16];
+  };
+  inline static const Config CONFIG = {
+      1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 };
+
+// Compilers do not know that the instructions for tiles read and write memory. What is before this is in memory, and what
+// comes after it is read from there.
+inline void settle_memory() { asm volatile("" ::: "memory"); }
 
 #define FOR_EACH_SUM(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5)  // a tile's number is part of the instruction
 
-// GROUPS times 16 rows from x on, a depth's rows `stride` numbers apart from the next one's.
+// GROUPS times 16 rows from x on.
 template <int GROUPS>
-inline void multiply_tiles(const BF16* w, int64_t inputs, const Group& group, const BF16* x, int64_t stride,
-                           float (*c)[256]) {
+inline void multiply_tiles(const BF16* w, int64_t inputs, const Group& group, const BF16* x, float* sums) {
 #define ZERO(i) if constexpr (GROUPS > i) _tile_zero(i);
 #define MULTIPLY(i) \
   if constexpr (GROUPS > i) { _tile_loadd(7, x + i * 16 * DEPTH, 64); _tile_dpbf16ps(i, 6, 7); }
-#define STORE(i) if constexpr (GROUPS > i) _tile_stored(i, c[i], 64);
+#define STORE(i) if constexpr (GROUPS > i) _tile_stored(i, sums + i * 256, 64);
   FOR_EACH_SUM(ZERO)
-  for (int64_t k = 0; k < inputs; k += DEPTH, x += stride) {
-    fetch_next(w + group.ahead * inputs, inputs, k, WIDTH);
+  settle_memory();
+  for (int64_t k = 0; k < inputs; k += DEPTH, x += GROUPS * 16 * DEPTH) {
+    if (group.ahead) fetch_next(w + group.ahead * inputs, inputs, k, WIDTH);
     if (group.count == WIDTH && inputs - k >= DEPTH) {
-      fetch_soon(w, inputs, k);
+      if (group.ahead) fetch_soon(w, inputs, k);
       _tile_loadd(6, w + k, inputs * sizeof(BF16));
     } else {
       alignas(64) BF16 padded[WIDTH * DEPTH] = {};
       for (int64_t n = 0; n < group.count; n++)
         std::memcpy(padded + n * DEPTH, w + n * inputs + k, std::min<int64_t>(DEPTH, inputs - k) * sizeof(BF16));
+      settle_memory();
       _tile_loadd(6, padded, 64);
+      settle_memory();
     }
     FOR_EACH_SUM(MULTIPLY)
   }
   FOR_EACH_SUM(STORE)
+  settle_memory();
 #undef ZERO
 #undef MULTIPLY
 #undef STORE
 }
 
+// Sums are left as tiles, [rows / 16, 16 outputs, 16 rows].
 inline void sum_bfloat16(const Product& p, const Rows& rows, int64_t leaf, int64_t first, int64_t count, const BF16* w,
                          const Group& group, Sums& sums) {
-  static const TileConfig config;
-  alignas(64) float c[BAND / 16][256];
-  const BF16* x = rows.at<BF16>(leaf, 0) + first * DEPTH;
-  const int64_t stride = rows.at<BF16>(leaf, 1) - rows.at<BF16>(leaf, 0);
-  _tile_loadconfig(&config);
+  const BF16* x = rows.at<BF16>(leaf, 0) + first * rows.depths * DEPTH;
   switch (ceil_div(count, 16)) {
-#define CASE(i) case i + 1: multiply_tiles<i + 1>(w, p.inputs, group, x, stride, c); break;
+#define CASE(i) case i + 1: multiply_tiles<i + 1>(w, p.inputs, group, x, sums[0]); break;
     FOR_EACH_SUM(CASE)
 #undef CASE
   }
-  _tile_release();
-  for (int64_t r = 0; r < count; r += 8)  // [outputs, rows] becomes [rows, outputs]
-    for (int n = 0; n < WIDTH; n += 8) {
-      __m256 part[8];
-      for (int i = 0; i < 8; i++) part[i] = _mm256_load_ps(&c[r / 16][(n + i) * 16 + r % 16]);
-      transpose8(part);
-      for (int i = 0; i < std::min<int64_t>(8, count - r); i++) _mm256_store_ps(&sums[r + i][n], part[i]);
-    }
 }
 #undef FOR_EACH_SUM
+
+// Of a number of rows those that have sums, and sums made [rows, outputs].
+template <class T>
+inline int64_t rows_held(int64_t count) { return takes_bfloat16<T> ? ceil_to(count, 16) : count; }
+template <class T>
+inline void make_rows(Sums& sums, int64_t count) {
+  if constexpr (takes_bfloat16<T>)
+    for (int64_t r = 0; r < count; r += 16) transpose16(sums[r]);
+}
