@@ -45,25 +45,32 @@ template <class T>
 inline void make_rows(Sums&, int64_t) {}
 #endif
 
-// Sums over leaves as sharding/leaves.py adds them, ((l0 + l1) + (l2 + l3)) + ..., with one partial sum a level kept.
-constexpr int LEVELS = 8;
+// Sums over leaves as sharding/leaves.py adds them, ((l0 + l1) + (l2 + l3)) + ...: those of a few leaves, and of their
+// pairs one partial sum a level.
+struct Tree {
+  alignas(64) Sums leaves[4], levels[6];
+};
 
+// Two leaves are added once the next one has been multiplied: by then what the instructions stored is there.
 template <class T>
-inline void sum_tree(const Product& p, const Rows& rows, int64_t first, int64_t count, const Group& group,
-                     Sums (&levels)[LEVELS]) {
-  for (int64_t leaf = 0; leaf < p.leaves; leaf++) {
+inline Sums& sum_tree(const Product& p, const Rows& rows, int64_t first, int64_t count, const Group& group, Tree& tree) {
+  const auto add_pair = [&](int64_t pair) -> Sums& {
     int level = 0;
-    for (int64_t bits = leaf; bits & 1; bits >>= 1) level++;
-    Sums& own = levels[level];  // free: the sums of lower levels end up here
-    alignas(64) Sums spare;
+    while (pair >> level & 1) level++;  // the sums of lower levels end up in this one, which is free
+    const Sums &even = tree.leaves[2 * pair % 4], &odd = tree.leaves[2 * pair % 4 + 1];
+    for (int64_t r = 0; r < rows_held<T>(count); r++) {
+      Lanes total = load(even[r]) + load(odd[r]);
+      for (int below = 0; below < level; below++) total = load(tree.levels[below][r]) + total;
+      store(tree.levels[level][r], total);
+    }
+    return tree.levels[level];
+  };
+  for (int64_t leaf = 0; leaf < p.leaves; leaf++) {
     const int64_t w = (leaf * p.outputs + group.first) * p.inputs;
-    sum_leaf<T>(p, rows, leaf, first, count, w, group, level ? spare : own);
-    for (int below = 0; below < level; below++)
-      for (int64_t r = 0; r < rows_held<T>(count); r++) {
-        float* out = below == level - 1 ? own[r] : spare[r];
-        store(out, load(levels[below][r]) + load(spare[r]));
-      }
+    sum_leaf<T>(p, rows, leaf, first, count, w, group, tree.leaves[leaf % 4]);
+    if (leaf > 0 && leaf % 2 == 0) add_pair(leaf / 2 - 1);
   }
+  return p.leaves == 1 ? tree.leaves[0] : add_pair(p.leaves / 2 - 1);
 }
 
 inline void finish_row(const Product& p, int64_t m, int64_t column, int64_t columns, int64_t outputs, Lanes total) {
@@ -80,28 +87,23 @@ inline void run_group(const Product& p, const Rows& rows, int64_t row, int64_t s
   const int64_t parts = p.parts(), n = group.first, outputs = group.count;
   const int64_t count = std::min(BAND / parts, rows.count / parts - row);
   const int64_t column = section * section_outputs + n;
-  alignas(64) Sums levels[LEVELS];
+  Tree tree;
   if (p.form == Form::GATED) {
     const int64_t gates = (section * p.outputs + n) * p.inputs, ups = gates + section_outputs * p.inputs;
-    sum_leaf<T>(p, rows, 0, row, count, gates, group, levels[0]);
-    sum_leaf<T>(p, rows, 0, row, count, ups, group, levels[1]);
-    for (int64_t r = 0; r < rows_held<T>(count); r++)
-      store(levels[0][r], silu(load(levels[0][r])) * load(levels[1][r]));
-    make_rows<T>(levels[0], count);
-    for (int64_t r = 0; r < count; r++)
-      narrow_some((T*)p.y + (row + r) * columns + column, load(levels[0][r]), outputs);
+    Sums &y = tree.leaves[0], &ups_of_rows = tree.leaves[1];
+    sum_leaf<T>(p, rows, 0, row, count, gates, group, y);
+    sum_leaf<T>(p, rows, 0, row, count, ups, group, ups_of_rows);
+    for (int64_t r = 0; r < rows_held<T>(count); r++) store(y[r], silu(load(y[r])) * load(ups_of_rows[r]));
+    make_rows<T>(y, count);
+    for (int64_t r = 0; r < count; r++) narrow_some((T*)p.y + (row + r) * columns + column, load(y[r]), outputs);
     return;
   }
-  int top = 0;
-  if (p.form == Form::ADDED) {
-    sum_tree<T>(p, rows, row, count, group, levels);
-    while ((int64_t(1) << top) < p.leaves) top++;
-  } else {
-    sum_leaf<T>(p, rows, 0, row * parts, count * parts, n * p.inputs, group, levels[0]);
-  }
-  make_rows<T>(levels[top], count * parts);
+  Sums* sums = &tree.leaves[0];
+  if (p.form == Form::ADDED) sums = &sum_tree<T>(p, rows, row, count, group, tree);
+  else sum_leaf<T>(p, rows, 0, row * parts, count * parts, n * p.inputs, group, *sums);
+  make_rows<T>(*sums, count * parts);
   for (int64_t r = 0; r < count; r++) {
-    const float(*own)[WIDTH] = levels[top] + r * parts;
+    const float(*own)[WIDTH] = *sums + r * parts;
     const Lanes total = parts == 1 ? load(own[0]) : load(own[0]) + (load(own[1]) + load(own[2]));
     finish_row(p, row + r, column, columns, outputs, total);
   }

@@ -83,7 +83,6 @@ inline void multiply_tiles(const BF16* w, int64_t inputs, const Group& group, co
   for (int64_t k = 0; k < inputs; k += DEPTH, x += GROUPS * 16 * DEPTH) {
     if (group.ahead) fetch_next(w + group.ahead * inputs, inputs, k, WIDTH);
     if (group.count == WIDTH && inputs - k >= DEPTH) {
-      if (group.ahead) fetch_soon(w, inputs, k);
       _tile_loadd(6, w + k, inputs * sizeof(BF16));
     } else {
       alignas(64) BF16 padded[WIDTH * DEPTH] = {};
