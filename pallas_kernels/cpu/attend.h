@@ -11,7 +11,27 @@
 
 constexpr int64_t SPLIT = 1024;
 
-// One block's queries of one key head: query i is head i % group of token i / group.
+// Blocks of one sequence that follow each other are attended together, as one with more tokens, because so its keys are
+// read once.
+struct Run {
+  int64_t block, tokens, first_row, end_row;  // block: the first one; rows as Blocks has them
+};
+inline std::vector<Run> runs_of(const Blocks& blocks, int64_t most) {  // of at most so many blocks
+  std::vector<Run> runs;
+  int64_t count = 0;  // of blocks in the last one
+  for (int64_t b = 0; b < blocks.live; b++) {
+    const int64_t before = b - 1, first = blocks.first_row(b), end = blocks.end_row(b);
+    const bool goes_on = b > 0 && count < most && blocks.count(b) > 0 && blocks.count(before) > 0 &&
+                         blocks.slots[b] == blocks.slots[before] &&
+                         blocks.starts[b] == blocks.starts[before] + blocks.count(before) &&
+                         first == blocks.first_row(before) + blocks.count(before);
+    if (goes_on) count++, runs.back().tokens += blocks.count(b), runs.back().end_row = end;
+    else count = 1, runs.push_back({b, blocks.count(b), first, end});
+  }
+  return runs;
+}
+
+// One run's queries of one key head: query i is head i % group of token i / group.
 struct Queries {
   int64_t count, group, start, width;
   const float* q;  // [tokens, all heads, width], at the first of them
@@ -56,10 +76,11 @@ inline void attend_split(const Pages& pages, const int32_t* table, int64_t head,
     const int64_t last = std::min(first + SPLIT, lengths[band.rows - 1]);
     Tile<T> tile = locate<T>(pages, table, head, first, last);
     for (int64_t at = first; at < last; at += TILE) {
-      Tile<T> next = {};  // only the first of these reads from memory
-      if (at + TILE < last) next = locate<T>(pages, table, head, at + TILE, last);
-      const bool is_last = at + TILE >= last && i + ROWS >= queries.count;
-      take_tile(pages, tile, is_last ? after : i ? Tile<T>{} : next, at, lengths, band, softmax.from(i));
+      const bool is_last = at + TILE >= last;
+      Tile<T> next = {};
+      if (!is_last) next = locate<T>(pages, table, head, at + TILE, last);
+      else if (i + ROWS >= queries.count) next = after;
+      take_tile(pages, tile, next, i > 0 && !is_last, at, lengths, band, softmax.from(i));
       tile = next;
     }
   }
@@ -80,14 +101,15 @@ inline void join(const Queries& queries, int64_t split, const Softmax& into, con
 }
 
 template <class T>
-inline void finish(const Attention& a, int64_t block, int64_t head, int64_t group, int64_t live, const Softmax& softmax) {
-  const int64_t width = a.pages.key_width, first = a.blocks.first_row(block);
-  for (int64_t i = 0; i < (a.blocks.end_row(block) - first) * group; i++) {
-    T* y = (T*)a.y + ((first + i / group) * a.queries + head * group + i % group) * width;
+inline void finish(const Attention& a, const Run& run, int64_t head, const Queries& queries, const Softmax& softmax) {
+  const int64_t width = a.pages.key_width, group = queries.group;
+  for (int64_t i = 0; i < (run.end_row - run.first_row) * group; i++) {
+    T* y = (T*)a.y + ((run.first_row + i / group) * a.queries + head * group + i % group) * width;
+    const bool is_live = i < queries.count;
     const Softmax own = softmax.from(i);
-    const Lanes total = set(i < live ? sum(load(own.totals)) : 1.0f);
+    const Lanes total = set(is_live ? sum(load(own.totals)) : 1.0f);
     for (int64_t at = 0; at < width; at += LANES) {
-      const Lanes v = i < live ? load(own.sums + at) / total + set(0.0f) : set(0.0f);
+      const Lanes v = is_live ? load(own.sums + at) / total + set(0.0f) : set(0.0f);
       narrow_some(y + at, v, width - at);
     }
   }
@@ -99,31 +121,39 @@ inline Band<T>& own_band() {  // the thread's
   return *(Band<T>*)own.floats(sizeof(Band<T>) / sizeof(float));
 }
 
+struct Task {  // a run's queries of a key head
+  Run run;
+  int64_t head;
+  Queries queries;
+  const int32_t* table;
+  int64_t splits() const { return ceil_div(queries.longest(), SPLIT); }
+};
+
 template <class T>
 inline void attend_all(Threads& threads, const Attention& a) {
   const Pages& pages = a.pages;
   const Blocks& blocks = a.blocks;
-  const int64_t group = a.queries / pages.heads, most = blocks.tokens * group, width = pages.value_width;
-  using Ready = typename Products<T>::Ready;
-  struct Task {
-    int64_t block, head;
-    Queries queries;
-    const int32_t* table;
-    int64_t splits() const { return ceil_div(queries.longest(), SPLIT); }
-  };
-  // Neighbours have the same keys where blocks are of one sequence, or keys that lie next to each other.
+  const int64_t group = a.queries / pages.heads, width = pages.value_width;
+  // As few tasks as that all threads end at about the same time.
+  const std::vector<Run> runs =
+      runs_of(blocks, std::clamp<int64_t>(blocks.live * pages.heads / (8 * threads.count()), 1, 8));
+  const int64_t count = runs.size(), tasks = count * pages.heads;
+  int64_t longest = 0, most = 0;
+  for (const Run& run : runs) {
+    if (run.tokens) longest = std::max<int64_t>(longest, blocks.starts[run.block] + run.tokens);
+    most = std::max(most, run.tokens * group);
+  }
+  // Neighbours have the same keys where runs are of one sequence, or keys that lie next to each other.
   const auto task_of = [&](int64_t i) {
-    const int64_t block = blocks.tokens > 1 ? i % blocks.live : i / pages.heads;
-    const int64_t head = blocks.tokens > 1 ? i / blocks.live : i % pages.heads;
-    const float* q = a.q + (blocks.first_row(block) * a.queries + head * group) * pages.key_width;
-    const Queries queries = {blocks.count(block) * group, group, blocks.starts[block], pages.key_width, q,
-                             a.queries * pages.key_width};
-    return Task{block, head, queries, queries.count ? blocks.table(block) : nullptr};
+    const bool is_decode = most == group;
+    const Run& run = runs[is_decode ? i / pages.heads : i % count];
+    const int64_t head = is_decode ? i % pages.heads : i / count, stride = a.queries * pages.key_width;
+    const float* q = a.q + run.first_row * stride + head * group * pages.key_width;
+    const Queries queries = {run.tokens * group, group, blocks.starts[run.block], pages.key_width, q, stride};
+    return Task{run, head, queries, run.tokens ? blocks.table(run.block) : nullptr};
   };
-  int64_t longest = 0;
-  for (int64_t b = 0; b < blocks.live; b++)
-    if (blocks.counts[b] > 0) longest = std::max<int64_t>(longest, blocks.starts[b] + blocks.counts[b]);
-  const int64_t tasks = blocks.live * pages.heads, splits = std::max<int64_t>(ceil_div(longest, SPLIT), 1);
+  using Ready = typename Products<T>::Ready;
+  const int64_t splits = std::max<int64_t>(ceil_div(longest, SPLIT), 1);
   const int64_t floats = ceil_to(Softmax::floats(most, width), LANES);
 
   if (splits == 1 || tasks >= 4 * threads.count()) {  // enough to do for every thread
@@ -132,18 +162,19 @@ inline void attend_all(Threads& threads, const Attention& a) {
       float* memory = own.floats(2 * floats);
       const Softmax whole = Softmax::at(memory, most, width), next = Softmax::at(memory + floats, most, width);
       const Task task = task_of(i);
-      if (task.queries.count == 0) return finish<T>(a, task.block, task.head, group, 0, whole);
       const Ready ready(task.queries.count);
       for (int64_t split = 0; split < task.splits(); split++) {
+        Tile<T> after = {};  // the first keys of the next split, or of the task that the thread will probably take next
         const bool is_last = split + 1 == task.splits();
-        // The first keys of what comes next, which is another task's that the thread will probably take.
-        const int64_t i_next = i + threads.count();
-        const Task then = !is_last || i_next >= tasks ? task : task_of(i_next);
-        const Tile<T> after = is_last && i_next >= tasks ? Tile<T>{} : locate<T>(pages, then.table, then.head, is_last ? 0 : (split + 1) * SPLIT, then.queries.longest());
+        if (!is_last || i + threads.count() < tasks) {
+          const Task then = is_last ? task_of(i + threads.count()) : task;
+          const int64_t first = is_last ? 0 : (split + 1) * SPLIT;
+          after = locate<T>(pages, then.table, then.head, first, then.queries.longest());
+        }
         attend_split(pages, task.table, task.head, task.queries, split, after, own_band<T>(), split ? next : whole);
         if (split) join(task.queries, split, whole, next);
       }
-      finish<T>(a, task.block, task.head, group, task.queries.count, whole);
+      finish<T>(a, task.run, task.head, task.queries, whole);
     });
     return;
   }
@@ -162,7 +193,7 @@ inline void attend_all(Threads& threads, const Attention& a) {
     const Softmax whole = Softmax::at(own, most, width);
     for (int64_t split = 1; split < task.splits(); split++)
       join(task.queries, split, whole, Softmax::at(own + split * floats, most, width));
-    finish<T>(a, task.block, task.head, group, task.queries.count, whole);
+    finish<T>(a, task.run, task.head, task.queries, whole);
   });
 }
 

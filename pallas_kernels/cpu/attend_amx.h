@@ -9,7 +9,7 @@ struct alignas(64) RowTiles {
   uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
   uint8_t rows[16] = {};
   explicit RowTiles(int64_t queries) {  // of fewer than sixteen rows a product takes less time
-    for (int tile = 0; tile < 8; tile++) rows[tile] = tile < 5 ? std::min<int64_t>(queries, 16) : 16;
+    for (int tile = 0; tile < 8; tile++) rows[tile] = tile < 5 ? std::clamp<int64_t>(queries, 1, 16) : 16;
   }
 };
 

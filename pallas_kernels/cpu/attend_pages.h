@@ -39,19 +39,22 @@ inline Tile<T> locate(const Pages& pages, const int32_t* table, int64_t head, in
 constexpr int64_t STEPS = 16;
 constexpr auto fetch_nothing = [](int64_t) {};
 
+template <_mm_hint HINT>
 inline void fetch(const void* from, int64_t bytes) {
-  for (int64_t at = 0; at < bytes; at += 64) _mm_prefetch((const char*)from + at, _MM_HINT_T1);
+  for (int64_t at = 0; at < bytes; at += 64) _mm_prefetch((const char*)from + at, HINT);
 }
 template <class T>
 inline void fetch_keys(const Pages& pages, const Tile<T>& tile, int64_t step) {
   const int64_t pairs = pages.key_width / 2, from = pairs * step / STEPS, to = pairs * (step + 1) / STEPS;
   for (int64_t i = 0; i < SIXTEENS && tile.keys[i]; i++)
-    for (int64_t d = from; d < to; d++) fetch(tile.keys[i] + d * 2 * pages.size, 2 * LANES * sizeof(T));
+    for (int64_t d = from; d < to; d++)
+      fetch<_MM_HINT_T1>(tile.keys[i] + d * 2 * pages.size, 2 * LANES * sizeof(T));
 }
 template <class T>
 inline void fetch_values(const Pages& pages, const Tile<T>& tile, int64_t step) {
   const int64_t bytes = LANES * pages.value_width * sizeof(T) / STEPS;
-  for (int64_t i = 0; i < SIXTEENS && tile.values[i]; i++) fetch((const char*)tile.values[i] + step * bytes, bytes);
+  for (int64_t i = 0; i < SIXTEENS && tile.values[i]; i++)
+    fetch<_MM_HINT_T1>((const char*)tile.values[i] + step * bytes, bytes);
 }
 
 // All steps of a fetch, spread over a product.
@@ -113,6 +116,12 @@ struct Values {
       copy_values(pages, tile, i * CHUNK, seen, copies[i]);
       chunks[i] = copies[i];
     }
+  }
+  // Asks for a part of them, from `from` to `to` of `all`, that they be in the first cache.
+  void fetch_soon(int64_t from, int64_t to, int64_t all) const {
+    const int64_t bytes = CHUNK * width * sizeof(T);
+    for (int64_t i = 0; i < count; i++)
+      fetch<_MM_HINT_T0>((const char*)chunks[i] + from * bytes / all, to * bytes / all - from * bytes / all);
   }
   bool are_finite(int64_t from, int64_t to) const {  // and maybe those next to them
     for (int64_t pair = from / 2; pair < ceil_div(to, 2); pair++)

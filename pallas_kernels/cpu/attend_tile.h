@@ -2,6 +2,11 @@
 // attend.h has the order of the sums, and gives each thread its tiles.
 
 constexpr float MASKED = -1e30f;
+#ifdef WITH_AVX512
+constexpr int QUERIES_AT_ONCE = 2;  // of the softmax, whose steps are then neither few nor more than there are registers
+#else
+constexpr int QUERIES_AT_ONCE = 1;
+#endif
 
 // The softmax of queries over some keys so far: the weights' exponents, their sums, lane by lane of a tile's sixteens of
 // keys, and the weighted sums of values. Memory is for whole tiles of sixteen queries.
@@ -49,48 +54,75 @@ inline Lanes first_of(Lanes a, int64_t n, Lanes others) {
 #endif
 
 // 2^x for x <= 0, and exactly 1 for 0; 0 below -126; NaN stays NaN. The polynomial has the least relative error of those
-// of its degree between 0 and 1 that are 1 at 0.
-inline Lanes weight_of(Lanes x) {
-  x = max(set(-200.0f), x);
-  const Lanes n = floor(x), f = x - n;
-  Lanes y = set(2.161291631637141e-4f);
+// of its degree between 0 and 1 that are 1 at 0. Several at once, because each is a chain of steps that wait for another.
+template <int N>
+inline void to_weights(Lanes (&x)[N]) {
+  Lanes n[N], f[N], y[N];
+  for (int i = 0; i < N; i++) x[i] = max(set(-200.0f), x[i]);
+  for (int i = 0; i < N; i++) n[i] = floor(x[i]);
+  for (int i = 0; i < N; i++) f[i] = x[i] - n[i], y[i] = set(2.161291631637141e-4f);
   for (float c : {1.2467845808714628e-3f, 9.675451554358006e-3f, 5.5485282093286514e-2f, 0.2402293086051941f,
                   0.6931470632553101f, 1.0f})
-    y = fma(y, f, set(c));
+    for (int i = 0; i < N; i++) y[i] = fma(y[i], f[i], set(c));
 #ifdef WITH_AVX512
-  return {_mm512_scalef_ps(y.v, x.v)};  // times 2 to floor(x)
+  for (int i = 0; i < N; i++) x[i].v = _mm512_scalef_ps(y[i].v, x[i].v);  // times 2 to floor(x)
 #else
-  return where_less(n, set(-126.0f), set(0.0f), y * two_to(max(set(-126.0f), n)));
+  for (int i = 0; i < N; i++)
+    x[i] = where_less(n[i], set(-126.0f), set(0.0f), y[i] * two_to(max(set(-126.0f), n[i])));
 #endif
 }
 
-// The online softmax: scores of a tile become weights, and what was summed is rescaled, which is exact.
+// The highest score of each query so far, rounded up; where it is new, what was summed is rescaled, which is exact.
 template <bool ALL_SEEN, class T>
-inline void reweigh(Band<T>& band, const Softmax& softmax) {
+inline void raise(const Band<T>& band, const Softmax& softmax) {
   for (int64_t i = 0; i < band.rows; i++) {
-    Lanes scores[SIXTEENS], weights[SIXTEENS];
+    Lanes scores[SIXTEENS];
     for (int64_t n = 0; n < SIXTEENS; n++) {
       scores[n] = load(band.scores[i] + n * LANES);
       if (!ALL_SEEN) scores[n] = first_of(scores[n], band.seen[i] - n * LANES, set(MASKED));
     }
     const float top = maximum(max(max(scores[0], scores[1]), max(scores[2], scores[3])));
     const float before = softmax.highs[i], high = std::max(before, std::ceil(top));
-    Lanes total = load(softmax.totals + i * LANES);
-    if (high != before) {
-      const Lanes shrink = exp2(set(before - high));
-      float* sums = softmax.sums + i * softmax.width;
-      for (int64_t at = 0; at < softmax.width; at += LANES) store(sums + at, load(sums + at) * shrink);
-      total = total * shrink;
-    }
-    for (int64_t n = 0; n < SIXTEENS; n++) {
-      weights[n] = weight_of(scores[n] - set(high));
-      if (!ALL_SEEN) weights[n] = first_of(weights[n], band.seen[i] - n * LANES, set(0.0f));
-      total = total + weights[n];
-    }
-    store(softmax.totals + i * LANES, total), softmax.highs[i] = high;
-    for (int64_t chunk = 0; chunk < CHUNKS; chunk++)
-      Products<T>::put(band.weights[chunk][i], weights[2 * chunk], weights[2 * chunk + 1]);
+    if (high == before) continue;
+    const Lanes shrink = exp2(set(before - high));
+    float *sums = softmax.sums + i * softmax.width, *totals = softmax.totals + i * LANES;
+    for (int64_t at = 0; at < softmax.width; at += LANES) store(sums + at, load(sums + at) * shrink);
+    store(totals, load(totals) * shrink), softmax.highs[i] = high;
   }
+}
+
+// Scores of Q queries from the i-th on become weights.
+template <int Q, bool ALL_SEEN, class T>
+inline void weigh(Band<T>& band, int64_t i, const Softmax& softmax) {
+  Lanes weights[Q * SIXTEENS];
+  for (int64_t q = 0; q < Q; q++)
+    for (int64_t n = 0; n < SIXTEENS; n++)
+      weights[q * SIXTEENS + n] = load(band.scores[i + q] + n * LANES) - set(softmax.highs[i + q]);
+  to_weights(weights);
+  for (int64_t q = 0; q < Q; q++) {
+    Lanes* own = weights + q * SIXTEENS;
+    Lanes total = load(softmax.totals + (i + q) * LANES);
+    for (int64_t n = 0; n < SIXTEENS; n++) {
+      if (!ALL_SEEN) own[n] = first_of(own[n], band.seen[i + q] - n * LANES, set(0.0f));
+      total = total + own[n];
+    }
+    store(softmax.totals + (i + q) * LANES, total);
+    for (int64_t chunk = 0; chunk < CHUNKS; chunk++)
+      Products<T>::put(band.weights[chunk][i + q], own[2 * chunk], own[2 * chunk + 1]);
+  }
+}
+
+// The online softmax: scores of a tile become weights. Meanwhile the tile's values come nearer.
+template <bool ALL_SEEN, class T>
+inline void reweigh(Band<T>& band, const Softmax& softmax) {
+  raise<ALL_SEEN>(band, softmax);
+  const int64_t all = band.rows;
+  int64_t i = 0;
+  for (; i + QUERIES_AT_ONCE <= all; i += QUERIES_AT_ONCE) {
+    band.values.fetch_soon(i, i + QUERIES_AT_ONCE, all);
+    weigh<QUERIES_AT_ONCE, ALL_SEEN>(band, i, softmax);
+  }
+  for (; i < all; i++) band.values.fetch_soon(i, i + 1, all), weigh<1, ALL_SEEN>(band, i, softmax);
 }
 
 template <class T, class F>
@@ -117,7 +149,6 @@ inline void add_weighted(Band<T>& band, float* sums, int64_t stride, const F& fe
 template <class T, class F>
 inline void add_values(const Pages& pages, const Tile<T>& tile, Band<T>& band, const Softmax& softmax, const F& fetch) {
   const int64_t width = pages.value_width;
-  band.values.take(pages, tile, band.most);
   if (band.least == band.most || band.values.are_finite(band.least, band.most))
     return add_weighted(band, softmax.sums, width, fetch);
   for (int64_t end, i = 0; i < band.rows; i = end) {  // those that see as much as one another
@@ -130,14 +161,18 @@ inline void add_values(const Pages& pages, const Tile<T>& tile, Band<T>& band, c
   }
 }
 
-// The band's queries take the tile whose first key is `first`; the one that comes next is asked for.
+// The band's queries take the tile whose first key is `first`. The one that comes next is in the second cache where these
+// are not the first queries that read it; else it is asked for.
 template <class T>
-inline void take_tile(const Pages& pages, const Tile<T>& tile, const Tile<T>& next, int64_t first, const int64_t* lengths,
-                      Band<T>& band, const Softmax& softmax) {
-  for (int64_t i = 0; i < band.rows; i++) band.seen[i] = std::clamp<int64_t>(lengths[i] - first, 0, TILE);
-  band.least = band.seen[0], band.most = band.seen[band.rows - 1];
-  score(pages, tile, band, [&](int64_t step) { fetch_keys(pages, next, step); });
+inline void take_tile(const Pages& pages, const Tile<T>& tile, const Tile<T>& next, bool is_near, int64_t first,
+                      const int64_t* lengths, Band<T>& band, const Softmax& softmax) {
+  const auto seen = [&](int64_t i) { return std::clamp<int64_t>(lengths[i] - first, 0, TILE); };
+  band.least = seen(0), band.most = seen(band.rows - 1);
+  for (int64_t i = 0; band.least < TILE && i < band.rows; i++) band.seen[i] = seen(i);
+  band.values.take(pages, tile, band.most);
+  const Tile<T> far = is_near ? Tile<T>{} : next;
+  score(pages, tile, band, [&](int64_t step) { fetch_keys(pages, far, step); });
   if (band.least == TILE) reweigh<true>(band, softmax);
   else reweigh<false>(band, softmax);
-  add_values(pages, tile, band, softmax, [&](int64_t step) { fetch_values(pages, next, step); });
+  add_values(pages, tile, band, softmax, [&](int64_t step) { fetch_values(pages, far, step); });
 }
