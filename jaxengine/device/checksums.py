@@ -24,12 +24,14 @@ def token_sums(cache: Cache, pages: Int[Array, " A"], *, kernels: Kernels) -> UI
 
     Each word is multiplied by an odd number of its own. Garbage has the same sum with a chance of about 2**-32.
     """
-    heads, page_size, h = cache.values[0].shape[1:]
-    words = np.arange(2 * len(cache.keys) * heads * h, dtype=np.uint32).reshape(-1, heads, h)
-    total = jnp.zeros((pages.shape[0], page_size), jnp.uint32)
-    for layer, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True)):
-        for side, stored in enumerate(kernels.attention.by_token(keys[pages], values[pages])):
-            total += (_words(stored) * (2 * words[2 * layer + side] + 1)).sum((2, 3), dtype=jnp.uint32)
+    stored: list[Array] = []  # a layer's keys, then its values
+    for keys, values in zip(cache.keys, cache.values, strict=True):
+        stored += kernels.attention.by_token(keys[pages], values[pages])
+    heads, h = stored[0].shape[2:]
+    words = np.arange(len(stored) * heads * h, dtype=np.uint32).reshape(-1, heads, h)
+    total = jnp.zeros(stored[0].shape[:2], jnp.uint32)
+    for own, x in zip(words, stored, strict=True):
+        total += (_words(x) * (2 * own + 1)).sum((2, 3), dtype=jnp.uint32)
     return total
 
 

@@ -32,7 +32,7 @@ from pallas_kernels.wanted import Wanted
 from sharding.leaves import ALL_HERE, Leaves
 
 SOME_HUGE_PAGES = 4 << 20  # bytes; a page of those is 2 MiB
-ORDER = 3  # of all sums in pallas_kernels/cpu: raised by whoever changes one, because it is in the bits
+ORDER = 4  # of all sums in pallas_kernels/cpu: raised by whoever changes one, because it is in the bits
 
 
 def check_model(model_config: ModelConfig) -> None:
@@ -41,7 +41,7 @@ def check_model(model_config: ModelConfig) -> None:
     if platform != "cpu":
         raise ValueError(f"kernels 'cpu' run on a CPU, the first device is a {platform}: take kernels 'auto'")
     library.load()
-    calls.page_shapes(1, 1, 1, model_config.head_dim, model_config.dtype)
+    calls.page_shapes(1, 1, 16, model_config.head_dim, model_config.dtype)
     if model_config.reduction_leaves > calls.MOST_LEAVES:
         raise ValueError(
             f"kernels 'cpu' add up to {calls.MOST_LEAVES} leaves, got reduction_leaves="
@@ -184,7 +184,7 @@ class CpuProducts:
 
 @dataclasses.dataclass(frozen=True)
 class CpuAttention:
-    """Keys are stored transposed, `[P, K, h, p]`, values as `[P, K, p, h]` with rows padded to whole lanes."""
+    """Keys and values are stored as calls.by_token reads them."""
 
     body: str
 
@@ -197,7 +197,7 @@ class CpuAttention:
         return calls.page_shapes(heads, num_pages, page_size, width, dtype)
 
     def by_token(self, keys: Any, values: Any) -> tuple[Any, Any]:
-        return keys.transpose(0, 3, 1, 2), values.transpose(0, 2, 1, 3)[..., : keys.shape[2]]
+        return calls.by_token(keys, values)
 
     def tables(self, tables: Int[Array, "slots n"], blocks: QueryBlocks) -> Int[Array, "slots n"]:
         """All of them: kernels look up a block's own by its slot."""

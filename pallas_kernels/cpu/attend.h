@@ -1,37 +1,64 @@
 // Causal attention over pages. Included by a body, inside its namespace.
 //
-// The order: a score is one chain of fused multiply-adds along the head, a lane a key. Keys are taken TILE at a time from
-// the start of the context by an online softmax, whose maximum is rounded up to a whole power of two, so that rescaling
-// is exact. A query's weighted values are one chain along its keys, a lane a number of the head. Every SPLIT keys a new
-// softmax begins, and those are joined from the first to the last: so a long context may be shared among threads, and
-// whether it was, how many queries stand beside a query, and the size of pages, make no difference.
+// The order: queries are rounded to bfloat16 where pages hold that, and scores are products in the order of
+// attend_rows.h. Keys are taken TILE at a time from the start of the context by an online softmax, whose maximum is
+// rounded up to a whole power of two, so that rescaling is exact. A query's weights are added up lane by lane, a lane
+// every sixteenth key, then rounded as queries are, and multiplied with values in the same order as queries with keys.
+// Every SPLIT keys a new softmax begins, and those are joined from the first to the last: so a long context may be shared
+// among threads, and whether it was, how many queries stand beside a query, and the size of pages, make no difference.
+// Sums are joined by an addition to 0 at the end, because one that is -0 becomes 0 where more keys that are not seen are
+// added to it, with weights of 0.
 
 constexpr int64_t SPLIT = 1024;
 
-// One block's queries of one key head: query i is head i % group of token i / group.
+// Blocks of one sequence that follow each other are attended together, as one with more tokens, because so its keys are
+// read once.
+struct Run {
+  int64_t block, tokens, first_row, end_row;  // block: the first one; rows as Blocks has them
+};
+inline std::vector<Run> runs_of(const Blocks& blocks, int64_t most) {  // of at most so many blocks
+  std::vector<Run> runs;
+  int64_t count = 0;  // of blocks in the last one
+  for (int64_t b = 0; b < blocks.live; b++) {
+    const int64_t before = b - 1, first = blocks.first_row(b), end = blocks.end_row(b);
+    const bool goes_on = b > 0 && count < most && blocks.count(b) > 0 && blocks.count(before) > 0 &&
+                         blocks.slots[b] == blocks.slots[before] &&
+                         blocks.starts[b] == blocks.starts[before] + blocks.count(before) &&
+                         first == blocks.first_row(before) + blocks.count(before);
+    if (goes_on) count++, runs.back().tokens += blocks.count(b), runs.back().end_row = end;
+    else count = 1, runs.push_back({b, blocks.count(b), first, end});
+  }
+  return runs;
+}
+
+// One run's queries of one key head: query i is head i % group of token i / group.
 struct Queries {
   int64_t count, group, start, width;
   const float* q;  // [tokens, all heads, width], at the first of them
   int64_t stride;  // between tokens
   int64_t length(int64_t i) const { return start + i / group + 1; }
+  int64_t longest() const { return count ? length(count - 1) : 0; }
   const float* at(int64_t i) const { return q + i / group * stride + i % group * width; }
 };
 
-template <int Q, class T>
-inline void take_split(const Pages& pages, const int32_t* table, int64_t head, const Queries& queries, int64_t i,
-                       int64_t first, int64_t end, const Tile<T>& after, Softmax* softmax) {
-  const float* q[Q];
-  int64_t lengths[Q], live = 0;
-  for (int j = 0; j < Q; j++) q[j] = queries.at(i + j), lengths[j] = queries.length(i + j);
-  const int64_t last = std::min(end, lengths[Q - 1]);
-  Tile<T> tile = locate<T>(pages, table, head, first, last);
-  for (int64_t at = first; at < last; at += TILE) {
-    while (live < Q && lengths[live] <= at) live++;  // these have seen all their keys: the others go on alone
-    const Tile<T> next = at + TILE < last ? locate<T>(pages, table, head, at + TILE, last) : after;
-    if (live == 0) take_tile<Q>(pages, tile, next, q, lengths, at, softmax);
-    else
-      for (int64_t j = live; j < Q; j++) take_tile<1>(pages, tile, next, q + j, lengths + j, at, softmax + j);
-    tile = next;
+// Queries from `first` on, as many as there are up to ROWS.
+template <class T>
+inline void take_queries(const Queries& queries, int64_t first, Band<T>& band) {
+  band.rows = std::min(queries.count - first, ROWS);
+  const int64_t height = ceil_to(band.rows, 16), chunks = ceil_div(queries.width, CHUNK);
+  for (int64_t i = 0; i < band.rows; i++)
+    for (int64_t chunk = 0; chunk < chunks; chunk++) {
+      Lanes halves[2];
+      for (int64_t half = 0; half < 2; half++) {
+        const int64_t at = chunk * CHUNK + half * LANES;
+        const Lanes x = widen_some(queries.at(first + i) + at, std::max<int64_t>(queries.width - at, 0));
+        halves[half] = where_nan(x, set(std::numeric_limits<float>::quiet_NaN()), x);
+      }
+      Products<T>::put(band.q[chunk][i], halves[0], halves[1]);
+    }
+  for (int64_t i = band.rows; i < height; i++) {
+    for (int64_t chunk = 0; chunk < chunks; chunk++) std::memset(band.q[chunk][i], 0, sizeof(band.q[chunk][i]));
+    for (auto& weights : band.weights) std::memset(weights[i], 0, sizeof(weights[i]));
   }
 }
 
@@ -39,112 +66,134 @@ inline void take_split(const Pages& pages, const int32_t* table, int64_t head, c
 // the thread will probably take next.
 template <class T>
 inline void attend_split(const Pages& pages, const int32_t* table, int64_t head, const Queries& queries, int64_t split,
-                         const Tile<T>& after, Softmax* softmax) {
-  const int64_t first = split * SPLIT, end = first + SPLIT;
-  for (int64_t i = 0; i < queries.count; i++) {
-    softmax[i].high = MASKED, softmax[i].total = 0;
-    std::memset(softmax[i].sums, 0, pages.value_width * sizeof(float));
+                         const Tile<T>& after, Band<T>& band, const Softmax& softmax) {
+  const int64_t first = split * SPLIT;
+  softmax.begin(queries.count);
+  for (int64_t i = 0; i < queries.count; i += ROWS) {
+    take_queries(queries, i, band);
+    int64_t lengths[ROWS];
+    for (int64_t j = 0; j < band.rows; j++) lengths[j] = queries.length(i + j);
+    const int64_t last = std::min(first + SPLIT, lengths[band.rows - 1]);
+    Tile<T> tile = locate<T>(pages, table, head, first, last);
+    for (int64_t at = first; at < last; at += TILE) {
+      const bool is_last = at + TILE >= last;
+      Tile<T> next = {};
+      if (!is_last) next = locate<T>(pages, table, head, at + TILE, last);
+      else if (i + ROWS >= queries.count) next = after;
+      take_tile(pages, tile, next, i > 0 && !is_last, at, lengths, band, softmax.from(i));
+      tile = next;
+    }
   }
-  int64_t i = 0;
-  if constexpr (KEYS_AT_ONCE >= 16)
-    for (; i + 8 <= queries.count; i += 8) take_split<8, T>(pages, table, head, queries, i, first, end, after, softmax + i);
-  for (; i + 4 <= queries.count; i += 4) take_split<4, T>(pages, table, head, queries, i, first, end, after, softmax + i);
-  for (; i + 2 <= queries.count; i += 2) take_split<2, T>(pages, table, head, queries, i, first, end, after, softmax + i);
-  if (i < queries.count) take_split<1, T>(pages, table, head, queries, i, first, end, after, softmax + i);
 }
 
-// `into` with another one, of the keys that come after its own, joined to it; one of no keys changes no bit.
-inline void join(Softmax& into, const Softmax& next, int64_t width) {
-  if (next.total == 0) return;
-  const float high = std::max(into.high, next.high);
-  const Lanes own = exp2(set(into.high - high)), other = exp2(set(next.high - high));
-  for (int64_t i = 0; i < width; i += 16)
+// `into` with the softmax of one query over the keys that come after its own joined to it.
+inline void join(const Softmax& into, const Softmax& next) {
+  const float high = std::max(*into.highs, *next.highs);
+  const Lanes own = exp2(set(*into.highs - high)), other = exp2(set(*next.highs - high));
+  for (int64_t i = 0; i < into.width; i += LANES)
     store(into.sums + i, load(into.sums + i) * own + load(next.sums + i) * other);
-  alignas(64) float factors[2][16];
-  store(factors[0], own), store(factors[1], other);
-  into.total = into.total * factors[0][0] + next.total * factors[1][0], into.high = high;
+  store(into.totals, load(into.totals) * own + load(next.totals) * other);
+  *into.highs = high;
 }
-
-struct Partials {  // softmaxes [queries], with their sums, in one piece of memory
-  static int64_t floats(int64_t queries, int64_t width) { return queries * (width + sizeof(Softmax) / sizeof(float)); }
-  static Softmax* at(float* memory, int64_t queries, int64_t width) {
-    auto* softmax = (Softmax*)(memory + queries * width);
-    for (int64_t i = 0; i < queries; i++) softmax[i].sums = memory + i * width;
-    return softmax;
-  }
-};
+inline void join(const Queries& queries, int64_t split, const Softmax& into, const Softmax& next) {
+  for (int64_t i = 0; i < queries.count; i++)
+    if (queries.length(i) > split * SPLIT) join(into.from(i), next.from(i));
+}
 
 template <class T>
-inline void finish(const Attention& a, int64_t block, int64_t head, int64_t group, int64_t live, const Softmax* softmax) {
-  const int64_t width = a.pages.key_width, first = a.blocks.first_row(block);
-  for (int64_t i = 0; i < (a.blocks.end_row(block) - first) * group; i++) {
-    T* y = (T*)a.y + ((first + i / group) * a.queries + head * group + i % group) * width;
-    for (int64_t at = 0; at < width; at += 16) {
-      const Lanes v = i < live ? load(softmax[i].sums + at) / set(softmax[i].total) : set(0.0f);
+inline void finish(const Attention& a, const Run& run, int64_t head, const Queries& queries, const Softmax& softmax) {
+  const int64_t width = a.pages.key_width, group = queries.group;
+  for (int64_t i = 0; i < (run.end_row - run.first_row) * group; i++) {
+    T* y = (T*)a.y + ((run.first_row + i / group) * a.queries + head * group + i % group) * width;
+    const bool is_live = i < queries.count;
+    const Softmax own = softmax.from(i);
+    const Lanes total = set(is_live ? sum(load(own.totals)) : 1.0f);
+    for (int64_t at = 0; at < width; at += LANES) {
+      const Lanes v = is_live ? load(own.sums + at) / total + set(0.0f) : set(0.0f);
       narrow_some(y + at, v, width - at);
     }
   }
 }
 
 template <class T>
+inline Band<T>& own_band() {  // the thread's
+  static thread_local Scratch own;
+  return *(Band<T>*)own.floats(sizeof(Band<T>) / sizeof(float));
+}
+
+struct Task {  // a run's queries of a key head
+  Run run;
+  int64_t head;
+  Queries queries;
+  const int32_t* table;
+  int64_t splits() const { return ceil_div(queries.longest(), SPLIT); }
+};
+
+template <class T>
 inline void attend_all(Threads& threads, const Attention& a) {
   const Pages& pages = a.pages;
   const Blocks& blocks = a.blocks;
-  const int64_t group = a.queries / pages.heads, most = blocks.tokens * group, width = pages.value_width;
-  auto queries_of = [&](int64_t block, int64_t head) {
-    const float* q = a.q + (blocks.first_row(block) * a.queries + head * group) * pages.key_width;
-    return Queries{blocks.count(block) * group, group, blocks.starts[block], pages.key_width, q,
-                   a.queries * pages.key_width};
+  const int64_t group = a.queries / pages.heads, width = pages.value_width;
+  // As few tasks as that all threads end at about the same time.
+  const std::vector<Run> runs =
+      runs_of(blocks, std::clamp<int64_t>(blocks.live * pages.heads / (8 * threads.count()), 1, 8));
+  const int64_t count = runs.size(), tasks = count * pages.heads;
+  int64_t longest = 0, most = 0;
+  for (const Run& run : runs) {
+    if (run.tokens) longest = std::max<int64_t>(longest, blocks.starts[run.block] + run.tokens);
+    most = std::max(most, run.tokens * group);
+  }
+  // Neighbours have the same keys where runs are of one sequence, or keys that lie next to each other.
+  const auto task_of = [&](int64_t i) {
+    const bool is_decode = most == group;
+    const Run& run = runs[is_decode ? i / pages.heads : i % count];
+    const int64_t head = is_decode ? i % pages.heads : i / count, stride = a.queries * pages.key_width;
+    const float* q = a.q + run.first_row * stride + head * group * pages.key_width;
+    const Queries queries = {run.tokens * group, group, blocks.starts[run.block], pages.key_width, q, stride};
+    return Task{run, head, queries, run.tokens ? blocks.table(run.block) : nullptr};
   };
-  int64_t longest = 0;
-  for (int64_t b = 0; b < blocks.live; b++)
-    if (blocks.counts[b] > 0) longest = std::max<int64_t>(longest, blocks.starts[b] + blocks.counts[b]);
-  const int64_t tasks = blocks.live * pages.heads, splits = std::max<int64_t>(ceil_div(longest, SPLIT), 1);
-  const int64_t floats = ceil_to(Partials::floats(most, width), 16);
-  auto splits_of = [&](const Queries& queries) {
-    return queries.count ? ceil_div(queries.length(queries.count - 1), SPLIT) : 0;
-  };
-
-  auto after = [&](int64_t task) {  // the first keys of the task that a thread will probably take next
-    task += threads.count();
-    const int64_t block = task / pages.heads;
-    if (task >= tasks || blocks.counts[block] <= 0) return Tile<T>{};
-    return locate<T>(pages, blocks.table(block), task % pages.heads, 0, blocks.starts[block] + blocks.counts[block]);
-  };
+  using Ready = typename Products<T>::Ready;
+  const int64_t splits = std::max<int64_t>(ceil_div(longest, SPLIT), 1);
+  const int64_t floats = ceil_to(Softmax::floats(most, width), LANES);
 
   if (splits == 1 || tasks >= 4 * threads.count()) {  // enough to do for every thread
-    parallel(threads, tasks, [&](int64_t task) {
+    parallel(threads, tasks, [&](int64_t i) {
       static thread_local Scratch own;
       float* memory = own.floats(2 * floats);
-      Softmax *whole = Partials::at(memory, most, width), *next = Partials::at(memory + floats, most, width);
-      const int64_t block = task / pages.heads, head = task % pages.heads;
-      const Queries queries = queries_of(block, head);
-      for (int64_t split = 0; split < splits_of(queries); split++) {
-        attend_split<T>(pages, blocks.table(block), head, queries, split, after(task), split ? next : whole);
-        for (int64_t i = 0; split && i < queries.count; i++) join(whole[i], next[i], width);
+      const Softmax whole = Softmax::at(memory, most, width), next = Softmax::at(memory + floats, most, width);
+      const Task task = task_of(i);
+      const Ready ready(task.queries.count);
+      for (int64_t split = 0; split < task.splits(); split++) {
+        Tile<T> after = {};  // the first keys of the next split, or of the task that the thread will probably take next
+        const bool is_last = split + 1 == task.splits();
+        if (!is_last || i + threads.count() < tasks) {
+          const Task then = is_last ? task_of(i + threads.count()) : task;
+          const int64_t first = is_last ? 0 : (split + 1) * SPLIT;
+          after = locate<T>(pages, then.table, then.head, first, then.queries.longest());
+        }
+        attend_split(pages, task.table, task.head, task.queries, split, after, own_band<T>(), split ? next : whole);
+        if (split) join(task.queries, split, whole, next);
       }
-      finish<T>(a, block, head, group, queries.count, whole);
+      finish<T>(a, task.run, task.head, task.queries, whole);
     });
     return;
   }
   static thread_local Scratch of_all;
   float* memory = of_all.floats(tasks * splits * floats);
   parallel(threads, tasks * splits, [&](int64_t i) {
-    const int64_t task = i / splits, block = task / pages.heads, head = task % pages.heads;
-    const Queries queries = queries_of(block, head);
-    Softmax* part = Partials::at(memory + i * floats, most, width);
-    if (i % splits < splits_of(queries))
-      attend_split<T>(pages, blocks.table(block), head, queries, i % splits, {}, part);
+    const Task task = task_of(i / splits);
+    if (i % splits >= task.splits()) return;
+    const Ready ready(task.queries.count);
+    const Softmax part = Softmax::at(memory + i * floats, most, width);
+    attend_split(pages, task.table, task.head, task.queries, i % splits, {}, own_band<T>(), part);
   });
-  parallel(threads, tasks, [&](int64_t task) {
-    const int64_t block = task / pages.heads, head = task % pages.heads;
-    const Queries queries = queries_of(block, head);
-    float* own = memory + task * splits * floats;
-    Softmax* whole = Partials::at(own, most, width);
-    for (int64_t split = 1; split < splits_of(queries); split++)
-      for (int64_t i = 0; i < queries.count; i++)
-        join(whole[i], Partials::at(own + split * floats, most, width)[i], width);
-    finish<T>(a, block, head, group, queries.count, whole);
+  parallel(threads, tasks, [&](int64_t i) {
+    const Task task = task_of(i);
+    float* own = memory + i * splits * floats;
+    const Softmax whole = Softmax::at(own, most, width);
+    for (int64_t split = 1; split < task.splits(); split++)
+      join(task.queries, split, whole, Softmax::at(own + split * floats, most, width));
+    finish<T>(a, task.run, task.head, task.queries, whole);
   });
 }
 

@@ -1,160 +1,178 @@
 // One tile of keys for some queries: scores, the online softmax, weighted values. Included by a body, inside its namespace.
 // attend.h has the order of the sums, and gives each thread its tiles.
 
-constexpr int64_t TILE = 64, LANE_KEYS = 16;
 constexpr float MASKED = -1e30f;
-#ifdef WITH_AVX512  // registers of sums: a few more than what is under way at once, 2 · 4
-constexpr int KEYS_AT_ONCE = 16, VALUES_AT_ONCE = 16;
+#ifdef WITH_AVX512
+constexpr int QUERIES_AT_ONCE = 2;  // of the softmax, whose steps are then neither few nor more than there are registers
 #else
-constexpr int KEYS_AT_ONCE = 4, VALUES_AT_ONCE = 4;
+constexpr int QUERIES_AT_ONCE = 1;
 #endif
 
-// The softmax of one query over some keys so far: the weights' exponent, their sum, and the weighted sum of values.
+// The softmax of queries over some keys so far: the weights' exponents, their sums, lane by lane of a tile's sixteens of
+// keys, and the weighted sums of values. Memory is for whole tiles of sixteen queries.
 struct Softmax {
-  float high, total;
-  float* sums;  // [value width]
+  float *sums, *totals, *highs;  // [queries, width], [queries, 16], [queries]
+  int64_t width;
+
+  static int64_t floats(int64_t queries, int64_t width) { return ceil_to(queries, 16) * (width + LANES + 1); }
+  static Softmax at(float* memory, int64_t queries, int64_t width) {
+    float* totals = memory + ceil_to(queries, 16) * width;
+    return {memory, totals, totals + ceil_to(queries, 16) * LANES, width};
+  }
+  Softmax from(int64_t query) const { return {sums + query * width, totals + query * LANES, highs + query, width}; }
+  void begin(int64_t queries) const {
+    std::memset(sums, 0, ceil_to(queries, 16) * width * sizeof(float));
+    std::memset(totals, 0, queries * LANES * sizeof(float));
+    std::fill(highs, highs + queries, MASKED);
+  }
 };
 
+// What a thread needs for up to ROWS queries of one key head, and a tile. Query i sees the tile's keys before seen[i].
 template <class T>
-struct Tile {  // pointers to 16 keys and values each; those after the context are null
-  const T* keys[TILE / LANE_KEYS];
-  const T* values[TILE / LANE_KEYS];
+struct Band {
+  using Number = typename Products<T>::Number;
+  alignas(64) Number q[WIDEST / CHUNK][ROWS][CHUNK];
+  alignas(64) float scores[ROWS][TILE];
+  alignas(64) Number weights[CHUNKS][ROWS][CHUNK];
+  alignas(64) float sums[ROWS][WIDEST];  // of queries that see other values
+  alignas(64) T keys[SIXTEENS][CHUNK * LANES];
+  alignas(64) Values<T> values;
+  int64_t rows, seen[ROWS], least, most;
 };
 
-template <class T>
-inline Tile<T> locate(const Pages& pages, const int32_t* table, int64_t head, int64_t first, int64_t length) {
-  Tile<T> tile = {};
-  for (int64_t i = 0; i < TILE / LANE_KEYS; i++) {
-    const int64_t key = first + i * LANE_KEYS;
-    if (key >= length) break;
-    const int64_t at = int64_t(table[key / pages.size]) * pages.heads + head, cell = key % pages.size;
-    tile.keys[i] = (const T*)pages.keys + at * pages.key_width * pages.size + cell;
-    tile.values[i] = (const T*)pages.values + (at * pages.size + cell) * pages.value_width;
-  }
-  return tile;
+// The first n lanes, and `others` in the place of the rest.
+#ifdef WITH_AVX512
+inline Lanes first_of(Lanes a, int64_t n, Lanes others) {
+  const auto mask = __mmask16((1u << std::clamp<int64_t>(n, 0, LANES)) - 1);
+  return {_mm512_mask_blend_ps(mask, others.v, a.v)};
+}
+#else
+inline Lanes first_of(Lanes a, int64_t n, Lanes others) {
+  alignas(64) static const float places[LANES] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return where_less(load(places), set(float(n)), a, others);
+}
+#endif
+
+// 2^x for x <= 0, and exactly 1 for 0; 0 below -126; NaN stays NaN. The polynomial has the least relative error of those
+// of its degree between 0 and 1 that are 1 at 0. Several at once, because each is a chain of steps that wait for another.
+template <int N>
+inline void to_weights(Lanes (&x)[N]) {
+  Lanes n[N], f[N], y[N];
+  for (int i = 0; i < N; i++) x[i] = max(set(-200.0f), x[i]);
+  for (int i = 0; i < N; i++) n[i] = floor(x[i]);
+  for (int i = 0; i < N; i++) f[i] = x[i] - n[i], y[i] = set(2.161291631637141e-4f);
+  for (float c : {1.2467845808714628e-3f, 9.675451554358006e-3f, 5.5485282093286514e-2f, 0.2402293086051941f,
+                  0.6931470632553101f, 1.0f})
+    for (int i = 0; i < N; i++) y[i] = fma(y[i], f[i], set(c));
+#ifdef WITH_AVX512
+  for (int i = 0; i < N; i++) x[i].v = _mm512_scalef_ps(y[i].v, x[i].v);  // times 2 to floor(x)
+#else
+  for (int i = 0; i < N; i++)
+    x[i] = where_less(n[i], set(-126.0f), set(0.0f), y[i] * two_to(max(set(-126.0f), n[i])));
+#endif
 }
 
-constexpr int64_t STEPS = 16;  // in which a tile is asked for
-constexpr auto fetch_nothing = [](int64_t) {};
-
-// Asks for part `step` of a tile's keys, or of its values: pages lie anywhere, so a core does not guess them,
-// and where it is asked for many lines at once it waits.
-template <class T>
-inline void fetch_keys(const Pages& pages, const Tile<T>& tile, int64_t step) {
-  const int64_t from = pages.key_width * step / STEPS, to = pages.key_width * (step + 1) / STEPS;
-  for (int64_t i = 0; i < TILE / LANE_KEYS && tile.keys[i]; i++)
-    if (i == 0 || tile.keys[i] != tile.keys[i - 1] + LANE_KEYS)  // else in the lines of the sixteen before
-      for (int64_t d = from; d < to; d++) _mm_prefetch((const char*)(tile.keys[i] + d * pages.size), _MM_HINT_T1);
-}
-template <class T>
-inline void fetch_values(const Pages& pages, const Tile<T>& tile, int64_t step) {
-  const int64_t lines = LANE_KEYS * pages.value_width * int64_t(sizeof(T)) / 64;
-  const int64_t from = lines * step / STEPS, to = lines * (step + 1) / STEPS;
-  for (int64_t i = 0; i < TILE / LANE_KEYS && tile.values[i]; i++)
-    for (int64_t line = from; line < to; line++) _mm_prefetch((const char*)tile.values[i] + line * 64, _MM_HINT_T1);
-}
-
-// Scores of Q queries with N times 16 keys. fetch(step) is called on the way.
-template <int Q, int N, class T, class F>
-inline void score(const float* const* q, const T* const* keys, int64_t width, int64_t stride, float (*scores)[TILE],
-                  const F& fetch) {
-  Lanes sums[Q][N];
-  for (int i = 0; i < Q; i++)
-    for (int n = 0; n < N; n++) sums[i][n] = set(0.0f);
-  for (int64_t step = 0, d = 0; step < STEPS; step++) {
-    fetch(step);
-    for (; d < width * (step + 1) / STEPS; d++)
-      for (int n = 0; n < N; n++) {
-        const Lanes k = widen(keys[n] + d * stride);
-        for (int i = 0; i < Q; i++) sums[i][n] = fma(set(q[i][d]), k, sums[i][n]);
-      }
-  }
-  for (int i = 0; i < Q; i++)
-    for (int n = 0; n < N; n++) store(scores[i] + n * LANE_KEYS, sums[i][n]);
-}
-
-// Q queries' sums, 16 · N numbers of the head from `at` on, with keys [from, to) of the tile added.
-template <int Q, int N, class T, class F>
-inline void add_values(const Tile<T>& tile, int64_t at, int64_t width, int64_t from, int64_t to,
-                       const float (*weights)[TILE], Softmax* softmax, const F& fetch) {
-  Lanes sums[Q][N];
-  for (int i = 0; i < Q; i++)
-    for (int n = 0; n < N; n++) sums[i][n] = load(softmax[i].sums + at + n * 16);
-  for (int64_t step = 0, key = from; step < STEPS; step++) {
-    fetch(step);
-    for (; key < std::min(to, (step + 1) * (TILE / STEPS)); key++) {
-      const T* value = tile.values[key / LANE_KEYS] + key % LANE_KEYS * width + at;
-      for (int n = 0; n < N; n++) {
-        const Lanes v = widen(value + n * 16);
-        for (int i = 0; i < Q; i++) sums[i][n] = fma(set(weights[i][key]), v, sums[i][n]);
-      }
+// The highest score of each query so far, rounded up; where it is new, what was summed is rescaled, which is exact.
+template <bool ALL_SEEN, class T>
+inline void raise(const Band<T>& band, const Softmax& softmax) {
+  for (int64_t i = 0; i < band.rows; i++) {
+    Lanes scores[SIXTEENS];
+    for (int64_t n = 0; n < SIXTEENS; n++) {
+      scores[n] = load(band.scores[i] + n * LANES);
+      if (!ALL_SEEN) scores[n] = first_of(scores[n], band.seen[i] - n * LANES, set(MASKED));
     }
+    const float top = maximum(max(max(scores[0], scores[1]), max(scores[2], scores[3])));
+    const float before = softmax.highs[i], high = std::max(before, std::ceil(top));
+    if (high == before) continue;
+    const Lanes shrink = exp2(set(before - high));
+    float *sums = softmax.sums + i * softmax.width, *totals = softmax.totals + i * LANES;
+    for (int64_t at = 0; at < softmax.width; at += LANES) store(sums + at, load(sums + at) * shrink);
+    store(totals, load(totals) * shrink), softmax.highs[i] = high;
   }
-  for (int i = 0; i < Q; i++)
-    for (int n = 0; n < N; n++) store(softmax[i].sums + at + n * 16, sums[i][n]);
 }
 
-// The head's numbers from `at` on, as many registers at once as there are.
-template <int Q, int N, class T, class F>
-inline void add_all_values(const Tile<T>& tile, int64_t at, int64_t width, int64_t from, int64_t to,
-                           const float (*weights)[TILE], Softmax* softmax, const F& fetch) {
-  for (; at + 16 * N <= width; at += 16 * N)
-    if (at == 0) add_values<Q, N>(tile, at, width, from, to, weights, softmax, fetch);
-    else add_values<Q, N>(tile, at, width, from, to, weights, softmax, fetch_nothing);
-  if constexpr (N > 1)
-    if (at < width) add_all_values<Q, N / 2>(tile, at, width, from, to, weights, softmax, fetch);
+// Scores of Q queries from the i-th on become weights.
+template <int Q, bool ALL_SEEN, class T>
+inline void weigh(Band<T>& band, int64_t i, const Softmax& softmax) {
+  Lanes weights[Q * SIXTEENS];
+  for (int64_t q = 0; q < Q; q++)
+    for (int64_t n = 0; n < SIXTEENS; n++)
+      weights[q * SIXTEENS + n] = load(band.scores[i + q] + n * LANES) - set(softmax.highs[i + q]);
+  to_weights(weights);
+  for (int64_t q = 0; q < Q; q++) {
+    Lanes* own = weights + q * SIXTEENS;
+    Lanes total = load(softmax.totals + (i + q) * LANES);
+    for (int64_t n = 0; n < SIXTEENS; n++) {
+      if (!ALL_SEEN) own[n] = first_of(own[n], band.seen[i + q] - n * LANES, set(0.0f));
+      total = total + own[n];
+    }
+    store(softmax.totals + (i + q) * LANES, total);
+    for (int64_t chunk = 0; chunk < CHUNKS; chunk++)
+      Products<T>::put(band.weights[chunk][i + q], own[2 * chunk], own[2 * chunk + 1]);
+  }
 }
 
-// Scores of Q queries with the tile's keys from the n-th sixteen to the one before `there`.
-template <int Q, int N, class T, class F>
-inline void score_all(const Pages& pages, const Tile<T>& tile, const float* const* q, int64_t n, int64_t there,
-                      float (*scores)[TILE], const F& fetch) {
-  for (; n + N <= there; n += N) {
-    auto* own = (float(*)[TILE])(scores[0] + n * LANE_KEYS);
-    if (n == 0) score<Q, N>(q, tile.keys, pages.key_width, pages.size, own, fetch);
-    else score<Q, N>(q, tile.keys + n, pages.key_width, pages.size, own, fetch_nothing);
+// The online softmax: scores of a tile become weights. Meanwhile the tile's values come nearer.
+template <bool ALL_SEEN, class T>
+inline void reweigh(Band<T>& band, const Softmax& softmax) {
+  raise<ALL_SEEN>(band, softmax);
+  const int64_t all = band.rows;
+  int64_t i = 0;
+  for (; i + QUERIES_AT_ONCE <= all; i += QUERIES_AT_ONCE) {
+    band.values.fetch_soon(i, i + QUERIES_AT_ONCE, all);
+    weigh<QUERIES_AT_ONCE, ALL_SEEN>(band, i, softmax);
   }
-  if constexpr (N > 1)
-    if (n < there) score_all<Q, N / 2>(pages, tile, q, n, there, scores, fetch);
+  for (; i < all; i++) band.values.fetch_soon(i, i + 1, all), weigh<1, ALL_SEEN>(band, i, softmax);
 }
 
-// The online softmax: scores of a tile become weights, and what was summed is rescaled.
-inline void reweigh(float* scores, int64_t keys, int64_t width, Softmax& softmax) {
-  for (int64_t i = keys; i < TILE; i++) scores[i] = MASKED;
-  Lanes top = load(scores);
-  for (int64_t i = 16; i < TILE; i += 16) top = max(top, load(scores + i));
-  const float high = std::max(softmax.high, std::ceil(maximum(top)));
-  Lanes total = set(0.0f);
-  for (int64_t i = 0; i < TILE; i += 16) {
-    const Lanes weights = exp2(load(scores + i) - set(high));
-    store(scores + i, weights);
-    total = total + weights;
-  }
-  if (high != softmax.high) {
-    const Lanes shrink = exp2(set(softmax.high - high));
-    for (int64_t i = 0; i < width; i += 16) store(softmax.sums + i, load(softmax.sums + i) * shrink);
-    alignas(64) float factor[16];
-    store(factor, shrink);
-    softmax.total *= factor[0];
-  }
-  softmax.total += sum(total), softmax.high = high;
+template <class T, class F>
+inline void score(const Pages& pages, const Tile<T>& tile, Band<T>& band, const F& fetch) {
+  const int64_t groups = ceil_div(band.most, LANES), whole = pages.key_width / CHUNK;
+  const int64_t chunks = ceil_div(pages.key_width, CHUNK);
+  for (int64_t i = 0; whole < chunks && i < groups; i++) copy_last_keys(pages, tile.keys[i], band.keys[i]);
+  const auto side = [&](int64_t chunk, int64_t group) {
+    if (chunk == whole) return Side<T>{band.keys[group], 2 * LANES};
+    return Side<T>{tile.keys[group] + chunk * CHUNK * pages.size, 2 * pages.size};
+  };
+  Products<T>::multiply({band.rows, chunks, groups}, band.q[0][0], side, band.scores[0], TILE, true, fetch);
 }
 
-// Q queries take one tile; query i sees the keys before lengths[i].
-template <int Q, class T>
-inline void take_tile(const Pages& pages, const Tile<T>& tile, const Tile<T>& next, const float* const* q,
-                      const int64_t* lengths, int64_t first, Softmax* softmax) {
-  alignas(64) float scores[Q][TILE];
-  int64_t seen[Q], least = TILE;
-  for (int i = 0; i < Q; i++) seen[i] = std::min(lengths[i] - first, TILE), least = std::min(least, seen[i]);
-  const int64_t there = std::count_if(tile.keys, tile.keys + TILE / LANE_KEYS, [](const T* keys) { return keys; });
-  score_all<Q, std::min<int>(KEYS_AT_ONCE / Q, TILE / LANE_KEYS)>(
-      pages, tile, q, 0, there, scores, [&](int64_t step) { fetch_keys(pages, next, step); });
-  for (int i = 0; i < Q; i++) reweigh(scores[i], seen[i], pages.value_width, softmax[i]);
-  add_all_values<Q, std::min(VALUES_AT_ONCE / Q, 8)>(tile, 0, pages.value_width, 0, least, scores, softmax,
-                                                     [&](int64_t step) { fetch_values(pages, next, step); });
-  for (int i = 0; i < Q; i++)
-    if (seen[i] > least)
-      add_all_values<1, std::min(VALUES_AT_ONCE, 8)>(tile, 0, pages.value_width, least, seen[i], scores + i, softmax + i,
-                                                     fetch_nothing);
+template <class T, class F>
+inline void add_weighted(Band<T>& band, float* sums, int64_t stride, const F& fetch) {
+  const auto side = [&](int64_t chunk, int64_t group) { return band.values.side(chunk, group); };
+  const Extents extents = {band.rows, band.values.count, band.values.width / LANES};
+  Products<T>::multiply(extents, band.weights[0][0], side, sums, stride, false, fetch);
+}
+
+// Weights of what a query does not see are 0, but 0 times what is not finite is NaN: then queries that do not see it are
+// apart from those that do.
+template <class T, class F>
+inline void add_values(const Pages& pages, const Tile<T>& tile, Band<T>& band, const Softmax& softmax, const F& fetch) {
+  const int64_t width = pages.value_width;
+  if (band.least == band.most || band.values.are_finite(band.least, band.most))
+    return add_weighted(band, softmax.sums, width, fetch);
+  for (int64_t end, i = 0; i < band.rows; i = end) {  // those that see as much as one another
+    end = std::upper_bound(band.seen + i, band.seen + band.rows, band.seen[i]) - band.seen;
+    float *own = softmax.sums + i * width, *spare = band.sums[0];
+    std::memcpy(spare, softmax.sums, ceil_to(band.rows, 16) * width * sizeof(float));
+    band.values.take(pages, tile, band.seen[i]);
+    add_weighted(band, spare, width, fetch_nothing);
+    std::memcpy(own, spare + i * width, (end - i) * width * sizeof(float));
+  }
+}
+
+// The band's queries take the tile whose first key is `first`. The one that comes next is in the second cache where these
+// are not the first queries that read it; else it is asked for.
+template <class T>
+inline void take_tile(const Pages& pages, const Tile<T>& tile, const Tile<T>& next, bool is_near, int64_t first,
+                      const int64_t* lengths, Band<T>& band, const Softmax& softmax) {
+  const auto seen = [&](int64_t i) { return std::clamp<int64_t>(lengths[i] - first, 0, TILE); };
+  band.least = seen(0), band.most = seen(band.rows - 1);
+  for (int64_t i = 0; band.least < TILE && i < band.rows; i++) band.seen[i] = seen(i);
+  band.values.take(pages, tile, band.most);
+  const Tile<T> far = is_near ? Tile<T>{} : next;
+  score(pages, tile, band, [&](int64_t step) { fetch_keys(pages, far, step); });
+  if (band.least == TILE) reweigh<true>(band, softmax);
+  else reweigh<false>(band, softmax);
+  add_values(pages, tile, band, softmax, [&](int64_t step) { fetch_values(pages, far, step); });
 }

@@ -13,6 +13,8 @@
 #endif
 #include "product.h"
 
+#include "attend_pages.h"
+#include "attend_rows.h"
 #include "attend_tile.h"
 #include "attend.h"
 #include "draw.h"

@@ -129,14 +129,28 @@ def embed(
 
 
 def page_shapes(heads: int, num_pages: int, page_size: int, width: int, dtype: Any) -> tuple[Any, Any]:
-    """Shapes of a layer's keys `[P, K, h, p]` and values `[P, K, p, h]`, of which rows are padded to whole lanes.
+    """Shapes of a layer's keys `[P, K, h/2, 2p]` and values `[P, K, p/2, 2h]`: see `by_token`. Rows of values are padded
+    to whole lanes.
 
-    Raises ValueError for heads that are wider than the kernels take.
+    Raises ValueError for heads that are wider than the kernels take, or of an odd width.
     """
-    if width > WIDEST_HEAD:
-        raise ValueError(f"kernels 'cpu' take heads of at most {WIDEST_HEAD}, got head_dim={width}: take kernels 'xla'")
-    keys = jax.ShapeDtypeStruct((num_pages, heads, width, page_size), dtype)
-    return keys, jax.ShapeDtypeStruct((num_pages, heads, page_size, ceil_to(width, VALUE_UNIT)), dtype)
+    if width > WIDEST_HEAD or width % 2:
+        raise ValueError(
+            f"kernels 'cpu' take heads of an even width of at most {WIDEST_HEAD}, got head_dim={width}: take kernels 'xla'"
+        )
+    keys = jax.ShapeDtypeStruct((num_pages, heads, width // 2, 2 * page_size), dtype)
+    return keys, jax.ShapeDtypeStruct((num_pages, heads, page_size // 2, 2 * ceil_to(width, VALUE_UNIT)), dtype)
+
+
+def by_token(keys: Any, values: Any) -> tuple[Any, Any]:
+    """Pages as `[P, p, K, h]`, of arrays of NumPy or JAX.
+
+    What attention sums over is stored in pairs: keys as `[P, K, h/2, p, 2]`, values as `[P, K, p/2, h, 2]`.
+    """
+    pages, heads, pairs, size = keys.shape[0], keys.shape[1], keys.shape[2], keys.shape[3] // 2
+    keys = keys.reshape(pages, heads, pairs, size, 2).transpose(0, 3, 1, 2, 4)
+    values = values.reshape(pages, heads, size // 2, -1, 2).transpose(0, 2, 4, 1, 3)
+    return keys.reshape(pages, size, heads, 2 * pairs), values.reshape(pages, size, heads, -1)[..., : 2 * pairs]
 
 
 def rotate_and_write(

@@ -1,8 +1,7 @@
 // From a projection to the heads that attention takes: normalised, rotated; keys and values go to their pages.
 // Included by a body, inside its namespace.
 //
-// Keys lie transposed in a page, [head width, tokens], and values as [tokens, head width], so that attention's sums need
-// none over lanes. Columns of the projection lie by leaf: a leaf's queries, its keys, its values.
+// Keys and values lie in a page as attend_pages.h has them. Columns of the projection lie by leaf: a leaf's queries, its keys, its values.
 
 struct Turn { float cosine, sine; };
 
@@ -15,19 +14,23 @@ inline void rotate(float* x, int64_t width, const Turn* turns) {
 
 template <class T>
 inline void write_key(const Pages& pages, int64_t page, int64_t head, int64_t cell, const float* x) {
-  T* out = (T*)pages.keys + (page * pages.heads + head) * pages.key_width * pages.size + cell;
+  T* out = (T*)pages.keys + (page * pages.heads + head) * pages.key_width * pages.size + 2 * cell;
   for (int64_t i = 0; i < pages.key_width; i += 16) {
     T narrowed[16];
     narrow(narrowed, widen_some(x + i, pages.key_width - i));
-    for (int64_t j = i; j < std::min(i + 16, pages.key_width); j++) out[j * pages.size] = narrowed[j - i];
+    for (int64_t j = i; j < std::min(i + 16, pages.key_width); j += 2)
+      std::memcpy(out + j * pages.size, narrowed + j - i, 2 * sizeof(T));
   }
 }
 
 template <class T>
 inline void write_value(const Pages& pages, int64_t page, int64_t head, int64_t cell, const float* x) {
-  T* out = (T*)pages.values + ((page * pages.heads + head) * pages.size + cell) * pages.value_width;
-  for (int64_t i = 0; i < pages.value_width; i += 16)
-    narrow(out + i, widen_some(x + i, std::max<int64_t>(pages.key_width - i, 0)));
+  T* out = (T*)pages.values + ((page * pages.heads + head) * pages.size + cell / 2 * 2) * pages.value_width + cell % 2;
+  for (int64_t i = 0; i < pages.value_width; i += 16) {
+    T narrowed[16];
+    narrow(narrowed, widen_some(x + i, std::max<int64_t>(pages.key_width - i, 0)));
+    for (int64_t j = 0; j < 16; j++) out[2 * (i + j)] = narrowed[j];  // the other token's may be written meanwhile
+  }
 }
 
 template <class T>

@@ -30,7 +30,8 @@ struct Embedding {
 };
 
 struct Pages {
-  int64_t heads, size, key_width, value_width;  // keys [pages, heads, key_width, size], values [pages, heads, size, value_width]
+  // Keys [pages, heads, key_width / 2, size, 2], values [pages, heads, size / 2, value_width, 2].
+  int64_t heads, size, key_width, value_width;
   Type type;
   void *keys, *values;
 };

@@ -216,14 +216,26 @@ def test_what_is_written(dtype):
         jnp.asarray([[2, 0]], jnp.int32), *(jnp.asarray([x], jnp.int32) for x in (0, 16, 3)), jnp.int32(1)
     )
     padded = jnp.pad(rows[16:19], ((0, 13), (0, 0)))
-    _, k, v = calls.rotate_and_write(case.geometry, padded, (None, None), jnp.zeros(12), keys, values, blocks)
-    k, v = (x if dtype == "float32" else jax.lax.bitcast_convert_type(x, dtype) for x in (k, v))
+    given = case.geometry, padded, (None, None), jnp.zeros(12), keys + 0, values + 0, blocks
+    written = [np.asarray(x) for x in calls.rotate_and_write(*given)[1:]]
     parts = rows[16:19].reshape(3, -1, 24)
-    turned = jnp.asarray(parts[:, 4:6] * np.float32(1.1)).astype(dtype)
-    assert same(k[0, :, :, :3], turned.transpose(1, 2, 0))
-    assert same(v[0, :, :3, :24], jnp.asarray(parts[:, 6:]).astype(dtype).swapaxes(0, 1))
-    assert (bits(v[0, :, :3, 24:]) == 0).all()
-    assert same(k[1:], jnp.ones_like(k[1:]) if dtype == "float32" else jax.lax.bitcast_convert_type(keys[1:], dtype))
+    turned = np.asarray(parts[:, 4:6] * np.float32(1.1))
+    for found, expected in zip(calls.by_token(*written), (turned, parts[:, 6:]), strict=True):
+        assert np.array_equal(found[0, :3], np.asarray(jnp.asarray(expected).astype(dtype)).view(found.dtype))
+        assert (found[0, 3:] == 1).all() and (found[1:] == 1).all()
+    pairs = written[1][0].reshape(2, 8, 32, 2)
+    assert (pairs[:, 0, 24:] == 0).all() and (pairs[:, 1, 24:, 0] == 0).all()
+    assert (pairs[:, 1, :, 1] == 1).all(), "the other token of a pair"
+
+
+def test_pages_by_token():
+    """Pairs of the head of a token are neighbours, and pairs of tokens of a number of the head."""
+    keys, values = (np.arange(np.prod(x.shape)).reshape(x.shape) for x in calls.page_shapes(2, 3, 16, 24, jnp.uint16))
+    k, v = calls.by_token(keys, values)
+    assert k.shape == v.shape == (3, 16, 2, 24)
+    for page, token, head, i in np.random.default_rng(0).integers(0, k.shape, (50, 4)):
+        assert k[page, token, head, i] == keys[page, head, i // 2, 2 * token + i % 2]
+        assert v[page, token, head, i] == values[page, head, token // 2, 2 * i + token % 2]
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,8 @@ def test_the_amx_body_has_the_same_bits(emulated):
     """Where a test names no body, as the one against float64, the last one runs."""
     offered, logged = load(emulated)
     assert offered == [*EMULATED_BODIES] and "do without" not in logged
-    done = run_tests(emulated, "tests/kernels/test_cpu_product.py", "-k", "amx or float64")
+    tests = (f"tests/kernels/test_cpu_{name}.py" for name in ("product", "attention", "attention_order"))
+    done = run_tests(emulated, *tests, "-k", "amx or float64 or order")
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-5000:] + done.stderr[-5000:]
 
 

@@ -20,7 +20,7 @@ pytestmark = [
 ]
 WATCHED = "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"
 FLAGS = "-O1", "-g1", "-fno-omit-frame-pointer", *WATCHED, *EMULATED
-TESTS = "attention", "product", "draw", "truncation", "sample", "adversarial", "arguments"
+TESTS = "attention", "attention_order", "product", "draw", "truncation", "sample", "adversarial", "arguments"
 
 
 def run(folder: pathlib.Path, *arguments: str) -> subprocess.CompletedProcess:

@@ -1,0 +1,132 @@
+// Keys and values as they lie in pages. Included by a body, inside its namespace.
+//
+// Both are the right side of a product: pairs of what is summed over are neighbours, and lanes are next to each other.
+// Of keys those are pairs of the head and lanes of tokens, [head width / 2, tokens, 2]; of values pairs of tokens and
+// lanes of the head, [tokens / 2, value width, 2].
+
+constexpr int64_t TILE = 64, LANES = 16, CHUNK = 32;  // keys of a step of the softmax; members of a sum from zero
+constexpr int64_t SIXTEENS = TILE / LANES, CHUNKS = TILE / CHUNK, WIDEST = 256;
+
+// Sixteen pairs of members, `stride` apart, for sixteen lanes each.
+template <class T>
+struct Side {
+  const T* at;
+  int64_t stride;
+};
+
+template <class T>
+struct Tile {  // pointers to 16 keys and values each; those after the context are null
+  const T *keys[SIXTEENS], *values[SIXTEENS];
+};
+
+template <class T>
+inline Tile<T> locate(const Pages& pages, const int32_t* table, int64_t head, int64_t first, int64_t length) {
+  Tile<T> tile = {};
+  for (int64_t i = 0; i < SIXTEENS; i++) {
+    const int64_t key = first + i * LANES;
+    if (key >= length) break;
+    const int64_t at = int64_t(table[key / pages.size]) * pages.heads + head, cell = key % pages.size;
+    tile.keys[i] = (const T*)pages.keys + at * pages.key_width * pages.size + 2 * cell;
+    tile.values[i] = (const T*)pages.values + (at * pages.size + cell) * pages.value_width;
+  }
+  return tile;
+}
+
+// -- asking for a tile before it is read ------------------------------------------------------------------------------
+
+// Pages lie anywhere, so a core does not guess them, and where it is asked for many lines at once it waits. So a tile is
+// asked for in steps, while the one before it is multiplied.
+constexpr int64_t STEPS = 16;
+constexpr auto fetch_nothing = [](int64_t) {};
+
+template <_mm_hint HINT>
+inline void fetch(const void* from, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += 64) _mm_prefetch((const char*)from + at, HINT);
+}
+template <class T>
+inline void fetch_keys(const Pages& pages, const Tile<T>& tile, int64_t step) {
+  const int64_t pairs = pages.key_width / 2, from = pairs * step / STEPS, to = pairs * (step + 1) / STEPS;
+  for (int64_t i = 0; i < SIXTEENS && tile.keys[i]; i++)
+    for (int64_t d = from; d < to; d++)
+      fetch<_MM_HINT_T1>(tile.keys[i] + d * 2 * pages.size, 2 * LANES * sizeof(T));
+}
+template <class T>
+inline void fetch_values(const Pages& pages, const Tile<T>& tile, int64_t step) {
+  const int64_t bytes = LANES * pages.value_width * sizeof(T) / STEPS;
+  for (int64_t i = 0; i < SIXTEENS && tile.values[i]; i++)
+    fetch<_MM_HINT_T1>((const char*)tile.values[i] + step * bytes, bytes);
+}
+
+// All steps of a fetch, spread over a product.
+template <class F>
+struct Spread {
+  const F& fetch;
+  int64_t all, step = 0;
+  void until(int64_t done) {
+    for (; step < STEPS * done / all; step++) fetch(step);
+  }
+};
+
+// -- parts of a tile that are copied ----------------------------------------------------------------------------------
+
+// The last members of the head, where they are no whole chunk, with zeros up to one.
+template <class T>
+inline void copy_last_keys(const Pages& pages, const T* keys, T* out) {
+  const int64_t first = pages.key_width / CHUNK * CHUNK, pairs = (pages.key_width - first) / 2;
+  std::memset(out, 0, CHUNK * LANES * sizeof(T));
+  for (int64_t i = 0; i < pairs; i++)
+    std::memcpy(out + i * 2 * LANES, keys + (first + 2 * i) * pages.size, 2 * LANES * sizeof(T));
+}
+
+// The values of 32 keys from the tile's key `first` on, and zeros in the place of those from key `seen` on.
+template <class T>
+inline void copy_values(const Pages& pages, const Tile<T>& tile, int64_t first, int64_t seen, T* out) {
+  const int64_t row = 2 * pages.value_width;
+  for (int64_t key = first; key < first + CHUNK; key += 2, out += row) {
+    if (key >= seen) {
+      std::memset(out, 0, row * sizeof(T));
+      continue;
+    }
+    std::memcpy(out, tile.values[key / LANES] + key % LANES * pages.value_width, row * sizeof(T));
+    for (int64_t i = 1; key + 1 >= seen && i < row; i += 2) out[i] = {};
+  }
+}
+
+template <class T>
+inline bool all_finite(const T* values, int64_t count) {
+  Lanes zero = set(0.0f);
+  for (int64_t i = 0; i < count; i += LANES) zero = fma(widen(values + i), set(0.0f), zero);  // of others it is NaN
+  return sum(zero) == 0.0f;
+}
+
+// The values of a tile, a pointer to 32 keys each, of which those from key `seen` on are zero. What does not lie so in the
+// pages is copied.
+template <class T>
+struct Values {
+  T copies[CHUNKS][CHUNK * WIDEST];
+  const T* chunks[CHUNKS];
+  int64_t count, width;
+
+  void take(const Pages& pages, const Tile<T>& tile, int64_t seen) {
+    count = ceil_div(seen, CHUNK), width = pages.value_width;
+    for (int64_t i = 0; i < count; i++) {
+      const T *first = tile.values[2 * i], *second = tile.values[2 * i + 1];
+      chunks[i] = first;
+      if (seen >= (i + 1) * CHUNK && second == first + LANES * width) continue;
+      copy_values(pages, tile, i * CHUNK, seen, copies[i]);
+      chunks[i] = copies[i];
+    }
+  }
+  // Asks for a part of them, from `from` to `to` of `all`, that they be in the first cache.
+  void fetch_soon(int64_t from, int64_t to, int64_t all) const {
+    const int64_t bytes = CHUNK * width * sizeof(T);
+    for (int64_t i = 0; i < count; i++)
+      fetch<_MM_HINT_T0>((const char*)chunks[i] + from * bytes / all, to * bytes / all - from * bytes / all);
+  }
+  bool are_finite(int64_t from, int64_t to) const {  // and maybe those next to them
+    for (int64_t pair = from / 2; pair < ceil_div(to, 2); pair++)
+      if (!all_finite(chunks[pair * 2 / CHUNK] + pair % (CHUNK / 2) * 2 * width, 2 * width)) return false;
+    return true;
+  }
+  Side<T> side(int64_t chunk, int64_t group) const { return {chunks[chunk] + group * 2 * LANES, 2 * width}; }
+};
