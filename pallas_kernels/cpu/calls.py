@@ -129,14 +129,16 @@ def embed(
 
 
 def page_shapes(heads: int, num_pages: int, page_size: int, width: int, dtype: Any) -> tuple[Any, Any]:
-    """Shapes of a layer's keys `[P, K, h/2, 2p]` and values `[P, K, p/2, 2h]`: see `by_token`. Rows of values are padded
-    to whole lanes.
+    """Shapes of a layer's keys `[P, K, h/2, 2p]` and values `[P, K, p/2, 2h]`, as `by_token` reads them.
+
+    Rows of values are padded to whole lanes.
 
     Raises ValueError for heads that are wider than the kernels take, or of an odd width.
     """
     if width > WIDEST_HEAD or width % 2:
         raise ValueError(
-            f"kernels 'cpu' take heads of an even width of at most {WIDEST_HEAD}, got head_dim={width}: take kernels 'xla'"
+            f"kernels 'cpu' take heads of an even width of at most {WIDEST_HEAD}, got head_dim={width}: "
+            "take kernels 'xla'"
         )
     keys = jax.ShapeDtypeStruct((num_pages, heads, width // 2, 2 * page_size), dtype)
     return keys, jax.ShapeDtypeStruct((num_pages, heads, page_size // 2, 2 * ceil_to(width, VALUE_UNIT)), dtype)

@@ -1,7 +1,8 @@
 // From a projection to the heads that attention takes: normalised, rotated; keys and values go to their pages.
 // Included by a body, inside its namespace.
 //
-// Keys and values lie in a page as attend_pages.h has them. Columns of the projection lie by leaf: a leaf's queries, its keys, its values.
+// Keys and values lie in a page as attend_pages.h has them. Columns of the projection lie by leaf: a leaf's queries, its
+// keys, its values.
 
 struct Turn { float cosine, sine; };
 
