@@ -201,4 +201,4 @@ def test_a_student_learns_back_what_noise_took_from_it(distiller):
         targets = likeliest(teacher, rollout, SAMPLING, config=config, top_k=3, also=own.token_ids)
         state, (update,) = distiller.train(state, rollout, None, targets=targets)
         found.append(update["distillation"])
-    assert np.mean(found[-3:]) < 0.7 * np.mean(found[:2]), found
+    assert np.mean(found[-3:]) < 0.8 * np.mean(found[:2]), found

@@ -158,17 +158,20 @@ def test_scored_inside_value_and_grad(case):
     assert same_bits(case.with_gradient[0], case.rollout)
 
 
+# Attention of bfloat16 pages rounds queries and weights, which plain XLA does not.
+NEAR = {"float32": 1e-4, "bfloat16": 2e-2}
+
+
 def test_near_plain_xla(case):
     off = np.abs(np.asarray(case.score(case.params, "xla")) - case.rollout.logprobs).max()
-    assert 0 < off < (1e-4 if case.config.dtype == "float32" else 1e-2), "0: was it the same code?"
+    assert 0 < off < NEAR[case.config.dtype], "0: was it the same code?"
 
 
 def test_the_gradient_is_near_plain_xlas(case):
     gradient, (_, plain_gradient) = case.with_gradient[1], case.scored_with_gradient("xla")
-    share = 1e-4 if case.config.dtype == "float32" else 1e-2
     norm = lambda x: float(jnp.sqrt(sum((leaf.astype(jnp.float32) ** 2).sum() for leaf in jax.tree.leaves(x))))
     off = jax.tree.map(lambda a, b: a.astype(jnp.float32) - b.astype(jnp.float32), gradient, plain_gradient)
-    assert norm(off) < share * norm(plain_gradient)
+    assert norm(off) < NEAR[case.config.dtype] * norm(plain_gradient)
 
 
 def test_the_contract_names_the_kernels(case):
