@@ -54,12 +54,16 @@ def overwrite(llm: LLM, page: int) -> None:
     )
 
 
-def flip_a_bit(cache: Cache, side: str, layer: int, index: tuple[int, ...], bit: int) -> Cache:
+def flip_a_bit(llm: LLM, side: str, layer: int, place: tuple[int, ...], bit: int) -> None:
+    """`place`: (page, token, head, number)."""
+    cache = llm.engine.cache
     pools = list(getattr(cache, side))
+    stored = [np.arange(x.size).reshape(x.shape) for x in (cache.keys[layer], cache.values[layer])]
+    keys, values = llm.engine.step_variants.kernels.attention.by_token(*stored)
     words = np.array(pools[layer]).view(np.uint32)
-    words[index] ^= np.uint32(1 << bit)
+    words.flat[(keys if side == "keys" else values)[place]] ^= np.uint32(1 << bit)
     pools[layer] = jnp.array(words.view(np.float32))
-    return dataclasses.replace(cache, **{side: tuple(pools)})
+    llm.engine.cache = dataclasses.replace(cache, **{side: tuple(pools)})
 
 
 def victim(llm: LLM, n: int = 1, tokens: int = 5) -> Request:
@@ -138,14 +142,13 @@ def test_one_flipped_bit_is_found_wherever_it_is(llm, whole):
         llm.engine.scheduler.page_pool.clear_cache()
         request = victim(llm)
         page = request.samples[0].pages[place]
-        index = (page, 3, 31, token) if side == "keys" else (page, 3, token, 31)
-        llm.engine.cache = flip_a_bit(llm.engine.cache, side, layer, index, bit)
+        flip_a_bit(llm, side, layer, (page, token, 3, 31), bit)
         run(llm, [request])
         assert_failed(llm, request, whole)
     request = victim(llm)
     page, after = request.samples[0].pages[3], (len(PROMPT) + len(request.samples[0].drawn.token_ids) + 1) % p
     assert 27 < after < p
-    llm.engine.cache = flip_a_bit(llm.engine.cache, "keys", 0, (page, 3, 31, p - 1), 30)
+    flip_a_bit(llm, "keys", 0, (page, p - 1, 3, 31), 30)
     assert run(llm, [request]) == whole
     assert_idle(llm)
 
