@@ -27,7 +27,7 @@ class Cache:
     """Everything that steps or admissions change. Page 0 is scratch: rows that stand for no token write there."""
 
     keys: tuple[Array, ...]  # a layer: P pages, laid out by the kernels (ops/kernels.py)
-    values: tuple[Array, ...]  # a layer: [P, K, p, h]
+    values: tuple[Array, ...]  # the same
     history: Int[Array, "slots max_len"]  # token ids of the sequence in each slot; whole blocks of HISTORY_BLOCK
     rules: TokenRules  # row i is that of the request in slot i, where it brings any
 

@@ -20,7 +20,7 @@ struct InTiles {
   struct Ready {
     explicit Ready(int64_t queries) {
       const RowTiles config(queries);
-      settle_memory();
+      settle_memory(&config);
       _tile_loadconfig(&config);
     }
     ~Ready() { _tile_release(); }
@@ -41,7 +41,7 @@ struct InTiles {
     Spread<F> spread = {fetch, extents.groups * extents.chunks};
     const int64_t groups = extents.groups;
     int64_t n = 0;
-    settle_memory();
+    settle_memory(rows);
     if (extents.rows > 16) {
       for (; n + 2 <= groups; n += 2) two_tiles<2>(n, extents.chunks, rows, side, sums, stride, are_new, spread);
       if (n < groups) two_tiles<1>(n, extents.chunks, rows, side, sums, stride, are_new, spread);
@@ -50,7 +50,7 @@ struct InTiles {
       for (; n + 2 <= groups; n += 2) one_tile<2>(n, extents.chunks, rows, side, sums, stride, are_new, spread);
       if (n < groups) one_tile<1>(n, extents.chunks, rows, side, sums, stride, are_new, spread);
     }
-    settle_memory();
+    settle_memory(sums);
   }
 
  private:

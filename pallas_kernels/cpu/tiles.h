@@ -65,9 +65,9 @@ class Instructions {
       1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 };
 
-// Compilers do not know that the instructions for tiles read and write memory. What is before this is in memory, and what
-// comes after it is read from there.
-inline void settle_memory() { asm volatile("" ::: "memory"); }
+// Compilers do not know that the instructions for tiles read and write memory. What is written before this is in memory,
+// at `at` too where nobody else knows its address, and what is read after it is read from there.
+inline void settle_memory(const void* at) { asm volatile("" : : "r"(at) : "memory"); }
 
 #define FOR_EACH_SUM(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5)  // a tile's number is part of the instruction
 
@@ -79,7 +79,7 @@ inline void multiply_tiles(const BF16* w, int64_t inputs, const Group& group, co
   if constexpr (GROUPS > i) { _tile_loadd(7, x + i * 16 * DEPTH, 64); _tile_dpbf16ps(i, 6, 7); }
 #define STORE(i) if constexpr (GROUPS > i) _tile_stored(i, sums + i * 256, 64);
   FOR_EACH_SUM(ZERO)
-  settle_memory();
+  settle_memory(x);
   for (int64_t k = 0; k < inputs; k += DEPTH, x += GROUPS * 16 * DEPTH) {
     if (group.ahead) fetch_next(w + group.ahead * inputs, inputs, k, WIDTH);
     if (group.count == WIDTH && inputs - k >= DEPTH) {
@@ -88,14 +88,14 @@ inline void multiply_tiles(const BF16* w, int64_t inputs, const Group& group, co
       alignas(64) BF16 padded[WIDTH * DEPTH] = {};
       for (int64_t n = 0; n < group.count; n++)
         std::memcpy(padded + n * DEPTH, w + n * inputs + k, std::min<int64_t>(DEPTH, inputs - k) * sizeof(BF16));
-      settle_memory();
+      settle_memory(padded);
       _tile_loadd(6, padded, 64);
-      settle_memory();
+      settle_memory(padded);
     }
     FOR_EACH_SUM(MULTIPLY)
   }
   FOR_EACH_SUM(STORE)
-  settle_memory();
+  settle_memory(sums);
 #undef ZERO
 #undef MULTIPLY
 #undef STORE
