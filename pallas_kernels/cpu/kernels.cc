@@ -63,7 +63,7 @@ ffi::Error product(ffi::ThreadPool pool, Any x, Any norm, Any w, Any bias, Float
   const int64_t columns = is_added ? outputs : is_gated ? leaves * (outputs / 2) : leaves * outputs;
   given.that(form >= 0 && form <= int64_t(Form::ADDED), "form", "is no form of products");
   given.floats("w", w);
-  given.that(leaves >= 1 && leaves <= 128 && !(leaves & (leaves - 1)), "w", "leaves must be a power of two up to 128");
+  given.that(leaves >= 1 && leaves <= MOST_LEAVES && !(leaves & (leaves - 1)), "w", "leaves must be a power of two up to 128");
   given.that(inputs >= 1, "w", "has no inputs");
   given.that(!is_gated || outputs % 2 == 0, "w", "must have as many gates as ups");
   given.floats("x", x);

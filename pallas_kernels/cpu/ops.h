@@ -5,6 +5,8 @@
 namespace jaxengine {
 
 enum class Form { PLAIN, GATED, ADDED };
+constexpr int LEVELS = 7;  // of pairs of leaves, pairs of those, and so on
+constexpr int64_t MOST_LEAVES = int64_t(1) << LEVELS;
 
 // Rows [rows, leaves of x · inputs] times weights [leaves, outputs, inputs], as jaxengine/ops/kernels.py has `project`,
 // `gated`, `add` and `logits`. Rows from `live` on are not computed; up to `zeros_to` they become zeros. Of live rows that

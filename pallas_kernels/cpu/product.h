@@ -48,7 +48,7 @@ inline void make_rows(Sums&, int64_t) {}
 // Sums over leaves as sharding/leaves.py adds them, ((l0 + l1) + (l2 + l3)) + ...: those of a few leaves, and of their
 // pairs one partial sum a level.
 struct Tree {
-  alignas(64) Sums leaves[4], levels[6];
+  alignas(64) Sums leaves[4], levels[LEVELS];
 };
 
 // Two leaves are added once the next one has been multiplied: by then what the instructions stored is there.

@@ -12,7 +12,7 @@ from cpu_kernels import BODIES, DTYPES, SIZES, bits, f64, same
 from pallas_kernels.cpu import calls
 
 ROWS, EPS = 131, 1e-6
-SHAPES = [(1, 256, 96), (4, 100, 37), (2, 72, 48)]  # leaves, inputs, outputs of a leaf
+SHAPES = [(1, 256, 96), (4, 100, 37), (2, 72, 48), (calls.MOST_LEAVES, 40, 18)]  # leaves, inputs, outputs of a leaf
 ROUNDING = {"bfloat16": 6e-3, "float16": 8e-4, "float32": 1e-6}  # of a row or a result in that type
 
 
