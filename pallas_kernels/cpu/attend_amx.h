@@ -4,34 +4,13 @@
 // as it lies in the pages, [16 pairs, 16 lanes]. Tiles 0 to 3 are sums, of two tiles of rows by two groups of lanes, or of
 // one by four.
 
-struct alignas(64) RowTiles {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {};
-  explicit RowTiles(int64_t queries) {  // of fewer than sixteen rows a product takes less time
-    for (int tile = 0; tile < 8; tile++) rows[tile] = tile < 5 ? std::clamp<int64_t>(queries, 1, 16) : 16;
-  }
-};
-
 struct InTiles {
   using Number = BF16;
 
-  // Tiles are configured for as many queries as multiply one another's keys, and stay so while this is in scope.
-  struct Ready {
-    explicit Ready(int64_t queries) {
-      const RowTiles config(queries);
-      settle_memory(&config);
-      _tile_loadconfig(&config);
-    }
-    ~Ready() { _tile_release(); }
-    Ready(const Ready&) = delete;
-  };
+  using Ready = Instructions;  // for as many queries as multiply one another's keys
 
   static void put(BF16* out, Lanes first, Lanes second) {
-    const __m512i odd_halves = _mm512_setr_epi32(
-        0x00030001, 0x00070005, 0x000b0009, 0x000f000d, 0x00130011, 0x00170015, 0x001b0019, 0x001f001d, 0x00230021,
-        0x00270025, 0x002b0029, 0x002f002d, 0x00330031, 0x00370035, 0x003b0039, 0x003f003d);
-    _mm512_storeu_si512(out, _mm512_permutex2var_epi16(rounded_bits(first), odd_halves, rounded_bits(second)));
+    _mm512_storeu_si512(out, rounded_words(first, second));
   }
 
   // As InRegisters has it.

@@ -4,7 +4,7 @@
 // Of keys those are pairs of the head and lanes of tokens, [head width / 2, tokens, 2]; of values pairs of tokens and
 // lanes of the head, [tokens / 2, value width, 2].
 
-constexpr int64_t TILE = 64, LANES = 16, CHUNK = 32;  // keys of a step of the softmax; members of a sum from zero
+constexpr int64_t TILE = 64, LANES = 16, CHUNK = DEPTH;  // keys of a step of the softmax; members of a sum from zero
 constexpr int64_t SIXTEENS = TILE / LANES, CHUNKS = TILE / CHUNK, WIDEST = 256;
 
 // Sixteen pairs of members, `stride` apart, for sixteen lanes each.

@@ -9,21 +9,20 @@ struct Extents {  // groups: of sixteen lanes
   int64_t rows, chunks, groups;
 };
 
-// The bits of numbers that are no NaN, rounded to bfloat16 in their upper halves: to nearest, ties to even.
+// Numbers that are no NaN, rounded to bfloat16.
 #ifdef WITH_AVX512
-inline __m512i rounded_bits(Lanes a) {
-  const __m512i x = _mm512_castps_si512(a.v), odd = _mm512_and_si512(_mm512_srli_epi32(x, 16), _mm512_set1_epi32(1));
-  return _mm512_add_epi32(_mm512_add_epi32(x, _mm512_set1_epi32(0x7fff)), odd);
-}
 inline Lanes upper_half(__m512i x) { return {_mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(0xffff0000)))}; }
 inline Lanes rounded(Lanes a) { return upper_half(rounded_bits(a)); }
+// The same as words of 16 bits, one after the other.
+inline __m512i rounded_words(Lanes first, Lanes second) {
+  const __m512i upper_halves = _mm512_setr_epi32(
+      0x00030001, 0x00070005, 0x000b0009, 0x000f000d, 0x00130011, 0x00170015, 0x001b0019, 0x001f001d, 0x00230021,
+      0x00270025, 0x002b0029, 0x002f002d, 0x00330031, 0x00370035, 0x003b0039, 0x003f003d);
+  return _mm512_permutex2var_epi16(rounded_bits(first), upper_halves, rounded_bits(second));
+}
 #else
 inline __m256 upper_half(__m256i x) { return _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(0xffff0000))); }
-inline __m256 rounded(__m256 a) {
-  const __m256i x = _mm256_castps_si256(a), odd = _mm256_and_si256(_mm256_srli_epi32(x, 16), _mm256_set1_epi32(1));
-  return upper_half(_mm256_add_epi32(_mm256_add_epi32(x, _mm256_set1_epi32(0x7fff)), odd));
-}
-inline Lanes rounded(Lanes a) { return {rounded(a.lo), rounded(a.hi)}; }
+inline Lanes rounded(Lanes a) { return {upper_half(rounded_bits(a.lo)), upper_half(rounded_bits(a.hi))}; }
 #endif
 
 // The even and the odd members of sixteen pairs.
@@ -71,7 +70,8 @@ inline Members members(const T* pairs) {
 }
 #endif
 
-// A way to multiply: what numbers rows are, and how Q of them go through one chunk of N groups of lanes.
+// A way to multiply: what numbers rows are, and how Q of them go through one chunk of N groups of lanes, whose even and
+// odd members' sums are added to.
 template <class T>
 struct Floats {
   using Number = float;
@@ -82,10 +82,7 @@ struct Floats {
   }
 
   template <int Q, int N>
-  static void multiply(const float* rows, const Side<T> (&sides)[N], Lanes (&sums)[Q][N]) {
-    Lanes even[Q][N], odd[Q][N];
-    for (int q = 0; q < Q; q++)
-      for (int n = 0; n < N; n++) even[q][n] = odd[q][n] = set(0.0f);
+  static void add(const float* rows, const Side<T> (&sides)[N], Lanes (&even)[Q][N], Lanes (&odd)[Q][N]) {
     for (int pair = 0; pair < CHUNK / 2; pair++) {
       Members both[N];
       for (int n = 0; n < N; n++) both[n] = members(sides[n].at + pair * sides[n].stride);
@@ -95,8 +92,6 @@ struct Floats {
         for (int n = 0; n < N; n++) odd[q][n] = fma(b, both[n].odd, odd[q][n]);
       }
     }
-    for (int q = 0; q < Q; q++)
-      for (int n = 0; n < N; n++) sums[q][n] = sums[q][n] + (even[q][n] + odd[q][n]);
   }
 };
 
@@ -148,12 +143,15 @@ struct InRegisters : Way {
   static void part(int64_t size, const Number* rows, const Side<T> (&sides)[N], float* sums, int64_t stride, bool are_new) {
     if constexpr (Q > 1)
       if (size < Q) return part<Q - 1>(size, rows, sides, sums, stride, are_new);
-    Lanes total[Q][N];
+    Lanes even[Q][N], odd[Q][N];
     for (int q = 0; q < Q; q++)
-      for (int n = 0; n < N; n++) total[q][n] = are_new ? set(0.0f) : load(sums + q * stride + n * LANES);
-    Way::template multiply<Q, N>(rows, sides, total);
+      for (int n = 0; n < N; n++) even[q][n] = odd[q][n] = set(0.0f);
+    Way::template add<Q, N>(rows, sides, even, odd);
     for (int q = 0; q < Q; q++)
-      for (int n = 0; n < N; n++) store(sums + q * stride + n * LANES, total[q][n]);
+      for (int n = 0; n < N; n++) {
+        float* own = sums + q * stride + n * LANES;
+        store(own, (are_new ? set(0.0f) : load(own)) + (even[q][n] + odd[q][n]));
+      }
   }
 };
 

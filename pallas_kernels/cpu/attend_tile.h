@@ -53,25 +53,6 @@ inline Lanes first_of(Lanes a, int64_t n, Lanes others) {
 }
 #endif
 
-// 2^x for x <= 0, and exactly 1 for 0; 0 below -126; NaN stays NaN. The polynomial has the least relative error of those
-// of its degree between 0 and 1 that are 1 at 0. Several at once, because each is a chain of steps that wait for another.
-template <int N>
-inline void to_weights(Lanes (&x)[N]) {
-  Lanes n[N], f[N], y[N];
-  for (int i = 0; i < N; i++) x[i] = max(set(-200.0f), x[i]);
-  for (int i = 0; i < N; i++) n[i] = floor(x[i]);
-  for (int i = 0; i < N; i++) f[i] = x[i] - n[i], y[i] = set(2.161291631637141e-4f);
-  for (float c : {1.2467845808714628e-3f, 9.675451554358006e-3f, 5.5485282093286514e-2f, 0.2402293086051941f,
-                  0.6931470632553101f, 1.0f})
-    for (int i = 0; i < N; i++) y[i] = fma(y[i], f[i], set(c));
-#ifdef WITH_AVX512
-  for (int i = 0; i < N; i++) x[i].v = _mm512_scalef_ps(y[i].v, x[i].v);  // times 2 to floor(x)
-#else
-  for (int i = 0; i < N; i++)
-    x[i] = where_less(n[i], set(-126.0f), set(0.0f), y[i] * two_to(max(set(-126.0f), n[i])));
-#endif
-}
-
 // The highest score of each query so far, rounded up; where it is new, what was summed is rescaled, which is exact.
 template <bool ALL_SEEN, class T>
 inline void raise(const Band<T>& band, const Softmax& softmax) {
@@ -98,7 +79,7 @@ inline void weigh(Band<T>& band, int64_t i, const Softmax& softmax) {
   for (int64_t q = 0; q < Q; q++)
     for (int64_t n = 0; n < SIXTEENS; n++)
       weights[q * SIXTEENS + n] = load(band.scores[i + q] + n * LANES) - set(softmax.highs[i + q]);
-  to_weights(weights);
+  exp2(weights);
   for (int64_t q = 0; q < Q; q++) {
     Lanes* own = weights + q * SIXTEENS;
     Lanes total = load(softmax.totals + (i + q) * LANES);

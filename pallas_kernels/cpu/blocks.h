@@ -26,10 +26,12 @@ inline void fetch_soon(const T* w, int64_t stride, int64_t k) {
   for (int n = 0; n < WIDTH; n++) _mm_prefetch((const char*)(w + n * stride + k) + 256, _MM_HINT_T0);
 }
 
-// Asks for a block's inputs of outputs that come later, which a core does not guess.
+// Asks for a block's inputs of some of the outputs that come next, which a core does not guess.
 template <class T>
-inline void fetch_next(const T* w, int64_t stride, int64_t k, int64_t outputs) {
-  for (int64_t n = 0; n < outputs; n++) _mm_prefetch((const char*)(w + n * stride + k), _MM_HINT_T1);
+inline void fetch_next(const Group& group, const T* w, int64_t stride, int64_t k, int64_t first, int64_t outputs) {
+  if (group.ahead == 0) return;
+  const T* next = w + (group.ahead + first) * stride + k;
+  for (int64_t n = 0; n < outputs; n++) _mm_prefetch((const char*)(next + n * stride), _MM_HINT_T1);
 }
 
 // Of weights [.., stride] from w on: `outputs` <= 16 of them, inputs [k, k + 32) of which `inputs` exist. What is no whole
@@ -224,12 +226,11 @@ inline void sum_by(const Product& p, const Rows& rows, int64_t leaf, int64_t fir
       fetch_soon(w, p.inputs, k);
       Way::turn(block_of(w, p.inputs, group.count, k, p.inputs, padded), turned[depth]);
     }
-    const T* next = w + group.ahead * p.inputs;
-    for (int64_t r = 0; r < count; r += ROWS_AT_ONCE, next += lines * p.inputs)
+    for (int64_t r = 0; r < count; r += ROWS_AT_ONCE)
       with_rows(std::min(count - r, ROWS_AT_ONCE), [&](auto size) {
         const auto* x = rows.at<typename Way::Number>(leaf, from, first + r);
         multiply<Way, size()>(depths, x, turned, sums[r], [&](int64_t depth) {
-          fetch_next(next, p.inputs, (from + depth) * DEPTH, lines);
+          fetch_next(group, w, p.inputs, (from + depth) * DEPTH, r / ROWS_AT_ONCE * lines, lines);
         });
       });
   }

@@ -40,7 +40,8 @@ class Alone final : public Threads {
   void start(std::function<void()> work) override { work(); }
 };
 
-// Products of one depth, so that no sum is hidden by a larger one, and of two, whose sums are added: rows times `leaves`
+// Products of one depth, so that no sum is hidden by a larger one, and of two, whose sums are added, the second one
+// whole or in part: rows times `leaves`
 // sets of outputs, of numbers from ranges of exponents in which sums round, cancel, leave the normal numbers, all of
 // these, and in which rows or weights are subnormal, which is to be zero.
 std::vector<float> depths_by(const Body& body) {
@@ -57,7 +58,7 @@ std::vector<float> depths_by(const Body& body) {
     }
   };
   std::vector<float> found;
-  for (const int64_t inputs : {32, 64})
+  for (const int64_t inputs : {32, 40, 64})
     for (int64_t range = 0; range < RANGES; range++) {
       std::vector<BF16> x(ROWS * inputs), w(LEAVES * OUTPUTS * inputs);
       std::vector<float> y(ROWS * LEAVES * OUTPUTS);

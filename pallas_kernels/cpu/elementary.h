@@ -8,10 +8,29 @@ inline Lanes exp_of_small(Lanes r) {  // e^r for |r| <= ln 2 / 2: the polynomial
   return fma(p, r * r, r) + set(1.0f);
 }
 
-inline Lanes exp2(Lanes x) {  // 2^x for x <= 127; 0 below -126; NaN stays NaN
-  const Lanes clipped = max(min(x, set(127.0f)), set(-126.0f)), n = floor(clipped + set(0.5f));
-  const Lanes y = exp_of_small((clipped - n) * set(0.6931471805599453f)) * two_to(n);
-  return where_nan(x, x, where_less(x, set(-126.0f), set(0.0f), y));
+// 2^x for x <= 0, and exactly 1 for 0; 0 below -126; NaN stays NaN. The polynomial has the least relative error of those
+// of its degree between 0 and 1 that are 1 at 0. Several at once, because each is a chain of steps that wait for another.
+template <int N>
+inline void exp2(Lanes (&x)[N]) {
+  Lanes n[N], f[N], y[N];
+  for (int i = 0; i < N; i++) x[i] = max(set(-200.0f), x[i]);
+  for (int i = 0; i < N; i++) n[i] = floor(x[i]);
+  for (int i = 0; i < N; i++) f[i] = x[i] - n[i], y[i] = set(2.161291631637141e-4f);
+  for (float c : {1.2467845808714628e-3f, 9.675451554358006e-3f, 5.5485282093286514e-2f, 0.2402293086051941f,
+                  0.6931470632553101f, 1.0f})
+    for (int i = 0; i < N; i++) y[i] = fma(y[i], f[i], set(c));
+#ifdef WITH_AVX512
+  for (int i = 0; i < N; i++) x[i].v = _mm512_scalef_ps(y[i].v, x[i].v);  // times 2 to floor(x)
+#else
+  for (int i = 0; i < N; i++)
+    x[i] = where_less(n[i], set(-126.0f), set(0.0f), y[i] * two_to(max(set(-126.0f), n[i])));
+#endif
+}
+
+inline Lanes exp2(Lanes x) {
+  Lanes one[1] = {x};
+  exp2(one);
+  return one[0];
 }
 
 inline Lanes exp(Lanes x) {  // e^x; 0 below -87, e^88 above 88; NaN stays NaN

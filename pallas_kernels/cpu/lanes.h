@@ -121,9 +121,13 @@ inline void narrow8(float* p, __m256 a) { _mm256_storeu_ps(p, a); }
 inline void narrow8(F16* p, __m256 a) {
   _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
-inline void narrow8(BF16* p, __m256 a) {  // to nearest, ties to even; NaN stays NaN
+// The bits of numbers that are no NaN, rounded to bfloat16 in their upper halves: to nearest, ties to even.
+inline __m256i rounded_bits(__m256 a) {
   const __m256i x = _mm256_castps_si256(a), odd = _mm256_and_si256(_mm256_srli_epi32(x, 16), _mm256_set1_epi32(1));
-  __m256i y = _mm256_srli_epi32(_mm256_add_epi32(x, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+  return _mm256_add_epi32(_mm256_add_epi32(x, _mm256_set1_epi32(0x7fff)), odd);
+}
+inline void narrow8(BF16* p, __m256 a) {  // NaN stays NaN
+  __m256i y = _mm256_srli_epi32(rounded_bits(a), 16);
   const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
   y = _mm256_blendv_epi8(y, _mm256_set1_epi32(0x7fc0), is_nan);
   const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(y, y), 0x88);
@@ -133,9 +137,12 @@ template <class T>
 inline void narrow(T* p, Lanes a) { narrow8(p, low(a)), narrow8(p + 8, high(a)); }
 inline void narrow(float* p, Lanes a) { store(p, a); }
 #ifdef WITH_AVX512
-inline void narrow(BF16* p, Lanes a) {
+inline __m512i rounded_bits(Lanes a) {
   const __m512i x = _mm512_castps_si512(a.v), odd = _mm512_and_si512(_mm512_srli_epi32(x, 16), _mm512_set1_epi32(1));
-  __m512i y = _mm512_srli_epi32(_mm512_add_epi32(x, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+  return _mm512_add_epi32(_mm512_add_epi32(x, _mm512_set1_epi32(0x7fff)), odd);
+}
+inline void narrow(BF16* p, Lanes a) {
+  __m512i y = _mm512_srli_epi32(rounded_bits(a), 16);
   y = _mm512_mask_mov_epi32(y, _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(y));
 }

@@ -19,7 +19,7 @@ inline void sum_leaf(const Product& p, const Rows& rows, int64_t leaf, int64_t f
   T padded[WIDTH * DEPTH];
   for (int64_t depth = 0; depth < rows.depths; depth++) {
     fetch_soon(weights, p.inputs, depth * DEPTH);
-    fetch_next(weights + group.ahead * p.inputs, p.inputs, depth * DEPTH, WIDTH);
+    fetch_next(group, weights, p.inputs, depth * DEPTH, 0, WIDTH);
     const Block<T> block = block_of(weights, p.inputs, group.count, depth * DEPTH, p.inputs, padded);
     fill8(block.w, block.stride, panel, 0), fill8(block.w + 8 * block.stride, block.stride, panel, 8);
     const float* x = rows.at(leaf, depth) + first * DEPTH;

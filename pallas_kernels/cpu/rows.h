@@ -84,7 +84,8 @@ inline int64_t fresh_row(const Product& p, int64_t place) {
 template <class T>
 inline void prepare_row(const Product& p, const Rows& rows, int64_t place) {
   const int64_t leaves = p.form == Form::ADDED ? p.leaves : 1, m = fresh_row(p, place);
-  const int64_t row = m * leaves * p.inputs;
+  const int64_t row = m * leaves * p.inputs, parts = p.parts();
+  const bool is_rounded = parts > 1 || (p.rounds && !takes_bfloat16<T>);  // else not at all, or where it is put
   const Lanes factor = p.norm ? norm_factor((const float*)p.x.data + row, p.inputs, p.eps) : set(1.0f);
   for (int64_t leaf = 0; leaf < leaves; leaf++)
     for (int64_t depth = 0; depth < rows.depths; depth++) {
@@ -94,10 +95,8 @@ inline void prepare_row(const Product& p, const Rows& rows, int64_t place) {
         x[half] = widen_some(p.x, row + leaf * p.inputs + k, count);
         if (p.norm) x[half] = x[half] * factor * widen_some(p.norm, k, count);
       }
-      const int64_t parts = p.parts();
       for (int64_t part = 0; part < parts; part++) {
-        const bool is_whole = takes_bfloat16<T> ? parts == 1 : !p.rounds && parts == 1;  // put does what is left to do
-        const Lanes first = is_whole ? x[0] : rounded_to<T>(x[0]), second = is_whole ? x[1] : rounded_to<T>(x[1]);
+        const Lanes first = is_rounded ? rounded_to<T>(x[0]) : x[0], second = is_rounded ? rounded_to<T>(x[1]) : x[1];
         put<T>(rows, leaf, depth, place * parts + part, first, second);
         x[0] = x[0] - first, x[1] = x[1] - second;
       }

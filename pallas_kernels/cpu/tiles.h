@@ -49,25 +49,30 @@ inline void order_rows(const Rows& rows, int64_t leaves, int64_t first, int64_t 
         for (int64_t row = first; row < end; row += 16) transpose16((float*)tile_of(rows, leaf, depth, row));
 }
 
-// While in scope the thread's tiles are of the sizes that all here have. It takes a hundred cycles or two.
-class Instructions {
- public:
-  Instructions() { _tile_loadconfig(&CONFIG); }
-  ~Instructions() { _tile_release(); }
-
- private:
-  struct alignas(64) Config {
-    uint8_t palette, start_row, reserved[14];
-    uint16_t bytes[16];
-    uint8_t rows[16];
-  };
-  inline static const Config CONFIG = {
-      1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
-};
-
 // Compilers do not know that the instructions for tiles read and write memory. What is written before this is in memory,
 // at `at` too where nobody else knows its address, and what is read after it is read from there.
 inline void settle_memory(const void* at) { asm volatile("" : : "r"(at) : "memory"); }
+
+// While in scope the thread's tiles are whole, but for those up to the fourth, which have `rows` of 16: of fewer a product
+// takes less time. It takes a hundred cycles or two.
+class Instructions {
+ public:
+  explicit Instructions(int64_t rows = 16) {
+    Config config;
+    for (int tile = 0; tile < 8; tile++) config.rows[tile] = tile <= 4 ? std::clamp<int64_t>(rows, 1, 16) : 16;
+    settle_memory(&config);
+    _tile_loadconfig(&config);
+  }
+  ~Instructions() { _tile_release(); }
+  Instructions(const Instructions&) = delete;
+
+ private:
+  struct alignas(64) Config {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {};
+  };
+};
 
 #define FOR_EACH_SUM(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5)  // a tile's number is part of the instruction
 
@@ -81,7 +86,7 @@ inline void multiply_tiles(const BF16* w, int64_t inputs, const Group& group, co
   FOR_EACH_SUM(ZERO)
   settle_memory(x);
   for (int64_t k = 0; k < inputs; k += DEPTH, x += GROUPS * 16 * DEPTH) {
-    if (group.ahead) fetch_next(w + group.ahead * inputs, inputs, k, WIDTH);
+    fetch_next(group, w, inputs, k, 0, WIDTH);
     if (group.count == WIDTH && inputs - k >= DEPTH) {
       _tile_loadd(6, w + k, inputs * sizeof(BF16));
     } else {
