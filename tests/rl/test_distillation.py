@@ -194,11 +194,11 @@ def test_a_student_learns_back_what_noise_took_from_it(distiller):
         return x + (0.5 * jnp.std(x) * jax.random.normal(next(keys), x.shape)).astype(x.dtype)
 
     state, found = distiller.start(jax.tree.map(noised, teacher), jax.random.key(0)), []
-    for iteration in range(15):
+    for iteration in range(20):
         student = distiller.policy(state)
         rollout = Rollout.from_outputs(draw(student, config, SAMPLING, iteration), length=WIDTH)
         own = likeliest(student, rollout, SAMPLING, config=config, top_k=3)
         targets = likeliest(teacher, rollout, SAMPLING, config=config, top_k=3, also=own.token_ids)
         state, (update,) = distiller.train(state, rollout, None, targets=targets)
         found.append(update["distillation"])
-    assert np.mean(found[-3:]) < 0.8 * np.mean(found[:2]), found
+    assert np.mean(found[-3:]) < 0.7 * np.mean(found[:2]), found
