@@ -118,12 +118,12 @@ inline Blocks blocks_of(Arguments& given, const Ints& tables, const Ints& slots,
 // Pools hold 16-bit floats as such or as whole numbers of that size.
 inline Pages pages_of(Arguments& given, const Any& keys, const Any& values, int64_t type) {
   const auto k = given.sizes<4>("keys", keys), v = given.sizes<4>("values", values);
-  const int64_t pages = k[0], heads = k[1], width = 2 * k[2], size = k[3] / 2;
+  const int64_t pages = k[0], heads = k[1], width = k[3] / 16, size = 16 * k[2];
   given.that(type >= 0 && type <= int64_t(Type::BF16), "type", "is no type of floats");
   const size_t bytes = Type(type) == Type::F32 ? 4 : 2;
   given.that(heads >= 1, "keys", "have no heads");
   given.that(width >= 1 && width <= 256, "keys", "must have heads of at most 256");
-  given.that(k[3] >= 1 && k[3] % 32 == 0, "keys", "must have pages of whole groups of 16 tokens, in pairs");
+  given.that(k[2] >= 1 && k[3] % 32 == 0, "keys", "must have pages of whole groups of 16 tokens, in pairs");
   given.that(v == std::array{pages, heads, size / 2, 2 * ceil_to(width, 16)}, "values",
              "must have the keys' sizes, in rows of pairs of whole groups of 16");
   given.that(ffi::ByteWidth(keys.element_type()) == bytes, "keys", "are of another size than their type");

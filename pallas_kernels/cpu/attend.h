@@ -10,6 +10,7 @@
 // added to it, with weights of 0.
 
 constexpr int64_t SPLIT = 1024;
+constexpr int64_t MOST_HEADS = 16;  // that a thread attends together
 
 // Blocks of one sequence that follow each other are attended together, as one with more tokens, because so its keys are
 // read once.
@@ -41,12 +42,11 @@ struct Queries {
   const float* at(int64_t i) const { return q + i / group * stride + i % group * width; }
 };
 
-// Queries from `first` on, as many as there are up to ROWS.
+// `rows` queries from `first` on.
 template <class T>
-inline void take_queries(const Queries& queries, int64_t first, Band<T>& band) {
-  band.rows = std::min(queries.count - first, ROWS);
-  const int64_t height = ceil_to(band.rows, 16), chunks = ceil_div(queries.width, CHUNK);
-  for (int64_t i = 0; i < band.rows; i++)
+inline void take_queries(const Queries& queries, int64_t first, int64_t rows, Rounded<T>& rounded) {
+  const int64_t height = ceil_to(rows, 16), chunks = ceil_div(queries.width, CHUNK);
+  for (int64_t i = 0; i < rows; i++)
     for (int64_t chunk = 0; chunk < chunks; chunk++) {
       Lanes halves[2];
       for (int64_t half = 0; half < 2; half++) {
@@ -54,35 +54,75 @@ inline void take_queries(const Queries& queries, int64_t first, Band<T>& band) {
         const Lanes x = widen_some(queries.at(first + i) + at, std::max<int64_t>(queries.width - at, 0));
         halves[half] = where_nan(x, set(std::numeric_limits<float>::quiet_NaN()), x);
       }
-      Products<T>::put(band.q[chunk][i], halves[0], halves[1]);
+      Products<T>::put(rounded[chunk][i], halves[0], halves[1]);
     }
-  for (int64_t i = band.rows; i < height; i++) {
-    for (int64_t chunk = 0; chunk < chunks; chunk++) std::memset(band.q[chunk][i], 0, sizeof(band.q[chunk][i]));
-    for (auto& weights : band.weights) std::memset(weights[i], 0, sizeof(weights[i]));
+  for (int64_t i = rows; i < height; i++)
+    for (int64_t chunk = 0; chunk < chunks; chunk++) std::memset(rounded[chunk][i], 0, sizeof(rounded[chunk][i]));
+}
+
+struct Task {  // a run's queries of some neighbouring key heads; of one, where they are more than ROWS
+  Run run;
+  int64_t head, heads;
+  Queries first;  // those of the first head
+  const int32_t* table;
+  Queries of(int64_t h) const {
+    Queries queries = first;
+    queries.q += h * first.group * first.width;
+    return queries;
   }
+  int64_t splits() const { return ceil_div(first.longest(), SPLIT); }
+};
+
+struct Softmaxes {  // of a task's heads, one after the other
+  float* memory;
+  int64_t queries, width;
+  static int64_t floats(int64_t queries, int64_t width) { return ceil_to(Softmax::floats(queries, width), LANES); }
+  Softmax of(int64_t h) const { return Softmax::at(memory + h * floats(queries, width), queries, width); }
+};
+
+// What a thread keeps between calls.
+template <class T>
+struct Own {
+  Band<T> band;
+  Rounded<T> q[MOST_HEADS];
+};
+template <class T>
+inline Own<T>& own_memory() {
+  static thread_local Scratch own;
+  return *(Own<T>*)own.floats(sizeof(Own<T>) / sizeof(float));
 }
 
 // The softmax of every query over the keys of one split; empty for queries that end before it. `after` is the tile that
-// the thread will probably take next.
+// the thread will probably take next. A tile is taken by one head after the other, because those lie side by side in a
+// page, and memory is read faster so.
 template <class T>
-inline void attend_split(const Pages& pages, const int32_t* table, int64_t head, const Queries& queries, int64_t split,
-                         const Tile<T>& after, Band<T>& band, const Softmax& softmax) {
+inline void attend_split(const Pages& pages, const Task& task, int64_t split, const Tile<T>& after,
+                         const Softmaxes& all) {
+  Own<T>& own = own_memory<T>();
+  Band<T>& band = own.band;
+  const Queries& queries = task.first;
   const int64_t first = split * SPLIT;
-  softmax.begin(queries.count);
+  for (int64_t h = 0; h < task.heads; h++) all.of(h).begin(queries.count);
   for (int64_t i = 0; i < queries.count; i += ROWS) {
-    take_queries(queries, i, band);
+    band.rows = std::min(queries.count - i, ROWS);
+    for (int64_t h = 0; h < task.heads; h++) take_queries<T>(task.of(h), i, band.rows, own.q[h]);
+    for (auto& chunk : band.weights)
+      std::memset(chunk + band.rows, 0, (ceil_to(band.rows, 16) - band.rows) * sizeof(chunk[0]));
     int64_t lengths[ROWS];
     for (int64_t j = 0; j < band.rows; j++) lengths[j] = queries.length(i + j);
     const int64_t last = std::min(first + SPLIT, lengths[band.rows - 1]);
-    Tile<T> tile = locate<T>(pages, table, head, first, last);
-    for (int64_t at = first; at < last; at += TILE) {
-      const bool is_last = at + TILE >= last;
-      Tile<T> next = {};
-      if (!is_last) next = locate<T>(pages, table, head, at + TILE, last);
-      else if (i + ROWS >= queries.count) next = after;
-      take_tile(pages, tile, next, i > 0 && !is_last, at, lengths, band, softmax.from(i));
-      tile = next;
-    }
+    Tile<T> tile = locate<T>(pages, task.table, task.head, first, last);
+    for (int64_t at = first; at < last; at += TILE)
+      for (int64_t h = 0; h < task.heads; h++) {
+        const bool is_last_head = h + 1 == task.heads, is_last = at + TILE >= last && is_last_head;
+        const int64_t head = task.head + (is_last_head ? 0 : h + 1), then = at + (is_last_head ? TILE : 0);
+        Tile<T> next = {};
+        if (!is_last) next = locate<T>(pages, task.table, head, then, last);
+        else if (i + ROWS >= queries.count) next = after;
+        band.q = &own.q[h];
+        take_tile(pages, tile, next, i > 0 && !is_last, at, lengths, band, all.of(h).from(i));
+        tile = next;
+      }
   }
 }
 
@@ -116,84 +156,75 @@ inline void finish(const Attention& a, const Run& run, int64_t head, const Queri
 }
 
 template <class T>
-inline Band<T>& own_band() {  // the thread's
-  static thread_local Scratch own;
-  return *(Band<T>*)own.floats(sizeof(Band<T>) / sizeof(float));
-}
-
-struct Task {  // a run's queries of a key head
-  Run run;
-  int64_t head;
-  Queries queries;
-  const int32_t* table;
-  int64_t splits() const { return ceil_div(queries.longest(), SPLIT); }
-};
-
-template <class T>
 inline void attend_all(Threads& threads, const Attention& a) {
   const Pages& pages = a.pages;
   const Blocks& blocks = a.blocks;
-  const int64_t group = a.queries / pages.heads, width = pages.value_width;
+  const int64_t group = a.queries / pages.heads, width = pages.value_width, some = 8 * threads.count();
   // As few tasks as that all threads end at about the same time.
-  const std::vector<Run> runs =
-      runs_of(blocks, std::clamp<int64_t>(blocks.live * pages.heads / (8 * threads.count()), 1, 8));
-  const int64_t count = runs.size(), tasks = count * pages.heads;
+  const std::vector<Run> runs = runs_of(blocks, std::clamp<int64_t>(blocks.live * pages.heads / some, 1, 8));
+  if (runs.empty()) return;
   int64_t longest = 0, most = 0;
   for (const Run& run : runs) {
     if (run.tokens) longest = std::max<int64_t>(longest, blocks.starts[run.block] + run.tokens);
     most = std::max(most, run.tokens * group);
   }
+  const int64_t count = runs.size(), splits = std::max<int64_t>(ceil_div(longest, SPLIT), 1);
+  const int64_t least = most > ROWS ? pages.heads : ceil_div(some, count * splits);
+  const int64_t heads = std::min(ceil_div(pages.heads, std::min(least, pages.heads)), MOST_HEADS);
+  const int64_t parts = ceil_div(pages.heads, heads), tasks = count * parts;
   // Neighbours have the same keys where runs are of one sequence, or keys that lie next to each other.
   const auto task_of = [&](int64_t i) {
     const bool is_decode = most == group;
-    const Run& run = runs[is_decode ? i / pages.heads : i % count];
-    const int64_t head = is_decode ? i % pages.heads : i / count, stride = a.queries * pages.key_width;
+    const Run& run = runs[is_decode ? i / parts : i % count];
+    const int64_t head = (is_decode ? i % parts : i / count) * heads, stride = a.queries * pages.key_width;
     const float* q = a.q + run.first_row * stride + head * group * pages.key_width;
     const Queries queries = {run.tokens * group, group, blocks.starts[run.block], pages.key_width, q, stride};
-    return Task{run, head, queries, run.tokens ? blocks.table(run.block) : nullptr};
+    const int32_t* table = run.tokens ? blocks.table(run.block) : nullptr;
+    return Task{run, head, std::min(heads, pages.heads - head), queries, table};
   };
   using Ready = typename Products<T>::Ready;
-  const int64_t splits = std::max<int64_t>(ceil_div(longest, SPLIT), 1);
-  const int64_t floats = ceil_to(Softmax::floats(most, width), LANES);
+  const int64_t floats = heads * Softmaxes::floats(most, width);
 
   if (splits == 1 || tasks >= 4 * threads.count()) {  // enough to do for every thread
     parallel(threads, tasks, [&](int64_t i) {
       static thread_local Scratch own;
       float* memory = own.floats(2 * floats);
-      const Softmax whole = Softmax::at(memory, most, width), next = Softmax::at(memory + floats, most, width);
+      const Softmaxes whole = {memory, most, width}, next = {memory + floats, most, width};
       const Task task = task_of(i);
-      const Ready ready(task.queries.count);
+      const Ready ready(task.first.count);
       for (int64_t split = 0; split < task.splits(); split++) {
         Tile<T> after = {};  // the first keys of the next split, or of the task that the thread will probably take next
         const bool is_last = split + 1 == task.splits();
         if (!is_last || i + threads.count() < tasks) {
           const Task then = is_last ? task_of(i + threads.count()) : task;
           const int64_t first = is_last ? 0 : (split + 1) * SPLIT;
-          after = locate<T>(pages, then.table, then.head, first, then.queries.longest());
+          after = locate<T>(pages, then.table, then.head, first, then.first.longest());
         }
-        attend_split(pages, task.table, task.head, task.queries, split, after, own_band<T>(), split ? next : whole);
-        if (split) join(task.queries, split, whole, next);
+        attend_split(pages, task, split, after, split ? next : whole);
+        for (int64_t h = 0; split && h < task.heads; h++) join(task.first, split, whole.of(h), next.of(h));
       }
-      finish<T>(a, task.run, task.head, task.queries, whole);
+      for (int64_t h = 0; h < task.heads; h++) finish<T>(a, task.run, task.head + h, task.first, whole.of(h));
     });
     return;
   }
   static thread_local Scratch of_all;
   float* memory = of_all.floats(tasks * splits * floats);
+  const auto softmaxes = [&](int64_t i, int64_t split) {
+    return Softmaxes{memory + (i * splits + split) * floats, most, width};
+  };
   parallel(threads, tasks * splits, [&](int64_t i) {
     const Task task = task_of(i / splits);
     if (i % splits >= task.splits()) return;
-    const Ready ready(task.queries.count);
-    const Softmax part = Softmax::at(memory + i * floats, most, width);
-    attend_split(pages, task.table, task.head, task.queries, i % splits, {}, own_band<T>(), part);
+    const Ready ready(task.first.count);
+    attend_split<T>(pages, task, i % splits, {}, softmaxes(i / splits, i % splits));
   });
   parallel(threads, tasks, [&](int64_t i) {
     const Task task = task_of(i);
-    float* own = memory + i * splits * floats;
-    const Softmax whole = Softmax::at(own, most, width);
-    for (int64_t split = 1; split < task.splits(); split++)
-      join(task.queries, split, whole, Softmax::at(own + split * floats, most, width));
-    finish<T>(a, task.run, task.head, task.queries, whole);
+    for (int64_t h = 0; h < task.heads; h++) {
+      const Softmax whole = softmaxes(i, 0).of(h);
+      for (int64_t split = 1; split < task.splits(); split++) join(task.first, split, whole, softmaxes(i, split).of(h));
+      finish<T>(a, task.run, task.head + h, task.first, whole);
+    }
   });
 }
 

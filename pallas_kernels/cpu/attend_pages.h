@@ -1,8 +1,8 @@
 // Keys and values as they lie in pages. Included by a body, inside its namespace.
 //
 // Both are the right side of a product: pairs of what is summed over are neighbours, and lanes are next to each other.
-// Of keys those are pairs of the head and lanes of tokens, [head width / 2, tokens, 2]; of values pairs of tokens and
-// lanes of the head, [tokens / 2, value width, 2].
+// Of keys those are pairs of the head and lanes of tokens, [tokens / 16, head width / 2, 16, 2]; of values pairs of tokens
+// and lanes of the head, [tokens / 2, value width, 2].
 
 constexpr int64_t TILE = 64, LANES = 16, CHUNK = DEPTH;  // keys of a step of the softmax; members of a sum from zero
 constexpr int64_t SIXTEENS = TILE / LANES, CHUNKS = TILE / CHUNK, WIDEST = 256;
@@ -26,7 +26,7 @@ inline Tile<T> locate(const Pages& pages, const int32_t* table, int64_t head, in
     const int64_t key = first + i * LANES;
     if (key >= length) break;
     const int64_t at = int64_t(table[key / pages.size]) * pages.heads + head, cell = key % pages.size;
-    tile.keys[i] = (const T*)pages.keys + at * pages.key_width * pages.size + 2 * cell;
+    tile.keys[i] = (const T*)pages.keys + (at * pages.size + cell) * pages.key_width;
     tile.values[i] = (const T*)pages.values + (at * pages.size + cell) * pages.value_width;
   }
   return tile;
@@ -48,7 +48,7 @@ inline void fetch_keys(const Pages& pages, const Tile<T>& tile, int64_t step) {
   const int64_t pairs = pages.key_width / 2, from = pairs * step / STEPS, to = pairs * (step + 1) / STEPS;
   for (int64_t i = 0; i < SIXTEENS && tile.keys[i]; i++)
     for (int64_t d = from; d < to; d++)
-      fetch<_MM_HINT_T1>(tile.keys[i] + d * 2 * pages.size, 2 * LANES * sizeof(T));
+      fetch<_MM_HINT_T1>(tile.keys[i] + d * 2 * LANES, 2 * LANES * sizeof(T));
 }
 template <class T>
 inline void fetch_values(const Pages& pages, const Tile<T>& tile, int64_t step) {
@@ -72,10 +72,9 @@ struct Spread {
 // The last members of the head, where they are no whole chunk, with zeros up to one.
 template <class T>
 inline void copy_last_keys(const Pages& pages, const T* keys, T* out) {
-  const int64_t first = pages.key_width / CHUNK * CHUNK, pairs = (pages.key_width - first) / 2;
+  const int64_t first = pages.key_width / CHUNK * CHUNK, count = pages.key_width - first;
   std::memset(out, 0, CHUNK * LANES * sizeof(T));
-  for (int64_t i = 0; i < pairs; i++)
-    std::memcpy(out + i * 2 * LANES, keys + (first + 2 * i) * pages.size, 2 * LANES * sizeof(T));
+  std::memcpy(out, keys + first * LANES, count * LANES * sizeof(T));
 }
 
 // The values of 32 keys from the tile's key `first` on, and zeros in the place of those from key `seen` on.

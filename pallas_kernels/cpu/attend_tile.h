@@ -27,11 +27,14 @@ struct Softmax {
   }
 };
 
+template <class T>
+using Rounded = typename Products<T>::Number[WIDEST / CHUNK][ROWS][CHUNK];  // queries of one key head
+
 // What a thread needs for up to ROWS queries of one key head, and a tile. Query i sees the tile's keys before seen[i].
 template <class T>
 struct Band {
   using Number = typename Products<T>::Number;
-  alignas(64) Number q[WIDEST / CHUNK][ROWS][CHUNK];
+  const Rounded<T>* q;
   alignas(64) float scores[ROWS][TILE];
   alignas(64) Number weights[CHUNKS][ROWS][CHUNK];
   alignas(64) float sums[ROWS][WIDEST];  // of queries that see other values
@@ -113,9 +116,9 @@ inline void score(const Pages& pages, const Tile<T>& tile, Band<T>& band, const 
   for (int64_t i = 0; whole < chunks && i < groups; i++) copy_last_keys(pages, tile.keys[i], band.keys[i]);
   const auto side = [&](int64_t chunk, int64_t group) {
     if (chunk == whole) return Side<T>{band.keys[group], 2 * LANES};
-    return Side<T>{tile.keys[group] + chunk * CHUNK * pages.size, 2 * pages.size};
+    return Side<T>{tile.keys[group] + chunk * CHUNK * LANES, 2 * LANES};
   };
-  Products<T>::multiply({band.rows, chunks, groups}, band.q[0][0], side, band.scores[0], TILE, true, fetch);
+  Products<T>::multiply({band.rows, chunks, groups}, (*band.q)[0][0], side, band.scores[0], TILE, true, fetch);
 }
 
 template <class T, class F>

@@ -40,42 +40,86 @@ class Alone final : public Threads {
   void start(std::function<void()> work) override { work(); }
 };
 
-// Products of one depth, so that no sum is hidden by a larger one, and of two, whose sums are added, the second one
-// whole or in part: rows times `leaves`
-// sets of outputs, of numbers from ranges of exponents in which sums round, cancel, leave the normal numbers, all of
-// these, and in which rows or weights are subnormal, which is to be zero.
-std::vector<float> depths_by(const Body& body) {
-  constexpr int64_t ROWS = 19, LEAVES = 64, OUTPUTS = 16, RANGES = 6;
-  constexpr struct Range { unsigned lowest, exponents; } ALL_NORMAL = {1, 200}, SMALLEST = {0, 2}, LARGE = {200, 12};
+struct Range { unsigned lowest, exponents; };
+
+class Random {
+ public:
+  void fill(std::vector<BF16>& numbers, const Range& range) {
+    for (BF16& each : numbers) {
+      const unsigned exponent = range.lowest + (next() >> 20) % range.exponents;
+      each = {uint16_t((state_ & 0x807f) | exponent << 7)};
+    }
+  }
+  void fill(std::vector<float>& numbers) {  // from -4 to 4
+    for (float& each : numbers) each = float(int32_t(next() >> 32)) * 0x1p-29f;
+  }
+
+ private:
+  uint64_t next() {  // Marsaglia's xorshift64
+    return state_ ^= state_ << 13, state_ ^= state_ >> 7, state_ ^= state_ << 17;
+  }
+  uint64_t state_ = 0x9e3779b97f4a7c15;
+};
+
+template <class T>
+void append(std::vector<char>& bytes, const std::vector<T>& numbers) {
+  const auto* first = (const char*)numbers.data();
+  bytes.insert(bytes.end(), first, first + numbers.size() * sizeof(T));
+}
+
+// Products of one depth, so that no sum is hidden by a larger one, and of two, whose sums are added; the second one and the
+// outputs whole or in part. Rows times `LEAVES` sets of outputs, of numbers from ranges of exponents in which sums round,
+// cancel, leave the normal numbers, all of these, and in which rows or weights are subnormal, which is to be zero.
+void products_by(const Body& body, std::vector<char>& found) {
+  constexpr int64_t ROWS = 19, LEAVES = 64, RANGES = 6;
+  constexpr Range ALL_NORMAL = {1, 200}, SMALLEST = {0, 2}, LARGE = {200, 12};
   constexpr Range OF_ROWS[RANGES] = {{120, 16}, {126, 2}, {60, 12}, ALL_NORMAL, SMALLEST, LARGE};
   constexpr Range OF_WEIGHTS[RANGES] = {{120, 16}, {126, 2}, {60, 12}, ALL_NORMAL, LARGE, SMALLEST};
-  uint64_t state = 0x9e3779b97f4a7c15;
-  const auto fill = [&](std::vector<BF16>& numbers, const Range& range) {
-    for (BF16& each : numbers) {
-      state ^= state << 13, state ^= state >> 7, state ^= state << 17;  // Marsaglia's xorshift64
-      const unsigned exponent = range.lowest + (state >> 20) % range.exponents;
-      each = {uint16_t((state & 0x807f) | exponent << 7)};
-    }
-  };
-  std::vector<float> found;
-  for (const int64_t inputs : {32, 40, 64})
+  constexpr struct { int64_t inputs, outputs; } SHAPES[] = {{32, 16}, {40, 13}, {64, 16}};
+  Random random;
+  for (const auto& [inputs, outputs] : SHAPES)
     for (int64_t range = 0; range < RANGES; range++) {
-      std::vector<BF16> x(ROWS * inputs), w(LEAVES * OUTPUTS * inputs);
-      std::vector<float> y(ROWS * LEAVES * OUTPUTS);
-      fill(x, OF_ROWS[range]), fill(w, OF_WEIGHTS[range]);
+      std::vector<BF16> x(ROWS * inputs), w(LEAVES * outputs * inputs);
+      std::vector<float> y(ROWS * LEAVES * outputs);
+      random.fill(x, OF_ROWS[range]), random.fill(w, OF_WEIGHTS[range]);
       const Array none = {nullptr, Type::F32};
       Alone alone;
-      body.product(alone, {Form::PLAIN, ROWS, ROWS, ROWS, LEAVES, OUTPUTS, inputs, {x.data(), Type::BF16}, none, 0.0f,
+      body.product(alone, {Form::PLAIN, ROWS, ROWS, ROWS, LEAVES, outputs, inputs, {x.data(), Type::BF16}, none, 0.0f,
                            true, {w.data(), Type::BF16}, none, nullptr, nullptr, y.data()});
-      found.insert(found.end(), y.begin(), y.end());
+      append(found, y);
     }
+}
+
+// A sequence's queries, keys and values and what they attend to: more than a tile of keys, whole and part-filled groups of
+// rows, of keys and of a head's numbers.
+void attended_by(const Body& body, std::vector<char>& found) {
+  constexpr int64_t BLOCKS = 6, TOKENS = 16, ROWS = BLOCKS * TOKENS, HEADS = 2, QUERIES = 6, WIDTH = 40, PADDED = 48;
+  std::vector<float> packed(ROWS * (QUERIES + 2 * HEADS) * WIDTH), frequencies(WIDTH / 2), q(ROWS * QUERIES * WIDTH);
+  std::vector<BF16> keys(ROWS * HEADS * WIDTH), values(ROWS * HEADS * PADDED), y(ROWS * QUERIES * WIDTH);
+  Random random;
+  random.fill(packed), random.fill(frequencies);
+  std::vector<int32_t> table, slots(BLOCKS, 0), starts, counts(BLOCKS, TOKENS);
+  for (int32_t i = 0; i < BLOCKS; i++) table.push_back(BLOCKS - 1 - i), starts.push_back(i * TOKENS);
+  counts.back() = 3;
+  const Array none = {nullptr, Type::F32};
+  const Blocks blocks = {BLOCKS, TOKENS, BLOCKS, table.data(), slots.data(), starts.data(), counts.data(), nullptr};
+  const Pages pages = {HEADS, TOKENS, WIDTH, PADDED, Type::BF16, keys.data(), values.data()};
+  Alone alone;
+  body.heads(alone, {1, QUERIES, WIDTH, packed.data(), frequencies.data(), none, none, 0.0f, 1.0f, 0.25f, blocks, pages,
+                     q.data()});
+  body.attend(alone, {QUERIES, q.data(), blocks, pages, y.data()});
+  append(found, q), append(found, keys), append(found, values), append(found, y);
+}
+
+std::vector<char> found_by(const Body& body) {
+  std::vector<char> found;
+  products_by(body, found), attended_by(body, found);
   return found;
 }
 
 // An instruction may sum in another order than its maker's other processors, or than an emulator that stands in for one.
 bool is_proven(const Body& body) {
-  const auto expected = depths_by(avx2_body), found = depths_by(body);
-  return std::memcmp(expected.data(), found.data(), expected.size() * sizeof(float)) == 0;
+  return found_by(avx2_body) == found_by(body);
 }
 
 struct Found {

@@ -22,7 +22,7 @@ from pallas_kernels.wanted import Wanted
 
 PLAIN, GATED, ADDED = range(3)  # Form in ops.h
 TYPES = ("float32", "float16", "bfloat16")  # Type in common.h
-WIDEST_HEAD, VALUE_UNIT, MOST_LEAVES = 256, 16, 128
+WIDEST_HEAD, LANES, MOST_LEAVES = 256, 16, 128
 
 
 class Live(NamedTuple):
@@ -129,9 +129,9 @@ def embed(
 
 
 def page_shapes(heads: int, num_pages: int, page_size: int, width: int, dtype: Any) -> tuple[Any, Any]:
-    """Shapes of a layer's keys `[P, K, h/2, 2p]` and values `[P, K, p/2, 2h]`, as `by_token` reads them.
+    """Shapes of a layer's keys `[P, K, p/16, 16h]` and values `[P, K, p/2, 2h]`, as `by_token` reads them.
 
-    Rows of values are padded to whole lanes.
+    Tokens of keys come in groups of 16, rows of values are padded to whole lanes.
 
     Raises ValueError for heads that are wider than the kernels take, or of an odd width.
     """
@@ -140,19 +140,19 @@ def page_shapes(heads: int, num_pages: int, page_size: int, width: int, dtype: A
             f"kernels 'cpu' take heads of an even width of at most {WIDEST_HEAD}, got head_dim={width}: "
             "take kernels 'xla'"
         )
-    keys = jax.ShapeDtypeStruct((num_pages, heads, width // 2, 2 * page_size), dtype)
-    return keys, jax.ShapeDtypeStruct((num_pages, heads, page_size // 2, 2 * ceil_to(width, VALUE_UNIT)), dtype)
+    keys = jax.ShapeDtypeStruct((num_pages, heads, page_size // LANES, LANES * width), dtype)
+    return keys, jax.ShapeDtypeStruct((num_pages, heads, page_size // 2, 2 * ceil_to(width, LANES)), dtype)
 
 
 def by_token(keys: Any, values: Any) -> tuple[Any, Any]:
     """Pages as `[P, p, K, h]`, of arrays of NumPy or JAX.
 
-    What attention sums over is stored in pairs: keys as `[P, K, h/2, p, 2]`, values as `[P, K, p/2, h, 2]`.
+    What attention sums over is stored in pairs: keys as `[P, K, p/16, h/2, 16, 2]`, values as `[P, K, p/2, h, 2]`.
     """
-    pages, heads, pairs, size = keys.shape[0], keys.shape[1], keys.shape[2], keys.shape[3] // 2
-    keys = keys.reshape(pages, heads, pairs, size, 2).transpose(0, 3, 1, 2, 4)
+    pages, heads, size, width = keys.shape[0], keys.shape[1], LANES * keys.shape[2], keys.shape[3] // LANES
+    keys = keys.reshape(pages, heads, -1, width // 2, LANES, 2).transpose(0, 2, 4, 1, 3, 5)
     values = values.reshape(pages, heads, size // 2, -1, 2).transpose(0, 2, 4, 1, 3)
-    return keys.reshape(pages, size, heads, 2 * pairs), values.reshape(pages, size, heads, -1)[..., : 2 * pairs]
+    return keys.reshape(pages, size, heads, width), values.reshape(pages, size, heads, -1)[..., :width]
 
 
 def rotate_and_write(

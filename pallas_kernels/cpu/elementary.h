@@ -77,19 +77,26 @@ inline double log(double x) {  // of a positive finite number; NaN of all others
   return 2 * s * series + double(exponent) * 0.6931471805599453;
 }
 
-// Cosine and sine of an angle below a million or so, in float64: quarter turns are taken off by pi/2 in two parts, of
-// which the first times a whole number of 20 bits is exact.
-inline void cos_sin(float angle, double* cosine, double* sine) {
-  const double x = angle, turns = x * 0.6366197723675814;
-  const int64_t n = int64_t(turns < 0 ? turns - 0.5 : turns + 0.5);
-  const double r = (x - double(n) * 1.57079632673412561417e+00) - double(n) * 6.07710050650619224932e-11;
-  const double square = r * r;
-  double c = 1, s = 1;
+// Cosines and sines of eight angles below a million or so, in float64: quarter turns are taken off by pi/2 in two parts,
+// of which the first times a whole number of 20 bits is exact.
+inline void cos_sin(const float* angles, float* cosines, float* sines) {
+  using Doubles = double __attribute__((vector_size(64)));
+  using Whole = int64_t __attribute__((vector_size(64)));
+  Doubles x;
+  for (int i = 0; i < 8; i++) x[i] = angles[i];
+  const Doubles turns = x * 0.6366197723675814;
+  const Whole n = __builtin_convertvector(turns < 0 ? turns - 0.5 : turns + 0.5, Whole);
+  const Doubles quarters = __builtin_convertvector(n, Doubles);
+  const Doubles r = (x - quarters * 1.57079632673412561417e+00) - quarters * 6.07710050650619224932e-11;
+  const Doubles square = r * r;
+  Doubles c = r * 0 + 1, s = c;
   for (int k = 16; k >= 2; k -= 2) {
     c = 1 - c * square * (1.0 / (k * (k - 1)));
     s = 1 - s * square * (1.0 / (k * (k + 1)));
   }
   s *= r;
-  *cosine = n & 1 ? (n & 2 ? s : -s) : (n & 2 ? -c : c);
-  *sine = n & 1 ? (n & 2 ? -c : c) : (n & 2 ? -s : s);
+  const Whole is_odd = (n & 1) != 0, is_back = (n & 2) != 0;
+  const Doubles cosine = is_odd ? (is_back ? s : -s) : (is_back ? -c : c);
+  const Doubles sine = is_odd ? (is_back ? -c : c) : (is_back ? -s : s);
+  for (int i = 0; i < 8; i++) cosines[i] = float(cosine[i]), sines[i] = float(sine[i]);
 }

@@ -4,49 +4,51 @@
 // Keys and values lie in a page as attend_pages.h has them. Columns of the projection lie by leaf: a leaf's queries, its
 // keys, its values.
 
-struct Turn { float cosine, sine; };
+constexpr int64_t MOST_ANGLES = 128;  // of a head
 
-inline void rotate(float* x, int64_t width, const Turn* turns) {
+struct Turns { alignas(64) float cosines[MOST_ANGLES], sines[MOST_ANGLES]; };
+
+inline void find_turns(const Heads& h, int64_t position, Turns& turns) {
+  float angles[MOST_ANGLES] = {};
+  for (int64_t i = 0; i < h.width / 2; i++) angles[i] = float(position) * h.frequencies[i];
+  for (int64_t i = 0; i < h.width / 2; i += 8) cos_sin(angles + i, turns.cosines + i, turns.sines + i);
+  for (int64_t i = 0; i < h.width / 2; i++) turns.cosines[i] *= h.rope_factor, turns.sines[i] *= h.rope_factor;
+}
+
+inline void rotate(float* x, int64_t width, const Turns& turns) {
   for (int64_t i = 0; i < width / 2; i++) {
-    const float a = x[i], b = x[width / 2 + i], c = turns[i].cosine, s = turns[i].sine;
+    const float a = x[i], b = x[width / 2 + i], c = turns.cosines[i], s = turns.sines[i];
     x[i] = a * c - b * s, x[width / 2 + i] = b * c + a * s;
   }
 }
 
 template <class T>
 inline void write_key(const Pages& pages, int64_t page, int64_t head, int64_t cell, const float* x) {
-  T* out = (T*)pages.keys + (page * pages.heads + head) * pages.key_width * pages.size + 2 * cell;
+  const int64_t first = (page * pages.heads + head) * pages.size + cell / LANES * LANES;
+  T* out = (T*)pages.keys + first * pages.key_width + cell % LANES * 2;
   for (int64_t i = 0; i < pages.key_width; i += 16) {
     T narrowed[16];
     narrow(narrowed, widen_some(x + i, pages.key_width - i));
     for (int64_t j = i; j < std::min(i + 16, pages.key_width); j += 2)
-      std::memcpy(out + j * pages.size, narrowed + j - i, 2 * sizeof(T));
+      std::memcpy(out + j * LANES, narrowed + j - i, 2 * sizeof(T));
   }
 }
 
 template <class T>
 inline void write_value(const Pages& pages, int64_t page, int64_t head, int64_t cell, const float* x) {
-  T* out = (T*)pages.values + ((page * pages.heads + head) * pages.size + cell / 2 * 2) * pages.value_width + cell % 2;
-  for (int64_t i = 0; i < pages.value_width; i += 16) {
-    T narrowed[16];
-    narrow(narrowed, widen_some(x + i, std::max<int64_t>(pages.key_width - i, 0)));
-    for (int64_t j = 0; j < 16; j++) out[2 * (i + j)] = narrowed[j];  // the other token's may be written meanwhile
-  }
+  T* out = (T*)pages.values + ((page * pages.heads + head) * pages.size + cell / 2 * 2) * pages.value_width;
+  for (int64_t i = 0; i < pages.value_width; i += 16)  // the other token's may be written meanwhile
+    narrow_to_pairs(out + 2 * i, cell % 2, widen_some(x + i, std::max<int64_t>(pages.key_width - i, 0)));
 }
 
 template <class T>
 inline void heads_of_row(const Heads& h, int64_t m, int64_t position, int64_t page) {
-  constexpr int64_t WIDEST = 256;
-  Turn turns[WIDEST / 2];
-  for (int64_t i = 0; i < h.width / 2; i++) {
-    double cosine, sine;
-    cos_sin(float(position) * h.frequencies[i], &cosine, &sine);
-    turns[i] = {float(cosine) * h.rope_factor, float(sine) * h.rope_factor};
-  }
+  Turns turns;
+  find_turns(h, position, turns);
   const int64_t queries = h.queries / h.leaves, keys = h.pages.heads / h.leaves, cell = position % h.pages.size;
   const float* row = h.packed + m * h.leaves * (queries + 2 * keys) * h.width;
   const size_t bytes = h.width * sizeof(float);
-  alignas(64) float x[WIDEST];
+  alignas(64) float x[2 * MOST_ANGLES];
   for (int64_t leaf = 0; leaf < h.leaves; leaf++) {
     const int64_t begin = leaf * (queries + 2 * keys);
     for (int64_t i = 0; i < queries; i++) {

@@ -148,6 +148,22 @@ inline void narrow(BF16* p, Lanes a) {
 }
 #endif
 
+// Sixteen numbers become the first or the second members of sixteen pairs; the other members are not touched.
+template <class T>
+inline void narrow_to_pairs(T* pairs, int64_t member, Lanes a) {
+  T narrowed[16];
+  narrow(narrowed, a);
+#ifdef WITH_AVX512
+  if constexpr (sizeof(T) == 2) {
+    const __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)narrowed));
+    if (member == 0) _mm512_mask_storeu_epi16(pairs, 0x55555555, words);
+    else _mm512_mask_storeu_epi16(pairs, 0xaaaaaaaa, _mm512_slli_epi32(words, 16));
+    return;
+  }
+#endif
+  for (int64_t i = 0; i < 16; i++) pairs[2 * i + member] = narrowed[i];
+}
+
 // The first n of sixteen, and `others` in the place of the rest.
 template <class T>
 inline Lanes widen_some(const T* p, int64_t n, T others = {}) {

@@ -32,7 +32,7 @@ struct Embedding {
 };
 
 struct Pages {
-  // Keys [pages, heads, key_width / 2, size, 2], values [pages, heads, size / 2, value_width, 2].
+  // Keys [pages, heads, size / 16, key_width / 2, 16, 2], values [pages, heads, size / 2, value_width, 2].
   int64_t heads, size, key_width, value_width;
   Type type;
   void *keys, *values;

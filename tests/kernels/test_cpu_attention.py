@@ -229,12 +229,12 @@ def test_what_is_written(dtype):
 
 
 def test_pages_by_token():
-    """Pairs of the head of a token are neighbours, and pairs of tokens of a number of the head."""
-    keys, values = (np.arange(np.prod(x.shape)).reshape(x.shape) for x in calls.page_shapes(2, 3, 16, 24, jnp.uint16))
+    """Pairs of the head of a token are neighbours, sixteen tokens apart; and pairs of tokens of a number of the head."""
+    keys, values = (np.arange(np.prod(x.shape)).reshape(x.shape) for x in calls.page_shapes(2, 3, 32, 24, jnp.uint16))
     k, v = calls.by_token(keys, values)
-    assert k.shape == v.shape == (3, 16, 2, 24)
+    assert k.shape == v.shape == (3, 32, 2, 24)
     for page, token, head, i in np.random.default_rng(0).integers(0, k.shape, (50, 4)):
-        assert k[page, token, head, i] == keys[page, head, i // 2, 2 * token + i % 2]
+        assert k[page, token, head, i] == keys[page, head, token // 16, i // 2 * 32 + token % 16 * 2 + i % 2]
         assert v[page, token, head, i] == values[page, head, token // 2, 2 * i + token % 2]
 
 

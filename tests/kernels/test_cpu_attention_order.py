@@ -83,7 +83,7 @@ class Case:
         """Pages [P, p, K, h] as the kernels have them."""
         shapes = calls.page_shapes(self.heads, len(k), self.page_size, self.width, jnp.float32)
         padding = shapes[1].shape[3] // 2 - self.width
-        k = k.reshape(*k.shape[:3], -1, 2).transpose(0, 2, 3, 1, 4)
+        k = k.reshape(len(k), -1, calls.LANES, self.heads, self.width // 2, 2).transpose(0, 3, 1, 4, 2, 5)
         v = np.pad(v, ((0, 0), (0, 0), (0, 0), (0, padding))).reshape(len(v), -1, 2, self.heads, self.width + padding)
         stored = (jnp.asarray(x).astype(self.dtype) for x in (k, v.transpose(0, 3, 1, 4, 2)))
         storage = jnp.float32 if self.dtype == "float32" else jnp.uint16
