@@ -205,7 +205,7 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9  # of an accelerator's memory, what others use included: how the pool is sized
     enable_prefix_caching: bool = True
     decode_steps: int = 1  # decode steps that one dispatch runs
-    overlap: bool = False  # schedule the next step before the last one's tokens are known
+    overlap: bool = True  # schedule the next step before the last one's tokens are known
     max_logprobs: int = 20  # a request may ask for; -1: the whole vocabulary, and every step makes room for it
     compile_patience: int = 16  # steps that a better fitting tile is wanted before it is compiled
     max_waiting: int = 100_000
@@ -271,8 +271,8 @@ class EngineConfig:
 # tokens a second, however long one of them waits; a service wants little time between a request's tokens, an early
 # refusal instead of a long queue, and no request that waits while a better fitting step is compiled.
 PROFILES: dict[str, dict[str, int | bool]] = {
-    "rl": dict(max_num_seqs=256, overlap=True, max_waiting=100_000, compile_patience=16),
-    "serving": dict(max_num_seqs=64, overlap=True, max_waiting=8_192, compile_patience=256),
+    "rl": dict(max_num_seqs=256, max_waiting=100_000, compile_patience=16),
+    "serving": dict(max_num_seqs=64, max_waiting=8_192, compile_patience=256),
 }
 
 

@@ -176,12 +176,16 @@ class Session:
                 yield RequestDelta(request.request_id, deltas, False)
 
     def growing(self, request: Request) -> Iterator[RequestOutput]:
-        """The request's whole output again and again as it grows; the last one is finished.
+        """The request's whole output each time that it has grown; the last one is finished.
 
         Closing the iterator aborts it.
         """
-        for output, _ in self._watched(request, lambda: self.output(request)):
-            yield output
+        shown = 0  # tokens
+        for output, finished in self._watched(request, lambda: self.output(request)):
+            count = sum(len(sample.token_ids) for sample in output.outputs)
+            if finished or count > shown:
+                shown = count
+                yield output
 
     def _watched(self, request: Request, read: Callable[[], T]) -> Iterator[tuple[T, bool]]:
         """(what `read` gives, whether the request has ended) after each step; the last time it has."""

@@ -38,7 +38,7 @@ def test_its_forms(sound):
 
 
 def test_the_engine_is_as_before(tiny, sound):
-    assert not tiny.engine.has_work and not tiny.engine_config.overlap
+    assert not tiny.engine.has_work and tiny.engine_config.overlap
     tiny.engine.scheduler.check_integrity()
 
 

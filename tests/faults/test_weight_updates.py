@@ -296,8 +296,8 @@ def test_what_was_delivered_is_never_drawn_again(llm, model, other, monkeypatch)
             and found.token_logprobs[:5].tobytes() == shown.token_logprobs.tobytes()
         )
     assert [(span.version, span.start, span.stop) for span in found.weight_versions] == [
-        (llm.weights_version - 1, 0, 5),
-        (llm.weights_version, 5, 12),
+        (llm.weights_version - 1, 0, 6),  # the sixth was being drawn
+        (llm.weights_version, 6, 12),
     ]
     llm.update_params(model[1])
 
