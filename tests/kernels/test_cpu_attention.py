@@ -229,7 +229,7 @@ def test_what_is_written(dtype):
 
 
 def test_pages_by_token():
-    """Pairs of the head of a token are neighbours, sixteen tokens apart; and pairs of tokens of a number of the head."""
+    """Pairs of the head of a token are neighbours, by sixteen tokens; and pairs of tokens of a number of the head."""
     keys, values = (np.arange(np.prod(x.shape)).reshape(x.shape) for x in calls.page_shapes(2, 3, 32, 24, jnp.uint16))
     k, v = calls.by_token(keys, values)
     assert k.shape == v.shape == (3, 32, 2, 24)
