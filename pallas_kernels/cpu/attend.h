@@ -162,15 +162,14 @@ inline void attend_all(Threads& threads, const Attention& a) {
   const int64_t group = a.queries / pages.heads, width = pages.value_width, some = 8 * threads.count();
   // As few tasks as that all threads end at about the same time.
   const std::vector<Run> runs = runs_of(blocks, std::clamp<int64_t>(blocks.live * pages.heads / some, 1, 8));
-  if (runs.empty()) return;
-  int64_t longest = 0, most = 0;
+  int64_t longest = 0, total = 0, most = 0;
   for (const Run& run : runs) {
-    if (run.tokens) longest = std::max<int64_t>(longest, blocks.starts[run.block] + run.tokens);
-    most = std::max(most, run.tokens * group);
+    const int64_t length = run.tokens ? blocks.starts[run.block] + run.tokens : 0;
+    longest = std::max(longest, length), total += length, most = std::max(most, run.tokens * group);
   }
   const int64_t count = runs.size(), splits = std::max<int64_t>(ceil_div(longest, SPLIT), 1);
-  const int64_t least = most > ROWS ? pages.heads : ceil_div(some, count * splits);
-  const int64_t heads = std::min(ceil_div(pages.heads, std::min(least, pages.heads)), MOST_HEADS);
+  const int64_t least = most > ROWS ? pages.heads : ceil_div(some * longest, std::max<int64_t>(total, 1));
+  const int64_t heads = std::min(ceil_div(pages.heads, std::clamp<int64_t>(least, 1, pages.heads)), MOST_HEADS);
   const int64_t parts = ceil_div(pages.heads, heads), tasks = count * parts;
   // Neighbours have the same keys where runs are of one sequence, or keys that lie next to each other.
   const auto task_of = [&](int64_t i) {
