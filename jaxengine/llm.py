@@ -293,6 +293,8 @@ class LLM:
     ) -> int:
         """Run other weights from the next token on; returns their version, which every token of theirs carries.
 
+        A token that a step is drawing (`overlap`) is the old weights', and says so.
+
         `params` are a pytree as `llm.params` is, or weights under Hugging Face's names: a folder's path, a dict from
         names to arrays (numpy's, JAX's, PyTorch's), or pairs of them in any order (models/named_weights.py).
 

@@ -14,6 +14,16 @@ struct Side {
   int64_t stride;
 };
 
+// Where a head of a page has the keys of sixteen tokens, or the values of two, from token `cell` on.
+template <class T>
+inline T* keys_at(const Pages& pages, int64_t page, int64_t head, int64_t cell) {
+  return (T*)pages.keys + ((page * pages.heads + head) * pages.size + cell) * pages.key_width;
+}
+template <class T>
+inline T* values_at(const Pages& pages, int64_t page, int64_t head, int64_t cell) {
+  return (T*)pages.values + ((page * pages.heads + head) * pages.size + cell) * pages.value_width;
+}
+
 template <class T>
 struct Tile {  // pointers to 16 keys and values each; those after the context are null
   const T *keys[SIXTEENS], *values[SIXTEENS];
@@ -25,9 +35,8 @@ inline Tile<T> locate(const Pages& pages, const int32_t* table, int64_t head, in
   for (int64_t i = 0; i < SIXTEENS; i++) {
     const int64_t key = first + i * LANES;
     if (key >= length) break;
-    const int64_t at = int64_t(table[key / pages.size]) * pages.heads + head, cell = key % pages.size;
-    tile.keys[i] = (const T*)pages.keys + (at * pages.size + cell) * pages.key_width;
-    tile.values[i] = (const T*)pages.values + (at * pages.size + cell) * pages.value_width;
+    const int64_t page = table[key / pages.size], cell = key % pages.size;
+    tile.keys[i] = keys_at<T>(pages, page, head, cell), tile.values[i] = values_at<T>(pages, page, head, cell);
   }
   return tile;
 }

@@ -89,7 +89,7 @@ inline void cos_sin(const float* angles, float* cosines, float* sines) {
   const Doubles quarters = __builtin_convertvector(n, Doubles);
   const Doubles r = (x - quarters * 1.57079632673412561417e+00) - quarters * 6.07710050650619224932e-11;
   const Doubles square = r * r;
-  Doubles c = r * 0 + 1, s = c;
+  Doubles c = Doubles{} + 1, s = c;
   for (int k = 16; k >= 2; k -= 2) {
     c = 1 - c * square * (1.0 / (k * (k - 1)));
     s = 1 - s * square * (1.0 / (k * (k + 1)));

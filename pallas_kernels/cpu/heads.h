@@ -4,12 +4,10 @@
 // Keys and values lie in a page as attend_pages.h has them. Columns of the projection lie by leaf: a leaf's queries, its
 // keys, its values.
 
-constexpr int64_t MOST_ANGLES = 128;  // of a head
-
-struct Turns { alignas(64) float cosines[MOST_ANGLES], sines[MOST_ANGLES]; };
+struct Turns { alignas(64) float cosines[WIDEST / 2], sines[WIDEST / 2]; };
 
 inline void find_turns(const Heads& h, int64_t position, Turns& turns) {
-  float angles[MOST_ANGLES] = {};
+  float angles[WIDEST / 2] = {};
   for (int64_t i = 0; i < h.width / 2; i++) angles[i] = float(position) * h.frequencies[i];
   for (int64_t i = 0; i < h.width / 2; i += 8) cos_sin(angles + i, turns.cosines + i, turns.sines + i);
   for (int64_t i = 0; i < h.width / 2; i++) turns.cosines[i] *= h.rope_factor, turns.sines[i] *= h.rope_factor;
@@ -24,8 +22,7 @@ inline void rotate(float* x, int64_t width, const Turns& turns) {
 
 template <class T>
 inline void write_key(const Pages& pages, int64_t page, int64_t head, int64_t cell, const float* x) {
-  const int64_t first = (page * pages.heads + head) * pages.size + cell / LANES * LANES;
-  T* out = (T*)pages.keys + first * pages.key_width + cell % LANES * 2;
+  T* out = keys_at<T>(pages, page, head, cell / LANES * LANES) + cell % LANES * 2;
   for (int64_t i = 0; i < pages.key_width; i += 16) {
     T narrowed[16];
     narrow(narrowed, widen_some(x + i, pages.key_width - i));
@@ -36,7 +33,7 @@ inline void write_key(const Pages& pages, int64_t page, int64_t head, int64_t ce
 
 template <class T>
 inline void write_value(const Pages& pages, int64_t page, int64_t head, int64_t cell, const float* x) {
-  T* out = (T*)pages.values + ((page * pages.heads + head) * pages.size + cell / 2 * 2) * pages.value_width;
+  T* out = values_at<T>(pages, page, head, cell / 2 * 2);
   for (int64_t i = 0; i < pages.value_width; i += 16)  // the other token's may be written meanwhile
     narrow_to_pairs(out + 2 * i, cell % 2, widen_some(x + i, std::max<int64_t>(pages.key_width - i, 0)));
 }
@@ -48,7 +45,7 @@ inline void heads_of_row(const Heads& h, int64_t m, int64_t position, int64_t pa
   const int64_t queries = h.queries / h.leaves, keys = h.pages.heads / h.leaves, cell = position % h.pages.size;
   const float* row = h.packed + m * h.leaves * (queries + 2 * keys) * h.width;
   const size_t bytes = h.width * sizeof(float);
-  alignas(64) float x[2 * MOST_ANGLES];
+  alignas(64) float x[WIDEST];
   for (int64_t leaf = 0; leaf < h.leaves; leaf++) {
     const int64_t begin = leaf * (queries + 2 * keys);
     for (int64_t i = 0; i < queries; i++) {
