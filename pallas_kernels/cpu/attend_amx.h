@@ -14,20 +14,19 @@ struct InTiles {
   }
 
   // As InRegisters has it.
-  template <class S, class F>
+  template <class S>
   static void multiply(const Extents& extents, const BF16* rows, const S& side, float* sums, int64_t stride, bool are_new,
-                       const F& fetch) {
-    Spread<F> spread = {fetch, extents.groups * extents.chunks};
+                       Ahead<BF16>& ahead) {
     const int64_t groups = extents.groups;
     int64_t n = 0;
     settle_memory(rows);
     if (extents.rows > 16) {
-      for (; n + 2 <= groups; n += 2) two_tiles<2>(n, extents.chunks, rows, side, sums, stride, are_new, spread);
-      if (n < groups) two_tiles<1>(n, extents.chunks, rows, side, sums, stride, are_new, spread);
+      for (; n + 2 <= groups; n += 2) two_tiles<2>(n, extents, rows, side, sums, stride, are_new, ahead);
+      if (n < groups) two_tiles<1>(n, extents, rows, side, sums, stride, are_new, ahead);
     } else {
-      for (; n + 4 <= groups; n += 4) one_tile<4>(n, extents.chunks, rows, side, sums, stride, are_new, spread);
-      for (; n + 2 <= groups; n += 2) one_tile<2>(n, extents.chunks, rows, side, sums, stride, are_new, spread);
-      if (n < groups) one_tile<1>(n, extents.chunks, rows, side, sums, stride, are_new, spread);
+      for (; n + 4 <= groups; n += 4) one_tile<4>(n, extents, rows, side, sums, stride, are_new, ahead);
+      for (; n + 2 <= groups; n += 2) one_tile<2>(n, extents, rows, side, sums, stride, are_new, ahead);
+      if (n < groups) one_tile<1>(n, extents, rows, side, sums, stride, are_new, ahead);
     }
     settle_memory(sums);
   }
@@ -39,9 +38,10 @@ struct InTiles {
   _tile_loadd(tile, side_##group.at, side_##group.stride * sizeof(BF16));
 
   // 32 rows times N groups from `first` on.
-  template <int N, class S, class F>
-  static void two_tiles(int64_t first, int64_t chunks, const BF16* rows, const S& side, float* sums, int64_t stride,
-                        bool are_new, Spread<F>& spread) {
+  template <int N, class S>
+  static void two_tiles(int64_t first, const Extents& extents, const BF16* rows, const S& side, float* sums, int64_t stride,
+                        bool are_new, Ahead<BF16>& ahead) {
+    const int64_t groups = extents.groups, chunks = extents.chunks;
     float *upper = sums + first * LANES, *lower = upper + 16 * stride;
     const int64_t bytes = stride * sizeof(float);
     if (are_new) {
@@ -64,7 +64,7 @@ struct InTiles {
         _tile_dpbf16ps(1, 4, 7);
         _tile_dpbf16ps(3, 5, 7);
       }
-      spread.until(first * chunks + (chunk + 1) * N);
+      ahead.until(first * chunks + (chunk + 1) * N, groups * chunks);
     }
     _tile_stored(0, upper, bytes);
     _tile_stored(2, lower, bytes);
@@ -72,9 +72,10 @@ struct InTiles {
   }
 
   // Up to sixteen rows.
-  template <int N, class S, class F>
-  static void one_tile(int64_t first, int64_t chunks, const BF16* rows, const S& side, float* sums, int64_t stride,
-                       bool are_new, Spread<F>& spread) {
+  template <int N, class S>
+  static void one_tile(int64_t first, const Extents& extents, const BF16* rows, const S& side, float* sums, int64_t stride,
+                       bool are_new, Ahead<BF16>& ahead) {
+    const int64_t groups = extents.groups, chunks = extents.chunks;
     float* own = sums + first * LANES;
     const int64_t bytes = stride * sizeof(float);
     if (are_new) {
@@ -100,7 +101,7 @@ struct InTiles {
         WITH_SIDE(5, 3)
         _tile_dpbf16ps(3, 4, 5);
       }
-      spread.until(first * chunks + (chunk + 1) * N);
+      ahead.until(first * chunks + (chunk + 1) * N, groups * chunks);
     }
     _tile_stored(0, own, bytes);
     if constexpr (N > 1) { _tile_stored(1, own + LANES, bytes); }

@@ -44,35 +44,40 @@ inline Tile<T> locate(const Pages& pages, const int32_t* table, int64_t head, in
 // -- asking for a tile before it is read ------------------------------------------------------------------------------
 
 // Pages lie anywhere, so a core does not guess them, and where it is asked for many lines at once it waits. So a tile is
-// asked for in steps, while the one before it is multiplied.
-constexpr int64_t STEPS = 16;
-constexpr auto fetch_nothing = [](int64_t) {};
+// asked for in steps, while the one before it is multiplied, and in each step for some lines of all its blocks of sixteen
+// tokens, because a core reads on by itself where it sees several requests that go upwards.
+constexpr int64_t OF_SCORES = 24, OF_SOFTMAX = 8, OF_VALUES = 24, STEPS = OF_SCORES + OF_SOFTMAX + OF_VALUES;
 
-template <_mm_hint HINT>
-inline void fetch(const void* from, int64_t bytes) {
-  for (int64_t at = 0; at < bytes; at += 64) _mm_prefetch((const char*)from + at, HINT);
-}
-template <class T>
-inline void fetch_keys(const Pages& pages, const Tile<T>& tile, int64_t step) {
-  const int64_t pairs = pages.key_width / 2, from = pairs * step / STEPS, to = pairs * (step + 1) / STEPS;
-  for (int64_t i = 0; i < SIXTEENS && tile.keys[i]; i++)
-    for (int64_t d = from; d < to; d++)
-      fetch<_MM_HINT_T1>(tile.keys[i] + d * 2 * LANES, 2 * LANES * sizeof(T));
-}
-template <class T>
-inline void fetch_values(const Pages& pages, const Tile<T>& tile, int64_t step) {
-  const int64_t bytes = LANES * pages.value_width * sizeof(T) / STEPS;
-  for (int64_t i = 0; i < SIXTEENS && tile.values[i]; i++)
-    fetch<_MM_HINT_T1>((const char*)tile.values[i] + step * bytes, bytes);
+// Compilers take a function that does nothing else for one without effects, and drop its calls.
+inline void fetch(const void* line) {
+  _mm_prefetch((const char*)line, _MM_HINT_T1);
+  asm volatile("");
 }
 
-// All steps of a fetch, spread over a product.
-template <class F>
-struct Spread {
-  const F& fetch;
-  int64_t all, step = 0;
-  void until(int64_t done) {
-    for (; step < STEPS * done / all; step++) fetch(step);
+// A tile that is asked for while there is other work.
+template <class T>
+struct Ahead {
+  const Pages& pages;
+  const Tile<T>& tile;
+  int64_t step = 0, first = 0, end = 0;  // the steps of the work that goes on now begin and end there
+
+  void take(int64_t steps) { first = end, end += steps; }
+
+  // Called when `done` of `all` parts of that work are done.
+  void until(int64_t done, int64_t all) {
+    const int64_t from = step, to = first + (end - first) * done / all;
+    if (from >= to) return;
+    step = to;
+    for (int64_t i = 0; i < SIXTEENS && tile.keys[i]; i++) {
+      fetch_part(tile.keys[i], pages.key_width, from, to);
+      fetch_part(tile.values[i], pages.value_width, from, to);
+    }
+  }
+
+ private:
+  static void fetch_part(const T* block, int64_t width, int64_t from, int64_t to) {
+    const int64_t lines = LANES * width * sizeof(T) / 64;
+    for (int64_t i = lines * from / STEPS; i < lines * to / STEPS; i++) fetch((const char*)block + i * 64);
   }
 };
 
@@ -124,12 +129,6 @@ struct Values {
       copy_values(pages, tile, i * CHUNK, seen, copies[i]);
       chunks[i] = copies[i];
     }
-  }
-  // Asks for a part of them, from `from` to `to` of `all`, that they be in the first cache.
-  void fetch_soon(int64_t from, int64_t to, int64_t all) const {
-    const int64_t bytes = CHUNK * width * sizeof(T);
-    for (int64_t i = 0; i < count; i++)
-      fetch<_MM_HINT_T0>((const char*)chunks[i] + from * bytes / all, to * bytes / all - from * bytes / all);
   }
   bool are_finite(int64_t from, int64_t to) const {  // and maybe those next to them
     for (int64_t pair = from / 2; pair < ceil_div(to, 2); pair++)

@@ -109,22 +109,21 @@ struct InRegisters : Way {
     explicit Ready(int64_t) {}
   };
 
-  // side(chunk, group) is the right side. Sums lie `stride` apart, and are new or go on. fetch(step) is called on the way.
-  template <class S, class F>
+  // side(chunk, group) is the right side. Sums lie `stride` apart, and are new or go on. `ahead` is told how far it has come.
+  template <class S>
   static void multiply(const Extents& extents, const Number* rows, const S& side, float* sums, int64_t stride, bool are_new,
-                       const F& fetch) {
-    Spread<F> spread = {fetch, extents.groups * extents.chunks};
-    if (extents.rows <= FEW_ROWS) groups_from<GROUPS_OF_FEW>(0, extents, rows, side, sums, stride, are_new, spread);
-    else groups_from<GROUPS>(0, extents, rows, side, sums, stride, are_new, spread);
+                       Ahead<T>& ahead) {
+    if (extents.rows <= FEW_ROWS) groups_from<GROUPS_OF_FEW>(0, extents, rows, side, sums, stride, are_new, ahead);
+    else groups_from<GROUPS>(0, extents, rows, side, sums, stride, are_new, ahead);
   }
 
  private:
-  template <int N, class S, class F>
+  template <int N, class S>
   static void groups_from(int64_t group, const Extents& extents, const Number* rows, const S& side, float* sums,
-                          int64_t stride, bool are_new, Spread<F>& spread) {
+                          int64_t stride, bool are_new, Ahead<T>& ahead) {
     for (; group + N <= extents.groups; group += N)
       for (int64_t chunk = 0; chunk < extents.chunks; chunk++) {
-        spread.until(group * extents.chunks + (chunk + 1) * N);
+        ahead.until(group * extents.chunks + (chunk + 1) * N, extents.groups * extents.chunks);
         Side<T> sides[N];
         for (int n = 0; n < N; n++) sides[n] = side(chunk, group + n);
         int64_t row = 0;  // parts of about the same number of rows, because few rows are few chains
@@ -136,7 +135,7 @@ struct InRegisters : Way {
         }
       }
     if constexpr (N > 1)
-      if (group < extents.groups) groups_from<N / 2>(group, extents, rows, side, sums, stride, are_new, spread);
+      if (group < extents.groups) groups_from<N / 2>(group, extents, rows, side, sums, stride, are_new, ahead);
   }
 
   template <int Q, int N>

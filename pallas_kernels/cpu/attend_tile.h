@@ -96,21 +96,23 @@ inline void weigh(Band<T>& band, int64_t i, const Softmax& softmax) {
   }
 }
 
-// The online softmax: scores of a tile become weights. Meanwhile the tile's values come nearer.
+// The online softmax: scores of a tile become weights.
 template <bool ALL_SEEN, class T>
-inline void reweigh(Band<T>& band, const Softmax& softmax) {
+inline void reweigh(Band<T>& band, const Softmax& softmax, Ahead<T>& ahead) {
   raise<ALL_SEEN>(band, softmax);
   const int64_t all = band.rows;
+  ahead.until(1, 2);
   int64_t i = 0;
   for (; i + QUERIES_AT_ONCE <= all; i += QUERIES_AT_ONCE) {
-    band.values.fetch_soon(i, i + QUERIES_AT_ONCE, all);
     weigh<QUERIES_AT_ONCE, ALL_SEEN>(band, i, softmax);
+    ahead.until(all + i + QUERIES_AT_ONCE, 2 * all);
   }
-  for (; i < all; i++) band.values.fetch_soon(i, i + 1, all), weigh<1, ALL_SEEN>(band, i, softmax);
+  for (; i < all; i++) weigh<1, ALL_SEEN>(band, i, softmax);
+  ahead.until(1, 1);
 }
 
-template <class T, class F>
-inline void score(const Pages& pages, const Tile<T>& tile, Band<T>& band, const F& fetch) {
+template <class T>
+inline void score(const Pages& pages, const Tile<T>& tile, Band<T>& band, Ahead<T>& ahead) {
   const int64_t groups = ceil_div(band.most, LANES), whole = pages.key_width / CHUNK;
   const int64_t chunks = ceil_div(pages.key_width, CHUNK);
   for (int64_t i = 0; whole < chunks && i < groups; i++) copy_last_keys(pages, tile.keys[i], band.keys[i]);
@@ -118,29 +120,29 @@ inline void score(const Pages& pages, const Tile<T>& tile, Band<T>& band, const 
     if (chunk == whole) return Side<T>{band.keys[group], 2 * LANES};
     return Side<T>{tile.keys[group] + chunk * CHUNK * LANES, 2 * LANES};
   };
-  Products<T>::multiply({band.rows, chunks, groups}, (*band.q)[0][0], side, band.scores[0], TILE, true, fetch);
+  Products<T>::multiply({band.rows, chunks, groups}, (*band.q)[0][0], side, band.scores[0], TILE, true, ahead);
 }
 
-template <class T, class F>
-inline void add_weighted(Band<T>& band, float* sums, int64_t stride, const F& fetch) {
+template <class T>
+inline void add_weighted(Band<T>& band, float* sums, int64_t stride, Ahead<T>& ahead) {
   const auto side = [&](int64_t chunk, int64_t group) { return band.values.side(chunk, group); };
   const Extents extents = {band.rows, band.values.count, band.values.width / LANES};
-  Products<T>::multiply(extents, band.weights[0][0], side, sums, stride, false, fetch);
+  Products<T>::multiply(extents, band.weights[0][0], side, sums, stride, false, ahead);
 }
 
 // Weights of what a query does not see are 0, but 0 times what is not finite is NaN: then queries that do not see it are
 // apart from those that do.
-template <class T, class F>
-inline void add_values(const Pages& pages, const Tile<T>& tile, Band<T>& band, const Softmax& softmax, const F& fetch) {
+template <class T>
+inline void add_values(const Pages& pages, const Tile<T>& tile, Band<T>& band, const Softmax& softmax, Ahead<T>& ahead) {
   const int64_t width = pages.value_width;
   if (band.least == band.most || band.values.are_finite(band.least, band.most))
-    return add_weighted(band, softmax.sums, width, fetch);
+    return add_weighted(band, softmax.sums, width, ahead);
   for (int64_t end, i = 0; i < band.rows; i = end) {  // those that see as much as one another
     end = std::upper_bound(band.seen + i, band.seen + band.rows, band.seen[i]) - band.seen;
     float *own = softmax.sums + i * width, *spare = band.sums[0];
     std::memcpy(spare, softmax.sums, ceil_to(band.rows, 16) * width * sizeof(float));
     band.values.take(pages, tile, band.seen[i]);
-    add_weighted(band, spare, width, fetch_nothing);
+    add_weighted(band, spare, width, ahead);
     std::memcpy(own, spare + i * width, (end - i) * width * sizeof(float));
   }
 }
@@ -155,8 +157,12 @@ inline void take_tile(const Pages& pages, const Tile<T>& tile, const Tile<T>& ne
   for (int64_t i = 0; band.least < TILE && i < band.rows; i++) band.seen[i] = seen(i);
   band.values.take(pages, tile, band.most);
   const Tile<T> far = is_near ? Tile<T>{} : next;
-  score(pages, tile, band, [&](int64_t step) { fetch_keys(pages, far, step); });
-  if (band.least == TILE) reweigh<true>(band, softmax);
-  else reweigh<false>(band, softmax);
-  add_values(pages, tile, band, softmax, [&](int64_t step) { fetch_values(pages, far, step); });
+  Ahead<T> ahead = {pages, far};
+  ahead.take(OF_SCORES);
+  score(pages, tile, band, ahead);
+  ahead.take(OF_SOFTMAX);
+  if (band.least == TILE) reweigh<true>(band, softmax, ahead);
+  else reweigh<false>(band, softmax, ahead);
+  ahead.take(OF_VALUES);
+  add_values(pages, tile, band, softmax, ahead);
 }

@@ -1,6 +1,4 @@
 // The ops as XLA calls them: arguments are checked, and the body's op is called on XLA's threads.
-#include <sys/mman.h>
-
 #include <cerrno>
 #include <utility>
 
@@ -12,8 +10,6 @@ namespace {
 using AnyOut = ffi::Result<Any>;
 using FloatsOut = ffi::Result<Floats>;
 using BoolsOut = ffi::Result<Bools>;
-
-constexpr uintptr_t HUGE_PAGE = 1 << 21;
 
 std::pair<char*, size_t> whole_huge_pages(void* data, size_t bytes) {
   const auto begin = uintptr_t(data);
