@@ -48,12 +48,6 @@ inline Tile<T> locate(const Pages& pages, const int32_t* table, int64_t head, in
 // tokens, because a core reads on by itself where it sees several requests that go upwards.
 constexpr int64_t OF_SCORES = 24, OF_SOFTMAX = 8, OF_VALUES = 24, STEPS = OF_SCORES + OF_SOFTMAX + OF_VALUES;
 
-// Compilers take a function that does nothing else for one without effects, and drop its calls.
-inline void fetch(const void* line) {
-  _mm_prefetch((const char*)line, _MM_HINT_T1);
-  asm volatile("");
-}
-
 // A tile that is asked for while there is other work.
 template <class T>
 struct Ahead {

@@ -23,7 +23,7 @@ struct Block {
 // Asks for what comes soon of sixteen outputs' inputs, k and on.
 template <class T>
 inline void fetch_soon(const T* w, int64_t stride, int64_t k) {
-  for (int n = 0; n < WIDTH; n++) _mm_prefetch((const char*)(w + n * stride + k) + 256, _MM_HINT_T0);
+  for (int n = 0; n < WIDTH; n++) fetch<_MM_HINT_T0>((const char*)(w + n * stride + k) + 256);
 }
 
 // Asks for a block's inputs of some of the outputs that come next, which a core does not guess.
@@ -31,7 +31,7 @@ template <class T>
 inline void fetch_next(const Group& group, const T* w, int64_t stride, int64_t k, int64_t first, int64_t outputs) {
   if (group.ahead == 0) return;
   const T* next = w + (group.ahead + first) * stride + k;
-  for (int64_t n = 0; n < outputs; n++) _mm_prefetch((const char*)(next + n * stride), _MM_HINT_T1);
+  for (int64_t n = 0; n < outputs; n++) fetch(next + n * stride);
 }
 
 // Of weights [.., stride] from w on: `outputs` <= 16 of them, inputs [k, k + 32) of which `inputs` exist. What is no whole

@@ -142,13 +142,14 @@ inline void product_of(Threads& threads, const Product& p) {
 
   const int64_t groups = ceil_div(section_outputs, WIDTH), all = sections * groups;
   const int64_t each = std::min<int64_t>(std::max<int64_t>(all / (8 * threads.count()), 1), 8);  // groups to a task
+  const auto place_of = [&](int64_t g) { return g / groups * p.outputs + g % groups * WIDTH; };  // among a leaf's outputs
   parallel(threads, ceil_div(all, each), [&](int64_t task) {
     const int64_t first = task * each, end = std::min(all, first + each);
     const Instructions instructions;
     for (int64_t row = 0; row < count; row += BAND / parts)
       for (int64_t g = first; g < end; g++) {
-        const int64_t n = g % groups * WIDTH, next = g + 1 < end ? 1 : 1 + (threads.count() - 1) * each;
-        const int64_t ahead = row == 0 ? next * WIDTH : 0;
+        const int64_t n = g % groups * WIDTH, next = g + 1 < end ? g + 1 : end + (threads.count() - 1) * each;
+        const int64_t ahead = row == 0 && next < all ? place_of(next) - place_of(g) : 0;
         run_group<T>(p, rows, row, g / groups, {n, std::min(WIDTH, section_outputs - n), ahead}, section_outputs, columns);
       }
     if (p.fresh) spread_rows(p, count, columns, first * WIDTH, std::min(end * WIDTH, columns) - first * WIDTH);

@@ -51,6 +51,18 @@ def test_one_that_is_damaged(tmp_path, damage):
 
 
 @is_built
+@pytest.mark.skipif(not shutil.which("objdump"), reason="no objdump")
+@pytest.mark.parametrize("body", [name for name in library.BODIES if name != "best"])
+def test_that_memory_is_asked_for(body):
+    """Compilers take a function that only asks for lines for one without effects, and once dropped all calls of it."""
+    command = ["objdump", "-d", "--no-show-raw-insn", str(BUILT)]
+    functions = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n\n")
+    names = [f.partition(">:")[0] for f in functions if "prefetcht1" in f]
+    for takes in "Group", "Ahead":  # of weights and of pages, what comes next
+        assert [name for name in names if f"{len(body)}{body}" in name and takes in name], f"{body} asks for no {takes}"
+
+
+@is_built
 def test_one_of_other_sources(tmp_path):
     sources = tmp_path / "sources"
     shutil.copytree(library.FOLDER, sources, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
