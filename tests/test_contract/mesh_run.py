@@ -1,4 +1,4 @@
-"""Run by test_degrees.py in a process with eight CPU devices: what one model says on some of them, as JSON.
+"""Run by degrees.py in a process with eight CPU devices: what one model says on some of them, as JSON.
 
     python mesh_run.py KERNELS FAMILY DTYPE LEAVES DEGREE...
 

@@ -1,16 +1,7 @@
 """C9: as many devices as share the leaves, the same bits, in generation, scoring and gradients."""
 
 import pytest
-from conftest import run_script
-
-
-def run(*arguments: str) -> dict[str, dict[str, str]]:
-    return run_script("test_contract/mesh_run.py", *arguments)
-
-
-def check(found: dict[str, dict[str, str]]) -> None:
-    one, *others = found.values()
-    assert len(one) == 6 and others and all(other == one for other in others), found
+from degrees import check, run
 
 
 @pytest.mark.slow
@@ -46,24 +37,6 @@ def test_every_degree(kernels, family, dtype, heads):
 def test_replicas_of_shared_models(family, dtype):
     """Two of four devices, and four of two."""
     check(run("cpu", family, dtype, "8", "1", "8d", "8q"))
-
-
-@pytest.mark.long
-def test_the_gpu_s_chain_gathers_small_sums_and_exchanges_large_ones():
-    check(run("pallas_gpu_interpret", "Qwen3", "bfloat16", "8", "1", "4", "4x"))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("kernels", "family", "dtype"),
-    [
-        # XLA compiles what the interpreter makes of a TPU's chain for ten minutes
-        pytest.param("pallas_interpret", "Llama", "float32", marks=pytest.mark.long),
-        ("pallas_gpu_interpret", "Qwen3", "bfloat16"),
-    ],
-)
-def test_interpreted_devices_share_the_leaves(kernels, family, dtype):
-    check(run(kernels, family, dtype, "8", "1", "4"))
 
 
 @pytest.mark.slow

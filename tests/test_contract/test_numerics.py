@@ -64,7 +64,9 @@ def digests(model: str, kernels_name: str) -> dict[str, str]:
     engine = dataclasses.replace(ENGINE, kernels=kernels_name)
     cache, how = kv_cache.abstract(config, engine, kernels), dict(model_config=config, kernels=kernels)
     programs = {}
-    for kind, needs in itertools.product(("decode", "prefill"), Needs):
+    # What is interpreted takes seconds to trace, and the step for all needs has the kernels of the others.
+    all_needs = (Needs.ALL,) if kernels_name == "pallas_interpret" else Needs
+    for kind, needs in itertools.product(("decode", "prefill"), all_needs):
         step, inputs, static = step_call(kind, engine, needs=needs)
         programs[f"{kind}{needs}"] = step.lower(params, cache, *inputs, **how, **static)
     arrays = scoring.sampling_arrays_of([SamplingParams()] * 2, config)
