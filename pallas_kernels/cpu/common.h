@@ -94,9 +94,14 @@ inline int64_t ceil_to(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 constexpr int64_t SMALL_PAGE = 4096, HUGE_PAGE = 1 << 21;
 
-// A thread's memory that stays between calls, so that a step does not fetch fresh pages for every op. Where it takes huge
-// pages, and the system has some, it lies in those: logits, of which a few of every row are written at a time, are
-// written twice as fast.
+// For what is whole huge pages of memory that nobody has touched. The system may refuse, or have none.
+inline void wish_for_huge_pages(void* data, int64_t bytes) {
+  const int64_t first = ceil_to(int64_t(data), HUGE_PAGE), end = (int64_t(data) + bytes) / HUGE_PAGE * HUGE_PAGE;
+  if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+}
+
+// A thread's memory that stays between calls, so that a step does not fetch fresh pages for every op. Logits are written
+// a few of every row at a time, which in small pages costs as much as their product.
 class Scratch {
  public:
   ~Scratch() { std::free(data_); }
@@ -107,7 +112,7 @@ class Scratch {
       std::free(data_);
       size_ = 0, data_ = std::aligned_alloc(page, bytes);
       if (!data_) throw std::bad_alloc();
-      if (page == HUGE_PAGE) madvise(data_, bytes, MADV_HUGEPAGE);  // a wish, which may be refused
+      wish_for_huge_pages(data_, bytes);
       size_ = bytes;
     }
     return static_cast<float*>(data_);

@@ -10,12 +10,6 @@ using AnyOut = ffi::Result<Any>;
 using FloatsOut = ffi::Result<Floats>;
 using BoolsOut = ffi::Result<Bools>;
 
-std::pair<char*, size_t> whole_huge_pages(void* data, size_t bytes) {
-  const auto begin = uintptr_t(data);
-  const uintptr_t first = ceil_to(begin, HUGE_PAGE), end = (begin + bytes) / HUGE_PAGE * HUGE_PAGE;
-  return {reinterpret_cast<char*>(first), first < end ? end - first : 0};
-}
-
 class OfXla final : public Threads {
  public:
   explicit OfXla(ffi::ThreadPool& pool) : pool_(pool) {}
@@ -189,8 +183,7 @@ ffi::Error sample(ffi::ThreadPool pool, Floats x, Any norm, Any head, Bools fres
 // Memory that XLA has just got from the system, in huge pages if the system has some: reads of one page of keys after the
 // other wait for what translates addresses otherwise.
 ffi::Error zeros(ffi::ThreadPool, AnyOut y) {
-  const auto [first, bytes] = whole_huge_pages(y->untyped_data(), y->size_bytes());
-  if (bytes) madvise(first, bytes, MADV_HUGEPAGE);  // a wish, which may be refused
+  wish_for_huge_pages(y->untyped_data(), y->size_bytes());
   std::memset(y->untyped_data(), 0, y->size_bytes());
   return ffi::Error::Success();
 }
