@@ -34,11 +34,11 @@ inline void sum_leaf(const Product& p, const Rows& rows, int64_t leaf, int64_t f
 }
 
 #ifndef WITH_AMX
-class Instructions {};  // that have to be switched on
-template <class T>
-constexpr int64_t ROWS_PREPARED = 1;  // at once
-template <class T>
-inline void order_rows(const Rows&, int64_t, int64_t, int64_t) {}
+class Instructions {  // that have to be switched on
+ public:
+  Instructions(int64_t, int64_t) {}
+};
+inline int64_t tile_rows(int64_t count) { return count; }
 template <class T>
 inline int64_t rows_held(int64_t count) { return count; }
 template <class T>
@@ -120,6 +120,17 @@ inline void spread_rows(const Product& p, int64_t count, int64_t columns, int64_
 }
 
 template <class T>
+inline void prepare_rows(const Product& p, const Rows& rows, int64_t first, int64_t end) {
+#ifdef WITH_AMX
+  if constexpr (takes_bfloat16<T>) {
+    for (int64_t place = first; place < end; place += 16) prepare_tiles(p, rows, place, std::min(end, place + 16));
+    return;
+  }
+#endif
+  for (int64_t place = first; place < end; place++) prepare_row<T>(p, rows, place);
+}
+
+template <class T>
 inline void product_of(Threads& threads, const Product& p) {
   const bool gated = p.form == Form::GATED, added = p.form == Form::ADDED;
   const int64_t sections = gated ? p.leaves : 1;
@@ -134,18 +145,21 @@ inline void product_of(Threads& threads, const Product& p) {
   const int64_t count = count_fresh(p), parts = p.parts();
   const Rows rows{of_rows.floats(Rows::floats(count * parts, leaves * depths)), count * parts, depths};
   const int64_t few = ceil_to(ceil_div(count, 4 * threads.count()), ROWS_PREPARED<T>);  // rows to a task
-  parallel(threads, ceil_div(count, few), [&](int64_t task) {
-    const int64_t first = task * few, end = std::min(count, first + few);
-    for (int64_t m = first; m < end; m++) prepare_row<T>(p, rows, m);
-    order_rows<T>(rows, leaves, first * parts, end * parts);
-  });
-
   const int64_t groups = ceil_div(section_outputs, WIDTH), all = sections * groups;
   const int64_t each = std::min<int64_t>(std::max<int64_t>(all / (8 * threads.count()), 1), 8);  // groups to a task
   const auto place_of = [&](int64_t g) { return g / groups * p.outputs + g % groups * WIDTH; };  // among a leaf's outputs
-  parallel(threads, ceil_div(all, each), [&](int64_t task) {
-    const int64_t first = task * each, end = std::min(all, first + each);
-    const Instructions instructions;
+  // Rows come first, and what is left of them when all are claimed is waited for: a thread that slept would be late.
+  const int64_t preparations = ceil_div(count, few);
+  std::atomic<int64_t> prepared{0};
+  parallel(threads, preparations + ceil_div(all, each), [&](int64_t task) {
+    if (task < preparations) {
+      prepare_rows<T>(p, rows, task * few, std::min(count, (task + 1) * few));
+      prepared.fetch_add(1, std::memory_order_release);
+      return;
+    }
+    while (prepared.load(std::memory_order_acquire) < preparations) _mm_pause();
+    const int64_t first = (task - preparations) * each, end = std::min(all, first + each);
+    const Instructions instructions(16, tile_rows(rows.count));
     for (int64_t row = 0; row < count; row += BAND / parts)
       for (int64_t g = first; g < end; g++) {
         const int64_t n = g % groups * WIDTH, next = g + 1 < end ? g + 1 : end + (threads.count() - 1) * each;

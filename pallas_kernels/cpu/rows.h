@@ -47,22 +47,6 @@ constexpr bool takes_bfloat16 = std::is_same_v<T, BF16>;
 template <class T>
 constexpr bool takes_bfloat16 = false;
 #endif
-inline void put_bfloat16(const Rows& rows, int64_t leaf, int64_t depth, int64_t row, Lanes first, Lanes second);
-
-// The 32 inputs of a row to where the products of T want them.
-template <class T>
-inline void put(const Rows& rows, int64_t leaf, int64_t depth, int64_t row, Lanes first, Lanes second) {
-  if constexpr (takes_bfloat16<T>) return put_bfloat16(rows, leaf, depth, row, first, second);
-#ifdef WITH_AVX512
-  float* out = rows.at(leaf, depth, row);
-  store(out, first), store(out + 16, second);
-#else  // the even ones, then the odd ones
-  float x[DEPTH], *out = rows.at(leaf, depth) + row * DEPTH;
-  store(x, first), store(x + 16, second);
-  for (int i = 0; i < 16; i++) out[i] = x[2 * i], out[16 + i] = x[2 * i + 1];
-#endif
-}
-
 inline bool is_fresh(const Product& p, int64_t m) { return !p.fresh || p.fresh[m] || m == 0; }
 
 inline int64_t count_fresh(const Product& p) {
@@ -79,26 +63,65 @@ inline int64_t fresh_row(const Product& p, int64_t place) {
   return m;
 }
 
-// A row whose float32 numbers are not to be rounded, and whose weights are bfloat16, becomes three rows of bfloat16, each
-// of the eight bits that come next, which have the row as their exact sum. All its products are exact then.
+// Where a prepared row begins in x, and what its norm multiplies it with.
+struct Begin {
+  int64_t at;
+  Lanes factor;
+};
+
+inline Begin begin_of(const Product& p, int64_t place) {
+  const int64_t at = fresh_row(p, place) * (p.form == Form::ADDED ? p.leaves : 1) * p.inputs;
+  return {at, p.norm ? norm_factor((const float*)p.x.data + at, p.inputs, p.eps) : set(1.0f)};
+}
+
+// take(part, the first 16 of 32 inputs, the others). A row whose float32 numbers are not to be rounded, and whose weights are
+// bfloat16, becomes three rows of bfloat16, each of the eight bits that come next, which have the row as their exact sum.
+// All its products are exact then.
+template <class T, class F>
+inline void for_each_part(const Product& p, const Begin& row, int64_t leaf, int64_t depth, const F& take) {
+  const int64_t parts = p.parts();
+  const bool is_rounded = parts > 1 || (p.rounds && !takes_bfloat16<T>);  // else not at all, or where it is put
+  Lanes x[2];
+  for (int half = 0; half < 2; half++) {
+    const int64_t k = depth * DEPTH + half * 16, count = std::max<int64_t>(p.inputs - k, 0);
+    x[half] = widen_some(p.x, row.at + leaf * p.inputs + k, count);
+    if (p.norm) x[half] = x[half] * row.factor * widen_some(p.norm, k, count);
+  }
+  for (int64_t part = 0; part < parts; part++) {
+    const Lanes first = is_rounded ? rounded_to<T>(x[0]) : x[0], second = is_rounded ? rounded_to<T>(x[1]) : x[1];
+    take(part, first, second);
+    x[0] = x[0] - first, x[1] = x[1] - second;
+  }
+}
+
+#ifndef WITH_AMX  // which has its own for bfloat16
+template <class T>
+constexpr int64_t ROWS_PREPARED = 1;  // at once
+inline void put_bfloat16(const Rows& rows, int64_t leaf, int64_t depth, int64_t row, Lanes first, Lanes second);
+#endif
+
+// The 32 inputs of a row to where the products of T want them.
+template <class T>
+inline void put(const Rows& rows, int64_t leaf, int64_t depth, int64_t row, Lanes first, Lanes second) {
+#ifndef WITH_AMX
+  if constexpr (takes_bfloat16<T>) return put_bfloat16(rows, leaf, depth, row, first, second);
+#endif
+#ifdef WITH_AVX512
+  float* out = rows.at(leaf, depth, row);
+  store(out, first), store(out + 16, second);
+#else  // the even ones, then the odd ones
+  float x[DEPTH], *out = rows.at(leaf, depth) + row * DEPTH;
+  store(x, first), store(x + 16, second);
+  for (int i = 0; i < 16; i++) out[i] = x[2 * i], out[16 + i] = x[2 * i + 1];
+#endif
+}
+
 template <class T>
 inline void prepare_row(const Product& p, const Rows& rows, int64_t place) {
-  const int64_t leaves = p.form == Form::ADDED ? p.leaves : 1, m = fresh_row(p, place);
-  const int64_t row = m * leaves * p.inputs, parts = p.parts();
-  const bool is_rounded = parts > 1 || (p.rounds && !takes_bfloat16<T>);  // else not at all, or where it is put
-  const Lanes factor = p.norm ? norm_factor((const float*)p.x.data + row, p.inputs, p.eps) : set(1.0f);
-  for (int64_t leaf = 0; leaf < leaves; leaf++)
-    for (int64_t depth = 0; depth < rows.depths; depth++) {
-      Lanes x[2];
-      for (int half = 0; half < 2; half++) {
-        const int64_t k = depth * DEPTH + half * 16, count = std::max<int64_t>(p.inputs - k, 0);
-        x[half] = widen_some(p.x, row + leaf * p.inputs + k, count);
-        if (p.norm) x[half] = x[half] * factor * widen_some(p.norm, k, count);
-      }
-      for (int64_t part = 0; part < parts; part++) {
-        const Lanes first = is_rounded ? rounded_to<T>(x[0]) : x[0], second = is_rounded ? rounded_to<T>(x[1]) : x[1];
-        put<T>(rows, leaf, depth, place * parts + part, first, second);
-        x[0] = x[0] - first, x[1] = x[1] - second;
-      }
-    }
+  const Begin row = begin_of(p, place);
+  for (int64_t leaf = 0; leaf < (p.form == Form::ADDED ? p.leaves : 1); leaf++)
+    for (int64_t depth = 0; depth < rows.depths; depth++)
+      for_each_part<T>(p, row, leaf, depth, [&](int64_t part, Lanes first, Lanes second) {
+        put<T>(rows, leaf, depth, place * p.parts() + part, first, second);
+      });
 }
