@@ -21,6 +21,7 @@ struct Product {
   const float* residual;
   const bool* fresh;  // of PLAIN only
   void* y;  // float32; of GATED the weights' type
+  int64_t row_leaves() const { return form == Form::ADDED ? leaves : 1; }  // that a row is cut into
   int64_t parts() const { return rounds || w.type != Type::BF16 ? 1 : 3; }  // of a row (rows.h)
 };
 

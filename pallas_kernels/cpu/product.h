@@ -140,10 +140,10 @@ inline void product_of(Threads& threads, const Product& p) {
   std::memset((char*)p.y + p.live * columns * bytes, 0, (p.zeros_to - p.live) * columns * bytes);
   if (p.live == 0) return;
 
-  const int64_t leaves = added ? p.leaves : 1, depths = ceil_div(p.inputs, DEPTH);
+  const int64_t depths = ceil_div(p.inputs, DEPTH);
   static thread_local Scratch of_rows;
   const int64_t count = count_fresh(p), parts = p.parts();
-  const Rows rows{of_rows.floats(Rows::floats(count * parts, leaves * depths)), count * parts, depths};
+  const Rows rows{of_rows.floats(Rows::floats(count * parts, p.row_leaves() * depths)), count * parts, depths};
   const int64_t few = ceil_to(ceil_div(count, 4 * threads.count()), ROWS_PREPARED<T>);  // rows to a task
   const int64_t groups = ceil_div(section_outputs, WIDTH), all = sections * groups;
   const int64_t each = std::min<int64_t>(std::max<int64_t>(all / (8 * threads.count()), 1), 8);  // groups to a task

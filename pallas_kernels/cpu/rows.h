@@ -47,6 +47,7 @@ constexpr bool takes_bfloat16 = std::is_same_v<T, BF16>;
 template <class T>
 constexpr bool takes_bfloat16 = false;
 #endif
+
 inline bool is_fresh(const Product& p, int64_t m) { return !p.fresh || p.fresh[m] || m == 0; }
 
 inline int64_t count_fresh(const Product& p) {
@@ -70,7 +71,7 @@ struct Begin {
 };
 
 inline Begin begin_of(const Product& p, int64_t place) {
-  const int64_t at = fresh_row(p, place) * (p.form == Form::ADDED ? p.leaves : 1) * p.inputs;
+  const int64_t at = fresh_row(p, place) * p.row_leaves() * p.inputs;
   return {at, p.norm ? norm_factor((const float*)p.x.data + at, p.inputs, p.eps) : set(1.0f)};
 }
 
@@ -119,7 +120,7 @@ inline void put(const Rows& rows, int64_t leaf, int64_t depth, int64_t row, Lane
 template <class T>
 inline void prepare_row(const Product& p, const Rows& rows, int64_t place) {
   const Begin row = begin_of(p, place);
-  for (int64_t leaf = 0; leaf < (p.form == Form::ADDED ? p.leaves : 1); leaf++)
+  for (int64_t leaf = 0; leaf < p.row_leaves(); leaf++)
     for (int64_t depth = 0; depth < rows.depths; depth++)
       for_each_part<T>(p, row, leaf, depth, [&](int64_t part, Lanes first, Lanes second) {
         put<T>(rows, leaf, depth, place * p.parts() + part, first, second);

@@ -45,7 +45,7 @@ inline void prepare_tiles(const Product& p, const Rows& rows, int64_t first, int
   Begin begins[16];
   for (int64_t place = first; place < end; place++) begins[place - first] = begin_of(p, place);
   alignas(64) BF16 tiles[3 * 16 * DEPTH] = {};  // [rows, 32]
-  for (int64_t leaf = 0; leaf < (p.form == Form::ADDED ? p.leaves : 1); leaf++)
+  for (int64_t leaf = 0; leaf < p.row_leaves(); leaf++)
     for (int64_t depth = 0; depth < rows.depths; depth++) {
       for (int64_t i = 0; i < end - first; i++)
         for_each_part<BF16>(p, begins[i], leaf, depth, [&](int64_t part, Lanes lower, Lanes upper) {
